@@ -1,0 +1,317 @@
+"""The noun of this package: the curvature of one model's loss, with its units and where it came from.
+
+A `Curvature` maps parameter names to blocks of the model's shape. Blocks are **per-example means**; the curvature of the
+summed loss, which merging needs, is `num_examples * mean`. It lives in memory or in a safetensors file that is read
+block by block, and that can be published beside the weights: its header names the estimator, the number of examples,
+the labels, the seed and a fingerprint of the weights it was taken at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from estimators.tensorfile import TensorFile
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+FORMAT_VERSION = "1"
+MEAN, STANDARD_ERROR, GRADIENT = "mean/", "standard_error/", "gradient/"
+EDGE = 64  # elements sampled at each end and in the middle of a tensor for the fingerprint
+
+Sample = tuple[tuple[int, ...], bytes]
+
+
+class Curvature(Mapping[str, "Tensor"]):
+    """Curvature of a summed loss, by parameter name. `mean` blocks are per example; total = num_examples * mean.
+
+    Made by `estimators.estimate`, `Curvature.load` or `Curvature.from_dict`. As a mapping it yields the mean blocks,
+    read from the file when asked for.
+
+    Attributes:
+        num_examples: N that the loss sums over (the size of the training set), not the number of examples seen.
+        info: provenance, as strings: estimator, examples_seen, samples, reduction, labels, likelihood, seed,
+            fingerprint of the model, library versions.
+        path: the file it is read from, or None when it is in memory.
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[str, Tensor] | TensorFile,
+        num_examples: int,
+        info: Mapping[str, str],
+    ) -> None:
+        self._blocks = blocks
+        self.num_examples = num_examples
+        self.info: Mapping[str, str] = dict(info)
+        self.path = blocks.path if isinstance(blocks, TensorFile) else None
+
+    @classmethod
+    def from_dict(
+        cls,
+        mean: Mapping[str, Tensor],
+        num_examples: int,
+        info: Mapping[str, str] | None = None,
+        *,
+        standard_error: Mapping[str, Tensor] | None = None,
+        gradient: Mapping[str, Tensor] | None = None,
+    ) -> Curvature:
+        """Wrap one's own estimate.
+
+        Args:
+            mean: parameter name -> per-example mean curvature, in the parameter's shape. Half precision is widened to
+                float32; float32 and float64 are kept.
+            num_examples: N of the summed loss.
+            info: provenance to keep with it.
+            standard_error: name -> standard error of `mean`, same units and shapes.
+            gradient: name -> gradient of the *summed* loss at the fine-tuned weights (true labels).
+
+        Raises:
+            ValueError: nothing given, N < 1, a value that is not finite, or shapes that disagree; the tensor is named.
+            TypeError: N is not a whole number.
+        """
+        check_num_examples(num_examples)
+        if not mean:
+            raise ValueError("a Curvature needs at least one parameter; `mean` is empty")
+        blocks: dict[str, Tensor] = {}
+        for prefix, part in ((MEAN, mean), (STANDARD_ERROR, standard_error), (GRADIENT, gradient)):
+            for name, value in (part or {}).items():
+                if name not in mean or value.shape != mean[name].shape:
+                    expected = list(mean[name].shape) if name in mean else "no mean at all"
+                    raise ValueError(f"{prefix}{name} has shape {list(value.shape)}, its mean has {expected}")
+                blocks[prefix + name] = _checked(prefix + name, value)
+        return cls(blocks, num_examples, {"estimator": "given", **(info or {})})
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: nn.Module | Mapping[str, Tensor] | None = None,
+        allow_mismatch: bool = False,
+    ) -> Curvature:
+        """Open a curvature file. Only its header is read; blocks follow when asked for.
+
+        Args:
+            path: the file.
+            model: where given, the weights that the curvature must have been taken at.
+            allow_mismatch: accept a curvature of other weights all the same.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: truncated or corrupt, no curvature file, or taken at other weights than `model`.
+        """
+        file = TensorFile(path)
+        metadata = dict(file.metadata)
+        version = metadata.pop("format_version", None)
+        if version is None or "num_examples" not in metadata:
+            raise ValueError(
+                f"{path}: not a curvature file (no format_version and num_examples in its header); "
+                "make one with `gradmatch estimate` or Curvature.save"
+            )
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{path}: format version {version}, this library reads {FORMAT_VERSION}; update gradmatch"
+            )
+        text = metadata.pop("num_examples")
+        if not text.isdecimal() or int(text) < 1:
+            raise ValueError(f"{path}: num_examples is {text!r}, it must be a whole number of at least 1")
+        curvature = cls(file, int(text), metadata)
+        if model is not None and not allow_mismatch:
+            curvature.check_model(model_sampler(model), "the given model")
+        return curvature
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file whole or not at all: aside, synced, then renamed over `path`.
+
+        Raises:
+            OSError: no space or no permission; `path` is left as it was.
+        """
+        from safetensors.torch import save_file
+
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {**self.info, "format_version": FORMAT_VERSION, "num_examples": str(self.num_examples)}
+        blocks = {key: self._block(key).contiguous() for key in self._blocks}
+        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        try:
+            save_file(blocks, aside, metadata=metadata)
+            with open(aside, "rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(aside, 0o644)  # mkstemp makes files private; a published file is not
+            os.replace(aside, target)
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.mean(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (key.removeprefix(MEAN) for key in self._blocks if key.startswith(MEAN))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and MEAN + name in self._blocks
+
+    def __repr__(self) -> str:
+        seen = self.info.get("examples_seen", "?")
+        kind = self.info.get("estimator", "?")
+        return f"Curvature({kind}, {len(self)} tensors, N = {self.num_examples}, examples seen = {seen})"
+
+    def mean(self, name: str) -> Tensor:
+        """Per-example mean of a parameter's curvature, in the parameter's shape (nats per squared unit of weight).
+
+        Raises:
+            KeyError: no such parameter.
+        """
+        return self._block(MEAN + name)
+
+    def total(self, name: str) -> Tensor:
+        """Curvature of the summed loss: num_examples * mean(name)."""
+        return self.mean(name) * self.num_examples
+
+    def standard_error(self, name: str) -> Tensor | None:
+        """Standard error of `mean(name)` over examples (or draws), or None where it was not asked for."""
+        key = STANDARD_ERROR + name
+        return self._block(key) if key in self._blocks else None
+
+    def gradient(self, name: str) -> Tensor | None:
+        """Gradient of the loss summed over num_examples at these weights (true labels), or None where not measured."""
+        key = GRADIENT + name
+        return self._block(key) if key in self._blocks else None
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the measured gradient was stored."""
+        return any(key.startswith(GRADIENT) for key in self._blocks)
+
+    def check_model(self, sample: Callable[[str], Sample], where: str) -> None:
+        """Compare the stored fingerprint with that of a model; curvatures without one pass.
+
+        Args:
+            sample: parameter name -> (shape, sampled bytes), see `model_sampler` and `sample_file`. KeyError where the
+                model has no such parameter.
+            where: how to call the model in the error.
+
+        Raises:
+            ValueError: another model's curvature.
+        """
+        stored = self.info.get("fingerprint")
+        if stored is None:
+            return
+        try:
+            found = fingerprint(self, sample)
+        except KeyError as error:
+            raise ValueError(
+                f"{self._name()} holds parameter {error.args[0]!r}, which {where} lacks; it belongs to another model"
+            ) from error
+        if found != stored:
+            raise ValueError(
+                f"{self._name()} was taken at other weights than {where} (fingerprint {stored[:12]} against {found[:12]}); "
+                "estimate it again at these weights, or pass allow_mismatch=True if you know better"
+            )
+
+    def _name(self) -> str:
+        return f"the curvature {self.path}" if self.path else "the curvature"
+
+    def _block(self, key: str) -> Tensor:
+        if key not in self._blocks:
+            raise KeyError(key)
+        if isinstance(self._blocks, TensorFile):
+            return self._blocks.read(key)
+        return self._blocks[key]
+
+
+def check_num_examples(num_examples: int) -> None:
+    """Refuse an N that no summed loss can have.
+
+    Raises:
+        TypeError: not a whole number.
+        ValueError: below 1.
+    """
+    if not isinstance(num_examples, int) or isinstance(num_examples, bool):
+        raise TypeError(f"num_examples must be a whole number, got {num_examples!r}")
+    if num_examples < 1:
+        raise ValueError(f"num_examples must be at least 1, got {num_examples}")
+
+
+def fingerprint(names: Iterable[str], sample: Callable[[str], Sample]) -> str:
+    """Identify a model's weights cheaply: sha256 over sorted names, shapes and a few values of each tensor.
+
+    The values are rounded to bfloat16, so that float32 weights and their bfloat16 copy agree. 192 elements a tensor tell
+    any two fine-tunes apart and cost three small reads; this is a check against mistakes, not against forgery.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        shape, values = sample(name)
+        digest.update(json.dumps([name, list(shape)]).encode())
+        digest.update(values)
+    return digest.hexdigest()
+
+
+def edges(numel: int) -> list[tuple[int, int]]:
+    """The element ranges that a fingerprint samples: both ends and the middle, or everything where that is little."""
+    if numel <= 3 * EDGE:
+        return [(0, numel)]
+    middle = (numel - EDGE) // 2
+    return [(0, EDGE), (middle, middle + EDGE), (numel - EDGE, numel)]
+
+
+def sample_tensor(tensor: Tensor) -> Sample:
+    """Shape and sampled values, as bfloat16 bytes, of a tensor in memory."""
+    import torch
+
+    flat = tensor.detach().reshape(-1)
+    pieces = [flat[first:last] for first, last in edges(flat.numel())]
+    rounded = torch.cat(pieces).to("cpu", torch.bfloat16)
+    return tuple(tensor.shape), rounded.view(torch.int16).numpy().tobytes()
+
+
+def sample_file(file: TensorFile, name: str) -> Sample:
+    """Shape and sampled values, as bfloat16 bytes, of a tensor in a file; three small reads and no torch.
+
+    Raises:
+        KeyError: no such tensor.
+    """
+    import numpy as np
+
+    info = file[name]
+    raw = b"".join(bytes(file.read_bytes(name, first, last - first)) for first, last in edges(info.numel))
+    if info.dtype == "BF16":
+        return info.shape, raw
+    kinds = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+    if info.dtype not in kinds:
+        return info.shape, raw  # integers: compared as they are stored
+    bits = np.frombuffer(raw, kinds[info.dtype]).astype(np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
+    return info.shape, rounded.astype("<u2").tobytes()
+
+
+def model_sampler(model: nn.Module | Mapping[str, Tensor]) -> Callable[[str], Sample]:
+    """A `sample` function for a module (all names of a tied parameter are known) or a state dict."""
+    tensors = model if isinstance(model, Mapping) else dict(model.named_parameters(remove_duplicate=False))
+    return lambda name: sample_tensor(tensors[name])
+
+
+def _checked(key: str, value: Tensor) -> Tensor:
+    """A finite floating tensor of at least single precision, detached."""
+    import torch
+
+    value = value.detach()
+    if value.dtype not in (torch.float32, torch.float64):
+        value = value.to(torch.float32)
+    bad = int((~torch.isfinite(value)).sum())
+    if bad:
+        raise ValueError(f"{key}: {bad} of {value.numel()} values are NaN or infinite")
+    return value

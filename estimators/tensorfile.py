@@ -1,0 +1,209 @@
+"""One safetensors file, read header first, by name and by range of elements.
+
+Checkpoints and curvature files share this reader. It imports neither torch nor numpy until values are asked for, so that
+whatever a header can tell (names, shapes, dtypes, bytes, metadata) is known in milliseconds; and it checks the header
+before anything trusts it: the format is a length, a JSON table of byte ranges, and the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+HEADER_LIMIT = 100_000_000  # bytes; the limit of the format's reference reader
+ITEM_SIZE = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+TORCH_NAME = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
+    "I32": "int32", "U32": "uint32", "F32": "float32",
+    "I64": "int64", "U64": "uint64", "F64": "float64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: its dtype in the format's spelling ("F32"), shape, and absolute byte range in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk in bytes."""
+        return self.stop - self.start
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class TensorFile(Mapping[str, TensorInfo]):
+    """A safetensors file as a mapping name -> TensorInfo; values are read on request.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or its header is corrupt (what, where, and both values are named).
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.metadata, self._tensors = read_header(self.path)
+        self._fd: int | None = None
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._tensors[name]
+
+    def __iter__(self) -> Any:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def fileno(self) -> int:
+        """The file descriptor that reads go through; opened on first use and kept until `close`."""
+        if self._fd is None:
+            self._fd = os.open(self.path, os.O_RDONLY)
+        return self._fd
+
+    def close(self) -> None:
+        """Close the descriptor. A later read opens it again."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def read_bytes(self, name: str, first: int = 0, count: int | None = None) -> bytearray:
+        """Read `count` elements of a tensor from element `first` on (row-major), as raw little-endian bytes.
+
+        Raises:
+            ValueError: the file ended early (it was cut or replaced since its header was read).
+        """
+        info = self[name]
+        size = ITEM_SIZE[info.dtype]
+        count = info.numel - first if count is None else count
+        buffer = bytearray(count * size)
+        self.read_into(name, memoryview(buffer), first)
+        return buffer
+
+    def read_into(self, name: str, buffer: memoryview, first: int = 0) -> None:
+        """Fill `buffer` (bytes) with the tensor's elements from element `first` on.
+
+        Raises:
+            ValueError: the file ended early (it was cut or replaced since its header was read).
+        """
+        info = self[name]
+        offset = info.start + first * ITEM_SIZE[info.dtype]
+        done = 0
+        while done < len(buffer):
+            got = os.preadv(self.fileno(), [buffer[done:]], offset + done)
+            if got == 0:
+                raise ValueError(
+                    f"{self.path}: tensor {name!r} ends after {done} of {len(buffer)} bytes; the file changed since it was opened: fetch or write it again"
+                )
+            done += got
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole tensor, in its stored dtype and shape, in memory of its own."""
+        import torch
+
+        info = self[name]
+        dtype: torch.dtype = getattr(torch, TORCH_NAME[info.dtype])
+        tensor = torch.empty(info.shape, dtype=dtype)
+        if info.nbytes:
+            flat = tensor.view(-1).view(torch.uint8)
+            self.read_into(name, memoryview(flat.numpy()))
+        return tensor
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """Parse and check the header: (metadata, tensors by name in order of their bytes).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a whole, well-formed safetensors file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+            raise ValueError(
+                f"{path}: not a safetensors file, or cut short: its first 8 bytes give a header of {length} bytes "
+                f"in a file of {size}"
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=lambda pairs: _without_duplicates(path, pairs))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: the header is not JSON ({error}); fetch the file again") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: the header is {type(header).__name__}, not a table of tensors")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{path}: __metadata__ must map strings to strings")
+    tensors = [_tensor_info(path, name, entry, 8 + length, size) for name, entry in header.items()]
+    tensors.sort(key=lambda info: (info.start, info.stop))
+    end = 8 + length
+    for info in tensors:
+        if info.start < end:
+            raise ValueError(f"{path}: tensor {info.name!r} starts at byte {info.start}, inside the one before it")
+        end = max(end, info.stop)
+    return metadata, {info.name: info for info in tensors}
+
+
+def _without_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are unique; a second tensor of one name would silently hide the first."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"{path}: the header holds {twice} more than once")
+    return table
+
+
+def _tensor_info(path: Path, name: str, entry: Any, data_start: int, file_size: int) -> TensorInfo:
+    """Check one header entry against the format and the file's size."""
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: tensor {name!r} lacks a dtype, shape or data_offsets: {entry!r}") from error
+    if dtype not in ITEM_SIZE:
+        raise ValueError(f"{path}: tensor {name!r} has dtype {dtype!r}; known are {sorted(ITEM_SIZE)}")
+    if not all(isinstance(extent, int) and extent >= 0 for extent in (*shape, start, stop)):
+        raise ValueError(f"{path}: tensor {name!r} has a shape or offset that is no whole number: {entry!r}")
+    expected = math.prod(shape) * ITEM_SIZE[dtype]
+    if stop - start != expected:
+        raise ValueError(
+            f"{path}: tensor {name!r} of shape {list(shape)} and dtype {dtype} needs {expected} bytes, "
+            f"its offsets hold {stop - start}"
+        )
+    if data_start + stop > file_size:
+        raise ValueError(
+            f"{path}: cut short: tensor {name!r} ends at byte {data_start + stop}, the file has {file_size}; fetch it again"
+        )
+    return TensorInfo(name, dtype, shape, data_start + start, data_start + stop)
