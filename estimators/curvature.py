@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from estimators.tensorfile import TensorFile
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 FORMAT_VERSION = "1"

@@ -67,9 +67,9 @@ class TensorFile(Mapping[str, TensorInfo]):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._fd: int | None = None
         self.path = Path(path)
         self.metadata, self._tensors = read_header(self.path)
-        self._fd: int | None = None
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._tensors[name]
@@ -171,7 +171,9 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     end = 8 + length
     for info in tensors:
         if info.start < end:
-            raise ValueError(f"{path}: tensor {info.name!r} starts at byte {info.start}, inside the one before it")
+            raise ValueError(
+                f"{path}: tensor {info.name!r} starts at byte {info.start}, inside the one before it"
+            )
         end = max(end, info.stop)
     return metadata, {info.name: info for info in tensors}
 
@@ -191,7 +193,9 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int, file_size: 
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: tensor {name!r} lacks a dtype, shape or data_offsets: {entry!r}") from error
+        raise ValueError(
+            f"{path}: tensor {name!r} lacks a dtype, shape or data_offsets: {entry!r}"
+        ) from error
     if dtype not in ITEM_SIZE:
         raise ValueError(f"{path}: tensor {name!r} has dtype {dtype!r}; known are {sorted(ITEM_SIZE)}")
     if not all(isinstance(extent, int) and extent >= 0 for extent in (*shape, start, stop)):

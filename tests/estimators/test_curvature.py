@@ -1,0 +1,188 @@
+"""The Curvature noun: units, file round trip, provenance, fingerprints, errors."""
+
+import math
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from estimators.curvature import (
+    Curvature,
+    fingerprint,
+    model_sampler,
+    sample_file,
+    sample_tensor,
+)
+from estimators.tensorfile import TensorFile
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 3))
+
+
+@pytest.fixture
+def curvature(model):
+    mean = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+    return Curvature.from_dict(
+        mean,
+        1000,
+        {"fingerprint": fingerprint(mean, model_sampler(model)), "seed": "3"},
+        standard_error={name: value / 10 for name, value in mean.items()},
+        gradient={name: -value for name, value in mean.items()},
+    )
+
+
+def test_total_is_num_examples_times_mean(curvature):
+    for name in curvature.keys():  # noqa: SIM118 - keys() is part of the public contract
+        assert torch.equal(curvature.total(name), 1000 * curvature.mean(name))
+        assert torch.equal(curvature[name], curvature.mean(name))
+
+
+def test_round_trip_through_a_file(curvature, tmp_path):
+    curvature.save(tmp_path / "deep" / "c.safetensors")
+    loaded = Curvature.load(tmp_path / "deep" / "c.safetensors")
+    assert loaded.num_examples == curvature.num_examples
+    assert loaded.info == curvature.info
+    assert set(loaded) == set(curvature)
+    assert len(loaded) == len(curvature) == 4
+    for name in curvature:
+        assert torch.equal(loaded.mean(name), curvature.mean(name))
+        assert torch.equal(loaded.standard_error(name), curvature.standard_error(name))
+        assert torch.equal(loaded.gradient(name), curvature.gradient(name))
+
+
+def test_a_loaded_curvature_saves_again(curvature, tmp_path):
+    curvature.save(tmp_path / "a.safetensors")
+    Curvature.load(tmp_path / "a.safetensors").save(tmp_path / "b.safetensors")
+    again = Curvature.load(tmp_path / "b.safetensors")
+    assert torch.equal(again.mean("0.bias"), curvature.mean("0.bias"))
+
+
+def test_loading_reads_only_the_header(curvature, tmp_path):
+    path = tmp_path / "c.safetensors"
+    curvature.save(path)
+    loaded = Curvature.load(path)
+    assert "0.weight" in loaded
+    assert "nonsense" not in loaded
+    with path.open("rb+") as file:  # every value is gone: only a read of a block can notice
+        file.truncate(TensorFile(path)["mean/0.bias"].start)
+    with pytest.raises(ValueError, match="ends after"):
+        loaded.mean("0.weight")
+
+
+def test_what_was_not_asked_for_is_none(model):
+    bare = Curvature.from_dict({"w": torch.ones(2)}, 5)
+    assert bare.standard_error("w") is None
+    assert bare.gradient("w") is None
+    assert not bare.has_gradient
+    assert bare.info["estimator"] == "given"
+    with pytest.raises(KeyError, match="v"):
+        bare.mean("v")
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_dtypes(given, kept):
+    assert Curvature.from_dict({"w": torch.ones(2, dtype=given)}, 5).mean("w").dtype == kept
+
+
+def test_repr_says_what_it_is(curvature):
+    assert repr(curvature) == "Curvature(given, 4 tensors, N = 1000, examples seen = ?)"
+
+
+BAD_DICTS = {
+    "empty": (lambda: Curvature.from_dict({}, 5), ValueError, "at least one parameter"),
+    "no examples": (lambda: Curvature.from_dict({"w": torch.ones(2)}, 0), ValueError, "at least 1, got 0"),
+    "half an example": (lambda: Curvature.from_dict({"w": torch.ones(2)}, 1.5), TypeError, "whole number, got 1.5"),
+    "nan": (lambda: Curvature.from_dict({"w": torch.tensor([1.0, math.nan])}, 5), ValueError, "mean/w: 1 of 2 values"),
+    "shape": (
+        lambda: Curvature.from_dict({"w": torch.ones(2)}, 5, gradient={"w": torch.ones(3)}),
+        ValueError,
+        r"gradient/w has shape \[3\], its mean has \[2\]",
+    ),
+    "stray": (
+        lambda: Curvature.from_dict({"w": torch.ones(2)}, 5, standard_error={"v": torch.ones(2)}),
+        ValueError,
+        "standard_error/v has shape .* no mean at all",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_DICTS)
+def test_bad_values_are_refused(case):
+    build, kind, message = BAD_DICTS[case]
+    with pytest.raises(kind, match=message):
+        build()
+
+
+BAD_HEADERS = {
+    "a checkpoint": (None, "not a curvature file"),
+    "from the future": ({"format_version": "99", "num_examples": "5"}, "format version 99"),
+    "no number": ({"format_version": "1", "num_examples": "many"}, "num_examples is 'many'"),
+    "zero": ({"format_version": "1", "num_examples": "0"}, "num_examples is '0'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_HEADERS)
+def test_bad_files_are_refused(case, tmp_path):
+    metadata, message = BAD_HEADERS[case]
+    save_file({"mean/w": torch.ones(2)}, tmp_path / "c.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match=message):
+        Curvature.load(tmp_path / "c.safetensors")
+
+
+def test_another_models_curvature_is_refused_with_an_override(curvature, model, tmp_path):
+    path = tmp_path / "c.safetensors"
+    curvature.save(path)
+    assert len(Curvature.load(path, model=model)) == 4
+    assert len(Curvature.load(path, model=model.state_dict())) == 4
+    with torch.no_grad():
+        model[0].weight[0, 0] += 0.5
+    with pytest.raises(ValueError, match="taken at other weights than the given model"):
+        Curvature.load(path, model=model)
+    with pytest.raises(ValueError, match=r"holds parameter '0\.bias', which the given model lacks"):
+        Curvature.load(path, model={"1.weight": torch.ones(2)})
+    assert len(Curvature.load(path, model=model, allow_mismatch=True)) == 4
+
+
+def test_a_curvature_without_a_fingerprint_passes(model):
+    bare = Curvature.from_dict({"0.bias": torch.ones(20)}, 5)
+    bare.check_model(model_sampler(model), "the given model")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64])
+@pytest.mark.parametrize("shape", [(), (7,), (192,), (193,), (40, 50)])
+def test_file_and_memory_sample_alike(dtype, shape, tmp_path):
+    tensor = (torch.randn(shape) * 100).to(dtype)
+    save_file({"w": tensor}, tmp_path / "w.safetensors")
+    expected = sample_tensor(tensor)
+    shape_read, values = sample_file(TensorFile(tmp_path / "w.safetensors"), "w")
+    assert shape_read == expected[0]
+    if dtype.is_floating_point:
+        assert values == expected[1]
+
+
+def test_a_bfloat16_copy_has_the_same_fingerprint(model):
+    full = model.state_dict()
+    half = {name: value.to(torch.bfloat16) for name, value in full.items()}
+    assert fingerprint(full, model_sampler(full)) == fingerprint(full, model_sampler(half))
+
+
+def test_a_failed_save_leaves_the_old_file(curvature, tmp_path, monkeypatch):
+    path = tmp_path / "c.safetensors"
+    curvature.save(path)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        curvature.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
