@@ -1,0 +1,200 @@
+"""Configs: a YAML file per experiment, checked whole before anything runs, changed by `key=value` on the command line."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run: says the file, the path to the key, and what to write instead."""
+
+
+class Strict(BaseModel):
+    """A part of a config: immutable, and a key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Training(Strict):
+    """One fine-tuning run: AdamW (0.9, 0.999), linear warm-up, cosine decay, no dropout, clipping at 1."""
+
+    steps: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    batch_size: int = Field(default=32, gt=0)
+    warmup_steps: int = Field(default=10, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
+class Data(Strict):
+    """Which texts: `vader` (four domains from PyPI), or a folder with one `<domain>.jsonl` of text, label, document."""
+
+    source: str = "vader"
+    base: str = "movies"
+    tasks: tuple[str, ...] = ("amazon", "tweets", "nyt")
+    max_length: int = Field(default=64, gt=2)
+    validation: int | None = Field(default=None, gt=0)  # at most so many per domain; None: all
+    test: int | None = Field(default=None, gt=0)
+    split_seed: int = 0
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Data:
+        if not self.tasks or len({self.base, *self.tasks}) != 1 + len(self.tasks):
+            raise ValueError(
+                "`base` and `tasks` must name one base domain and at least one task, all different"
+            )
+        return self
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The base's domain, then the tasks'."""
+        return (self.base, *self.tasks)
+
+
+class Fisher(Strict):
+    """How the curvature of each model is estimated: Monte-Carlo Fisher with the measured gradient."""
+
+    examples: int = Field(default=500, gt=1)
+    samples: int = Field(default=1, gt=0)
+    batch_size: int = Field(default=32, gt=0)
+
+
+class Merge(Strict):
+    """One merge: a rule, the weight alpha of every task, options of the rule; `choose` lists values to choose among.
+
+    `alpha` and each option may be chosen: by the lowest negative log-likelihood on validation examples, macro average.
+    """
+
+    method: str
+    alpha: float = 1.0
+    options: dict[str, Any] = {}
+    choose: dict[str, tuple[float, ...]] = {}
+
+    @model_validator(mode="after")
+    def _choice(self) -> Merge:
+        if len(self.choose) > 1 or any(not values for values in self.choose.values()):
+            raise ValueError("`choose` takes one option with a list of values")
+        return self
+
+
+class Sentiment(Strict):
+    """The paper's core experiment: base, fine-tunes, joint model, merges, and the gradient mismatch of each merge."""
+
+    experiment: Literal["sentiment"]
+    name: str = ""
+    seeds: tuple[int, ...] = (0,)
+    encoder: str = "encoder"  # an asset, a folder, or a hub name
+    data: Data = Data()
+    base_training: Training
+    task_training: Training
+    joint_training: Training
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    fisher: Fisher = Fisher()
+    mismatch_examples: int = Field(default=300, gt=0)
+    delta0: float = Field(default=1e-6, ge=0)
+    merges: dict[str, Merge]
+    compare: tuple[
+        tuple[str, str], ...
+    ] = ()  # pairs of models: paired bootstrap of the difference of macro accuracy
+    wandb: bool = False
+
+    @model_validator(mode="after")
+    def _known_models(self) -> Sentiment:
+        models = {"base", "joint", *self.data.tasks, *self.merges}
+        for model in (name for pair in self.compare for name in pair):
+            if model not in models:
+                raise ValueError(
+                    f"`compare` names the model {model!r}, but there are {', '.join(sorted(models))}"
+                )
+        if len(models) != 2 + len(self.data.tasks) + len(self.merges):
+            raise ValueError("a merge may not be called `base`, `joint` or as a task")
+        return self
+
+
+EXPERIMENTS: dict[str, type[Strict]] = {"sentiment": Sentiment}
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Any:
+    """The checked config of a YAML file, with `a.b=value` overrides applied.
+
+    A config is named after its file; overrides add a short hash to the name, so that its records do not replace the
+    file's own. Raises ConfigError.
+    """
+    if not path.is_file():
+        near = get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
+        raise ConfigError(
+            f"no config at {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys, but holds {type(content).__name__}")
+    name = content.get("name") or path.stem
+    for override in overrides:
+        _apply(content, override)
+    if overrides and content.get("name", name) == name:
+        name += "-" + hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:8]
+        content["name"] = name
+    content.setdefault("name", name)
+    return check(content, str(path))
+
+
+def check(content: Mapping[str, Any], where: str) -> Any:
+    """Validate a mapping as the config of the experiment it names. Raises ConfigError with every fault found."""
+    experiment = content.get("experiment")
+    if experiment not in EXPERIMENTS:
+        raise ConfigError(
+            f"{where}: experiment: unknown {experiment!r}{_nearest(str(experiment), EXPERIMENTS)}"
+        )
+    try:
+        return EXPERIMENTS[experiment].model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_faults(error, EXPERIMENTS[experiment], where))) from error
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    """Set `a.b=value` in nested mappings; the value is read as YAML."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"cannot read {override!r}: overrides are written key=value, as data.test=100")
+    *parents, last = key.split(".")
+    here: Any = content
+    for parent in parents:
+        here = here.setdefault(parent, {})
+        if not isinstance(here, dict):
+            raise ConfigError(f"{override!r}: {parent} is no mapping, so it has no key {last!r}")
+    here[last] = yaml.safe_load(value)
+
+
+def _faults(error: ValidationError, model: type[BaseModel], where: str) -> Iterator[str]:
+    for fault in error.errors():
+        path = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            known = list(_fields_at(model, fault["loc"][:-1]))
+            yield f"{where}: {path}: unknown key{_nearest(str(fault['loc'][-1]), known)}"
+        else:
+            value = "" if fault["type"] in ("missing", "value_error") else f" (found {fault['input']!r})"
+            yield f"{where}: {path + ': ' if path else ''}{fault['msg'].removeprefix('Value error, ')}{value}"
+
+
+def _fields_at(model: Any, location: Sequence[int | str]) -> Mapping[str, Any]:
+    """Fields of the part of a config at a path; mappings of parts (merges.GM) are followed through their value type."""
+    for part in location:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            model = model.model_fields[str(part)].annotation
+        else:
+            model = model.__args__[-1]
+    return model.model_fields
+
+
+def _nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    near = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

@@ -1,0 +1,87 @@
+"""Results as JSON lines: one record per line, written whole, read with broken lines counted and never silently lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` aside, then rename: a reader sees the old file or the new one, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o644)  # mkstemp makes it private
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Replace the file at `path` by one JSON object per record."""
+    write_atomically(path, "".join(json.dumps(record, sort_keys=True) + "\n" for record in records))
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read a file of JSON lines. Lines that are no JSON object are skipped, and their count is said on stderr.
+
+    Raises FileNotFoundError where there is no such file, ValueError where it holds no readable record at all.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no records at {path}: run `python -m experiments run CONFIG` first")
+    records: list[Record] = []
+    broken: list[int] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            broken.append(number)
+    if broken:
+        first = ", ".join(map(str, broken[:5])) + (", ..." if len(broken) > 5 else "")
+        print(f"{path}: skipped {len(broken)} broken line(s), number {first}", file=sys.stderr)
+    if not records:
+        raise ValueError(f"{path} holds no readable record; delete it and run its config again")
+    return records
+
+
+def of_kind(records: Iterable[Record], kind: str) -> list[Record]:
+    """The records whose `kind` is the given one (`evaluation`, `comparison`, `verdict`)."""
+    return [record for record in records if record.get("kind") == kind]
+
+
+def models_in_order(records: Iterable[Record]) -> list[str]:
+    """Names of the evaluated models, in the order of their first record."""
+    return list(dict.fromkeys(record["model"] for record in of_kind(records, "evaluation")))
+
+
+def mean_over_seeds(
+    records: Sequence[Record], value: Callable[[Record], float | None]
+) -> tuple[float, float] | None:
+    """Mean and standard deviation over the records (one per seed; 0 for one seed) of a number in each.
+
+    None where a record lacks the number.
+    """
+    numbers = [value(record) for record in records]
+    if not numbers or any(number is None for number in numbers):
+        return None
+    found = [float(number) for number in numbers if number is not None]
+    return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0

