@@ -1,0 +1,1 @@
+"""Why a merge failed: mismatch, forecasts, causes, and a report."""

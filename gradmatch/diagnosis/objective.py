@@ -1,4 +1,4 @@
-"""One task's loss as a function of the weights: value, gradient, and Jacobian-vector products of a module on data.
+"""One task's loss as a function of the weights: value, gradient, and exact GGN products of a module on data.
 
 The module lends its structure; the weights come from mappings, so that one module serves the base, every fine-tune and
 every merge. Losses are negative log-likelihoods in nats, summed over the task's N examples (scaled up from those seen).
@@ -6,58 +6,22 @@ every merge. Losses are negative log-likelihoods in nats, summed over the task's
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.func import functional_call
 
+from estimators.batches import BatchReader
+from estimators.inference import infer_likelihood, make_likelihood
+from estimators.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Reading
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-IGNORED = -100  # the label of a position without loss, as transformers writes it
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What the likelihood sees of one batch.
-
-    Attributes:
-        values: (B, P, C) logits, or means of a Gaussian; P positions an example (1 for classification).
-        targets: (B, P) class indices, or (B, P, C) real targets.
-        mask: (B, P) bool, the positions that count.
-        categorical: softmax likelihood, else Gaussian of unit variance.
-    """
-
-    values: Tensor
-    targets: Tensor
-    mask: Tensor
-    categorical: bool
-
-    def nll(self) -> Tensor:
-        """(B,) negative log-likelihood of each example, in nats; Gaussian up to its constant."""
-        if self.categorical:
-            safe = self.targets.masked_fill(~self.mask, 0)
-            loss = -self.values.log_softmax(-1).gather(-1, safe.unsqueeze(-1)).squeeze(-1)
-        else:
-            loss = 0.5 * (self.values - self.targets).square().sum(-1)
-        return (loss * self.mask).sum(-1)
-
-    def inner(self, jacobian_products: Tensor) -> Tensor:
-        """(K, K) sum over examples of (J u_i)' Lambda (J u_j), Lambda the Hessian of the loss in the outputs.
-
-        Lambda = diag(p) - p p' for softmax (so this is the variance-like covariance of the products under p), I for a
-        Gaussian of unit variance. jacobian_products: (K, B, P, C). Accumulated in float64.
-        """
-        products = jacobian_products.double() * self.mask[..., None]
-        if self.categorical:
-            p = self.values.double().softmax(-1)
-            centred = products - (p * products).sum(-1, keepdim=True)
-            products = centred * p.sqrt() * self.mask[..., None]
-        flat = products.flatten(1)
-        return flat @ flat.T
+Weights = Mapping[str, "Tensor"]
 
 
 class Objective:
@@ -65,78 +29,100 @@ class Objective:
 
     Args:
         module: any nn.Module; its own weights are never changed, its mode is restored after each use.
-        batches: what the module takes, as often as it is asked for: a list of dicts of tensors with "labels", or of
-            (inputs, targets) tuples.
-        num_examples: N of the summed loss; the number of examples seen where it is None.
+        batches: dicts of tensors (HF style) or (inputs, targets) tuples; kept as a list and gone through many times.
+        num_examples: N of the summed loss; None: the number of examples in the batches.
+        likelihood: as `estimators.estimate` takes it.
+
+    Attributes:
+        seen: number of examples in the batches.
+        num_examples: N.
+        scale: N / seen.
 
     Raises:
-        ValueError: no batch, a batch without labels or without examples.
+        ValueError: no batches.
     """
 
-    def __init__(self, module: nn.Module, batches: Iterable[Any], num_examples: int | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        batches: Iterable[Any],
+        num_examples: int | None = None,
+        likelihood: str | Any = "auto",
+    ) -> None:
         self.module = module
-        self.batches = list(batches)
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        reader = BatchReader(module, device)
+        self.batches = [reader(raw, index) for index, raw in enumerate(batches)]
         if not self.batches:
             raise ValueError("no batches: the loss needs at least one")
-        self.seen = sum(_examples(batch) for batch in self.batches)
-        if self.seen == 0:
-            raise ValueError("the batches hold no example")
+        self.seen = sum(batch.size for batch in self.batches)
         self.num_examples = num_examples or self.seen
         self.scale = self.num_examples / self.seen
+        self._likelihood = make_likelihood(likelihood)
 
-    def losses(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """(n,) negative log-likelihood of each example seen, in nats."""
+    def losses(self, weights: Weights) -> Tensor:
+        """(seen,) negative log-likelihood of each example, in nats, float64."""
         with self._evaluating(), torch.no_grad():
-            return torch.cat([self._outputs(weights, batch).nll().double() for batch in self.batches])
+            return torch.cat([-self._log_prob(reading).double() for reading in self._readings(weights)])
 
-    def loss(self, weights: Mapping[str, Tensor]) -> float:
+    def loss(self, weights: Weights) -> float:
         """The summed loss over N examples, in nats."""
         return float(self.losses(weights).sum()) * self.scale
 
-    def accuracy(self, weights: Mapping[str, Tensor]) -> float | None:
-        """Share of positions whose most probable class is the label; None for a Gaussian likelihood."""
-        right = total = 0
-        with self._evaluating(), torch.no_grad():
-            for batch in self.batches:
-                outputs = self._outputs(weights, batch)
-                if not outputs.categorical:
-                    return None
-                right += int(((outputs.values.argmax(-1) == outputs.targets) & outputs.mask).sum())
-                total += int(outputs.mask.sum())
-        return right / total
-
-    def confusion(self, weights: Mapping[str, Tensor]) -> Tensor | None:
-        """(C, C) counts, row = label, column = predicted class; None for a Gaussian or a vocabulary-sized output."""
+    def confusion(self, weights: Weights) -> Tensor | None:
+        """(C, C) counts, row = label, column = most probable class; None where outputs are no classes (or over 1,000)."""
         counts: Tensor | None = None
         with self._evaluating(), torch.no_grad():
-            for batch in self.batches:
-                outputs = self._outputs(weights, batch)
-                classes = outputs.values.shape[-1]
-                if not outputs.categorical or classes > 1000:
+            for reading in self._readings(weights):
+                classes = reading.view.shape[2]
+                if not isinstance(self._likelihood, Categorical) or classes > 1000 or reading.labels is None:
                     return None
-                index = outputs.targets[outputs.mask] * classes + outputs.values.argmax(-1)[outputs.mask]
-                batch_counts = torch.bincount(index, minlength=classes * classes).view(classes, classes)
-                counts = batch_counts if counts is None else counts + batch_counts
+                counted = (
+                    torch.ones_like(reading.labels, dtype=torch.bool)
+                    if reading.valid is None
+                    else reading.valid
+                )
+                index = reading.labels[counted] * classes + reading.view.argmax(-1)[counted]
+                batch = torch.bincount(index, minlength=classes * classes).view(classes, classes)
+                counts = batch if counts is None else counts + batch
         return counts
 
-    def gradient(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def accuracy(self, weights: Weights) -> float | None:
+        """Share of predictions whose most probable class is the label; None where outputs are no classes."""
+        counts = self.confusion(weights)
+        return None if counts is None else float(counts.diagonal().sum() / counts.sum().clamp(min=1))
+
+    def uniform_loss(self) -> float:
+        """Nats per example of a guess that knows nothing: log C for each prediction that counts; 1 for regression."""
+        total = 0.0
+        with self._evaluating(), torch.no_grad():
+            for reading in self._readings({}):
+                if not isinstance(self._likelihood, Categorical | Bernoulli):
+                    return 1.0
+                classes = reading.view.shape[2] if isinstance(self._likelihood, Categorical) else 2
+                total += math.log(classes) * reading.count()
+        return total / self.seen
+
+    def gradient(self, weights: Weights) -> dict[str, Tensor]:
         """Gradient of the summed loss (true labels) by parameter name, in nats per unit of weight.
 
-        Parameters that the loss does not reach have a zero gradient.
+        A tied parameter appears once. Parameters that the loss does not reach have a zero gradient.
         """
-        leaves = self._leaves(weights)
+        leaves = {name: leaf.requires_grad_(True) for name, leaf in self._leaves(weights).items()}
         total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
         with self._evaluating():
-            for batch in self.batches:
-                loss = self._outputs({**weights, **leaves}, batch).nll().sum()
+            for reading in self._readings({**weights, **leaves}):
+                loss = -self._log_prob(reading).sum()
                 gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-                for name, gradient in zip(leaves, gradients, strict=True):
+                for value, gradient in zip(total.values(), gradients, strict=True):
                     if gradient is not None:
-                        total[name].add_(gradient)
+                        value.add_(gradient)
         return {name: value.mul_(self.scale) for name, value in total.items()}
 
-    def ggn_products(self, weights: Mapping[str, Tensor], directions: list[Mapping[str, Tensor]]) -> Tensor:
-        """(K, K) u_i' H u_j, H the GGN of the summed loss at `weights`: exact, by K forward-mode derivatives a batch.
+    def ggn_products(self, weights: Weights, directions: Sequence[Weights]) -> Tensor:
+        """u_i' H u_j for K directions, H = sum_n J_n' Lambda_n J_n the GGN of the summed loss at `weights`: exact.
+
+        K forward-mode derivatives a batch; Lambda_n is the Hessian of the loss in the outputs (see `output_hessian`).
 
         Args:
             weights: theta_t by name.
@@ -144,67 +130,77 @@ class Objective:
 
         Returns:
             (K, K) float64, in nats.
+
+        Raises:
+            ValueError: a likelihood whose output Hessian is not known.
         """
-        leaves = {name: leaf.detach() for name, leaf in self._leaves(weights).items()}
+        leaves = self._leaves(weights)
         total = torch.zeros(len(directions), len(directions), dtype=torch.float64)
         with self._evaluating(), torch.no_grad():
-            for batch in self.batches:
-                products = []
+            for index in range(len(self.batches)):
+                products, readings = [], []
                 for direction in directions:
-                    outputs, product = self._jvp(weights, leaves, direction, batch)
-                    products.append(product)
-                total += outputs.inner(torch.stack(products)).cpu()
+                    reading, tangent = self._jvp(weights, leaves, direction, index)
+                    readings.append(reading)
+                    products.append(tangent)
+                total += output_hessian(self._known(), readings[0], torch.stack(products)).cpu()
         return total * self.scale
 
     def _jvp(
-        self,
-        weights: Mapping[str, Tensor],
-        leaves: Mapping[str, Tensor],
-        direction: Mapping[str, Tensor],
-        batch: Any,
-    ) -> tuple[Outputs, Tensor]:
-        """The outputs and their derivative (B, P, C) along one direction, by dual numbers."""
+        self, weights: Weights, leaves: Weights, direction: Weights, index: int
+    ) -> tuple[Reading, Tensor]:
+        """The outputs of one batch and their derivative along a direction, (B, T, C)."""
         moving = {name: leaf for name, leaf in leaves.items() if name in direction}
         tangents = {name: direction[name].to(leaf) for name, leaf in moving.items()}
-        rest: list[Outputs] = []
+        rest: list[Reading] = []
 
-        def values(parameters: dict[str, Tensor]) -> Tensor:
-            rest.append(self._outputs({**weights, **leaves, **parameters}, batch))
-            return rest[-1].values
+        def outputs(parameters: dict[str, Tensor]) -> Tensor:
+            reading = self._read({**weights, **leaves, **parameters}, index)
+            rest.append(reading)
+            value: Tensor = reading.output
+            return value
 
-        primal, tangent = torch.func.jvp(values, (moving,), (tangents,))
-        return replace(rest[-1], values=primal), tangent
+        tangent = torch.func.jvp(outputs, (moving,), (tangents,))[1]
+        class_dim = getattr(self._likelihood, "class_dim", -1)
+        reading = rest[-1]
+        shape = reading.view.shape
+        return reading, tangent.movedim(class_dim, -1).reshape(shape) if shape[2] > 1 else tangent.reshape(
+            shape
+        )
 
-    def _leaves(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One leaf a parameter of the module (a tied one once), with the given values."""
-        leaves = {}
-        for name, parameter in self.module.named_parameters():
-            leaves[name] = weights.get(name, parameter).detach().to(parameter).requires_grad_(True)
-        return leaves
+    def _leaves(self, weights: Weights) -> dict[str, Tensor]:
+        """The module's parameters (a tied one once) at the given values, detached."""
+        return {
+            name: weights.get(name, parameter).detach().to(parameter)
+            for name, parameter in self.module.named_parameters()
+        }
 
-    def _outputs(self, weights: Mapping[str, Tensor], batch: Any) -> Outputs:
+    def _readings(self, weights: Weights) -> Iterator[Reading]:
+        return (self._read(weights, index) for index in range(len(self.batches)))
+
+    def _read(self, weights: Weights, index: int) -> Reading:
         """The module's answer on one batch, with `weights` in place of its own (names it lacks are ignored)."""
         own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        placed = {name: value.to(own[name]) for name, value in weights.items() if name in own}
-        device = next(iter(own.values())).device
-        if isinstance(batch, Mapping):
-            inputs = {key: value.to(device) for key, value in batch.items()}
-            targets = inputs["labels"]
-            config = getattr(self.module, "config", None)
-            if not getattr(config, "is_encoder_decoder", False):
-                del inputs["labels"]  # transformers would compute the loss a second time
-            return outputs_of(
-                functional_call(self.module, placed, (), inputs), targets, causal=is_causal(self.module)
-            )
-        inputs, targets = batch
-        return outputs_of(functional_call(self.module, placed, (inputs.to(device),)), targets.to(device))
+        placed = {name: weights[name].to(own[name]) for name in weights if name in own}
+        batch = self.batches[index]
+        output = functional_call(self.module, placed, batch.args, batch.kwargs)
+        if self._likelihood is None:
+            self._likelihood = infer_likelihood(self.module, output, batch)
+        return self._likelihood.read(output, batch)
+
+    def _log_prob(self, reading: Reading) -> Tensor:
+        return self._known().log_prob(reading)
+
+    def _known(self) -> Likelihood:
+        assert self._likelihood is not None  # the first reading infers it
+        return self._likelihood
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
+        """Eval mode, and attention kernels that have a forward-mode derivative."""
         modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()
         try:
-            # Fused attention kernels have no forward-mode derivative; the plain ones have.
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
                 yield
         finally:
@@ -212,33 +208,29 @@ class Objective:
                 module.training = training
 
 
-def outputs_of(result: Any, targets: Tensor, *, causal: bool = False) -> Outputs:
-    """Bring a model's answer into the likelihood's form (see `Outputs`).
+def output_hessian(likelihood: Likelihood, reading: Reading, products: Tensor) -> Tensor:
+    """sum over examples of (J u_i)' Lambda (J u_j): Lambda = diag(p) - p p' (softmax), s (1 - s), 1 / variance (Gaussian).
 
-    Integer targets mean classes, real ones a Gaussian. causal: position p predicts the token at p + 1.
+    products: (K, B, T, C), derivatives of the outputs along K directions. Returns (K, K) float64.
+
+    Raises:
+        ValueError: a user's own likelihood, whose Lambda is not known.
     """
-    values = getattr(result, "logits", result)
-    if targets.is_floating_point():
-        targets = targets.reshape(values.shape)
-        values, targets = values[:, None], targets[:, None]
-        values, targets = values.flatten(2), targets.flatten(2)
-        return Outputs(values, targets, torch.ones(targets.shape[:2], dtype=torch.bool), categorical=False)
-    if causal:
-        values, targets = values[:, :-1], targets[:, 1:]
-    if targets.ndim == 1:
-        values, targets = values[:, None], targets[:, None]
-    return Outputs(values, targets, targets != IGNORED, categorical=True)
-
-
-def is_causal(module: nn.Module) -> bool:
-    """Whether position p of the outputs predicts token p + 1: transformers' decoder-only language models."""
-    return type(module).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-
-
-def _examples(batch: Any) -> int:
-    """How many examples a batch holds."""
-    if isinstance(batch, Mapping):
-        if "labels" not in batch:
-            raise ValueError(f"a batch has no labels (keys {sorted(batch)}); the loss needs true labels")
-        return len(batch["labels"])
-    return len(batch[1])
+    products, outputs = products.double(), reading.view.double()
+    if isinstance(likelihood, Categorical):
+        p = outputs.softmax(-1)
+        products = (products - (p * products).sum(-1, keepdim=True)) * p.sqrt()
+    elif isinstance(likelihood, Bernoulli):
+        s = outputs.sigmoid()
+        products = products * (s * (1 - s)).sqrt()
+    elif isinstance(likelihood, Gaussian):
+        products = products / math.sqrt(likelihood.variance)
+    else:
+        raise ValueError(
+            f"the likelihood {likelihood.name!r} has no known Hessian in its outputs; forecasts need classification, "
+            "language modelling, bernoulli or regression"
+        )
+    if reading.valid is not None:
+        products = products * reading.valid[..., None]
+    flat = products.flatten(1)
+    return flat @ flat.T

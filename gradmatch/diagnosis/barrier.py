@@ -1,0 +1,45 @@
+"""Loss along straight paths: from the base to a merge, and between fine-tunes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """(1 - s) start + s end over the floating tensors of both; others are taken from `end`. Extrapolates outside [0, 1]."""
+    return {
+        name: torch.lerp(start[name].to(value), value, share)
+        if value.is_floating_point() and name in start
+        else value
+        for name, value in end.items()
+    }
+
+
+def path_losses(
+    start: Mapping[str, Tensor],
+    end: Mapping[str, Tensor],
+    loss: Callable[[Mapping[str, Tensor]], float],
+    points: Sequence[float] = POINTS,
+) -> list[tuple[float, float]]:
+    """(s, loss of (1 - s) start + s end) for each s; units of the loss."""
+    return [(share, loss(interpolate(start, end, share))) for share in points]
+
+
+def barrier_height(path: Sequence[tuple[float, float]]) -> float:
+    """max_s [l(s) - ((1 - s) l(0) + s l(1))]: how far the path rises above the straight line (Frankle et al. 2020).
+
+    Raises:
+        ValueError: fewer than two points.
+    """
+    if len(path) < 2:
+        raise ValueError(f"a barrier needs the loss at both ends, got {len(path)} points")
+    (first, low), (last, high) = path[0], path[-1]
+    return max(loss - (low + (high - low) * (share - first) / (last - first)) for share, loss in path)
