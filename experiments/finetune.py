@@ -30,18 +30,18 @@ def finetune(
     warmup_steps: int,
     weight_decay: float,
 ) -> None:
-    """Fine-tune `start` on the training examples of `domains`, all taken together; `out` loads with from_pretrained.
+    """Fine-tune `start` on the training examples of `domains`, all taken together.
 
-    start: the folder of another run, or an encoder's name together with `num_labels` for a new head. Beside the model:
-    `optimizer.pt` (AdamW's moments, as Trainer saves them) and `training.json` (loss, precision).
+    start: the folder of another run, or an encoder's name together with `num_labels` for a new head. Writes `out/model`,
+    `out/optimizer.pt` (AdamW's moments, as Trainer saves them) and `out/training.json` (losses, precision).
     """
     set_seed(seed)
-    source = locate(str(start))
+    source = start / "model" if isinstance(start, Path) else locate(start)
     model, tokenizer = load_classifier(source, num_labels), AutoTokenizer.from_pretrained(source)
     rows = concatenate_datasets([load_split(data, domain, "train") for domain in domains])
     bfloat16 = uses_bfloat16(precision)
     arguments = TrainingArguments(
-        output_dir=str(out),
+        output_dir=str(out / "model"),
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
@@ -64,10 +64,10 @@ def finetune(
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    trainer.save_model(str(out))
-    tokenizer.save_pretrained(out)
+    trainer.save_model(str(out / "model"))
+    tokenizer.save_pretrained(out / "model")
     torch.save(trainer.optimizer.state_dict(), out / "optimizer.pt")
-    (out / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
+    (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
     losses = [
         {"step": log["step"], "loss": log["loss"]} for log in trainer.state.log_history if "loss" in log
     ]

@@ -1,0 +1,39 @@
+"""Stage: the curvature of a model on its own training data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from estimators import estimate
+from experiments.models import batches, load_classifier, load_split, subset
+
+
+def curvature(
+    out: Path,
+    *,
+    data: Path,
+    model: Path,
+    domain: str,
+    examples: int,
+    samples: int,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Monte-Carlo Fisher with the measured gradient, from `examples` of the training set, of the loss summed over it.
+
+    Writes `out/curvature.safetensors`. N is the size of the training set, also where the Fisher is taken from a part.
+    """
+    classifier = load_classifier(model / "model")
+    rows = load_split(data, domain, "train")
+    seen = subset(rows, examples, seed)
+    device = next(classifier.parameters()).device
+    found = estimate(
+        classifier,
+        [batch for _, batch in batches(seen, batch_size, device)],
+        method="fisher",
+        num_examples=len(rows),
+        samples=samples,
+        seed=seed,
+        gradient=True,
+    )
+    found.save(out / "curvature.safetensors")

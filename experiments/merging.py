@@ -1,0 +1,90 @@
+"""Stages: merge fine-tuned models, and choose a merge's option on validation examples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.evaluate import measure, predict, with_averages
+from experiments.models import load_classifier, load_split
+from gradmatch import Task, merge
+
+CURVATURE = "curvature.safetensors"
+
+
+def merge_stage(
+    out: Path,
+    *,
+    method: str,
+    alpha: float,
+    options: Mapping[str, Any],
+    choice: Path | None = None,
+    **sources: Any,
+) -> None:
+    """Merge into `out/model`, a folder that from_pretrained loads; `choice` is the folder of a `choose` stage.
+
+    sources: base, tasks, base_curvature, curvatures (folders of stages), delta0.
+    """
+    chosen = json.loads((choice / "choice.json").read_text())["chosen"] if choice else {}
+    merged_model(method, alpha, {**options, **chosen}, out=out / "model", **sources)
+
+
+def merged_model(
+    method: str,
+    alpha: float,
+    options: Mapping[str, Any],
+    *,
+    base: Path,
+    tasks: Mapping[str, Path],
+    base_curvature: Path,
+    curvatures: Mapping[str, Path],
+    delta0: float,
+    out: Path | None = None,
+) -> Any:
+    """theta of one rule; an option called `alpha` replaces the weight of every task."""
+    given = dict(options)
+    weight = given.pop("alpha", alpha)
+    merge_tasks = [
+        Task(str(folder / "model"), str(curvatures[name] / CURVATURE), weight=weight, name=name)
+        for name, folder in tasks.items()
+    ]
+    h0 = str(base_curvature / CURVATURE)
+    return merge(
+        str(base / "model"), merge_tasks, method=method, base_curvature=h0, delta0=delta0, out=out, **given
+    )
+
+
+def choose(
+    out: Path,
+    *,
+    method: str,
+    alpha: float,
+    options: Mapping[str, Any],
+    grid: Mapping[str, Sequence[float]],
+    data: Path,
+    domains: Sequence[str],
+    **sources: Any,
+) -> None:
+    """Try each value of the grid's one option on the validation examples; `out/choice.json` keeps all and the best.
+
+    Best: lowest negative log-likelihood, macro average over the domains. Test examples are never read.
+    """
+    ((option, values),) = grid.items()
+    model = load_classifier(sources["base"] / "model")
+    rows = {domain: load_split(data, domain, "validation") for domain in domains}
+    tried = []
+    for value in tqdm(values, desc=f"choosing {option}"):
+        model.load_state_dict(
+            dict(merged_model(method, alpha, {**options, option: value}, **sources)), strict=False
+        )
+        metrics = with_averages({domain: measure(*predict(model, rows[domain])) for domain in domains})
+        tried.append(
+            {"value": value, "nll": metrics["macro"]["nll"], "accuracy": metrics["macro"]["accuracy"]}
+        )
+    best = min(tried, key=lambda cell: cell["nll"])
+    card = {"chosen": {option: best["value"]}, "tried": tried}
+    (out / "choice.json").write_text(json.dumps(card, indent=1), encoding="utf-8")

@@ -1,0 +1,68 @@
+"""Stages: the gradient mismatch of a merged model (Eqs. 6 and 10), against the joint objective sum_t l_t."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from estimators import Curvature
+from experiments.models import batches, load_classifier, load_split, subset
+from gradmatch.diagnosis.mismatch import gradient_mismatch
+from gradmatch.diagnosis.objective import Objective
+
+
+def objective(data: Path, model: Path, domain: str, examples: int, seed: int) -> Objective:
+    """l_t: the loss of a domain's training set, from `examples` of it, scaled up to all."""
+    rows = load_split(data, domain, "train")
+    module = load_classifier(model / "model")
+    device = next(module.parameters()).device
+    chosen = [batch for _, batch in batches(subset(rows, examples, seed), 32, device)]
+    return Objective(module, chosen, num_examples=len(rows))
+
+
+def task_gradient(out: Path, *, data: Path, model: Path, domain: str, examples: int, seed: int) -> None:
+    """grad l_t(theta_t) of a fine-tuned model, which the mismatch of every merge is compared with."""
+    loss = objective(data, model, domain, examples, seed)
+    save_file(loss.gradient(dict(loss.module.state_dict())), out / "gradient.safetensors")
+
+
+def mismatch(
+    out: Path,
+    *,
+    data: Path,
+    model: Path,
+    gradients: Mapping[str, Path],
+    base_curvature: Path,
+    examples: int,
+    seed: int,
+    delta0: float,
+) -> None:
+    """Norms of m_t, of sum_t m_t and of H0^-1 sum_t m_t for one merged model, in `out/mismatch.json`.
+
+    All weights are 1 whatever the merge's own: every merge is an estimate of the same joint model, which minimises
+    sum_t l_t + 1/2 ||theta - theta0||^2_{H0}, and is measured against it.
+    """
+    losses = {domain: objective(data, model, domain, examples, seed) for domain in gradients}
+    theta = dict(next(iter(losses.values())).module.state_dict())
+    h0 = Curvature.load(base_curvature / "curvature.safetensors")
+    found = gradient_mismatch(
+        theta,
+        dict.fromkeys(losses, theta),  # the fine-tunes' own gradients are stored
+        lambda domain, weights: losses[domain].gradient(weights),
+        dict.fromkeys(losses, 1.0),
+        {domain: loss.num_examples for domain, loss in losses.items()},
+        stored={domain: load_file(folder / "gradient.safetensors") for domain, folder in gradients.items()},
+        h0={name: h0.total(name) for name in h0},
+        delta0=delta0,
+    )
+    card = {
+        "total": found.total_norm(),
+        "per_example": found.per_example(),
+        "preconditioned": found.preconditioned_norm(),
+        "tasks": found.task_norms(),
+        "layers": found.layers()["total"],
+    }
+    (out / "mismatch.json").write_text(json.dumps(card, indent=1), encoding="utf-8")

@@ -1,0 +1,166 @@
+"""What a run prints: tables of records, and what they mean in sentences made from the numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean
+
+from experiments.records import Record, mean_over_seeds, models_in_order, of_kind
+
+Value = Callable[[Record], "float | None"]
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = [
+            cell.ljust(width) if not column else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join([first, *rest]).rstrip()
+
+    return "\n".join([line(header), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows)])
+
+
+def sentiment_report(records: Sequence[Record]) -> str:
+    """The table of every model, two sentences on it, and the folder of the merge that the paper proposes."""
+    evaluations = of_kind(records, "evaluation")
+    if not evaluations:
+        return "nothing was evaluated"
+    parts = [_sentiment_table(evaluations), _choices(evaluations), " ".join(_sentences(records))]
+    folders = [
+        f"  {record['model']:<12} {record['folder']}" for record in evaluations if record["role"] == "merge"
+    ]
+    parts.append("\n".join(["Merged models (each loads with transformers' from_pretrained):", *folders]))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _sentiment_table(evaluations: Sequence[Record]) -> str:
+    domains = evaluations[0]["domains"]
+
+    def metric(part: str, name: str, scale: float = 1.0) -> Value:
+        return lambda record: scale * record["metrics"][part][name]
+
+    def mismatch(name: str) -> Value:
+        return lambda record: record["mismatch"][name] if "mismatch" in record else None
+
+    columns: list[tuple[str, Value, str]] = [
+        (domain, metric(domain, "accuracy", 100), ".1f") for domain in domains
+    ]
+    columns += [
+        ("macro", metric("macro", "accuracy", 100), ".1f"),
+        ("per ex.", metric("per_example", "accuracy", 100), ".1f"),
+    ]
+    columns += [("NLL", metric("macro", "nll"), ".3f"), ("ECE", metric("macro", "ece"), ".3f")]
+    columns += [
+        ("mismatch/n", mismatch("per_example"), ".3f"),
+        ("preconditioned", mismatch("preconditioned"), ".3g"),
+    ]
+    rows = []
+    for model in models_in_order(evaluations):
+        of_model = [record for record in evaluations if record["model"] == model]
+        values = [(mean_over_seeds(of_model, value), form) for _, value, form in columns]
+        rows.append([model, *(format(value[0], form) if value else "" for value, form in values)])
+    seeds = len({record["seed"] for record in evaluations})
+    tests = sum(evaluations[0]["metrics"][domain]["n"] for domain in domains)
+    title = f"Test accuracy in %, {tests} texts, " + (f"mean of {seeds} seeds" if seeds > 1 else "one seed")
+    return f"{title}\n\n" + format_table(["model", *(name for name, _, _ in columns)], rows)
+
+
+def _choices(evaluations: Sequence[Record]) -> str:
+    """Which values were chosen on validation examples."""
+    chosen: dict[str, list[str]] = {}
+    for record in evaluations:
+        for option, value in record.get("choice", {}).get("chosen", {}).items():
+            chosen.setdefault(f"{record['model']}: {option}", []).append(f"{value:g}")
+    return "\n".join(
+        f"chosen on validation data, {name} = {', '.join(values)}" for name, values in chosen.items()
+    )
+
+
+def _sentences(records: Sequence[Record]) -> list[str]:
+    """Two sentences: who is better and how surely; what the mismatch says about it."""
+    sentences = []
+    for comparison in of_kind(records, "comparison")[:1]:
+        sentences.append(comparison_sentence(comparison, records))
+    correlation = mismatch_correlation(records)
+    ratio = _mismatch_ratio(records)
+    if correlation is not None and ratio:
+        rho, merges = correlation
+        verdict = "predicts which merge errs less" if rho >= 0.6 else "does not tell which merge errs less"
+        sentences.append(
+            f"{ratio}, and over the {merges} merges the mismatch, which needs no test data, {verdict} "
+            f"(Spearman {rho:.2f} with the test error on the tasks)."
+        )
+    return sentences
+
+
+def comparison_sentence(comparison: Record, records: Sequence[Record]) -> str:
+    """`A` beats / does not beat `B`, by how much, with its interval, and how far the joint model is."""
+    ours, theirs = comparison["ours"], comparison["theirs"]
+    points, low, high = (100 * comparison[key] for key in ("difference", "low", "high"))
+    verb = "beats" if low > 0 else "loses to" if high < 0 else "is not told apart from"
+    joint = _macro(records, "joint")
+    reference = f"; the joint model stands at {joint:.1f}" if joint is not None else ""
+    return (
+        f"{ours} ({_macro(records, ours):.1f} %) {verb} {theirs} ({_macro(records, theirs):.1f} %) by {points:+.1f} points of "
+        f"macro accuracy (95 % paired bootstrap interval {low:+.1f} to {high:+.1f}){reference}, "
+        f"and the best merge is {_best(records)}."
+    )
+
+
+def mismatch_correlation(records: Sequence[Record]) -> tuple[float, int] | None:
+    """Spearman's rho between total mismatch and test error on the tasks over the merges, mean over seeds; their number."""
+    from experiments.statistics import spearman
+
+    merges = [
+        record
+        for record in of_kind(records, "evaluation")
+        if record["role"] == "merge" and "mismatch" in record
+    ]
+    rhos = []
+    for seed in dict.fromkeys(record["seed"] for record in merges):
+        cells = [record for record in merges if record["seed"] == seed]
+        errors = [1 - record["metrics"]["tasks"]["accuracy"] for record in cells]
+        rhos.append(spearman([record["mismatch"]["total"] for record in cells], errors))
+    if not rhos or any(math.isnan(rho) for rho in rhos):
+        return None
+    return fmean(rhos), len({record["model"] for record in merges})
+
+
+def _mismatch_ratio(records: Sequence[Record]) -> str:
+    comparison = next(iter(of_kind(records, "comparison")), None)
+    if comparison is None:
+        return ""
+    sizes = [
+        mean_over_seeds(
+            _of_model(records, comparison[side]), lambda record: record.get("mismatch", {}).get("total")
+        )
+        for side in ("ours", "theirs")
+    ]
+    if sizes[0] is None or sizes[1] is None:
+        return ""
+    return f"The gradient mismatch of {comparison['ours']} is {sizes[0][0] / sizes[1][0]:.2f} times that of {comparison['theirs']}"
+
+
+def _of_model(records: Sequence[Record], model: str) -> list[Record]:
+    return [record for record in of_kind(records, "evaluation") if record["model"] == model]
+
+
+def _macro(records: Sequence[Record], model: str) -> float | None:
+    found = mean_over_seeds(
+        _of_model(records, model), lambda record: 100 * record["metrics"]["macro"]["accuracy"]
+    )
+    return found[0] if found else None
+
+
+def _best(records: Sequence[Record]) -> str:
+    merges = dict.fromkeys(
+        record["model"] for record in of_kind(records, "evaluation") if record["role"] == "merge"
+    )
+    scores = {model: _macro(records, model) or 0.0 for model in merges}
+    best = max(scores, key=lambda model: scores[model])
+    return f"{best} with {scores[best]:.1f}"

@@ -1,0 +1,379 @@
+"""The paper's core experiment: base, fine-tunes, joint model, merges, and the gradient mismatch of each merge.
+
+The base is an encoder fine-tuned on one domain, the tasks are fine-tuned from it, the joint model (the target of every
+merge) is fine-tuned from it on all tasks together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from experiments.config import Strict, Study, Training
+from experiments.pipeline import Stage, card, is_done
+from experiments.records import Record
+from gradmatch.plan import Request
+
+
+class Data(Strict):
+    """Which texts: `vader` (four domains from PyPI), or a folder with one `<domain>.jsonl` of text, label, document."""
+
+    source: str = "vader"
+    base: str = "movies"
+    tasks: tuple[str, ...] = ("amazon", "tweets", "nyt")
+    max_length: int = Field(default=64, gt=2)
+    validation: int | None = Field(default=None, gt=0)  # at most so many per domain; None: all
+    test: int | None = Field(default=None, gt=0)
+    split_seed: int = 0
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Data:
+        if not self.tasks or len({self.base, *self.tasks}) != 1 + len(self.tasks):
+            raise ValueError(
+                "`base` and `tasks` must name one base domain and at least one task, all different"
+            )
+        return self
+
+    @property
+    def domains(self) -> list[str]:
+        """The base's domain, then the tasks'."""
+        return [self.base, *self.tasks]
+
+
+class Fisher(Strict):
+    """How the curvature of each model is estimated: Monte-Carlo Fisher with the measured gradient."""
+
+    examples: int = Field(default=500, gt=1)
+    samples: int = Field(default=1, gt=0)
+    batch_size: int = Field(default=32, gt=0)
+
+
+class Merge(Strict):
+    """One merge: a rule, the weight alpha of every task, options of the rule; `choose` lists values to choose among.
+
+    `alpha` and each option may be chosen: by the lowest negative log-likelihood on validation examples, macro average.
+    """
+
+    method: str
+    alpha: float = 1.0
+    options: dict[str, Any] = Field(default_factory=dict)
+    choose: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _choice(self) -> Merge:
+        if len(self.choose) > 1 or any(not values for values in self.choose.values()):
+            raise ValueError("`choose` takes one option with a list of values")
+        for name, values in self.choose.items():
+            for value in values:
+                check_merge(self.method, {**self.options, name: value})
+        check_merge(self.method, self.options)
+        return self
+
+
+def check_merge(method: str, options: Mapping[str, Any]) -> None:
+    """Refuse a rule or an option that `gradmatch.merge` does not know, before anything runs. Raises ValueError."""
+    own = {field.name for field in dataclasses.fields(Request)}
+    known = {key: value for key, value in options.items() if key in own}
+    Request(
+        method, options={key: value for key, value in options.items() if key not in {*own, "alpha"}}, **known
+    )
+
+
+class Config(Study):
+    """Keys of a sentiment config."""
+
+    experiment: Literal["sentiment"]
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    encoder: str = "encoder"  # an asset, a folder, or a hub name
+    data: Data = Data()
+    base_training: Training
+    task_training: Training
+    joint_training: Training
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    fisher: Fisher = Fisher()
+    mismatch_examples: int = Field(default=300, gt=0)
+    delta0: float = Field(default=1e-6, ge=0)
+    merges: dict[str, Merge]
+    compare: tuple[
+        tuple[str, str], ...
+    ] = ()  # pairs of models: paired bootstrap of the difference of macro accuracy
+
+    @model_validator(mode="after")
+    def _known_models(self) -> Config:
+        own = ["base", *self.data.tasks, "joint"]
+        for model in self.merges:
+            if model in own:
+                raise ValueError(f"a merge may not be called {model!r}: that is one of {', '.join(own)}")
+        for model in (name for pair in self.compare for name in pair):
+            if model not in own and model not in self.merges:
+                raise ValueError(
+                    f"`compare` names {model!r}, but there are {', '.join([*own, *self.merges])}"
+                )
+        return self
+
+
+SOURCES = ("experiments.models", "experiments.assets")
+MERGING = (
+    "gradmatch.merging",
+    "gradmatch.engine",
+    "gradmatch.rules",
+    "gradmatch.checkpoint",
+    "estimators.curvature",
+)
+
+
+class Cells:
+    """The stages of one config, by what they are of: one object, so that each is made once and read by name."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        data = config.data
+        self.data = Stage(
+            "sentiment/data",
+            "experiments.tasks.sentiment:prepare",
+            {
+                "source": data.source,
+                "domains": data.domains,
+                "encoder": config.encoder,
+                "max_length": data.max_length,
+                "limits": {"validation": data.validation, "test": data.test},
+                "split_seed": data.split_seed,
+            },
+            code=SOURCES,
+            seconds=10,
+        )
+        self.trained: dict[tuple[int, str], Stage] = {}
+        self.curvatures: dict[tuple[int, str], Stage] = {}
+        self.choices: dict[tuple[int, str], Stage] = {}
+        self.merged: dict[tuple[int, str], Stage] = {}
+        self.evaluations: dict[tuple[int, str], Stage] = {}
+        self.mismatches: dict[tuple[int, str], Stage] = {}
+        for seed in config.seeds:
+            self._train(seed)
+            self._merge(seed)
+        self.comparisons = {pair: self._compare(*pair) for pair in config.compare}
+
+    def all(self) -> list[Stage]:
+        """Every stage; what they need comes with them."""
+        groups = (self.evaluations, self.mismatches)
+        return [stage for group in groups for stage in group.values()] + list(self.comparisons.values())
+
+    def _train(self, seed: int) -> None:
+        config, data = self.config, self.config.data
+        base = self._finetune(seed, "base", [data.base], config.base_training, None)
+        for task in data.tasks:
+            self._finetune(seed, task, [task], config.task_training, base)
+        self._finetune(seed, "joint", list(data.tasks), config.joint_training, base)
+
+    def _finetune(
+        self, seed: int, name: str, domains: list[str], training: Training, start: Stage | None
+    ) -> Stage:
+        new_head = {"start": self.config.encoder, "num_labels": 2}
+        stage = Stage(
+            f"sentiment/seed{seed}/{name}",
+            "experiments.finetune:finetune",
+            {
+                "domains": domains,
+                "precision": self.config.precision,
+                "seed": seed,
+                **training.model_dump(),
+                **({} if start else new_head),
+            },
+            {"data": self.data, **({"start": start} if start else {})},
+            SOURCES,
+            2 + training.steps * training.batch_size * 0.0085,
+        )
+        self.trained[seed, name] = stage
+        self._evaluate(seed, name, stage)
+        return stage
+
+    def _evaluate(self, seed: int, name: str, model: Stage) -> None:
+        settings = {"domains": self.config.data.domains, "split": "test"}
+        self.evaluations[seed, name] = Stage(
+            f"sentiment/seed{seed}/evaluate-{_slug(name)}",
+            "experiments.evaluate:evaluate",
+            settings,
+            {"data": self.data, "model": model},
+            SOURCES,
+            (self.config.data.test or 1000) * len(self.config.data.domains) / 230,
+        )
+
+    def _merge(self, seed: int) -> None:
+        config, tasks = self.config, self.config.data.tasks
+        for name, domain in [("base", config.data.base), *((task, task) for task in tasks)]:
+            self.curvatures[seed, name] = Stage(
+                f"sentiment/seed{seed}/curvature-{name}",
+                "experiments.estimation:curvature",
+                {"domain": domain, "seed": seed, **config.fisher.model_dump()},
+                {"data": self.data, "model": self.trained[seed, name]},
+                (*SOURCES, "estimators"),
+                config.fisher.examples * config.fisher.samples * 0.03,
+            )
+        self.gradients = {
+            task: Stage(
+                f"sentiment/seed{seed}/gradient-{task}",
+                "experiments.mismatch:task_gradient",
+                {"domain": task, "seed": seed, "examples": config.mismatch_examples},
+                {"data": self.data, "model": self.trained[seed, task]},
+                (*SOURCES, "gradmatch.diagnosis"),
+                config.mismatch_examples / 60,
+            )
+            for task in tasks
+        }
+        self._mismatch(seed, "joint", self.trained[seed, "joint"])
+        sources = {
+            "base": self.trained[seed, "base"],
+            "tasks": {task: self.trained[seed, task] for task in tasks},
+            "base_curvature": self.curvatures[seed, "base"],
+            "curvatures": {task: self.curvatures[seed, task] for task in tasks},
+        }
+        for name, spec in config.merges.items():
+            settings = {
+                "method": spec.method,
+                "alpha": spec.alpha,
+                "options": spec.options,
+                "delta0": config.delta0,
+            }
+            inputs: dict[str, Any] = dict(sources)
+            if spec.choose:
+                grid = {option: list(values) for option, values in spec.choose.items()}
+                examples = (config.data.validation or 500) * len(config.data.domains)
+                inputs["choice"] = self.choices[seed, name] = Stage(
+                    f"sentiment/seed{seed}/choose-{_slug(name)}",
+                    "experiments.merging:choose",
+                    {**settings, "grid": grid, "domains": config.data.domains},
+                    {**sources, "data": self.data},
+                    (*SOURCES, *MERGING, "experiments.evaluate"),
+                    len(next(iter(grid.values()))) * examples / 220,
+                )
+            self.merged[seed, name] = Stage(
+                f"sentiment/seed{seed}/merge-{_slug(name)}",
+                "experiments.merging:merge_stage",
+                settings,
+                inputs,
+                MERGING,
+                2,
+            )
+            self._evaluate(seed, name, self.merged[seed, name])
+            self._mismatch(seed, name, self.merged[seed, name])
+
+    def _mismatch(self, seed: int, name: str, model: Stage) -> None:
+        config = self.config
+        self.mismatches[seed, name] = Stage(
+            f"sentiment/seed{seed}/mismatch-{_slug(name)}",
+            "experiments.mismatch:mismatch",
+            {"seed": seed, "examples": config.mismatch_examples, "delta0": config.delta0},
+            {
+                "data": self.data,
+                "model": model,
+                "gradients": self.gradients,
+                "base_curvature": self.curvatures[seed, "base"],
+            },
+            (*SOURCES, "gradmatch.diagnosis"),
+            config.mismatch_examples * len(config.data.tasks) / 60,
+        )
+
+    def _compare(self, ours: str, theirs: str) -> Stage:
+        seeds = self.config.seeds
+        return Stage(
+            f"sentiment/compare-{_slug(ours)}-{_slug(theirs)}",
+            "experiments.statistics:compare",
+            {"domains": self.config.data.domains},
+            {
+                "ours": {str(seed): self.evaluations[seed, ours] for seed in seeds},
+                "theirs": {str(seed): self.evaluations[seed, theirs] for seed in seeds},
+            },
+        )
+
+
+def stages(config: Config) -> list[Stage]:
+    """What has to run for the records of this config; what they need comes with them."""
+    return Cells(config).all()
+
+
+def records(config: Config, store: Path) -> list[Record]:
+    """One record per evaluated model and seed, one per comparison; stages that failed are left out."""
+    cells = Cells(config)
+    found = list(_evaluations(cells, store))
+    for (ours, theirs), stage in cells.comparisons.items():
+        if is_done(stage, store):
+            result = _read(stage, store, "comparison.json")
+            found.append(
+                {"kind": "comparison", "ours": ours, "theirs": theirs, **result, **_origin(stage, store)}
+            )
+    return [{"experiment": config.experiment, "name": config.name, **record} for record in found]
+
+
+def _evaluations(cells: Cells, store: Path) -> Iterator[Record]:
+    config = cells.config
+    for (seed, name), stage in cells.evaluations.items():
+        if not is_done(stage, store):
+            continue
+        metrics = _read(stage, store, "metrics.json")
+        tasks = [metrics[task] for task in config.data.tasks]
+        averages = {key: fmean(part[key] for part in tasks) for key in ("accuracy", "nll", "ece")}
+        record: Record = {
+            "kind": "evaluation",
+            "seed": seed,
+            "model": name,
+            "role": "merge"
+            if name in config.merges
+            else "base"
+            if name == "base"
+            else "joint"
+            if name == "joint"
+            else "task",
+            "metrics": {**metrics, "tasks": {**averages, "n": sum(part["n"] for part in tasks)}},
+            "domains": config.data.domains,
+            **_origin(stage, store),
+        }
+        if name in config.merges:
+            merged = cells.merged[seed, name]
+            spec = config.merges[name]
+            record |= {
+                "merge": {**spec.model_dump(exclude={"choose"}), "delta0": config.delta0},
+                "folder": str(merged.folder(store) / "model"),
+            }
+            if (seed, name) in cells.choices:
+                record["choice"] = _read(cells.choices[seed, name], store, "choice.json")
+        else:
+            trained = cells.trained[seed, name]
+            record |= {
+                "training_seconds": card(trained, store)["seconds"],
+                "folder": str(trained.folder(store) / "model"),
+            }
+            record["precision"] = _read(trained, store, "training.json")["precision"]
+        mismatch = cells.mismatches.get((seed, name))
+        if mismatch and is_done(mismatch, store):
+            record["mismatch"] = _read(mismatch, store, "mismatch.json")
+        yield record
+
+
+def _read(stage: Stage, store: Path, file: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((stage.folder(store) / file).read_text(encoding="utf-8"))
+    return content
+
+
+def _origin(stage: Stage, store: Path) -> Mapping[str, Any]:
+    """Where a record's numbers come from: its stage, commit, versions, machine, seconds."""
+    found = card(stage, store)
+    return {
+        key: found[key] for key in ("key", "commit", "versions", "machine", "threads", "seconds", "finished")
+    }
+
+
+def _slug(name: str) -> str:
+    return "".join(character if character.isalnum() else "_" for character in name).lower()
+
+
+def report(found: list[Record]) -> str:
+    """What the experiment prints: the table, what it means in two sentences, where the merged model lies."""
+    from experiments.report import sentiment_report
+
+    return sentiment_report(found)

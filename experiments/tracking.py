@@ -1,0 +1,43 @@
+"""Records and training curves to Weights & Biases: off by default, offline works (WANDB_MODE=offline)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from experiments.records import Record
+
+
+def log(config: Any, records: Iterable[Record]) -> None:
+    """One wandb run per model and seed, in a group of the config's name: its metrics, and its training losses where it has some."""
+    import wandb
+
+    for record in records:
+        if record["kind"] != "evaluation":
+            continue
+        name = f"{record['model']}-seed{record['seed']}"
+        settings = {**config.model_dump(), **{key: record[key] for key in ("commit", "versions", "machine")}}
+        run = wandb.init(
+            project="gradmatch", group=config.name, name=name, config=settings, reinit="finish_previous"
+        )
+        training = Path(record["folder"]).parent / "training.json"
+        if training.is_file():
+            for point in json.loads(training.read_text(encoding="utf-8"))["losses"]:
+                run.log({"train/loss": point["loss"]}, step=point["step"])
+        run.summary.update(
+            {
+                f"{part}/{key}": value
+                for part, values in record["metrics"].items()
+                for key, value in values.items()
+            }
+        )
+        run.summary.update(
+            {
+                f"mismatch/{key}": record["mismatch"][key]
+                for key in ("total", "preconditioned")
+                if "mismatch" in record
+            }
+        )
+        run.finish()
