@@ -1,0 +1,174 @@
+"""One batch, whatever its form: what goes into the model, the labels, the padding mask, and how many examples it has."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+LABEL_KEYS = ("labels", "label", "label_ids", "targets", "target")
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Batch:
+    """A batch on the model's device. An *example* is a row of it (one sequence for language models).
+
+    Attributes:
+        args, kwargs: what the model is called with; labels are taken out wherever the model does not require them.
+        labels: the true labels, or None.
+        mask: (B, T) bool, true at real tokens; or None.
+        ids: (B, T) token ids, or None.
+        size: number of examples B.
+        index: which batch of the run it is, for error messages.
+        first: index of its first example in the whole run; draws of labels depend on it.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Tensor | None
+    mask: Tensor | None
+    ids: Tensor | None
+    size: int
+    index: int = 0
+    first: int = 0
+    ignored: tuple[str, ...] = field(default=())
+
+    def rows(self, first: int, last: int) -> Batch:
+        """The batch made of rows first .. last-1; tensors whose leading dimension is not B are shared by all rows."""
+
+        def cut(value: Any) -> Any:
+            is_batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.size
+            return value[first:last] if is_batched else value
+
+        args, kwargs = pytree.tree_map(cut, (self.args, self.kwargs))
+        return Batch(
+            args,
+            kwargs,
+            cut(self.labels),
+            cut(self.mask),
+            cut(self.ids),
+            last - first,
+            self.index,
+            self.first + first,
+        )
+
+
+class BatchReader:
+    """Turns what an iterator yields into `Batch`es for one model.
+
+    Accepted: a mapping of tensors (HF style), `(inputs, targets)`, `(input, input, ..., targets)`, `(inputs,)`, or a
+    bare tensor. `inputs` may itself be a mapping or a tuple.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.device = device
+        self.model = model
+        self.parameters, self.takes_any = _forward_parameters(model)
+        self._warned: set[str] = set()
+
+    def __call__(self, raw: Any, index: int = 0, first: int = 0) -> Batch:
+        """Read one batch.
+
+        Raises:
+            TypeError: no mapping, tuple or tensor.
+            ValueError: no tensor in it, or no rows.
+        """
+        raw = pytree.tree_map(self._move, dict(raw) if isinstance(raw, Mapping) else raw)
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
+        labels: Any = None
+        if isinstance(raw, Mapping):
+            kwargs, labels, args = self._split_mapping(raw)
+        elif isinstance(raw, Tensor):
+            args = (raw,)
+        elif isinstance(raw, Sequence) and not isinstance(raw, str) and len(raw) > 0:
+            *inputs, labels = raw if len(raw) > 1 else (raw[0], None)
+            if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+                kwargs, inner, args = self._split_mapping(inputs[0])
+                labels = inner if labels is None else labels
+            elif len(inputs) == 1 and isinstance(inputs[0], (tuple, list)):
+                args = tuple(inputs[0])
+            else:
+                args = tuple(inputs)
+        else:
+            raise TypeError(
+                f"batch {index} is a {type(raw).__name__}; give a dict of tensors, an (inputs, targets) tuple or a tensor"
+            )
+        if labels is not None and not isinstance(labels, Tensor):
+            labels = torch.as_tensor(labels, device=self.device)
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        size = _batch_size(args, kwargs, index)
+        if isinstance(mask, Tensor):
+            mask = mask.bool() if mask.dim() == 2 else None
+        return Batch(args, kwargs, labels, mask, ids, size, index, first)
+
+    def _split_mapping(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], Any, tuple[Any, ...]]:
+        """Keyword inputs, labels and positional inputs of a mapping.
+
+        Keys that the model's forward does not know are left out, with one warning; where it knows none of them it gets
+        the only input, or the mapping, as its positional argument.
+        """
+        kwargs = dict(raw)
+        labels = None
+        for key in LABEL_KEYS:
+            if key in kwargs and not self._requires(key):
+                labels = kwargs.pop(key) if labels is None else labels
+            elif key in kwargs:
+                labels = kwargs[key]
+        if not self.takes_any and not set(kwargs) & set(self.parameters):
+            return {}, labels, tuple(kwargs.values()) if len(kwargs) == 1 else (kwargs,)
+        if not self.takes_any:
+            for key in [key for key in kwargs if key not in self.parameters]:
+                del kwargs[key]
+                if key not in self._warned:
+                    self._warned.add(key)
+                    log.warning("%s does not take %r: left out", type(self.model).__name__, key)
+        if labels is not None and "decoder_input_ids" in self.parameters:
+            shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+            if (
+                "decoder_input_ids" not in kwargs
+                and "decoder_inputs_embeds" not in kwargs
+                and shift is not None
+            ):
+                kwargs["decoder_input_ids"] = shift(labels=labels)
+        return kwargs, labels, ()
+
+    def _requires(self, key: str) -> bool:
+        parameter = self.parameters.get(key)
+        return parameter is not None and parameter.default is inspect.Parameter.empty
+
+    def _move(self, value: Any) -> Any:
+        return value.detach().to(self.device) if isinstance(value, Tensor) else value
+
+
+def _forward_parameters(model: nn.Module) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The named parameters of model.forward (of the innermost model for wrappers), and whether it takes any keyword."""
+    parameters = dict(inspect.signature(model.forward).parameters)
+    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    inner = getattr(model, "get_base_model", None)  # PEFT wrappers take **kwargs for the model inside
+    if takes_any and callable(inner):
+        below, _ = _forward_parameters(inner())
+        parameters = {**below, **parameters}
+    return parameters, takes_any
+
+
+def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> int:
+    """Rows of the batch: the leading dimension of its first input (input_ids and pixel_values before others).
+
+    Raises:
+        ValueError: no tensor, or no rows.
+    """
+    preferred = [kwargs[key] for key in ("input_ids", "inputs_embeds", "pixel_values") if key in kwargs]
+    for value in pytree.tree_leaves((preferred, args, kwargs)):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            if value.shape[0] == 0:
+                raise ValueError(f"batch {index} is empty: its first input has shape {list(value.shape)}")
+            return int(value.shape[0])
+    raise ValueError(f"batch {index} holds no input tensor; keys: {sorted(kwargs) or 'none'}")

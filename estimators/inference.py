@@ -1,0 +1,125 @@
+"""Which likelihood a model and its batches call for, where the user did not say."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import Tensor, nn
+
+from estimators.batches import Batch
+from estimators.likelihood import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Likelihood,
+    Own,
+    OwnLikelihood,
+    find_logits,
+)
+
+LIKELIHOODS = (
+    "auto", "classification", "bernoulli", "causal_lm", "masked_lm", "seq2seq", "token_classification", "regression",
+)  # fmt: skip
+ALIASES = {"multi_label": "bernoulli", "gaussian": "regression", "categorical": "classification"}
+HEADS = (
+    ("ForTokenClassification", "token_classification"),
+    ("ForSemanticSegmentation", "segmentation"),
+    ("ForMaskedLM", "masked_lm"),
+    ("MaskedLMHeadModel", "masked_lm"),
+    ("ForCausalLM", "causal_lm"),
+    ("LMHeadModel", "causal_lm"),
+    ("ForConditionalGeneration", "seq2seq"),
+    ("ForSeq2SeqLM", "seq2seq"),
+)
+NUMBERED = (
+    "ForSequenceClassification",
+    "ForImageClassification",
+    "ForAudioClassification",
+    "ForVideoClassification",
+)
+
+
+def make_likelihood(given: str | Any) -> Likelihood | None:
+    """The likelihood of a name or of a user's object; None for "auto", which needs a batch.
+
+    Raises:
+        ValueError: unknown name.
+        TypeError: an object without sample and log_prob.
+    """
+    if isinstance(given, (Categorical, Bernoulli, Gaussian, Own)):
+        return given
+    if isinstance(given, str):
+        name = ALIASES.get(given, given)
+        if name not in LIKELIHOODS:
+            close = difflib.get_close_matches(name, LIKELIHOODS, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(LIKELIHOODS)}"
+            raise ValueError(f"unknown likelihood {given!r}{hint}")
+        if name == "auto":
+            return None
+        return {"bernoulli": Bernoulli, "regression": Gaussian}.get(name, lambda: Categorical(name))()
+    if isinstance(given, OwnLikelihood):
+        return Own(given)
+    raise TypeError(
+        f"likelihood must be a name ({', '.join(LIKELIHOODS)}) or an object with sample(output, generator) and "
+        f"log_prob(output, labels), got {type(given).__name__}"
+    )
+
+
+def infer_likelihood(model: nn.Module, output: Any, batch: Batch) -> Likelihood:
+    """HF models by their head and problem type; other modules by the shapes of outputs and labels.
+
+    Raises:
+        ValueError: the shapes leave it open; the message says what to pass.
+    """
+    base = getattr(model, "get_base_model", None)
+    inner = base() if callable(base) else model
+    name = type(inner).__name__
+    logits, labels = find_logits(output), batch.labels
+    if hasattr(inner, "config"):
+        for ending, kind in HEADS:
+            if name.endswith(ending):
+                return (
+                    Categorical("token_classification", class_dim=1)
+                    if kind == "segmentation"
+                    else Categorical(kind)
+                )
+        if name.endswith(NUMBERED):
+            return _by_problem_type(inner.config, labels)
+    return _by_shape(logits, labels)
+
+
+def _by_problem_type(config: Any, labels: Tensor | None) -> Likelihood:
+    """HF's own rule: config.problem_type, else one label is regression, whole-number labels are classes."""
+    kind = getattr(config, "problem_type", None)
+    if kind is None:
+        if getattr(config, "num_labels", 2) == 1:
+            kind = "regression"
+        elif labels is not None and labels.is_floating_point():
+            kind = "multi_label_classification"
+    if kind == "regression":
+        return Gaussian()
+    return Bernoulli() if kind == "multi_label_classification" else Categorical("classification")
+
+
+def _by_shape(logits: Tensor, labels: Tensor | None) -> Likelihood:
+    shape = list(logits.shape)
+    if labels is None:
+        if logits.dim() == 2 and shape[1] > 1:
+            return Categorical("classification")
+    elif labels.is_floating_point():
+        if labels.numel() == logits.numel():
+            return Gaussian()
+    elif list(labels.shape) == shape[:-1] or (
+        logits.dim() == 2 and labels.numel() == shape[0] and shape[1] > 1
+    ):
+        return Categorical("classification" if logits.dim() == 2 else "token_classification")
+    elif logits.dim() > 2 and list(labels.shape) == [shape[0], *shape[2:]]:
+        return Categorical("token_classification", class_dim=1)
+    elif labels.numel() == logits.numel():
+        return Bernoulli()
+    found = "no labels" if labels is None else f"labels {labels.dtype} of shape {list(labels.shape)}"
+    raise ValueError(
+        f"cannot tell the likelihood from logits of shape {shape} and {found}; pass likelihood= one of "
+        f"{', '.join(LIKELIHOODS[1:])}, or an object with sample and log_prob"
+    )

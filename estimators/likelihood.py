@@ -1,0 +1,465 @@
+"""What the model's outputs mean: p(y | x), and with it the gradients that every curvature estimate is made of.
+
+A likelihood turns the outputs of one batch into *seeds*: a tensor of the model's graph and the gradient of the summed
+loss -log p(y | x) with respect to it. An example is a row of the batch; the log-probability of a row sums over its
+predicted positions (tokens, outputs), padding and ignored labels excluded. Seeds come with three kinds of labels:
+the true ones, sampled ones, and the exact expectation over all labels, as the columns of a square root of the
+covariance of the gradient.
+
+One's own likelihood is any object with `sample(output, generator) -> labels` and `log_prob(output, labels) -> (B,)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from estimators.batches import Batch
+from estimators.randomness import draw_index
+
+IGNORE = -100
+Uniforms = Callable[[int], Tensor]  # number of values per example -> (B, count) in [0, 1)
+Seed = tuple[Tensor, Tensor]
+
+
+@runtime_checkable
+class OwnLikelihood(Protocol):
+    """What a user's own likelihood offers; `output` is exactly what the model returned."""
+
+    def sample(self, output: Any, generator: torch.Generator) -> Any:
+        """Labels drawn from the model, one per example."""
+
+    def log_prob(self, output: Any, labels: Any) -> Tensor:
+        """log p(labels | x) of every example, (B,), differentiable; example n must depend on row n alone."""
+
+
+@dataclass
+class Reading:
+    """What a likelihood reads off one batch.
+
+    Attributes:
+        output: the tensor of the model's graph that seeds differentiate.
+        view: the same values as (B, T, C): T predictions of C numbers for each example.
+        labels: (B, T) classes or (B, T, C) values, or None.
+        valid: (B, T) bool, the predictions that count, or None for all.
+        batch: where it came from, for messages.
+    """
+
+    output: Any
+    view: Tensor
+    labels: Any
+    valid: Tensor | None
+    batch: Batch
+
+    def count(self) -> int:
+        """Number of predictions that count."""
+        return int(self.valid.sum()) if self.valid is not None else self.view.shape[0] * self.view.shape[1]
+
+
+class Likelihood(Protocol):
+    """The interface between likelihoods and estimators."""
+
+    name: str
+
+    def read(self, output: Any, batch: Batch) -> Reading:
+        """Check shapes and find labels and padding."""
+
+    def true(self, reading: Reading) -> Seed:
+        """Gradient of the summed loss at the true labels."""
+
+    def sampled(self, reading: Reading, uniforms: Uniforms) -> Seed:
+        """Gradient of the summed loss at labels drawn from the model."""
+
+    def columns(self, reading: Reading) -> int | None:
+        """How many backward passes the exact expectation over labels takes, or None where it is out of reach."""
+
+    def exact(self, reading: Reading, column: int) -> Seed:
+        """One column l_k of a square root of the covariance of the gradient: sum_k l_k l_k' = E[g g']."""
+
+    def log_prob(self, reading: Reading) -> Tensor:
+        """log p(y | x) of the true labels, (B,), differentiable."""
+
+
+class Categorical:
+    """Softmax over classes, for one or several predictions a row.
+
+    Args:
+        name: "classification", "token_classification", "causal_lm", "masked_lm" or "seq2seq".
+        ignore_index: labels of this value do not count.
+        class_dim: where the logits keep their classes (1 for images of labels).
+    """
+
+    def __init__(self, name: str = "classification", ignore_index: int = IGNORE, class_dim: int = -1) -> None:
+        self.name, self.ignore_index, self.class_dim = name, ignore_index, class_dim
+
+    def read(self, output: Any, batch: Batch) -> Reading:
+        """Logits as (B, T, C), labels as (B, T), and which predictions count.
+
+        Raises:
+            ValueError: shapes that do not fit, or a masked language model without labels.
+        """
+        logits = checked_logits(output, batch)
+        if logits.dim() < 2:
+            raise ValueError(
+                f"{self.name} needs logits of shape (B, ..., classes), got {list(logits.shape)} in batch {batch.index}; "
+                'a single logit per example is likelihood="bernoulli"'
+            )
+        view = logits.detach().movedim(self.class_dim, -1)
+        places = list(view.shape[1:-1])
+        view = view.reshape(batch.size, -1, view.shape[-1])
+        labels = batch.labels
+        if self.name == "causal_lm" and labels is None:
+            labels = batch.ids
+        if self.name in ("masked_lm", "seq2seq") and labels is None:
+            raise ValueError(
+                f"{self.name} needs labels: they say which tokens are predicted (others: {IGNORE})"
+            )
+        if labels is not None:
+            if labels.is_floating_point() or labels.numel() != view.shape[0] * view.shape[1]:
+                raise ValueError(
+                    f"batch {batch.index}: {self.name} with logits {list(logits.shape)} needs whole-number labels of "
+                    f"shape {[batch.size, *places]}, got {labels.dtype} of shape {list(labels.shape)}"
+                )
+            labels = labels.reshape(view.shape[:2]).long()
+        mask = batch.mask if batch.mask is not None and batch.mask.shape == view.shape[:2] else None
+        valid = None if labels is None else labels != self.ignore_index
+        if self.name == "causal_lm" and labels is not None:
+            labels, valid = (
+                shift_left(labels, self.ignore_index),
+                shift_left(labels != self.ignore_index, False),
+            )
+            if mask is not None:  # a token is predicted where it and the one before it are real
+                valid = valid & mask & shift_left(mask, False)
+        elif self.name == "token_classification" and mask is not None:
+            valid = mask if valid is None else valid & mask
+        elif self.name == "causal_lm" and mask is not None:
+            valid = mask & shift_left(mask, False)
+        elif self.name == "causal_lm":
+            valid = shift_left(torch.ones(view.shape[:2], dtype=torch.bool, device=view.device), False)
+        return Reading(logits, view, labels, valid, batch)
+
+    def true(self, reading: Reading) -> Seed:
+        """d/df [-log softmax(f)_y] = p - onehot(y).
+
+        Raises:
+            ValueError: no labels, or one that is no class.
+        """
+        return self._seed(reading, _probabilities(reading), self._classes(reading))
+
+    def sampled(self, reading: Reading, uniforms: Uniforms) -> Seed:
+        """p - onehot(y) with y ~ p."""
+        probabilities = _probabilities(reading)
+        flat = probabilities.flatten(0, 1)
+        labels = draw_index(flat, uniforms(reading.view.shape[1]).reshape(-1))
+        return self._seed(reading, probabilities, labels.view(reading.view.shape[:2]))
+
+    def columns(self, reading: Reading) -> int | None:
+        """C - 1 for one prediction a row; the expectation over every token of a sequence is out of reach."""
+        return reading.view.shape[2] - 1 if reading.view.shape[1] == 1 else None
+
+    def exact(self, reading: Reading, column: int) -> Seed:
+        """Column k of the Cholesky factor of diag(p) - p p' in closed form (Tanabe & Sagae 1992).
+
+        With tails q_k = sum_{i > k} p_i: l_kk = sqrt(p_k q_k / q_{k-1}), l_ik = -l_kk p_i / q_k for i > k.
+        """
+        p = _probabilities(reading)
+        tails = p.flip(-1).cumsum(-1).flip(-1)  # q_{k-1}
+        here, after = tails[..., column], tails[..., column + 1]
+        tiny = torch.finfo(p.dtype).tiny
+        pivot = (p[..., column] * after / here.clamp(min=tiny)).sqrt()
+        gradient = -pivot[..., None] * p / after.clamp(min=tiny)[..., None]
+        gradient[..., column] = pivot
+        gradient[..., :column] = 0
+        return self._finish(reading, gradient)
+
+    def log_prob(self, reading: Reading) -> Tensor:
+        """sum_t log softmax(f_t)_{y_t} over the predictions that count, (B,)."""
+        classes = self._classes(reading)
+        logits = reading.output.movedim(self.class_dim, -1).reshape(reading.view.shape)
+        chosen = torch.log_softmax(_wide(logits), -1).gather(-1, classes.clamp(min=0)[..., None])[..., 0]
+        return (chosen if reading.valid is None else chosen.masked_fill(~reading.valid, 0)).sum(1)
+
+    def _classes(self, reading: Reading) -> Tensor:
+        labels, classes = reading.labels, reading.view.shape[2]
+        if labels is None:
+            raise ValueError(f"batch {reading.batch.index} has no labels; true labels are needed here")
+        counted = labels if reading.valid is None else labels[reading.valid]
+        if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= classes):
+            wrong = counted[(counted < 0) | (counted >= classes)][0]
+            raise ValueError(
+                f"batch {reading.batch.index}: label {int(wrong)} is out of range, the model has classes 0 to {classes - 1} "
+                f"({self.ignore_index} is ignored)"
+            )
+        return torch.as_tensor(labels)
+
+    def _seed(self, reading: Reading, probabilities: Tensor, labels: Tensor) -> Seed:
+        ones = probabilities.new_full((*labels.shape, 1), -1.0)
+        safe = labels if reading.valid is None else labels.masked_fill(~reading.valid, 0)
+        return self._finish(reading, probabilities.scatter_add_(-1, safe[..., None], ones))
+
+    def _finish(self, reading: Reading, gradient: Tensor) -> Seed:
+        """Ignored predictions out, and back to the shape and dtype of the model's own output."""
+        if reading.valid is not None and not bool(reading.valid.all()):
+            gradient.masked_fill_(~reading.valid[..., None], 0)
+        moved = reading.output.movedim(self.class_dim, -1)
+        return reading.output, gradient.view(moved.shape).movedim(-1, self.class_dim).to(reading.output.dtype)
+
+
+class Bernoulli:
+    """Independent yes/no outputs (multi-label): log p = sum_k y_k log s(f_k) + (1 - y_k) log(1 - s(f_k)), s the sigmoid.
+
+    Labels are 0, 1 or -100 (ignored), in the shape of the logits.
+    """
+
+    name = "bernoulli"
+
+    def read(self, output: Any, batch: Batch) -> Reading:
+        """Logits as (B, K, 1), labels likewise.
+
+        Raises:
+            ValueError: labels of another size, or outside 0 .. 1.
+        """
+        logits = checked_logits(output, batch)
+        view = logits.detach().reshape(batch.size, -1, 1)
+        labels, valid = _values(batch, view, logits), None
+        if labels is not None:
+            valid = (labels != IGNORE)[..., 0]
+            if bool(((labels < 0) | (labels > 1))[valid].any()):
+                raise ValueError(
+                    f"batch {batch.index}: bernoulli labels must lie in 0 .. 1 ({IGNORE} is ignored)"
+                )
+        return Reading(logits, view, labels, valid, batch)
+
+    def true(self, reading: Reading) -> Seed:
+        """d/df = s(f) - y.
+
+        Raises:
+            ValueError: no labels.
+        """
+        return _finish_values(reading, torch.sigmoid(_wide(reading.view)) - _required(reading))
+
+    def sampled(self, reading: Reading, uniforms: Uniforms) -> Seed:
+        """s(f) - y with y ~ Bernoulli(s(f))."""
+        p = torch.sigmoid(_wide(reading.view))
+        draws = uniforms(p.shape[1]).to(p.device)[..., None] < p
+        return _finish_values(reading, p - draws.to(p.dtype))
+
+    def columns(self, reading: Reading) -> int | None:
+        """One column per output."""
+        return int(reading.view.shape[1])
+
+    def exact(self, reading: Reading, column: int) -> Seed:
+        """sqrt(s (1 - s)) e_k."""
+        p = torch.sigmoid(_wide(reading.view))
+        return _finish_values(reading, _only((p * (1 - p)).sqrt(), column))
+
+    def log_prob(self, reading: Reading) -> Tensor:
+        """sum_k y_k log s(f_k) + (1 - y_k) log s(-f_k), (B,)."""
+        y, f = _required(reading), _wide(reading.output.reshape(reading.view.shape))
+        terms = y * torch.nn.functional.logsigmoid(f) + (1 - y) * torch.nn.functional.logsigmoid(-f)
+        return (terms if reading.valid is None else terms.masked_fill(~reading.valid[..., None], 0)).sum(
+            (1, 2)
+        )
+
+
+class Gaussian:
+    """Regression with noise of known variance: log p = -(y - f)^2 / (2 variance) + const, summed over outputs.
+
+    Args:
+        variance: of the noise, in squared units of the target. 1 makes the Fisher that of half the squared error.
+    """
+
+    name = "regression"
+
+    def __init__(self, variance: float = 1.0) -> None:
+        if not variance > 0 or not math.isfinite(variance):
+            raise ValueError(f"the noise variance must be positive and finite, got {variance}")
+        self.variance = variance
+
+    def read(self, output: Any, batch: Batch) -> Reading:
+        """Outputs as (B, K, 1), targets likewise.
+
+        Raises:
+            ValueError: targets of another size.
+        """
+        means = checked_logits(output, batch)
+        view = means.detach().reshape(batch.size, -1, 1)
+        return Reading(means, view, _values(batch, view, means), None, batch)
+
+    def true(self, reading: Reading) -> Seed:
+        """d/df = (f - y) / variance.
+
+        Raises:
+            ValueError: no targets.
+        """
+        return _finish_values(reading, (_wide(reading.view) - _required(reading)) / self.variance)
+
+    def sampled(self, reading: Reading, uniforms: Uniforms) -> Seed:
+        """(f - y) / variance with y ~ N(f, variance), so a standard normal over its deviation."""
+        noise = torch.special.ndtri(uniforms(reading.view.shape[1]).clamp(min=2.0**-54))
+        return _finish_values(reading, -noise[..., None].to(reading.view.device) / math.sqrt(self.variance))
+
+    def columns(self, reading: Reading) -> int | None:
+        """One column per output."""
+        return int(reading.view.shape[1])
+
+    def exact(self, reading: Reading, column: int) -> Seed:
+        """e_k / sqrt(variance)."""
+        flat = torch.ones_like(_wide(reading.view)) / math.sqrt(self.variance)
+        return _finish_values(reading, _only(flat, column))
+
+    def log_prob(self, reading: Reading) -> Tensor:
+        """-(y - f)^2 / (2 variance), without its constant, (B,)."""
+        f = _wide(reading.output.reshape(reading.view.shape))
+        return -((_required(reading) - f) ** 2).sum((1, 2)) / (2 * self.variance)
+
+
+class Own:
+    """A user's likelihood (`sample`, `log_prob`) behind the interface of the others."""
+
+    def __init__(self, given: OwnLikelihood) -> None:
+        self.given = given
+        self.name = str(getattr(given, "name", type(given).__name__))
+
+    def read(self, output: Any, batch: Batch) -> Reading:
+        """Keep the output as it is."""
+        return Reading(output, torch.empty(batch.size, 1, 1), batch.labels, None, batch)
+
+    def true(self, reading: Reading) -> Seed:
+        """Seed at log_prob itself.
+
+        Raises:
+            ValueError: no labels, or a log-probability of another shape than (B,).
+        """
+        loss = -self.log_prob(reading)
+        return loss, torch.ones_like(loss)
+
+    def sampled(self, reading: Reading, uniforms: Uniforms) -> Seed:
+        """Seed at log_prob of labels that `sample` drew from a generator seeded by the run and the batch."""
+        word = int(float(uniforms(1)[0, 0]) * 2**53)
+        labels = self.given.sample(reading.output, torch.Generator().manual_seed(word))
+        loss = -self._log_prob(reading, labels)
+        return loss, torch.ones_like(loss)
+
+    def columns(self, reading: Reading) -> int | None:
+        """Unknown for an arbitrary likelihood."""
+        return None
+
+    def exact(self, reading: Reading, column: int) -> Seed:
+        """Not available.
+
+        Raises:
+            ValueError: always; `columns` says so beforehand.
+        """
+        raise ValueError(
+            f"the likelihood {self.name} has no exact expectation over labels; use sampled labels"
+        )
+
+    def log_prob(self, reading: Reading) -> Tensor:
+        """The user's log_prob at the true labels, (B,).
+
+        Raises:
+            ValueError: no labels, or a log-probability of another shape than (B,).
+        """
+        return self._log_prob(reading, _required(reading))
+
+    def _log_prob(self, reading: Reading, labels: Any) -> Tensor:
+        value = self.given.log_prob(reading.output, labels)
+        if value.shape != (reading.batch.size,):
+            raise ValueError(
+                f"log_prob of {self.name} returned shape {list(value.shape)}, it must give one number per example: "
+                f"[{reading.batch.size}]"
+            )
+        return value
+
+
+def checked_logits(output: Any, batch: Batch) -> Tensor:
+    """The tensor of predictions in whatever the model returned, with B rows and no NaN.
+
+    Raises:
+        ValueError: another number of rows, or NaN.
+        TypeError: no tensor to be found.
+    """
+    logits = find_logits(output)
+    if logits.dim() == 0 or logits.shape[0] != batch.size:
+        raise ValueError(
+            f"batch {batch.index} has {batch.size} examples but the model returned logits of shape {list(logits.shape)}; "
+            "the first dimension must be the example"
+        )
+    if bool(torch.isnan(logits.detach().sum())) and bool(torch.isnan(logits).any()):
+        row = int(torch.isnan(logits.detach()).flatten(1).any(1).nonzero()[0])
+        raise ValueError(
+            f"the model's output is NaN in batch {batch.index}, row {row}: so is the loss, no curvature exists"
+        )
+    return logits
+
+
+def find_logits(output: Any) -> Tensor:
+    """A tensor itself; else `.logits` / ["logits"] (also "prediction_logits"); else the first floating tensor.
+
+    Raises:
+        TypeError: none of these.
+    """
+    if isinstance(output, Tensor):
+        return output
+    for key in ("logits", "prediction_logits", "out"):
+        value = output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
+        if isinstance(value, Tensor):
+            return value
+    leaves = list(output.values()) if isinstance(output, Mapping) else output
+    for value in leaves if isinstance(leaves, (list, tuple)) else ():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
+            return value
+    raise TypeError(
+        f"found no logits in the model's output of type {type(output).__name__}; return a tensor or an object with "
+        "`logits`, or pass your own likelihood (sample and log_prob)"
+    )
+
+
+def shift_left(values: Tensor, fill: Any) -> Tensor:
+    """values[:, t + 1] at t, and `fill` in the last place; (B, T)."""
+    return torch.cat([values[:, 1:], values.new_full((values.shape[0], 1), fill)], 1)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """At least single precision."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _probabilities(reading: Reading) -> Tensor:
+    return torch.softmax(_wide(reading.view), -1)
+
+
+def _values(batch: Batch, view: Tensor, output: Tensor) -> Tensor | None:
+    """Labels as (B, K, 1) numbers."""
+    if batch.labels is None:
+        return None
+    if batch.labels.numel() != view.numel():
+        raise ValueError(
+            f"batch {batch.index}: labels of shape {list(batch.labels.shape)} do not fit outputs of shape {list(output.shape)}"
+        )
+    return batch.labels.to(_wide(view).dtype).reshape(view.shape)
+
+
+def _required(reading: Reading) -> Any:
+    if reading.labels is None:
+        raise ValueError(f"batch {reading.batch.index} has no labels; true labels are needed here")
+    return reading.labels
+
+
+def _only(values: Tensor, column: int) -> Tensor:
+    """All but one output set to zero; (B, K, 1)."""
+    kept = torch.zeros_like(values)
+    kept[:, column] = values[:, column]
+    return kept
+
+
+def _finish_values(reading: Reading, gradient: Tensor) -> Seed:
+    if reading.valid is not None:
+        gradient = gradient.masked_fill(~reading.valid[..., None], 0)
+    return reading.output, gradient.reshape(reading.output.shape).to(reading.output.dtype)

@@ -1,0 +1,367 @@
+"""The engine: one forward and one ordinary backward of the whole batch give the gradient of every example.
+
+Units (a layer with its handler, or any module on the general path) keep their input when they are called; when the
+gradient arrives at their output, the two together hold every example's gradient of the unit's parameters. Parameters
+are frozen meanwhile, so autograd forms no summed weight gradients: those operations pay for ours. All uses of one
+parameter in a forward are gathered before its gradients are handed on, because they add before they are squared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from estimators.batches import Batch
+from estimators.general import Recorded, differentiable, per_example_gradients, summed_gradients
+from estimators.gradients import (
+    CHUNK_BYTES,
+    Dense,
+    Gradients,
+    Outer,
+    Reshaped,
+    Rows,
+    SetAside,
+    combine,
+    set_aside,
+)
+from estimators.handlers import Handler
+from estimators.layout import WHOLE
+from estimators.likelihood import Seed
+
+
+@dataclass
+class Unit:
+    """What turns the tensors of one module into per-example gradients.
+
+    Attributes:
+        name: of the module within the model.
+        parameters: name within the module -> name within the model.
+        handler: the layer's own formula, or None for the general path.
+        layout: where the examples lie, see `layout.py`.
+        expand: "" or how an output without examples gets them: "one" (its leading dimension is 1), "new" (it has none).
+        batched: general path: which leaves of the inputs are cut into examples.
+        vectorize: general path: whether the module runs under vmap.
+    """
+
+    module: nn.Module
+    name: str
+    parameters: dict[str, str]
+    handler: Handler | None
+    layout: str = "rows"
+    expand: str = ""
+    batched: list[bool] | None = None
+    vectorize: bool = False
+
+    def own(self) -> dict[str, nn.Parameter]:
+        """The parameters themselves, by their names within the module."""
+        return {local: self.module.get_parameter(local) for local in self.parameters}
+
+
+@dataclass
+class Call:
+    """One call of a unit in the current forward."""
+
+    unit: Unit
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Sink(Protocol):
+    """What receives the gradients of the parameters, one parameter at a time."""
+
+    whole: bool  # wants all examples of a parameter at once, even on the general path
+    summed: bool  # wants only sums over the batch
+
+    def add(self, name: str, gradients: Gradients) -> None:
+        """All uses of the parameter in this backward pass, combined."""
+
+    def add_aside(self, name: str, outer: Outer) -> bool:
+        """Take the matrix part of a shared embedding at once; False to wait for the other uses."""
+
+    def add_rest(self, name: str, aside: SetAside, rows: Rows) -> None:
+        """The embedding part that follows."""
+
+
+class Engine:
+    """Records the calls of units during a forward and hands their gradients to a sink during backward passes."""
+
+    def __init__(self, units: Sequence[Unit], *, capture: bool = False) -> None:
+        self.units = list(units)
+        self.capture = capture
+        self.calls: list[Call] = []
+        self.examples = 0
+        self._leaves: list[Tensor] = []
+        self._state = "idle"
+        self._consume: Callable[[Call], None] | None = None
+
+    @contextmanager
+    def attached(self) -> Iterator[Engine]:
+        """Hooks on for the duration; they are taken off whatever happens."""
+        handles = [
+            unit.module.register_forward_hook(partial(self._called, unit), with_kwargs=True, prepend=True)
+            for unit in self.units
+        ]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.forget()
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """Run the model and record; the parameters must be frozen."""
+        self.forget()
+        self.examples = batch.size
+        self._state = "forward"
+        try:
+            with torch.enable_grad():
+                return model(*batch.args, **batch.kwargs)
+        finally:
+            self._state = "idle"
+
+    def backward(self, seed: Seed, sink: Sink, *, keep: bool = False) -> None:
+        """One backward pass from a seed; every parameter's gradients go to the sink.
+
+        Args:
+            seed: a tensor of the recorded forward and the gradient of the summed loss at it.
+            sink: what receives them.
+            keep: keep the graph for another pass over the same forward.
+
+        Raises:
+            ValueError: the output depends on no unit, so on no trainable parameter.
+        """
+        gather = _Gather(self, sink, keep)
+        self._run(seed, gather.take, keep)
+        gather.finish()
+
+    def capture_gradients(self, seed: Seed) -> list[dict[int, Tensor]]:
+        """One backward pass that only notes the gradient at every output of every call, in the order of calls."""
+        for call in self.calls:
+            call.gradients = {}
+        self._run(seed, lambda call: None, True)
+        return [call.gradients for call in self.calls]
+
+    def forget(self) -> None:
+        """Drop the graph and everything recorded."""
+        self.calls, self._leaves = [], []
+
+    def _run(self, seed: Seed, consume: Callable[[Call], None], keep: bool) -> None:
+        output, gradient = seed
+        if not output.requires_grad:
+            raise ValueError(
+                "the model's output depends on no trainable parameter: there is nothing to estimate"
+            )
+        self._consume, self._state = consume, "backward"
+        try:
+            torch.autograd.grad(output, self._leaves, gradient, retain_graph=keep, allow_unused=True)
+        finally:
+            self._consume, self._state = None, "idle"
+
+    def _called(
+        self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Forward hook: note the inputs, and listen at the outputs."""
+        if self._state == "backward":
+            raise ValueError(
+                f"{unit.name or 'the model'} ({type(module).__name__}) is run again during the backward pass (gradient "
+                "checkpointing); switch it off for the estimate, e.g. model.gradient_checkpointing_disable()"
+            )
+        if self._state == "idle" or not torch.is_grad_enabled():
+            return None
+        found = differentiable(output)
+        if not found:
+            return None
+        args, kwargs = pytree.tree_map(_detached, (args, kwargs))
+        call = Call(unit, args, kwargs, pytree.tree_map(_detached, output) if self.capture else None)
+        self.calls.append(call)
+        leaves, spec = pytree.tree_flatten(output)
+        changed = False
+        for place, value in found:
+            tapped = value
+            if not value.requires_grad:
+                source = value.detach().requires_grad_()
+                self._leaves.append(source)
+                tapped = self._expanded(unit, source).clone()
+            elif unit.expand:
+                tapped = self._expanded(unit, value)
+            elif len(found) > 1:  # an output may feed another inside the module: listen outside only
+                tapped = value.clone()
+            tapped.register_hook(partial(self._arrived, call, place))
+            if tapped is not value:
+                leaves[place], changed = tapped, True
+        return pytree.tree_unflatten(leaves, spec) if changed else None
+
+    def _expanded(self, unit: Unit, value: Tensor) -> Tensor:
+        """An output shared by all examples, given to each of them."""
+        if unit.expand == "new":
+            return value.unsqueeze(0).expand(self.examples, *value.shape)
+        if unit.expand == "one" and value.shape[0] == 1:
+            return value.expand(self.examples, *value.shape[1:])
+        return value
+
+    def _arrived(self, call: Call, place: int, gradient: Tensor) -> None:
+        call.gradients[place] = gradient.detach()
+        if call.unit.handler is not None and self._consume is not None:
+            self._consume(call)
+
+
+class _Gather:
+    """Collects the uses of every parameter in one backward pass and hands them on when they are complete."""
+
+    def __init__(self, engine: Engine, sink: Sink, keep: bool) -> None:
+        self.engine, self.sink, self.keep = engine, sink, keep
+        self.expected = Counter(name for call in engine.calls for name in call.unit.parameters.values())
+        self.pending: dict[str, list[Gradients]] = defaultdict(list)
+        self.aside: dict[str, SetAside] = {}
+
+    def take(self, call: Call) -> None:
+        """The gradient arrived at a layer's output."""
+        with torch.no_grad(), torch.autocast(call.gradients[0].device.type, enabled=False):
+            for name, gradients in layer_gradients(call, self.engine.examples).items():
+                self._add(call, name, gradients)
+        call.gradients = {}
+        if not self.keep:
+            call.args, call.kwargs = (), {}
+
+    def finish(self) -> None:
+        """The general path, then whatever had uses that no gradient reached."""
+        for call in self.engine.calls:
+            if call.unit.handler is None and call.gradients:
+                with torch.autocast(next(iter(call.gradients.values())).device.type, enabled=False):
+                    self._general(call)
+                call.gradients = {}
+        with torch.no_grad():
+            for name, parts in self.pending.items():
+                if parts:
+                    self._hand_on(name, parts)
+
+    def _general(self, call: Call) -> None:
+        unit, own = call.unit, call.unit.own()
+        recorded = record(call, self.engine.examples)
+        if self.sink.summed:
+            for local, value in summed_gradients(recorded, own).items():
+                self._add(call, unit.parameters[local], Dense(_wide(value)[None]))
+            return
+        whole = self.sink.whole or any(self.expected[name] > 1 for name in unit.parameters.values())
+        size = sum(value.numel() * 4 for value in own.values())
+        step = recorded.examples if whole else max(1, CHUNK_BYTES // max(size, 1))
+        for first in range(0, recorded.examples, step):
+            last = min(first + step, recorded.examples)
+            parts = per_example_gradients(recorded, own, first, last, unit.vectorize)
+            with torch.no_grad():
+                for local, value in parts.items():
+                    gradients = Dense(_wide(value))
+                    if whole:
+                        self._add(call, unit.parameters[local], gradients)
+                    else:
+                        self.sink.add(unit.parameters[local], gradients)
+
+    def _add(self, call: Call, name: str, gradients: Gradients) -> None:
+        parts = self.pending[name]
+        if isinstance(gradients, Outer) and self.expected[name] > 1 and not parts:
+            rows = self._rows_to_come(call, name)
+            if rows is not None and self.sink.add_aside(name, gradients):
+                self.aside[name] = set_aside(gradients, rows, gradients.left.shape[2])
+                self.expected[name] -= 1
+                return
+        parts.append(gradients)
+        if len(parts) == self.expected[name]:
+            self.pending[name] = []
+            self._hand_on(name, parts)
+
+    def _hand_on(self, name: str, parts: list[Gradients]) -> None:
+        gradients = combine(parts)
+        aside = self.aside.pop(name, None)
+        if aside is None:
+            self.sink.add(name, gradients)
+        else:
+            assert isinstance(gradients, Rows)  # _rows_to_come saw to it
+            self.sink.add_rest(name, aside, gradients)
+
+    def _rows_to_come(self, call: Call, name: str) -> Tensor | None:
+        """The rows (B, T) that all other uses of this weight will touch, or None where one of them is no embedding."""
+        indices = []
+        for other in self.engine.calls:
+            if other is call or name not in other.unit.parameters.values():
+                continue
+            if (
+                not isinstance(other.unit.module, nn.Embedding)
+                or other.unit.handler is None
+                or not other.args
+            ):
+                return None
+            indices.append(examples_first(other.args[0], other.unit, self.engine.examples).flatten(1))
+        return torch.cat(indices, 1) if indices else None
+
+
+def record(call: Call, examples: int) -> Recorded:
+    """A call of the general path with its gradients, ready to be run again."""
+    unit = call.unit
+    leaves = pytree.tree_leaves((call.args, call.kwargs))
+    batched = unit.batched if unit.batched is not None and unit.layout != WHOLE else [False] * len(leaves)
+    return Recorded(unit.module, call.args, call.kwargs, unit.layout, examples, batched, call.gradients)
+
+
+def layer_gradients(call: Call, examples: int) -> dict[str, Gradients]:
+    """The handler's formula on one call, by the parameters' names within the model; examples first."""
+    unit = call.unit
+    assert unit.handler is not None
+    value = call.args[0] if call.args else next(iter(call.kwargs.values()))
+    x = examples_first(_wide(value), unit, examples, flatten=True)
+    g = examples_first(_wide(call.gradients[0]), unit, examples, flatten=True, output=True)
+    found = unit.handler(unit.module, x, g)
+    return {name: regroup(found[local], examples) for local, name in unit.parameters.items()}
+
+
+def examples_first(
+    value: Tensor, unit: Unit, examples: int, flatten: bool = False, output: bool = False
+) -> Tensor:
+    """A layer's tensor with the examples in the leading dimension; with `flatten` their parts stay folded into it."""
+    if unit.expand == "new" and not output:
+        value = value.unsqueeze(0).expand(examples, *value.shape)
+    elif unit.expand == "one" and value.shape[0] == 1:
+        value = value.expand(examples, *value.shape[1:])
+    if unit.layout == "time":
+        value = value.movedim(1, 0)
+    elif unit.layout == "flat_time":
+        value = value.unflatten(0, (-1, examples)).movedim(1, 0).flatten(0, 1)
+    elif unit.layout == WHOLE and value.dim() < 2:
+        value = value.unsqueeze(0)
+    return value if flatten or value.shape[0] == examples else value.unflatten(0, (examples, -1))
+
+
+def regroup(gradients: Gradients, examples: int) -> Gradients:
+    """Gradients of the parts of examples (windows, frames) as gradients of the examples."""
+    if gradients.examples == examples:
+        return gradients
+    if isinstance(gradients, Reshaped):
+        inner = regroup(gradients.inner, examples)
+        assert isinstance(inner, Outer)
+        return Reshaped(inner, gradients.shape)
+    if isinstance(gradients, Outer):
+        left, right = gradients.left, gradients.right
+        return Outer(left.reshape(examples, -1, left.shape[-1]), right.reshape(examples, -1, right.shape[-1]))
+    if isinstance(gradients, Rows):
+        index, left = gradients.index, gradients.left
+        return Rows(index.reshape(examples, -1), left.reshape(examples, -1, left.shape[-1]), gradients.shape)
+    assert isinstance(gradients, Dense)
+    return Dense(gradients.value.unflatten(0, (examples, -1)).sum(1))
+
+
+def _wide(value: Tensor) -> Tensor:
+    """At least single precision; indices stay as they are."""
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
