@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
+import threading
+import warnings
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+MAPPING = threading.Lock()  # two threads must not map one file twice
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the format's reference reader
 ITEM_SIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -68,6 +72,8 @@ class TensorFile(Mapping[str, TensorInfo]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._fd: int | None = None
+        self._map: mmap.mmap | None = None
+        self._bytes: torch.Tensor | None = None
         self.path = Path(path)
         self.metadata, self._tensors = read_header(self.path)
 
@@ -124,6 +130,64 @@ class TensorFile(Mapping[str, TensorInfo]):
                     f"{self.path}: tensor {name!r} ends after {done} of {len(buffer)} bytes; the file changed since it was opened: fetch or write it again"
                 )
             done += got
+
+    def block(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Elements `first` to `last` of a tensor, flat, in the stored dtype: a read-only view of the file's pages.
+
+        The view costs no memory of the process's own; writing to it is not possible. `read` gives a copy.
+        """
+        import torch
+
+        info = self[name]
+        size = ITEM_SIZE[info.dtype]
+        last = info.numel if last is None else last
+        dtype: torch.dtype = getattr(torch, TORCH_NAME[info.dtype])
+        start, stop = info.start + first * size, info.start + last * size
+        if start == stop:
+            return torch.empty(0, dtype=dtype)
+        pages = self._pages()[start:stop]
+        if start % size:  # older writers did not align; a copy is
+            pages = pages.clone()
+        return pages.view(dtype)
+
+    def expect(self, start: int, stop: int) -> None:
+        """Tell the kernel that these bytes of the file will be wanted soon (it starts reading them)."""
+        self._advise(mmap.MADV_WILLNEED, start, stop)
+
+    def release(self, start: int, stop: int) -> None:
+        """Tell the kernel that views into these bytes are done with: their pages leave the process."""
+        self._advise(mmap.MADV_DONTNEED, start, stop)
+
+    def _advise(self, advice: int, start: int, stop: int) -> None:
+        if self._map is None:
+            self._pages()
+        assert self._map is not None
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE if advice == mmap.MADV_DONTNEED else start
+        start -= start % mmap.PAGESIZE
+        stop = stop - stop % mmap.PAGESIZE if advice == mmap.MADV_DONTNEED else min(stop, len(self._map))
+        if stop > start:
+            self._map.madvise(advice, start, stop - start)
+
+    def _pages(self) -> torch.Tensor:
+        """The whole file as a read-only map, (bytes,) uint8."""
+        with MAPPING:
+            if self._bytes is None:
+                import torch
+
+                size = os.fstat(self.fileno()).st_size
+                end = max((info.stop for info in self._tensors.values()), default=0)
+                if size < end:
+                    raise ValueError(
+                        f"{self.path}: the file has shrunk to {size} bytes since it was opened, its tensors end at {end}; "
+                        "fetch or write it again"
+                    )
+                self._map = mmap.mmap(self.fileno(), 0, prot=mmap.PROT_READ)
+                with (
+                    warnings.catch_warnings()
+                ):  # torch warns that the map is not writable, which is what we want
+                    warnings.simplefilter("ignore", UserWarning)
+                    self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+            return self._bytes
 
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor, in its stored dtype and shape, in memory of its own."""

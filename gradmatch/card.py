@@ -1,0 +1,151 @@
+"""The card of a merged folder: README.md for people, gradmatch.json for programs."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from estimators.curvature import fingerprint
+from gradmatch.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from gradmatch.plan import Plan
+    from gradmatch.report import Report
+
+LIBRARIES = ("gradmatch", "torch", "safetensors", "numpy")
+CARD = "gradmatch.json"
+
+
+def card_files(made: Plan, report: Report) -> dict[str, bytes]:
+    """Name -> content of the card's files, and of the heads kept per task."""
+    content = {
+        "recipe": recipe(made),
+        "inputs": input_fingerprints(made),
+        "report": report.to_dict(),
+        "versions": versions(),
+    }
+    files = {CARD: _json(content), "README.md": readme(content).encode()}
+    for task, tensors in report.heads.items():
+        from safetensors.torch import save
+
+        files[f"heads/{task}.safetensors"] = save(
+            {name: value.contiguous() for name, value in tensors.items()}
+        )
+    return files
+
+
+def recipe(made: Plan) -> dict[str, Any]:
+    """The merge as its recipe would spell it, defaults included."""
+    request, inputs = made.request, made.inputs
+    first = next((step for step in made.steps if step.action in ("merge", "matrix")), None)
+    return {
+        "base": inputs.base.where,
+        "method": request.method,
+        "formula": request.rule.formula,
+        "source": request.rule.source,
+        "base_curvature": _where(inputs.base_curvature),
+        "base_weight": request.base_weight,
+        "delta0": request.delta0,
+        "options": dict(first.options) if first else {},
+        "transforms": [{name: dict(options)} for name, options in first.edits] if first else [],
+        "dtype": request.dtype or "the base's",
+        "seed": request.seed,
+        "tasks": [
+            {
+                "name": task.name,
+                "model": task.checkpoint.where,
+                "weight": task.weight,
+                "curvature": str(task.curvature.path or "in memory") if task.curvature else None,
+                "num_examples": task.curvature.num_examples if task.curvature else None,
+            }
+            for task in inputs.tasks
+        ],
+        "policies": {
+            key: getattr(request, key)
+            for key in ("heads", "embeddings", "missing", "missing_curvature", "batchnorm")
+        },
+        "arithmetic": sorted({step.compute for step in made.steps}),
+    }
+
+
+def input_fingerprints(made: Plan) -> dict[str, str]:
+    """Fingerprint of every model by its role (see `estimators.curvature.fingerprint`)."""
+    models = {
+        "base": made.inputs.base,
+        **{f"task {task.name}": task.checkpoint for task in made.inputs.tasks},
+    }
+    return {role: fingerprint(list(model), model.sample) for role, model in models.items()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed it."""
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = "not installed as a package"
+    return found
+
+
+def readme(content: Mapping[str, Any]) -> str:
+    """The card for people, in the hub's format."""
+    made, report = content["recipe"], content["report"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags:",
+        "- merge",
+        "- gradmatch",
+        "---",
+        "",
+        "# Merged model",
+        "",
+    ]
+    lines += [f"`{made['method']}` ({made['source']}): {made['formula']}", ""]
+    lines += [f"Base: `{made['base']}`", "", "| task | weight | model | curvature (N) |", "|---|---|---|---|"]
+    for task in made["tasks"]:
+        known = f"{task['curvature']} ({task['num_examples']})" if task["curvature"] else "none"
+        lines.append(f"| {task['name']} | {task['weight']} | `{task['model']}` | {known} |")
+    lines += ["", "## Health", ""]
+    for label, key in (
+        ("weights merged", "weights"), ("share that the floor delta0 decides", "floor_share"), ("share clamped", "clamped_share"),
+        ("share in sign conflict", "sign_conflict_share"), ("share of the update that rounding kept", "kept_update"),
+    ):  # fmt: skip
+        if report[key] is not None:
+            lines.append(f"- {label}: {report[key]:.6g}")
+    lines += [f"- {branch}: {count} tensors" for branch, count in report["branches"].items()]
+    lines += [f"- {note}" for note in report["notes"]]
+    lines += ["", "## Recipe", "", "```json", json.dumps(made, indent=2, default=str), "```", ""]
+    lines += [
+        "Made with "
+        + ", ".join(f"{library} {found}" for library, found in content["versions"].items())
+        + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def rewrite_card(result: Any) -> None:
+    """Write a report that was completed after the merge into its folder's card; nothing to do in memory."""
+    if not isinstance(result, Checkpoint) or result.path is None:
+        return
+    content = json.loads((result.path / CARD).read_text(encoding="utf-8"))
+    content["report"] = json.loads(_json(result.report.to_dict()))
+    for name, text in ((CARD, _json(content)), ("README.md", readme(content).encode())):
+        aside = result.path / f".{name}.new"
+        aside.write_bytes(text)
+        aside.replace(result.path / name)
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, default=str) + "\n").encode()
+
+
+def _where(curvature: Any) -> Any:
+    if curvature is None or isinstance(curvature, float):
+        return curvature
+    return str(curvature.path or "in memory")

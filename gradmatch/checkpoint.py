@@ -1,0 +1,266 @@
+"""Checkpoints: one lazy mapping over every form in which a model's weights come.
+
+A folder as transformers saves it (one or many shards), a safetensors file, a hub id, a PEFT adapter folder, a state dict or a
+module. Opening reads headers only; nothing is unpickled unless asked for, and then with weights_only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from estimators.curvature import Sample, sample_file, sample_tensor
+from estimators.tensorfile import TensorFile
+from gradmatch.stores import FileStore, MemoryStore, Spec, Store, read
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradmatch.task import Model
+
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+WANTED = (
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+)  # of a hub repository; no code, no pickles
+
+
+class Checkpoint(Mapping[str, "Tensor"]):
+    """Weights by name, read when asked for.
+
+    Attributes:
+        store: where the values are.
+        path: folder or file, or None for one in memory.
+        config: the model's config.json, or None.
+        aliases: tied names -> the name that holds the values.
+        report: what the merge that made it has to say, or None.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        path: Path | None = None,
+        config: Mapping[str, Any] | None = None,
+        aliases: Mapping[str, str] | None = None,
+        module: Any = None,
+    ) -> None:
+        self.store = store
+        self.path = path
+        self.config = config
+        self.aliases = dict(aliases or {})
+        self.module = module
+        self.report: Any = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return read(self.store, self.aliases.get(name, name))
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.store
+        yield from (name for name in self.aliases if name not in self.store)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.store or name in self.aliases
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.where}, {len(self)} tensors)"
+
+    @property
+    def where(self) -> str:
+        """How to call it in messages."""
+        return (
+            str(self.path) if self.path else type(self.module).__name__ if self.module else "the state dict"
+        )
+
+    def spec(self, name: str) -> Spec:
+        """Shape and dtype, without reading the values."""
+        return self.store.spec(self.aliases.get(name, name))
+
+    def sample(self, name: str) -> Sample:
+        """Shape and a few values of a tensor, as a fingerprint takes them (see `estimators.curvature`)."""
+        name = self.aliases.get(name, name)
+        ranges = self.store.files(name)
+        if isinstance(self.store, FileStore) and ranges:
+            return sample_file(ranges[0][0], self.store.prefix + name)
+        return sample_tensor(self[name])
+
+
+def open_checkpoint(
+    path: Model | Checkpoint, *, base: Checkpoint | None = None, allow_pickle: bool = False
+) -> Checkpoint:
+    """Open any model as a lazy mapping name -> tensor.
+
+    Args:
+        path: folder, safetensors file, hub id, PEFT adapter folder, state dict or module.
+        base: the model that an adapter is expanded on.
+        allow_pickle: read .bin / .pt files too, with weights_only.
+
+    Raises:
+        FileNotFoundError: nothing is there, or the hub cannot be reached.
+        ValueError: corrupt or truncated files, an index that leaves its folder, a pickle that was not asked for, a quantised
+            model, an adapter of a kind that cannot be expanded.
+        TypeError: nothing that a checkpoint can be opened from.
+    """
+    if isinstance(path, Checkpoint):
+        return path
+    if not isinstance(path, (str, os.PathLike)):
+        return _in_memory(path)
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        return _from_file(folder, allow_pickle)
+    if not folder.is_dir():
+        folder = _from_hub(str(path))
+    if (folder / "adapter_config.json").is_file():
+        from gradmatch.adapters import open_adapter
+
+        return open_adapter(folder, base)
+    return _from_folder(folder, allow_pickle)
+
+
+def _in_memory(model: Any) -> Checkpoint:
+    """A state dict or a module; a transformers model brings its config along."""
+    if isinstance(model, Mapping):
+        store = MemoryStore(model)
+        return Checkpoint(store, aliases=store.aliases)
+    if not hasattr(model, "state_dict"):
+        raise TypeError(f"a model is a path, a hub id, a state dict or a module, not {type(model).__name__}")
+    module = model
+    store = MemoryStore(module.state_dict(), type(module).__name__)
+    config = getattr(module, "config", None)
+    config = config.to_dict() if hasattr(config, "to_dict") else None
+    return Checkpoint(store, config=config, aliases=store.aliases, module=module)
+
+
+def _from_file(path: Path, allow_pickle: bool) -> Checkpoint:
+    """A safetensors file, or a pickle where that is allowed."""
+    if path.suffix not in PICKLES:
+        file = TensorFile(path)
+        return Checkpoint(FileStore([file]), path=path, aliases=_stored_aliases([file]))
+    if not allow_pickle:
+        raise ValueError(
+            f"{path} is a pickle, which can run code when it is opened; save it as safetensors, or pass allow_pickle "
+            "(it is then read with weights_only)"
+        )
+    import torch
+
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    store = MemoryStore(state, str(path))
+    return Checkpoint(store, path=path, aliases=store.aliases)
+
+
+def _from_folder(path: Path, allow_pickle: bool) -> Checkpoint:
+    """A folder as transformers saves it."""
+    config = _read_json(path / "config.json") if (path / "config.json").is_file() else None
+    if config and config.get("quantization_config"):
+        raise ValueError(
+            f"{path} is quantised (quantization_config in its config.json); quantised weights cannot be averaged: "
+            "merge the unquantised model and quantise the result"
+        )
+    if (path / INDEX).is_file():
+        files = _indexed_files(path)
+    elif (path / "model.safetensors").is_file():
+        files = [TensorFile(path / "model.safetensors")]
+    else:
+        candidates = sorted(path.glob("*.safetensors"))
+        if len(candidates) > 1:
+            raise ValueError(
+                f"{path} holds {len(candidates)} safetensors files and no {INDEX}; name the one to read, or restore the index"
+            )
+        files = [TensorFile(candidate) for candidate in candidates]
+    if not files:
+        pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLES and "model" in file.name)
+        if not pickles:
+            raise FileNotFoundError(
+                f"{path} holds no model.safetensors, no {INDEX} and no adapter_config.json"
+            )
+        if len(pickles) > 1 and allow_pickle:
+            raise ValueError(
+                f"{path} holds {len(pickles)} pickled shards; save it with save_pretrained as safetensors first"
+            )
+        opened = _from_file(pickles[0], allow_pickle)
+        return Checkpoint(opened.store, path=path, config=config, aliases=opened.aliases)
+    return Checkpoint(FileStore(files), path=path, config=config, aliases=_stored_aliases(files))
+
+
+def _indexed_files(path: Path) -> list[TensorFile]:
+    """The shards that an index names, after checking that index and shards agree.
+
+    Raises:
+        ValueError: the index leaves its folder, or names other tensors than the shards hold.
+        FileNotFoundError: a shard is missing.
+    """
+    weight_map = _read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path / INDEX} has no weight_map from tensor to shard")
+    files: dict[str, TensorFile] = {}
+    for shard in sorted({str(shard) for shard in weight_map.values()}):
+        pure = PurePosixPath(shard)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in shard:
+            raise ValueError(
+                f"{path / INDEX} points outside its folder: {shard!r}; do not trust this checkpoint"
+            )
+        files[shard] = TensorFile(path / shard)
+    for name, shard in weight_map.items():
+        if name not in files[shard]:
+            raise ValueError(
+                f"{path / INDEX} says that {shard} holds {name!r}, but it does not; fetch the checkpoint again"
+            )
+    for shard, file in files.items():
+        unlisted = [name for name in file if weight_map.get(name) != shard]
+        if unlisted:
+            raise ValueError(
+                f"{file.path} holds {unlisted[0]!r}, which the index does not place there; fetch the checkpoint again"
+            )
+    return list(files.values())
+
+
+def _stored_aliases(files: list[TensorFile]) -> dict[str, str]:
+    """Tied names that were left out of a file: its metadata maps each to the name that was kept."""
+    names = {name for file in files for name in file}
+    pairs = ((key, value) for file in files for key, value in file.metadata.items())
+    return {key: value for key, value in pairs if value in names and key not in names}
+
+
+def _from_hub(name: str) -> Path:
+    """The local snapshot of a hub repository.
+
+    Raises:
+        FileNotFoundError: neither a path nor a repository that can be reached.
+    """
+    if not HUB_ID.match(name):
+        raise FileNotFoundError(f"no file or folder {name}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(WANTED)))
+    except Exception as error:  # the library's errors share no base class across versions
+        raise FileNotFoundError(
+            f"no file or folder {name}, and no hub repository of that name could be fetched ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: not JSON, or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a table")
+    return content

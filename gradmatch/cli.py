@@ -1,0 +1,73 @@
+"""The `gradmatch` command. Each subcommand's work is imported when it is called, so that help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+
+# name -> (module, what it does in one line)
+COMMANDS = {
+    "estimate": (
+        "gradmatch.commands.estimate",
+        "estimate a model's curvature from data, into a file to merge with",
+    ),
+    "merge": ("gradmatch.commands.merge", "merge fine-tuned models, by a recipe or by flags"),
+    "subtract": ("gradmatch.commands.subtract", "remove what a task taught a model (Eq. 13)"),
+    "diagnose": ("gradmatch.commands.diagnose", "find out why a merge failed, or whether it will"),
+    "inspect": ("gradmatch.commands.inspect", "show what a checkpoint or curvature file holds"),
+}
+EPILOG = "Logs go to stderr, results to stdout. `gradmatch COMMAND --help` explains a command."
+
+
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser; only the subcommand that is called declares its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="gradmatch",
+        description="Merge fine-tuned networks by their uncertainty, find out why a merge failed, remove what a model should not know.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    called = next((word for word in argv if word in COMMANDS), None)
+    for name, (module, text) in COMMANDS.items():
+        if find_spec(module) is None:
+            continue
+        sub = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        if name == called:
+            import_module(module).add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for an error that names what to do, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser(argv).parse_args(argv)
+    warnings.showwarning = _show_warning
+    try:
+        code: int = import_module(COMMANDS[args.command][0]).run(args)
+    except KeyboardInterrupt:
+        print("gradmatch: interrupted; the same command continues where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError, ImportError) as error:
+        if args.debug:
+            raise
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"gradmatch: error: {text}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """One line, without the place in the code."""
+    print(f"gradmatch: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

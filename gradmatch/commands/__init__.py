@@ -1,0 +1,1 @@
+"""The work of each subcommand: `add_arguments(parser)` and `run(args) -> exit code`, imported when called."""

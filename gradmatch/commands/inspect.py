@@ -1,0 +1,85 @@
+"""`gradmatch inspect`: what a checkpoint or curvature file holds, from headers alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from estimators.tensorfile import TensorFile
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `gradmatch inspect`."""
+    parser.add_argument("path", help="checkpoint folder, safetensors file, curvature file, or adapter folder")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--allow-pickle", action="store_true", help="read .bin and .pt files (weights_only)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print names, shapes, dtypes and provenance."""
+    content = inspect(args.path, allow_pickle=args.allow_pickle)
+    if args.json:
+        print(json.dumps(content, indent=2))
+        return 0
+    print(f"{content['kind']} {args.path}")
+    for key, value in content["info"].items():
+        print(f"  {key}: {value}")
+    width = max((len(name) for name in content["tensors"]), default=0)
+    for name, (dtype, shape) in content["tensors"].items():
+        print(f"{name:<{width}}  {dtype:<5} {shape}")
+    print(
+        f"{len(content['tensors'])} tensors, {content['parameters']:,} values, {content['bytes'] / 1e6:,.1f} MB"
+    )
+    return 0
+
+
+def inspect(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
+    """Kind, provenance and tensors of a file or folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_checkpoint`.
+    """
+    if Path(path).is_file() and Path(path).suffix == ".safetensors":
+        file = TensorFile(path)
+        if "num_examples" in file.metadata:
+            return _summary(
+                "curvature",
+                file.metadata,
+                {name: (i.dtype, list(i.shape), i.nbytes) for name, i in file.items()},
+            )
+    from gradmatch.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
+    wanted = (
+        "architectures",
+        "model_type",
+        "num_hidden_layers",
+        "hidden_size",
+        "vocab_size",
+        "tie_word_embeddings",
+    )
+    info = {key: value for key, value in (checkpoint.config or {}).items() if key in wanted}
+    info |= {f"tied {alias}": name for alias, name in checkpoint.aliases.items()}
+    card = Path(path) / "gradmatch.json"
+    if card.is_file():
+        made = json.loads(card.read_text(encoding="utf-8"))["recipe"]
+        info["merged by"] = f"{made['method']}: {made['formula']}"
+    tensors = {name: checkpoint.spec(name) for name in checkpoint.store}
+    return _summary(
+        "checkpoint", info, {name: (s.dtype, list(s.shape), s.nbytes) for name, s in tensors.items()}
+    )
+
+
+def _summary(kind: str, info: Any, tensors: dict[str, tuple[str, list[int], int]]) -> dict[str, Any]:
+    """The table's content."""
+    from math import prod
+
+    return {
+        "kind": kind,
+        "info": dict(info),
+        "tensors": {name: [dtype, shape] for name, (dtype, shape, _) in tensors.items()},
+        "parameters": sum(prod(shape) for _, shape, _ in tensors.values()),
+        "bytes": sum(nbytes for _, _, nbytes in tensors.values()),
+    }

@@ -1,0 +1,180 @@
+"""`gradmatch merge`: by a recipe (ours or mergekit's), or by flags."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import yaml
+
+from gradmatch.plan import POLICIES, Plan
+from gradmatch.recipe import load_recipe
+from gradmatch.rules import RULES
+from gradmatch.task import Task
+
+EXAMPLES = """
+examples:
+  gradmatch merge recipe.yaml merged/
+  gradmatch merge recipe.yaml merged/ --dry-run         the complete check and the plan, nothing written
+  gradmatch merge --base base --task a,curvature=a.safetensors --task b,curvature=b.safetensors \\
+      --base-curvature base.safetensors -o merged/
+  gradmatch merge --base base --task a,weight=0.5 --task b,weight=0.5 --method ties --option density=0.2 -o merged/
+  gradmatch merge mergekit.yml merged/                  a file with merge_method: is understood as mergekit's
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `gradmatch merge`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    parser.add_argument("recipe", nargs="?", help="YAML recipe, ours or mergekit's; flags below override it")
+    parser.add_argument("out_folder", nargs="?", metavar="OUT", help="folder to write")
+    parser.add_argument("--method", help=f"one of {', '.join(RULES)} (default: gradient_matching)")
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--transform",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="edit of the task vectors before the method; repeatable",
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What merge and subtract share."""
+    parser.add_argument("-o", "--out", help="folder to write")
+    parser.add_argument(
+        "--base", help="the model that the tasks were fine-tuned from: folder, file or hub id"
+    )
+    parser.add_argument(
+        "--task", action="append", default=[], metavar="MODEL[,curvature=FILE][,weight=W][,name=NAME]",
+        help="a fine-tuned model; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--base-curvature", help="curvature file of the base, or a number for an isotropic one"
+    )
+    parser.add_argument("--base-weight", type=float, help="factor on the base's curvature (default 1)")
+    parser.add_argument("--delta0", type=float, help="floor of the curvature (default 1e-6)")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="option of the method; repeatable"
+    )
+    parser.add_argument("--dtype", help="of the output: float32, bfloat16, ... (default: the base's)")
+    for policy, choices in POLICIES.items():
+        parser.add_argument(
+            f"--{policy.replace('_', '-')}", choices=choices, default=None, help=f"(default: {choices[0]})"
+        )
+    parser.add_argument(
+        "--seed", type=int, help="of stochastic rounding; random methods take --option seed=..."
+    )
+    parser.add_argument("--shard-bytes", type=int, help="largest size of an output file (default 5e9)")
+    parser.add_argument(
+        "--allow-mismatch", action="store_true", default=None, help="accept curvatures of other weights"
+    )
+    parser.add_argument(
+        "--allow-pickle", action="store_true", default=None, help="read .bin and .pt files (weights_only)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and print the plan; write nothing"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Merge, or print the plan."""
+    recipe, out = args.recipe, args.out or args.out_folder
+    if recipe and args.base and not args.out_folder and not args.out:
+        recipe, out = None, recipe  # `gradmatch merge OUT --base ...`
+    arguments = load_recipe(recipe) if recipe else {}
+    arguments |= overrides(args)
+    if args.method:
+        arguments["method"] = args.method
+    if args.transform:
+        arguments["transforms"] = args.transform
+    if "base" not in arguments or not arguments.get("tasks"):
+        raise ValueError(
+            "nothing to merge: give a recipe, or --base and at least one --task (see gradmatch merge --help)"
+        )
+    if args.dry_run:
+        print_plan(make_plan(arguments), out)
+        return 0
+    if not out:
+        raise ValueError(
+            "no output folder: name it after the recipe or with --out (or look first, with --dry-run)"
+        )
+    from gradmatch.merging import merge
+
+    result = merge(**arguments, out=out, overwrite=args.overwrite, progress=not args.quiet)
+    print(result.report.summary())  # type: ignore[attr-defined]
+    print(f"written: {out}")
+    return 0
+
+
+def overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given, as arguments of `merge`."""
+    given: dict[str, Any] = {}
+    names = (
+        "base",
+        "base_weight",
+        "delta0",
+        "dtype",
+        "seed",
+        "shard_bytes",
+        "allow_mismatch",
+        "allow_pickle",
+        *POLICIES,
+    )
+    for name in names:
+        if getattr(args, name) is not None:
+            given[name] = getattr(args, name)
+    if args.base_curvature is not None:
+        given["base_curvature"] = _number_or_text(args.base_curvature)
+    if args.task:
+        given["tasks"] = [parse_task(text) for text in args.task]
+    for text in args.option:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--option {text!r} is not KEY=VALUE")
+        given[key] = yaml.safe_load(value)
+    return given
+
+
+def parse_task(text: str) -> Task:
+    """MODEL[,curvature=FILE][,weight=W][,name=NAME].
+
+    Raises:
+        ValueError: another key, or a weight that is no setting.
+    """
+    model, *pairs = text.split(",")
+    fields: dict[str, Any] = {}
+    while pairs:
+        pair = pairs.pop(0)
+        while pair.count("[") > pair.count("]") and pairs:  # weight=[0.1,0.9]
+            pair += "," + pairs.pop(0)
+        key, equals, value = pair.partition("=")
+        if not equals or key not in ("curvature", "weight", "name"):
+            raise ValueError(f"--task {text!r}: {pair!r} is none of curvature=FILE, weight=W, name=NAME")
+        fields[key] = yaml.safe_load(value) if key == "weight" else value
+    return Task(model, **fields)
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def make_plan(arguments: dict[str, Any]) -> Plan:
+    """Everything that `merge` checks before it reads a value."""
+    from gradmatch.merging import prepare
+
+    return prepare(**arguments)
+
+
+def print_plan(made: Plan, out: str | None) -> None:
+    """The plan, tensor by tensor, with totals."""
+    from gradmatch.planned import describe
+
+    for line in describe(made, out):
+        print(line)

@@ -1,0 +1,54 @@
+"""`gradmatch subtract`: remove what one or several tasks taught."""
+
+from __future__ import annotations
+
+import argparse
+
+from gradmatch.commands.merge import add_model_arguments, make_plan, overrides, print_plan
+from gradmatch.subtraction import REMOVALS, scaled
+
+EXAMPLES = """
+examples:
+  gradmatch subtract --base model --task toxic,curvature=toxic.safetensors --base-curvature clean.safetensors -o clean/
+  gradmatch subtract --base model --task toxic,weight=0.3 --method negation -o clean/
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `gradmatch subtract`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--method", choices=REMOVALS, default="removal", help="Eq. 13 (default), or a baseline"
+    )
+    parser.add_argument("--weight", type=float, default=1.0, help="alpha, for all tasks (default 1)")
+    parser.add_argument(
+        "--keep", type=float, default=0.1, help="guard: H0 - alpha H_t is at least keep * H0 (default 0.1)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Subtract, or print the plan."""
+    arguments = overrides(args)
+    if "base" not in arguments or "tasks" not in arguments:
+        raise ValueError(
+            "nothing to subtract: give --base and at least one --task (see gradmatch subtract --help)"
+        )
+    if args.dry_run:
+        own = {"keep": args.keep} if args.method == "removal" else {}
+        arguments["tasks"] = [scaled(task, args.weight) for task in arguments["tasks"]]
+        print_plan(make_plan({**arguments, **own, "method": args.method}), args.out)
+        return 0
+    if not args.out:
+        raise ValueError("no output folder: name it with --out (or look first, with --dry-run)")
+    from gradmatch.merging import subtract
+
+    arguments["task"] = arguments.pop("tasks")
+    result = subtract(
+        **arguments, method=args.method, weight=args.weight, keep=args.keep,
+        out=args.out, overwrite=args.overwrite, progress=not args.quiet,
+    )  # fmt: skip
+    print(result.report.summary())  # type: ignore[attr-defined]
+    print(f"written: {args.out}")
+    return 0

@@ -1,0 +1,269 @@
+"""The streaming loop: every step of a plan, piece by piece, from the stores through a rule into a sink.
+
+Pieces are half a mebibyte of float32 where the rule is elementwise, so that everything between reading and writing stays
+in cache; workers take tensors (or parts of large ones) in the plan's order and share no state.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from gradmatch.inputs import CurvatureStore, Inputs
+from gradmatch.kernels import Buffers, eq12, linear_combination
+from gradmatch.passes import GRID, Block, Edit, uniform
+from gradmatch.stores import Store, torch_dtype
+from gradmatch.transforms import TRANSFORMS
+
+if TYPE_CHECKING:
+    from gradmatch.plan import Plan, Step
+
+BLOCK = GRID  # elements
+UNIT = 32 * BLOCK  # elements of a large tensor that one worker takes at a time
+
+
+class Sink(Protocol):
+    """Where merged values go."""
+
+    def write(self, step: Step, first: int, values: Tensor) -> None:
+        """Store flat values, in the output's dtype, from element `first` on."""
+
+    def finish(self, step: Step, stats: Mapping[str, float]) -> None:
+        """All of a tensor is written."""
+
+
+class MemorySink:
+    """Merged tensors as a dict."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.tensors = {
+            step.name: torch.empty(step.spec.shape, dtype=torch_dtype(step.spec.dtype)) for step in plan.steps
+        }
+
+    def write(self, step: Step, first: int, values: Tensor) -> None:
+        """Copy into the tensor."""
+        self.tensors[step.name].view(-1)[first : first + values.numel()].copy_(values)
+
+    def finish(self, step: Step, stats: Mapping[str, float]) -> None:
+        """Nothing to do in memory."""
+
+
+@dataclass
+class Context:
+    """What pieces of one merge share: the plan and what passes over the whole model found."""
+
+    plan: Plan
+    thresholds: Mapping[tuple[int, float], Tensor] = field(default_factory=dict)  # (edit, density) -> (T,)
+    majority: float = 1.0
+    norms: Sequence[float] = ()
+
+    @property
+    def inputs(self) -> Inputs:
+        """The opened inputs."""
+        return self.plan.inputs
+
+
+def run(
+    context: Context, sink: Sink, steps: Sequence[Step], on_progress: Callable[[int], None] | None = None
+) -> dict[str, dict[str, float]]:
+    """Carry out steps; returns each tensor's statistics.
+
+    Args:
+        context: the plan and its passes.
+        sink: takes the values.
+        steps: what is left to do.
+        on_progress: called with bytes read, as tensors finish.
+
+    Raises:
+        ValueError: NaN or Inf in an input, or a coordinate without any curvature while delta0 = 0; tensor and input named.
+    """
+    workers = min(4, os.cpu_count() or 1)
+    threads = torch.get_num_threads()
+    stats: dict[str, dict[str, float]] = {}
+    torch.set_num_threads(1)  # pieces are too small to share; the workers run side by side
+    try:
+        with ThreadPoolExecutor(workers, thread_name_prefix="merge", initializer=_one_thread) as pool:
+            pending: dict[Future[dict[str, float]], tuple[Step, int]] = {}
+            left: dict[str, int] = {}
+            units = _units(steps, context)
+            buffers = _WorkerBuffers()
+            exhausted = False
+            while pending or not exhausted:
+                while not exhausted and len(pending) < 2 * workers:
+                    unit = next(units, None)
+                    if unit is None:
+                        exhausted = True
+                        break
+                    step, index, first, last, total = unit
+                    left.setdefault(step.name, total)
+                    pending[pool.submit(_run_unit, context, sink, step, first, last, buffers)] = (step, index)
+                if not pending:
+                    break
+                done, _ = wait(pending, return_when=FIRST_COMPLETED)
+                for future in sorted(done, key=lambda f: pending[f][1]):
+                    step, _ = pending.pop(future)
+                    add(stats.setdefault(step.name, {}), future.result())
+                    left[step.name] -= 1
+                    if not left[step.name]:
+                        sink.finish(step, stats[step.name])
+                        if on_progress:
+                            on_progress(step.bytes_read)
+    finally:
+        torch.set_num_threads(threads)
+    return stats
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class _WorkerBuffers:
+    """One set of buffers per thread."""
+
+    def __init__(self) -> None:
+        import threading
+
+        self._local = threading.local()
+
+    def get(self) -> Buffers:
+        if not hasattr(self._local, "buffers"):
+            self._local.buffers = Buffers()
+        buffers: Buffers = self._local.buffers
+        return buffers
+
+
+def add(total: dict[str, float], part: Mapping[str, float]) -> None:
+    """Add statistics; branches (numbers that are no sums) are set."""
+    for key, value in part.items():
+        total[key] = total.get(key, 0.0) + value
+
+
+def span(step: Step, context: Context) -> str:
+    """How much of a tensor a piece must hold: "block", "rows" or "tensor"."""
+    if step.action == "matrix":
+        return "tensor"
+    spans = [TRANSFORMS[name].span(options) for name, options in step.edits] if step.action == "merge" else []
+    return "tensor" if "tensor" in spans else "rows" if "rows" in spans else "block"
+
+
+def pieces(step: Step, context: Context, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Cut elements first to last of a tensor into pieces."""
+    kind = span(step, context)
+    size = BLOCK
+    if kind == "tensor":
+        size = max(1, step.spec.numel)
+    elif kind == "rows":
+        row = step.spec.shape[-1] if step.spec.shape else 1
+        size = max(1, BLOCK // max(1, row)) * max(1, row)
+    for start in range(first, last, size):
+        yield start, min(start + size, last)
+
+
+def _units(steps: Sequence[Step], context: Context) -> Iterator[tuple[Step, int, int, int, int]]:
+    """(step, running number, first, last, units of this tensor): what one worker takes at a time."""
+    number = 0
+    for step in steps:
+        numel = step.spec.numel
+        whole = span(step, context) != "block" or (step.action == "merge" and context.plan.request.rule.gram)
+        size = max(1, numel) if whole else UNIT
+        starts = list(range(0, numel, size)) or [0]
+        for start in starts:
+            yield step, number, start, min(start + size, numel), len(starts)
+            number += 1
+
+
+def _run_unit(
+    context: Context, sink: Sink, step: Step, first: int, last: int, worker: _WorkerBuffers
+) -> dict[str, float]:
+    """All pieces of one unit."""
+    from gradmatch.evaluate import copy_piece, evaluate, linear_terms
+
+    buffers, stats = worker.get(), {}
+    dtype = torch_dtype(step.spec.dtype)
+    if step.action == "copy":
+        for start, stop in pieces(step, context, first, last):
+            copied = copy_piece(context, step, start, stop)
+            sink.write(
+                step,
+                start,
+                finished(context, step, start, copied, None, dtype, stats) if step.spec.floating else copied,
+            )
+        return stats
+    coefficients = linear_terms(context, step, buffers, stats)
+    for start, stop in pieces(step, context, first, last):
+        merged, theta0 = evaluate(context, step, start, stop, coefficients, buffers, stats)
+        sink.write(step, start, finished(context, step, start, merged, theta0, dtype, stats))
+    return stats
+
+
+def finished(
+    context: Context,
+    step: Step,
+    first: int,
+    merged: Tensor,
+    theta0: Tensor | None,
+    dtype: torch.dtype,
+    stats: dict[str, float],
+) -> Tensor:
+    """Check a piece for NaN and Inf and round it to the output's dtype, measuring what that loses.
+
+    Raises:
+        ValueError: the piece is not finite.
+    """
+    from gradmatch.evaluate import explain
+
+    if not math.isfinite(float(merged.sum())) and not bool(merged.isfinite().all()):
+        raise ValueError(explain(context, step, first, first + merged.numel(), merged))
+    if dtype == merged.dtype:
+        return merged
+    request = context.plan.request
+    if request.rounding == "stochastic" and dtype == torch.bfloat16 and merged.dtype == torch.float32:
+        rounded = stochastic_bfloat16(
+            merged, uniform(request.seed, "rounding", step.name, first, merged.numel(), torch.float32)
+        )
+    else:
+        rounded = merged.to(dtype)
+    if not bool(rounded.isfinite().all()):
+        raise ValueError(
+            f"{step.name}: merged values reach {float(merged.abs().max()):g}, beyond what {dtype} holds; choose a wider dtype"
+        )
+    if theta0 is not None:
+        add(stats, {
+            "rounding_error": float((rounded.to(merged.dtype) - merged).square().sum()),
+            "rounded_update": float((merged - theta0).square().sum()),
+        })  # fmt: skip
+    return rounded
+
+
+def stochastic_bfloat16(values: Tensor, noise: Tensor) -> Tensor:
+    """Round float32 to one of its two bfloat16 neighbours at random, so that the expectation is the value."""
+    bits = values.view(torch.int32) + (noise * 65536).to(torch.int32)
+    return (bits & -65536).view(torch.float32).to(torch.bfloat16)
+
+
+def loader(store: Store, name: str, first: int, last: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """A function that gives the values in `dtype`: the store's own view where it fits, else converted into a buffer."""
+
+    def load(buffer: Tensor) -> Tensor:
+        values = store.block(name, first, last)
+        return values if values.dtype == dtype else buffer[: last - first].copy_(values)
+
+    return load
+
+
+def curvature_loader(
+    store: CurvatureStore | None, name: str, first: int, last: int, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor] | None:
+    """The same for a curvature block; None where it is flat."""
+    key = store.key(name) if store is not None else None
+    return None if store is None or key is None else loader(store, key, first, last, dtype)
+
+
+__all__ = ["BLOCK", "Block", "Context", "Edit", "MemorySink", "Sink", "eq12", "linear_combination", "run"]

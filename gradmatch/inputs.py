@@ -1,0 +1,302 @@
+"""The opened inputs of a merge: base, tasks and curvatures, checked against one another."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from estimators.curvature import GRADIENT, MEAN, Curvature
+from estimators.tensorfile import TensorFile
+from gradmatch.checkpoint import Checkpoint, open_checkpoint
+from gradmatch.settings import Setting
+from gradmatch.stores import FileStore, Spec, Store
+from gradmatch.task import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradmatch.plan import Request
+    from gradmatch.task import Model
+
+FACTOR = "factor_a/"  # second moments of a linear layer's inputs, (in, in), per example
+
+
+class CurvatureStore:
+    """Blocks of a curvature as a store: per-example means, gradients or input factors, of one file or in memory."""
+
+    def __init__(self, curvature: Curvature, prefix: str, aliases: Mapping[str, Sequence[str]]) -> None:
+        self.num_examples, self.path = curvature.num_examples, curvature.path
+        self._curvature, self._prefix, self._aliases = curvature, prefix, aliases
+        self._file = FileStore([TensorFile(curvature.path)], prefix) if curvature.path else None
+        self._flat: dict[str, Tensor] = {}
+
+    def key(self, name: str) -> str | None:
+        """The name under which a parameter is stored (a tied one may go by any of its names), or None."""
+        return next((known for known in (name, *self._aliases.get(name, ())) if known in self), None)
+
+    def __iter__(self) -> Any:
+        return iter(self._file if self._file else self._curvature)
+
+    def __contains__(self, name: object) -> bool:
+        if self._file:
+            return name in self._file
+        return isinstance(name, str) and self._tensor(name) is not None
+
+    def spec(self, name: str) -> Spec:
+        """Shape and dtype of a block."""
+        if self._file:
+            return self._file.spec(name)
+        from gradmatch.stores import SAFETENSORS_NAME
+
+        tensor = self._tensor(name)
+        assert tensor is not None
+        return Spec(SAFETENSORS_NAME[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+
+    def block(self, name: str, first: int, last: int) -> Tensor:
+        """Elements of a block, flat."""
+        if self._file:
+            return self._file.block(name, first, last)
+        if name not in self._flat:
+            tensor = self._tensor(name)
+            assert tensor is not None
+            self._flat[name] = tensor.detach().to("cpu").reshape(-1)
+        return self._flat[name][first:last]
+
+    def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
+        """Its byte range, for read-ahead."""
+        return self._file.files(name) if self._file else ()
+
+    def _tensor(self, name: str) -> Tensor | None:
+        if self._prefix == MEAN:
+            return self._curvature.mean(name) if name in self._curvature else None
+        if self._prefix == GRADIENT:
+            return self._curvature.gradient(name)
+        factor = getattr(self._curvature, "factor_a", None)
+        return factor(name) if factor is not None else None
+
+
+@dataclass
+class OpenTask:
+    """A task with its files opened."""
+
+    name: str
+    weight: Setting
+    checkpoint: Checkpoint
+    store: Store
+    curvature: Curvature | None = None
+    mean: CurvatureStore | None = None
+    gradient: CurvatureStore | None = None
+    factor: CurvatureStore | None = None
+
+
+@dataclass
+class Inputs:
+    """Everything that a merge reads."""
+
+    base: Checkpoint
+    store: Store
+    tasks: list[OpenTask]
+    base_curvature: CurvatureStore | float | None = None
+
+    def curvatures_of(self, name: str, tasks: Sequence[int], request: Request, spec: Spec) -> list[int]:
+        """Check that the curvatures which the rule needs are there for one tensor; returns their sizes in bytes.
+
+        Raises:
+            ValueError: a curvature lacks the tensor and no policy was chosen, or its shape differs.
+        """
+        needs = request.rule.needs
+        stores: list[tuple[str, CurvatureStore | None]] = []
+        if "base_curvature" in needs and isinstance(self.base_curvature, CurvatureStore):
+            stores.append(("the base", self.base_curvature))
+        for position in tasks:
+            task = self.tasks[position]
+            if "curvature" in needs:
+                stores.append((task.name, task.mean))
+            if "gradient" in needs:
+                stores.append((task.name, task.gradient))
+        sizes = []
+        for owner, store in stores:
+            key = store.key(name) if store else None
+            if store is None or key is None:
+                if request.missing_curvature == "error":
+                    raise ValueError(
+                        f"the curvature of {owner} has no block for {name!r} (a buffer, or a parameter frozen while it was "
+                        "estimated); pass missing_curvature='zero' to treat it as flat there"
+                    )
+                continue
+            found = store.spec(key)
+            if found.shape != spec.shape:
+                raise ValueError(
+                    f"the curvature of {owner} has shape {list(found.shape)} for {name!r}, the model has {list(spec.shape)}; "
+                    "it belongs to another model"
+                )
+            sizes.append(found.nbytes)
+        if "gram" in needs and len(spec.shape) == 2:
+            keys = [factor.key(name) if (factor := self.tasks[t].factor) else None for t in tasks]
+            if all(keys):
+                sizes += [
+                    self.tasks[t].factor.spec(key).nbytes for t, key in zip(tasks, keys, strict=True) if key
+                ]  # type: ignore[union-attr]
+        return sizes
+
+    def describe(self, notes: list[str], request: Request) -> None:
+        """Warn of what is legal and probably unintended."""
+        weights = [task.weight for task in self.tasks]
+        if request.method in ("averaging", "greedy_soup") and any(weight != weights[0] for weight in weights):
+            notes.append(f"{request.method} ignores the weights {weights}; 'weighted' uses them")
+            warnings.warn(notes[-1], stacklevel=4)
+        if request.method == "measured":
+            notes.append(
+                "the measured gradient divided elementwise by a diagonal curvature explodes on networks (it is exact on "
+                "quadratics with full curvature): compare with gradient_matching, or solve in the subspace of the task vectors"
+            )
+            warnings.warn(notes[-1], stacklevel=4)
+
+
+def open_inputs(
+    base: Model | Checkpoint,
+    tasks: Sequence[Task],
+    request: Request,
+    *,
+    base_curvature: Curvature | str | os.PathLike[str] | float | None = None,
+    allow_mismatch: bool = False,
+    allow_pickle: bool = False,
+) -> Inputs:
+    """Open base, tasks and curvatures; nothing but headers and fingerprints is read.
+
+    Raises:
+        ValueError: no tasks, two tasks of one name, a rule without the curvature it needs, a curvature of another model.
+        TypeError: tasks that are no Tasks.
+        FileNotFoundError: a path that is not there.
+    """
+    if isinstance(tasks, Task):
+        tasks = [tasks]
+    tasks = list(tasks)
+    for task in tasks:
+        if not isinstance(task, Task):
+            raise TypeError(
+                f"tasks must be Task objects, got {type(task).__name__}; write Task(model, curvature, weight)"
+            )
+    if not tasks:
+        raise ValueError("no tasks to merge; pass at least one Task(model, curvature, weight)")
+    opened_base = open_checkpoint(base, allow_pickle=allow_pickle)
+    aliases: dict[str, list[str]] = {}
+    for alias, name in opened_base.aliases.items():
+        aliases.setdefault(name, []).append(alias)
+    names = task_names(tasks)
+    opened = []
+    for name, task in zip(names, tasks, strict=True):
+        checkpoint = open_checkpoint(task.model, base=opened_base, allow_pickle=allow_pickle)
+        opened.append(_open_task(name, task, checkpoint, aliases, request, allow_mismatch))
+    h0 = _base_curvature(base_curvature, opened_base, aliases, request, allow_mismatch)
+    return Inputs(opened_base, opened_base.store, opened, h0)
+
+
+def task_names(tasks: Sequence[Task]) -> list[str]:
+    """Each task's own name, else its folder's, else its position ("task 1").
+
+    Raises:
+        ValueError: a name given twice.
+    """
+    given = [task.name for task in tasks if task.name]
+    twice = sorted({name for name in given if given.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"two tasks are called {twice[0]!r}; names tell reports, heads and random draws apart"
+        )
+    names = []
+    for position, task in enumerate(tasks, 1):
+        name = task.name
+        if not name and isinstance(task.model, (str, os.PathLike)):
+            name = Path(task.model).name
+        if not name or name in names:
+            name = f"{name} {position}" if name else f"task {position}"
+        names.append(name)
+    return names
+
+
+def _open_task(
+    name: str,
+    task: Task,
+    checkpoint: Checkpoint,
+    aliases: Mapping[str, Sequence[str]],
+    request: Request,
+    allow_mismatch: bool,
+) -> OpenTask:
+    """One task with the curvature that the rule needs."""
+    opened = OpenTask(name, task.weight, checkpoint, checkpoint.store)
+    needs = request.rule.needs
+    if not needs & {"curvature", "gradient", "gram"}:
+        return opened
+    if task.curvature is None:
+        kind = (
+            "gram matrices (`gradmatch estimate --method gram`)"
+            if "gram" in needs
+            else "a curvature (`gradmatch estimate`)"
+        )
+        raise ValueError(
+            f"{request.method} needs {kind} for every task, {name} has none; pass Task(model, curvature=...)"
+        )
+    curvature = open_curvature(task.curvature)
+    if not allow_mismatch:
+        curvature.check_model(checkpoint.sample, name)
+    opened.curvature = curvature
+    if "curvature" in needs:
+        opened.mean = CurvatureStore(curvature, MEAN, aliases)
+    if "gradient" in needs:
+        if not curvature.has_gradient:
+            raise ValueError(
+                f"{request.method} needs the measured gradient, which the curvature of {name} lacks; estimate it with gradient=True"
+            )
+        opened.gradient = CurvatureStore(curvature, GRADIENT, aliases)
+    if "gram" in needs:
+        opened.factor = CurvatureStore(curvature, FACTOR, aliases)
+        if not any(key for key in checkpoint if opened.factor.key(key)):
+            raise ValueError(
+                f"the curvature of {name} holds no gram matrices; estimate it with method='gram'"
+            )
+    return opened
+
+
+def _base_curvature(
+    given: Curvature | str | os.PathLike[str] | float | None,
+    base: Checkpoint,
+    aliases: Mapping[str, Sequence[str]],
+    request: Request,
+    allow_mismatch: bool,
+) -> CurvatureStore | float | None:
+    """H0 before its weight and floor: a curvature, an isotropic number, or None where the rule needs none."""
+    if "base_curvature" not in request.rule.needs:
+        return None
+    if given is None:
+        raise ValueError(
+            f"{request.method} needs the base's curvature; pass base_curvature=... (`gradmatch estimate` on the base makes one), "
+            "or a number such as base_curvature=1.0 for an isotropic one, or use method='fisher', which needs none"
+        )
+    if isinstance(given, (int, float)) and not isinstance(given, bool):
+        if not 0 <= given < float("inf"):
+            raise ValueError(
+                f"base_curvature is {given}; an isotropic curvature is a finite number of at least 0"
+            )
+        return float(given)
+    curvature = open_curvature(given)
+    if not allow_mismatch:
+        curvature.check_model(base.sample, "the base")
+    return CurvatureStore(curvature, MEAN, aliases)
+
+
+def open_curvature(curvature: Curvature | str | os.PathLike[str]) -> Curvature:
+    """A curvature as given, or loaded from its file.
+
+    Raises:
+        TypeError: neither a Curvature nor a path.
+    """
+    if isinstance(curvature, Curvature):
+        return curvature
+    if isinstance(curvature, (str, os.PathLike)):
+        return Curvature.load(curvature)
+    raise TypeError(f"a curvature is a Curvature or the path of its file, not {type(curvature).__name__}")

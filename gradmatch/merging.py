@@ -1,0 +1,335 @@
+"""The public calls: merge, subtract, analogy. Everything is planned and checked before the first value is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+from gradmatch.checkpoint import Checkpoint, open_checkpoint
+from gradmatch.inputs import open_inputs
+from gradmatch.plan import Plan, Request, plan
+from gradmatch.report import Report, make_report
+from gradmatch.task import Model, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from estimators.curvature import Curvature
+
+CurvatureLike = Union["Curvature", str, "os.PathLike[str]"]
+REQUEST_FIELDS = tuple(name for name in Request.__dataclass_fields__ if name != "options")
+
+
+class Merged(dict[str, "Tensor"]):
+    """A merged state dict, with the report of the merge."""
+
+    report: Report
+
+
+def merge(
+    base: Model | Checkpoint,
+    tasks: Sequence[Task],
+    *,
+    method: str = "gradient_matching",
+    base_curvature: CurvatureLike | float | None = None,
+    base_weight: float = 1.0,
+    delta0: float = 1e-6,
+    out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    allow_mismatch: bool = False,
+    allow_pickle: bool = False,
+    batches: Any = None,
+    progress: bool = False,
+    **options: Any,
+) -> Mapping[str, Tensor]:
+    """Merge fine-tuned models of one base.
+
+    Args:
+        base: path, hub id, state dict or module that the tasks were fine-tuned from.
+        tasks: the fine-tuned models with their curvatures and weights.
+        method: a name of `RULES`.
+        base_curvature: H0's curvature (file or object), or a number for an isotropic one.
+        base_weight: H0 = base_weight * N0 F0 + delta0.
+        delta0: floor in nats per squared unit of weight; where nothing else is known the merge is task arithmetic.
+        out: a folder to stream to; without it the result stays in memory.
+        overwrite: replace `out` where it exists.
+        allow_mismatch: accept curvatures whose fingerprint is another model's.
+        allow_pickle: read .bin / .pt checkpoints (with weights_only).
+        batches: for batchnorm="recalibrate": what the module is run on.
+        progress: show a progress bar.
+        **options: of the rule and its transforms, and the policies of `gradmatch.plan.Request` (transforms, dtype, heads,
+            missing, missing_curvature, batchnorm, embeddings, precision, rounding, shard_bytes, ...).
+
+    Returns:
+        The merged tensors in the base's dtypes, in memory or as an opened Checkpoint; both carry `.report`.
+
+    Raises:
+        ValueError: models, curvatures, weights or options that do not fit; NaN or Inf in an input.
+        TypeError: arguments of another kind.
+        FileNotFoundError: an input that is not there.
+        FileExistsError: `out` exists.
+        BlockingIOError: another process is writing `out`.
+        OSError: no space left.
+    """
+    if method == "greedy_soup":
+        from gradmatch.soup import greedy_soup
+
+        shared = {"out": out, "overwrite": overwrite, "allow_pickle": allow_pickle, "progress": progress}
+        return greedy_soup(base, tasks, **shared, **options)
+    made = prepare(
+        base,
+        tasks,
+        method=method,
+        base_curvature=base_curvature,
+        base_weight=base_weight,
+        delta0=delta0,
+        allow_mismatch=allow_mismatch,
+        allow_pickle=allow_pickle,
+        **options,
+    )
+    if made.request.batchnorm == "recalibrate":
+        from gradmatch.batchnorm import check_batches
+
+        check_batches(made.inputs.base, batches, out)
+    return execute(made, out, overwrite=overwrite, batches=batches, progress=progress)
+
+
+def prepare(
+    base: Model | Checkpoint,
+    tasks: Sequence[Task],
+    *,
+    base_curvature: CurvatureLike | float | None = None,
+    allow_mismatch: bool = False,
+    allow_pickle: bool = False,
+    **options: Any,
+) -> Plan:
+    """The complete check of a merge from headers, and its plan; nothing is computed. Arguments and errors as in `merge`."""
+    settings = {key: options.pop(key) for key in REQUEST_FIELDS if key in options}
+    request = Request(options=options, **settings)
+    inputs = open_inputs(
+        base,
+        tasks,
+        request,
+        base_curvature=base_curvature,
+        allow_mismatch=allow_mismatch,
+        allow_pickle=allow_pickle,
+    )
+    return plan(inputs, request)
+
+
+def execute(
+    made: Plan,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    overwrite: bool = False,
+    batches: Any = None,
+    progress: bool = False,
+) -> Mapping[str, Tensor]:
+    """Carry out a plan; see `merge`."""
+    if out is None:
+        return _in_memory(made, batches, progress)
+    return _to_folder(made, Path(out), overwrite, progress)
+
+
+def _in_memory(made: Plan, batches: Any, progress: bool) -> Merged:
+    """The result as a dict; tied names share one tensor."""
+    from gradmatch.engine import MemorySink
+    from gradmatch.stream import stream
+
+    sink = MemorySink(made)
+    with _bar(made, progress) as on_progress:
+        stats = stream(made, sink, {}, on_progress)
+    aliases = made.inputs.base.aliases
+    names = [name for name in made.inputs.base if aliases.get(name, name) in sink.tensors]
+    merged = Merged((name, sink.tensors[aliases.get(name, name)]) for name in names)
+    merged.update((step.name, sink.tensors[step.name]) for step in made.steps if step.name not in merged)
+    if made.request.batchnorm == "recalibrate":
+        from gradmatch.batchnorm import recalibrate
+
+        merged.update(recalibrate(made.inputs.base.module, merged, batches))
+    merged.report = make_report(made, stats)
+    merged.report.heads = task_heads(made)
+    return merged
+
+
+def _to_folder(made: Plan, out: Path, overwrite: bool, progress: bool) -> Checkpoint:
+    """The result as a folder that appears whole."""
+    from gradmatch.card import card_files
+    from gradmatch.stream import stream
+    from gradmatch.verify import verify
+    from gradmatch.writer import FolderSink
+
+    sink = FolderSink(out, made, identity(made), overwrite=overwrite)
+    try:
+        with _bar(made, progress) as on_progress:
+            stats = stream(made, sink, sink.stats, on_progress)
+        report = make_report(made, stats)
+        report.heads = task_heads(made)
+        sink.publish(card_files(made, report))
+    except OSError:
+        sink.close_quietly()  # what was journalled stays for the next run
+        raise
+    except ValueError:
+        sink.abandon()  # bad input: nothing of it is worth keeping
+        raise
+    except BaseException:
+        sink.close_quietly()
+        raise
+    checkpoint = open_checkpoint(out)
+    checkpoint.report = report
+    verify(checkpoint, made)
+    return checkpoint
+
+
+def task_heads(made: Plan) -> dict[str, dict[str, Tensor]]:
+    """With heads="keep-per-task": every task's own head."""
+    tasks = made.inputs.tasks
+    return {
+        tasks[t].name: {name: tasks[t].checkpoint[name] for name in names} for t, names in made.heads.items()
+    }
+
+
+def identity(made: Plan) -> str:
+    """What makes two runs the same merge: request, steps, and the files they read. In-memory inputs are never the same."""
+    inputs = made.inputs
+    stores = [inputs.store, *(task.store for task in inputs.tasks)]
+    stores += [store for task in inputs.tasks for store in (task.mean, task.gradient, task.factor) if store]
+    files: dict[str, list[int]] = {}
+    memory = False
+    for store in [*stores, inputs.base_curvature]:
+        if store is None or isinstance(store, float):
+            continue
+        for name in store:
+            for file, _, _ in store.files(name):
+                found = os.stat(file.path)
+                files[str(file.path.resolve())] = [found.st_size, found.st_mtime_ns]
+            memory = memory or not store.files(name)
+    steps = [
+        (s.name, s.action, str(s.spec), s.compute, s.tasks, s.alpha, s.options, s.edits) for s in made.steps
+    ]
+    request = {key: value for key, value in vars(made.request).items() if not callable(value)}
+    content = [
+        request,
+        steps,
+        files,
+        [task.name for task in inputs.tasks],
+        uuid.uuid4().hex if memory else "",
+    ]
+    if isinstance(inputs.base_curvature, float):
+        content.append(inputs.base_curvature)
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class _bar:
+    """A progress bar over bytes read, or nothing."""
+
+    def __init__(self, made: Plan, shown: bool) -> None:
+        self._made, self._shown = made, shown
+        self._tqdm: Any = None
+
+    def __enter__(self) -> Callable[[int], None] | None:
+        if not self._shown:
+            return None
+        from tqdm import tqdm
+
+        self._tqdm = tqdm(
+            total=self._made.bytes_read, unit="B", unit_scale=True, desc=self._made.request.method
+        )
+        update: Callable[[int], None] = self._tqdm.update
+        return update
+
+    def __exit__(self, *_: object) -> None:
+        if self._tqdm is not None:
+            self._tqdm.close()
+
+
+def subtract(
+    base: Model | Checkpoint,
+    task: Task | Sequence[Task],
+    *,
+    base_curvature: CurvatureLike | float | None = None,
+    weight: float = 1.0,
+    keep: float = 0.1,
+    method: str = "removal",
+    **options: Any,
+) -> Mapping[str, Tensor]:
+    """Remove what one or several tasks taught: Eq. 13 of Daheim et al. 2024, theta0 - alpha (H0 - alpha H_t)^-1 (H0 + H_t) tau_t.
+
+    Args:
+        base: the model to remove from.
+        task: fine-tuned from the base on what is to go, with its curvature; one or several.
+        base_curvature: the base's curvature; must stay above the tasks'.
+        weight: alpha > 0, for all tasks, times each task's own weight.
+        keep: the guard: H0 - alpha H_t is floored at keep * H0.
+        method: "removal", or a baseline: "negation" (task arithmetic), "ewr", "fisher_negation".
+        **options: as for `merge` (out, delta0, base_weight, dtype, ...).
+
+    Returns:
+        As `merge`. The report holds the clamped share overall and per tensor, the largest weight for given shares, and what moved.
+
+    Raises:
+        ValueError: as `merge`; also another method, or a weight below 0.
+    """
+    from gradmatch.subtraction import REMOVALS, largest_alpha, scaled
+
+    tasks = [task] if isinstance(task, Task) else list(task)
+    if method not in REMOVALS:
+        from gradmatch.plan import nearest
+
+        raise ValueError(
+            f"{method!r} is no way to subtract{nearest(method, REMOVALS)}; choose one of {', '.join(REMOVALS)}"
+        )
+    tasks = [scaled(one, weight) for one in tasks]
+    own = {"keep": keep} if method == "removal" else {}
+    result = merge(base, tasks, method=method, base_curvature=base_curvature, **own, **options)
+    if method == "removal":
+        report: Report = result.report  # type: ignore[attr-defined]
+        limits = largest_alpha(base, tasks, base_curvature, keep=keep, **options)
+        report.largest_alpha = {share: weight * limit for share, limit in limits.items()}
+        from gradmatch.card import rewrite_card
+
+        rewrite_card(result)
+    return result
+
+
+def analogy(
+    base: Model | Checkpoint,
+    a: Model | Task,
+    b: Model | Task,
+    c: Model | Task,
+    *,
+    method: str = "task_arithmetic",
+    weight: float = 1.0,
+    **options: Any,
+) -> Mapping[str, Tensor]:
+    """a is to b as c is to the result: theta_c + weight * (theta_b - theta_a), by tau = tau_c + weight * (tau_b - tau_a).
+
+    Args:
+        base: what all three were fine-tuned from.
+        a: the source without the wanted property.
+        b: the source with it.
+        c: where it is to be added.
+        method: "task_arithmetic", or a curvature rule such as "gradient_matching" (a, b, c are then Tasks with curvatures;
+            a enters with a negative weight).
+        weight: of the difference.
+        **options: as for `merge`.
+
+    Returns:
+        As `merge`.
+
+    Raises:
+        ValueError: as `merge`.
+    """
+    from gradmatch.subtraction import scaled
+
+    sign = {"a": -weight, "b": weight, "c": 1.0}
+    tasks = []
+    for letter, given in (("c", c), ("b", b), ("a", a)):
+        one = given if isinstance(given, Task) else Task(given, name=letter)
+        tasks.append(scaled(one, sign[letter], signed=True))
+    return merge(base, tasks, method=method, **options)

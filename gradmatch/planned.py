@@ -1,0 +1,74 @@
+"""A plan in print: every tensor, its rule, policy, dtype and bytes; totals, memory, and whether the disk has room."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from gradmatch.plan import Plan, Step
+from gradmatch.transforms import TRANSFORMS
+
+BLOCK_BYTES = 131_072 * 8  # one piece at the widest
+
+
+def describe(made: Plan, out: str | os.PathLike[str] | None = None) -> Iterator[str]:
+    """Lines of the printed plan."""
+    request, inputs = made.request, made.inputs
+    yield f"method {request.method}: {request.rule.formula}  ({request.rule.source})"
+    yield f"base {inputs.base.where}"
+    for task in inputs.tasks:
+        known = f", curvature N = {task.curvature.num_examples}" if task.curvature else ""
+        yield f"task {task.name}: {task.checkpoint.where}, weight {task.weight}{known}"
+    yield ""
+    width = max((len(step.name) for step in made.steps), default=0)
+    for step in made.steps:
+        yield f"{step.name:<{width}}  {_action(made, step)}"
+    yield ""
+    yield from made.notes
+    yield from (f"dropped: {name}" for name in made.dropped)
+    yield (
+        f"reads {_size(made.bytes_read)}, writes {_size(made.bytes_written)}, "
+        f"peak memory about {_size(peak_bytes(made))} beside the interpreter and torch"
+    )
+    if out is not None:
+        parent = next(folder for folder in Path(out).resolve().parents if folder.exists())
+        free = shutil.disk_usage(parent).free
+        verdict = "enough" if free > made.bytes_written else "NOT ENOUGH"
+        yield f"free on the disk of {out}: {_size(free)}: {verdict}"
+
+
+def peak_bytes(made: Plan) -> int:
+    """Anonymous memory of the engine: buffers of the workers, for pieces or, where a rule needs them, whole tensors."""
+    workers = min(4, os.cpu_count() or 1)
+    largest = BLOCK_BYTES
+    for step in made.steps:
+        whole = step.action == "matrix" or any(
+            TRANSFORMS[name].span(options) == "tensor" for name, options in step.edits
+        )
+        largest = max(largest, step.spec.numel * 4 if whole else 0)
+    buffers = 8 + 3 * len(made.inputs.tasks)
+    return workers * largest * buffers
+
+
+def _action(made: Plan, step: Step) -> str:
+    """One tensor's line."""
+    dtypes = step.spec.dtype if step.spec.dtype == step.compute else f"{step.compute} -> {step.spec.dtype}"
+    text = f"{step.action:<7} {dtypes:<12} {list(step.spec.shape)!s:<16} {_size(step.bytes_read):>9}"
+    if step.action in ("merge", "matrix"):
+        alpha = ", ".join(f"{weight:g}" for weight in step.alpha)
+        text += f"  alpha [{alpha}]"
+        options = {key: value for key, value in step.options.items() if value is not None}
+        text += f" {options}" if options else ""
+        text += "".join(f" {name} {dict(options)}" for name, options in step.edits)
+    return f"{text}  {step.why}".rstrip()
+
+
+def _size(count: float) -> str:
+    """Bytes in readable units."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,119 @@
+"""What to do with tensors that cannot simply be merged: heads, BatchNorm statistics, ties."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gradmatch.settings import FIRST, layer_of
+
+if TYPE_CHECKING:
+    from gradmatch.checkpoint import Checkpoint
+    from gradmatch.inputs import OpenTask
+    from gradmatch.plan import Request
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a buffer is a BatchNorm statistic."""
+    return name.rpartition(".")[2] in STATISTICS
+
+
+def batchnorm_action(
+    name: str, base: Checkpoint, tasks: Sequence[OpenTask], request: Request
+) -> tuple[str, str]:
+    """("copy" | "average" | "", why) for a tensor that may be a BatchNorm statistic.
+
+    Raises:
+        ValueError: the statistics differ between the models and no policy was chosen.
+    """
+    if not is_statistic(name):
+        return "", ""
+    if request.batchnorm == "error":
+        sample = base.sample(name)
+        for task in tasks:
+            if (
+                name in task.checkpoint
+                and base.spec(name).floating
+                and task.checkpoint.sample(name) != sample
+            ):
+                raise ValueError(
+                    f"BatchNorm statistic {name!r} differs between the base and {task.name}, and merged weights have "
+                    "statistics of their own; choose batchnorm='recalibrate' (with batches=...), 'average' or 'copy'"
+                )
+        return "copy", "BatchNorm statistic, the same everywhere"
+    if request.batchnorm == "copy" or not base.spec(name).floating:
+        return "copy", "BatchNorm statistic: the base's"
+    why = "BatchNorm statistic: mean" + (", then recalibrated" if request.batchnorm == "recalibrate" else "")
+    return "average", why
+
+
+def head_prefixes(base: Checkpoint, tasks: Sequence[OpenTask], request: Request) -> list[str]:
+    """Modules that are heads: their tensors differ in shape between models or exist in some only, outside trunk and embeddings.
+
+    A whole module counts as soon as one of its tensors differs, since a head is used as a whole. Empty unless a policy
+    for heads was chosen; then also what `head_names` matches.
+
+    Raises:
+        ValueError: heads differ and no policy was chosen.
+    """
+    models = [base, *(task.checkpoint for task in tasks)]
+    names = dict.fromkeys(name for model in models for name in model)
+    given = [
+        name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in request.head_names)
+    ]
+    if request.heads == "error":
+        for name in names:
+            shapes = {model.spec(name).shape for model in models if name in model}
+            if len(shapes) > 1 and not FIRST.search(name) and layer_of(name) is None:
+                found = {
+                    task.name: list(task.checkpoint.spec(name).shape)
+                    for task in tasks
+                    if name in task.checkpoint
+                }
+                where = list(base.spec(name).shape) if name in base else "absent"
+                raise ValueError(
+                    f"head {name!r} differs: {where} in the base, {found} in the tasks; choose heads='keep-per-task' "
+                    "(saved beside the trunk) or heads='base'"
+                )
+        return []
+    trunk = [name for name in names if layer_of(name) is not None or FIRST.search(name)]
+    prefixes = dict.fromkeys(given)
+    for name in names:
+        differs = len({model.spec(name).shape if name in model else None for model in models}) > 1
+        if differs and name not in trunk:
+            prefixes.setdefault(_widest(name, trunk))
+    return list(prefixes)
+
+
+def _widest(name: str, trunk: Sequence[str]) -> str:
+    """The shortest dotted prefix of a name under which nothing of the trunk lies."""
+    parts = name.split(".")
+    for length in range(1, len(parts) + 1):
+        prefix = ".".join(parts[:length])
+        if not any(other.startswith(prefix + ".") for other in trunk):
+            return prefix
+    return name
+
+
+def tied_differently(base: Checkpoint, tasks: Sequence[OpenTask]) -> None:
+    """Refuse a task that has two different tensors where the base has one under two names.
+
+    Raises:
+        ValueError: the tensors are tied in the base and differ in a task.
+    """
+    for alias, name in base.aliases.items():
+        for task in tasks:
+            model = task.checkpoint
+            if alias not in model or name not in model:
+                continue
+            one, other = (model.aliases.get(key, key) for key in (alias, name))
+            if one != other and not (
+                model[alias].shape == model[name].shape and bool((model[alias] == model[name]).all())
+            ):
+                raise ValueError(
+                    f"{alias!r} is tied to {name!r} in the base but differs from it in {task.name}; untie the base "
+                    "(give both tensors their own memory) or tie the task's"
+                )

@@ -1,0 +1,149 @@
+"""Recipes: a merge as a YAML file.
+
+    base: path/to/base
+    method: gradient_matching
+    base_curvature: curvature/base.safetensors
+    transforms: [dare, ties]            # edits of the task vectors, optional
+    options: {density: 0.5}             # of the method and the transforms
+    dtype: float32
+    tasks:
+      - model: path/to/first
+        curvature: curvature/first.safetensors
+        weight: 1.0                     # or a list over the depth, or {"*mlp*": 0.7, "*": 0.3}
+      - model: path/to/second
+        curvature: curvature/second.safetensors
+
+Relative paths are relative to the recipe. mergekit's files (`merge_method:`) are understood too, see `gradmatch.mergekit`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gradmatch.plan import Request, nearest
+from gradmatch.task import Task
+
+Weight = float | list[Any] | dict[str, Any]
+
+
+class TaskRecipe(BaseModel):
+    """One entry of `tasks`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    curvature: str | None = None
+    weight: Weight = 1.0
+    name: str = ""
+
+
+class Recipe(BaseModel):
+    """A merge; the fields are the arguments of `gradmatch.merge`."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    base: str
+    tasks: list[TaskRecipe] = Field(min_length=1)
+    method: str = "gradient_matching"
+    base_curvature: str | float | None = None
+    base_weight: float = 1.0
+    delta0: float = 1e-6
+    options: dict[str, Any] = Field(default_factory=dict)
+    transforms: list[str | dict[str, dict[str, Any]]] = Field(default_factory=list)
+    dtype: str | None = None
+    seed: int = 0
+    head_names: list[str] = Field(default_factory=list)
+    missing: str = "error"
+    missing_curvature: str = "error"
+    heads: str = "error"
+    embeddings: str = "error"
+    batchnorm: str = "error"
+    precision: str = "auto"
+    rounding: str = "nearest"
+    verify: str = "files"
+    shard_bytes: int = 5_000_000_000
+    allow_mismatch: bool = False
+    allow_pickle: bool = False
+
+    def arguments(self, folder: Path) -> dict[str, Any]:
+        """Keyword arguments of `gradmatch.merge`, with paths taken from the recipe's folder."""
+        settings = {
+            name: getattr(self, name)
+            for name in Request.__dataclass_fields__
+            if name not in ("options", "out")
+        }
+        tasks = [
+            Task(locate(task.model, folder), _optional(task.curvature, folder), task.weight, task.name)
+            for task in self.tasks
+        ]
+        curvature = self.base_curvature
+        return {
+            **settings,
+            "base": locate(self.base, folder),
+            "tasks": tasks,
+            "base_curvature": _optional(curvature, folder) if isinstance(curvature, str) else curvature,
+            "allow_mismatch": self.allow_mismatch,
+            "allow_pickle": self.allow_pickle,
+            **self.options,
+        }
+
+
+def load_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a recipe, ours or mergekit's, into keyword arguments of `gradmatch.merge`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, an unknown key (the nearest is named), a missing one, or a value of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no recipe {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, a recipe is a table of keys")
+    if "merge_method" in content:
+        from gradmatch.mergekit import translate
+
+        return translate(dict(content), path.parent, str(path))
+    return parse_recipe(content, path.parent, str(path))
+
+
+def parse_recipe(content: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
+    """A recipe's content as keyword arguments of `gradmatch.merge`; `where` names it in errors.
+
+    Raises:
+        ValueError: see `load_recipe`.
+    """
+    try:
+        return Recipe.model_validate(dict(content)).arguments(folder)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "extra_forbidden":
+                known = TaskRecipe.model_fields if problem["loc"][0] == "tasks" else Recipe.model_fields
+                lines.append(
+                    f"unknown key {key!r}{nearest(str(problem['loc'][-1]), known)}; known are {', '.join(known)}"
+                )
+            else:
+                lines.append(f"{key}: {problem['msg']}")
+        raise ValueError(f"{where}: " + "; ".join(lines)) from None
+
+
+def locate(model: str, folder: Path) -> str:
+    """A path relative to the recipe where there is one, else the text as it is (a hub id, or a path from here)."""
+    beside = folder / Path(model).expanduser()
+    return str(beside) if beside.exists() else model
+
+
+def _optional(path: str | None, folder: Path) -> str | None:
+    return None if path is None else locate(path, folder)

@@ -1,0 +1,139 @@
+"""What a merge has to say about itself, as values: kept with the result, written to its card."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradmatch.plan import Plan
+
+CLAMP_WARNING = 0.01  # share of clamped weights beyond which a removal is not the one that was asked for
+KEPT_WARNING = 0.9  # share of the update beyond which rounding is no news
+
+
+@dataclass
+class Report:
+    """Health of one merge. Shares are of all weights that were merged; None where they do not apply.
+
+    Attributes:
+        method: name of the rule.
+        formula: what was computed.
+        tensors: merged, copied and averaged tensors.
+        weights: number of merged weights.
+        floor_share: share whose curvature is below delta0, where the floor decides (task arithmetic).
+        clamped_share: removal: share where H0 - alpha H_t had to be floored at keep * H0.
+        clamped: removal: the same by tensor.
+        largest_alpha: removal: share -> the largest weight (for all tasks alike) at which less than this share is clamped.
+        moved: by tensor, the norm of the update, and its norm in H0 (square root of nats) for a removal.
+        sign_conflict_share: TIES: share of weights that two tasks push in opposite directions.
+        kept_update: share of the update's squared norm that survived rounding to the output's dtype.
+        branches: how often each branch ran (slerp or lerp, ...).
+        heads: with heads="keep-per-task": task -> name -> tensor.
+        notes: policies that were applied, warnings, what is legal but probably unintended.
+    """
+
+    method: str
+    formula: str
+    tensors: dict[str, int] = field(default_factory=dict)
+    weights: int = 0
+    floor_share: float | None = None
+    clamped_share: float | None = None
+    clamped: dict[str, float] = field(default_factory=dict)
+    largest_alpha: dict[float, float] = field(default_factory=dict)
+    moved: dict[str, dict[str, float]] = field(default_factory=dict)
+    sign_conflict_share: float | None = None
+    kept_update: float | None = None
+    branches: dict[str, int] = field(default_factory=dict)
+    heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but tensors, ready for JSON."""
+        values = {key: value for key, value in vars(self).items() if key != "heads"}
+        values["heads"] = {task: sorted(tensors) for task, tensors in self.heads.items()}
+        values["largest_alpha"] = {str(share): alpha for share, alpha in self.largest_alpha.items()}
+        return values
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        lines = [f"{self.method}: {self.formula}"]
+        lines.append(", ".join(f"{count} tensors: {action}" for action, count in self.tensors.items()))
+        shares = {
+            "the floor delta0 decides": self.floor_share,
+            "clamped by the guard": self.clamped_share,
+            "in sign conflict": self.sign_conflict_share,
+        }
+        lines += [
+            f"{100 * share:.2f} % of the weights {what}"
+            for what, share in shares.items()
+            if share is not None
+        ]
+        if self.kept_update is not None:
+            lines.append(f"rounding kept {100 * self.kept_update:.1f} % of the update")
+        lines += [
+            f"largest weight with less than {100 * s:g} % clamped: {a:.4g}"
+            for s, a in self.largest_alpha.items()
+        ]
+        lines += [f"{branch}: {count} tensors" for branch, count in self.branches.items()]
+        return "\n".join([*lines, *self.notes])
+
+
+def make_report(plan: Plan, stats: Mapping[str, Mapping[str, float]]) -> Report:
+    """Sum the tensors' statistics; warns where a share passes its limit."""
+    rule, request = plan.request.rule, plan.request
+    report = Report(request.method, rule.formula, notes=list(plan.notes))
+    for step in plan.steps:
+        report.tensors[step.action] = report.tensors.get(step.action, 0) + 1
+    total: dict[str, float] = {}
+    for name, values in stats.items():
+        for key, value in values.items():
+            total[key] = total.get(key, 0.0) + value
+            if key.startswith("branch:"):
+                branch = key.removeprefix("branch:")
+                report.branches[branch] = report.branches.get(branch, 0) + 1
+        if "update" in values:
+            report.moved[name] = {"norm": math.sqrt(values["update"])}
+        if "clamped" in values:
+            report.clamped[name] = values["clamped"] / max(1.0, values["weights"])
+            report.moved[name]["norm_h0"] = math.sqrt(max(0.0, values["update_h0"]))
+    merged = [step for step in plan.steps if step.action in ("merge", "matrix")]
+    report.weights = sum(step.spec.numel for step in merged)
+    counted = max(1.0, total.get("weights", 0.0))
+    if "clamped" in total:
+        report.clamped_share = total["clamped"] / counted
+    elif "floored" in total:
+        report.floor_share = total["floored"] / counted
+    if "conflicts" in total:
+        report.sign_conflict_share = total["conflicts"] / counted
+    if total.get("rounded_update"):
+        report.kept_update = max(0.0, 1 - total["rounding_error"] / total["rounded_update"])
+    _judge(report, plan)
+    return report
+
+
+def _judge(report: Report, plan: Plan) -> None:
+    """Notes and warnings that follow from the numbers."""
+    said = []
+    if report.kept_update is not None and report.kept_update < KEPT_WARNING:
+        said.append(
+            f"rounding kept {100 * report.kept_update:.0f} % of the update: use dtype='float32', or rounding='stochastic'"
+        )
+    if report.clamped_share is not None and report.clamped_share > CLAMP_WARNING:
+        said.append(
+            f"{100 * report.clamped_share:.1f} % of the weights are clamped: H0 - alpha H_t is not positive there, so this is "
+            "not the removal that Eq. 13 describes; lower the weight (see report.largest_alpha) or improve the curvature"
+        )
+    if report.branches.get("lerp") and plan.request.method in ("slerp", "nuslerp"):
+        report.notes.append(
+            f"{report.branches['lerp']} of {sum(report.branches.values())} tensors were interpolated linearly "
+            "(nearly parallel, as fine-tunes of one base are)"
+        )
+    for text in said:
+        report.notes.append(text)
+        warnings.warn(text, stacklevel=4)

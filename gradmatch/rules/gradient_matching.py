@@ -1,0 +1,27 @@
+"""Uncertainty-based gradient matching, and Fisher averaging as its limit without a base."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def gradient_matching(theta0: Tensor, tau: Tensor, alpha: Tensor, h0: Tensor | float, h: Tensor) -> Tensor:
+    """Eq. 12 of Daheim et al. 2024: theta0 + sum_t alpha_t Hbar^-1 (H0 + H_t) tau_t, with Hbar = H0 + sum_t alpha_t H_t.
+
+    theta0, h0: (*s,); tau, h: (T, *s); alpha: (T, 1, ..., 1). Returns (*s,). Curvatures are of summed losses (nats per
+    squared unit of weight); h0 may be a number (isotropic). With H_t = 0 it is task arithmetic.
+    """
+    h_bar = h0 + (alpha * h).sum(0)
+    return theta0 + (alpha * (h0 + h) * tau).sum(0) / h_bar
+
+
+def fisher(theta0: Tensor, tau: Tensor, alpha: Tensor, delta0: float, h: Tensor) -> Tensor:
+    """FA: (sum_t alpha_t H_t)^-1 sum_t alpha_t H_t theta_t, written as Eq. 12 with H0 = delta0.
+
+    Shapes as in `gradient_matching`. The limit delta0 -> 0 is Fisher averaging (theta0 cancels); a positive delta0 decides
+    only where no task knows anything, and there it falls back to task arithmetic.
+    """
+    return gradient_matching(theta0, tau, alpha, delta0, h)

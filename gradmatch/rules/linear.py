@@ -1,0 +1,42 @@
+"""Rules that add models with constant coefficients: each is the function that gives (c0, c) of c0 theta0 + sum_t c_t theta_t."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Coefficients = tuple[float, list[float]]
+
+
+def averaging(alpha: Sequence[float]) -> Coefficients:
+    """AM: mean_t theta_t, so c0 = 0 and c_t = 1/T. The weights play no role."""
+    return 0.0, [1 / len(alpha)] * len(alpha)
+
+
+def weighted(alpha: Sequence[float], normalize: bool = True) -> Coefficients:
+    """Linear merging: sum_t alpha_t theta_t, divided by sum_t alpha_t when `normalize` is set.
+
+    Raises:
+        ValueError: the weights sum to zero and cannot be normalised.
+    """
+    total = sum(alpha) if normalize else 1.0
+    if total == 0:
+        raise ValueError(
+            f"the weights {list(alpha)} sum to zero and cannot be normalised: change them or pass normalize=False"
+        )
+    return 0.0, [weight / total for weight in alpha]
+
+
+def task_arithmetic(alpha: Sequence[float], scale: float = 1.0) -> Coefficients:
+    """TA of Ilharco et al. 2023: theta0 + scale * sum_t alpha_t tau_t, so c_t = scale alpha_t and c0 = 1 - sum_t c_t."""
+    c = [scale * weight for weight in alpha]
+    return 1.0 - sum(c), c
+
+
+def negation(alpha: Sequence[float]) -> Coefficients:
+    """TA negation: theta0 - sum_t alpha_t tau_t."""
+    return task_arithmetic([-weight for weight in alpha])
+
+
+def passthrough(alpha: Sequence[float], scale: float = 1.0) -> Coefficients:
+    """One model's tensor as it is, times `scale`: c0 = 0, c_1 = scale."""
+    return 0.0, [scale] + [0.0] * (len(alpha) - 1)

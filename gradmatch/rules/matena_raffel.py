@@ -1,0 +1,21 @@
+"""Fisher merging as Matena and Raffel published it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def matena_raffel(theta: Tensor, alpha: Tensor, f: Tensor, floor: float) -> Tensor:
+    """Matena & Raffel 2022: (sum_t alpha_t F_t)^-1 sum_t alpha_t F_t theta_t, F_t the per-example *mean* Fisher.
+
+    theta, f: (T, *s); alpha: (T, 1, ..., 1). Returns (*s,). Each F_t is at least `floor` (theirs is 1e-6). Where all
+    Fishers vanish nothing is known, and the coordinate is the weighted mean. Using the mean and not N_t F_t, a task's
+    number of examples plays no role.
+    """
+    weight = alpha * f.clamp(min=floor)
+    total = weight.sum(0)
+    fallback = (alpha * theta).sum(0) / alpha.sum(0)
+    return fallback.where(total == 0, (weight * theta).sum(0) / total.masked_fill(total == 0, 1))

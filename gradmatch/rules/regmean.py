@@ -1,0 +1,33 @@
+"""RegMean: linear layers merged so that their outputs on the tasks' inputs change least."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def regmean(theta: Tensor, alpha: Tensor, gram: Tensor, off_diagonal: float, ridge: float) -> Tensor:
+    """Jin et al. 2023: W' = (sum_t alpha_t G_t)^-1 sum_t alpha_t G_t W_t', G_t = sum x x' over the task's inputs.
+
+    theta: (T, out, in), W_t' its transpose; alpha: (T, 1, 1); gram: (T, in, in). Returns (out, in). The off-diagonal of
+    each G_t is scaled by `off_diagonal`; ridge is added to every G_t as ridge * mean(diag G_t) * I, so that inputs that
+    never occur are averaged. It is Eq. 12 with H0 = 0 and H_t = I (x) G_t.
+    """
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)  # (T, in)
+    g = gram * off_diagonal
+    g.diagonal(dim1=-2, dim2=-1).copy_(diagonal + ridge * diagonal.mean(-1, keepdim=True))
+    g = alpha * g
+    right = (g @ theta.transpose(1, 2)).sum(0)  # (in, out)
+    return _solve(g.sum(0), right).transpose(0, 1)
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Cholesky where the matrix is positive definite, else least squares."""
+    import torch
+
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) == 0:
+        return torch.cholesky_solve(right, factor)
+    return torch.linalg.lstsq(matrix, right).solution

@@ -1,0 +1,39 @@
+"""Removing tasks: Eq. 13 with its positivity guard, and the negations it is compared with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def removal(theta0: Tensor, tau: Tensor, alpha: Tensor, h0: Tensor | float, h: Tensor, keep: float) -> Tensor:
+    """Eq. 13 of Daheim et al. 2024: theta0 - sum_t alpha_t (H0 - sum_s alpha_s H_s)^-1 (H0 + H_t) tau_t.
+
+    It is Eq. 12 with alpha -> -alpha, and equals retraining without D_t on quadratic losses. theta0, h0: (*s,); tau, h:
+    (T, *s); alpha > 0: (T, 1, ..., 1); 0 < keep <= 1. Returns (*s,). What remains of the base's curvature must stay
+    positive: it is floored at keep * H0, since noisy diagonals break H0 > alpha H_t.
+    """
+    remaining = h0 - (alpha * h).sum(0)
+    floor = keep * h0
+    remaining = remaining.maximum(floor) if hasattr(floor, "shape") else remaining.clamp(min=floor)
+    return theta0 - (alpha * (h0 + h) * tau).sum(0) / remaining
+
+
+def ewr(theta0: Tensor, tau: Tensor, alpha: Tensor, h0: Tensor | float, h: Tensor) -> Tensor:
+    """Elastic weight removal: (H0 theta0 - sum_t alpha_t H_t tau_t) / (H0 + sum_t alpha_t H_t); Daheim et al. 2023.
+
+    Shapes as in `removal`. Like FA1 it mixes origins: theta0 itself shrinks by H0 / (H0 + alpha H_t) where the task's
+    curvature is large. alpha = 0 returns the base.
+    """
+    return (h0 * theta0 - (alpha * h * tau).sum(0)) / (h0 + (alpha * h).sum(0))
+
+
+def fisher_negation(theta0: Tensor, tau: Tensor, alpha: Tensor, h0: Tensor | float, h: Tensor) -> Tensor:
+    """Negation scaled by how much of the curvature is the task's: theta0 - sum_t alpha_t H_t / (H0 + H_t) tau_t.
+
+    Shapes as in `removal`. A baseline: it spares what only the base needs, but does not account for what removing a task
+    does to the curvature that remains.
+    """
+    return theta0 - (alpha * h / (h0 + h) * tau).sum(0)

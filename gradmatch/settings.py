@@ -1,0 +1,97 @@
+"""Settings that may differ from tensor to tensor: a number, a gradient over the depth, or numbers by name pattern.
+
+0.5                                            everywhere
+[0.0, 1.0]                                     interpolated from the first layer to the last
+{"*mlp*": 0.7, "*": 0.3}                       the first pattern that matches the name
+[{"filter": "mlp", "value": 0.7}, {"value": 0.3}]   the same as mergekit spells it: a filter is a part of the name
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Setting = float | Sequence[Any] | Mapping[str, Any]
+LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|encoder|decoder|stages)\.(\d+)(?:\.|$)")
+FIRST = re.compile(r"embed|wte|wpe|shared|patch", re.IGNORECASE)
+
+
+def layer_of(name: str) -> int | None:
+    """The index of the layer that a parameter belongs to, or None: `model.layers.7.mlp.up.weight` -> 7."""
+    found = LAYER.search(name)
+    return int(found.group(1)) if found else None
+
+
+class Depth:
+    """Where in the depth of a model a tensor lies: 0 at the first layer, 1 at the last.
+
+    Embeddings count as the first layer, everything else outside the layers (final norm, head) as the last.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.count = max((index + 1 for index in map(layer_of, names) if index is not None), default=1)
+
+    def of(self, name: str) -> float:
+        """Position in [0, 1]."""
+        index = layer_of(name)
+        if index is None:
+            return 0.0 if FIRST.search(name) else 1.0
+        return index / max(1, self.count - 1)
+
+
+def value_at(setting: Setting | Any, name: str, depth: float, what: str = "setting") -> Any:
+    """The value of a setting for one tensor.
+
+    Args:
+        setting: see the module's head; text and booleans are returned as they are.
+        name: the tensor.
+        depth: its position in [0, 1].
+        what: how to call the setting in an error.
+
+    Raises:
+        ValueError: no pattern or filter matches the name.
+        TypeError: nothing that a setting can be.
+    """
+    if isinstance(setting, (bool, str)) or setting is None:
+        return setting
+    if isinstance(setting, (int, float)):
+        return float(setting)
+    if isinstance(setting, Mapping):
+        for pattern, value in setting.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return value_at(value, name, depth, what)
+        raise ValueError(
+            f'{what}: no pattern of {list(setting)} matches tensor {name!r}; add a last entry "*"'
+        )
+    if isinstance(setting, Sequence) and setting:
+        if all(isinstance(entry, Mapping) and "value" in entry for entry in setting):
+            for entry in setting:
+                part = entry.get("filter")
+                if part is None or part == "*" or part in name:
+                    return value_at(entry["value"], name, depth, what)
+            raise ValueError(f"{what}: no filter matches tensor {name!r}; add a last entry without a filter")
+        if all(isinstance(entry, (int, float)) and not isinstance(entry, bool) for entry in setting):
+            position = depth * (len(setting) - 1)
+            left = min(int(position), len(setting) - 2) if len(setting) > 1 else 0
+            right = min(left + 1, len(setting) - 1)
+            share = position - left
+            return float((1 - share) * setting[left] + share * setting[right])
+    raise TypeError(
+        f"{what}: {setting!r} is no number, list of numbers over the depth, table of patterns, or list of filters with values"
+    )
+
+
+def numbers(setting: Setting | Any) -> list[float]:
+    """Every number that occurs in a setting, for range checks before any tensor is known."""
+    if isinstance(setting, bool) or setting is None or isinstance(setting, str):
+        return []
+    if isinstance(setting, (int, float)):
+        return [float(setting)]
+    if isinstance(setting, Mapping):
+        values: Iterable[Any] = [setting["value"]] if "value" in setting else setting.values()
+        return [number for value in values for number in numbers(value)]
+    if isinstance(setting, Sequence):
+        return [number for value in setting for number in numbers(value)]
+    return []

@@ -1,0 +1,55 @@
+"""Passes over the whole model around the streaming loop: global thresholds before it, a second look after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from gradmatch.engine import Context, Sink, run
+from gradmatch.thresholds import global_thresholds
+
+if TYPE_CHECKING:
+    from gradmatch.plan import Plan
+
+
+def stream(
+    made: Plan,
+    sink: Sink,
+    finished: Mapping[str, dict[str, float]],
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Carry out a plan but for what is finished already; returns every tensor's statistics."""
+    context = Context(made)
+    if any(name == "ties" for step in made.steps for name, _ in step.edits):
+        context.thresholds = global_thresholds(context)
+    if made.request.method == "matena_raffel":
+        context.norms = fisher_norms(context)
+    stats = {name: dict(values) for name, values in finished.items()}
+    left = [step for step in made.steps if step.name not in stats]
+    stats |= run(context, sink, left, on_progress)
+    if sum(values.get("signs", 0.0) for values in stats.values()) < 0:
+        # the majority is negative after all: entries that cancel exactly take its sign, so their tensors are done again
+        context.majority = -1.0
+        again = [step for step in made.steps if stats.get(step.name, {}).get("cancelled")]
+        stats |= run(context, sink, again)
+    return stats
+
+
+def fisher_norms(context: Context) -> list[float]:
+    """Norm of each task's mean Fisher over all merged tensors, where the rule divides by it; else nothing."""
+    import torch
+
+    steps = [step for step in context.plan.steps if step.action == "merge"]
+    if not steps or not steps[0].options.get("normalize_fishers"):
+        return []
+    norms = []
+    for task in context.inputs.tasks:
+        assert task.mean is not None
+        total = 0.0
+        for step in steps:
+            key = task.mean.key(step.name)
+            if key is not None:
+                block = task.mean.block(key, 0, step.spec.numel).to(torch.float64)
+                total += float(block.square().sum())
+        norms.append(total**0.5 or 1.0)
+    return norms

@@ -1,0 +1,114 @@
+"""Edits of task vectors, tau -> tau', before any rule: each a pure function of the stacked task vectors of one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gradmatch.transforms.breadcrumbs import breadcrumbs
+from gradmatch.transforms.dare import dare
+from gradmatch.transforms.della import della
+from gradmatch.transforms.ties import kept_count, ties
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from gradmatch.passes import Edit
+
+__all__ = ["TRANSFORMS", "Transform", "breadcrumbs", "check_options", "dare", "della", "ties"]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What the engine must know of an edit.
+
+    Attributes:
+        apply: the edit of one piece, from an `Edit` (task vectors, weights, noise, thresholds) and its options.
+        options: name -> default.
+        span: how much of a tensor one piece must hold: any "block", whole "rows", or the whole "tensor". May depend on
+            the options.
+        random: whether it draws noise.
+    """
+
+    apply: Callable[[Edit, Mapping[str, Any]], Tensor]
+    options: Mapping[str, Any]
+    span: Callable[[Mapping[str, Any]], str]
+    random: bool = False
+
+
+def _ties(edit: Edit, options: Mapping[str, Any]) -> Tensor:
+    """TIES with the thresholds of the chosen scope."""
+    tau, threshold = edit.tau, edit.threshold
+    if threshold is None and options["density"] < 1:
+        flat = tau.abs().reshape(tau.shape[0], -1)
+        largest = flat.shape[1] + 1 - kept_count(options["density"], flat.shape[1])
+        threshold = flat.kthvalue(largest, dim=1).values.reshape(edit.alpha.shape)
+    return ties(tau, edit.alpha, 0.0 if threshold is None else threshold, edit.majority, options["scale"])
+
+
+def _dare(edit: Edit, options: Mapping[str, Any]) -> Tensor:
+    return dare(edit.tau, edit.noise(), options["density"], options["rescale"])
+
+
+def _della(edit: Edit, options: Mapping[str, Any]) -> Tensor:
+    return della(edit.tau, edit.noise(), options["density"], options["epsilon"])
+
+
+def _breadcrumbs(edit: Edit, options: Mapping[str, Any]) -> Tensor:
+    return breadcrumbs(edit.tau, options["density"], options["gamma"])
+
+
+TRANSFORMS: dict[str, Transform] = {
+    "ties": Transform(
+        _ties,
+        {"density": 0.2, "trim": "global", "scale": 1.0},
+        lambda options: "tensor" if options["trim"] == "tensor" and options["density"] < 1 else "block",
+    ),
+    "dare": Transform(
+        _dare,
+        {"density": 0.1, "rescale": "unbiased", "seed": 0},
+        lambda options: "tensor" if options["rescale"] == "l1" else "block",
+        random=True,
+    ),
+    "della": Transform(
+        _della, {"density": 0.3, "epsilon": 0.1, "seed": 0}, lambda options: "rows", random=True
+    ),
+    "breadcrumbs": Transform(_breadcrumbs, {"density": 0.14, "gamma": 0.01}, lambda options: "tensor"),
+}
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse values that no edit of this kind can take; `name` is the transform.
+
+    Raises:
+        ValueError: a density outside (0, 1], a gamma outside [0, 1), an epsilon that pushes a probability out of (0, 1],
+            or an unknown choice.
+    """
+    for density in _values(options["density"]):
+        if not 0 < density <= 1:
+            raise ValueError(f"{name}: density is {density}; it is the share kept and must lie in (0, 1]")
+        for epsilon in _values(options.get("epsilon", 0.0)):
+            if epsilon < 0 or density - epsilon / 2 <= 0 or (density < 1 and density + epsilon / 2 > 1):
+                raise ValueError(
+                    f"{name}: density {density} with epsilon {epsilon} gives probabilities from {density - epsilon / 2:g} to "
+                    f"{density + epsilon / 2:g}; choose 0 <= epsilon < 2 * min(density, 1 - density)"
+                )
+    for gamma in _values(options.get("gamma", 0.0)):
+        if not 0 <= gamma < 1:
+            raise ValueError(
+                f"{name}: gamma is {gamma}; it is the share of outliers dropped and must lie in [0, 1)"
+            )
+    choices = {"trim": ("global", "tensor"), "rescale": ("unbiased", "l1")}
+    for option, allowed in choices.items():
+        if option in options and options[option] not in allowed:
+            raise ValueError(f"{name}: {option} is {options[option]!r}; choose one of {list(allowed)}")
+
+
+def _values(setting: Any) -> list[float]:
+    """Every number that a per-tensor setting can take."""
+    from gradmatch.settings import numbers
+
+    return numbers(setting)

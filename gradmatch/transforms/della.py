@@ -1,0 +1,28 @@
+"""DELLA's MAGPRUNE: drop small entries more often than large ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def keep_probability(tau: Tensor, density: float, epsilon: float) -> Tensor:
+    """MAGPRUNE (Deep et al. 2024): within a row of n entries, density - epsilon/2 for the smallest |tau| to density + epsilon/2.
+
+    tau: (T, *s), rows along the last axis. Returns (T, *s). The steps between neighbours in rank are equal and the mean
+    over a row is `density`; a row of length one has probability `density`.
+    """
+    n = tau.shape[-1]
+    rank = tau.abs().argsort(dim=-1).argsort(dim=-1).to(tau.dtype)  # 0 for the smallest
+    return density + epsilon * ((rank + 0.5) / n - 0.5)
+
+
+def della(tau: Tensor, noise: Tensor, density: float, epsilon: float) -> Tensor:
+    """Keep each entry with its MAGPRUNE probability and divide it by that probability, so that the expectation is tau.
+
+    tau, noise: (T, *s), noise uniform in [0, 1). Returns (T, *s).
+    """
+    probability = keep_probability(tau, density, epsilon)
+    return tau * (noise < probability) / probability

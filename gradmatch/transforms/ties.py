@@ -1,0 +1,51 @@
+"""TIES: trim, elect sign, and share among those who agree."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def kept_count(density: float, numel: int) -> int:
+    """How many of `numel` entries a density keeps: the whole part of density * numel, and at least one."""
+    return max(1, int(density * numel + 1e-9)) if numel else 0
+
+
+def trim(tau: Tensor, threshold: Tensor | float) -> Tensor:
+    """TIES step 1 (Yadav et al. 2023): tau where |tau| >= threshold, else 0.
+
+    tau: (T, *s); threshold: (T, 1, ..., 1), the k-th largest |tau_t| of the whole model (or of this tensor). Entries equal
+    to the threshold all stay.
+    """
+    return tau * (tau.abs() >= threshold)
+
+
+def elect(tau: Tensor, alpha: Tensor, majority: float) -> Tensor:
+    """TIES step 2: sign(sum_t alpha_t tau_t) per coordinate, (*s,); where entries cancel exactly, the sign of the majority.
+
+    tau: (T, *s); alpha: (T, 1, ..., 1); majority: sign of the sum of all elected signs of the model (+1 or -1).
+    """
+    sign = (alpha * tau).sum(0).sign()
+    return sign + (sign == 0) * majority
+
+
+def share(tau: Tensor, alpha: Tensor, sign: Tensor) -> Tensor:
+    """TIES step 3, before the sum: tau_t where it agrees with `sign`, divided by the weight of all that agree; else 0.
+
+    tau: (T, *s); alpha: (T, 1, ..., 1); sign: (*s,). Returns (T, *s), such that sum_t alpha_t tau'_t is the disjoint mean
+    (the weighted mean over the agreeing, non-zero entries).
+    """
+    agrees = ((alpha * tau).sign() == sign) & (tau != 0)
+    total = (alpha.abs() * agrees).sum(0)
+    return tau * agrees / total.masked_fill(total == 0, 1)
+
+
+def ties(tau: Tensor, alpha: Tensor, threshold: Tensor | float, majority: float, scale: float) -> Tensor:
+    """TIES (Yadav et al. 2023) as a map of task vectors: scale * share(trimmed, elected sign).
+
+    Task arithmetic of the result is TIES merging; any other rule may follow instead. Shapes as in its three steps.
+    """
+    trimmed = trim(tau, threshold)
+    return scale * share(trimmed, alpha, elect(trimmed, alpha, majority))

@@ -1,0 +1,54 @@
+"""Checks of a finished output: what was promised is what the files hold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gradmatch.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from gradmatch.plan import Plan
+
+
+def verify(checkpoint: Checkpoint, made: Plan) -> None:
+    """Compare names, shapes, dtypes and ties with the plan; with verify="reload", let transformers load the folder too.
+
+    Values were checked for NaN and Inf as they were written.
+
+    Raises:
+        ValueError: the files do not hold what was planned, or transformers finds tensors missing or unexpected.
+    """
+    planned = {step.name: step.spec for step in made.steps}
+    held = {name: checkpoint.spec(name) for name in checkpoint.store}
+    if held != planned:
+        wrong = sorted(name for name in {*held, *planned} if held.get(name) != planned.get(name))
+        name = wrong[0]
+        raise ValueError(
+            f"{checkpoint.path}: {name!r} is {held.get(name)}, planned was {planned.get(name)}; do not use this output"
+        )
+    if made.request.verify == "reload":
+        reload(checkpoint)
+
+
+def reload(checkpoint: Checkpoint) -> None:
+    """Build the architecture of the config and load the folder into it.
+
+    Raises:
+        ValueError: no config, or tensors that the architecture lacks or misses.
+    """
+    if checkpoint.config is None:
+        raise ValueError(
+            f"{checkpoint.path} has no config.json, so transformers cannot load it; leave verify='files'"
+        )
+    import transformers
+
+    names = checkpoint.config.get("architectures") or []
+    loader = getattr(transformers, names[0], None) if names else None
+    _, info = (loader or transformers.AutoModel).from_pretrained(checkpoint.path, output_loading_info=True)
+    problems = {
+        key: sorted(info[key])
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(key)
+    }
+    if problems:
+        raise ValueError(f"{checkpoint.path}: transformers reports {problems}; do not use this output")
