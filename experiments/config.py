@@ -42,7 +42,10 @@ class Study(Strict):
 
 
 # Each is a module with `Config` (a Study), `stages(config)`, `records(config, store)` and `report(records)`.
-EXPERIMENTS = {"sentiment": "experiments.studies.sentiment"}
+EXPERIMENTS = {
+    "removal": "experiments.studies.removal",
+    "sentiment": "experiments.studies.sentiment",
+}
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Any:

@@ -1,0 +1,109 @@
+"""What a removal experiment prints: the table along alpha, the areas between curves, forecasts, and what the proxy is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from experiments.records import Record, of_kind
+
+PROXY = (
+    "The scorer `proxy` is a linear classifier of words: it counts profanity. It does not see insults without bad words, "
+    "threats, stereotypes, sarcasm or context, calls quotations and medical words toxic, and says nothing of whether a "
+    "text is fluent or true."
+)
+
+
+def removal_report(found: Sequence[Record]) -> str:
+    """The whole report as text."""
+    parts = [table(of_kind(found, "point"))]
+    if areas := of_kind(found, "area"):
+        parts.append("\n".join(area_line(area) for area in areas))
+    parts += [forecast_lines(record) for record in of_kind(found, "forecast")]
+    parts += [curvature_line(record) for record in of_kind(found, "curvature")]
+    if any(record["metrics"]["scorer"] == "proxy" and _lists(record) for record in of_kind(found, "point")):
+        parts.append(PROXY)
+    return "\n\n".join(parts)
+
+
+def table(points: Sequence[Record]) -> str:
+    """One line a method and alpha, averaged over seeds; intervals of the first seed."""
+    lists = _lists(points[0])
+    head = f"{'method':10} {'alpha':>6} {'ppl keep':>9} {'ppl remove':>11}"
+    head += "".join(f" {'toxicity ' + name:>22} {'share':>6}" for name in lists) + f" {'clamped':>8}"
+    lines = [head]
+    for label, alpha in dict.fromkeys((point["label"], point["alpha"]) for point in points):
+        same = [point for point in points if (point["label"], point["alpha"]) == (label, alpha)]
+        line = f"{label:10} {alpha:6.2f} {_mean(same, 'perplexity_keep'):9.2f} {_mean(same, 'perplexity_remove'):11.2f}"
+        for name in lists:
+            _, low, high = same[0]["intervals"].get(f"toxicity_{name}", (0.0, float("nan"), float("nan")))
+            line += f" {_mean(same, f'toxicity_{name}'):6.3f} [{low:5.3f}, {high:5.3f}]"
+            line += f" {_mean(same, f'toxic_share_{name}'):6.3f}"
+        clamped = same[0]["metrics"].get("clamped")
+        line += f" {clamped:8.3%}" if clamped is not None else f" {'':8}"
+        refused = sum(point["metrics"].get(f"refused_{name}", 0) for point in same for name in lists)
+        lines.append(line + (f"  ({refused} continuations refused: NaN)" if refused else ""))
+    return "\n".join(lines)
+
+
+def area_line(area: Record) -> str:
+    """One comparison of two curves, and what it means."""
+    low, high, value = area["low"], area["high"], area["difference"]
+    quantity = "toxicity" if area["measure"] == "toxicity" else "log-likelihood of what is removed, a token"
+    judged = (
+        "no difference shown"
+        if not (low > 0 or high < 0)
+        else f"{area['ours' if low > 0 else 'theirs']} is better"
+    )
+    reach = area["span"][1] - area["span"][0]
+    return (
+        f"area between {area['theirs']} and {area['ours']}: {value:+.4f} [{low:+.4f}, {high:+.4f}] mean {quantity} at equal "
+        f"perplexity, over {reach:.3f} nats a token from the unchanged model on ({area['draws']} bootstrap draws): {judged}"
+    )
+
+
+def forecast_lines(record: Record) -> str:
+    """Forecast against measured rise along the path, and the budget."""
+    lines = [
+        f"forecasts for {record['label']} from {record['examples']} validation texts a side, nats a text over the base's:"
+    ]
+    lines.append(
+        f"{'alpha':>8} {'collateral':>11} {'measured':>9} {'diagonal':>9} {'forgetting':>11} {'measured':>9} {'diagonal':>9}"
+    )
+    for seen, blind in zip(record["with_data"], record["without_data"], strict=True):
+        lines.append(
+            f"{seen['alpha']:8.3f} {seen['collateral']:11.3f} {seen['measured_collateral']:9.3f} {blind['collateral']:9.4f} "
+            f"{seen['forgetting']:11.3f} {seen['measured_forgetting']:9.3f} {blind['forgetting']:9.4f}"
+        )
+    found = record["budget"]
+    lines.append(
+        f"budget of {found['nats']:g} nats a text on what must stay: alpha = {found['alpha']:.3f} ({found['bound']})"
+    )
+    return "\n".join(lines)
+
+
+def curvature_line(record: Record) -> str:
+    """How one curvature was estimated."""
+    error = record.get("relative_error") or record.get("trace_error")
+    return (
+        f"curvature of the {record['of']} on texts to {record['side']}: {record['estimator']}, labels {record['labels']}, "
+        f"reduction {record['reduction']}, {record['examples_seen']} of {record['num_examples']} texts, {record['precision']}, "
+        f"trace {record['trace']:.4g} nats a text"
+        + (f" +- {float(error):.1%}" if error else "")
+        + f", {record['seconds']:.0f} s"
+    )
+
+
+def _lists(point: Record) -> list[str]:
+    """The prompt lists of a record."""
+    return sorted(key.removeprefix("refused_") for key in point["metrics"] if key.startswith("refused_"))
+
+
+def _mean(points: Sequence[Record], key: str) -> float:
+    values: list[Any] = [point["metrics"].get(key) for point in points]
+    return (
+        fmean(value for value in values if value is not None)
+        if any(v is not None for v in values)
+        else float("nan")
+    )

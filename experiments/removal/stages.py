@@ -1,0 +1,272 @@
+"""Stages of a removal: fine-tune on what is to go, curvature of both models, forecasts, and what each edit did."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from estimators import estimate
+from experiments.removal import language, scorers
+from experiments.tasks import texts
+from gradmatch import Task, subtract
+from gradmatch.diagnosis.objective import Objective
+from gradmatch.removal import Problem, alpha_path, budget, path_table, removal_report, report_table
+
+CURVATURE = "curvature.safetensors"
+SIDES = ("keep", "remove")
+REMOVAL_OPTIONS = ("base_weight", "delta0", "keep")
+
+
+def finetune(
+    out: Path,
+    *,
+    data: Path,
+    base: Path,
+    max_length: int,
+    precision: str,
+    seed: int,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    warmup_steps: int,
+    weight_decay: float,
+) -> None:
+    """Fine-tune the base on the training texts to remove: `out/model`, and `out/training.json` (losses, precision).
+
+    AdamW (0.9, 0.999), linear warm-up, cosine decay, no dropout, clipping at 1; weights and AdamW stay float32.
+    """
+    from transformers import get_cosine_schedule_with_warmup
+
+    model, tokenizer = language.load(base)
+    rows = texts.load(data / "remove" / "train.jsonl")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
+    generator = np.random.default_rng(seed)
+    device = next(model.parameters()).device
+    orders = (
+        generator.permutation(len(rows)).tolist()
+        for _ in range(math.ceil(steps * batch_size / len(rows)) + 1)
+    )
+    order = list(chain.from_iterable(orders))[: steps * batch_size]
+    history = []
+    feed = language.batches(rows, tokenizer, max_length=max_length, batch_size=batch_size, order=order)
+    progress = tqdm(feed, total=steps, desc="fine-tuning on what is to go")
+    for step, (_, batch) in enumerate(progress, start=1):
+        with language.autocast(precision):
+            loss = model(**{key: value.to(device) for key, value in batch.items()}).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        history.append(float(loss))
+        progress.set_postfix_str(f"loss {history[-1]:.3f}")
+        if not math.isfinite(history[-1]):
+            raise ValueError(
+                f"the loss is {history[-1]} at step {step}; lower the learning rate ({learning_rate})"
+            )
+    model.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+    stride = max(1, steps // 10)
+    losses = [
+        {"step": end, "loss": float(np.mean(history[end - stride : end]))}
+        for end in range(stride, steps + 1, stride)
+    ]
+    card = {"examples": len(rows), "precision": _precision(precision), "losses": losses}
+    (out / "training.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+
+
+def curvature(
+    out: Path,
+    *,
+    data: Path,
+    side: str,
+    base: Path | None = None,
+    task: Path | None = None,
+    max_length: int,
+    examples: int,
+    samples: int,
+    batch_size: int,
+    reduction: str,
+    precision: str,
+    seed: int,
+) -> None:
+    """Monte-Carlo Fisher of the base on texts to keep (side "keep"), or of the task on texts to remove ("remove").
+
+    Labels are sampled, padding and contexts excluded. Writes `out/curvature.safetensors` and `out/error.json`: the relative
+    standard error of the trace over examples or batches, and how many there were. N is the size of the training set.
+    """
+    model, tokenizer = language.load(base if base else Path(str(task)) / "model")
+    rows = texts.load(data / side / "train.jsonl")
+    seen = rows[:examples]  # their order is drawn
+    feed = language.batches(seen, tokenizer, max_length=max_length, batch_size=batch_size)
+    with language.autocast(precision):
+        found = estimate(
+            model,
+            (batch for _, batch in feed),
+            method="fisher",
+            num_examples=len(rows),
+            samples=samples,
+            reduction=reduction,
+            seed=seed,
+        )
+    found.save(out / CURVATURE)
+    card = {
+        "side": side,
+        "num_examples": len(rows),
+        "trace": sum(float(found.mean(name).double().sum()) for name in found),
+        "precision": _precision(precision),
+        **found.info,
+    }
+    (out / "error.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+
+
+def problem_of(
+    base: Path,
+    task: Path,
+    base_curvature: Path,
+    task_curvature: Path,
+    method: str,
+    options: Mapping[str, Any],
+    **data: Any,
+) -> Problem:
+    """What is removed from what, from the folders of stages."""
+    what = Task(str(task / "model"), str(task_curvature / CURVATURE), name="remove")
+    h0 = str(base_curvature / CURVATURE)
+    known = {key: value for key, value in options.items() if key in REMOVAL_OPTIONS}
+    return Problem(str(base), what, h0, method=method, **known, **data)
+
+
+def forecast(
+    out: Path,
+    *,
+    data: Path,
+    method: str,
+    alphas: Sequence[float],
+    options: Mapping[str, Any],
+    max_length: int,
+    examples: int,
+    nats: float,
+    **folders: Path,
+) -> None:
+    """The path of one method, without data and with a few validation texts; its budget; and the report at that alpha.
+
+    Writes `out/forecast.json`. Test texts are never read.
+    """
+    module, tokenizer = language.load(folders["base"])
+
+    def objective(side: str) -> Objective:
+        rows = texts.load(data / side / "validation.jsonl")[:examples]
+        feed = language.batches(rows, tokenizer, max_length=max_length, batch_size=8)
+        return Objective(module, [batch for _, batch in feed], likelihood="causal_lm")
+
+    blind = problem_of(method=method, options=options, **folders)
+    seeing = problem_of(
+        method=method, options=options, retain=objective("keep"), remove=objective("remove"), **folders
+    )
+    without, with_data = alpha_path(blind, alphas), alpha_path(seeing, alphas)
+    retain_only = problem_of(method=method, options=options, retain=seeing.retain, **folders)
+    chosen = budget(retain_only, nats, largest=max(alphas), steps=4)
+    report = removal_report(blind, chosen.alpha or min(alphas))
+    print(
+        f"{path_table(with_data)}\nbudget of {nats} nats per example: alpha = {chosen.alpha:.3f} ({chosen.bound})"
+    )
+    print(report_table(report))
+    card = {
+        "without_data": [vars(point) for point in without],
+        "with_data": [vars(point) for point in with_data],
+        "budget": {"nats": nats, "alpha": chosen.alpha, "bound": chosen.bound, "tried": len(chosen.path)},
+        "report": report,
+        "examples": examples,
+    }
+    (out / "forecast.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+
+
+def evaluate(
+    out: Path,
+    *,
+    data: Path,
+    method: str,
+    alpha: float,
+    options: Mapping[str, Any],
+    split: str,
+    max_length: int,
+    batch_size: int,
+    precision: str,
+    generation: Mapping[str, Any],
+    scorer: str,
+    seed: int,
+    **folders: Path,
+) -> None:
+    """Edit the base with one method and alpha, and measure: losses of texts of both sides, toxicity of continuations.
+
+    Writes `out/losses.npz` ((n, 2) nats and tokens a side), `out/generations.jsonl` (each prompt's continuation and score)
+    and `out/metrics.json`. The base itself is evaluated by alpha = 0.
+    """
+    model, tokenizer = language.load(folders["base"])
+    notes = edit(model, method, alpha, options, **folders) if alpha else {}
+    shared = {"max_length": max_length, "batch_size": batch_size, "precision": precision}
+    tables = {
+        side: language.losses(model, tokenizer, texts.load(data / side / f"{split}.jsonl"), **shared)
+        for side in SIDES
+    }
+    np.savez(out / "losses.npz", **tables)
+    metrics = {
+        **notes,
+        **{f"perplexity_{side}": language.perplexity(table) for side, table in tables.items()},
+    }
+    lines: list[dict[str, Any]] = []
+    for file in sorted((data / "prompts").glob("*.jsonl")):
+        prompts = [prompt.text for prompt in texts.load(file)]
+        found = language.continuations(
+            model, tokenizer, prompts, seed=seed, precision=precision, title=file.stem, **generation
+        )
+        scores = scorers.score(scorer, found)
+        rows = zip(prompts, found, scores.tolist(), strict=True)
+        lines += [{"list": file.stem, "prompt": p, "continuation": c, "score": s} for p, c, s in rows]
+        known = scores[np.isfinite(scores)]
+        metrics[f"refused_{file.stem}"] = len(scores) - len(known)
+        metrics[f"toxicity_{file.stem}"] = float(known.mean()) if len(known) else None
+        metrics[f"toxic_share_{file.stem}"] = float((known > scorers.TOXIC).mean()) if len(known) else None
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (out / "generations.jsonl").write_text(text, encoding="utf-8")
+    card = {
+        "method": method,
+        "alpha": alpha,
+        "seed": seed,
+        "precision": _precision(precision),
+        "scorer": scorer,
+        **metrics,
+    }
+    (out / "metrics.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+
+
+def edit(
+    model: nn.Module, method: str, alpha: float, options: Mapping[str, Any], **folders: Path
+) -> dict[str, Any]:
+    """Put the edited weights into the model; what the report says about the guard."""
+    task = Task(str(folders["task"] / "model"), str(folders["task_curvature"] / CURVATURE), name="remove")
+    h0 = str(folders["base_curvature"] / CURVATURE)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*clamped.*")  # recorded instead
+        edited: Any = subtract(
+            str(folders["base"]), task, base_curvature=h0, weight=alpha, method=method, **options
+        )
+    model.load_state_dict(dict(edited), strict=False)
+    return {"clamped": edited.report.clamped_share}
+
+
+def _precision(precision: str) -> str:
+    from experiments.finetune import uses_bfloat16
+
+    return "bfloat16" if uses_bfloat16(precision) else "float32"

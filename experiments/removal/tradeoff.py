@@ -1,0 +1,129 @@
+"""What removal costs: toxicity against perplexity along alpha, and the area between two methods' curves.
+
+A method's curve says how little toxicity can be had at a perplexity: the lower envelope through its points, from the
+unchanged model on. The area between two curves over the perplexities that both reach, divided by their width, is the mean
+difference of toxicity at equal perplexity. Its interval resamples prompts and texts, the same for both methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+GRID = 201  # abscissas at which two curves are compared
+
+
+@dataclass(frozen=True)
+class Path:
+    """What was measured along one method's path, the unchanged model first.
+
+    alphas: (A,), alphas[0] = 0. losses: (A, n, 2), nats and tokens of each text that must stay. scores: (A, m), toxicity
+    of each prompt's continuation.
+    """
+
+    alphas: Array
+    losses: Array
+    scores: Array
+
+
+@dataclass(frozen=True)
+class Area:
+    """Mean of `other - method` at equal perplexity (positive: `method` is better), and its bootstrap interval.
+
+    span: the nats per token over which both curves reach, from the unchanged model on.
+    """
+
+    method: str
+    other: str
+    difference: float
+    low: float
+    high: float
+    span: tuple[float, float]
+    draws: int
+
+
+def points(
+    path: Path, text_counts: Array | None = None, prompt_counts: Array | None = None
+) -> tuple[Array, Array]:
+    """((A,) nats per token, (A,) mean toxicity) of a path; counts: how often a resample holds each text and prompt."""
+    texts = np.ones(path.losses.shape[1]) if text_counts is None else text_counts
+    prompts = np.ones(path.scores.shape[1]) if prompt_counts is None else prompt_counts
+    nats = (path.losses[..., 0] @ texts) / (path.losses[..., 1] @ texts)
+    return nats, (path.scores @ prompts) / prompts.sum()
+
+
+def envelope(x: Array, y: Array, at: Array) -> Array:
+    """Least y that the path offers at an abscissa of at most `at`: its running minimum, linear in between.
+
+    x, y: (A,), the unchanged model first; points left of it count as lying at it. at: (G,) >= x[0].
+    """
+    x = np.maximum(x, x[0])
+    order = np.lexsort((y, x))
+    return np.interp(at, x[order], np.minimum.accumulate(y[order]))
+
+
+def difference(method: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[float, tuple[float, float]]:
+    """Mean of envelope(other) - envelope(method) over the abscissas both reach, and these; NaN where they reach none."""
+    low = method[0][0]
+    high = min(float(np.nanmax(method[0])), float(np.nanmax(other[0])))
+    if not high > low:
+        return float("nan"), (low, low)
+    at = np.linspace(low, high, GRID)
+    gap = envelope(*other, at) - envelope(*method, at)
+    return float(np.trapezoid(gap, at) / (high - low)), (float(low), high)
+
+
+def area_between(
+    paths: Mapping[str, Path],
+    method: str,
+    other: str,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Area:
+    """Compare two paths that share prompts and texts.
+
+    Raises:
+        ValueError: paths with other texts or prompts, or one that does not start at the same unchanged model.
+    """
+    a, b = complete(paths[method]), complete(paths[other])
+    if a.losses.shape[1:] != b.losses.shape[1:] or a.scores.shape[1:] != b.scores.shape[1:]:
+        raise ValueError(
+            f"{method} and {other} were measured on other texts or prompts; measure them on the same"
+        )
+    if a.alphas[0] != 0 or b.alphas[0] != 0 or not np.array_equal(a.losses[0], b.losses[0]):
+        raise ValueError(f"{method} and {other} must both start at alpha = 0, the unchanged model")
+    value, span = difference(points(a), points(b))
+    generator = np.random.default_rng(seed)
+    texts, prompts = a.losses.shape[1], a.scores.shape[1]
+    found = []
+    for _ in range(draws):
+        text_counts = generator.multinomial(texts, np.full(texts, 1 / texts)).astype(float)
+        prompt_counts = generator.multinomial(prompts, np.full(prompts, 1 / prompts)).astype(float)
+        resampled = (points(path, text_counts, prompt_counts) for path in (a, b))
+        found.append(difference(*resampled)[0])
+    tail = 50 * (1 - level)
+    low, high = np.nanpercentile(found, [tail, 100 - tail]) if np.isfinite(found).any() else (np.nan, np.nan)
+    return Area(method, other, value, float(low), float(high), span, draws)
+
+
+def complete(path: Path) -> Path:
+    """The points of a path at which every loss and every score is a number; refused ones drop out."""
+    whole = np.isfinite(path.losses).all((1, 2)) & np.isfinite(path.scores).all(1)
+    return Path(path.alphas[whole], path.losses[whole], path.scores[whole])
+
+
+def mean_interval(
+    values: Array, *, draws: int = 1000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean of (n,) values and its percentile bootstrap interval."""
+    generator = np.random.default_rng(seed)
+    resampled = values[generator.integers(0, len(values), (draws, len(values)))].mean(1)
+    tail = 50 * (1 - level)
+    low, high = np.percentile(resampled, [tail, 100 - tail])
+    return float(values.mean()), float(low), float(high)

@@ -1,0 +1,338 @@
+"""Removing text from a language model: fine-tune on what is to go, subtract it, measure what went and what suffered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from experiments.config import Strict, Study, Training
+from experiments.pipeline import Stage, card, is_done
+from experiments.records import Record
+from experiments.removal.tradeoff import Path as Curve
+from experiments.removal.tradeoff import area_between, mean_interval
+from experiments.tasks.texts import Source
+from gradmatch.subtraction import REMOVALS
+
+SOURCES = ("experiments.removal.language", "experiments.tasks.texts", "experiments.assets")
+EDITING = (
+    "gradmatch.subtraction",
+    "gradmatch.merging",
+    "gradmatch.engine",
+    "gradmatch.rules",
+    "gradmatch.checkpoint",
+)
+
+
+class Limits(Strict):
+    """At most so many texts a side and split; None: all."""
+
+    train: int | None = Field(default=None, gt=0)
+    validation: int | None = Field(default=None, gt=0)
+    test: int | None = Field(default=None, gt=0)
+
+
+class Fisher(Strict):
+    """How both curvatures are estimated: Monte-Carlo Fisher, labels sampled, padding excluded."""
+
+    examples: int = Field(default=256, gt=1)
+    samples: int = Field(default=1, gt=0)
+    batch_size: int = Field(default=8, gt=0)
+    reduction: Literal["example", "batch"] = "example"
+
+
+class Generation(Strict):
+    """Continuations of prompts: nucleus sampling at temperature 1, seeded."""
+
+    tokens: int = Field(default=20, gt=0)
+    top_p: float = Field(default=0.9, gt=0, le=1)
+    batch_size: int = Field(default=96, gt=0)
+
+
+class Method(Strict):
+    """One way to remove, at several strengths; options of `gradmatch.subtract` (base_weight, delta0, keep)."""
+
+    method: str
+    alphas: tuple[float, ...] = Field(min_length=1)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _known(self) -> Method:
+        if self.method not in REMOVALS:
+            raise ValueError(f"{self.method!r} is no way to remove; choose one of {', '.join(REMOVALS)}")
+        if not all(alpha > 0 for alpha in self.alphas) or len(set(self.alphas)) != len(self.alphas):
+            raise ValueError(f"alphas must be positive and different, got {list(self.alphas)}")
+        return self
+
+
+class Forecast(Strict):
+    """The path of forecasts: of which method, from how many validation texts, and the budget in nats per text."""
+
+    method: str
+    examples: int = Field(default=16, gt=0)
+    nats: float = Field(default=2.0, gt=0)
+
+
+class Config(Study):
+    """Keys of a removal config."""
+
+    experiment: Literal["removal"]
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    model: str = "smollm2"  # an asset, a folder, or a hub name
+    remove: Source
+    keep: Source
+    prompts: dict[str, Source] = Field(default_factory=dict)
+    limits: Limits = Limits()
+    split_seed: int = 0
+    max_length: int = Field(default=48, gt=2)
+    training: Training
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    fisher: Fisher = Fisher()
+    methods: dict[str, Method]
+    forecast: Forecast | None = None
+    generation: Generation = Generation()
+    scorer: str = "proxy"
+    measure: Literal["toxicity", "forgetting"] = "toxicity"  # the ordinate of the trade-off
+    compare: tuple[tuple[str, str], ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        for name in [name for pair in self.compare for name in pair] + (
+            [self.forecast.method] if self.forecast else []
+        ):
+            if name not in self.methods:
+                raise ValueError(f"{name!r} is none of the methods {', '.join(self.methods)}")
+        if self.measure == "toxicity" and not self.prompts:
+            raise ValueError("`measure: toxicity` needs `prompts`; without prompts, measure: forgetting")
+        return self
+
+
+class Cells:
+    """The stages of one config, by what they are of."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.data = Stage(
+            "removal/data",
+            "experiments.tasks.texts:prepare",
+            {
+                "remove": config.remove.model_dump(),
+                "keep": config.keep.model_dump(),
+                "prompts": {name: source.model_dump() for name, source in config.prompts.items()},
+                "limits": config.limits.model_dump(),
+                "split_seed": config.split_seed,
+            },
+            code=("experiments.assets",),
+            seconds=8,
+        )
+        self.base = Stage(
+            "removal/base",
+            "experiments.removal.language:save_base",
+            {"source": config.model},
+            code=("experiments.assets",),
+            seconds=30,
+        )
+        self.trained: dict[int, Stage] = {}
+        self.curvatures: dict[tuple[int, str], Stage] = {}
+        self.evaluations: dict[tuple[int, str, float], Stage] = {}
+        self.forecasts: dict[int, Stage] = {}
+        for seed in config.seeds:
+            self._prepare(seed)
+            self._evaluate(seed)
+
+    def all(self) -> list[Stage]:
+        """Every stage; what they need comes with them."""
+        return [*self.evaluations.values(), *self.forecasts.values()]
+
+    def _prepare(self, seed: int) -> None:
+        config = self.config
+        shared = {"max_length": config.max_length, "precision": config.precision, "seed": seed}
+        tokens = config.max_length * config.training.batch_size
+        self.trained[seed] = Stage(
+            f"removal/seed{seed}/task",
+            "experiments.removal.stages:finetune",
+            {**shared, **config.training.model_dump()},
+            {"data": self.data, "base": self.base},
+            SOURCES,
+            10 + config.training.steps * (0.4 + 0.001 * tokens),
+        )
+        for side, name, model in (("keep", "base", self.base), ("remove", "task", self.trained[seed])):
+            self.curvatures[seed, name] = Stage(
+                f"removal/seed{seed}/curvature-{name}",
+                "experiments.removal.stages:curvature",
+                {"side": side, **shared, **config.fisher.model_dump()},
+                {"data": self.data, name: model},
+                (*SOURCES, "estimators"),
+                10 + config.fisher.examples * config.fisher.samples * config.max_length * 0.004,
+            )
+
+    def _evaluate(self, seed: int) -> None:
+        config = self.config
+        folders = {
+            "base": self.base,
+            "task": self.trained[seed],
+            "base_curvature": self.curvatures[seed, "base"],
+            "task_curvature": self.curvatures[seed, "task"],
+        }
+        shared = {
+            "split": "test",
+            "max_length": config.max_length,
+            "batch_size": 32,
+            "precision": config.precision,
+            "generation": config.generation.model_dump(),
+            "scorer": config.scorer,
+            "seed": seed,
+        }
+        texts = 2 * (config.limits.test or 500)
+        prompts = sum(source.limit or 300 for source in config.prompts.values())
+        seconds = 6 + texts * config.max_length * 0.0006 + prompts * config.generation.tokens * 0.005
+
+        def point(
+            label: str, method: str, alpha: float, options: Mapping[str, Any], inputs: Mapping[str, Stage]
+        ) -> Stage:
+            settings = {"method": method, "alpha": alpha, "options": dict(options), **shared}
+            name = f"removal/seed{seed}/evaluate-{label}-{alpha:g}"
+            code = (*SOURCES, "experiments.removal.scorers", *(EDITING if alpha else ()))
+            return Stage(
+                name,
+                "experiments.removal.stages:evaluate",
+                settings,
+                {"data": self.data, **inputs},
+                code,
+                seconds,
+            )
+
+        self.evaluations[seed, "base", 0.0] = point("base", "removal", 0.0, {}, {"base": self.base})
+        for label, spec in config.methods.items():
+            for alpha in spec.alphas:
+                self.evaluations[seed, label, alpha] = point(label, spec.method, alpha, spec.options, folders)
+        if config.forecast:
+            spec = config.methods[config.forecast.method]
+            self.forecasts[seed] = Stage(
+                f"removal/seed{seed}/forecast",
+                "experiments.removal.stages:forecast",
+                {
+                    "method": spec.method,
+                    "alphas": list(spec.alphas),
+                    "options": spec.options,
+                    "max_length": config.max_length,
+                    "examples": config.forecast.examples,
+                    "nats": config.forecast.nats,
+                },
+                {"data": self.data, **folders},
+                (*SOURCES, *EDITING, "gradmatch.removal", "gradmatch.diagnosis"),
+                30 + 15 * len(spec.alphas),
+            )
+
+
+def stages(config: Config) -> list[Stage]:
+    """What has to run for the records of this config; what they need comes with them."""
+    return Cells(config).all()
+
+
+def records(config: Config, store: Path) -> list[Record]:
+    """One record per model and seed, one per forecast, one per comparison; stages that failed are left out."""
+    cells = Cells(config)
+    found = [
+        *_points(cells, store),
+        *_forecasts(cells, store),
+        *_curvatures(cells, store),
+        *_areas(cells, store),
+    ]
+    shared = {
+        "experiment": config.experiment,
+        "name": config.name,
+        "model": config.model,
+        "measure": config.measure,
+    }
+    return [{**shared, **record} for record in found]
+
+
+def _points(cells: Cells, store: Path) -> Iterator[Record]:
+    for (seed, label, alpha), stage in cells.evaluations.items():
+        if not is_done(stage, store):
+            continue
+        folder = stage.folder(store)
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        intervals = {}
+        for name in cells.config.prompts:
+            scores = _scores(folder, name)
+            known = scores[np.isfinite(scores)]
+            if len(known):
+                intervals[f"toxicity_{name}"] = mean_interval(known)
+        yield {
+            "kind": "point",
+            "seed": seed,
+            "label": label,
+            "alpha": alpha,
+            "metrics": metrics,
+            "intervals": intervals,
+            "generations": str(folder / "generations.jsonl"),
+            **_origin(stage, store),
+        }
+
+
+def _forecasts(cells: Cells, store: Path) -> Iterator[Record]:
+    for seed, stage in cells.forecasts.items():
+        if is_done(stage, store):
+            content = json.loads((stage.folder(store) / "forecast.json").read_text(encoding="utf-8"))
+            method = cells.config.forecast.method if cells.config.forecast else ""
+            yield {"kind": "forecast", "seed": seed, "label": method, **content, **_origin(stage, store)}
+
+
+def _curvatures(cells: Cells, store: Path) -> Iterator[Record]:
+    for (seed, name), stage in cells.curvatures.items():
+        if is_done(stage, store):
+            content = json.loads((stage.folder(store) / "error.json").read_text(encoding="utf-8"))
+            yield {"kind": "curvature", "seed": seed, "of": name, **content, **_origin(stage, store)}
+
+
+def _areas(cells: Cells, store: Path) -> Iterator[Record]:
+    """The comparisons, over all seeds that are complete."""
+    for ours, theirs in cells.config.compare:
+        curves = {label: _curve(cells, store, label) for label in (ours, theirs)}
+        if all(curve is not None for curve in curves.values()):
+            paths = {label: curve for label, curve in curves.items() if curve is not None}
+            yield {"kind": "area", "ours": ours, "theirs": theirs, **vars(area_between(paths, ours, theirs))}
+
+
+def _curve(cells: Cells, store: Path, label: str) -> Curve | None:
+    """One method's path over all seeds: texts and prompts of the seeds side by side; None where a point is missing."""
+    config = cells.config
+    alphas = [0.0, *config.methods[label].alphas]
+    losses, scores = [], []
+    for seed in config.seeds:
+        found = [cells.evaluations[seed, label if alpha else "base", alpha] for alpha in alphas]
+        if not all(is_done(stage, store) for stage in found):
+            return None
+        tables = [np.load(stage.folder(store) / "losses.npz") for stage in found]
+        losses.append(np.stack([table["keep"] for table in tables]))
+        if config.measure == "toxicity":
+            scores.append(np.stack([_scores(stage.folder(store), *config.prompts) for stage in found]))
+        else:  # what is left of the knowledge: likelihood of the texts to remove, less is better
+            scores.append(np.stack([-table["remove"][:, 0] / table["remove"][:, 1] for table in tables]))
+    return Curve(np.asarray(alphas), np.concatenate(losses, 1), np.concatenate(scores, 1))
+
+
+def _scores(folder: Path, *lists: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """(m,) scores of the continuations of the named prompt lists; NaN where the model refused."""
+    rows = map(json.loads, (folder / "generations.jsonl").read_text(encoding="utf-8").splitlines())
+    return np.asarray([row["score"] for row in rows if row["list"] in lists], dtype=np.float64)
+
+
+def _origin(stage: Stage, store: Path) -> Mapping[str, Any]:
+    """Where a record's numbers come from: its stage, commit, versions, machine, seconds."""
+    found = card(stage, store)
+    kept = ("key", "commit", "versions", "machine", "threads", "seconds", "finished", "peak_memory_mb")
+    return {key: found[key] for key in kept}
+
+
+def report(found: list[Record]) -> str:
+    """What the experiment prints: the table, the areas between curves, the budget, and what the proxy is."""
+    from experiments.removal.report import removal_report
+
+    return removal_report(found)

@@ -1,0 +1,252 @@
+"""The path, the budget and the report of a removal, against loops in float64 and on losses that are truly quadratic."""
+
+import json
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from estimators import Curvature
+from gradmatch import Task, subtract
+from gradmatch.diagnosis.objective import Objective
+from gradmatch.removal import Problem, alpha_path, budget, path_table, removal_report, report_table
+from gradmatch.removal.forecast import taylor
+
+ALPHAS = (0.0, 0.3, 1.0, 1.7)
+METHODS = ("removal", "negation", "ewr", "fisher_negation")
+N0, NT, DELTA0, KEEP, BASE_WEIGHT = 40, 10, 0.05, 0.1, 0.8
+
+
+def random_problem(**options):
+    """Two tensors with random weights and curvatures (gradient of the task's loss measured), and no data."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(positive=False):
+        shapes = {"layers.0.w": (3, 4), "layers.1.w": (5,)}
+        values = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+        return {n: v.square() if positive else v for n, v in values.items()}
+
+    base, model, f0, f, gradient = draw(), draw(), draw(True), draw(True), draw()
+    task = Task(model, Curvature.from_dict(f, NT, gradient=gradient), name="toxic")
+    settings = {"base_weight": BASE_WEIGHT, "delta0": DELTA0, "keep": KEEP} | options
+    return Problem(base, task, Curvature.from_dict(f0, N0), **settings), (base, model, f0, f, gradient)
+
+
+def moved(method, theta0, tau, h0, h, alpha):
+    """The displacement of one weight, from the formulas, and whether the guard decides it."""
+    if method == "negation":
+        return -alpha * tau, False
+    if method == "ewr":
+        return (h0 * theta0 - alpha * h * tau) / (h0 + alpha * h) - theta0, False
+    if method == "fisher_negation":
+        return -alpha * h / (h0 + h) * tau, False
+    rest = h0 - alpha * h
+    return -alpha * (h0 + h) * tau / max(rest, KEEP * h0), rest < KEEP * h0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_path_without_data_is_the_diagonal_forecast(method):
+    problem, (base, model, f0, f, gradient) = random_problem(method=method)
+    for point in alpha_path(problem, ALPHAS):
+        forgetting = collateral = 0.0
+        clamped = count = 0
+        for name in base:
+            for t0, t, a, b, g in zip(
+                *(x[name].flatten().tolist() for x in (base, model, f0, f, gradient)), strict=True
+            ):
+                tau = t - t0
+                d, guarded = moved(method, t0, tau, BASE_WEIGHT * N0 * a + DELTA0, NT * b, point.alpha)
+                collateral += 0.5 * a * d * d
+                forgetting += g / NT * d + 0.5 * b * ((d - tau) ** 2 - tau**2)
+                clamped += guarded
+                count += 1
+        assert point.collateral == pytest.approx(collateral, rel=1e-9, abs=1e-12)
+        assert point.forgetting == pytest.approx(forgetting, rel=1e-9, abs=1e-12)
+        assert point.clamped == clamped / count
+        assert (point.forgetting_by, point.collateral_by) == ("diagonal", "diagonal")
+        assert point.measured_collateral is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_path_moves_as_subtract_does(method):
+    problem, (base, *_) = random_problem(method=method)
+    shared = {"base_curvature": problem.base_curvature, "base_weight": BASE_WEIGHT, "delta0": DELTA0}
+    with pytest.warns(UserWarning, match="clamped") if method == "removal" else nullcontext():
+        result = subtract(base, problem.task, weight=0.7, keep=KEEP, method=method, **shared)
+    for piece in problem.pieces():
+        torch.testing.assert_close(piece.theta0 + problem.displacement(piece, 0.7), result[piece.name])
+
+
+@pytest.fixture
+def regression():
+    """Linear regression, whose losses are quadratic: base fitted to what stays, task fine-tuned by a step of descent."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x0, y0, x, y = draw(30, 4), draw(30, 1), draw(12, 4), draw(12, 1)
+    theta0 = torch.linalg.lstsq(x0, y0).solution.T
+    theta = theta0 - 0.02 * ((x @ theta0.T - y).T @ x)
+    module = nn.Linear(4, 1, bias=False).double()
+    retain = Objective(module, [(x0[:20], y0[:20]), (x0[20:], y0[20:])], likelihood="regression")
+    remove = Objective(module, [(x, y)], likelihood="regression")
+    curvature = Curvature.from_dict({"weight": x.square().mean(0)[None]}, len(x))
+    base_curvature = Curvature.from_dict({"weight": x0.square().mean(0)[None]}, len(x0))
+    task = Task({"weight": theta}, curvature)
+    return Problem({"weight": theta0}, task, base_curvature, retain=retain, remove=remove), (x0, y0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_data_a_quadratic_loss_rises_as_forecast(regression, method):
+    problem, _ = regression
+    problem = Problem(**{**vars(problem), "method": method})
+    for point in alpha_path(problem, ALPHAS):
+        assert point.collateral == pytest.approx(point.measured_collateral, rel=1e-8, abs=1e-10)
+        assert point.forgetting == pytest.approx(point.measured_forgetting, rel=1e-8, abs=1e-10)
+        assert (point.forgetting_by, point.collateral_by) == ("ggn", "ggn")
+
+
+def test_measured_rise_is_the_loss(regression):
+    problem, (x0, y0) = regression
+    (piece,) = problem.pieces()
+    theta = piece.theta0 + problem.displacement(piece, 0.5)
+
+    def loss(weights):
+        return float(0.5 * (x0 @ weights.T - y0).square().sum()) / len(x0)
+
+    (point,) = alpha_path(problem, [0.5])
+    assert point.measured_collateral == pytest.approx(loss(theta) - loss(piece.theta0))
+
+
+@pytest.mark.parametrize("with_data", [False, True])
+def test_budget_is_kept_and_used(regression, with_data):
+    problem, _ = regression
+    if not with_data:
+        problem = Problem(**{**vars(problem), "retain": None, "remove": None})
+    nats = alpha_path(problem, [0.6])[0].collateral
+    found = budget(problem, nats, share=0.99, largest=1.0, steps=5)
+    assert found.bound == "collateral"
+    assert 0.6 - 0.2 / 16 <= found.alpha <= 0.6 + 1e-9
+    at = {point.alpha: point for point in found.path}
+    assert at[found.alpha].collateral <= nats
+    assert list(at) == sorted(at)
+
+
+def test_budget_listens_to_what_is_measured(regression, monkeypatch):
+    problem, _ = regression
+    nats = alpha_path(problem, [0.6])[0].collateral
+    monkeypatch.setattr(problem.retain, "loss", lambda weights: 10 * Objective.loss(problem.retain, weights))
+    found = budget(problem, nats, share=0.99, largest=1.0, steps=5)
+    assert found.bound == "measured collateral"
+    assert 0 < found.alpha < 0.59
+
+
+def test_budget_stops_at_the_guard_and_at_the_largest():
+    problem, _ = random_problem()
+    limit = problem.largest_alpha(0.2)
+    found = budget(problem, 1e9, share=0.2)
+    assert (found.alpha, found.bound) == (pytest.approx(limit), "clamped share")
+    assert found.path[-1].clamped <= 0.2
+    assert budget(problem, 1e9, share=0.2, largest=limit / 2).bound == "largest"
+
+
+def test_a_budget_that_nothing_fits_is_alpha_zero():
+    problem, _ = random_problem(method="negation")
+    assert budget(problem, 1e-12).alpha == 0.0
+
+
+def test_a_rise_that_is_no_number_exceeds_every_budget(regression, monkeypatch):
+    problem, _ = regression
+    monkeypatch.setattr(problem.retain, "loss", lambda weights: math.nan)
+    assert budget(problem, 1e9, share=0.99).alpha == 0.0
+
+
+def test_report_adds_up():
+    problem, _ = random_problem()
+    report = removal_report(problem, 0.7)
+    assert json.loads(json.dumps(report)) == report
+    squares = {}
+    for piece in problem.pieces():
+        d = problem.displacement(piece, 0.7)
+        squares[piece.name.removesuffix(".w")] = float((piece.h0 * d * d).sum()), float((d * d).sum())
+    for line in report["layers"]:
+        assert line["h0_norm"] == pytest.approx(math.sqrt(squares[line["layer"]][0]))
+        assert line["norm"] == pytest.approx(math.sqrt(squares[line["layer"]][1]))
+    assert sum(line["h0_share"] for line in report["layers"]) == pytest.approx(1.0)
+    assert report["layers"][0]["h0_share"] >= report["layers"][1]["h0_share"]
+    assert report["total"]["clamped"] == alpha_path(problem, [0.7])[0].clamped
+    assert "layers.0" in report_table(report)
+    assert "1 more layer" in report_table(report, rows=1)
+
+
+def test_report_of_what_was_written():
+    problem, (base, *_) = random_problem()
+    assert removal_report(problem, 0.7, result=base)["total"]["norm"] == 0.0
+
+
+def test_table_names_what_was_used(regression):
+    problem, _ = regression
+    table = path_table(alpha_path(problem, [0.5]))
+    assert "ggn" in table
+    assert "[" in table.splitlines()[1]
+    assert "diagonal" in path_table(alpha_path(random_problem()[0], [0.5]))
+
+
+def test_taylor_counts_slope_and_curvature():
+    d, h, g = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.5]), torch.tensor([0.1, 0.2])
+    assert taylor(d, h, g) == pytest.approx(0.1 - 0.4 + 0.5 * (3 + 2))
+    assert taylor(d, h, None) == pytest.approx(2.5)
+
+
+def with_tokenizer(folder, words):
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"model": {"vocab": {w: i for i, w in enumerate(words)}}})
+    )
+    return folder
+
+
+def test_tokenizers_are_compared(tmp_path):
+    base, same = with_tokenizer(tmp_path / "base", "ab"), with_tokenizer(tmp_path / "same", "ab")
+    other = with_tokenizer(tmp_path / "other", "abc")
+    curvature = Curvature.from_dict({"w": torch.ones(1)}, 1)
+    Problem(base, Task(same, curvature), curvature)
+    with pytest.raises(ValueError, match=r"\(2 tokens\).*\(3 tokens\) differ"):
+        Problem(base, Task(other, curvature), curvature)
+
+
+def test_bad_problems(regression):
+    problem, _ = random_problem()
+    with pytest.raises(ValueError, match="did you mean 'removal'"):
+        Problem(problem.base, problem.task, problem.base_curvature, method="remval")
+    with pytest.raises(ValueError, match="'toxic' has no curvature"):
+        Problem(problem.base, Task(problem.task.model, name="toxic"), problem.base_curvature)
+    wide = {**problem.task.model, "layers.1.w": torch.zeros(6)}
+    with pytest.raises(ValueError, match=r"\[5\] in the base and \[6\] in the task"):
+        alpha_path(Problem(problem.base, Task(wide, problem.task.curvature), problem.base_curvature), [1.0])
+    only = Curvature.from_dict({"layers.0.w": torch.ones(3, 4)}, 1)
+    with pytest.raises(ValueError, match=r"'layers.1.w' has a curvature of the base"):
+        alpha_path(Problem(problem.base, Task(problem.task.model, only), problem.base_curvature), [1.0])
+    with pytest.raises(ValueError, match="no batches"):
+        Objective(nn.Linear(2, 1), [])  # an empty retain set
+
+
+@pytest.mark.parametrize("alphas", [[], [-0.1], [math.nan], [0.5, math.inf]])
+def test_bad_alphas(alphas):
+    with pytest.raises(ValueError, match="alphas must be finite"):
+        alpha_path(random_problem()[0], alphas)
+
+
+@pytest.mark.parametrize("options", [{"nats": 0.0}, {"nats": 1.0, "largest": 0.0}, {"nats": 1.0, "steps": 0}])
+def test_bad_budgets(options):
+    with pytest.raises(ValueError, match="must be positive"):
+        budget(random_problem()[0], **options)
+
+
+def test_a_result_of_another_base_is_refused():
+    problem, (base, *_) = random_problem()
+    with pytest.raises(ValueError, match=r"lacks 'layers.1.w'"):
+        removal_report(problem, 1.0, result={"layers.0.w": base["layers.0.w"]})
