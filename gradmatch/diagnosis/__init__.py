@@ -1,1 +1,52 @@
-"""Why a merge failed: mismatch, forecasts, causes, and a report."""
+"""Why a merge failed, and what another one would cost: gradient mismatch, forecasts, causes, and a report.
+
+measures    mismatch  forecast (+ products, objective)  similarity  conflict  redundancy  barrier  health
+gathering   scan (weights alone)  evidence (weights, curvature, losses)  diagnosing (everything)
+judging     causes (order)  causes_input  causes_choice
+telling     text  report (JSON)  page (HTML)  charts (SVG)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradmatch.diagnosis.auto import auto_weights
+    from gradmatch.diagnosis.causes import Cause
+    from gradmatch.diagnosis.diagnosing import Diagnosis, diagnose
+    from gradmatch.diagnosis.forecast import Products, best_coefficients, pareto_front
+    from gradmatch.diagnosis.mismatch import Mismatch, gradient_mismatch
+    from gradmatch.diagnosis.objective import Objective
+
+EXPORTS = {
+    "Cause": "causes",
+    "Diagnosis": "diagnosing",
+    "Mismatch": "mismatch",
+    "Objective": "objective",
+    "Products": "forecast",
+    "auto_weights": "auto",
+    "best_coefficients": "forecast",
+    "diagnose": "diagnosing",
+    "gradient_mismatch": "mismatch",
+    "pareto_front": "forecast",
+}
+__all__ = [
+    "Cause",
+    "Diagnosis",
+    "Mismatch",
+    "Objective",
+    "Products",
+    "auto_weights",
+    "best_coefficients",
+    "diagnose",
+    "gradient_mismatch",
+    "pareto_front",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{EXPORTS[name]}"), name)

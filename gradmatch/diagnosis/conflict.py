@@ -12,7 +12,8 @@ def sign_conflict(tau_s: Tensor, tau_t: Tensor, importance: Tensor | None = None
     """Share of weights on which two task vectors have opposite signs: sum w [tau_s tau_t < 0] / sum w [tau_s tau_t != 0].
 
     Args:
-        tau_s, tau_t: (*s,).
+        tau_s: (*s,).
+        tau_t: (*s,).
         importance: (*s,) w >= 0, e.g. |tau_s tau_t| or h_s + h_t; None counts every weight once.
 
     Returns:

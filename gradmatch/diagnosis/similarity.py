@@ -42,15 +42,22 @@ def projection(gram_matrix: Tensor, products: Tensor, square: float) -> tuple[Te
     return c, min(1.0, max(0.0, residual / square))
 
 
-def effective_rank(matrix: Tensor) -> float:
-    """(sum_i s_i^2)^2 / sum_i s_i^4, the participation ratio of the squared singular values s^2; 0 for a zero matrix.
+def effective_rank(matrix: Tensor, probes: int = 16) -> float:
+    """(sum_i s_i^2)^2 / sum_i s_i^4, the participation ratio of the squared singular values; 0 for a zero matrix.
 
-    From the smaller Gram matrix: ||A||_F^4 / ||A'A||_F^2, so that no decomposition is needed. matrix: (m, n).
+    sum s^4 = ||A'A||_F^2 exactly from the smaller Gram matrix, or, beyond a thousand rows and columns, as the mean of
+    ||A'A z||^2 over `probes` random sign vectors z (seeded). matrix: (m, ...), flattened to (m, n).
     """
-    m = matrix.double().flatten(1) if matrix.ndim > 1 else matrix.double()[None]
-    small = m @ m.T if m.shape[0] <= m.shape[1] else m.T @ m
-    fourth = float(small.square().sum())
-    return float(m.square().sum()) ** 2 / fourth if fourth > 0 else 0.0
+    m = matrix.float().flatten(1)
+    m = m / m.abs().max().clamp(min=1e-30)  # keeps fourth powers in range
+    if min(m.shape) <= 1000:
+        small = m @ m.T if m.shape[0] <= m.shape[1] else m.T @ m
+        fourth = float(small.double().square().sum())
+    else:
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randint(0, 2, (m.shape[1], probes), generator=generator).float() * 2 - 1
+        fourth = float((m.T @ (m @ z)).double().square().sum()) / probes
+    return float(m.double().square().sum()) ** 2 / fourth if fourth > 0 else 0.0
 
 
 def row_cosines(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Failures built on purpose, to see whether `gradmatch.diagnose` names the right cause."""

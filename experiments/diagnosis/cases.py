@@ -1,0 +1,247 @@
+"""Merges whose fault is known, and healthy ones, as data: a name, what the diagnosis should say, and how it is built.
+
+A case takes a healthy `World` and returns the arguments of `gradmatch.diagnose`. To add one, write a function and a line in
+CASES; the rules of the diagnosis know nothing of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.diagnosis import tiny
+from experiments.diagnosis.tiny import Weights, World
+from gradmatch import Task, merge
+
+Arguments = dict[str, Any]
+HEALTHY = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to make a merge.
+
+    Attributes:
+        expected: name of the true cause, or HEALTHY.
+        build: World -> arguments of `diagnose`.
+        subject: the task or model to blame, where the cause has one.
+    """
+
+    expected: str
+    build: Callable[[World], Arguments]
+    subject: str = ""
+
+
+def merged_by(
+    world: World, method: str, weights: Mapping[str, float] | None = None, **options: Any
+) -> Arguments:
+    """A merge by a rule, with the options that `diagnose` is told as well."""
+    tasks = tasks_of(world, weights)
+    told = {"base_curvature": world.curvatures["base"], **options}
+    model = merge(
+        tiny.net_of(world.base), tasks, method=method, batchnorm="average", allow_mismatch=True, **told
+    )
+    return arguments(world, tasks, dict(model), method, **told)
+
+
+def added_by_hand(world: World, weights: Mapping[str, float]) -> Arguments:
+    """theta0 + sum_t w_t tau_t with plain tensor arithmetic, as scripts do it: nothing is checked."""
+    merged = {}
+    for name, theta0 in world.base.items():
+        if theta0.is_floating_point():
+            merged[name] = theta0 + sum(w * (world.tasks[task][name] - theta0) for task, w in weights.items())
+        else:
+            merged[name] = theta0
+    return arguments(world, tasks_of(world, weights), merged, "task_arithmetic")
+
+
+def arguments(world: World, tasks: list[Task], merged: Weights, method: str, **told: Any) -> Arguments:
+    return {
+        "base": tiny.net_of(world.base),
+        "tasks": tasks,
+        "merged": merged,
+        "method": method,
+        "data": world.batches(),
+        **told,
+    }
+
+
+def tasks_of(world: World, weights: Mapping[str, float] | None = None) -> list[Task]:
+    return [
+        Task(theta, world.curvatures.get(name), (weights or {}).get(name, 1.0), name)
+        for name, theta in world.tasks.items()
+    ]
+
+
+def changed(world: World, task: str, theta: Weights, *, estimate_again: bool = True) -> World:
+    """The world with another model for a task (and its own curvature, as its owner would measure it)."""
+    curvatures = dict(world.curvatures)
+    if estimate_again:
+        curvatures[task] = tiny.curvature_of(theta, world.train[task])
+    return replace(world, tasks={**world.tasks, task: theta}, curvatures=curvatures)
+
+
+def thirds(world: World) -> dict[str, float]:
+    return dict.fromkeys(world.tasks, 1 / len(world.tasks))
+
+
+def weight_times_five(world: World) -> Arguments:
+    return merged_by(world, "task_arithmetic", {**thirds(world), "reviews": 5 / 3})
+
+
+def base_of_another_seed(world: World) -> Arguments:
+    other = tiny.make_world(world.seed + 1000, names=()).base
+    theta = tiny.fine_tune(other, world.train["reviews"], world.seed, steps=400)
+    return merged_by(changed(world, "reviews", theta), "averaging")
+
+
+def permuted_neurons(world: World) -> Arguments:
+    """Another order of the neurons of the first layer: the very same function."""
+    theta = dict(world.tasks["chat"])
+    order = torch.randperm(tiny.WIDTH, generator=torch.Generator().manual_seed(world.seed))
+    for name in [name for name in theta if name.startswith(("token.", "norm.")) and theta[name].ndim]:
+        theta[name] = theta[name][order]
+    theta["hidden.weight"] = theta["hidden.weight"][:, order]
+    return merged_by(changed(world, "chat", theta), "averaging")
+
+
+def a_lucky_nan(world: World) -> Arguments:
+    theta = dict(world.tasks["news"])
+    theta["hidden.weight"] = theta["hidden.weight"].clone()
+    theta["hidden.weight"][3, 5] = torch.nan
+    broken = changed(world, "news", theta, estimate_again=False)
+    return added_by_hand(broken, thirds(broken))
+
+
+def bfloat16_of_tiny_deltas(world: World) -> Arguments:
+    """Fine-tunes of a few careful steps, merged and stored in bfloat16."""
+    for task, data in world.train.items():
+        theta = tiny.fine_tune(world.base, data, world.seed, steps=40, rate=1e-5)
+        world = changed(world, task, theta)
+    told = merged_by(world, "averaging")
+    told["merged"] = {
+        name: value.bfloat16() if value.is_floating_point() else value
+        for name, value in told["merged"].items()
+    }
+    return told
+
+
+def labels_swapped(world: World) -> Arguments:
+    """One task whose annotators numbered the classes otherwise."""
+    renamed = torch.tensor([1, 2, 3, 0])
+    world = replace(world, train=dict(world.train), test=dict(world.test))
+    for data in (world.train, world.test):
+        data["reviews"] = (data["reviews"][0], renamed[data["reviews"][1]])
+    theta = tiny.fine_tune(world.base, world.train["reviews"], world.seed, steps=300)
+    return merged_by(changed(world, "reviews", theta), "averaging")
+
+
+def fisher_of_four_examples(world: World) -> Arguments:
+    curvatures = dict(world.curvatures)
+    curvatures["chat"] = tiny.curvature_of(world.tasks["chat"], world.train["chat"], examples=4)
+    return merged_by(replace(world, curvatures=curvatures), "gradient_matching", thirds(world))
+
+
+def curvature_of_the_wrong_model(world: World) -> Arguments:
+    curvatures = {**world.curvatures, "news": world.curvatures["chat"]}
+    return merged_by(replace(world, curvatures=curvatures), "gradient_matching", thirds(world))
+
+
+def head_of_another_task(world: World) -> Arguments:
+    theta = {
+        name: world.tasks["chat" if name.startswith("head.") else "news"][name]
+        for name in world.tasks["news"]
+    }
+    return merged_by(changed(world, "news", theta), "averaging")
+
+
+def batchnorm_not_recalibrated(world: World) -> Arguments:
+    """Statistics lost on the way: those of a fresh layer."""
+    told = merged_by(world, "averaging")
+    fresh = tiny.initial(world.seed)
+    told["merged"] |= {name: fresh[name] for name in ("norm.running_mean", "norm.running_var")}
+    return told
+
+
+def vocabulary_shifted(world: World) -> Arguments:
+    """One task's tokenizer numbers every token one higher."""
+    theta = {**world.tasks["chat"], "embedding.weight": world.tasks["chat"]["embedding.weight"].roll(1, 0)}
+    world = changed(world, "chat", theta, estimate_again=False)
+    return merged_by(world, "averaging")
+
+
+def tasks_in_conflict(world: World) -> Arguments:
+    """Two tasks on the same texts, one of which wants other classes for them (no renaming maps one to the other)."""
+    generator = torch.Generator().manual_seed(world.seed + 77)
+    news = world.domains["news"]
+    other = replace(news, meaning=torch.randn(news.meaning.shape, generator=generator))
+    world = replace(
+        world,
+        train={**world.train, "chat": other.sample(tiny.TRAIN, generator)},
+        test={**world.test, "chat": other.sample(tiny.TEST, generator)},
+    )
+    theta = tiny.fine_tune(world.base, world.train["chat"], world.seed, steps=300)
+    return merged_by(changed(world, "chat", theta), "averaging")
+
+
+def overtrained_task(world: World) -> Arguments:
+    """Many epochs at a large rate over a small part of the data."""
+    few = tuple(part[:256] for part in world.train["news"])
+    theta = tiny.fine_tune(world.base, few, world.seed, steps=1500, rate=5e-3)
+    return merged_by(changed(world, "news", theta), "task_arithmetic", dict.fromkeys(world.tasks, 0.5))
+
+
+def every_weight_too_large(world: World) -> Arguments:
+    return merged_by(world, "task_arithmetic", dict.fromkeys(world.tasks, 1.6))
+
+
+def floor_above_the_curvature(world: World) -> Arguments:
+    return merged_by(world, "gradient_matching", dict.fromkeys(world.tasks, 1.0), delta0=1e7)
+
+
+def merge_of_other_models(world: World) -> Arguments:
+    """The wrong folder: a merge of another project."""
+    told = merged_by(world, "averaging")
+    told["merged"] = dict(merged_by(tiny.make_world(world.seed + 2000), "averaging")["merged"])
+    return told
+
+
+def healthy(method: str, weight: float | None = None, **options: Any) -> Case:
+    def build(world: World) -> Arguments:
+        weights = None if weight is None else dict.fromkeys(world.tasks, weight)
+        return merged_by(world, method, weights, **options)
+
+    return Case(HEALTHY, build)
+
+
+def healthy_uneven(world: World) -> Arguments:
+    return merged_by(world, "weighted", {"news": 0.5, "reviews": 0.3, "chat": 0.3})
+
+
+CASES: dict[str, Case] = {
+    "weight x 5": Case("weight_too_large", weight_times_five, "reviews"),
+    "base of another seed": Case("other_base", base_of_another_seed, "reviews"),
+    "permuted neurons": Case("permuted_neurons", permuted_neurons, "chat"),
+    "a lucky NaN": Case("not_finite", a_lucky_nan, "news"),
+    "bf16 of tiny deltas": Case("rounded_away", bfloat16_of_tiny_deltas, "merged"),
+    "labels swapped": Case("labels_swapped", labels_swapped, "reviews"),
+    "Fisher of 4 examples": Case("noisy_curvature", fisher_of_four_examples, "chat"),
+    "curvature of the wrong model": Case("curvature_of_another_model", curvature_of_the_wrong_model, "news"),
+    "head of another task": Case("head_of_another_task", head_of_another_task, "news"),
+    "BatchNorm not recalibrated": Case("stale_batchnorm", batchnorm_not_recalibrated, "merged"),
+    "vocabulary shifted by one": Case("vocabulary_shift", vocabulary_shifted, "chat"),
+    "tasks in conflict": Case("tasks_conflict", tasks_in_conflict, "news and chat"),
+    "over-trained task": Case("overtrained_task", overtrained_task, "news"),
+    "every weight too large": Case("all_weights_too_large", every_weight_too_large, "merged"),
+    "floor above the curvature": Case("floor_decides", floor_above_the_curvature, "delta0"),
+    "merge of other models": Case("no_merge_of_these", merge_of_other_models, "merged"),
+    "healthy: averaging": healthy("averaging"),
+    "healthy: task arithmetic 0.4": healthy("task_arithmetic", 0.4),
+    "healthy: gradient matching": healthy("gradient_matching", 0.4),
+    "healthy: Fisher averaging": healthy("fisher", 1.0),
+    "healthy: uneven weights": Case(HEALTHY, healthy_uneven),
+}

@@ -1,0 +1,262 @@
+"""Causes in the choices: weights, floors, statistics that another setting mends, and tasks that cannot be had together."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+from gradmatch.diagnosis import health
+from gradmatch.diagnosis.causes import CHOICE, INPUT, Cause, Finder
+from gradmatch.diagnosis.evidence import Evidence, Saving
+from gradmatch.diagnosis.forecast import best_coefficients
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Of three nearly orthogonal vectors, one three times as long as each other holds 9 / 11 of the sum's energy.
+DOMINANCE = 3.0
+# Channels off by a standard deviation on average, where there is no data to measure the cost on.
+SHIFT = 1.0
+HALF = 0.5
+# A task that keeps a tenth of its gain over the base keeps next to nothing.
+NEXT_TO_NOTHING = 0.1
+# Coefficients of a pair that are looked at before a conflict is called one.
+PAIR = ((0.5, 0.5), (0.3, 0.3), (0.7, 0.3), (0.3, 0.7), (1.0, 1.0))
+
+
+def one_task_dominates(evidence: Evidence) -> list[Cause]:
+    """One task's share of the update drowns the others': through its weight, or through the length of its task vector."""
+    tasks = evidence.scan.tasks
+    if len(tasks) < 2 or evidence.scan.nonfinite:
+        return []
+    norms, used = evidence.scan.norms(), evidence.coefficients()
+    causes = []
+    for task in tasks:
+        others = evidence.other_tasks(task)
+        by_weight = _ratio(abs(used[task]), [abs(used[t]) for t in others])
+        asked = _ratio(abs(evidence.alpha[task]), [abs(evidence.alpha[t]) for t in others])
+        by_length = _ratio(norms[task], [norms[t] for t in others])
+        size = max(by_weight, asked) * by_length
+        if size < DOMINANCE or max(by_weight, asked, by_length) < DOMINANCE / 2:
+            continue
+        saving = _measured_change(evidence, {task: used[task] * (1 / size - 1)})
+        if saving is not None and not evidence.matters(saving):
+            continue
+        cost, source = _price(evidence, saving, {**used, task: used[task] / size})
+        if by_length > max(by_weight, asked):
+            causes.append(
+                Cause(
+                    "overtrained_task",
+                    task,
+                    f"the task vector of {task!r} is {by_length:.1f} times as long as the others' (norm {norms[task]:.3g})",
+                    f"give {task!r} about 1/{size:.1f} of its weight, or stop its fine-tuning earlier",
+                    CHOICE,
+                    cost,
+                    source,
+                    {"length_ratio": by_length, "size_ratio": size},
+                )
+            )
+        else:
+            ratio = max(by_weight, asked)
+            causes.append(
+                Cause(
+                    "weight_too_large",
+                    task,
+                    f"{task!r} has {ratio:.1f} times the weight of the other tasks (coefficient {used[task]:.2f} in the merge)",
+                    f"lower its weight to about {evidence.alpha[task] / size:.2g}" + _auto(evidence, task),
+                    CHOICE,
+                    cost,
+                    source,
+                    {"weight_ratio": ratio, "size_ratio": size},
+                )
+            )
+    return causes
+
+
+def overshoot(evidence: Evidence) -> list[Cause]:
+    """The whole update is too long: some way before the merge, on the line from the base, every task together is better off."""
+    if not evidence.measured or not evidence.path:
+        return []
+    examples = {task: objective.num_examples for task, objective in evidence.objectives.items()}
+    totals = {
+        s: sum(losses[t] * n for t, n in examples.items()) for s, losses in evidence.path.items() if 0 < s < 1
+    }
+    if not totals:
+        return []
+    share = min(totals, key=totals.__getitem__)
+    saving = evidence.saving(evidence.along_path(share))
+    if not evidence.matters(saving):
+        return []
+    return [
+        Cause(
+            "all_weights_too_large",
+            "merged",
+            f"at {share:.0%} of the way from the base to the merge the tasks lose {saving.nats:.0f} nats less than at the merge",
+            f"multiply every weight by about {share:g} (or average: 1/{len(evidence.tasks)} each)",
+            CHOICE,
+            saving.nats,
+            "measured",
+            {"share": share},
+        )
+    ]
+
+
+def floor_decides(evidence: Evidence) -> list[Cause]:
+    """delta0 above the curvature on most weights: the rule has become task arithmetic."""
+    curvatures = evidence.curvatures
+    if not evidence.uses_curvature or len(curvatures) < len(evidence.tasks) or evidence.delta0 <= 0:
+        return []
+    below = weights = 0
+    base = evidence.base_curvature
+    for name in evidence.scan.tensors:
+        if not all(name in curvature for curvature in curvatures.values()):
+            continue
+        h = torch.zeros_like(evidence.base[name], dtype=torch.float32)
+        for task, curvature in curvatures.items():
+            h.add_(curvature.total(name), alpha=evidence.alpha[task])
+        if isinstance(base, int | float):
+            h.add_(evidence.base_weight * base)
+        elif base is not None and name in base:
+            h.add_(base.total(name), alpha=evidence.base_weight)
+        low, numel = health.floor_share(h, evidence.delta0)
+        below, weights = below + low, weights + numel
+    if weights == 0 or below <= HALF * weights:
+        return []
+    saving = None
+    if evidence.measured and base is not None:
+        from gradmatch.diagnosis.products import preconditioned_vectors, task_vector
+
+        taus = {task: task_vector(evidence.base, model) for task, model in evidence.tasks.items()}
+        low_floor = max(evidence.delta0 * 1e-9, 1e-9)
+        terms = preconditioned_vectors(
+            taus, curvatures, base, evidence.alpha, base_weight=evidence.base_weight, delta0=low_floor
+        )
+        repaired: dict[str, Tensor] = dict(evidence.merged or {})
+        for name in evidence.scan.tensors:
+            update = sum(evidence.alpha[task] * terms[task][name] for task in evidence.tasks)
+            repaired[name] = evidence.base[name].float() + update
+        saving = evidence.saving(repaired)
+        if not evidence.matters(saving):
+            return []
+    return [
+        Cause(
+            "floor_decides",
+            "delta0",
+            f"delta0 = {evidence.delta0:g} is above the curvature on {below / weights:.0%} of the weights: there the merge is task arithmetic",
+            "lower delta0 (the default is 1e-6), or choose task arithmetic on purpose with smaller weights",
+            INPUT,
+            None if saving is None else saving.nats,
+            "" if saving is None else "measured",
+            {"share": below / weights},
+        )
+    ]
+
+
+def stale_batchnorm(evidence: Evidence) -> list[Cause]:
+    """BatchNorm statistics that are not those of the merge's own activations."""
+    if not evidence.batchnorm:
+        return []
+    layer, shift = max(evidence.batchnorm.items(), key=lambda item: item[1])
+    saving = None
+    if evidence.measured and evidence.merged is not None and evidence.batchnorm_repair:
+        saving = evidence.saving({**evidence.merged, **evidence.batchnorm_repair})
+        if not evidence.matters(saving):
+            return []
+    elif shift < SHIFT:
+        return []
+    return [
+        Cause(
+            "stale_batchnorm",
+            "merged",
+            f"the inputs of {layer} lie {shift:.1f} standard deviations off its stored statistics",
+            "recalibrate the BatchNorm statistics on a few batches of every task (batchnorm: recalibrate)",
+            CHOICE,
+            None if saving is None else saving.nats,
+            "" if saving is None else "measured",
+            {"shift": shift},
+        )
+    ]
+
+
+def tasks_conflict(evidence: Evidence) -> list[Cause]:
+    """Two tasks that cannot be had together: whatever the weights, one of them keeps next to nothing."""
+    causes = []
+    known = [task for task in evidence.objectives if task in evidence.losses and evidence.task_gain(task) > 0]
+    for a, b in combinations(known, 2):
+        kept, rises = _best_compromise(evidence, a, b)
+        if kept >= NEXT_TO_NOTHING:
+            continue
+        i, j = evidence.scan.tasks.index(a), evidence.scan.tasks.index(b)
+        cosine = float(evidence.scan.cosines()[i, j])
+        causes.append(
+            Cause(
+                "tasks_conflict",
+                f"{a} and {b}",
+                f"at the best weights found for {a!r} and {b!r} alone, one of them keeps {kept:.0%} of what its fine-tuning gained "
+                f"over the base (negative: it is worse than the base; cosine of the task vectors {cosine:.2f})",
+                "merge only one of the two, or keep both as experts of a mixture",
+                CHOICE,
+                sum(rises[task] * evidence.objectives[task].num_examples for task in (a, b)),
+                "measured",
+                {"kept": kept, "cosine": cosine, **{f"rise {task}": rises[task] for task in (a, b)}},
+            )
+        )
+    return causes
+
+
+def _best_compromise(evidence: Evidence, a: str, b: str) -> tuple[float, dict[str, float]]:
+    """max over weights of min over the two tasks of the share of its gain that is kept, and the rises there (nats each)."""
+    best, at_best = -math.inf, {a: math.inf, b: math.inf}
+    for first, second in PAIR:
+        weights = evidence.at_coefficients({a: first, b: second})
+        rises = {t: evidence.rise({t: evidence.objectives[t].losses(weights)}, t) for t in (a, b)}
+        kept = min(1 - rises[t] / evidence.task_gain(t) for t in (a, b))
+        if kept > best:
+            best, at_best = kept, rises
+    return best, at_best
+
+
+CHOICE_FINDERS: tuple[Finder, ...] = (
+    one_task_dominates,
+    overshoot,
+    floor_decides,
+    stale_batchnorm,
+    tasks_conflict,
+)
+
+
+def _ratio(value: float, others: list[float]) -> float:
+    """How many times the median of the others; inf where they are all zero."""
+    middle = median(others)
+    return value / middle if middle > 0 else (math.inf if value > 0 else 1.0)
+
+
+def _measured_change(evidence: Evidence, changes: dict[str, float]) -> Saving | None:
+    return evidence.saving(evidence.with_changes(changes)) if evidence.measured else None
+
+
+def _price(evidence: Evidence, saving: Saving | None, repaired: dict[str, float]) -> tuple[float | None, str]:
+    """Measured where there is data, forecast where there are products."""
+    if saving is not None:
+        return saving.nats, "measured"
+    if evidence.products:
+        import numpy as np
+
+        used = evidence.coefficients()
+
+        def rise(c: dict[str, float]) -> float:
+            return sum(p.rise(np.array([c[d] for d in p.directions])) for p in evidence.products)
+
+        return max(0.0, rise(used) - rise(repaired)), "forecast"
+    return None, ""
+
+
+def _auto(evidence: Evidence, task: str) -> str:
+    """What the forecast would choose."""
+    if not evidence.products:
+        return ""
+    return f" (the forecast's best is {best_coefficients(evidence.products).coefficients[task]:.2g})"

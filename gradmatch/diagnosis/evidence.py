@@ -1,0 +1,220 @@
+"""Everything the causes look at: the models, one scan of their weights, and what their losses on data are.
+
+Costs are counterfactual: the losses of a repaired merge against those of the merge, example by example.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from gradmatch.diagnosis.barrier import interpolate
+from gradmatch.rules import RULES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from estimators.curvature import Curvature
+    from gradmatch.diagnosis.forecast import Products
+    from gradmatch.diagnosis.mismatch import Mismatch
+    from gradmatch.diagnosis.objective import Objective
+    from gradmatch.diagnosis.scan import Scan
+
+Model = Mapping[str, "Tensor"]
+
+# A repair counts when it gives back a quarter of what fine-tuning had gained over the base: less is the ordinary price of
+# merging. And it must stand out of the noise of the examples seen, by three standard errors.
+SHARE_OF_GAIN = 0.25
+STANDARD_ERRORS = 3.0
+LEAST_NATS = 0.02  # per example, where fine-tuning gained next to nothing
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a repair saves: nats summed over all tasks' N examples, and the standard error of that sum."""
+
+    nats: float
+    error: float
+
+
+@dataclass
+class Evidence:
+    """What is known about one merge.
+
+    Attributes:
+        base: theta0; tasks: task -> theta_t; merged: theta or None.
+        alpha: task -> weight asked for.
+        method: rule that made the merge, "" where not told; delta0 its floor, base_weight the factor on H0.
+        curvatures: task -> Curvature, as far as given; base_curvature likewise, or a number.
+        scan: the pass over the weights.
+        fingerprints: (whose curvature) -> the model among those at hand that it was taken at, or "" for none of them.
+        objectives: task -> its loss on data, as far as given.
+        losses: model -> task -> (n,) nats of each example; model is "base", a task, or "merged".
+        uniform: task -> nats per example of a uniform guess.
+        confusions: model -> task -> (C, C) counts, where outputs are classes.
+        products: exact products of each task over span{tau}.
+        mismatch: gradient mismatch at the merge.
+        path: share s -> task -> loss (nats per example) at theta0 + s (theta - theta0).
+        batchnorm: layer -> shift of the merge; batchnorm_repair: statistics measured at the merge.
+        notes: what could not be looked at, and why.
+    """
+
+    base: Model
+    tasks: dict[str, Model]
+    merged: Model | None
+    alpha: dict[str, float]
+    scan: Scan
+    method: str = ""
+    delta0: float = 0.0
+    base_weight: float = 1.0
+    curvatures: dict[str, Curvature] = field(default_factory=dict)
+    base_curvature: Curvature | float | None = None
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    objectives: dict[str, Objective] = field(default_factory=dict)
+    losses: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    uniform: dict[str, float] = field(default_factory=dict)
+    confusions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    products: list[Products] = field(default_factory=list)
+    mismatch: Mismatch | None = None
+    path: dict[float, dict[str, float]] = field(default_factory=dict)
+    batchnorm: dict[str, float] = field(default_factory=dict)
+    batchnorm_repair: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def measured(self) -> bool:
+        """Whether the merge's losses are known."""
+        return "merged" in self.losses
+
+    @property
+    def uses_curvature(self) -> bool:
+        """Whether the rule weighs by curvature."""
+        return self.method in RULES and "curvature" in RULES[self.method].needs
+
+    def coefficients(self) -> dict[str, float]:
+        """Task -> coefficient of tau_t in the merge's update: measured on its weights, else as asked for."""
+        return self.alpha if self.merged is None else self.scan.projection()[0]
+
+    def gain(self) -> float:
+        """sum_t N_t task_gain(t): nats that fine-tuning had gained, over the tasks whose data is known."""
+        return sum(
+            max(0.0, self.task_gain(task)) * self.objectives[task].num_examples for task in self.objectives
+        )
+
+    def task_gain(self, task: str) -> float:
+        """(min(l_t(theta0), l of a uniform guess) - l_t(theta_t)) / N_t: what fine-tuning gained, nats per example.
+
+        A base that is confidently wrong on a task is worse than knowing nothing; that alone is no merit of the fine-tune.
+        """
+        start = min(float(self.losses["base"][task].mean()), self.uniform.get(task, math.inf))
+        return start - float(self.losses[task][task].mean())
+
+    def rise(self, losses: Mapping[str, Tensor], task: str) -> float:
+        """(l_t(theta) - l_t(theta_t)) / N_t, nats per example, for the losses of some model."""
+        return float(losses[task].mean() - self.losses[task][task].mean())
+
+    def cost(self) -> float:
+        """sum_t l_t(theta) - l_t(theta_t): nats that the merge lost against the fine-tunes."""
+        merged = self.losses["merged"]
+        return sum(
+            self.rise(merged, task) * objective.num_examples for task, objective in self.objectives.items()
+        )
+
+    def measure(self, weights: Model) -> dict[str, Tensor]:
+        """Task -> (n,) losses of any weights, in nats."""
+        return {task: objective.losses(weights) for task, objective in self.objectives.items()}
+
+    def saving(self, repaired: Model, tasks: Iterable[str] | None = None) -> Saving:
+        """What the tasks (None: all) would save if the merge were `repaired`: paired over examples, scaled to N."""
+        merged = self.losses["merged"]
+        nats = variance = 0.0
+        for task in self.objectives if tasks is None else tasks:
+            objective = self.objectives[task]
+            difference = (merged[task] - objective.losses(repaired)).nan_to_num(
+                nan=0.0, posinf=1e3, neginf=-1e3
+            )
+            nats += float(difference.sum()) * objective.scale
+            variance += (
+                float(difference.var()) * len(difference) * objective.scale**2 if len(difference) > 1 else 0.0
+            )
+        return Saving(nats, math.sqrt(variance))
+
+    def matters(self, saving: Saving) -> bool:
+        """Whether a saving is more than the ordinary price of merging, and more than noise."""
+        examples = sum(objective.num_examples for objective in self.objectives.values())
+        return saving.nats > STANDARD_ERRORS * saving.error and saving.nats > max(
+            SHARE_OF_GAIN * self.gain(), LEAST_NATS * examples
+        )
+
+    def with_changes(self, changes: Mapping[str, float]) -> dict[str, Tensor]:
+        """The merge with the coefficients of some task vectors changed: theta + sum_t change_t tau_t."""
+        assert self.merged is not None
+        result = {}
+        for name in self.merged:
+            value = self.merged[name]
+            if name in self.scan.tensors:
+                base = self.base[name].float()
+                value = value.float().clone()
+                for task, change in changes.items():
+                    value.add_(self.tasks[task][name].float() - base, alpha=change)
+            result[name] = value
+        return result
+
+    def at_coefficients(self, coefficients: Mapping[str, float]) -> dict[str, Tensor]:
+        """theta0 + sum_t c_t tau_t; tensors that are not shared come from the merge (or the base)."""
+        result = {}
+        template = self.base if self.merged is None else self.merged
+        for name in template:
+            value = template[name]
+            if name in self.scan.tensors:
+                base = self.base[name].float()
+                value = base.clone()
+                for task, c in coefficients.items():
+                    value.add_(self.tasks[task][name].float() - base, alpha=c)
+            result[name] = value
+        return result
+
+    def along_path(self, share: float) -> dict[str, Tensor]:
+        """theta0 + s (theta - theta0)."""
+        assert self.merged is not None
+        return interpolate(
+            {name: self.base[name].float() for name in self.base if name in self.scan.tensors},
+            {name: self.merged[name] for name in self.merged},
+            share,
+        )
+
+    def other_tasks(self, task: str) -> list[str]:
+        """Every task but this one."""
+        return [other for other in self.tasks if other != task]
+
+
+def accuracy_of(confusion: Tensor) -> float:
+    """Share of examples on the diagonal of a confusion matrix (C, C)."""
+    return float(confusion.diagonal().sum() / confusion.sum().clamp(min=1))
+
+
+def best_relabelling(confusion: Tensor) -> tuple[list[int], float]:
+    """The renaming of classes under which predictions agree best with the labels, and that accuracy.
+
+    All renamings up to 7 classes; beyond, greedily by the largest counts. confusion: (C, C), row = label. Returns
+    renaming[predicted] = label.
+    """
+    from itertools import permutations
+
+    c = len(confusion)
+    if c <= 7:
+        best = max(permutations(range(c)), key=lambda p: sum(int(confusion[p[k], k]) for k in range(c)))
+        renaming = list(best)
+    else:
+        renaming = [-1] * c
+        left = confusion.clone().double()
+        for _ in range(c):
+            label, predicted = divmod(int(left.argmax()), c)
+            renaming[predicted] = label
+            left[label, :] = left[:, predicted] = -torch.inf
+    right = sum(float(confusion[renaming[k], k]) for k in range(c))
+    return renaming, right / max(1.0, float(confusion.sum()))

@@ -1,0 +1,227 @@
+"""One pass over the weights of all models, a tensor at a time: everything that can be said from files alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from gradmatch.diagnosis import conflict, health, similarity
+from gradmatch.diagnosis.layers import layer_group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Model = Mapping[str, "Tensor"]
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm: measured, not trained
+
+
+@dataclass(frozen=True)
+class MovedRows:
+    """Rows of a matrix that look like other rows of the base's.
+
+    Attributes:
+        suspects: how many rows kept less of themselves than they changed.
+        rows: rows of the matrix.
+        elsewhere: share of the suspects looked up whose best match is another row and close to it.
+        offset: the most frequent (match - row) among those, modulo the number of rows.
+        offset_share: share of those that have it.
+    """
+
+    suspects: int
+    rows: int
+    elsewhere: float
+    offset: int
+    offset_share: float
+
+
+@dataclass
+class TensorScan:
+    """What one tensor says; T tasks in order.
+
+    Attributes:
+        numel: number of weights.
+        base_square: ||theta0||^2.
+        gram: (T, T) tau_s'tau_t, units of weight squared.
+        cosine: (T,) cosine of theta_t with theta0.
+        rank: (T,) effective rank of tau_t.
+        conflicts: (T, T) number of weights with opposite signs, moving: (T, T) number where both moved.
+        moved: task position -> MovedRows, for matrices whose rows changed place.
+        products: (T,) tau_t'(merged - base) and delta_square ||merged - base||^2; rounding: expected energy of storing the
+            merge in bfloat16, on_grid: every merged value is a bfloat16 while a fine-tune's are not.
+        outside: energy of the merge's update that no reweighting of the task vectors makes.
+    """
+
+    numel: int
+    base_square: float
+    gram: Tensor
+    cosine: Tensor
+    rank: list[float]
+    conflicts: Tensor
+    moved_both: Tensor
+    moved: dict[int, MovedRows] = field(default_factory=dict)
+    products: Tensor | None = None
+    delta_square: float = 0.0
+    rounding: float = 0.0
+    on_grid: bool = False
+    outside: float = 0.0
+
+
+@dataclass
+class Scan:
+    """The whole pass.
+
+    Attributes:
+        tasks: names, T of them.
+        tensors: name -> TensorScan, for trained tensors that the base and every task share.
+        nonfinite: model ("base", a task, "merged") -> tensor -> number of NaN or infinite entries.
+        zeros: model -> tensors that are zero everywhere while the base's are not.
+        missing: model -> tensors of the base that it lacks; extra: tensors that the base lacks.
+        shapes: model -> tensor -> (base's shape, its shape).
+    """
+
+    tasks: list[str]
+    tensors: dict[str, TensorScan] = field(default_factory=dict)
+    nonfinite: dict[str, dict[str, int]] = field(default_factory=dict)
+    zeros: dict[str, list[str]] = field(default_factory=dict)
+    missing: dict[str, list[str]] = field(default_factory=dict)
+    extra: dict[str, list[str]] = field(default_factory=dict)
+    shapes: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = field(default_factory=dict)
+
+    def gram(self, names: Iterable[str] | None = None) -> Tensor:
+        """(T, T) tau_s'tau_t over some tensors (None: all)."""
+        chosen = self.tensors if names is None else names
+        zero = torch.zeros(len(self.tasks), len(self.tasks), dtype=torch.float64)
+        return sum((self.tensors[name].gram for name in chosen), zero)
+
+    def groups(self) -> dict[str, list[str]]:
+        """Layer group -> its tensors, in order."""
+        groups: dict[str, list[str]] = {}
+        for name in self.tensors:
+            groups.setdefault(layer_group(name), []).append(name)
+        return groups
+
+    def norms(self) -> dict[str, float]:
+        """Task -> ||tau_t||."""
+        return {
+            task: math.sqrt(max(0.0, float(v)))
+            for task, v in zip(self.tasks, self.gram().diagonal(), strict=True)
+        }
+
+    def cosines(self) -> Tensor:
+        """(T, T) cosine of the task vectors."""
+        return similarity.cosines(self.gram())
+
+    def conflict_rates(self) -> Tensor:
+        """(T, T) share of weights that both tasks moved, in opposite directions; 1/2 for unrelated tasks."""
+        zero = torch.zeros(len(self.tasks), len(self.tasks), dtype=torch.float64)
+        against = sum((t.conflicts for t in self.tensors.values()), zero)
+        moving = sum((t.moved_both for t in self.tensors.values()), zero)
+        return against / moving.clamp(min=1)
+
+    def projection(self) -> tuple[dict[str, float], float]:
+        """Coordinates of the merge's update in span{tau} (least squares) and the share of its energy outside."""
+        zero = torch.zeros(len(self.tasks), dtype=torch.float64)
+        products = sum((t.products for t in self.tensors.values() if t.products is not None), zero)
+        square = sum(t.delta_square for t in self.tensors.values())
+        c, residual = similarity.projection(self.gram(), products, square)
+        return dict(zip(self.tasks, c.tolist(), strict=True)), residual
+
+
+def scan_weights(
+    base: Model, tasks: Mapping[str, Model], merged: Model | None, alpha: Sequence[float]
+) -> Scan:
+    """Read every tensor of every model once and note what it says.
+
+    Args:
+        base: theta0.
+        tasks: task -> theta_t.
+        merged: theta, where there is one.
+        alpha: weights of the merge, in the order of the tasks; what its update is compared with.
+    """
+    scan = Scan(list(tasks))
+    models = {**tasks, **({} if merged is None else {"merged": merged})}
+    for model, weights in models.items():
+        scan.missing[model] = [name for name in base if name not in weights]
+        scan.extra[model] = [name for name in weights if name not in base]
+        scan.shapes[model] = {}
+    for name in base:
+        theta0 = base[name]
+        held = {model: weights[name] for model, weights in models.items() if name in weights}
+        for model, theta in {"base": theta0, **held}.items():
+            bad = health.count_nonfinite(theta)
+            if bad:
+                scan.nonfinite.setdefault(model, {})[name] = bad
+            if theta.shape != theta0.shape:
+                scan.shapes[model][name] = (tuple(theta0.shape), tuple(theta.shape))
+            elif name.endswith(STATISTICS) or theta.numel() < 2 or model == "base":
+                continue
+            elif not theta.any() and theta0.any():
+                scan.zeros.setdefault(model, []).append(name)
+        same = all(task in held and held[task].shape == theta0.shape for task in tasks)
+        finite = not any(name in found for found in scan.nonfinite.values())
+        trained = theta0.is_floating_point() and not name.endswith(STATISTICS)
+        if trained and theta0.numel() and same and finite:
+            ours = held.get("merged")
+            ours = ours if ours is not None and ours.shape == theta0.shape else None
+            scan.tensors[name] = scan_tensor(theta0, [held[task] for task in tasks], ours, alpha)
+    return scan
+
+
+def scan_tensor(
+    theta0: Tensor, thetas: Sequence[Tensor], merged: Tensor | None, alpha: Sequence[float]
+) -> TensorScan:
+    """Everything about one tensor (see `TensorScan`). theta0, merged: (*s,); thetas: T of (*s,)."""
+    before = theta0.float()
+    after = torch.stack([theta.float() for theta in thetas])  # (T, *s)
+    taus = (after - before).flatten(1)  # (T, P)
+    t = len(thetas)
+    against, moving = torch.zeros(t, t, dtype=torch.float64), torch.zeros(t, t, dtype=torch.float64)
+    for i in range(t):
+        for j in range(i):
+            against[i, j], moving[i, j] = conflict.sign_conflict(taus[i], taus[j])
+            against[j, i], moving[j, i] = against[i, j], moving[i, j]
+    result = TensorScan(
+        numel=theta0.numel(),
+        base_square=float(before.double().square().sum()),
+        gram=similarity.gram(taus),
+        cosine=similarity.row_cosines(before.reshape(1, -1).expand(t, -1), after.flatten(1)),
+        rank=[similarity.effective_rank(tau.view(theta0.shape)) if theta0.ndim > 1 else 0.0 for tau in taus],
+        conflicts=against,
+        moved_both=moving,
+    )
+    if theta0.ndim > 1:
+        for i in range(t):
+            found = find_moved_rows(before.flatten(1), after[i].flatten(1))
+            if found is not None:
+                result.moved[i] = found
+    if merged is not None:
+        delta = (merged.float() - before).flatten()
+        result.products = taus.double() @ delta.double()
+        result.outside, result.delta_square = conflict.outside_hull(delta, taus, torch.tensor(alpha))
+        if health.on_grid(merged, torch.bfloat16) and not all(
+            health.on_grid(x, torch.bfloat16) for x in after
+        ):
+            result.on_grid = True
+            result.rounding = health.rounding_energy(merged, torch.bfloat16)
+    return result
+
+
+def find_moved_rows(before: Tensor, after: Tensor) -> MovedRows | None:
+    """Where rows went; None where fewer than two rows changed more than they kept. (R, P), (R, P)."""
+    suspects, match, close = similarity.moved_rows(before, after)
+    if len(suspects) < 2:
+        return None
+    elsewhere = (match != suspects) & (close >= math.sqrt(0.5))
+    offsets = (match - suspects)[elsewhere] % len(before)
+    offset, share = 0, 0.0
+    if len(offsets):
+        values, counts = torch.unique(offsets, return_counts=True)
+        offset, share = int(values[counts.argmax()]), float(counts.max() / len(offsets))
+    own = similarity.row_cosines(before, after)
+    return MovedRows(
+        int((own < math.sqrt(0.5)).sum()), len(before), float(elsewhere.float().mean()), offset, share
+    )
