@@ -44,6 +44,7 @@ class Study(Strict):
 # Each is a module with `Config` (a Study), `stages(config)`, `records(config, store)` and `report(records)`.
 EXPERIMENTS = {
     "removal": "experiments.studies.removal",
+    "removal-proof": "experiments.studies.removal_proof",
     "sentiment": "experiments.studies.sentiment",
 }
 

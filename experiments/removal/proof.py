@@ -1,0 +1,266 @@
+"""Removal where the truth can be computed: train on everything, remove a part, compare with training without that part.
+
+What is to go are examples with wrong labels. Three problems: ridge regression, where Eq. 13 is exact; logistic regression
+on handwritten digits, fine-tuned exactly as Eq. 8 says; a small network, fine-tuned as one would.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from estimators import Curvature, estimate
+from gradmatch import Task, subtract
+
+POISONED = (3, 5, 8)  # classes of which some examples carry the label of the next class
+SHARE = 0.4  # of the training examples of these classes
+TEST = 500
+L2 = 1.0  # weight decay of both classifiers, in nats per squared unit
+KEEP = 0.1
+LABELS = {"removal": "GM", "negation": "TA", "ewr": "EWR", "fisher_negation": "Fisher negation"}
+
+Vector = dict[str, Tensor]
+Logits = Callable[[Vector, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Examples (n, 64) with labels (n,): to keep, to remove (labels wrong), and unseen ones of both kinds."""
+
+    keep: tuple[Tensor, Tensor]
+    remove: tuple[Tensor, Tensor]
+    unseen: tuple[Tensor, Tensor]
+    unseen_wrong: tuple[Tensor, Tensor]
+
+    @property
+    def both(self) -> tuple[Tensor, Tensor]:
+        """Everything that the first model was trained on."""
+        return torch.cat([self.keep[0], self.remove[0]]), torch.cat([self.keep[1], self.remove[1]])
+
+
+def digits(seed: int, dtype: torch.dtype) -> Digits:
+    """scikit-learn's handwritten digits, split by the seed; some examples of three classes are given the next label."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "the digits come with scikit-learn: pip install 'gradmatch[removal]'"
+        ) from error
+
+    images, labels = load_digits(return_X_y=True)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    x, y = torch.tensor(images, dtype=dtype)[order] / 16 - 0.3, torch.tensor(labels)[order]
+    poisoned = torch.isin(y, torch.tensor(POISONED))
+    drawn = poisoned & (torch.rand(len(y), generator=generator) < SHARE)
+    train = torch.arange(len(y)) >= TEST
+    wrong = (y + 1) % 10
+    return Digits(
+        keep=(x[train & ~drawn], y[train & ~drawn]),
+        remove=(x[train & drawn], wrong[train & drawn]),
+        unseen=(x[~train], y[~train]),
+        unseen_wrong=(x[~train & poisoned], wrong[~train & poisoned]),
+    )
+
+
+def measure(logits: Logits, theta: Vector, truth: Vector, base: Vector, data: Digits) -> dict[str, float]:
+    """How near an edit is to the model trained without what was to go, and what it knows.
+
+    distance: ||theta - truth|| / ||base - truth||. kl: mean KL(truth || edit) of predictions on unseen images, nats.
+    removed: share of the removed examples that still get their wrong label. accuracy: on unseen images. gap: loss of
+    unseen wrong examples less that of the removed ones, nats; 0 where nothing tells who was a member.
+    """
+
+    def norm(a: Vector, b: Vector) -> float:
+        return float(torch.cat([(a[name] - b[name]).double().flatten() for name in b]).norm())
+
+    def loss(part: tuple[Tensor, Tensor]) -> float:
+        return float(cross_entropy(logits(theta, part[0]), part[1]))
+
+    def accuracy(part: tuple[Tensor, Tensor]) -> float:
+        return float((logits(theta, part[0]).argmax(-1) == part[1]).double().mean())
+
+    x = data.unseen[0]
+    true, found = (logits(vector, x).double().log_softmax(-1) for vector in (truth, theta))
+    return {
+        "distance": norm(theta, truth) / norm(base, truth),
+        "kl": float((true.exp() * (true - found)).sum(-1).mean()),
+        "removed": accuracy(data.remove),
+        "accuracy": accuracy(data.unseen),
+        "gap": loss(data.unseen_wrong) - loss(data.remove),
+    }
+
+
+def removal_full(theta0: Tensor, tau: Tensor, alpha: float, h0: Tensor, h: Tensor, keep: float) -> Tensor:
+    """Eq. 13 of Daheim et al. 2024 with full matrices: theta0 - alpha (H0 - alpha H_t)^-1 (H0 + H_t) tau.
+
+    Guarded as the diagonal rule is, along the eigenvectors of H0^-1/2 H_t H0^-1/2 = sum lambda v v': each 1 - alpha lambda
+    is floored at keep. theta0, tau: (P,); h0, h: (P, P) of summed losses, h0 positive definite. Returns (P,).
+    """
+    root = torch.linalg.cholesky(h0)  # h0 = root root'
+
+    def whiten(matrix: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(root, matrix, upper=False)
+
+    values, vectors = torch.linalg.eigh(whiten(whiten(h).T))
+    rest = (1 - alpha * values).clamp(min=keep)
+    right = vectors.T @ whiten(((h0 + h) @ tau)[:, None])
+    step = torch.linalg.solve_triangular(root.T, vectors @ (right / rest[:, None]), upper=True)
+    return theta0 - alpha * step[:, 0]
+
+
+def diagonal_edits(
+    base: Vector, task: Vector, h0: Curvature, h: Curvature, alphas: Sequence[float], delta0: float
+) -> dict[tuple[str, float], Vector]:
+    """Every elementwise way to remove, at every alpha, by `gradmatch.subtract`."""
+    edits: dict[tuple[str, float], Vector] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*clamped.*")  # it is part of what is compared
+        for method, label in LABELS.items():
+            for alpha in alphas:
+                shared: dict[str, Any] = {"base_curvature": h0, "delta0": delta0, "keep": KEEP}
+                edits[label, alpha] = dict(
+                    subtract(base, Task(task, h), method=method, weight=alpha, **shared)
+                )
+    return edits
+
+
+def ridge(out: Path, *, seed: int, dimension: int = 12) -> None:
+    """Stage: ridge regression in float64; removal with the full Hessian is retraining. Writes `out/rows.json`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    mixing = draw(dimension, dimension)
+    x, x_wrong = draw(60, dimension) @ mixing, draw(20, dimension) @ mixing
+    y, y_wrong = x @ draw(dimension), x_wrong @ draw(dimension)  # two truths
+    h_keep, h = x.T @ x + torch.eye(dimension, dtype=torch.float64), x_wrong.T @ x_wrong
+    h0 = h_keep + h
+    truth = torch.linalg.solve(h_keep, x.T @ y)
+    base = torch.linalg.solve(h0, x.T @ y + x_wrong.T @ y_wrong)
+    task = torch.linalg.solve(h0 + h, h0 @ base + x_wrong.T @ y_wrong)  # Eq. 8
+    edits = {
+        ("base", 0.0): {"w": base},
+        ("GM, full H", 1.0): {"w": removal_full(base, task - base, 1.0, h0, h, 1e-9)},
+    }
+    diagonals = [Curvature.from_dict({"w": matrix.diag()}, 1) for matrix in (h0, h)]
+    edits |= diagonal_edits({"w": base}, {"w": task}, *diagonals, (1.0,), 1e-12)
+    gap = float((base - truth).norm())
+    _write(
+        out,
+        [
+            {"edit": e, "alpha": a, "distance": float((t["w"] - truth).norm()) / gap}
+            for (e, a), t in edits.items()
+        ],
+    )
+
+
+def logistic(out: Path, *, seed: int, alphas: Sequence[float]) -> None:
+    """Stage: logistic regression on digits, float64, all optima exact (Newton), fine-tuned by Eq. 8 with the full Hessian."""
+    data = digits(seed, torch.float64)
+    classes, features = 10, data.keep[0].shape[1] + 1
+    prior = L2 * torch.eye(classes * features, dtype=torch.float64)
+    zero = torch.zeros(classes * features, dtype=torch.float64)
+
+    def logits(theta: Vector, x: Tensor) -> Tensor:
+        return nn.functional.pad(x, (0, 1), value=1.0) @ theta["w"].view(classes, features).T
+
+    def derivatives(w: Tensor, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Gradient (P,) and Hessian (P, P) of the summed loss: sum (p - y) x', sum (diag(p) - p p') (x) x x'."""
+        x = nn.functional.pad(part[0], (0, 1), value=1.0)
+        p = logits({"w": w}, part[0]).softmax(-1)
+        gradient = (p - nn.functional.one_hot(part[1], classes)).T @ x
+        inner = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        return gradient.flatten(), torch.einsum("nij,nk,nl->ikjl", inner, x, x).reshape(len(w), len(w))
+
+    def minimum(part: tuple[Tensor, Tensor], h: Tensor, centre: Tensor) -> Tensor:
+        """argmin of the summed loss + 1/2 (w - centre)'h(w - centre), by Newton's method with halved steps."""
+
+        def objective(w: Tensor) -> float:
+            d = w - centre
+            return float(cross_entropy(logits({"w": w}, part[0]), part[1], reduction="sum") + 0.5 * d @ h @ d)
+
+        w = centre.clone()
+        for _ in range(50):
+            gradient, curvature = derivatives(w, part)
+            step = torch.linalg.solve(curvature + h, gradient + h @ (w - centre))
+            size = 1.0
+            while size > 1e-6 and objective(w - size * step) > objective(w):
+                size /= 2
+            w = w - size * step
+            if float(step.norm()) < 1e-10 * (1 + float(w.norm())):
+                break
+        return w
+
+    base, truth = minimum(data.both, prior, zero), minimum(data.keep, prior, zero)
+    h0 = derivatives(base, data.both)[1] + prior
+    task = minimum(data.remove, h0, base)
+    h = derivatives(task, data.remove)[1]
+    edits = {("base", 0.0): base, ("retrained", 0.0): truth}
+    edits |= {("GM, full H", alpha): removal_full(base, task - base, alpha, h0, h, KEEP) for alpha in alphas}
+    vectors = {key: {"w": value} for key, value in edits.items()}
+    diagonals = [Curvature.from_dict({"w": matrix.diag()}, 1) for matrix in (h0, h)]
+    vectors |= diagonal_edits({"w": base}, {"w": task}, *diagonals, alphas, 1e-12)
+    _measured(out, logits, vectors, data)
+
+
+def network(
+    out: Path, *, seed: int, alphas: Sequence[float], steps: int, tuning_steps: int, learning_rate: float
+) -> None:
+    """Stage: a network of one hidden layer on digits: Adam, a few steps of fine-tuning, Monte-Carlo Fisher (example-wise).
+
+    Fine-tuning on what is to keep, for as many steps as the fine-tuning on what is to go, is the last competitor.
+    """
+    data = digits(seed, torch.float32)
+    torch.manual_seed(seed)
+    module = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+    start = {name: value.detach().clone() for name, value in module.named_parameters()}
+
+    def logits(theta: Vector, x: Tensor) -> Tensor:
+        found: Tensor = functional_call(module, theta, (x,))
+        return found
+
+    def trained(theta: Vector, part: tuple[Tensor, Tensor], count: int, rate: float, decay: float) -> Vector:
+        leaves = {name: value.clone().requires_grad_(True) for name, value in theta.items()}
+        optimizer = torch.optim.Adam(leaves.values(), lr=rate)
+        for _ in range(count):
+            penalty = sum((value.square().sum() for value in leaves.values()), torch.zeros(()))
+            loss = cross_entropy(logits(leaves, part[0]), part[1], reduction="sum") + 0.5 * decay * penalty
+            optimizer.zero_grad()
+            (loss / len(part[1])).backward()
+            optimizer.step()
+        return {name: value.detach() for name, value in leaves.items()}
+
+    base, truth = (trained(start, part, steps, 1e-2, L2) for part in (data.both, data.keep))
+    task = trained(base, data.remove, tuning_steps, learning_rate, 0.0)
+    curvatures = []
+    for theta, part in ((base, data.both), (task, data.remove)):
+        module.load_state_dict(theta)
+        curvatures.append(estimate(module, [part], samples=4, seed=seed, progress=False))
+    edits: dict[tuple[str, float], Vector] = {("base", 0.0): base, ("retrained", 0.0): truth}
+    edits["fine-tuned on the rest", 0.0] = trained(base, data.keep, tuning_steps, learning_rate, L2)
+    edits |= diagonal_edits(base, task, *curvatures, alphas, L2)
+    _measured(out, logits, edits, data)
+
+
+def _measured(out: Path, logits: Logits, edits: dict[tuple[str, float], Vector], data: Digits) -> None:
+    truth, base = edits["retrained", 0.0], edits["base", 0.0]
+    rows = [
+        {"edit": e, "alpha": a, **measure(logits, theta, truth, base, data)}
+        for (e, a), theta in edits.items()
+    ]
+    _write(out, rows)
+
+
+def _write(out: Path, rows: list[dict[str, Any]]) -> None:
+    (out / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")

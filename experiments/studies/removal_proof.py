@@ -1,0 +1,219 @@
+"""Proof of removal where retraining without the data is the truth: ridge, logistic regression, two networks.
+
+In each, some training examples carry wrong labels. The base was trained on everything, the task is fine-tuned from the base
+on the wrong ones, and what each way to remove them leaves is compared with a model that never saw them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from experiments.config import Strict, Study, Training
+from experiments.pipeline import Stage, card, is_done
+from experiments.records import Record, of_kind
+
+EDITING = ("gradmatch.subtraction", "gradmatch.merging", "gradmatch.engine", "gradmatch.rules")
+MODELS = ("experiments.models", "experiments.assets")
+METRICS = ("distance", "kl", "removed", "accuracy", "gap")
+
+
+class Network(Strict):
+    """The small network on digits: steps of training and of fine-tuning, its learning rate."""
+
+    steps: int = Field(default=600, gt=0)
+    tuning_steps: int = Field(default=20, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
+
+
+class Encoder(Strict):
+    """An encoder on sentiment; the texts of one domain, labels turned round, are what is to go."""
+
+    encoder: str = "encoder"
+    keep: tuple[str, ...] = ("movies", "amazon")
+    remove: str = "tweets"
+    wrong: int = Field(default=600, gt=0)  # texts with wrong labels, of the domain's training texts
+    max_length: int = Field(default=48, gt=2)
+    test: int = Field(default=300, gt=0)
+    training: Training
+    tuning: Training
+    examples: int = Field(default=300, gt=1)
+
+
+class Config(Study):
+    """Keys of a proof's config."""
+
+    experiment: Literal["removal-proof"]
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    alphas: tuple[float, ...] = (0.25, 0.5, 1.0)
+    network: Network = Network()
+    encoder: Encoder | None = None
+
+
+def stages(config: Config) -> list[Stage]:
+    """What has to run for the records of this config; what they need comes with them."""
+    return list(cells(config).values())
+
+
+def cells(config: Config) -> dict[tuple[str, int], Stage]:
+    """(problem, seed) -> the stage that measures it."""
+    made: dict[tuple[str, int], Stage] = {}
+    alphas = list(config.alphas)
+    for seed in config.seeds:
+        toys = {
+            "ridge": {},
+            "logistic": {"alphas": alphas},
+            "network": {"alphas": alphas, **config.network.model_dump()},
+        }
+        for problem, settings in toys.items():
+            function = f"experiments.removal.proof:{problem}"
+            name = f"proof/seed{seed}/{problem}"
+            made[problem, seed] = Stage(
+                name, function, {"seed": seed, **settings}, {}, (*EDITING, "estimators"), 5
+            )
+        if config.encoder:
+            made["encoder", seed] = _encoder(config.encoder, seed, alphas)
+    return made
+
+
+def _encoder(spec: Encoder, seed: int, alphas: list[float]) -> Stage:
+    """The stages of the encoder: data, base, retrained, task, fine-tuned on the rest, two curvatures, what each edit did."""
+    clean = Stage(
+        "proof/data",
+        "experiments.tasks.sentiment:prepare",
+        {
+            "source": "vader",
+            "domains": [*spec.keep, spec.remove],
+            "encoder": spec.encoder,
+            "max_length": spec.max_length,
+            "limits": {"validation": 50, "test": spec.test},
+            "split_seed": 0,
+        },
+        code=MODELS,
+        seconds=10,
+    )
+    data = Stage(
+        "proof/poisoned",
+        "experiments.removal.encoder:poison",
+        {"domain": spec.remove, "count": spec.wrong},
+        {"data": clean},
+        seconds=2,
+    )
+
+    def trained(name: str, domains: Sequence[str], training: Training, start: Stage | None) -> Stage:
+        new = {} if start else {"start": spec.encoder, "num_labels": 2}
+        settings = {
+            "domains": list(domains),
+            "precision": "auto",
+            "seed": seed,
+            **training.model_dump(),
+            **new,
+        }
+        inputs = {"data": data, **({"start": start} if start else {})}
+        seconds = 2 + training.steps * training.batch_size * 0.0085
+        return Stage(
+            f"proof/seed{seed}/{name}", "experiments.finetune:finetune", settings, inputs, MODELS, seconds
+        )
+
+    base = trained("base", [*spec.keep, spec.remove], spec.training, None)
+    models = {
+        "base": base,
+        "retrained": trained("retrained", spec.keep, spec.training, None),
+        "task": trained("task", [spec.remove], spec.tuning, base),
+        "rest": trained("rest", spec.keep, spec.tuning, base),
+    }
+    curvatures = {
+        name: Stage(
+            f"proof/seed{seed}/curvature-{name}",
+            "experiments.removal.encoder:curvature",
+            {"domains": list(domains), "seed": seed, "examples": spec.examples},
+            {"data": data, "model": models[name]},
+            (*MODELS, "estimators"),
+            spec.examples * 0.03,
+        )
+        for name, domains in (("base", [*spec.keep, spec.remove]), ("task", [spec.remove]))
+    }
+    return Stage(
+        f"proof/seed{seed}/encoder",
+        "experiments.removal.encoder:compare",
+        {"keep": list(spec.keep), "remove": spec.remove, "alphas": alphas},
+        {"data": data, **models, "base_curvature": curvatures["base"], "task_curvature": curvatures["task"]},
+        (*MODELS, *EDITING),
+        (4 * len(alphas) + 3) * 5,
+    )
+
+
+def records(config: Config, store: Path) -> list[Record]:
+    """One record an edit, problem and seed; stages that failed are left out."""
+    shared = {"experiment": config.experiment, "name": config.name}
+    return [{**shared, **record} for record in _rows(config, store)]
+
+
+def _rows(config: Config, store: Path) -> Iterator[Record]:
+    for (problem, seed), stage in cells(config).items():
+        if is_done(stage, store):
+            found = card(stage, store)
+            origin = {
+                key: found[key] for key in ("key", "commit", "versions", "machine", "seconds", "finished")
+            }
+            for row in json.loads((stage.folder(store) / "rows.json").read_text(encoding="utf-8")):
+                yield {"kind": "proof", "problem": problem, "seed": seed, **row, **origin}
+
+
+def report(found: list[Record]) -> str:
+    """A table a problem: mean over seeds and half the width of its 95 % interval (Student's t), then claim 8 (a) and (b)."""
+    rows = of_kind(found, "proof")
+    parts = []
+    for problem in dict.fromkeys(row["problem"] for row in rows):
+        mine = [row for row in rows if row["problem"] == problem]
+        metrics = [name for name in METRICS if name in mine[0]]
+        lines = [f"{problem} ({len({row['seed'] for row in mine})} seeds)"]
+        lines.append(f"{'edit':24} {'alpha':>5}" + "".join(f" {name:>19}" for name in metrics))
+        for edit, alpha in dict.fromkeys((row["edit"], row["alpha"]) for row in mine):
+            same = [row for row in mine if (row["edit"], row["alpha"]) == (edit, alpha)]
+            cells_ = [_cell([row[name] for row in same]) for name in metrics]
+            lines.append(f"{edit:24} {alpha or '':>5}" + "".join(f" {cell:>19}" for cell in cells_))
+        parts.append("\n".join(lines))
+        parts += _verdicts(problem, mine)
+    return "\n\n".join(parts)
+
+
+def _verdicts(problem: str, rows: Sequence[Record]) -> Iterator[str]:
+    """Differences between gradient matching and negation at alpha = 1, paired by seed."""
+    for ours in ("GM, full H", "GM"):
+        for metric in ("distance", "kl"):
+            pairs = [
+                (row[metric], other[metric])
+                for row in rows
+                for other in rows
+                if metric in row
+                and row["seed"] == other["seed"]
+                and (row["edit"], row["alpha"]) == (ours, 1.0)
+                and (other["edit"], other["alpha"]) == ("TA", 1.0)
+            ]
+            if pairs:
+                mean, half = interval([a - b for a, b in pairs])
+                judged = (
+                    "nearer" if mean + half < 0 else "farther" if mean - half > 0 else "no difference shown"
+                )
+                yield f"{problem}: {metric} of {ours} less that of TA, at alpha = 1: {mean:+.4g} +- {half:.2g} ({judged})"
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of the 95 % interval of Student's t; infinitely wide for one value."""
+    from scipy.stats import t
+
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), float("inf")
+    return float(np.mean(values)), float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+
+
+def _cell(values: Sequence[Any]) -> str:
+    mean, half = interval([float(value) for value in values])
+    return f"{mean:.3g} +- {half:.2g}"
