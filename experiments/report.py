@@ -34,7 +34,8 @@ def sentiment_report(records: Sequence[Record]) -> str:
     folders = [
         f"  {record['model']:<12} {record['folder']}" for record in evaluations if record["role"] == "merge"
     ]
-    parts.append("\n".join(["Merged models (each loads with transformers' from_pretrained):", *folders]))
+    if folders:
+        parts.append("\n".join(["Merged models (each loads with transformers' from_pretrained):", *folders]))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -67,7 +68,13 @@ def _sentiment_table(evaluations: Sequence[Record]) -> str:
     seeds = len({record["seed"] for record in evaluations})
     tests = sum(evaluations[0]["metrics"][domain]["n"] for domain in domains)
     title = f"Test accuracy in %, {tests} texts, " + (f"mean of {seeds} seeds" if seeds > 1 else "one seed")
-    return f"{title}\n\n" + format_table(["model", *(name for name, _, _ in columns)], rows)
+    notes = (
+        "mismatch/n: norm of sum_t [grad l_t(theta) - grad l_t(theta_t)] over the tasks' training examples (Eq. 6), divided by their number.\n"
+        "preconditioned: norm of H0^-1 times that sum (Eq. 10); compare it between rows only, since it is large where the base's\n"
+        "data say nothing and H0 is its floor delta0."
+    )
+    table = format_table(["model", *(name for name, _, _ in columns)], rows)
+    return f"{title}\n\n{table}\n\n{notes}"
 
 
 def _choices(evaluations: Sequence[Record]) -> str:
@@ -86,13 +93,14 @@ def _sentences(records: Sequence[Record]) -> list[str]:
     sentences = []
     for comparison in of_kind(records, "comparison")[:1]:
         sentences.append(comparison_sentence(comparison, records))
-    correlation = mismatch_correlation(records)
-    ratio = _mismatch_ratio(records)
-    if correlation is not None and ratio:
+    ratio, correlation = _mismatch_ratio(records), mismatch_correlation(records)
+    if ratio and correlation is None:
+        sentences.append(f"{ratio}.")
+    elif ratio and correlation:
         rho, merges = correlation
-        verdict = "predicts which merge errs less" if rho >= 0.6 else "does not tell which merge errs less"
+        verdict = "tells" if rho >= 0.6 else "tells only roughly" if rho >= 0.3 else "does not tell"
         sentences.append(
-            f"{ratio}, and over the {merges} merges the mismatch, which needs no test data, {verdict} "
+            f"{ratio}, and over the {merges} merges the mismatch, which needs no test data, {verdict} which merge errs less "
             f"(Spearman {rho:.2f} with the test error on the tasks)."
         )
     return sentences

@@ -119,11 +119,12 @@ class Config(Study):
 
 
 SOURCES = ("experiments.models", "experiments.assets")
-MERGING = (
-    "gradmatch.merging",
-    "gradmatch.engine",
-    "gradmatch.rules",
-    "gradmatch.checkpoint",
+MERGING = (  # what decides a merge's numbers; not the command line, cards, or writers
+    *(
+        f"gradmatch.{name}"
+        for name in ("merging", "engine", "kernels", "passes", "stream", "rules", "transforms")
+    ),
+    *(f"gradmatch.{name}" for name in ("inputs", "plan", "policies", "heads", "thresholds")),
     "estimators.curvature",
 )
 

@@ -1,0 +1,57 @@
+"""Draw every figure whose records are there: `python -m paper_figures [results/demo.jsonl ...] [--out FOLDER]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.records import read_records
+
+COMMITTED = Path("experiments") / "results"
+FIGURES = {"sentiment": ("table_sentiment", "fig_mismatch")}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m paper_figures", description=__doc__)
+    parser.add_argument(
+        "records",
+        nargs="*",
+        type=Path,
+        help="JSON-line files (default: results/*.jsonl, else the committed ones)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results") / "figures", help="folder (default: results/figures)"
+    )
+    options = parser.parse_args(arguments)
+    files = options.records or sorted(Path("results").glob("*.jsonl")) or sorted(COMMITTED.glob("*.jsonl"))
+    if not files:
+        print("error: no records in results/: run `python -m experiments demo` first", file=sys.stderr)
+        return 2
+    try:
+        for file in files:
+            drawn = draw_file(file, options.out / file.stem)
+            print(f"{file}: " + (", ".join(map(str, drawn)) if drawn else "no figure for these records"))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def draw_file(file: Path, out: Path) -> list[Path]:
+    """Every figure for the experiments of one file of records."""
+    from importlib import import_module  # matplotlib is loaded where there is something to draw
+
+    records = read_records(file)
+    drawn: list[Path] = []
+    for experiment in dict.fromkeys(record.get("experiment", "") for record in records):
+        own = [record for record in records if record.get("experiment") == experiment]
+        for figure in FIGURES.get(experiment, ()):
+            drawn += import_module(f"paper_figures.{figure}").draw(own, out)
+    return drawn
+
+
+if __name__ == "__main__":
+    sys.exit(main())

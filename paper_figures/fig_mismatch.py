@@ -1,0 +1,45 @@
+"""Figure: gradient mismatch of each merge against its test error (as the paper's Figure 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from experiments.records import Record, models_in_order, of_kind
+from paper_figures.style import look, save
+
+
+def draw(records: Sequence[Record], folder: Path, name: str = "fig_mismatch") -> list[Path]:
+    """Total mismatch per training example against the error on the tasks: one marker per merge, one point per seed.
+
+    Raises ValueError where no record holds a mismatch.
+    """
+    measured = [record for record in of_kind(records, "evaluation") if "mismatch" in record]
+    if not measured:
+        raise ValueError("no record holds a mismatch: run a sentiment config first")
+    models = models_in_order(measured)
+    styles = look(models)
+    figure, axes = plt.subplots(figsize=(4.2, 3.1))
+    for model in models:
+        points = [record for record in measured if record["model"] == model]
+        x = [record["mismatch"]["per_example"] for record in points]
+        y = [error(record) for record in points]
+        axes.plot(x, y, linestyle="none", markersize=6, label=model, **styles[model])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.set_xlabel("gradient mismatch $\\|\\sum_t m_t\\|\\,/\\,n$ (training data)")
+    axes.set_ylabel("test error on the tasks (%)")
+    axes.margins(0.12)
+    return save(figure, folder, name)
+
+
+def error(record: Record) -> float:
+    """Error on the tasks in per cent: each task counts alike, the base's own domain is left out."""
+    return 100 * (1 - float(record["metrics"]["tasks"]["accuracy"]))

@@ -1,0 +1,44 @@
+"""One look for all figures: readable in print, in grey (markers and dashes tell apart, not hue alone), and in colour."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+plt.rcParams.update(
+    {
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": "gradmatch",  # the same bytes for the same records
+    }
+)
+# From dark to light in grey too (Okabe and Ito's colours, ordered by luminance), each with its own marker.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def look(names: list[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each name, by its position."""
+    return {
+        name: {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        for index, name in enumerate(names)
+    }
+
+
+def save(figure: Any, folder: Path, name: str) -> list[Path]:
+    """Write `name` as PNG (200 dpi) and SVG into a folder; returns both paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
+    figure.savefig(paths[0], dpi=200, bbox_inches="tight")
+    figure.savefig(paths[1], bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    return paths

@@ -1,0 +1,77 @@
+"""Metrics and statistics against slow definitions."""
+
+import math
+
+import numpy as np
+import pytest
+
+from experiments.evaluate import expected_calibration_error, measure, with_averages
+from experiments.statistics import compare, paired_bootstrap, spearman
+
+
+def test_measures():
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.0, 1.0]])
+    labels = np.array([0, 1, 1, 1])
+    found = measure(probabilities, labels)
+    assert found["accuracy"] == 0.75
+    assert found["nll"] == pytest.approx(-(math.log(0.9) + math.log(0.8) + math.log(0.4)) / 4)
+    assert found["n"] == 4
+    assert math.isfinite(measure(np.array([[1.0, 0.0]]), np.array([1]))["nll"])
+
+
+def test_calibration_error_is_the_mean_gap_over_bins():
+    generator = np.random.default_rng(0)
+    confidence = generator.uniform(0.5, 1.0, 200)
+    correct = generator.uniform(size=200) < 0.7
+    slow = 0.0
+    for b in range(15):
+        inside = [i for i in range(200) if b / 15 <= confidence[i] < (b + 1) / 15]
+        if inside:
+            gap = abs(np.mean([correct[i] for i in inside]) - np.mean([confidence[i] for i in inside]))
+            slow += len(inside) / 200 * gap
+    assert expected_calibration_error(confidence, correct) == pytest.approx(slow)
+    assert expected_calibration_error(np.ones(3), np.ones(3, dtype=bool)) == 0.0
+
+
+def test_macro_counts_domains_and_per_example_counts_examples():
+    parts = {
+        "a": {"accuracy": 1.0, "nll": 0.0, "ece": 0.0, "n": 300},
+        "b": {"accuracy": 0.5, "nll": 1.0, "ece": 0.1, "n": 100},
+    }
+    found = with_averages(parts)
+    assert found["macro"] == {"accuracy": 0.75, "nll": 0.5, "ece": 0.05, "n": 400}
+    assert found["per_example"] == {"accuracy": 0.875, "nll": 0.25, "ece": 0.025, "n": 400}
+
+
+def test_bootstrap_covers_what_is_there_and_nothing_else():
+    generator = np.random.default_rng(0)
+    sure = [generator.choice([0.0, 1.0], p=[0.7, 0.3], size=(3, 400)) for _ in range(2)]
+    low, high = paired_bootstrap(sure, 2000)
+    mean = float(np.mean([part.mean() for part in sure]))
+    assert 0.2 < low < mean < high < 0.4
+    error = math.sqrt(0.3 * 0.7 / 2400)  # of the mean of all six hundred times four cells
+    assert 2 * error < high - low < 8 * error
+    low, high = paired_bootstrap([generator.choice([-1.0, 1.0], size=(1, 400))], 2000)
+    assert low < 0 < high
+    seeds_differ = np.repeat([[0.0], [1.0]], 500, axis=1)  # no spread over examples, all of it over seeds
+    assert paired_bootstrap([seeds_differ], 2000) == (0.0, 1.0)
+
+
+def test_comparison_of_two_evaluations(tmp_path):
+    labels = np.array([0, 1] * 50)
+    for name, right in (("ours", 90), ("theirs", 60)):
+        folder = tmp_path / name
+        folder.mkdir()
+        chosen = np.where(np.arange(100) < right, labels, 1 - labels)
+        np.savez(folder / "a.npz", probabilities=np.eye(2)[chosen], labels=labels)
+    compare(tmp_path, ours={"0": tmp_path / "ours"}, theirs={"0": tmp_path / "theirs"}, domains=["a"])
+    text = (tmp_path / "comparison.json").read_text()
+    assert '"difference": 0.3' in text
+
+
+def test_rank_correlation():
+    assert spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
+    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486832980505138)  # scipy.stats.spearmanr
+    assert math.isnan(spearman([1, 1, 1], [1, 2, 3]))
+    assert math.isnan(spearman([1], [1]))

@@ -1,0 +1,98 @@
+"""Figures and tables: drawn from records alone."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from paper_figures import fig_mismatch, table_sentiment
+from paper_figures.__main__ import main
+
+
+def record(model, role, seed=0, accuracy=0.8, mismatch=None):
+    """An evaluation record as the sentiment experiment writes it."""
+    part = {"accuracy": accuracy, "nll": 0.5, "ece": 0.1, "n": 100}
+    found = {
+        "experiment": "sentiment",
+        "kind": "evaluation",
+        "model": model,
+        "role": role,
+        "seed": seed,
+        "domains": ["films", "books"],
+        "metrics": dict.fromkeys(("films", "books", "macro", "per_example", "tasks"), part),
+    }
+    return (
+        found
+        if mismatch is None
+        else {**found, "mismatch": {"per_example": mismatch, "total": 100 * mismatch}}
+    )
+
+
+RECORDS = [
+    record("base", "base", accuracy=0.7),
+    record("books", "task", accuracy=0.95),
+    record("joint", "joint", accuracy=0.9, mismatch=0.01),
+    record("TA", "merge", accuracy=0.801, mismatch=0.4),
+    record("GM", "merge", accuracy=0.85, mismatch=0.1),
+]
+
+
+def test_every_figure_is_drawn_from_the_file_alone(tmp_path, capsys):
+    path = tmp_path / "demo.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in RECORDS))
+    assert main([str(path), "--out", str(tmp_path / "figures")]) == 0
+    drawn = sorted(file.name for file in (tmp_path / "figures" / "demo").iterdir())
+    kinds = [f"{stem}.{kind}" for stem in ("fig_mismatch", "table_sentiment") for kind in ("png", "svg")]
+    assert drawn == sorted([*kinds, "table_sentiment.md"])
+    assert str(tmp_path / "figures" / "demo" / "fig_mismatch.png") in capsys.readouterr().out
+    assert "<text" in (tmp_path / "figures" / "demo" / "table_sentiment.svg").read_text()
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        table_sentiment.draw(RECORDS, tmp_path / name)
+        fig_mismatch.draw(RECORDS, tmp_path / name)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_the_best_merge_is_bold_and_the_joint_model_does_not_compete(tmp_path):
+    table_sentiment.draw(RECORDS, tmp_path)
+    rows = (tmp_path / "table_sentiment.md").read_text().splitlines()
+    assert rows[0].startswith("| model | films | books | macro |")
+    assert rows[-1].startswith("| GM | **85.0** |")
+    assert rows[-1].endswith("| **0.100** |")
+    assert "**" not in rows[2] + rows[3] + rows[4]
+
+
+def test_several_seeds_show_their_spread(tmp_path):
+    table_sentiment.draw([*RECORDS, record("GM", "merge", 1, 0.87, 0.1)], tmp_path)
+    assert "86.0 ± 1.4" in (tmp_path / "table_sentiment.md").read_text()
+
+
+@pytest.mark.parametrize("module", [fig_mismatch, table_sentiment])
+def test_records_without_what_is_drawn(module, tmp_path):
+    with pytest.raises(ValueError, match="run a sentiment config first"):
+        module.draw([{"kind": "comparison"}], tmp_path)
+
+
+def test_faults_of_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 2
+    assert "experiments demo" in capsys.readouterr().err
+    assert main(["none.jsonl"]) == 2
+    assert "no records at none.jsonl" in capsys.readouterr().err
+    (tmp_path / "other.jsonl").write_text('{"experiment": "other"}\n')
+    assert main(["other.jsonl"]) == 0
+    assert "no figure for these records" in capsys.readouterr().out
+
+
+def test_the_commands_start_without_heavy_libraries():
+    code = (
+        "import sys, experiments.__main__, experiments.config, experiments.pipeline, paper_figures.__main__;"
+        "from experiments.config import study; study('sentiment');"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,149 @@
+"""The whole pipeline on a tiny random model and synthetic texts: fine-tune, estimate, merge, evaluate, say the mismatch."""
+
+import json
+import math
+
+import pytest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from experiments import pipeline
+from experiments.__main__ import main
+from experiments.records import of_kind, read_records
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """One folder of results for the tests of this file: what the first computes, the next find cached."""
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture
+def run(results, tiny_config, capsys):
+    """Run the command on the tiny config; returns its exit code, output and errors."""
+
+    def command(*overrides, where=results):
+        code = main(["run", str(tiny_config), *overrides, "--results", str(where), "--debug"])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command
+
+
+def test_a_run_gives_records_a_table_and_a_model(run, results):
+    code, out, err = run()
+    assert code == 0, err
+    records = read_records(results / "tiny.jsonl")
+    models = [record["model"] for record in of_kind(records, "evaluation")]
+    assert models == ["base", "books", "songs", "joint", "AM", "TA", "GM", "GM*"]
+    for record in of_kind(records, "evaluation"):
+        assert set(record["metrics"]) == {"films", "books", "songs", "macro", "per_example", "tasks"}
+        assert 0 <= record["metrics"]["macro"]["accuracy"] <= 1
+        assert {"commit", "versions", "machine", "seconds", "seed", "key"} <= set(record)
+        if record["role"] in ("merge", "joint"):
+            assert math.isfinite(record["mismatch"]["total"])
+            assert set(record["mismatch"]["tasks"]) == {"books", "songs"}
+    assert records[-1]["kind"] == "comparison"
+    assert records[-1]["low"] <= records[-1]["difference"] <= records[-1]["high"]
+    chosen = next(record["choice"] for record in records if record.get("model") == "GM*")
+    best = min(chosen["tried"], key=lambda cell: cell["nll"])
+    assert chosen["chosen"] == {"base_weight": best["value"]}
+    assert "GM " in out
+    assert "points of macro accuracy" in out
+    assert "Spearman" in out
+    merged = next(record["folder"] for record in records if record.get("model") == "GM")
+    assert merged in out
+    model = AutoModelForSequenceClassification.from_pretrained(merged)
+    tokens = AutoTokenizer.from_pretrained(merged)("good film", return_tensors="pt")
+    assert model(**tokens).logits.shape == (1, 2)
+
+
+def test_a_second_run_does_nothing_and_says_the_same(run, results, monkeypatch):
+    run()
+    before = (results / "tiny.jsonl").read_bytes()
+    monkeypatch.setattr(pipeline, "execute", None)  # nothing may run
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    assert (results / "tiny.jsonl").read_bytes() == before
+    assert "macro" in out
+
+
+def test_a_changed_option_runs_just_what_depends_on_it(run, results):
+    run()
+    code, _, err = run("delta0=1e-3", "name=changed")
+    assert code == 0
+    ran = {
+        line.split("] ")[1].split(":")[0]
+        for line in err.splitlines()
+        if line.startswith("[") and " s" in line[-3:]
+    }
+    names = {name.removeprefix("sentiment/").removeprefix("seed0/") for name in ran}
+    assert {"merge-gm", "evaluate-gm", "mismatch-gm", "choose-gm_", "compare-gm-ta"} <= names
+    assert not names & {"data", "base", "books", "songs", "joint", "curvature-base", "gradient-books"}
+
+
+def test_the_same_seed_gives_the_same_numbers(run, tmp_path, results):
+    run()
+    run(where=tmp_path / "again")
+    first, second = (read_records(folder / "tiny.jsonl") for folder in (results, tmp_path / "again"))
+    assert [record.get("metrics") for record in first] == [record.get("metrics") for record in second]
+    assert [record.get("mismatch") for record in first] == [record.get("mismatch") for record in second]
+
+
+def test_a_merge_that_fails_loses_only_itself(run, results):
+    run()
+    code, out, err = run(
+        "merges.R.method=regmean", "name=with_failure"
+    )  # needs Gram matrices, which nobody estimated
+    assert code == 1
+    assert "merge-r failed" in err
+    models = [record.get("model") for record in read_records(results / "with_failure.jsonl")]
+    assert "GM" in models
+    assert "R" not in models
+    assert "GM " in out
+
+
+def test_dry_run_list_and_faults(tiny_config, tmp_path, capsys):
+    common = ["--results", str(tmp_path / "none"), "--configs", str(tiny_config.parent)]
+    assert main(["run", str(tiny_config), "--dry-run", *common]) == 0
+    out = capsys.readouterr().out
+    assert "sentiment/seed0/merge-gm" in out
+    assert "to run, about" in out
+    assert not (tmp_path / "none").exists()
+    assert main(
+        ["list"],
+    ) in (0, 2)
+    capsys.readouterr()
+    assert main(["run", str(tiny_config), "sedes=[1]", *common]) == 2
+    assert "did you mean 'seeds'?" in capsys.readouterr().err
+    assert main(["demo", *common]) == 2
+    assert "no config at" in capsys.readouterr().err
+
+
+def test_nothing_works_without_a_model(tiny_config, tmp_path, capsys):
+    code = main(["run", str(tiny_config), "encoder=no/such-model", "--results", str(tmp_path)])
+    assert code == 2
+    assert "stage sentiment/data failed" in capsys.readouterr().err
+
+
+def test_training_keeps_the_optimizer_and_says_its_losses(run, results):
+    import torch
+
+    run()
+    folder = next((results / "stages" / "sentiment" / "seed0").glob("base-*/optimizer.pt")).parent
+    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    assert {"exp_avg", "exp_avg_sq", "step"} <= set(state["state"][0])
+    card = json.loads((folder / "training.json").read_text())
+    assert card["precision"] == "float32"
+    assert [point["step"] for point in card["losses"]] == list(range(1, 11))
+
+
+def test_bfloat16_is_used_where_it_is_asked_for_or_fast(monkeypatch):
+    import torch
+
+    from experiments.finetune import uses_bfloat16
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for fast in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        assert [uses_bfloat16(name) for name in ("auto", "bfloat16", "float32")] == [fast, True, False]
