@@ -30,7 +30,7 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_mismatch") ->
         axes.plot(x, y, linestyle="none", markersize=6, label=model, **styles[model])
     for axis in (axes.xaxis, axes.yaxis):
         axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
