@@ -76,7 +76,7 @@ def eq12(
         tasks: (alpha_t, N_t, load theta_t, load F_t or None where flat); alpha_t < 0 removes.
         count: elements.
         dtype: of the arithmetic.
-        keep: floor of the denominator as a share of H0 (removal), or None.
+        keep: the guard of a removal, or None: where sum alpha_t H_t exceeds (1 - keep) H0 every H_t is scaled down to that.
 
     Returns:
         The merged values (a buffer), theta0 (a buffer or view), and the health of the piece.
@@ -91,6 +91,7 @@ def eq12(
     h_bar = buffers.get("h_bar", count, dtype).copy_(prior)
     numerator = buffers.get("numerator", count, dtype)
     tau, weight = buffers.get("tau", count, dtype), buffers.get("weight", count, dtype)
+    drift = buffers.get("drift", count, dtype)  # sum_t alpha_t tau_t, for the guard
     for position, (alpha, examples, theta, mean) in enumerate(tasks):
         torch.sub(theta(buffers.get("load", count, dtype)), base, out=tau)
         values = prior
@@ -102,11 +103,18 @@ def eq12(
             torch.mul(values, tau, out=numerator).mul_(alpha)
         else:
             numerator.addcmul_(values, tau, value=alpha)
+        if keep is not None:
+            torch.mul(tau, alpha, out=drift) if position == 0 else drift.add_(tau, alpha=alpha)
     health = Eq12Health()
     flags = buffers.get("flags", count, torch.bool)
     if keep is not None:
         torch.mul(prior, keep, out=weight)
-        health.clamped = int(torch.lt(h_bar, weight, out=flags).count_nonzero())
+        clamped = torch.lt(h_bar, weight, out=flags).nonzero().squeeze(1)
+        health.clamped = len(clamped)
+        if health.clamped:  # few, so by index
+            free = prior[clamped] * drift[clamped]  # the part of the numerator without the tasks' curvature
+            share = (1 - keep) * prior[clamped] / (prior[clamped] - h_bar[clamped])
+            numerator[clamped] = free + share * (numerator[clamped] - free)
         torch.maximum(h_bar, weight, out=h_bar)
     else:
         health.floored = int(torch.lt(h_bar, 2 * delta0, out=flags).count_nonzero()) if delta0 else 0
@@ -116,3 +124,95 @@ def eq12(
         torch.mul(update, update, out=weight)
         health.update_h0 = float(torch.dot(weight, prior))
     return update.add_(base), base, health
+
+
+@dataclass
+class TiesHealth:
+    """Counts over one piece: tasks in conflict, exact cancellations, and the sum of elected signs."""
+
+    conflicts: int = 0
+    cancelled: int = 0
+    signs: float = 0.0
+
+
+def ties(
+    buffers: Buffers,
+    theta0: Load,
+    theta: Sequence[Load],
+    thresholds: Sequence[float],
+    alpha: Sequence[float],
+    c: Sequence[float],
+    count: int,
+    dtype: torch.dtype,
+    majority: float,
+    *,
+    normalize: bool = True,
+) -> tuple[Tensor, Tensor, TiesHealth]:
+    """theta0 + sum_t c_t tau'_t with tau' by TIES: trim at the thresholds, elect, share among those who agree.
+
+    Args:
+        buffers: of the worker.
+        theta0: loads the base's values.
+        theta: load the tasks' values.
+        thresholds: entries with |tau_t| below are dropped.
+        alpha: weights that the election and the shares use.
+        c: coefficients of the sum.
+        count: elements.
+        dtype: of the arithmetic.
+        majority: sign that entries which cancel exactly take.
+        normalize: divide by the weights that agree.
+
+    Returns:
+        The merged values (a buffer), theta0 (a buffer or view), and the health of the piece.
+    """
+    base = theta0(buffers.get("theta0", count, dtype))
+    tau = buffers.get("tau_stack", len(theta) * count, dtype).view(len(theta), count)
+    load, total = buffers.get("load", count, dtype), buffers.get("numerator", count, dtype)
+    signs, opposing = buffers.get("h_bar", count, dtype), buffers.get("weight", count, dtype)
+    flags = buffers.get("flags", count, torch.bool)
+    for row, values in enumerate(theta):
+        torch.sub(values(load), base, out=tau[row])
+        if thresholds[row] > 0:
+            torch.ops.aten.hardshrink.out(tau[row], _just_below(thresholds[row], dtype), out=tau[row])
+        torch.sign(tau[row], out=load)
+        if alpha[row] < 0:
+            load.neg_()
+        elif alpha[row] == 0:
+            load.zero_()
+        if row == 0:
+            torch.mul(tau[row], alpha[row], out=total)
+            signs.copy_(load)
+            torch.abs(load, out=opposing)
+        else:
+            total.add_(tau[row], alpha=alpha[row])
+            signs.add_(load)
+            opposing.add_(load.abs_())
+    health = TiesHealth()
+    torch.gt(opposing, signs.abs_(), out=flags)  # somebody pushes the other way
+    health.conflicts = int(flags.count_nonzero())
+    elected = total.sign_()
+    health.signs = float(elected.sum())
+    if health.conflicts:
+        health.cancelled = int(flags.logical_and_(elected == 0).count_nonzero())
+    torch.eq(elected, 0, out=flags)
+    elected.masked_fill_(flags, majority)
+    merged, agreeing = signs.zero_(), opposing.zero_()
+    for row in range(len(theta)):
+        torch.sign(tau[row], out=load)
+        direction = 1.0 if alpha[row] > 0 else -1.0
+        load.mul_(elected).mul_(direction).clamp_(min=0)  # 1 where it agrees, else 0
+        if alpha[row] == 0:
+            load.zero_()
+        merged.addcmul_(tau[row], load, value=c[row])
+        agreeing.add_(load, alpha=abs(alpha[row]))
+    if normalize:
+        torch.eq(agreeing, 0, out=flags)
+        agreeing.masked_fill_(flags, 1)
+        merged.div_(agreeing)
+    return merged.add_(base), base, health
+
+
+def _just_below(threshold: float, dtype: torch.dtype) -> float:
+    """The largest value that a threshold excludes: hardshrink keeps what is beyond it, TIES what reaches it."""
+    value = torch.tensor(threshold, dtype=dtype)
+    return float(torch.nextafter(value, value.new_zeros(())))

@@ -10,7 +10,7 @@ from pathlib import Path
 from experiments.records import read_records
 
 COMMITTED = Path("experiments") / "results"
-FIGURES = {"sentiment": ("table_sentiment", "fig_mismatch")}
+FIGURES = {"removal": ("fig_removal",), "sentiment": ("table_sentiment", "fig_mismatch")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

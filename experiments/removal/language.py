@@ -21,7 +21,7 @@ IGNORED = -100  # the label of a token that the loss leaves out
 
 
 def save_base(out: Path, *, source: str) -> None:
-    """Stage: the model and its tokenizer in float32, as a folder that `from_pretrained` loads.
+    """Stage: the model and its tokenizer in float32, as a folder `out/model` that `from_pretrained` loads.
 
     source: an asset whose folder holds one GGUF file (dequantised), a folder, or a hub name.
     """
@@ -41,8 +41,8 @@ def save_base(out: Path, *, source: str) -> None:
     model.hf_quantizer = None  # dequantised: what is saved is an ordinary float32 model
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    model.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
 
 
 def load(folder: Path) -> tuple[nn.Module, Any]:

@@ -103,19 +103,15 @@ def measure(logits: Logits, theta: Vector, truth: Vector, base: Vector, data: Di
 def removal_full(theta0: Tensor, tau: Tensor, alpha: float, h0: Tensor, h: Tensor, keep: float) -> Tensor:
     """Eq. 13 of Daheim et al. 2024 with full matrices: theta0 - alpha (H0 - alpha H_t)^-1 (H0 + H_t) tau.
 
-    Guarded as the diagonal rule is, along the eigenvectors of H0^-1/2 H_t H0^-1/2 = sum lambda v v': each 1 - alpha lambda
-    is floored at keep. theta0, tau: (P,); h0, h: (P, P) of summed losses, h0 positive definite. Returns (P,).
+    Guarded as the diagonal rule is, along the eigenvectors of H0^-1/2 H_t H0^-1/2 = sum lambda v v': each alpha lambda is at
+    most 1 - keep. theta0, tau: (P,); h0, h: (P, P) of summed losses, h0 positive definite. Returns (P,).
     """
     root = torch.linalg.cholesky(h0)  # h0 = root root'
-
-    def whiten(matrix: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(root, matrix, upper=False)
-
-    values, vectors = torch.linalg.eigh(whiten(whiten(h).T))
-    rest = (1 - alpha * values).clamp(min=keep)
-    right = vectors.T @ whiten(((h0 + h) @ tau)[:, None])
-    step = torch.linalg.solve_triangular(root.T, vectors @ (right / rest[:, None]), upper=True)
-    return theta0 - alpha * step[:, 0]
+    half = torch.linalg.solve_triangular(root, h, upper=False)
+    values, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(root, half.T, upper=False))
+    values = values.clamp(max=(1 - keep) / alpha)
+    step = (1 + values) / (1 - alpha * values) * (vectors.T @ (root.T @ tau))
+    return theta0 - alpha * torch.linalg.solve_triangular(root.T, (vectors @ step)[:, None], upper=True)[:, 0]
 
 
 def diagonal_edits(

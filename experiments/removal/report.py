@@ -85,12 +85,11 @@ def forecast_lines(record: Record) -> str:
 
 def curvature_line(record: Record) -> str:
     """How one curvature was estimated."""
-    error = record.get("relative_error") or record.get("trace_error")
     return (
         f"curvature of the {record['of']} on texts to {record['side']}: {record['estimator']}, labels {record['labels']}, "
         f"reduction {record['reduction']}, {record['examples_seen']} of {record['num_examples']} texts, {record['precision']}, "
         f"trace {record['trace']:.4g} nats a text"
-        + (f" +- {float(error):.1%}" if error else "")
+        + f" +- {record['relative_error']:.1%}"
         + f", {record['seconds']:.0f} s"
     )
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from estimators import estimate
+from estimators import Curvature, estimate
 from experiments.removal import language, scorers
 from experiments.tasks import texts
 from gradmatch import Task, subtract
@@ -24,6 +24,7 @@ from gradmatch.removal import Problem, alpha_path, budget, path_table, removal_r
 
 CURVATURE = "curvature.safetensors"
 SIDES = ("keep", "remove")
+PARTS = 4
 REMOVAL_OPTIONS = ("base_weight", "delta0", "keep")
 
 
@@ -47,7 +48,7 @@ def finetune(
     """
     from transformers import get_cosine_schedule_with_warmup
 
-    model, tokenizer = language.load(base)
+    model, tokenizer = language.load(base / "model")
     rows = texts.load(data / "remove" / "train.jsonl")
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
@@ -91,8 +92,7 @@ def curvature(
     *,
     data: Path,
     side: str,
-    base: Path | None = None,
-    task: Path | None = None,
+    model: Path,
     max_length: int,
     examples: int,
     samples: int,
@@ -103,32 +103,49 @@ def curvature(
 ) -> None:
     """Monte-Carlo Fisher of the base on texts to keep (side "keep"), or of the task on texts to remove ("remove").
 
-    Labels are sampled, padding and contexts excluded. Writes `out/curvature.safetensors` and `out/error.json`: the relative
-    standard error of the trace over examples or batches, and how many there were. N is the size of the training set.
+    Labels are sampled, padding and contexts excluded; N is the size of the training set. Writes `out/curvature.safetensors`
+    and `out/error.json`: the trace and its relative standard error, from PARTS disjoint parts of the texts.
     """
-    model, tokenizer = language.load(base if base else Path(str(task)) / "model")
+    network, tokenizer = language.load(model / "model")
     rows = texts.load(data / side / "train.jsonl")
     seen = rows[:examples]  # their order is drawn
-    feed = language.batches(seen, tokenizer, max_length=max_length, batch_size=batch_size)
-    with language.autocast(precision):
-        found = estimate(
-            model,
-            (batch for _, batch in feed),
-            method="fisher",
-            num_examples=len(rows),
-            samples=samples,
-            reduction=reduction,
-            seed=seed,
-        )
-    found.save(out / CURVATURE)
+    total: dict[str, Tensor] = {}
+    traces: list[float] = []
+    for part in range(PARTS):
+        chosen = seen[part::PARTS]
+        feed = language.batches(chosen, tokenizer, max_length=max_length, batch_size=batch_size)
+        with language.autocast(precision):
+            found = estimate(
+                network,
+                (batch for _, batch in feed),
+                method="fisher",
+                num_examples=len(rows),
+                samples=samples,
+                reduction=reduction,
+                seed=seed * PARTS + part,
+            )
+        _add(total, found, len(chosen) / len(seen))
+        traces.append(sum(float(found.mean(name).double().sum()) for name in found))
+    info = {**found.info, "examples_seen": str(len(seen))}
+    Curvature.from_dict(total, len(rows), info).save(out / CURVATURE)
     card = {
         "side": side,
         "num_examples": len(rows),
-        "trace": sum(float(found.mean(name).double().sum()) for name in found),
+        "trace": float(np.mean(traces)),
+        "relative_error": float(np.std(traces, ddof=1) / np.sqrt(PARTS) / np.mean(traces)),
         "precision": _precision(precision),
-        **found.info,
+        **info,
     }
     (out / "error.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+
+
+def _add(total: dict[str, Tensor], found: Curvature, share: float) -> None:
+    """total += share * found."""
+    for name in found:
+        if name in total:
+            total[name].add_(found.mean(name), alpha=share)
+        else:
+            total[name] = found.mean(name) * share
 
 
 def problem_of(
@@ -144,7 +161,7 @@ def problem_of(
     what = Task(str(task / "model"), str(task_curvature / CURVATURE), name="remove")
     h0 = str(base_curvature / CURVATURE)
     known = {key: value for key, value in options.items() if key in REMOVAL_OPTIONS}
-    return Problem(str(base), what, h0, method=method, **known, **data)
+    return Problem(str(base / "model"), what, h0, method=method, **known, **data)
 
 
 def forecast(
@@ -163,7 +180,7 @@ def forecast(
 
     Writes `out/forecast.json`. Test texts are never read.
     """
-    module, tokenizer = language.load(folders["base"])
+    module, tokenizer = language.load(folders["base"] / "model")
 
     def objective(side: str) -> Objective:
         rows = texts.load(data / side / "validation.jsonl")[:examples]
@@ -213,7 +230,7 @@ def evaluate(
     Writes `out/losses.npz` ((n, 2) nats and tokens a side), `out/generations.jsonl` (each prompt's continuation and score)
     and `out/metrics.json`. The base itself is evaluated by alpha = 0.
     """
-    model, tokenizer = language.load(folders["base"])
+    model, tokenizer = language.load(folders["base"] / "model")
     notes = edit(model, method, alpha, options, **folders) if alpha else {}
     shared = {"max_length": max_length, "batch_size": batch_size, "precision": precision}
     tables = {
@@ -260,7 +277,7 @@ def edit(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*clamped.*")  # recorded instead
         edited: Any = subtract(
-            str(folders["base"]), task, base_curvature=h0, weight=alpha, method=method, **options
+            str(folders["base"] / "model"), task, base_curvature=h0, weight=alpha, method=method, **options
         )
     model.load_state_dict(dict(edited), strict=False)
     return {"clamped": edited.report.clamped_share}

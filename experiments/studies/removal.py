@@ -39,7 +39,7 @@ class Limits(Strict):
 class Fisher(Strict):
     """How both curvatures are estimated: Monte-Carlo Fisher, labels sampled, padding excluded."""
 
-    examples: int = Field(default=256, gt=1)
+    examples: int = Field(default=256, ge=8)
     samples: int = Field(default=1, gt=0)
     batch_size: int = Field(default=8, gt=0)
     reduction: Literal["example", "batch"] = "example"
@@ -165,7 +165,7 @@ class Cells:
                 f"removal/seed{seed}/curvature-{name}",
                 "experiments.removal.stages:curvature",
                 {"side": side, **shared, **config.fisher.model_dump()},
-                {"data": self.data, name: model},
+                {"data": self.data, "model": model},
                 (*SOURCES, "estimators"),
                 10 + config.fisher.examples * config.fisher.samples * config.max_length * 0.004,
             )

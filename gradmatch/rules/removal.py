@@ -13,12 +13,14 @@ def removal(theta0: Tensor, tau: Tensor, alpha: Tensor, h0: Tensor | float, h: T
 
     It is Eq. 12 with alpha -> -alpha, and equals retraining without D_t on quadratic losses. theta0, h0: (*s,); tau, h:
     (T, *s); alpha > 0: (T, 1, ..., 1); 0 < keep <= 1. Returns (*s,). What remains of the base's curvature must stay
-    positive: it is floored at keep * H0, since noisy diagonals break H0 > alpha H_t.
+    positive, at least keep * H0, but noisy diagonals break H0 > sum_s alpha_s H_s: there every H_t is scaled down by the
+    same factor until it holds, in both places. Flooring the denominator alone would leave (H0 + H_t) / (keep H0), which
+    has no bound where the base's curvature is next to nothing (rows of words that the kept text never uses).
     """
-    remaining = h0 - (alpha * h).sum(0)
-    floor = keep * h0
-    remaining = remaining.maximum(floor) if hasattr(floor, "shape") else remaining.clamp(min=floor)
-    return theta0 - (alpha * (h0 + h) * tau).sum(0) / remaining
+    removed = (alpha * h).sum(0)
+    allowed = (1 - keep) * h0
+    share = (allowed / removed).nan_to_num(nan=1.0, posinf=1.0).clamp(max=1.0)
+    return theta0 - (alpha * (h0 + share * h) * tau).sum(0) / (h0 - share * removed)
 
 
 def ewr(theta0: Tensor, tau: Tensor, alpha: Tensor, h0: Tensor | float, h: Tensor) -> Tensor:

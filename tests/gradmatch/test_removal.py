@@ -42,8 +42,9 @@ def moved(method, theta0, tau, h0, h, alpha):
         return (h0 * theta0 - alpha * h * tau) / (h0 + alpha * h) - theta0, False
     if method == "fisher_negation":
         return -alpha * h / (h0 + h) * tau, False
-    rest = h0 - alpha * h
-    return -alpha * (h0 + h) * tau / max(rest, KEEP * h0), rest < KEEP * h0
+    guarded = h0 - alpha * h < KEEP * h0
+    h = (1 - KEEP) * h0 / alpha if guarded else h
+    return -alpha * (h0 + h) * tau / (h0 - alpha * h), guarded
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -67,6 +68,29 @@ def test_path_without_data_is_the_diagonal_forecast(method):
         assert point.clamped == clamped / count
         assert (point.forgetting_by, point.collateral_by) == ("diagonal", "diagonal")
         assert point.measured_collateral is None
+
+
+def test_the_guard_bounds_the_step_however_flat_the_base_is():
+    base, model = {"w": torch.zeros(3, dtype=torch.float64)}, {"w": torch.ones(3, dtype=torch.float64)}
+    task = Task(model, Curvature.from_dict({"w": torch.tensor([0.0, 1.0, 1e9])}, 1))
+    flat = Curvature.from_dict({"w": torch.tensor([1e-9, 1e-9, 1e-9])}, 1)
+    with pytest.warns(UserWarning, match="clamped"):
+        moved = subtract(base, task, base_curvature=flat, weight=0.5, keep=0.1, delta0=0.0)["w"]
+    most = 0.5 * (1 + 0.9 / 0.5) / 0.1
+    torch.testing.assert_close(moved, -torch.tensor([0.5, most, most], dtype=torch.float64))
+
+
+def test_two_tasks_share_the_guard():
+    generator = torch.Generator().manual_seed(2)
+    h0, h1, h2, t1, t2, theta0 = torch.rand(6, 50, generator=generator, dtype=torch.float64)
+    tasks = [Task({"w": theta0 + t}, Curvature.from_dict({"w": h}, 1), w) for t, h, w in ((t1, h1, 0.4), (t2, h2, 0.9))]
+    with pytest.warns(UserWarning, match="clamped"):
+        found = subtract({"w": theta0}, tasks, base_curvature=Curvature.from_dict({"w": h0}, 1), keep=KEEP, delta0=0.0)["w"]
+    for i in range(50):
+        removed = 0.4 * h1[i] + 0.9 * h2[i]
+        c = min(1.0, (1 - KEEP) * h0[i] / removed)
+        pull = 0.4 * (h0[i] + c * h1[i]) * t1[i] + 0.9 * (h0[i] + c * h2[i]) * t2[i]
+        assert found[i] == pytest.approx(float(theta0[i] - pull / (h0[i] - c * removed)), rel=1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,94 @@
+"""The proofs: exact where theory says so, and stages that measure what they say."""
+
+import json
+
+import pytest
+import torch
+
+from experiments import config as configs
+from experiments.removal import proof
+from experiments.studies import removal_proof
+
+
+def rows(folder):
+    return {(row["edit"], row["alpha"]): row for row in json.loads((folder / "rows.json").read_text())}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ridge_is_retraining(tmp_path, seed):
+    proof.ridge(tmp_path, seed=seed)
+    found = rows(tmp_path)
+    assert found["GM, full H", 1.0]["distance"] <= 1e-9
+    assert found["TA", 1.0]["distance"] >= 1e-2
+    assert found["base", 0.0]["distance"] == 1.0
+
+
+def test_full_removal_is_the_diagonal_rule_on_diagonals():
+    generator = torch.Generator().manual_seed(0)
+    theta0, tau, h0, h = (torch.rand(7, generator=generator, dtype=torch.float64) + 0.2 for _ in range(4))
+    for alpha in (0.3, 1.0, 3.0):  # the last one guarded in places
+        bounded = torch.minimum(h, 0.9 * h0 / alpha)
+        expected = theta0 - alpha * (h0 + bounded) * tau / (h0 - alpha * bounded)
+        found = proof.removal_full(theta0, tau, alpha, h0.diag(), h.diag(), 0.1)
+        torch.testing.assert_close(found, expected)
+
+
+def test_digits_are_split_and_poisoned():
+    pytest.importorskip("sklearn", reason="the extra `removal` is not installed")
+    data = proof.digits(0, torch.float64)
+    assert sum(len(part[1]) for part in (data.keep, data.remove, data.unseen)) == 1797
+    assert set(data.remove[1].tolist()) == {(label + 1) % 10 for label in proof.POISONED}
+    assert len(data.both[1]) == len(data.keep[1]) + len(data.remove[1])
+
+
+def test_network_measures_every_edit(tmp_path):
+    pytest.importorskip("sklearn", reason="the extra `removal` is not installed")
+    proof.network(tmp_path, seed=0, alphas=[1.0], steps=60, tuning_steps=5, learning_rate=1e-3)
+    found = rows(tmp_path)
+    assert found["retrained", 0.0]["distance"] == found["retrained", 0.0]["kl"] == 0
+    assert found["base", 0.0]["distance"] == 1
+    assert {edit for edit, _ in found} >= {"GM", "TA", "EWR", "Fisher negation", "fine-tuned on the rest"}
+    assert all(row["kl"] >= 0 and 0 <= row["removed"] <= 1 for row in found.values())
+
+
+def test_without_scikit_learn_the_digits_say_what_to_install(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"gradmatch\[removal\]"):
+        proof.digits(0, torch.float32)
+
+
+def test_interval_is_students():
+    assert removal_proof.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.302653 * 1 / 3**0.5, rel=1e-6))
+    assert removal_proof.interval([1.0]) == (1.0, float("inf"))
+
+
+def test_report_judges_by_the_interval(tmp_path):
+    records = [
+        {
+            "kind": "proof",
+            "problem": "ridge",
+            "seed": seed,
+            "edit": edit,
+            "alpha": 1.0,
+            "distance": value + 0.01 * seed,
+        }
+        for seed in range(3)
+        for edit, value in (("GM", 0.1), ("TA", 0.5))
+    ]
+    text = removal_proof.report(records)
+    assert "ridge: distance of GM less that of TA, at alpha = 1: -0.4" in text
+    assert "(nearer)" in text
+
+
+def test_the_config_is_a_plan(tmp_path):
+    content = {
+        "experiment": "removal-proof",
+        "seeds": [0],
+        "encoder": {"training": {"steps": 1, "learning_rate": 1e-5}},
+    }
+    content["encoder"]["tuning"] = content["encoder"]["training"]
+    found = removal_proof.cells(configs.check(content, "here"))
+    assert {problem for problem, _ in found} == {"ridge", "logistic", "network", "encoder"}
+    assert removal_proof.records(configs.check(content, "here"), tmp_path) == []

@@ -1,0 +1,113 @@
+"""The whole study on a tiny random language model: every stage, the records, the report, the figure."""
+
+import json
+import math
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from experiments import config as configs
+from experiments.__main__ import main
+from experiments.records import of_kind, read_records
+from experiments.removal import stages
+from paper_figures import fig_removal
+
+
+@pytest.fixture(autouse=True)
+def scorer(monkeypatch):
+    """A scorer that a random model moves: the share of vowels."""
+    module = types.ModuleType("own_scorer")
+    module.vowels = lambda texts: [sum(c in "aeiouAEIOU" for c in t) / max(1, len(t)) for t in texts]
+    monkeypatch.setitem(sys.modules, "own_scorer", module)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return tmp_path_factory.mktemp("results")
+
+
+def run(tiny_config, results, *overrides):
+    arguments = ["run", str(tiny_config), "scorer=own_scorer:vowels", "name=tiny", *overrides]
+    return main([*arguments, "--results", str(results), "--debug"])
+
+
+def test_the_whole_study(tiny_config, results, capsys):
+    assert run(tiny_config, results) == 0
+    out = capsys.readouterr().out
+    records = read_records(results / "tiny.jsonl")
+    points = of_kind(records, "point")
+    assert [(p["label"], p["alpha"]) for p in points] == [
+        ("base", 0.0), ("GM", 0.1), ("GM", 0.2), ("TA", 0.5), ("TA", 1.0),
+    ]  # fmt: skip
+    for point in points:
+        assert math.isfinite(point["metrics"]["perplexity_keep"])
+        assert 0 <= point["metrics"]["toxicity_few"] <= 1
+        assert point["metrics"]["refused_few"] == 0
+        lines = [json.loads(line) for line in Path(point["generations"]).read_text(encoding="utf-8").splitlines()]
+        assert len(lines) == 6
+        assert set(lines[0]) == {"list", "prompt", "continuation", "score"}
+    perplexities = {(p["label"], p["alpha"]): p["metrics"]["perplexity_remove"] for p in points}
+    assert perplexities["TA", 1.0] > perplexities["TA", 0.5] > perplexities["base", 0.0]
+    (area,) = of_kind(records, "area")
+    assert (area["ours"], area["theirs"]) == ("GM", "TA")
+    (forecast,) = of_kind(records, "forecast")
+    assert [point["alpha"] for point in forecast["with_data"]] == [0.1, 0.2]
+    assert {point["collateral_by"] for point in forecast["with_data"]} == {"ggn"}
+    assert {point["collateral_by"] for point in forecast["without_data"]} == {"diagonal"}
+    assert forecast["budget"]["alpha"] <= 0.2
+    curvatures = of_kind(records, "curvature")
+    assert {(c["of"], c["side"]) for c in curvatures} == {("base", "keep"), ("task", "remove")}
+    assert all(0 < c["relative_error"] < 1 and c["reduction"] == "example" for c in curvatures)
+    assert "area between TA and GM" in out
+    assert "budget of 2 nats" in out
+    assert "linear classifier of words" not in out  # that is said of the proxy alone
+    drawn = fig_removal.draw(records, results / "figures")
+    assert {path.suffix for path in drawn} == {".png", ".svg"}
+    assert all(path.stat().st_size > 1000 for path in drawn)
+
+
+def test_forgetting_needs_no_prompts(tiny_config, results, capsys):
+    run(tiny_config, results)
+    code = run(tiny_config, results, "prompts={}", "measure=forgetting", "forecast=null", "name=forgetting")
+    assert code == 0
+    records = read_records(results / "forgetting.jsonl")
+    assert not of_kind(records, "forecast")
+    assert of_kind(records, "area")[0]["measure"] == "forgetting"
+    assert "log-likelihood of what is removed" in capsys.readouterr().out
+    assert fig_removal.curve(of_kind(records, "point"), "TA", "perplexity_remove")[-1][0] == 1.0
+    assert fig_removal.draw(records, results / "figures", "forgetting")
+
+
+def test_figure_without_points_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no record holds a point"):
+        fig_removal.draw([{"kind": "forecast"}], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("methods.GM.method=removl", "is no way to remove"),
+        ("methods.GM.alphas=[0.5, 0.5]", "alphas must be positive and different"),
+        ("compare=[[GM, XY]]", "'XY' is none of the methods"),
+        ("prompts={}", "needs `prompts`"),
+    ],
+)
+def test_bad_configs(tiny_config, change, message):
+    with pytest.raises(configs.ConfigError, match=message):
+        configs.load(tiny_config, [change])
+
+
+def test_training_that_diverges_stops(tiny_config, language_model, files, tmp_path):
+    (tmp_path / "data" / "remove").mkdir(parents=True)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model").symlink_to(language_model)
+    row = {"text": "abc", "document": "1", "context": ""}
+    (tmp_path / "data" / "remove" / "train.jsonl").write_text(json.dumps(row) + "\n")
+    settings = {"max_length": 16, "precision": "float32", "seed": 0, "batch_size": 1, "warmup_steps": 0}
+    with pytest.raises(ValueError, match="lower the learning rate"):
+        stages.finetune(
+            tmp_path / "out", data=tmp_path / "data", base=tmp_path / "base", steps=8, learning_rate=1e30,
+            weight_decay=0.0, **settings,
+        )  # fmt: skip

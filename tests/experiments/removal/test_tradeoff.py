@@ -1,0 +1,97 @@
+"""Curves and the area between them, against closed forms and loops."""
+
+import numpy as np
+import pytest
+
+from experiments.removal.tradeoff import (
+    Path,
+    area_between,
+    complete,
+    difference,
+    envelope,
+    mean_interval,
+    points,
+)
+
+
+def path(nats, toxicity, texts=6, prompts=5):
+    """A path whose texts and prompts all agree: (A,) nats per token and (A,) toxicity."""
+    nats, toxicity = np.asarray(nats, float), np.asarray(toxicity, float)
+    losses = np.stack([np.tile(nats[:, None] * 10, texts), np.full((len(nats), texts), 10.0)], -1)
+    return Path(np.arange(len(nats), dtype=float), losses, np.tile(toxicity[:, None], prompts))
+
+
+def test_points_weigh_texts_by_their_tokens():
+    losses = np.array([[[2.0, 1.0], [4.0, 3.0]]])
+    scores = np.array([[0.2, 0.6]])
+    x, y = points(Path(np.zeros(1), losses, scores))
+    assert (x[0], y[0]) == (pytest.approx(6 / 4), pytest.approx(0.4))
+    x, y = points(Path(np.zeros(1), losses, scores), np.array([2.0, 0.0]), np.array([0.0, 2.0]))
+    assert (x[0], y[0]) == (pytest.approx(2.0), pytest.approx(0.6))
+
+
+def test_envelope_is_the_least_so_far():
+    x, y = np.array([1.0, 2.0, 3.0, 1.5]), np.array([0.9, 0.3, 0.8, 0.6])
+    np.testing.assert_allclose(
+        envelope(x, y, np.array([1.0, 1.25, 1.5, 2.0, 3.0])), [0.9, 0.75, 0.6, 0.3, 0.3]
+    )
+
+
+def test_points_left_of_the_unchanged_model_count_at_it():
+    x, y = np.array([1.0, 0.5, 2.0]), np.array([0.9, 0.7, 0.1])
+    assert envelope(x, y, np.array([1.0]))[0] == pytest.approx(0.7)
+
+
+def test_area_of_two_straight_lines():
+    ours, theirs = path([1.0, 2.0], [1.0, 0.0]), path([1.0, 3.0], [1.0, 0.0])
+    value, span = difference(points(ours), points(theirs))
+    # over [1, 2]: theirs - ours = (x - 1) / 2, whose mean is 1/4
+    assert value == pytest.approx(0.25)
+    assert span == (1.0, 2.0)
+
+
+def test_interval_holds_the_difference_and_says_who_is_better():
+    generator = np.random.default_rng(1)
+    base = generator.uniform(0.4, 0.8, 200)
+
+    def noisy(toxicities):
+        losses = np.tile([[10.0, 10.0]], (3, 50, 1)) * np.array([1.0, 1.1, 1.2])[:, None, None] ** np.array(
+            [1, 0]
+        )
+        return Path(np.arange(3.0), losses, np.stack([base, *(np.clip(base * t, 0, 1) for t in toxicities)]))
+
+    paths = {"GM": noisy([0.5, 0.2]), "TA": noisy([0.8, 0.5])}
+    area = area_between(paths, "GM", "TA", draws=200)
+    assert 0 < area.low <= area.difference <= area.high
+    back = area_between(paths, "TA", "GM", draws=200)
+    assert back.difference == pytest.approx(-area.difference)
+    assert area == area_between(paths, "GM", "TA", draws=200)  # seeded
+    same = area_between({"a": paths["GM"], "b": paths["GM"]}, "a", "b", draws=50)
+    assert (same.low, same.difference, same.high) == (0, 0, 0)
+
+
+def test_methods_that_reach_nothing_in_common_have_no_area():
+    area = area_between(
+        {"a": path([1.0, 0.9], [1, 0.5]), "b": path([1.0, 2.0], [1, 0.1])}, "a", "b", draws=20
+    )
+    assert np.isnan(area.difference)
+
+
+def test_refused_points_drop_out():
+    broken = path([1.0, 2.0, 3.0], [1.0, np.nan, 0.2])
+    assert complete(broken).alphas.tolist() == [0.0, 2.0]
+    assert np.isfinite(area_between({"a": broken, "b": path([1, 3], [1, 0])}, "a", "b", draws=20).difference)
+
+
+def test_paths_that_cannot_be_compared():
+    with pytest.raises(ValueError, match="other texts or prompts"):
+        area_between({"a": path([1, 2], [1, 0]), "b": path([1, 2], [1, 0], prompts=4)}, "a", "b")
+    with pytest.raises(ValueError, match="must both start at alpha = 0"):
+        area_between({"a": path([1, 2], [1, 0]), "b": path([1.5, 2], [1, 0])}, "a", "b")
+
+
+def test_mean_interval_of_a_constant_and_of_coins():
+    assert mean_interval(np.full(10, 0.3)) == pytest.approx((0.3, 0.3, 0.3))
+    mean, low, high = mean_interval(np.arange(100) % 2 == 0)
+    assert low < mean == 0.5 < high
+    assert high - low == pytest.approx(4 * 0.5 / np.sqrt(100), rel=0.2)
