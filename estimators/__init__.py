@@ -10,13 +10,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from estimators.adam import from_adam
     from estimators.curvature import Curvature
     from estimators.estimation import ESTIMATORS, estimate
+    from estimators.ivon import from_ivon
+    from estimators.laplace import from_laplace
+    from estimators.likelihood import Bernoulli, Categorical, Gaussian
 
-__all__ = ["ESTIMATORS", "Curvature", "estimate"]
+__all__ = [
+    "ESTIMATORS",
+    "Bernoulli",
+    "Categorical",
+    "Curvature",
+    "Gaussian",
+    "estimate",
+    "from_adam",
+    "from_ivon",
+    "from_laplace",
+]
 
 _WHERE = {
+    "Bernoulli": "estimators.likelihood",
+    "Categorical": "estimators.likelihood",
     "Curvature": "estimators.curvature",
+    "Gaussian": "estimators.likelihood",
+    "from_adam": "estimators.adam",
+    "from_ivon": "estimators.ivon",
+    "from_laplace": "estimators.laplace",
     "ESTIMATORS": "estimators.estimation",
     "estimate": "estimators.estimation",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class Batch:
         ids: (B, T) token ids, or None.
         size: number of examples B.
         index: which batch of the run it is, for error messages.
-        first: index of its first example in the whole run; draws of labels depend on it.
+        first, stride: place of its first example in the whole run, and from one row to the next; draws of labels
+            depend on them.
     """
 
     args: tuple[Any, ...]
@@ -38,7 +39,7 @@ class Batch:
     size: int
     index: int = 0
     first: int = 0
-    ignored: tuple[str, ...] = field(default=())
+    stride: int = 1
 
     def rows(self, first: int, last: int) -> Batch:
         """The batch made of rows first .. last-1; tensors whose leading dimension is not B are shared by all rows."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = "1"
 MEAN, STANDARD_ERROR, GRADIENT = "mean/", "standard_error/", "gradient/"
+FACTOR_A, FACTOR_B = "factor_a/", "factor_b/"
 EDGE = 64  # elements sampled at each end and in the middle of a tensor for the fingerprint
 
 Sample = tuple[tuple[int, ...], bytes]
@@ -61,6 +62,8 @@ class Curvature(Mapping[str, "Tensor"]):
         *,
         standard_error: Mapping[str, Tensor] | None = None,
         gradient: Mapping[str, Tensor] | None = None,
+        factor_a: Mapping[str, Tensor] | None = None,
+        factor_b: Mapping[str, Tensor] | None = None,
     ) -> Curvature:
         """Wrap one's own estimate.
 
@@ -71,6 +74,9 @@ class Curvature(Mapping[str, "Tensor"]):
             info: provenance to keep with it.
             standard_error: name -> standard error of `mean`, same units and shapes.
             gradient: name -> gradient of the *summed* loss at the fine-tuned weights (true labels).
+            factor_a: name -> second moments of a linear layer's inputs, (in, in), per example.
+            factor_b: name -> those of the gradients at its outputs, (out, out); absent means the identity. The block of
+                the weight is the Kronecker product of the two.
 
         Raises:
             ValueError: nothing given, N < 1, a value that is not finite, or shapes that disagree; the tensor is named.
@@ -85,6 +91,13 @@ class Curvature(Mapping[str, "Tensor"]):
                 if name not in mean or value.shape != mean[name].shape:
                     expected = list(mean[name].shape) if name in mean else "no mean at all"
                     raise ValueError(f"{prefix}{name} has shape {list(value.shape)}, its mean has {expected}")
+                blocks[prefix + name] = _checked(prefix + name, value)
+        for prefix, part in ((FACTOR_A, factor_a), (FACTOR_B, factor_b)):
+            for name, value in (part or {}).items():
+                if name not in mean or value.dim() != 2 or value.shape[0] != value.shape[1]:
+                    raise ValueError(
+                        f"{prefix}{name} of shape {list(value.shape)} is no square factor of a known mean"
+                    )
                 blocks[prefix + name] = _checked(prefix + name, value)
         return cls(blocks, num_examples, {"estimator": "given", **(info or {})})
 
@@ -188,6 +201,16 @@ class Curvature(Mapping[str, "Tensor"]):
     def gradient(self, name: str) -> Tensor | None:
         """Gradient of the loss summed over num_examples at these weights (true labels), or None where not measured."""
         key = GRADIENT + name
+        return self._block(key) if key in self._blocks else None
+
+    def factor_a(self, name: str) -> Tensor | None:
+        """Second moments of a layer's inputs per example, (in, in), or None where the block is not a Kronecker product."""
+        key = FACTOR_A + name
+        return self._block(key) if key in self._blocks else None
+
+    def factor_b(self, name: str) -> Tensor | None:
+        """Second moments of the gradients at a layer's outputs, (out, out), or None for the identity."""
+        key = FACTOR_B + name
         return self._block(key) if key in self._blocks else None
 
     @property

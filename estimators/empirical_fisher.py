@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from estimators.batches import Batch
-from estimators.fisher import start
+from estimators.fisher import finish, start
 from estimators.problem import Problem
 from estimators.sinks import SquareSink
 
-__all__ = ["start", "step"]
+__all__ = ["finish", "start", "step"]
 
 
 def step(problem: Problem, batch: Batch) -> None:
     """Add one batch: squares and, where wanted, the sum of the same per-example gradients."""
     reading = problem.read(batch)
-    likelihood, engine = problem.likelihood, problem.engine
-    assert likelihood is not None and engine is not None
-    problem.predictions += reading.count()
     problem.label_kind = "true labels"
-    sink = SquareSink(
-        problem.sums, fourths=problem.standard_error, gradient=problem.gradient, space=problem.space
-    )
-    engine.backward(likelihood.true(reading), sink)
+    sink = SquareSink(problem.sums, problem.space, spread=problem.standard_error, gradient=problem.gradient)
+    problem.listening.backward(problem.known_likelihood.true(reading), sink)
+    problem.counts["spread_units"] += batch.size
+    problem.counts["spread_examples"] += batch.size

@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+import os
+from collections.abc import Iterable
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from estimators import empirical_fisher, fisher, ggn
-from estimators.batches import Batch, BatchReader
+from estimators import distributed, empirical_fisher, fisher, ggn, gram, hessian, kfac
+from estimators.convergence import Convergence
 from estimators.curvature import Curvature, check_num_examples, fingerprint, model_sampler
 from estimators.inference import make_likelihood
 from estimators.problem import Problem, prepared, trainable_parameters
-from estimators.sinks import FOURTHS, GRADIENT, SQUARES
+from estimators.resume import Journal, identity
+from estimators.running import Estimator, Loop, add_up_ranks, advice, provenance, run
+from estimators.sinks import GRADIENT
 
 log = logging.getLogger(__name__)
-
-
-class Estimator(Protocol):
-    """What a module in ESTIMATORS offers."""
-
-    def start(self, problem: Problem) -> None:
-        """Make the accumulators in problem.sums."""
-
-    def step(self, problem: Problem, batch: Batch) -> None:
-        """Add one batch."""
-
 
 ESTIMATORS: dict[str, Estimator] = {
     "fisher": fisher,
     "empirical_fisher": empirical_fisher,
     "ggn": ggn,
+    "hessian": hessian,
+    "kfac": kfac,
+    "gram": gram,
 }
 
 
@@ -52,6 +46,10 @@ def estimate(
     tolerance: float | None = None,
     progress: bool = True,
     labels: str = "auto",
+    kfac_form: str = "expand",
+    backend: str = "engine",
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float = 60.0,
 ) -> Curvature:
     """Curvature of the loss -log p(y|x), summed over a training set, at a model's present weights.
 
@@ -62,7 +60,7 @@ def estimate(
             row of a batch; its log-likelihood sums over its predicted tokens, padding and ignored labels excluded.
         method: a key of ESTIMATORS.
         num_examples: N of the summed loss, the size of the training set; the number of examples seen by default.
-        samples: draws of labels per example (probes for "hessian").
+        samples: draws of labels per example (probes per batch for "hessian").
         reduction: "example" squares each example's gradient; "batch" squares the batch's (cheapest, more variance,
             right only because labels are sampled).
         seed: of everything random. The draw for an example depends on the seed and its place in the run alone.
@@ -70,8 +68,13 @@ def estimate(
         gradient: also store the gradient of the summed loss at the true labels.
         standard_error: also store the standard error of every coordinate.
         tolerance: stop when the relative standard error of the curvature's trace is below this.
-        progress: show a progress bar.
-        labels: "auto", "sampled" or "exact", for fisher and ggn.
+        progress: show a progress bar on stderr.
+        labels: "sampled" or "exact" (the expectation over labels) for fisher, ggn and kfac; "auto" takes the exact one
+            where it costs no more backward passes than the samples asked for ("ggn": up to 100 of them).
+        kfac_form: "expand" or "reduce", for weights shared over positions; see `kfac.py`.
+        backend: "engine", or "backpack" for plain nn.Sequential nets with method "ggn", "hessian" or "empirical_fisher".
+        checkpoint: file in which the sums are saved now and then; the same call after an interruption goes on from it.
+        checkpoint_seconds: how often.
 
     Returns:
         Per-example means by parameter name, with provenance.
@@ -82,34 +85,47 @@ def estimate(
         TypeError: a batch, likelihood or num_examples of a wrong type.
     """
     check_options(method, samples, reduction, tolerance, labels, num_examples)
-    parameters = trainable_parameters(model)
+    choose("kfac_form", kfac_form, ("expand", "reduce"))
+    choose("backend", backend, ("engine", "backpack"))
+    check_diagonal(method, standard_error=standard_error, gradient=gradient, tolerance=tolerance is not None)
+    model = distributed.unwrap(model)
     problem = Problem(
-        model,
-        parameters,
-        make_likelihood(likelihood),
-        samples,
-        seed,
-        standard_error,
-        gradient,
-        reduction,
-        labels,
-    )
+        model, trainable_parameters(model), make_likelihood(likelihood), samples, seed, standard_error, gradient,
+        reduction, labels, kfac_form,
+    )  # fmt: skip
     estimator = ESTIMATORS[method]
-    device = next(iter(parameters.values())).device
-    reader = BatchReader(model, device)
-    seen = steps = 0
-    with prepared(model), problem.planned() as hooks:
+    if backend == "backpack":
+        from estimators import backpack
+
+        estimator = backpack.for_method(problem, method)
+    print_of_weights = fingerprint(problem.parameters, model_sampler(model))
+    journal = (
+        Journal(checkpoint, identity(problem, method, print_of_weights, likelihood)) if checkpoint else None
+    )
+    convergence = Convergence()
+    loop = Loop(method, progress, tolerance, journal, checkpoint_seconds)
+    with prepared(model), problem.hooks:
         estimator.start(problem)
-        for index, raw in enumerate(batches):
-            batch = reader(raw, index, seen)
-            problem.ensure_plan(batch, hooks)
-            estimator.step(problem, batch)
-            seen, steps = seen + batch.size, steps + 1
+        loop.done = journal.load(problem, convergence) if journal else 0
+        run(problem, estimator, batches, convergence, loop)
+    add_up_ranks(problem, convergence)
+    seen = problem.counts["examples"]
     if seen == 0:
         raise ValueError("`batches` ended without yielding anything")
-    if problem.predictions == 0:
+    if problem.counts["predictions"] == 0:
         raise ValueError("all labels are ignored: no example has a single prediction that counts")
-    return finish(problem, method, seen, steps, num_examples)
+    parts = estimator.finish(problem, seen)
+    total = seen if num_examples is None else num_examples
+    if gradient:
+        parts["gradient"] = {
+            name: problem.sums[GRADIENT + name] * (total / seen) for name in problem.parameters
+        }
+    log.info("%s", advice(convergence, seen))
+    info = provenance(problem, method, print_of_weights, convergence)
+    curvature = Curvature.from_dict(num_examples=total, info=info, **parts)
+    if journal:
+        journal.remove()
+    return curvature
 
 
 def check_options(
@@ -137,6 +153,19 @@ def check_options(
         )
 
 
+def check_diagonal(method: str, **wanted: bool) -> None:
+    """Refuse what only the diagonal estimators have.
+
+    Raises:
+        ValueError: asked of "kfac" or "gram".
+    """
+    asked = [option for option, given in wanted.items() if given]
+    if method in ("kfac", "gram") and asked:
+        raise ValueError(
+            f"{asked[0]} is not available for method={method!r}; the diagonal estimators have it"
+        )
+
+
 def choose(option: str, value: str, known: Iterable[str]) -> None:
     """Refuse an unknown name and offer the nearest.
 
@@ -148,57 +177,3 @@ def choose(option: str, value: str, known: Iterable[str]) -> None:
         close = difflib.get_close_matches(str(value), names, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
         raise ValueError(f"unknown {option} {value!r}; {hint}")
-
-
-def finish(problem: Problem, method: str, seen: int, steps: int, num_examples: int | None) -> Curvature:
-    """Sums into per-example means, standard errors and the gradient of the summed loss over N examples."""
-    total = seen if num_examples is None else num_examples
-    scale = seen * problem.draws
-    sums = problem.sums
-    mean = {name: sums[SQUARES + name] / scale for name in problem.parameters}
-    errors = None
-    if problem.standard_error:
-        units = steps if problem.reduction == "batch" else seen
-        errors = {
-            name: standard_error(mean[name], sums[FOURTHS + name], seen, units) for name in problem.parameters
-        }
-    measured = None
-    if problem.gradient:
-        measured = {name: sums[GRADIENT + name] * (total / seen) for name in problem.parameters}
-    return Curvature.from_dict(
-        mean, total, provenance(problem, method, seen), standard_error=errors, gradient=measured
-    )
-
-
-def standard_error(mean: Tensor, fourths: Tensor, seen: int, units: int) -> Tensor:
-    """sqrt((sum_k S_k^2 / n_k - n m^2) / (n (K - 1))): of a mean of K sums S_k over n_k examples each, n in all.
-
-    With one example a unit this is the usual sqrt(sum_n (s_n - m)^2 / (n (n - 1))).
-
-    Raises:
-        ValueError: a single unit has no spread.
-    """
-    if units < 2:
-        raise ValueError("a standard error needs at least two examples (two batches with reduction='batch')")
-    return ((fourths - seen * mean * mean).clamp(min=0) / (seen * (units - 1))).sqrt()
-
-
-def provenance(problem: Problem, method: str, seen: int) -> dict[str, str]:
-    """Everything about the run that a reader of the file should know."""
-    import numpy
-
-    names: Mapping[str, Tensor] = problem.parameters
-    return {
-        "estimator": method,
-        "examples_seen": str(seen),
-        "samples": str(problem.samples),
-        "reduction": problem.reduction,
-        "labels": problem.label_kind,
-        "likelihood": problem.likelihood.name if problem.likelihood is not None else "none",
-        "predictions_seen": str(problem.predictions),
-        "seed": str(problem.seed),
-        "fingerprint": fingerprint(names, model_sampler(problem.model)),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        **problem.notes,
-    }

@@ -7,12 +7,18 @@ classes). `info["labels"]` says which.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
 from estimators.batches import Batch
+from estimators.likelihood import Reading, Seed
 from estimators.problem import Problem
 from estimators.sinks import (
-    FOURTHS,
+    DIAGONAL,
     GRADIENT,
-    SQUARES,
+    SPREAD,
     BatchSquareSink,
     DrawsSink,
     GradientSink,
@@ -23,9 +29,9 @@ from estimators.sinks import (
 
 def start(problem: Problem) -> None:
     """Make the accumulators."""
-    zeros(problem.parameters, SQUARES, problem.sums)
+    zeros(problem.parameters, DIAGONAL, problem.sums)
     if problem.standard_error:
-        zeros(problem.parameters, FOURTHS, problem.sums)
+        zeros(problem.parameters, SPREAD, problem.sums)
     if problem.gradient:
         zeros(problem.parameters, GRADIENT, problem.sums)
 
@@ -39,24 +45,62 @@ def step(problem: Problem, batch: Batch, limit: int | None = None) -> None:
         limit: the exact expectation is preferred up to so many columns; as many as draws were asked for by default.
     """
     reading = problem.read(batch)
-    likelihood, engine = problem.likelihood, problem.engine
-    assert likelihood is not None and engine is not None
-    problem.predictions += reading.count()
-    if not problem.label_kind:
-        choose_labels(problem, likelihood.columns(reading), problem.samples if limit is None else limit)
-    exact = problem.columns is not None
-    passes = problem.columns if problem.columns is not None else problem.samples
-    sink = make_sink(problem, passes)
-    for number in range(passes):
-        if exact:
-            seed = likelihood.exact(reading, number)
-        else:
-            seed = likelihood.sampled(reading, problem.uniforms(batch, number))
-        engine.backward(seed, sink, keep=number + 1 < passes or problem.gradient)
+    sink = None
+    for _, last, seed in seeds(problem, reading, batch, problem.samples if limit is None else limit):
+        sink = sink or make_sink(problem)
+        problem.listening.backward(seed, sink, keep=not last or problem.gradient)
     if isinstance(sink, (DrawsSink, BatchSquareSink)):
         sink.finish(batch.size)
     if problem.gradient:
-        engine.backward(likelihood.true(reading), GradientSink(problem.sums))
+        problem.listening.backward(problem.known_likelihood.true(reading), GradientSink(problem.sums))
+    problem.counts["spread_units"] += 1 if problem.reduction == "batch" else batch.size
+    problem.counts["spread_examples"] += batch.size
+
+
+def seeds(problem: Problem, reading: Reading, batch: Batch, limit: int) -> Iterator[tuple[int, bool, Seed]]:
+    """The seeds of one batch: its number, whether it is the last, and the seed; draws of labels or exact columns."""
+    likelihood = problem.known_likelihood
+    if not problem.label_kind:
+        choose_labels(problem, likelihood.columns(reading), limit)
+    passes = problem.samples if problem.columns is None else problem.columns
+    for number in range(passes):
+        if problem.columns is None:
+            yield number, number + 1 == passes, likelihood.sampled(reading, problem.uniforms(batch, number))
+        else:
+            yield number, number + 1 == passes, likelihood.exact(reading, number)
+
+
+def finish(problem: Problem, seen: int) -> dict[str, Any]:
+    """Sums into per-example means, and standard errors where they were asked for."""
+    scale = seen * problem.draws
+    mean = {name: problem.sums[DIAGONAL + name] / scale for name in problem.parameters}
+    if not problem.standard_error:
+        return {"mean": mean}
+    errors = {
+        name: standard_error(
+            value,
+            problem.sums[SPREAD + name],
+            problem.counts["spread_examples"],
+            problem.counts["spread_units"],
+        )
+        for name, value in mean.items()
+    }
+    return {"mean": mean, "standard_error": errors}
+
+
+def standard_error(mean: Tensor, spread: Tensor, examples: int, units: int) -> Tensor:
+    """sqrt((sum_k S_k^2 / n_k - n m^2) / (n (K - 1))): of the mean m of K sums S_k over n_k examples each, n in all.
+
+    With one example a unit this is the usual sqrt(sum_n (s_n - m)^2 / (n (n - 1))). `spread` is sum_k S_k^2 / n_k.
+
+    Raises:
+        ValueError: a single unit has no spread.
+    """
+    if units < 2:
+        raise ValueError(
+            "a standard error needs at least two examples (two batches with reduction='batch', two probes for the Hessian)"
+        )
+    return ((spread - examples * mean * mean).clamp(min=0) / (examples * (units - 1))).sqrt()
 
 
 def choose_labels(problem: Problem, columns: int | None, limit: int) -> None:
@@ -66,9 +110,8 @@ def choose_labels(problem: Problem, columns: int | None, limit: int) -> None:
         ValueError: labels="exact" where the likelihood has no exact expectation.
     """
     if problem.labels == "exact" and columns is None:
-        assert problem.likelihood is not None
         raise ValueError(
-            f'labels="exact" is out of reach for the likelihood {problem.likelihood.name} (it predicts several tokens a '
+            f'labels="exact" is out of reach for the likelihood {problem.known_likelihood.name} (it predicts several tokens a '
             'row, or is your own); use labels="sampled"'
         )
     affordable = columns is not None and columns <= limit
@@ -82,10 +125,11 @@ def choose_labels(problem: Problem, columns: int | None, limit: int) -> None:
         problem.label_kind = "sampled from the model"
 
 
-def make_sink(problem: Problem, passes: int) -> SquareSink | BatchSquareSink | DrawsSink:
+def make_sink(problem: Problem) -> SquareSink | BatchSquareSink | DrawsSink:
     """Where the squares go."""
+    passes = problem.samples if problem.columns is None else problem.columns
     if problem.reduction == "batch":
-        return BatchSquareSink(problem.sums, fourths=problem.standard_error, draws=problem.draws)
+        return BatchSquareSink(problem.sums, spread=problem.standard_error, draws=problem.draws)
     if problem.standard_error and passes > 1:
         return DrawsSink(problem.sums, 1 / problem.draws)
-    return SquareSink(problem.sums, fourths=problem.standard_error, space=problem.space)
+    return SquareSink(problem.sums, problem.space, spread=problem.standard_error)

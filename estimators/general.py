@@ -139,7 +139,7 @@ def _vectorized(
             found = dict(differentiable(output))
             return [found[i] for i in order]
 
-        _, pull = torch.func.vjp(run, {name: value.detach() for name, value in parameters.items()})
+        _, pull, *_ = torch.func.vjp(run, {name: value.detach() for name, value in parameters.items()})
         result: dict[str, Tensor] = pull(own_gradients)[0]
         return result
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from estimators import fisher
 from estimators.batches import Batch
-from estimators.fisher import start
+from estimators.fisher import finish, start
 from estimators.problem import Problem
 
-__all__ = ["EXACT_UP_TO", "start", "step"]
+__all__ = ["EXACT_UP_TO", "finish", "start", "step"]
 
 EXACT_UP_TO = 100  # columns, each one backward pass a batch
 

@@ -34,7 +34,9 @@ class Workspace:
 class Gradients(Protocol):
     """B per-example gradients of one parameter."""
 
-    examples: int
+    @property
+    def examples(self) -> int:
+        """B."""
 
     def dense(self, first: int, last: int) -> Tensor:
         """The gradients of examples first .. last-1, (last - first, *shape)."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from estimators.gradients import Dense, Gradients, Outer, Reshaped, Rows
 
@@ -53,39 +53,52 @@ def rms_norm(layer: nn.RMSNorm, x: Tensor, g: Tensor) -> dict[str, Gradients]:
 
 def batch_norm(layer: Any, x: Tensor, g: Tensor) -> dict[str, Gradients]:
     """In eval mode y = w (x - m) / sqrt(v + eps) + b with fixed m, v: dw_n = sum_t g_nt xhat_nt. x, g (B, C, ...)."""
-    shape = (1, -1) + (1,) * (x.dim() - 2)
     scale = (layer.running_var.to(x.dtype) + layer.eps).rsqrt()
     over = tuple(range(2, x.dim()))
     along = (g * x).sum(over) if over else g * x
     shift = g.sum(over) if over else g
     weight = (along - shift * layer.running_mean.to(x.dtype)) * scale
-    return {"weight": Dense(weight), "bias": Dense(shift)} if shape else {}
+    return {"weight": Dense(weight), "bias": Dense(shift)}
 
 
 def convolution(layer: Any, x: Tensor, g: Tensor) -> dict[str, Gradients]:
     """dW_n = sum over places of g_n(place) patch_n(place)': a linear layer on patches. x (B, C, *), g (B, O, *)."""
     examples, weight = x.shape[0], layer.weight
-    spatial = len(layer.kernel_size)
     bias = Dense(g.flatten(2).sum(2))
-    if layer.padding_mode != "zeros":
-        x = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-        padding: tuple[int, ...] = (0,) * spatial
-    elif isinstance(layer.padding, str):
-        pad = layer._reversed_padding_repeated_twice if layer.padding == "same" else [0] * 2 * spatial
-        x, padding = nn.functional.pad(x, pad), (0,) * spatial
-    else:
-        padding = layer.padding
-    if layer.groups == 1 and spatial == 2:
-        patches = nn.functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
-        outer = Outer(g.flatten(2).transpose(1, 2), patches.transpose(1, 2))
+    if layer.groups == 1 and len(layer.kernel_size) <= 2:
+        outer = Outer(g.flatten(2).transpose(1, 2), patches(layer, x))
         return {"weight": Reshaped(outer, weight.shape), "bias": bias}
-    grad = _CONVOLUTION_WEIGHT[spatial]
+    x, padding = _padded(layer, x)
+    grad = _CONVOLUTION_WEIGHT[len(layer.kernel_size)]
     size = (layer.out_channels * examples, *weight.shape[1:])  # every example is a group of its own
-    merged = grad(
+    merged: Tensor = grad(  # type: ignore[no-untyped-call]
         x.reshape(1, -1, *x.shape[2:]), size, g.reshape(1, -1, *g.shape[2:]),
         stride=layer.stride, padding=padding, dilation=layer.dilation, groups=layer.groups * examples,
     )  # fmt: skip
     return {"weight": Dense(merged.view(examples, *weight.shape)), "bias": bias}
+
+
+def patches(layer: Any, x: Tensor) -> Tensor:
+    """What an ungrouped convolution multiplies its kernel with, (B, places, C k k); one or two spatial dimensions."""
+    x, padding = _padded(layer, x)
+    if len(layer.kernel_size) == 1:
+        x, kernel, dilation = x.unsqueeze(2), (1, *layer.kernel_size), (1, *layer.dilation)
+        unfolded = nn.functional.unfold(x, kernel, dilation, (0, *padding), (1, *layer.stride))
+    else:
+        unfolded = nn.functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
+    return unfolded.transpose(1, 2)
+
+
+def _padded(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The input with whatever padding the convolution itself cannot express, and the padding that is left to it."""
+    if layer.padding_mode != "zeros":
+        x = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        return x, (0,) * len(layer.kernel_size)
+    if layer.padding == "same":
+        return nn.functional.pad(x, layer._reversed_padding_repeated_twice), (0,) * len(layer.kernel_size)
+    if layer.padding == "valid":
+        return x, (0,) * len(layer.kernel_size)
+    return x, tuple(layer.padding)
 
 
 def positions(values: Tensor) -> Tensor:
@@ -103,9 +116,9 @@ def _scale_and_shift(normal: Tensor, g: Tensor, trailing: int) -> dict[str, Grad
 
 
 _CONVOLUTION_WEIGHT = {
-    1: nn.grad.conv1d_weight,
-    2: nn.grad.conv2d_weight,
-    3: nn.grad.conv3d_weight,
+    1: conv1d_weight,
+    2: conv2d_weight,
+    3: conv3d_weight,
 }
 
 HANDLERS: dict[type[nn.Module], Handler] = {

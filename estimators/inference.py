@@ -110,6 +110,11 @@ def _by_shape(logits: Tensor, labels: Tensor | None) -> Likelihood:
     elif labels.is_floating_point():
         if labels.numel() == logits.numel():
             return Gaussian()
+    elif logits.dim() > 3 and list(labels.shape) == [
+        shape[0],
+        *shape[2:],
+    ]:  # images of labels, classes second
+        return Categorical("token_classification", class_dim=1)
     elif list(labels.shape) == shape[:-1] or (
         logits.dim() == 2 and labels.numel() == shape[0] and shape[1] > 1
     ):

@@ -34,7 +34,12 @@ def split(value: Tensor, layout: str, examples: int) -> Tensor:
     if layout == "rows":
         return value.unsqueeze(1)
     if layout == "flat":
-        return value.unflatten(0, (examples, -1))
+        return unfold_rows(value, examples, -1)
     if layout == "time":
         return value.movedim(1, 0).unsqueeze(2)
-    return value.unflatten(0, (-1, examples)).movedim(1, 0)
+    return unfold_rows(value, -1, examples).movedim(1, 0)
+
+
+def unfold_rows(value: Tensor, outer: int, inner: int) -> Tensor:
+    """(outer * inner, ...) -> (outer, inner, ...); one of the two may be -1."""
+    return value.reshape(outer, inner, *value.shape[1:])

@@ -261,7 +261,7 @@ class Bernoulli:
     def log_prob(self, reading: Reading) -> Tensor:
         """sum_k y_k log s(f_k) + (1 - y_k) log s(-f_k), (B,)."""
         y, f = _required(reading), _wide(reading.output.reshape(reading.view.shape))
-        terms = y * torch.nn.functional.logsigmoid(f) + (1 - y) * torch.nn.functional.logsigmoid(-f)
+        terms: Tensor = y * torch.nn.functional.logsigmoid(f) + (1 - y) * torch.nn.functional.logsigmoid(-f)
         return (terms if reading.valid is None else terms.masked_fill(~reading.valid[..., None], 0)).sum(
             (1, 2)
         )
@@ -316,7 +316,8 @@ class Gaussian:
     def log_prob(self, reading: Reading) -> Tensor:
         """-(y - f)^2 / (2 variance), without its constant, (B,)."""
         f = _wide(reading.output.reshape(reading.view.shape))
-        return -((_required(reading) - f) ** 2).sum((1, 2)) / (2 * self.variance)
+        squares: Tensor = (_required(reading) - f) ** 2
+        return -squares.sum((1, 2)) / (2 * self.variance)
 
 
 class Own:

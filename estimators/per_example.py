@@ -33,7 +33,7 @@ from estimators.gradients import (
     set_aside,
 )
 from estimators.handlers import Handler
-from estimators.layout import WHOLE
+from estimators.layout import WHOLE, unfold_rows
 from estimators.likelihood import Seed
 
 
@@ -74,6 +74,12 @@ class Call:
     kwargs: dict[str, Any]
     output: Any
     gradients: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def input(self) -> Tensor:
+        """A layer's first argument."""
+        value: Tensor = self.args[0] if self.args else next(iter(self.kwargs.values()))
+        return value
 
 
 class Sink(Protocol):
@@ -196,7 +202,7 @@ class Engine:
                 tapped = self._expanded(unit, value)
             elif len(found) > 1:  # an output may feed another inside the module: listen outside only
                 tapped = value.clone()
-            tapped.register_hook(partial(self._arrived, call, place))
+            tapped.register_hook(partial(self._arrived, call, place))  # type: ignore[no-untyped-call]
             if tapped is not value:
                 leaves[place], changed = tapped, True
         return pytree.tree_unflatten(leaves, spec) if changed else None
@@ -250,7 +256,7 @@ class _Gather:
         recorded = record(call, self.engine.examples)
         if self.sink.summed:
             for local, value in summed_gradients(recorded, own).items():
-                self._add(call, unit.parameters[local], Dense(_wide(value)[None]))
+                self._add(call, unit.parameters[local], Dense(wide(value)[None]))
             return
         whole = self.sink.whole or any(self.expected[name] > 1 for name in unit.parameters.values())
         size = sum(value.numel() * 4 for value in own.values())
@@ -260,7 +266,7 @@ class _Gather:
             parts = per_example_gradients(recorded, own, first, last, unit.vectorize)
             with torch.no_grad():
                 for local, value in parts.items():
-                    gradients = Dense(_wide(value))
+                    gradients = Dense(wide(value))
                     if whole:
                         self._add(call, unit.parameters[local], gradients)
                     else:
@@ -300,7 +306,7 @@ class _Gather:
                 or not other.args
             ):
                 return None
-            indices.append(examples_first(other.args[0], other.unit, self.engine.examples).flatten(1))
+            indices.append(examples_first(other.input, other.unit, self.engine.examples).flatten(1))
         return torch.cat(indices, 1) if indices else None
 
 
@@ -316,9 +322,8 @@ def layer_gradients(call: Call, examples: int) -> dict[str, Gradients]:
     """The handler's formula on one call, by the parameters' names within the model; examples first."""
     unit = call.unit
     assert unit.handler is not None
-    value = call.args[0] if call.args else next(iter(call.kwargs.values()))
-    x = examples_first(_wide(value), unit, examples, flatten=True)
-    g = examples_first(_wide(call.gradients[0]), unit, examples, flatten=True, output=True)
+    x = examples_first(wide(call.input), unit, examples, flatten=True)
+    g = examples_first(wide(call.gradients[0]), unit, examples, flatten=True, output=True)
     found = unit.handler(unit.module, x, g)
     return {name: regroup(found[local], examples) for local, name in unit.parameters.items()}
 
@@ -334,10 +339,10 @@ def examples_first(
     if unit.layout == "time":
         value = value.movedim(1, 0)
     elif unit.layout == "flat_time":
-        value = value.unflatten(0, (-1, examples)).movedim(1, 0).flatten(0, 1)
+        value = unfold_rows(value, -1, examples).movedim(1, 0).flatten(0, 1)
     elif unit.layout == WHOLE and value.dim() < 2:
         value = value.unsqueeze(0)
-    return value if flatten or value.shape[0] == examples else value.unflatten(0, (examples, -1))
+    return value if flatten or value.shape[0] == examples else unfold_rows(value, examples, -1)
 
 
 def regroup(gradients: Gradients, examples: int) -> Gradients:
@@ -355,10 +360,10 @@ def regroup(gradients: Gradients, examples: int) -> Gradients:
         index, left = gradients.index, gradients.left
         return Rows(index.reshape(examples, -1), left.reshape(examples, -1, left.shape[-1]), gradients.shape)
     assert isinstance(gradients, Dense)
-    return Dense(gradients.value.unflatten(0, (examples, -1)).sum(1))
+    return Dense(unfold_rows(gradients.value, examples, -1).sum(1))
 
 
-def _wide(value: Tensor) -> Tensor:
+def wide(value: Tensor) -> Tensor:
     """At least single precision; indices stay as they are."""
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from estimators.batches import Batch
 from estimators.gradients import Workspace
+from estimators.handlers import transposed_linear
 from estimators.inference import infer_likelihood
-from estimators.likelihood import Likelihood, Reading, Seed
+from estimators.likelihood import Likelihood, Reading, Seed, find_logits
 from estimators.per_example import Engine
 from estimators.plan import Plan, make_plan
 from estimators.randomness import uniforms
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass
@@ -31,10 +34,13 @@ class Problem:
         model: frozen and in eval mode while the run lasts.
         parameters: the trainable ones, by name; a tied one once.
         likelihood: None until the first batch tells.
-        samples, seed, standard_error, gradient, reduction, labels: the user's options.
+        samples, seed, standard_error, gradient, reduction, labels, kfac_form: the user's options.
         sums: named accumulators; everything in it adds up over batches and ranks.
-        label_kind: what `info["labels"]` will say.
-        draws: how many squares were added per example (samples or columns that are averaged).
+        counts: examples, batches and predictions seen; units and examples behind the standard errors.
+        label_kind: what `info["labels"]` will say; empty until it is settled.
+        columns: of the exact expectation over labels, or None where labels are sampled.
+        draws: how many squares are averaged per example.
+        notes: more lines for `info`.
     """
 
     model: nn.Module
@@ -46,26 +52,50 @@ class Problem:
     gradient: bool = False
     reduction: str = "example"
     labels: str = "auto"
+    kfac_form: str = "expand"
     sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
     label_kind: str = ""
-    draws: int = 1
     columns: int | None = None
-    predictions: int = 0
+    draws: int = 1
     notes: dict[str, str] = field(default_factory=dict)
     engine: Engine | None = None
     plan: Plan | None = None
     space: Workspace = field(default_factory=Workspace)
+    hooks: ExitStack = field(default_factory=ExitStack)
 
-    def read(self, batch: Batch) -> Reading:
-        """Forward of one batch with the engine listening, and what its likelihood reads off the outputs.
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter is; batches go there."""
+        return next(iter(self.parameters.values())).device
+
+    @property
+    def known_likelihood(self) -> Likelihood:
+        """The likelihood, after the first forward."""
+        assert self.likelihood is not None
+        return self.likelihood
+
+    @property
+    def listening(self) -> Engine:
+        """The engine, after `ensure_plan`."""
+        assert self.engine is not None
+        return self.engine
+
+    def forward(self, batch: Batch) -> Any:
+        """Forward of one batch with the engine listening.
 
         Raises:
             ValueError: from the model's plan, or a sequence longer than the model takes.
         """
-        assert self.engine is not None
-        return self._read(
-            with_length_check(partial(self.engine.forward, self.model, batch), self.model, batch), batch
-        )
+        self.ensure_plan(batch)
+        return with_length_check(partial(self.listening.forward, self.model, batch), self.model, batch)
+
+    def read(self, batch: Batch) -> Reading:
+        """The same, and what the likelihood reads off the outputs."""
+        output = self.forward(batch)
+        reading = self.likelihood_for(output, batch).read(output, batch)
+        self.counts["predictions"] += reading.count()
+        return reading
 
     def likelihood_for(self, output: Any, batch: Batch) -> Likelihood:
         """The given likelihood, or the one that the first batch calls for."""
@@ -74,42 +104,42 @@ class Problem:
             log.info("likelihood: %s", self.likelihood.name)
         return self.likelihood
 
-    def uniforms(self, batch: Batch, draw: int) -> Any:
+    def uniforms(self, batch: Batch, draw: int) -> Callable[[int], Tensor]:
         """The stream of random numbers of one draw of labels for a batch."""
-        return lambda count: uniforms(self.seed, draw, batch.first, batch.size, count)
+        return lambda count: uniforms(self.seed, draw, batch.first, batch.size, count, batch.stride)
 
-    def _read(self, output: Any, batch: Batch) -> Reading:
-        return self.likelihood_for(output, batch).read(output, batch)
-
-    def probe_seed(self, output: Any, batch: Batch) -> Seed:
-        """Any informative gradient at the outputs, to find where the examples lie."""
-        reading = self._read(output, batch)
-        assert self.likelihood is not None
-        return self.likelihood.sampled(reading, self.uniforms(batch, 2**40))
-
-    @contextmanager
-    def planned(self) -> Iterator[ExitStack]:
-        """Hooks stay on while this is open; `ensure_plan` puts them on."""
-        with ExitStack() as stack:
-            yield stack
-
-    def ensure_plan(self, batch: Batch, hooks: ExitStack) -> None:
-        """Make the plan at the first batch, and again at the first one of two or more examples."""
+    def ensure_plan(self, batch: Batch) -> None:
+        """Make the plan at the first batch, and again at the first one of two or more examples; hooks go on."""
         if self.plan is not None and (self.plan.rows > 1 or batch.size == 1):
             return
-        hooks.close()
-        make = partial(make_plan, self.model, self.parameters, batch, self.probe_seed)
+        self.hooks.close()
+        make = partial(make_plan, self.model, self.parameters, batch, self._probe_seed)
         self.plan = with_length_check(make, self.model, batch)
         self.engine = Engine(self.plan.units)
-        hooks.enter_context(self.engine.attached())
+        self.hooks.enter_context(self.engine.attached())
         general = self.plan.general()
         if general:
             self.notes["general_path"] = ", ".join(general)
         if self.plan.unused:
             self.notes["unused_parameters"] = ", ".join(self.plan.unused)
 
+    def is_transposed(self, name: str) -> bool:
+        """Whether a weight is kept as (in, out)."""
+        units = self.plan.units if self.plan is not None else []
+        return any(
+            unit.handler is transposed_linear and unit.parameters.get("weight") == name for unit in units
+        )
 
-def with_length_check(run: Any, model: nn.Module, batch: Batch) -> Any:
+    def _probe_seed(self, output: Any, batch: Batch) -> Seed:
+        """Any informative gradient at the outputs, to find where the examples lie."""
+        if self.label_kind == "none":
+            logits = find_logits(output)
+            return logits, torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+        likelihood = self.likelihood_for(output, batch)
+        return likelihood.sampled(likelihood.read(output, batch), self.uniforms(batch, 2**40))
+
+
+def with_length_check(run: Callable[[], T], model: nn.Module, batch: Batch) -> T:
     """Run; an index error of a sequence longer than the model takes becomes a clear one.
 
     Raises:
@@ -118,8 +148,7 @@ def with_length_check(run: Any, model: nn.Module, batch: Batch) -> Any:
     try:
         return run()
     except (IndexError, RuntimeError) as error:
-        config = getattr(model, "config", None)
-        longest = getattr(config, "max_position_embeddings", None)
+        longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         length = batch.ids.shape[1] if batch.ids is not None and batch.ids.dim() == 2 else 0
         if (
             isinstance(longest, int) and length > longest - 2
@@ -150,11 +179,8 @@ def prepared(model: nn.Module) -> Iterator[None]:
     """Eval mode, frozen parameters, no caches, no fused shortcuts; everything as it was afterwards, even on an error."""
     training = [(module, module.training) for module in model.modules()]
     frozen = [(value, value.requires_grad) for value in model.parameters()]
-    configs = [
-        c
-        for c in (getattr(m, "config", None) for m in model.modules())
-        if getattr(c, "use_cache", False) is True
-    ]
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = [config for config in configs if getattr(config, "use_cache", False) is True]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()

@@ -25,13 +25,13 @@ def mix(state: np.ndarray) -> np.ndarray:
         return np.asarray(state ^ (state >> np.uint64(31)))
 
 
-def uniforms(seed: int, draw: int, first: int, examples: int, count: int) -> Tensor:
-    """Uniform numbers in [0, 1) for the examples `first .. first + examples - 1` of a run; (examples, count), float64.
+def uniforms(seed: int, draw: int, first: int, examples: int, count: int, stride: int = 1) -> Tensor:
+    """Uniform numbers in [0, 1) for the examples first, first + stride, ... of a run; (examples, count), float64.
 
     Each number is a function of (seed, draw, index of the example, position) and of nothing else.
     """
     key = mix(mix(np.array([seed % 2**64], np.uint64)) + np.uint64(draw))
-    rows = mix(key + np.arange(first, first + examples, dtype=np.uint64))
+    rows = mix(key + np.arange(first, first + stride * examples, stride, dtype=np.uint64))
     words = mix(rows[:, None] + mix(np.arange(count, dtype=np.uint64))[None, :])
     return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
@@ -58,11 +58,11 @@ def draw_index(weights: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         Class indices, (M,), int64.
     """
-    rows, classes = weights.shape
+    classes = weights.shape[1]
     width = max(1, math.isqrt(classes))
     blocks = classes // width
     whole = blocks * width
-    sums = weights[:, :whole].unflatten(1, (blocks, width)).sum(2, dtype=torch.float64)  # (M, blocks)
+    sums = weights[:, :whole].view(-1, blocks, width).sum(2, dtype=torch.float64)  # (M, blocks)
     if whole < classes:
         sums = torch.cat([sums, weights[:, whole:].sum(1, keepdim=True, dtype=torch.float64)], 1)
     block, rest = _first_above(sums, uniform.to(weights.device, torch.float64) * sums.sum(1))

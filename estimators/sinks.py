@@ -1,6 +1,6 @@
 """What becomes of the gradients of a backward pass: squares, sums, or both. All accumulators are plain sums.
 
-A sink writes into a dict of tensors named `squares/<parameter>`, `fourths/<parameter>` and `gradient/<parameter>`, so
+A sink writes into a dict of tensors named `diagonal/<parameter>`, `spread/<parameter>` and `gradient/<parameter>`, so
 that ranks can be added up and an interrupted run resumed without knowing which estimator it was.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from estimators.gradients import CHUNK_BYTES, Gradients, Outer, Rows, SetAside, Workspace, add_cross_terms
 
 Sums = dict[str, Tensor]
-SQUARES, FOURTHS, GRADIENT = "squares/", "fourths/", "gradient/"
+DIAGONAL, SPREAD, GRADIENT = "diagonal/", "spread/", "gradient/"
 
 
 def zeros(parameters: Mapping[str, Tensor], prefix: str, sums: Sums) -> None:
@@ -26,19 +26,17 @@ def zeros(parameters: Mapping[str, Tensor], prefix: str, sums: Sums) -> None:
 
 
 class SquareSink:
-    """sum over examples of squared per-example gradients; with `fourths` also of their squares, for standard errors."""
+    """sum over examples of squared per-example gradients; with `spread` also of their squares, for standard errors."""
 
     whole = False
     summed = False
 
-    def __init__(
-        self, sums: Sums, space: Workspace, *, fourths: bool = False, gradient: bool = False
-    ) -> None:
-        self.sums, self.space, self.fourths, self.gradient = sums, space, fourths, gradient
+    def __init__(self, sums: Sums, space: Workspace, *, spread: bool = False, gradient: bool = False) -> None:
+        self.sums, self.space, self.spread, self.gradient = sums, space, spread, gradient
 
     def add(self, name: str, gradients: Gradients) -> None:
         """squares += sum_n g_n^2 (and gradient += sum_n g_n)."""
-        gradients.add_squares(self.sums[SQUARES + name], self._fourths(name), self.space)
+        gradients.add_squares(self.sums[DIAGONAL + name], self._spread(name), self.space)
         if self.gradient:
             self.sums[GRADIENT + name].add_(gradients.total())
 
@@ -49,12 +47,12 @@ class SquareSink:
 
     def add_rest(self, name: str, aside: SetAside, rows: Rows) -> None:
         """The cross terms with the embedding's share."""
-        add_cross_terms(aside, rows, self.sums[SQUARES + name], self._fourths(name))
+        add_cross_terms(aside, rows, self.sums[DIAGONAL + name], self._spread(name))
         if self.gradient:
             self.sums[GRADIENT + name].add_(rows.total())
 
-    def _fourths(self, name: str) -> Tensor | None:
-        return self.sums[FOURTHS + name] if self.fourths else None
+    def _spread(self, name: str) -> Tensor | None:
+        return self.sums[SPREAD + name] if self.spread else None
 
 
 class GradientSink:
@@ -82,23 +80,23 @@ class BatchSquareSink:
     """squares += (sum_n g_n)^2: with labels drawn from the model, unbiased for the sum of squares, whatever the batch.
 
     E[(sum_n g_n)^2] = sum_n E[g_n^2], because the gradients of different examples are independent and of mean zero
-    (Gauss-Newton-Bartlett estimator; Liu et al. 2023, Sophia). fourths += squares^2 / n, n the size of the batch.
+    (Gauss-Newton-Bartlett estimator; Liu et al. 2023, Sophia). spread += squares^2 / n, n the size of the batch.
     """
 
     whole = False
     summed = True
 
-    def __init__(self, sums: Sums, *, fourths: bool, draws: int) -> None:
-        self.sums, self.fourths, self.draws = sums, fourths, draws
+    def __init__(self, sums: Sums, *, spread: bool, draws: int) -> None:
+        self.sums, self.spread, self.draws = sums, spread, draws
         self._squares: dict[str, Tensor] = {}
 
     def add(self, name: str, gradients: Gradients) -> None:
         """Square of the sum."""
         square = gradients.total().square_()
-        if self.fourths:
+        if self.spread:
             kept = self._squares.get(name)
             self._squares[name] = square if kept is None else kept.add_(square)
-        self.sums[SQUARES + name].add_(square)
+        self.sums[DIAGONAL + name].add_(square)
 
     def add_aside(self, name: str, outer: Outer) -> bool:
         """Wait for the other uses."""
@@ -111,14 +109,14 @@ class BatchSquareSink:
         """End of a batch: the square of its (mean over draws) estimate, over its size."""
         for name, square in self._squares.items():
             mean = square / self.draws
-            self.sums[FOURTHS + name].addcmul_(mean, mean, value=1 / examples)
+            self.sums[SPREAD + name].addcmul_(mean, mean, value=1 / examples)
         self._squares = {}
 
 
 class DrawsSink:
     """Standard errors with several draws or columns: what an example contributes is known only after all of them.
 
-    s_n = weight * sum_d g_nd^2; squares += sum_n s_n / weight (as SquareSink does), fourths += sum_n s_n^2.
+    s_n = weight * sum_d g_nd^2; squares += sum_n s_n / weight (as SquareSink does), spread += sum_n s_n^2.
     Keeps the factors of every draw until `finish`.
     """
 
@@ -143,7 +141,7 @@ class DrawsSink:
     def finish(self, examples: int) -> None:
         """End of a batch: dense gradients of a few examples at a time, all draws together."""
         for name, draws in self._draws.items():
-            squares, fourths = self.sums[SQUARES + name], self.sums[FOURTHS + name]
+            squares, spread = self.sums[DIAGONAL + name], self.sums[SPREAD + name]
             step = max(1, CHUNK_BYTES // max(1, squares.numel() * squares.element_size()))
             for first in range(0, examples, step):
                 last = min(first + step, examples)
@@ -151,5 +149,5 @@ class DrawsSink:
                 for gradients in draws:
                     found.add_(gradients.dense(first, last).square())
                 squares.add_(found.sum(0))
-                fourths.add_(found.mul_(self.weight).square_().sum(0))
+                spread.add_(found.mul_(self.weight).square_().sum(0))
         self._draws = defaultdict(list)

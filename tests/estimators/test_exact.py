@@ -7,7 +7,6 @@ from estimators import estimate
 from tests import oracle
 from tests.estimators.architectures import CASES, as_batches, make
 
-
 LOOSE = {"mamba": 1e-6}  # transformers' own code rounds a part of it to float32
 
 

@@ -1,0 +1,107 @@
+"""The same estimate under torchrun: batches are shared out, sums added up, and every rank returns the whole.
+
+Every rank is given the same batches and takes every K-th one; or it is given a DataLoader with a DistributedSampler,
+whose padding (examples repeated to make ranks even) is left out. Labels are drawn by an example's place in the whole
+run, so the numbers are those of one process, up to the order of additions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from estimators.batches import Batch, BatchReader
+
+
+def place() -> tuple[int, int]:
+    """Rank and number of processes; (0, 1) outside torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel and torch.compile.
+
+    Raises:
+        ValueError: an FSDP model, whose parameters no rank holds whole.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    sharded = [
+        type(m).__name__
+        for m in model.modules()
+        if type(m).__name__.startswith("FSDP") or "FullyShard" in type(m).__name__
+    ]
+    if sharded or any(type(value).__name__ == "DTensor" for value in model.parameters()):
+        raise ValueError(
+            "the model is sharded by FSDP: per-example gradients need whole layers. Load its checkpoint unsharded on every "
+            "rank (estimates need no optimizer state, and only one copy of the weights and of the sums)"
+        )
+    return model
+
+
+def shared_out(
+    batches: Iterable[Any], reader: BatchReader, skip: int
+) -> Iterator[tuple[int, int, Batch | None]]:
+    """Index, examples of the whole run up to and with it, and the batch if it is this rank's (else None).
+
+    Args:
+        batches: the user's iterable.
+        reader: makes `Batch`es.
+        skip: so many batches were done before an interruption; they are read but not yielded as batches.
+    """
+    rank, world = place()
+    sampler = getattr(batches, "sampler", None)
+    if world > 1 and isinstance(sampler, torch.utils.data.DistributedSampler):
+        length, local = len(sampler.dataset), 0  # type: ignore[arg-type]
+        for index, raw in enumerate(batches):
+            batch = reader(raw, index, rank + world * local)
+            batch.stride = world
+            real = min(
+                batch.size, max(0, -(-(length - batch.first) // world))
+            )  # rows before the padding starts
+            local += batch.size
+            kept = batch.rows(0, real) if 0 < real < batch.size else batch
+            yield index, min(length, world * local), kept if index >= skip and real else None
+        return
+    seen = 0
+    for index, raw in enumerate(batches):
+        batch = reader(raw, index, seen)
+        seen += batch.size
+        yield index, seen, batch if index >= skip and index % world == rank else None
+
+
+def add_up(sums: dict[str, Tensor], device: torch.device) -> None:
+    """Replace every accumulator by its sum over ranks; a rank that never made one contributes zeros."""
+    _, world = place()
+    if world == 1:
+        return
+    mine = {key: (tuple(value.shape), value.dtype) for key, value in sums.items()}
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, mine)
+    for key, (shape, kind) in sorted(
+        {key: value for each in everyone for key, value in each.items()}.items()
+    ):
+        value = sums.get(key, torch.zeros(shape, dtype=kind, device=device)).contiguous()
+        dist.all_reduce(value)
+        sums[key] = value
+
+
+def gather(value: Any) -> list[Any]:
+    """One object from every rank."""
+    _, world = place()
+    if world == 1:
+        return [value]
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, value)
+    return everyone

@@ -1,0 +1,70 @@
+"""Curvature from IVON, whose posterior N(m, 1 / (ess (hess + weight_decay))) is the product of its training.
+
+H = ess * hess is the curvature of the summed loss, delta = ess * weight_decay the precision of the prior (Shen et al.
+2024, Variational learning is effective for large deep networks).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from estimators.curvature import Curvature, fingerprint, model_sampler
+
+
+def curvature_of_posterior(hess: Tensor, ess: float) -> Tensor:
+    """H = ess * hess, of the summed loss; any shape."""
+    return ess * hess
+
+
+def from_ivon(optimizer: Any, model: nn.Module) -> Curvature:
+    """Curvature of the summed loss from a live IVON optimizer.
+
+    IVON keeps one flat Hessian per group, over its parameters in order; parameters are matched to the model by identity.
+    N is the effective sample size `ess`; `info["delta"]` is the prior's precision ess * weight_decay.
+
+    Raises:
+        TypeError: no IVON optimizer.
+        ValueError: a Hessian still at its initial value, groups of different ess, or parameters not in the model.
+    """
+    groups = getattr(optimizer, "param_groups", None)
+    if not groups or not all({"hess", "ess", "weight_decay"} <= set(group) for group in groups):
+        raise TypeError(
+            f"{type(optimizer).__name__} is no IVON optimizer: its groups hold no hess, ess and weight_decay"
+        )
+    sizes = sorted({float(group["ess"]) for group in groups})
+    if len(sizes) > 1:
+        raise ValueError(f"the groups have different effective sample sizes {sizes}; a summed loss has one")
+    names = {id(value): name for name, value in model.named_parameters()}
+    num_examples = max(1, round(sizes[0]))
+    mean: dict[str, Tensor] = {}
+    for number, group in enumerate(groups):
+        hess = group["hess"].detach()
+        initial = float(group.get("hess_init", float("nan")))
+        if bool((hess == torch.full_like(hess, initial)).all()):
+            raise ValueError(
+                f"the Hessian of group {number} is still at its initial value {initial}: the optimizer has taken no step, or "
+                "beta2 is 1"
+            )
+        start = 0
+        for value in group["params"]:
+            if id(value) not in names:
+                raise ValueError(
+                    f"group {number} holds a parameter of shape {list(value.shape)} that the model does not have"
+                )
+            flat = hess[start : start + value.numel()]
+            start += value.numel()
+            if value.requires_grad:
+                total = curvature_of_posterior(flat, sizes[0]).view(value.shape)
+                mean[names[id(value)]] = total / num_examples
+    delta = sorted({sizes[0] * float(group["weight_decay"]) for group in groups})
+    info = {
+        "estimator": "ivon",
+        "labels": "true labels",
+        "delta": ", ".join(f"{value:.6g}" for value in delta),
+        "fingerprint": fingerprint(mean, model_sampler(model)),
+        "torch": torch.__version__,
+    }
+    return Curvature.from_dict(mean, num_examples, info)

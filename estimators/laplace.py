@@ -1,0 +1,62 @@
+"""Curvature from a diagonal Laplace approximation fitted by laplace-torch: its posterior precision minus its prior's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from estimators.curvature import Curvature, fingerprint, model_sampler
+
+
+def from_laplace(laplace: Any, model: nn.Module | None = None) -> Curvature:
+    """Curvature of the summed loss: H = posterior_precision - prior_precision, in the order of the model's parameters.
+
+    Args:
+        laplace: a fitted DiagLaplace (all weights) or DiagLLLaplace (last layer).
+        model: whose parameter names to use; the fitted model's own by default.
+
+    Raises:
+        ValueError: not fitted, not diagonal, or of another size than the model's trainable parameters.
+    """
+    count = int(getattr(laplace, "n_data", 0))
+    if count < 1:
+        raise ValueError(
+            "the Laplace approximation is not fitted: it has seen no data; call .fit(loader) first"
+        )
+    precision = laplace.posterior_precision
+    if not isinstance(precision, Tensor) or precision.dim() != 1:
+        raise ValueError(
+            f"{type(laplace).__name__} is not diagonal; fit Laplace(..., hessian_structure='diag'), or estimate KFAC here"
+        )
+    whole = model if model is not None else laplace.model
+    parameters = _fitted_parameters(laplace, whole)
+    flat = (precision - laplace.prior_precision_diag).detach()
+    expected = sum(value.numel() for value in parameters.values())
+    if flat.numel() != expected:
+        raise ValueError(
+            f"the Laplace approximation has {flat.numel()} numbers, the model {expected} trainable weights"
+        )
+    pieces = flat.split([value.numel() for value in parameters.values()])
+    mean = {
+        name: piece.view(value.shape) / count
+        for (name, value), piece in zip(parameters.items(), pieces, strict=True)
+    }
+    info = {
+        "estimator": "laplace",
+        "examples_seen": str(count),
+        "fingerprint": fingerprint(parameters, model_sampler(whole)),
+        "torch": torch.__version__,
+    }
+    return Curvature.from_dict(mean, count, info)
+
+
+def _fitted_parameters(laplace: Any, model: nn.Module) -> dict[str, nn.Parameter]:
+    """All trainable parameters, or those of the last layer where only it was fitted, by the model's names."""
+    last: Any = getattr(laplace.model, "last_layer", None)
+    if isinstance(last, nn.Module):  # laplace-torch wraps the model: its own names lie one level down
+        own = {id(value) for value in last.parameters()}
+        source: Any = model if model is not laplace.model else laplace.model.model
+        return {name: value for name, value in source.named_parameters() if id(value) in own}
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}

@@ -1,0 +1,114 @@
+"""Interrupted runs: the sums so far in a safetensors file beside the result, from which the same call goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from estimators import distributed
+from estimators.convergence import Convergence
+from estimators.problem import Problem
+
+
+class Journal:
+    """Saves the state of a run now and then, and finds it again.
+
+    Args:
+        path: the file; ranks append their number to it.
+        identity: everything that must agree for the sums to be added to (model, method, options).
+    """
+
+    def __init__(self, path: str | os.PathLike[str], identity: dict[str, str]) -> None:
+        rank, world = distributed.place()
+        self.path = Path(f"{os.fspath(path)}.{rank}" if world > 1 else os.fspath(path))
+        self.identity = {**identity, "processes": str(world)}
+
+    def save(self, problem: Problem, convergence: Convergence, batches: int) -> None:
+        """Write aside and rename, so that an interruption here loses nothing."""
+        from safetensors.torch import save_file
+
+        state = {
+            "batches": batches,
+            "counts": problem.counts,
+            "label_kind": problem.label_kind,
+            "columns": problem.columns,
+            "draws": problem.draws,
+            "notes": problem.notes,
+            "convergence": vars(convergence),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            sums = {key: value.contiguous() for key, value in problem.sums.items()}
+            save_file(
+                sums, aside, metadata={"identity": json.dumps(self.identity), "state": json.dumps(state)}
+            )
+            os.replace(aside, self.path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def load(self, problem: Problem, convergence: Convergence) -> int:
+        """Restore what was saved; how many batches are done, 0 without a file.
+
+        Raises:
+            ValueError: the file is of another run, or no such file at all; it names what differs.
+        """
+        if not self.path.exists():
+            return 0
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, "pt") as file:
+                metadata = file.metadata() or {}
+                sums = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            found, state = json.loads(metadata["identity"]), json.loads(metadata["state"])
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{self.path} holds no interrupted estimate ({error}); remove it or name another file"
+            ) from error
+        different = [key for key in self.identity if found.get(key) != self.identity[key]]
+        if different:
+            key = different[0]
+            raise ValueError(
+                f"{self.path} belongs to another run: its {key} is {found.get(key)}, here it is {self.identity[key]}; remove "
+                "it, or name another file"
+            )
+        for key, value in sums.items():
+            device = problem.sums[key].device if key in problem.sums else problem.device
+            problem.sums[key] = value.to(device)
+        problem.counts.update(state["counts"])
+        problem.label_kind, problem.columns, problem.draws = (
+            state["label_kind"],
+            state["columns"],
+            state["draws"],
+        )
+        problem.notes.update(state["notes"])
+        vars(convergence).update(state["convergence"])
+        return int(state["batches"])
+
+    def remove(self) -> None:
+        """The run is complete."""
+        self.path.unlink(missing_ok=True)
+
+
+def identity(problem: Problem, method: str, fingerprint: str, likelihood: Any) -> dict[str, str]:
+    """What two runs must share for one to continue the other."""
+    return {
+        "method": method,
+        "model fingerprint": fingerprint,
+        "likelihood": likelihood if isinstance(likelihood, str) else type(likelihood).__name__,
+        **{
+            option: str(getattr(problem, option))
+            for option in (
+                "samples",
+                "seed",
+                "standard_error",
+                "gradient",
+                "reduction",
+                "labels",
+                "kfac_form",
+            )
+        },
+    }

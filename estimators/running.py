@@ -1,0 +1,154 @@
+"""Going through the batches: sharing out, adding up, saving, stopping, and saying how far it got."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from estimators import distributed
+from estimators.batches import Batch, BatchReader
+from estimators.convergence import Convergence
+from estimators.inference import make_likelihood
+from estimators.problem import Problem
+from estimators.resume import Journal
+from estimators.sinks import DIAGONAL
+
+
+class Estimator(Protocol):
+    """What a module in ESTIMATORS offers."""
+
+    def start(self, problem: Problem) -> None:
+        """Make the accumulators in problem.sums."""
+
+    def step(self, problem: Problem, batch: Batch) -> None:
+        """Add one batch."""
+
+    def finish(self, problem: Problem, seen: int) -> dict[str, Any]:
+        """Sums into keyword arguments of Curvature.from_dict, per example."""
+
+
+@dataclass
+class Loop:
+    """How the batches are gone through.
+
+    Attributes:
+        title: for the progress bar.
+        progress: whether there is one.
+        tolerance: relative error of the trace at which to stop, or None.
+        journal: where the sums are saved every `seconds`, or None.
+        done: batches that an interrupted run had done.
+    """
+
+    title: str
+    progress: bool
+    tolerance: float | None
+    journal: Journal | None
+    seconds: float
+    done: int = 0
+
+
+def run(
+    problem: Problem, estimator: Estimator, batches: Iterable[Any], convergence: Convergence, loop: Loop
+) -> None:
+    """Add every batch that is this rank's; stop where the tolerance is reached."""
+    rank, world = distributed.place()
+    reader = BatchReader(problem.model, problem.device)
+    saved = time.monotonic()
+    silent = not loop.progress or rank > 0
+    with tqdm(desc=loop.title, unit=" examples", disable=silent, total=count_examples(batches)) as bar:
+        for index, seen, batch in distributed.shared_out(batches, reader, loop.done):
+            if batch is not None:
+                estimator.step(problem, batch)
+                problem.counts["examples"] += batch.size
+                if convergence.due(batch.size * problem.draws):
+                    convergence.add(traces(problem))
+            bar.update(seen - bar.n)
+            if loop.journal and time.monotonic() - saved > loop.seconds:
+                loop.journal.save(problem, convergence, index + 1)
+                saved = time.monotonic()
+            if (
+                loop.tolerance is not None
+                and (index + 1) % world == 0
+                and converged(convergence, loop.tolerance)
+            ):
+                problem.notes["stopped"] = f"relative error of the trace below {loop.tolerance}"
+                break
+
+
+def count_examples(batches: Iterable[Any]) -> int | None:
+    """For the progress bar: the examples of a DataLoader's dataset, where there is one."""
+    try:
+        return len(batches.dataset)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, NotImplementedError):
+        return None
+
+
+def traces(problem: Problem) -> list[float]:
+    """Trace of every tensor's accumulated diagonal so far."""
+    diagonals = [problem.sums[key] for name in problem.parameters if (key := DIAGONAL + name) in problem.sums]
+    return [float(value) for value in torch.stack([value.sum() for value in diagonals])] if diagonals else []
+
+
+def converged(convergence: Convergence, tolerance: float) -> bool:
+    """The same answer on every rank, from the groups of all."""
+    return Convergence.merged(distributed.gather(convergence)).reached(tolerance)
+
+
+def add_up_ranks(problem: Problem, convergence: Convergence) -> None:
+    """Everything that adds up, added up over ranks; what was settled at the first batch, from a rank that saw one."""
+    _, world = distributed.place()
+    if world == 1:
+        return
+    distributed.add_up(problem.sums, problem.device)
+    likelihood = None if problem.likelihood is None else problem.likelihood.name
+    mine = (problem.counts, problem.label_kind, problem.columns, problem.draws, likelihood, problem.notes)
+    everyone = distributed.gather(mine)
+    settled = max(everyone, key=lambda each: each[0]["examples"])
+    _, problem.label_kind, problem.columns, problem.draws, likelihood, notes = settled
+    problem.counts = sum((each[0] for each in everyone), start=Counter())
+    problem.notes = {**notes, "processes": str(world)}
+    if problem.likelihood is None and likelihood is not None:
+        problem.likelihood = make_likelihood(likelihood)
+    together = Convergence.merged(distributed.gather(convergence))
+    convergence.sizes, convergence.traces = together.sizes, together.traces
+
+
+def advice(convergence: Convergence, seen: int) -> str:
+    """One line about the noise: the error of the trace is halved by four times the examples."""
+    error = convergence.relative_error()
+    if error is None:
+        return "relative error of the trace: unknown, it takes two batches"
+    return f"relative error of the trace {100 * error:.2g} % after {seen:,} examples; {3 * seen:,} more would halve it"
+
+
+def provenance(
+    problem: Problem, method: str, print_of_weights: str, convergence: Convergence
+) -> dict[str, str]:
+    """Everything about the run that a reader of the file should know."""
+    info = {
+        "estimator": method,
+        "examples_seen": str(problem.counts["examples"]),
+        "predictions_seen": str(problem.counts["predictions"]),
+        "samples": str(problem.samples),
+        "reduction": problem.reduction,
+        "labels": problem.label_kind,
+        "likelihood": problem.likelihood.name if problem.likelihood is not None else "none",
+        "seed": str(problem.seed),
+        "fingerprint": print_of_weights,
+        "torch": torch.__version__,
+        **problem.notes,
+    }
+    error, errors = convergence.relative_error(), convergence.relative_errors()
+    if error is not None and errors:
+        names = [name for name in problem.parameters if DIAGONAL + name in problem.sums]
+        info["relative_error"] = f"{error:.4g}"
+        pairs = zip(names, errors, strict=True)
+        info["relative_errors"] = json.dumps({name: float(f"{value:.3g}") for name, value in pairs})
+    return info

@@ -1,0 +1,397 @@
+"""Every estimator against its definition, and the relations between them."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from estimators import Bernoulli, Categorical, Gaussian, estimate
+from tests import oracle
+from tests.estimators.architectures import V, as_batches, causal_loss, language, make, mlp, plain
+
+
+def logits_of(model, row):
+    inputs = {key: value for key, value in row.items() if key not in ("labels", "x")}
+    return (model(row["x"]) if "x" in row else model(**inputs).logits)[0]
+
+
+@pytest.mark.parametrize("name", ["mlp", "grouped cnn", "bert", "vit", "layer used twice", "own parameters"])
+@pytest.mark.parametrize("method", ["ggn", "fisher"])
+def test_exact_expectation_over_labels_is_the_ggn(name, method):
+    model, batch, _ = make(name)
+    expected = oracle.expected_squares(model, batch, logits_of, oracle.softmax_covariance)
+    found = estimate(model, as_batches(batch, 2), method=method, labels="exact")
+    assert found.info["labels"] == "exact expectation over labels"
+    assert oracle.relative_l1(found, expected) < 1e-9
+
+
+def test_two_classes_are_exact_by_default_and_info_says_so():
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(4, 2)).double(), plain(4, classes=2)
+    expected = oracle.expected_squares(model, batch, logits_of, oracle.softmax_covariance)
+    found = estimate(model, as_batches(batch))
+    assert oracle.relative_l1(found, expected) < 1e-9
+    assert found.info["labels"] == "exact expectation over labels"
+    assert found.info["samples"] == "1"
+    assert estimate(model, as_batches(batch), labels="sampled").info["labels"] == "sampled from the model"
+    many = estimate(
+        mlp(), [torch.randn(5, 4)]
+    )  # three classes need two columns: more than the one draw asked for
+    assert many.info["labels"] == "sampled from the model"
+
+
+def gaussian_covariance(variance):
+    return lambda logits: torch.eye(len(logits)).double() / variance
+
+
+def bernoulli_covariance(logits):
+    p = torch.sigmoid(logits)
+    return torch.diag(p * (1 - p))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "covariance"),
+    [
+        (Gaussian(0.25), gaussian_covariance(0.25)),
+        ("regression", gaussian_covariance(1.0)),
+        ("bernoulli", bernoulli_covariance),
+    ],
+)
+def test_ggn_of_other_likelihoods(likelihood, covariance):
+    model, batch, _ = make("mlp")
+    batch["labels"] = torch.rand(5, 3).round().double()
+    expected = oracle.expected_squares(model, batch, logits_of, covariance)
+    assert (
+        oracle.relative_l1(
+            estimate(model, as_batches(batch, 3), method="ggn", likelihood=likelihood), expected
+        )
+        < 1e-9
+    )
+
+
+# Unbiasedness. Each statistic is a mean over many independent runs, compared at 5 standard errors of the run-to-run
+# spread: a false alarm in about one of two million comparisons, and only the trace is compared, so one per test.
+
+
+def trace(curvature):
+    return float(sum(curvature[name].sum() for name in curvature))
+
+
+SAMPLED = {
+    "classification": (lambda: make("mlp"), {"likelihood": "classification"}, oracle.softmax_covariance),
+    "regression": (lambda: make("mlp"), {"likelihood": Gaussian(0.5)}, gaussian_covariance(0.5)),
+    "bernoulli": (lambda: make("mlp"), {"likelihood": "bernoulli"}, bernoulli_covariance),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize("options", [{}, {"samples": 3}, {"reduction": "batch"}], ids=str)
+def test_sampled_labels_are_unbiased(name, options):
+    build, likelihood, covariance = SAMPLED[name]
+    model, batch, _ = build()
+    expected = oracle.expected_squares(model, batch, logits_of, covariance)
+    target = float(sum(value.sum() for value in expected.values()))
+    inputs = [batch["x"]]
+    runs = 150
+    found = torch.tensor(
+        [
+            trace(estimate(model, inputs, labels="sampled", seed=s, progress=False, **likelihood, **options))
+            for s in range(runs)
+        ]
+    )
+    assert abs(float(found.mean()) - target) < 5 * float(found.std()) / math.sqrt(runs)
+    assert float(found.std()) > 0
+
+
+def test_a_true_label_batch_square_would_be_biased_and_is_refused():
+    """The trap: near an optimum the square of a batch's mean gradient is 1/B of the mean of squares."""
+    model, batch, loss = make("mlp")
+    gradients = oracle.per_example_gradients(model, batch, loss)
+    squares = sum(float(value.sum()) for value in oracle.mean_of_squares(gradients).values())
+    centred = {name: value - sum(g[name] for g in gradients) / 5 for name, value in gradients[0].items()}
+    assert set(centred) == set(gradients[0])
+    found = estimate(model, as_batches(batch, 5), method="empirical_fisher")
+    assert trace(found) == pytest.approx(squares, rel=1e-9)
+    with pytest.raises(ValueError, match='reduction="batch" is right only for method="fisher"'):
+        estimate(model, as_batches(batch), method="empirical_fisher", reduction="batch")
+
+
+@pytest.mark.parametrize("name", ["mlp", "bert", "gpt2", "grouped cnn", "t5"])
+def test_batch_size_does_not_matter(name):
+    model, batch, _ = make(name)
+    options = {"samples": 2, "seed": 3, "labels": "sampled", "gradient": True}
+    whole = estimate(model, as_batches(batch), **options)
+    for step in (1, 2, 4):
+        pieces = estimate(model, as_batches(batch, step), **options)
+        assert oracle.relative_l1(pieces, whole) < 1e-9
+        assert pieces.num_examples == whole.num_examples == 5
+        for key in whole:
+            torch.testing.assert_close(pieces.gradient(key), whole.gradient(key), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_more_padding_changes_nothing(name):
+    model, batch, _ = make(name)
+    longer = {
+        "input_ids": F.pad(batch["input_ids"], (0, 3), value=1),
+        "attention_mask": F.pad(batch["attention_mask"], (0, 3)),
+        "labels": batch["labels"] if name == "bert" else F.pad(batch["labels"], (0, 3), value=-100),
+    }
+    for method in ("fisher", "empirical_fisher"):
+        one, other = (estimate(model, [each], method=method) for each in (batch, longer))
+        assert oracle.relative_l1(one, other) < 1e-9
+    gram, padded = (estimate(model, [each], method="gram") for each in (batch, longer))
+    for key in gram:
+        if "pooler" not in key and "classifier" not in key:
+            torch.testing.assert_close(gram.factor_a(key), padded.factor_a(key))
+
+
+def test_a_language_model_fisher_sums_tokens_of_a_sequence_before_squaring():
+    model, batch, _ = make("gpt2")
+    found = estimate(model, as_batches(batch), seed=1)
+    assert found.info["likelihood"] == "causal_lm"
+    counted = batch["attention_mask"][:, 1:].sum()
+    assert found.info["predictions_seen"] == str(int(counted))
+    # labels left out: the same tokens are predicted, from the mask alone
+    without = estimate(model, [{key: batch[key] for key in ("input_ids", "attention_mask")}], seed=1)
+    assert oracle.relative_l1(without, found) < 1e-12
+
+
+def test_standard_errors_of_several_draws_are_those_of_examples():
+    """With the expectation over labels exact, s_n = sum_k g_nk^2: compared with the loop."""
+    model, batch, _ = make("mlp")
+    found = estimate(model, as_batches(batch, 2), method="ggn", standard_error=True)
+    rows = [
+        oracle.expected_squares(model, oracle.cut(batch, n), logits_of, oracle.softmax_covariance)
+        for n in range(5)
+    ]
+    for key in found:
+        stacked = torch.stack([row[key] for row in rows])
+        torch.testing.assert_close(found.standard_error(key), stacked.std(0) / 5**0.5, rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(found[key], stacked.mean(0))
+
+
+def test_standard_error_of_the_batch_form_is_that_of_batches():
+    model, batch, _ = make("mlp")
+    found = estimate(model, as_batches(batch, 1), reduction="batch", standard_error=True, labels="sampled")
+    each = estimate(model, as_batches(batch, 1), standard_error=True, labels="sampled")
+    for key in found:  # batches of one example: both forms are the same
+        torch.testing.assert_close(found[key], each[key])
+        torch.testing.assert_close(found.standard_error(key), each.standard_error(key))
+
+
+# Hessian
+
+
+def hessian_diagonal(model, batch, loss):
+    """By differentiating twice, one coordinate at a time."""
+    total = sum(loss(model, oracle.cut(batch, n)) for n in range(oracle.size(batch)))
+    parameters = oracle.trainable(model)
+    first = torch.autograd.grad(total, list(parameters.values()), create_graph=True)
+    found = {}
+    for name, g in zip(parameters, first, strict=True):
+        rows = [
+            torch.autograd.grad(value, parameters[name], retain_graph=True)[0].flatten()[i]
+            for i, value in enumerate(g.flatten())
+        ]
+        found[name] = torch.stack(rows).view(g.shape)
+    return found
+
+
+def test_hutchinson_is_exact_for_a_diagonal_hessian():
+    """loss = sum_i w_i^2 x_i^2 / 2 has a diagonal Hessian, which every probe gives exactly."""
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4).double())
+
+        def forward(self, x):
+            return self.w * x
+
+    model, x = Scale(), torch.randn(6, 4).double()
+    found = estimate(
+        model,
+        [(x, torch.randn(6, 4).double())],
+        method="hessian",
+        likelihood="regression",
+        samples=2,
+        standard_error=True,
+    )
+    torch.testing.assert_close(found["w"], (x**2).mean(0))
+    assert float(found.standard_error("w").max()) < 1e-7
+    assert found.info["product"] == "forward over reverse"
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt2"])
+def test_hutchinson_is_unbiased(name):
+    model, batch, loss = make(name)
+    if name == "gpt2":  # a part of it, to keep the oracle quick
+        for key, value in model.named_parameters():
+            value.requires_grad_("h.1.ln" in key or "ln_f" in key)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention cannot be differentiated twice
+        exact = hessian_diagonal(model, batch, loss)
+    found = estimate(
+        model, as_batches(batch), method="hessian", samples=400, standard_error=True, gradient=True
+    )
+    for key, value in exact.items():
+        error = found.standard_error(key)
+        assert float(((found[key] * 5 - value) / (5 * error + 1e-12)).abs().max()) < 5.5
+    gradient = oracle.sum_of(oracle.per_example_gradients(model, batch, loss))
+    assert oracle.relative_l1({key: found.gradient(key) for key in found}, gradient) < 1e-9
+
+
+# Kronecker factors
+
+
+def test_kfac_is_exact_for_a_linear_model_of_one_output():
+    """One linear layer, Gaussian likelihood: B is constant, so A (x) B is the Fisher, and its diagonal the diagonal."""
+    model, x = nn.Sequential(nn.Linear(4, 3)).double(), torch.randn(7, 4).double()
+    found = estimate(
+        model, [(x, torch.randn(7, 3).double())], method="kfac", likelihood="regression", samples=3
+    )
+    exact = estimate(model, [(x, torch.randn(7, 3).double())], method="ggn", likelihood="regression")
+    torch.testing.assert_close(found.factor_a("0.weight"), x.T @ x / 7)
+    torch.testing.assert_close(found.factor_b("0.weight"), torch.eye(3).double())
+    for key in exact:
+        torch.testing.assert_close(found[key], exact[key])
+
+
+def test_kfac_forms_on_shared_weights():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(5, 7, 4).double(), torch.randn(5, 7, 3).double()
+    options = {"method": "kfac", "likelihood": "regression", "labels": "exact"}
+    expand = estimate(model, [(x, y)], **options)
+    reduce = estimate(model, [(x[:3], y[:3]), (x[3:], y[3:])], kfac_form="reduce", **options)
+    hidden = model[1](model[0](x)).detach()
+    torch.testing.assert_close(expand.factor_a("2.weight"), torch.einsum("bti,btj->ij", hidden, hidden) / 35)
+    torch.testing.assert_close(expand.factor_b("2.weight"), 7 * torch.eye(3).double())
+    torch.testing.assert_close(
+        reduce.factor_a("2.weight"), torch.einsum("bi,bj->ij", hidden.mean(1), hidden.mean(1)) / 5
+    )
+    torch.testing.assert_close(reduce.factor_b("2.weight"), 7 * torch.eye(3).double())
+
+
+def test_kfac_has_the_diagonal_for_everything_else():
+    model, batch, _ = make("bert")
+    found = estimate(model, as_batches(batch), method="kfac", labels="exact")
+    exact = estimate(model, as_batches(batch), method="ggn")
+    plain_ones = [key for key in exact if found.factor_a(key) is None]
+    assert any("LayerNorm" in key for key in plain_ones)
+    assert "bert.embeddings.word_embeddings.weight" in plain_ones
+    for key in plain_ones:
+        torch.testing.assert_close(found[key], exact[key])
+    ratio = trace(found) / trace(exact)
+    assert 0.2 < ratio < 5  # the same scale
+
+
+def test_gram_is_the_second_moment_of_the_inputs_of_real_tokens():
+    model, batch, _ = make("bert")
+    seen = {}
+    layer = model.bert.encoder.layer[1].intermediate.dense
+    handle = layer.register_forward_hook(lambda module, args, output: seen.update(x=args[0].detach()))
+    with torch.no_grad():
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    handle.remove()
+    x = seen["x"][batch["attention_mask"].bool()]
+    found = estimate(model, as_batches(batch, 2), method="gram")
+    torch.testing.assert_close(found.factor_a("bert.encoder.layer.1.intermediate.dense.weight"), x.T @ x / 5)
+    assert found.factor_b("bert.encoder.layer.1.intermediate.dense.weight") is None
+    diagonal = found["bert.encoder.layer.1.intermediate.dense.weight"]
+    torch.testing.assert_close(diagonal, (x.T @ x / 5).diagonal().expand(12, 8))
+    assert found.info["labels"] == "none"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "grouped cnn", "conv1d", "t5"])
+def test_gram_of_other_layers_has_one_factor_per_input(name):
+    model, batch, _ = make(name)
+    found = estimate(model, as_batches(batch, 2), method="gram")
+    for key in found:
+        a = found.factor_a(key)
+        assert a.shape[0] == a.shape[1]
+        assert float(torch.linalg.eigvalsh(a).min()) > -1e-9
+        assert found[key].shape == model.get_parameter(key).shape
+    if name == "gpt2":  # transformers' Conv1D keeps (in, out)
+        assert found.factor_a("transformer.h.0.mlp.c_fc.weight").shape == (8, 8)
+
+
+def test_convolutional_gram_is_that_of_patches():
+    model, x = nn.Sequential(nn.Conv2d(2, 3, 2, padding=1)).double(), torch.randn(4, 2, 3, 3).double()
+    patches = F.unfold(x, 2, padding=1).transpose(1, 2).reshape(-1, 8)
+    found = estimate(model, [x], method="gram")
+    torch.testing.assert_close(found.factor_a("0.weight"), patches.T @ patches / 4)
+
+
+# A user's own likelihood
+
+
+class Poisson:
+    """Counts with log-rate f."""
+
+    name = "poisson"
+
+    def sample(self, output, generator):
+        return torch.poisson(output.detach().exp(), generator=generator)
+
+    def log_prob(self, output, labels):
+        return (labels * output - output.exp()).sum(1)
+
+
+def test_own_likelihood():
+    model, batch, _ = make("mlp")
+    labels = torch.poisson(torch.ones(5, 3)).double()
+    found = estimate(
+        model, [(batch["x"], labels)], method="empirical_fisher", likelihood=Poisson(), gradient=True
+    )
+    batch["labels"] = labels
+    expected = oracle.per_example_gradients(
+        model, batch, lambda m, row: -Poisson().log_prob(m(row["x"]), row["labels"]).sum()
+    )
+    assert oracle.relative_l1(found, oracle.mean_of_squares(expected)) < 1e-9
+    assert found.info["likelihood"] == "poisson"
+    covariance = lambda f: torch.diag(f.exp())  # noqa: E731
+    target = sum(
+        float(v.sum()) for v in oracle.expected_squares(model, batch, logits_of, covariance).values()
+    )
+    runs = torch.tensor(
+        [
+            trace(estimate(model, [batch["x"]], likelihood=Poisson(), seed=s, progress=False))
+            for s in range(150)
+        ]
+    )
+    assert abs(float(runs.mean()) - target) < 5 * float(runs.std()) / math.sqrt(150)
+
+
+def test_likelihoods_can_be_built_with_options():
+    model, batch, _ = make("mlp on positions")
+    batch["labels"][:, 2] = 7
+    ignoring = estimate(
+        model,
+        as_batches(batch),
+        method="empirical_fisher",
+        likelihood=Categorical("token_classification", ignore_index=7),
+    )
+    batch["labels"][:, 2] = -100
+    assert oracle.relative_l1(estimate(model, as_batches(batch), method="empirical_fisher"), ignoring) < 1e-12
+    assert Bernoulli().name == "bernoulli"
+
+
+def test_images_of_labels_have_their_classes_in_dimension_one():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(2, 3, 1)).double(), torch.randn(4, 2, 3, 3).double()
+    batch = {"x": x, "labels": torch.randint(0, 3, (4, 3, 3))}
+    loss = lambda m, row: F.cross_entropy(m(row["x"]), row["labels"], reduction="sum")  # noqa: E731
+    expected = oracle.mean_of_squares(oracle.per_example_gradients(model, batch, loss))
+    assert oracle.relative_l1(estimate(model, as_batches(batch), method="empirical_fisher"), expected) < 1e-9
+
+
+def test_model_with_a_vocabulary_that_is_no_square_draws_every_token():
+    """A sanity check of the labels a language model is given: the score has mean zero at every logit."""
+    model, batch, _ = make("gpt2")
+    assert model.config.vocab_size == V
+    assert causal_loss(model, oracle.cut(batch, 0)) > 0
+    assert set(language()) == set(batch)
