@@ -172,3 +172,16 @@ def _best(records: Sequence[Record]) -> str:
     scores = {model: _macro(records, model) or 0.0 for model in merges}
     best = max(scores, key=lambda model: scores[model])
     return f"{best} with {scores[best]:.1f}"
+
+
+def claims_report(records: Sequence[Record]) -> str:
+    """Each claim: its statement, threshold, measured values, seeds, and whether it holds."""
+    parts = []
+    for record in of_kind(records, "claim"):
+        verdict = "holds" if record["holds"] else "DOES NOT HOLD"
+        values = "; ".join(f"{name} {value:.3g}" for name, value in record["value"].items())
+        parts.append(
+            f"claim {record['claim']}: {verdict}. {record['statement']}\n"
+            f"    threshold: {record['threshold']}\n    measured ({record['seeds']} seeds): {values}"
+        )
+    return "\n".join(parts)

@@ -1,0 +1,61 @@
+"""The paper's equations on convex problems, where every quantity is exact: claims 1, 2, 3, 4 and 10."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from experiments.config import Study
+from experiments.pipeline import Stage, card, is_done
+from experiments.records import Record
+
+CLAIMS = ("exactness", "identities", "special_cases", "closer", "refinement")
+CODE = ("experiments.convex", "estimators", "gradmatch.rules", "gradmatch.kernels", "gradmatch.engine")
+
+
+class Config(Study):
+    """Keys of a theory config."""
+
+    experiment: Literal["theory"]
+    seeds: int = Field(default=40, gt=1)
+
+
+def stages(config: Config) -> list[Stage]:
+    """One stage per claim."""
+    seeds = list(range(config.seeds))
+    return [
+        Stage(
+            f"theory/{claim}",
+            f"experiments.theory:{claim}",
+            {"seeds": seeds},
+            code=CODE,
+            seconds=0.1 * config.seeds,
+        )
+        for claim in CLAIMS
+    ]
+
+
+def records(config: Config, store: Path) -> list[Record]:
+    """One record per claim; stages that failed are left out."""
+    found = []
+    for stage in stages(config):
+        if is_done(stage, store):
+            claim = json.loads((stage.folder(store) / "claim.json").read_text(encoding="utf-8"))
+            origin = card(stage, store)
+            kept = {
+                key: origin[key] for key in ("key", "commit", "versions", "machine", "seconds", "finished")
+            }
+            found.append(
+                {"experiment": config.experiment, "name": config.name, "kind": "claim", **claim, **kept}
+            )
+    return found
+
+
+def report(found: list[Record]) -> str:
+    """The claims with their thresholds, measured values and verdicts."""
+    from experiments.report import claims_report
+
+    return claims_report(found)
