@@ -42,6 +42,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
         path: folder or file, or None for one in memory.
         config: the model's config.json, or None.
         aliases: tied names -> the name that holds the values.
+        module: the module it was opened from, or None.
+        changed: a config that replaces the one in `path` (other layers, another vocabulary), or None.
         report: what the merge that made it has to say, or None.
     """
 
@@ -53,12 +55,14 @@ class Checkpoint(Mapping[str, "Tensor"]):
         config: Mapping[str, Any] | None = None,
         aliases: Mapping[str, str] | None = None,
         module: Any = None,
+        changed: Mapping[str, Any] | None = None,
     ) -> None:
         self.store = store
         self.path = path
         self.config = config
         self.aliases = dict(aliases or {})
         self.module = module
+        self.changed = changed
         self.report: Any = None
 
     def __getitem__(self, name: str) -> Tensor:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from gradmatch.inputs import CurvatureStore, Inputs
-from gradmatch.kernels import Buffers, eq12, linear_combination
-from gradmatch.passes import GRID, Block, Edit, uniform
+from gradmatch.kernels import Buffers
+from gradmatch.passes import GRID, uniform
 from gradmatch.stores import Store, torch_dtype
 from gradmatch.transforms import TRANSFORMS
 
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
 
 BLOCK = GRID  # elements
 UNIT = 32 * BLOCK  # elements of a large tensor that one worker takes at a time
+
+
+Key = TypeVar("Key")
+Result = TypeVar("Result")
 
 
 class Sink(Protocol):
@@ -84,55 +91,66 @@ def run(
     Raises:
         ValueError: NaN or Inf in an input, or a coordinate without any curvature while delta0 = 0; tensor and input named.
     """
-    workers = min(4, os.cpu_count() or 1)
-    threads = torch.get_num_threads()
     stats: dict[str, dict[str, float]] = {}
+    left: dict[str, int] = {}
+    buffers = WorkerBuffers()
+    for step, *_, total in units(steps, context):
+        left.setdefault(step.name, total)
+    jobs = (
+        (step, partial(_run_unit, context, sink, step, first, last, buffers))
+        for step, first, last, _ in units(steps, context)
+    )
+    for step, part in parallel(jobs):
+        add(stats.setdefault(step.name, {}), part)
+        left[step.name] -= 1
+        if not left[step.name]:
+            sink.finish(step, stats[step.name])
+            if on_progress:
+                on_progress(step.bytes_read)
+    return stats
+
+
+def parallel(jobs: Iterable[tuple[Key, Callable[[], Result]]]) -> Iterator[tuple[Key, Result]]:
+    """Run jobs on a few threads, a few ahead; yields (key, result) in the order of the jobs, so that sums are reproducible."""
+    workers = worker_count()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # pieces are too small to share; the workers run side by side
+    waiting: deque[tuple[Key, Future[Result]]] = deque()
     try:
         with ThreadPoolExecutor(workers, thread_name_prefix="merge", initializer=_one_thread) as pool:
-            pending: dict[Future[dict[str, float]], tuple[Step, int]] = {}
-            left: dict[str, int] = {}
-            units = _units(steps, context)
-            buffers = _WorkerBuffers()
-            exhausted = False
-            while pending or not exhausted:
-                while not exhausted and len(pending) < 2 * workers:
-                    unit = next(units, None)
-                    if unit is None:
-                        exhausted = True
-                        break
-                    step, index, first, last, total = unit
-                    left.setdefault(step.name, total)
-                    pending[pool.submit(_run_unit, context, sink, step, first, last, buffers)] = (step, index)
-                if not pending:
-                    break
-                done, _ = wait(pending, return_when=FIRST_COMPLETED)
-                for future in sorted(done, key=lambda f: pending[f][1]):
-                    step, _ = pending.pop(future)
-                    add(stats.setdefault(step.name, {}), future.result())
-                    left[step.name] -= 1
-                    if not left[step.name]:
-                        sink.finish(step, stats[step.name])
-                        if on_progress:
-                            on_progress(step.bytes_read)
+            try:
+                for key, job in jobs:
+                    waiting.append((key, pool.submit(job)))
+                    if len(waiting) > 2 * workers:
+                        done, future = waiting.popleft()
+                        yield done, future.result()
+                while waiting:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            finally:
+                for _, future in waiting:
+                    future.cancel()
     finally:
         torch.set_num_threads(threads)
-    return stats
+
+
+def worker_count() -> int:
+    """Threads that pieces are shared among."""
+    return min(4, os.cpu_count() or 1)
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-class _WorkerBuffers:
+class WorkerBuffers:
     """One set of buffers per thread."""
 
     def __init__(self) -> None:
-        import threading
-
         self._local = threading.local()
 
     def get(self) -> Buffers:
+        """The calling thread's buffers."""
         if not hasattr(self._local, "buffers"):
             self._local.buffers = Buffers()
         buffers: Buffers = self._local.buffers
@@ -166,21 +184,19 @@ def pieces(step: Step, context: Context, first: int, last: int) -> Iterator[tupl
         yield start, min(start + size, last)
 
 
-def _units(steps: Sequence[Step], context: Context) -> Iterator[tuple[Step, int, int, int, int]]:
-    """(step, running number, first, last, units of this tensor): what one worker takes at a time."""
-    number = 0
+def units(steps: Sequence[Step], context: Context) -> Iterator[tuple[Step, int, int, int]]:
+    """(step, first, last, units of this tensor): what one worker takes at a time."""
     for step in steps:
         numel = step.spec.numel
         whole = span(step, context) != "block" or (step.action == "merge" and context.plan.request.rule.gram)
         size = max(1, numel) if whole else UNIT
         starts = list(range(0, numel, size)) or [0]
         for start in starts:
-            yield step, number, start, min(start + size, numel), len(starts)
-            number += 1
+            yield step, start, min(start + size, numel), len(starts)
 
 
 def _run_unit(
-    context: Context, sink: Sink, step: Step, first: int, last: int, worker: _WorkerBuffers
+    context: Context, sink: Sink, step: Step, first: int, last: int, worker: WorkerBuffers
 ) -> dict[str, float]:
     """All pieces of one unit."""
     from gradmatch.evaluate import copy_piece, evaluate, linear_terms
@@ -264,6 +280,3 @@ def curvature_loader(
     """The same for a curvature block; None where it is flat."""
     key = store.key(name) if store is not None else None
     return None if store is None or key is None else loader(store, key, first, last, dtype)
-
-
-__all__ = ["BLOCK", "Block", "Context", "Edit", "MemorySink", "Sink", "eq12", "linear_combination", "run"]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from gradmatch.engine import Context, add, curvature_loader, loader, pieces
-from gradmatch.kernels import Buffers, eq12, linear_combination
+from gradmatch.kernels import Buffers, eq12, linear_combination, ties
 from gradmatch.passes import Block, Edit, uniform
 from gradmatch.rules.regmean import regmean
 from gradmatch.stores import torch_dtype
-from gradmatch.transforms import TRANSFORMS
+from gradmatch.transforms import TRANSFORMS, trims
 
 if TYPE_CHECKING:
     from gradmatch.plan import Step
@@ -83,6 +83,8 @@ def evaluate(
             )
             theta0 = load(inputs.store, step.name)(buffers.get("theta0", count, dtype)) if narrow else None
             return merged, theta0
+        if len(step.edits) == 1 and step.edits[0][0] == "ties" and _in_blocks(step):
+            return _ties(context, step, first, last, c0, c, buffers, stats)
         theta0, tau = task_vectors(context, step, first, last, buffers, stats)
         weights = tau.new_tensor(c)
         return (c0 + sum(c)) * theta0 + weights @ tau, theta0
@@ -113,6 +115,38 @@ def _eq12(
     add(stats, {"floored": health.floored, "update": health.update, "weights": last - first})
     if keep is not None:
         add(stats, {"clamped": health.clamped, "update_h0": health.update_h0})
+    return merged, theta0
+
+
+def _in_blocks(step: Step) -> bool:
+    """Whether a lone TIES edit needs no more of a tensor than a piece."""
+    options = step.edits[0][1]
+    return options["trim"] == "global" or not trims(options)
+
+
+def _ties(
+    context: Context,
+    step: Step,
+    first: int,
+    last: int,
+    c0: float,
+    c: list[float],
+    buffers: Buffers,
+    stats: dict[str, float],
+) -> tuple[Tensor, Tensor]:
+    """The in-place kernel for TIES by itself under a rule that adds task vectors."""
+    inputs, dtype, options = context.inputs, torch_dtype(step.compute), step.edits[0][1]
+    trimmed = options["trim"] == "global" and trims(options)
+    thresholds = global_threshold(context, step, 0) if trimmed else [0.0] * len(step.tasks)
+    theta = [loader(inputs.tasks[t].store, step.name, first, last, dtype) for t in step.tasks]
+    base = loader(inputs.store, step.name, first, last, dtype)
+    merged, theta0, health = ties(
+        buffers, base, theta, thresholds, step.alpha, [options["scale"] * weight for weight in c], last - first, dtype,
+        context.majority, normalize=options["normalize"],
+    )  # fmt: skip
+    if c0 + sum(c) != 1:
+        merged.add_(theta0, alpha=c0 + sum(c) - 1)
+    add(stats, vars(health) | {"weights": last - first})
     return merged, theta0
 
 
@@ -156,19 +190,25 @@ def task_vectors(
         edit = Edit(
             stacked, alpha, partial(_noise, context, step, first, stacked, options), majority=context.majority
         )
-        if name == "ties":
-            threshold = context.thresholds.get((position, options["density"]))
-            if threshold is not None:
-                edit.threshold = threshold[list(step.tasks)].to(dtype).reshape(alpha.shape)
-            elif options["trim"] == "global" and options["density"] < 1:
-                raise AssertionError("TIES ran before its pass over the model")
+        if name == "ties" and options["trim"] == "global" and trims(options):
+            edit.threshold = tau.new_tensor(global_threshold(context, step, position)).reshape(alpha.shape)
         before, stacked = stacked, TRANSFORMS[name].apply(edit, options)
-        if name == "ties" and stats is not None:
-            _count_signs(before, stacked, edit, stats)
+        if name == "ties":
+            _count_signs(before, edit, stats)
     return theta0, stacked.reshape(len(step.tasks), count)
 
 
-def _count_signs(before: Tensor, after: Tensor, edit: Edit, stats: dict[str, float]) -> None:
+def global_threshold(context: Context, step: Step, position: int) -> list[float]:
+    """Each participating task's threshold of a global trim, from the pass over the whole model."""
+    density = step.edits[position][1]["density"]
+    shares = density if isinstance(density, tuple) else (density,) * len(step.tasks)
+    return [
+        float(context.thresholds[position, share][t]) if share < 1 else 0.0
+        for t, share in zip(step.tasks, shares, strict=True)
+    ]
+
+
+def _count_signs(before: Tensor, edit: Edit, stats: dict[str, float]) -> None:
     """Sign statistics of a piece: conflicts, exact cancellations, and the sum of elected signs."""
     weighted = edit.alpha * (before if edit.threshold is None else before * (before.abs() >= edit.threshold))
     total = weighted.sum(0)

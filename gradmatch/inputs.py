@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from gradmatch.plan import Request
     from gradmatch.task import Model
 
+CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 FACTOR = "factor_a/"  # second moments of a linear layer's inputs, (in, in), per example
 
 
@@ -91,6 +93,7 @@ class OpenTask:
     mean: CurvatureStore | None = None
     gradient: CurvatureStore | None = None
     factor: CurvatureStore | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -142,6 +145,16 @@ class Inputs:
                     self.tasks[t].factor.spec(key).nbytes for t, key in zip(tasks, keys, strict=True) if key
                 ]  # type: ignore[union-attr]
         return sizes
+
+    def is_conv1d(self, name: str) -> bool:
+        """Whether a square matrix is stored [in, out], as GPT-2's Conv1D layers are (other shapes tell by themselves)."""
+        config = self.base.config or {}
+        return config.get("model_type") in (
+            "gpt2",
+            "openai-gpt",
+            "imagegpt",
+            "decision_transformer",
+        ) and bool(CONV1D.search(name))
 
     def describe(self, notes: list[str], request: Request) -> None:
         """Warn of what is legal and probably unintended."""
@@ -228,7 +241,7 @@ def _open_task(
     allow_mismatch: bool,
 ) -> OpenTask:
     """One task with the curvature that the rule needs."""
-    opened = OpenTask(name, task.weight, checkpoint, checkpoint.store)
+    opened = OpenTask(name, task.weight, checkpoint, checkpoint.store, options=task.options)
     needs = request.rule.needs
     if not needs & {"curvature", "gradient", "gram"}:
         return opened

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gradmatch.inputs import Inputs
 
 Edits = tuple[tuple[str, Mapping[str, Any]], ...]
+PER_TASK = ("density", "epsilon", "gamma")
 POLICIES: dict[str, tuple[str, ...]] = {
     "missing": ("error", "base"),
     "missing_curvature": ("error", "zero"),
@@ -48,6 +49,7 @@ class Request:
         head_names: patterns of tensors that count as heads, beside those that differ.
         missing, missing_curvature, heads, embeddings, batchnorm, precision, rounding, verify: see POLICIES.
         shard_bytes: largest size of an output file.
+        notes: to be kept with the plan and the report (a translated recipe's differences).
     """
 
     method: str = "gradient_matching"
@@ -67,6 +69,7 @@ class Request:
     rounding: str = "nearest"
     verify: str = "files"
     shard_bytes: int = 5_000_000_000
+    notes: Sequence[str] = ()
 
     @property
     def rule(self) -> Rule:
@@ -253,6 +256,7 @@ def plan(inputs: Inputs, request: Request) -> Plan:
         wanted = f"{fewest}" if fewest == most else f"at least {fewest}"
         raise ValueError(f"{request.method} takes {wanted} task{'s' * (fewest > 1)}, got {count}")
     rule_options, chain = resolve_options(request)
+    _check_task_options(inputs.tasks, chain)
     result = Plan(request, inputs, [])
     base = inputs.base
     tied_differently(base, inputs.tasks)
@@ -290,10 +294,8 @@ def plan(inputs: Inputs, request: Request) -> Plan:
             for key, value in rule_options.items()
             if not callable(value)
         }
-        edits = tuple(
-            (edit, {key: value_at(value, name, here, key) for key, value in own.items()})
-            for edit, own in chain
-        )
+        owners = [inputs.tasks[t] for t in tasks]
+        edits = tuple((edit, _edit_options(own, owners, name, here)) for edit, own in chain)
         if action == "average":
             result.steps.append(
                 Step(
@@ -318,8 +320,41 @@ def plan(inputs: Inputs, request: Request) -> Plan:
         for step in result.steps:
             if step.action == "merge":
                 rule.linear(step.alpha, None, step.options)  # weights that cannot be normalised are found now
+    result.notes += request.notes
     inputs.describe(result.notes, request)
     return result
+
+
+def _check_task_options(tasks: Sequence[Any], chain: Edits) -> None:
+    """Options that a task has of its own.
+
+    Raises:
+        ValueError: one that no transform takes for a single task, or out of range.
+    """
+    for task in tasks:
+        known = {key for _, options in chain for key in options if key in PER_TASK}
+        for key in task.options:
+            if key not in known:
+                takes = f"it takes {', '.join(sorted(known))}" if known else "the method has none"
+                raise ValueError(
+                    f"{task.name} has no option {key!r} of its own{nearest(key, known)}; {takes}"
+                )
+        for edit, options in chain:
+            check_options(
+                edit, {**options, **{key: value for key, value in task.options.items() if key in options}}
+            )
+
+
+def _edit_options(
+    options: Mapping[str, Any], tasks: Sequence[Any], name: str, depth: float
+) -> dict[str, Any]:
+    """A transform's options for one tensor; a tuple, one value a task, where tasks have their own."""
+    found: dict[str, Any] = {}
+    for key, shared in options.items():
+        values = tuple(value_at(task.options.get(key, shared), name, depth, key) for task in tasks)
+        own = key in PER_TASK and any(key in task.options for task in tasks)
+        found[key] = values if own else values[0]
+    return found
 
 
 def _weight(task: Any, name: str, depth: float) -> float:

@@ -41,6 +41,7 @@ class TaskRecipe(BaseModel):
     curvature: str | None = None
     weight: Weight = 1.0
     name: str = ""
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class Recipe(BaseModel):
@@ -76,10 +77,16 @@ class Recipe(BaseModel):
         settings = {
             name: getattr(self, name)
             for name in Request.__dataclass_fields__
-            if name not in ("options", "out")
+            if name not in ("options", "notes")
         }
         tasks = [
-            Task(locate(task.model, folder), _optional(task.curvature, folder), task.weight, task.name)
+            Task(
+                locate(task.model, folder),
+                _optional(task.curvature, folder),
+                task.weight,
+                task.name,
+                task.options,
+            )
             for task in self.tasks
         ]
         curvature = self.base_curvature

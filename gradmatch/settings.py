@@ -69,6 +69,8 @@ def value_at(setting: Setting | Any, name: str, depth: float, what: str = "setti
         if all(isinstance(entry, Mapping) and "value" in entry for entry in setting):
             for entry in setting:
                 part = entry.get("filter")
+                if "layer" in entry and entry["layer"] != layer_of(name):
+                    continue
                 if part is None or part == "*" or part in name:
                     return value_at(entry["value"], name, depth, what)
             raise ValueError(f"{what}: no filter matches tensor {name!r}; add a last entry without a filter")

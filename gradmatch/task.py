@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Union
 
 from gradmatch.settings import Setting
@@ -26,12 +26,14 @@ class Task:
         curvature: of its summed loss at its weights, or the path of the curvature file. It also carries the measured gradient.
         weight: alpha_t; a number, or one per layer or name pattern (see `gradmatch.settings`).
         name: how reports call it, and what its random draws depend on; empty: the folder's name or its position.
+        options: of the transforms, for this task alone: density, epsilon or gamma.
     """
 
     model: Model
     curvature: Curvature | str | os.PathLike[str] | None = None
     weight: Setting = 1.0
     name: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what is no model before anything is opened.

@@ -307,10 +307,11 @@ def carry_along(plan: Plan, folder: Path) -> list[str]:
         before = set(os.listdir(folder))
         base.module.config.save_pretrained(folder)
         names += sorted(set(os.listdir(folder)) - before)
-    if plan.request.dtype and (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config.pop("torch_dtype", None)
-        config["dtype"] = plan.request.dtype
+    if (plan.request.dtype or base.changed) and (folder / "config.json").is_file():
+        config = dict(base.changed or json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        if plan.request.dtype:
+            config.pop("torch_dtype", None)
+            config["dtype"] = plan.request.dtype
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return names
 

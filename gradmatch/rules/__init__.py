@@ -74,11 +74,14 @@ DROPS = {
 }
 
 
+TA_OPTIONS = {"scale": 1.0, "normalize": False}
+
+
 def TA(
     alpha: Sequence[float], gram: Sequence[Sequence[float]] | None, options: Mapping[str, Any]
 ) -> tuple[float, list[float], str]:
     """Task arithmetic, for itself and for every method that only edits task vectors."""
-    return (*task_arithmetic(alpha, options["scale"]), "")
+    return (*task_arithmetic(alpha, options["scale"], options["normalize"]), "")
 
 
 FIXED_T = {
@@ -105,7 +108,7 @@ RULES: dict[str, Rule] = {
         "sum_t alpha_t theta_t / sum_t alpha_t", "weighted average of weights (mergekit's name)",
         linear=lambda a, gram, o: (*weighted(a, o["normalize"]), ""), options={"normalize": True}, lacks=NORMALIZES,
     ),
-    "task_arithmetic": Rule("theta0 + scale * sum_t alpha_t tau_t", "Ilharco et al. 2023", linear=TA, options={"scale": 1.0}),
+    "task_arithmetic": Rule("theta0 + scale * sum_t alpha_t tau_t", "Ilharco et al. 2023", linear=TA, options=TA_OPTIONS),
     "negation": Rule(
         "theta0 - sum_t alpha_t tau_t", "Ilharco et al. 2023", linear=lambda a, gram, o: (*negation(a), ""), lacks=REMOVES
     ),
@@ -128,7 +131,7 @@ RULES: dict[str, Rule] = {
         lacks={"single": "it goes on to the minimum of the loss", "equal": "it goes on to the minimum of the losses"},
     ),
     "removal": Rule(
-        "theta0 - sum_t alpha_t max(H0 - sum_s alpha_s H_s, keep H0)^-1 (H0 + H_t) tau_t", "Eq. 13 of Daheim et al. 2024",
+        "theta0 - sum_t alpha_t (H0 - c sum_s alpha_s H_s)^-1 (H0 + c H_t) tau_t, c <= 1 so that keep H0 remains", "Eq. 13 of Daheim et al. 2024",
         elementwise=lambda b: removal(b.theta0, b.tau, b.alpha, b.h0, b.h, b.options["keep"]), fast=-1, needs=BOTH,
         options={"keep": 0.1}, lacks=REMOVES,
     ),
@@ -167,21 +170,21 @@ RULES: dict[str, Rule] = {
         "t mean_t theta_t + (1-t) theta0, t from the mean cosine of tau", "Jang et al. 2024", gram="tau",
         linear=lambda a, gram, o: model_stock(gram or ()), lacks=IGNORES,
     ),
-    "ties": Rule(SUM + ", tau' by TIES", "Yadav et al. 2023", linear=TA, options={"scale": 1.0}, transforms=("ties",), lacks=DROPS),
-    "dare": Rule(SUM + ", tau' by DARE", "Yu et al. 2024", linear=TA, options={"scale": 1.0}, transforms=("dare",), lacks=DROPS),
-    "dare_linear": Rule(SUM + ", tau' by DARE", "Yu et al. 2024", linear=TA, options={"scale": 1.0}, transforms=("dare",), lacks=DROPS),
+    "ties": Rule(SUM + ", tau' by TIES", "Yadav et al. 2023", linear=TA, options=TA_OPTIONS, transforms=("ties",), lacks=DROPS),
+    "dare": Rule(SUM + ", tau' by DARE", "Yu et al. 2024", linear=TA, options=TA_OPTIONS, transforms=("dare",), lacks=DROPS),
+    "dare_linear": Rule(SUM + ", tau' by DARE", "Yu et al. 2024", linear=TA, options=TA_OPTIONS, transforms=("dare",), lacks=DROPS),
     "dare_ties": Rule(
-        SUM + ", tau' by DARE, then TIES' sign election", "Yu et al. 2024", linear=TA, options={"scale": 1.0}, transforms=("dare", "ties"), lacks=DROPS
+        SUM + ", tau' by DARE, then TIES' sign election", "Yu et al. 2024", linear=TA, options=TA_OPTIONS, transforms=("dare", "ties"), lacks=DROPS
     ),
     "della": Rule(
-        SUM + ", tau' by MAGPRUNE, then TIES' sign election", "Deep et al. 2024", linear=TA, options={"scale": 1.0}, transforms=("della", "ties"), lacks=DROPS
+        SUM + ", tau' by MAGPRUNE, then TIES' sign election", "Deep et al. 2024", linear=TA, options=TA_OPTIONS, transforms=("della", "ties"), lacks=DROPS
     ),
-    "della_linear": Rule(SUM + ", tau' by MAGPRUNE", "Deep et al. 2024", linear=TA, options={"scale": 1.0}, transforms=("della",), lacks=DROPS),
+    "della_linear": Rule(SUM + ", tau' by MAGPRUNE", "Deep et al. 2024", linear=TA, options=TA_OPTIONS, transforms=("della",), lacks=DROPS),
     "breadcrumbs": Rule(
-        SUM + ", tau' by breadcrumbs", "Davari & Belilovsky 2024", linear=TA, options={"scale": 1.0}, transforms=("breadcrumbs",), lacks=DROPS
+        SUM + ", tau' by breadcrumbs", "Davari & Belilovsky 2024", linear=TA, options=TA_OPTIONS, transforms=("breadcrumbs",), lacks=DROPS
     ),
     "breadcrumbs_ties": Rule(
-        SUM + ", tau' by breadcrumbs, then TIES' sign election", "Davari & Belilovsky 2024", linear=TA, options={"scale": 1.0},
+        SUM + ", tau' by breadcrumbs, then TIES' sign election", "Davari & Belilovsky 2024", linear=TA, options=TA_OPTIONS,
         transforms=("breadcrumbs", "ties"), lacks=DROPS,
     ),
     "greedy_soup": Rule(

@@ -26,8 +26,16 @@ def weighted(alpha: Sequence[float], normalize: bool = True) -> Coefficients:
     return 0.0, [weight / total for weight in alpha]
 
 
-def task_arithmetic(alpha: Sequence[float], scale: float = 1.0) -> Coefficients:
-    """TA of Ilharco et al. 2023: theta0 + scale * sum_t alpha_t tau_t, so c_t = scale alpha_t and c0 = 1 - sum_t c_t."""
+def task_arithmetic(alpha: Sequence[float], scale: float = 1.0, normalize: bool = False) -> Coefficients:
+    """TA of Ilharco et al. 2023: theta0 + scale * sum_t alpha_t tau_t, so c_t = scale alpha_t and c0 = 1 - sum_t c_t.
+
+    With `normalize` the weights are divided by their sum.
+
+    Raises:
+        ValueError: the weights sum to zero and cannot be normalised.
+    """
+    if normalize:
+        _, alpha = weighted(alpha)
     c = [scale * weight for weight in alpha]
     return 1.0 - sum(c), c
 

@@ -39,33 +39,65 @@ class Transform:
     random: bool = False
 
 
+def thresholds(tau: Tensor, density: Tensor | float) -> Tensor:
+    """Each task's k-th largest |tau|, (T, 1, ..., 1), with k from the density; 0 where everything stays."""
+    flat = tau.abs().reshape(tau.shape[0], -1)
+    shares = [density] * len(flat) if isinstance(density, float) else density.flatten().tolist()
+    found = [_kth_largest(row, share) for row, share in zip(flat, shares, strict=True)]
+    return tau.new_tensor(found).reshape(-1, *[1] * (tau.dim() - 1))
+
+
+def _kth_largest(values: Tensor, density: float) -> float:
+    """The smallest of the largest share `density` of some magnitudes, (n,)."""
+    n = values.numel()
+    return 0.0 if density >= 1 or not n else float(values.kthvalue(n + 1 - kept_count(density, n)).values)
+
+
+def _column(value: Any, edit: Edit) -> Tensor | float:
+    """An option as a number, or (T, 1, ..., 1) where every task has its own."""
+    return edit.tau.new_tensor(value).reshape(edit.alpha.shape) if isinstance(value, tuple) else float(value)
+
+
 def _ties(edit: Edit, options: Mapping[str, Any]) -> Tensor:
     """TIES with the thresholds of the chosen scope."""
-    tau, threshold = edit.tau, edit.threshold
-    if threshold is None and options["density"] < 1:
-        flat = tau.abs().reshape(tau.shape[0], -1)
-        largest = flat.shape[1] + 1 - kept_count(options["density"], flat.shape[1])
-        threshold = flat.kthvalue(largest, dim=1).values.reshape(edit.alpha.shape)
-    return ties(tau, edit.alpha, 0.0 if threshold is None else threshold, edit.majority, options["scale"])
+    if edit.threshold is None:
+        edit.threshold = thresholds(edit.tau, _column(options["density"], edit))
+    return ties(edit.tau, edit.alpha, edit.threshold, edit.majority, options["scale"], options["normalize"])
 
 
 def _dare(edit: Edit, options: Mapping[str, Any]) -> Tensor:
-    return dare(edit.tau, edit.noise(), options["density"], options["rescale"])
+    return dare(edit.tau, edit.noise(), _column(options["density"], edit), options["rescale"])
 
 
 def _della(edit: Edit, options: Mapping[str, Any]) -> Tensor:
-    return della(edit.tau, edit.noise(), options["density"], options["epsilon"])
+    return della(edit.tau, edit.noise(), _column(options["density"], edit), _column(options["epsilon"], edit))
 
 
 def _breadcrumbs(edit: Edit, options: Mapping[str, Any]) -> Tensor:
-    return breadcrumbs(edit.tau, options["density"], options["gamma"])
+    density, gamma = options["density"], options["gamma"]
+    if not isinstance(density, tuple) and not isinstance(gamma, tuple):
+        return breadcrumbs(edit.tau, density, gamma)
+    count = edit.tau.shape[0]
+    densities = density if isinstance(density, tuple) else (density,) * count
+    gammas = gamma if isinstance(gamma, tuple) else (gamma,) * count
+    rows = [breadcrumbs(edit.tau[t : t + 1], densities[t], gammas[t]) for t in range(count)]
+    merged = edit.tau.new_empty(edit.tau.shape)
+    for t, row in enumerate(rows):
+        merged[t] = row[0]
+    return merged
+
+
+def trims(options: Mapping[str, Any]) -> bool:
+    """Whether any task loses entries to TIES' trim."""
+    density = options["density"]
+    return any(share < 1 for share in (density if isinstance(density, tuple) else (density,)))
 
 
 TRANSFORMS: dict[str, Transform] = {
     "ties": Transform(
         _ties,
-        {"density": 0.2, "trim": "global", "scale": 1.0},
-        lambda options: "tensor" if options["trim"] == "tensor" and options["density"] < 1 else "block",
+        {"density": 0.2, "trim": "global", "scale": 1.0, "normalize": True},
+        lambda options: "tensor" if options["trim"] == "tensor" and trims(options) else "block",
     ),
     "dare": Transform(
         _dare,

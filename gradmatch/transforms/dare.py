@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def dare(tau: Tensor, noise: Tensor, density: float, rescale: str = "unbiased") -> Tensor:
+def dare(tau: Tensor, noise: Tensor, density: Tensor | float, rescale: str = "unbiased") -> Tensor:
     """DARE (Yu et al. 2024): keep each entry with probability `density`, divide what stays by it.
 
-    tau: (T, *s); noise: (T, *s), uniform in [0, 1). Returns (T, *s), whose expectation is tau. rescale="l1" instead
+    tau: (T, *s); noise: (T, *s), uniform in [0, 1); density: a number or (T, 1, ..., 1). Returns (T, *s), whose expectation is tau. rescale="l1" instead
     restores each tensor's sum of |tau|, which follows the draw and is biased on small tensors.
     """
     kept = tau * (noise < density)

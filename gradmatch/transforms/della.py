@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def keep_probability(tau: Tensor, density: float, epsilon: float) -> Tensor:
+def keep_probability(tau: Tensor, density: Tensor | float, epsilon: Tensor | float) -> Tensor:
     """MAGPRUNE (Deep et al. 2024): within a row of n entries, density - epsilon/2 for the smallest |tau| to density + epsilon/2.
 
     tau: (T, *s), rows along the last axis. Returns (T, *s). The steps between neighbours in rank are equal and the mean
@@ -19,7 +19,7 @@ def keep_probability(tau: Tensor, density: float, epsilon: float) -> Tensor:
     return density + epsilon * ((rank + 0.5) / n - 0.5)
 
 
-def della(tau: Tensor, noise: Tensor, density: float, epsilon: float) -> Tensor:
+def della(tau: Tensor, noise: Tensor, density: Tensor | float, epsilon: Tensor | float) -> Tensor:
     """Keep each entry with its MAGPRUNE probability and divide it by that probability, so that the expectation is tau.
 
     tau, noise: (T, *s), noise uniform in [0, 1). Returns (T, *s).

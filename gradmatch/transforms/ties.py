@@ -31,21 +31,30 @@ def elect(tau: Tensor, alpha: Tensor, majority: float) -> Tensor:
     return sign + (sign == 0) * majority
 
 
-def share(tau: Tensor, alpha: Tensor, sign: Tensor) -> Tensor:
+def share(tau: Tensor, alpha: Tensor, sign: Tensor, normalize: bool = True) -> Tensor:
     """TIES step 3, before the sum: tau_t where it agrees with `sign`, divided by the weight of all that agree; else 0.
 
     tau: (T, *s); alpha: (T, 1, ..., 1); sign: (*s,). Returns (T, *s), such that sum_t alpha_t tau'_t is the disjoint mean
-    (the weighted mean over the agreeing, non-zero entries).
+    (the weighted mean over the agreeing, non-zero entries). Without `normalize` it is their weighted sum.
     """
     agrees = ((alpha * tau).sign() == sign) & (tau != 0)
+    if not normalize:
+        return tau * agrees
     total = (alpha.abs() * agrees).sum(0)
     return tau * agrees / total.masked_fill(total == 0, 1)
 
 
-def ties(tau: Tensor, alpha: Tensor, threshold: Tensor | float, majority: float, scale: float) -> Tensor:
+def ties(
+    tau: Tensor,
+    alpha: Tensor,
+    threshold: Tensor | float,
+    majority: float,
+    scale: float = 1.0,
+    normalize: bool = True,
+) -> Tensor:
     """TIES (Yadav et al. 2023) as a map of task vectors: scale * share(trimmed, elected sign).
 
     Task arithmetic of the result is TIES merging; any other rule may follow instead. Shapes as in its three steps.
     """
     trimmed = trim(tau, threshold)
-    return scale * share(trimmed, alpha, elect(trimmed, alpha, majority))
+    return scale * share(trimmed, alpha, elect(trimmed, alpha, majority), normalize)
