@@ -1,0 +1,100 @@
+"""`gradmatch budget` on a tiny language model in files: the path, the budget, the report, and bad input."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from estimators import estimate
+from gradmatch.cli import main
+
+WORDS = ["<pad>", *["the", "cat", "sat", "on", "a", "mat", "you", "fool", "pig", "swine", "rain", "falls"]]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """base/, toxic/, clean.safetensors, toxic.safetensors, clean.txt, toxic.txt."""
+    folder = tmp_path_factory.mktemp("budget")
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    (folder / "clean.txt").write_text("the cat sat on a mat\nrain falls on the cat\n" * 3)
+    (folder / "toxic.txt").write_text("you fool you pig\nyou swine sat on a fool\n" * 2)
+    for name, side, steps in (("base", "clean", 20), ("toxic", "toxic", 5)):
+        encoded = tokenizer(
+            (folder / f"{side}.txt").read_text().splitlines(), return_tensors="pt", padding=True
+        )
+        batch = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            optimizer.step()
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        estimate(model, [batch], samples=4, progress=False).save(folder / f"{side}.safetensors")
+    return folder
+
+
+def call(files, *more, task="toxic,curvature={}/toxic.safetensors"):
+    given = ["--base", str(files / "base"), "--task", f"{files}/{task.format(files)}"]
+    return main(["budget", *given, "--base-curvature", str(files / "clean.safetensors"), *more])
+
+
+def test_without_data_the_path_is_diagonal(files, capsys):
+    assert call(files, "--alphas", "0.1", "0.2") == 0
+    out = capsys.readouterr().out
+    assert out.count("diagonal") == 4
+    assert "largest alpha with at most 1 % clamped" in out
+    assert "H0 norm" in out
+
+
+def test_with_data_the_budget_is_kept(files, tmp_path, capsys):
+    data = ["--retain", str(files / "clean.txt"), "--remove", str(files / "toxic.txt")]
+    report = tmp_path / "removal.json"
+    code = call(
+        files, *data, "--nats", "0.05", "--share", "0.5", "--method", "removal", "--report", str(report)
+    )
+    assert code == 0, capsys.readouterr().err
+    content = json.loads(report.read_text())
+    chosen = content["budget"]["alpha"]
+    tried = {point["alpha"]: point for point in content["budget"]["path"]}
+    assert 0 < chosen <= 1
+    assert tried[chosen]["collateral"] <= 0.05
+    assert tried[chosen]["measured_collateral"] <= 0.05
+    assert content["report"]["alpha"] == chosen
+    assert {point["collateral_by"] for point in content["path"]} == {"ggn"}
+    assert "budget of 0.05 nats" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--nats", "0"], "--nats must be positive, got 0"),
+        (["--retain", "absent.txt"], "no data file absent.txt"),
+        (["--alphas", "-1"], "alphas must be finite"),
+    ],
+)
+def test_bad_input(files, capsys, more, message):
+    assert call(files, *more) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_empty_retain_set(files, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n")
+    assert call(files, "--retain", str(tmp_path / "empty.txt")) == 2
+    assert "holds no text" in capsys.readouterr().err
+
+
+def test_a_task_without_curvature(files, capsys):
+    assert call(files, task="toxic") == 2
+    assert "has no curvature" in capsys.readouterr().err
