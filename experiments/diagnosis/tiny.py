@@ -101,9 +101,11 @@ def make_world(seed: int, names: Sequence[str] = ("news", "reviews", "chat")) ->
 
 
 def initial(seed: int) -> Weights:
-    """Weights of a fresh net."""
+    """Weights of a fresh net; its activations before the BatchNorm are of scale 5, so that the statistics matter."""
     torch.manual_seed(seed)
-    return state(TinyNet())
+    weights = state(TinyNet())
+    weights["token.weight"] *= 5
+    return weights
 
 
 def fine_tune(

@@ -43,17 +43,22 @@ def one_task_dominates(evidence: Evidence) -> list[Cause]:
         size = max(by_weight, asked) * by_length
         if size < DOMINANCE or max(by_weight, asked, by_length) < DOMINANCE / 2:
             continue
-        saving = _measured_change(evidence, {task: used[task] * (1 / size - 1)})
+        # As long as the others' share, or half-way there on a logarithmic scale: whichever saves more.
+        repairs = [(1 / size, _measured_change(evidence, {task: used[task] * (1 / size - 1)}))]
+        if evidence.measured:
+            middle = size**-0.5
+            repairs.append((middle, _measured_change(evidence, {task: used[task] * (middle - 1)})))
+        factor, saving = max(repairs, key=lambda r: r[1].nats if r[1] else 0.0)
         if saving is not None and not evidence.matters(saving):
             continue
-        cost, source = _price(evidence, saving, {**used, task: used[task] / size})
+        cost, source = _price(evidence, saving, {**used, task: used[task] * factor})
         if by_length > max(by_weight, asked):
             causes.append(
                 Cause(
                     "overtrained_task",
                     task,
                     f"the task vector of {task!r} is {by_length:.1f} times as long as the others' (norm {norms[task]:.3g})",
-                    f"give {task!r} about 1/{size:.1f} of its weight, or stop its fine-tuning earlier",
+                    f"give {task!r} about {factor:.2g} of its weight, or stop its fine-tuning earlier",
                     CHOICE,
                     cost,
                     source,
@@ -67,7 +72,7 @@ def one_task_dominates(evidence: Evidence) -> list[Cause]:
                     "weight_too_large",
                     task,
                     f"{task!r} has {ratio:.1f} times the weight of the other tasks (coefficient {used[task]:.2f} in the merge)",
-                    f"lower its weight to about {evidence.alpha[task] / size:.2g}" + _auto(evidence, task),
+                    f"lower its weight to about {evidence.alpha[task] * factor:.2g}" + _auto(evidence, task),
                     CHOICE,
                     cost,
                     source,
@@ -183,26 +188,39 @@ def stale_batchnorm(evidence: Evidence) -> list[Cause]:
 
 
 def tasks_conflict(evidence: Evidence) -> list[Cause]:
-    """Two tasks that cannot be had together: whatever the weights, one of them keeps next to nothing."""
-    causes = []
+    """Tasks that cannot be had together: whatever the weights of the two, one of them keeps next to nothing.
+
+    Pairs that share a task are told as one cause, of the task that most of them share.
+    """
     known = [task for task in evidence.objectives if task in evidence.losses and evidence.task_gain(task) > 0]
-    for a, b in combinations(known, 2):
-        kept, rises = _best_compromise(evidence, a, b)
-        if kept >= NEXT_TO_NOTHING:
-            continue
-        i, j = evidence.scan.tasks.index(a), evidence.scan.tasks.index(b)
-        cosine = float(evidence.scan.cosines()[i, j])
+    found = {pair: _best_compromise(evidence, *pair) for pair in combinations(known, 2)}
+    left = {pair: compromise for pair, compromise in found.items() if compromise[0] < NEXT_TO_NOTHING}
+    causes = []
+    while left:
+        hub = max(known, key=lambda task: sum(task in pair for pair in left))
+        pairs = {pair: left.pop(pair) for pair in list(left) if hub in pair}
+        partners = [a if b == hub else b for a, b in pairs]
+        kept = min(share for share, _ in pairs.values())
+        cosines = evidence.scan.cosines()
+        place = evidence.scan.tasks.index
+        cosine = min(float(cosines[place(hub), place(other)]) for other in partners)
+        others = ", ".join(repr(other) for other in partners)
         causes.append(
             Cause(
                 "tasks_conflict",
-                f"{a} and {b}",
-                f"at the best weights found for {a!r} and {b!r} alone, one of them keeps {kept:.0%} of what its fine-tuning gained "
-                f"over the base (negative: it is worse than the base; cosine of the task vectors {cosine:.2f})",
-                "merge only one of the two, or keep both as experts of a mixture",
+                " and ".join(sorted([hub, *partners], key=known.index)) if len(pairs) == 1 else hub,
+                f"at the best weights found for {hub!r} and each of {others} alone, one of the two keeps as little as {kept:.0%} of what "
+                f"its fine-tuning gained over the base (negative: worse than the base; cosine of the task vectors {cosine:.2f})",
+                "merge only one of the two, or keep both as experts of a mixture"
+                if len(pairs) == 1
+                else f"leave {hub!r} out, or keep it as an expert of a mixture",
                 CHOICE,
-                sum(rises[task] * evidence.objectives[task].num_examples for task in (a, b)),
+                max(
+                    sum(rises[task] * evidence.objectives[task].num_examples for task in pair)
+                    for pair, (_, rises) in pairs.items()
+                ),
                 "measured",
-                {"kept": kept, "cosine": cosine, **{f"rise {task}": rises[task] for task in (a, b)}},
+                {"kept": kept, "cosine": cosine, "pairs": float(len(pairs))},
             )
         )
     return causes

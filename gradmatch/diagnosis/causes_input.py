@@ -187,22 +187,24 @@ def copied_layers(evidence: Evidence) -> list[Cause]:
             if not same:
                 continue
             names = [name for group in same for name in groups[group]]
-            wearer = _wearer(evidence, tasks[i], tasks[j], names)
-            owner = tasks[j] if wearer == tasks[i] else tasks[i]
+            wearer, owner = _wearer(evidence, tasks[i], tasks[j], names)
+            subject = wearer if owner else f"{tasks[j]} and {tasks[i]}"
             if different:
-                text = f"{', '.join(same[:3])} of {wearer!r} holds the same values as that of {owner!r}, while their other layers differ"
+                what = (
+                    f"{wearer!r} holds the same values as that of {owner!r}"
+                    if owner
+                    else f"{subject} holds the same values"
+                )
+                text = f"{', '.join(same[:3])} of {what}, while their other layers differ"
                 remedy = f"give {wearer!r} its own head, or keep each task's head beside the merged trunk"
             else:
-                text = f"{wearer!r} and {owner!r} are the same model"
+                text = f"{tasks[j]!r} and {tasks[i]!r} are the same model"
                 remedy = f"leave {wearer!r} out, or give the pair the weight of one"
-            if different:
-                saving = _saving(evidence, _without, wearer, names)
-            else:
-                saving = None
+            saving = _saving(evidence, _without, wearer, names) if different else None
             causes.append(
                 Cause(
                     "head_of_another_task" if different else "same_model_twice",
-                    wearer,
+                    subject,
                     text,
                     remedy,
                     INPUT,
@@ -224,9 +226,11 @@ def relabelled(evidence: Evidence) -> list[Cause]:
         pooled = torch.stack([evidence.confusions[m][task] for m in others]).sum(0)
         renaming, renamed = best_relabelling(pooled)
         plain, chance = accuracy_of(pooled), 1 / len(pooled)
-        # The renaming must recover what the plain labels lose: over half of what is above chance, beyond the noise of n.
+        # Renamed, the others must come at least half-way from chance to what the task's own model reaches, and most of that
+        # must be due to the renaming, beyond the noise of n examples.
         error = math.sqrt(0.25 / max(1.0, float(own.sum())))
-        convincing = renamed - plain > max(HALF * (renamed - chance), 3 * error)
+        reaches = renamed - chance > HALF * (accuracy_of(own) - chance)
+        convincing = reaches and renamed - plain > max(HALF * (renamed - chance), 3 * error)
         fits_itself = accuracy_of(own) >= best_relabelling(own)[1] - error
         others_fit = all(
             best_relabelling(evidence.confusions[m][m])[0] == list(range(len(own)))
@@ -426,13 +430,18 @@ def _planned_update(evidence: Evidence) -> float:
     return float(alpha @ evidence.scan.gram() @ alpha)
 
 
-def _wearer(evidence: Evidence, a: str, b: str, names: list[str]) -> str:
-    """Which of two tasks wears the other's head: the one that lost more on its own data against the base."""
-    if (
-        a in evidence.objectives
-        and b in evidence.objectives
-        and a in evidence.losses
-        and b in evidence.losses
-    ):
-        return min((a, b), key=evidence.task_gain)
-    return a
+def _wearer(evidence: Evidence, a: str, b: str, names: list[str]) -> tuple[str, str]:
+    """(wearer, owner) of layers that two tasks share: the owner's own loss would miss them more, were they the base's.
+
+    The owner is "" where data does not tell (the two losses within two standard errors of one another).
+    """
+    if a not in evidence.losses or b not in evidence.losses or not {a, b} <= set(evidence.objectives):
+        return a, ""
+    missed, variance = {}, 0.0
+    for task in (a, b):
+        weights = {**evidence.tasks[task], **{name: evidence.base[name] for name in names}}
+        difference = evidence.objectives[task].losses(weights) - evidence.losses[task][task]
+        missed[task] = float(difference.mean())
+        variance += float(difference.var()) / len(difference) if len(difference) > 1 else 0.0
+    wearer, owner = sorted((a, b), key=missed.__getitem__)
+    return wearer, owner if missed[owner] - missed[wearer] > 2 * math.sqrt(variance) else ""

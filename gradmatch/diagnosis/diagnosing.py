@@ -196,7 +196,7 @@ def diagnose(
     if data is None:
         notes.append("no data: costs are not measured, only what files tell is told (pass data, or --data)")
     else:
-        structure = module or _module_of(base, theta0)
+        structure = module or module_of(base, theta0)
         sizes = {**{t: c.num_examples for t, c in curvatures.items()}, **(num_examples or {})}
         for task in names:
             if task in data:
@@ -447,7 +447,7 @@ def _overlaps(curvatures: Mapping[str, Curvature]) -> dict[tuple[str, str], floa
     return overlaps
 
 
-def _module_of(base: Model | Checkpoint, opened: Checkpoint) -> nn.Module:
+def module_of(base: Model | Checkpoint, opened: Checkpoint) -> nn.Module:
     """The structure to run data through: the base where it is a module, else what its config.json describes.
 
     Raises:

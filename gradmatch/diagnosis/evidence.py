@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gradmatch.diagnosis.barrier import interpolate
+from gradmatch.diagnosis.scan import STATISTICS
 from gradmatch.rules import RULES
 
 if TYPE_CHECKING:
@@ -165,9 +166,10 @@ class Evidence:
         return result
 
     def at_coefficients(self, coefficients: Mapping[str, float]) -> dict[str, Tensor]:
-        """theta0 + sum_t c_t tau_t; tensors that are not shared come from the merge (or the base)."""
+        """theta0 + sum_t c_t tau_t, with BatchNorm statistics averaged by |c_t|; the rest comes from the merge (or the base)."""
         result = {}
         template = self.base if self.merged is None else self.merged
+        total = sum(abs(c) for c in coefficients.values())
         for name in template:
             value = template[name]
             if name in self.scan.tensors:
@@ -175,6 +177,10 @@ class Evidence:
                 value = base.clone()
                 for task, c in coefficients.items():
                     value.add_(self.tasks[task][name].float() - base, alpha=c)
+            elif name.endswith(STATISTICS) and value.is_floating_point() and total > 0:
+                value = torch.zeros_like(value, dtype=torch.float32)
+                for task, c in coefficients.items():
+                    value.add_(self.tasks[task][name].float(), alpha=abs(c) / total)
             result[name] = value
         return result
 

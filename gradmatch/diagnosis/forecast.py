@@ -101,6 +101,7 @@ def best_coefficients(
     products: Sequence[Products],
     importance: Mapping[str, float] | None = None,
     *,
+    free: Sequence[str] | None = None,
     lower: float = 0.0,
     upper: float = math.inf,
     ridge: float = 1e-9,
@@ -110,6 +111,7 @@ def best_coefficients(
     Args:
         products: one per task (and one for the base's own data where it should be kept).
         importance: task -> w_t; None: 1/N_t, so that every task's mean loss counts the same.
+        free: directions that get a coefficient, the others stay at 0; None: all.
         lower: smallest coefficient.
         upper: largest coefficient.
         ridge: relative Tikhonov term; it settles directions that no task's loss can see.
@@ -129,12 +131,14 @@ def best_coefficients(
         w = importance.get(p.task, 0.0)
         hessian += w * p.curvature
         linear += w * (p.slope - p.curvature @ p.position)
-    hessian = (hessian + hessian.T) / 2
-    hessian += np.eye(k) * (ridge * np.trace(hessian) / k + np.finfo(float).tiny)
-    c = solve_box(hessian, linear, lower, upper)
+    moving = [i for i, name in enumerate(directions) if free is None or name in free]
+    hessian = ((hessian + hessian.T) / 2)[np.ix_(moving, moving)]
+    hessian += np.eye(len(moving)) * (ridge * np.trace(hessian) / len(moving) + np.finfo(float).tiny)
+    c = np.zeros(k)
+    c[moving] = solve_box(hessian, linear[moving], lower, upper)
     rises = {p.task: p.rise(c) for p in products}
     return BestWeights(
-        dict(zip(directions, c.tolist(), strict=True)),
+        {directions[i]: float(c[i]) for i in moving},
         rises,
         all(p.trusted(c) for p in products),
         sum(importance.get(p.task, 0.0) * rises[p.task] for p in products),

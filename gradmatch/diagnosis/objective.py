@@ -93,12 +93,12 @@ class Objective:
         return None if counts is None else float(counts.diagonal().sum() / counts.sum().clamp(min=1))
 
     def uniform_loss(self) -> float:
-        """Nats per example of a guess that knows nothing: log C for each prediction that counts; 1 for regression."""
+        """Nats per example of a guess that knows nothing: log C for each prediction that counts; inf for regression."""
         total = 0.0
         with self._evaluating(), torch.no_grad():
             for reading in self._readings({}):
                 if not isinstance(self._likelihood, Categorical | Bernoulli):
-                    return 1.0
+                    return math.inf
                 classes = reading.view.shape[2] if isinstance(self._likelihood, Categorical) else 2
                 total += math.log(classes) * reading.count()
         return total / self.seen
@@ -143,7 +143,7 @@ class Objective:
                     reading, tangent = self._jvp(weights, leaves, direction, index)
                     readings.append(reading)
                     products.append(tangent)
-                total += output_hessian(self._known(), readings[0], torch.stack(products)).cpu()
+                total += output_hessian(self._known_hessian(), readings[0], torch.stack(products)).cpu()
         return total * self.scale
 
     def _jvp(
@@ -161,6 +161,7 @@ class Objective:
             return value
 
         tangent = torch.func.jvp(outputs, (moving,), (tangents,))[1]
+        self._known_hessian()
         class_dim = getattr(self._likelihood, "class_dim", -1)
         reading = rest[-1]
         shape = reading.view.shape
@@ -195,6 +196,14 @@ class Objective:
         assert self._likelihood is not None  # the first reading infers it
         return self._likelihood
 
+    def _known_hessian(self) -> Categorical | Bernoulli | Gaussian:
+        if isinstance(self._likelihood, Categorical | Bernoulli | Gaussian):
+            return self._likelihood
+        raise ValueError(
+            f"the likelihood {self._known().name!r} has no known Hessian in its outputs; forecasts need classification, "
+            "language modelling, bernoulli or regression"
+        )
+
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Eval mode, and attention kernels that have a forward-mode derivative."""
@@ -208,13 +217,12 @@ class Objective:
                 module.training = training
 
 
-def output_hessian(likelihood: Likelihood, reading: Reading, products: Tensor) -> Tensor:
+def output_hessian(
+    likelihood: Categorical | Bernoulli | Gaussian, reading: Reading, products: Tensor
+) -> Tensor:
     """sum over examples of (J u_i)' Lambda (J u_j): Lambda = diag(p) - p p' (softmax), s (1 - s), 1 / variance (Gaussian).
 
     products: (K, B, T, C), derivatives of the outputs along K directions. Returns (K, K) float64.
-
-    Raises:
-        ValueError: a user's own likelihood, whose Lambda is not known.
     """
     products, outputs = products.double(), reading.view.double()
     if isinstance(likelihood, Categorical):
@@ -223,13 +231,8 @@ def output_hessian(likelihood: Likelihood, reading: Reading, products: Tensor) -
     elif isinstance(likelihood, Bernoulli):
         s = outputs.sigmoid()
         products = products * (s * (1 - s)).sqrt()
-    elif isinstance(likelihood, Gaussian):
-        products = products / math.sqrt(likelihood.variance)
     else:
-        raise ValueError(
-            f"the likelihood {likelihood.name!r} has no known Hessian in its outputs; forecasts need classification, "
-            "language modelling, bernoulli or regression"
-        )
+        products = products / math.sqrt(likelihood.variance)
     if reading.valid is not None:
         products = products * reading.valid[..., None]
     flat = products.flatten(1)

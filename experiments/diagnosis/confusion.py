@@ -1,0 +1,44 @@
+"""Stage: diagnose every case of one seed, and note what came out on top."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from experiments.diagnosis import tiny
+from experiments.diagnosis.cases import CASES
+from gradmatch import diagnose
+
+
+def diagnose_cases(out: Path, *, seed: int, cases: Sequence[str]) -> None:
+    """Build each case in a world of this seed, diagnose it with data, and write `out/cases.json`."""
+    torch.manual_seed(seed)
+    world = tiny.make_world(seed)
+    rows = []
+    for name in tqdm(cases, desc=f"diagnosing, seed {seed}"):
+        case = CASES[name]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the faults are deliberate
+            arguments = case.build(world)
+            start = time.perf_counter()
+            result = diagnose(**arguments)
+        first = result.causes[0] if result.causes else None
+        rows.append(
+            {
+                "case": name,
+                "expected": case.expected,
+                "found": first.name if first else "",
+                "subject": first.subject if first else "",
+                "right": (first.name if first else "") == case.expected,
+                "right_subject": first is not None and case.subject in first.subject,
+                "causes": [[cause.name, cause.subject, cause.cost] for cause in result.causes],
+                "seconds": round(time.perf_counter() - start, 2),
+            }
+        )
+    (out / "cases.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -1,0 +1,119 @@
+"""Does the diagnosis name the true cause? Merges that fail on purpose, and healthy ones, over seeds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from experiments.config import Study
+from experiments.diagnosis.cases import CASES, HEALTHY
+from experiments.pipeline import Stage, card, is_done
+from experiments.records import Record, of_kind
+
+CODE = ("experiments.diagnosis", "gradmatch.diagnosis", "gradmatch.engine", "gradmatch.rules", "estimators")
+
+
+class Config(Study):
+    """Keys of the config: which seeds the rules were set on, which they are checked on, and which cases (empty: all)."""
+
+    experiment: Literal["diagnosis"]
+    development: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = Field(default=(10, 11, 12), min_length=1)
+    cases: tuple[str, ...] = ()
+
+    @field_validator("cases")
+    @classmethod
+    def _known(cls, cases: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [case for case in cases if case not in CASES]
+        if unknown:
+            raise ValueError(f"unknown case {unknown[0]!r}; known: {', '.join(CASES)}")
+        return cases
+
+
+def stages(config: Config) -> list[Stage]:
+    """One per seed."""
+    return list(cells(config).values())
+
+
+def cells(config: Config) -> dict[int, Stage]:
+    """Seed -> its stage."""
+    cases = list(config.cases or CASES)
+    return {
+        seed: Stage(
+            f"diagnosis/seed{seed}",
+            "experiments.diagnosis.confusion:diagnose_cases",
+            {"seed": seed, "cases": cases},
+            {},
+            CODE,
+            1.5 * len(cases),
+        )
+        for seed in (*config.development, *config.seeds)
+    }
+
+
+def records(config: Config, store: Path) -> list[Record]:
+    """One record per case and seed."""
+    found = []
+    for seed, stage in cells(config).items():
+        if is_done(stage, store):
+            origin = {
+                key: card(stage, store)[key] for key in ("key", "commit", "versions", "machine", "finished")
+            }
+            rows: list[dict[str, Any]] = json.loads(
+                (stage.folder(store) / "cases.json").read_text(encoding="utf-8")
+            )
+            found += [
+                {
+                    "experiment": config.experiment,
+                    "name": config.name,
+                    "kind": "case",
+                    "seed": seed,
+                    "split": "development" if seed in config.development else "check",
+                    **row,
+                    **origin,
+                }
+                for row in rows
+            ]
+    return found
+
+
+def report(found: list[Record]) -> str:
+    """The confusion table, of the seeds that the rules were set on and of those they were not."""
+    parts = []
+    for split in ("development", "check"):
+        rows = [record for record in of_kind(found, "case") if record["split"] == split]
+        if rows:
+            seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+            what = "set on these" if split == "development" else "not looked at while the rules were set"
+            parts.append(f"Seeds {seeds} ({what})\n" + confusion_table(rows))
+    return "\n\n".join(parts)
+
+
+def confusion_table(rows: list[Record]) -> str:
+    """Case by case: how often the true cause came first, and what came first instead."""
+    width = max(len(row["case"]) for row in rows)
+    lines = [f"{'case':<{width}}  {'true cause':<28}right  told first instead"]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        mine = [row for row in rows if row["case"] == case]
+        wrong = [row["found"] or "nothing" for row in mine if not row["right"]]
+        right = f"{len(mine) - len(wrong)}/{len(mine)}"
+        lines.append(
+            f"{case:<{width}}  {mine[0]['expected'] or '(healthy)':<28}{right:<7}{', '.join(wrong)}".rstrip()
+        )
+    failures = [row for row in rows if row["expected"] != HEALTHY]
+    healthy = [row for row in rows if row["expected"] == HEALTHY]
+    first = sum(row["right"] for row in failures)
+    blamed = sum(row["right"] and row["right_subject"] for row in failures)
+    if failures:
+        lines.append(
+            f"true cause first in {first} of {len(failures)} failures ({first / len(failures):.0%}), "
+            f"with the right task or model in {blamed}"
+        )
+    if healthy:
+        lines.append(
+            f"false alarms in {sum(not row['right'] for row in healthy)} of {len(healthy)} healthy merges"
+        )
+    return "\n".join(lines)
