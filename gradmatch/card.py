@@ -77,7 +77,7 @@ def input_fingerprints(made: Plan) -> dict[str, str]:
         "base": made.inputs.base,
         **{f"task {task.name}": task.checkpoint for task in made.inputs.tasks},
     }
-    return {role: fingerprint(list(model), model.sample) for role, model in models.items()}
+    return {role: fingerprint(list(model.original), model.original.sample) for role, model in models.items()}
 
 
 def versions() -> dict[str, str]:

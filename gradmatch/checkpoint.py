@@ -44,6 +44,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         aliases: tied names -> the name that holds the values.
         module: the module it was opened from, or None.
         changed: a config that replaces the one in `path` (other layers, another vocabulary), or None.
+        original: the checkpoint before its vocabulary was aligned; itself otherwise.
         report: what the merge that made it has to say, or None.
     """
 
@@ -63,6 +64,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         self.aliases = dict(aliases or {})
         self.module = module
         self.changed = changed
+        self.original = self
         self.report: Any = None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -142,8 +144,8 @@ def _in_memory(model: Any) -> Checkpoint:
         raise TypeError(f"a model is a path, a hub id, a state dict or a module, not {type(model).__name__}")
     module = model
     store = MemoryStore(module.state_dict(), type(module).__name__)
-    config = getattr(module, "config", None)
-    config = config.to_dict() if hasattr(config, "to_dict") else None
+    owned: Any = getattr(module, "config", None)
+    config = owned.to_dict() if hasattr(owned, "to_dict") else None
     return Checkpoint(store, config=config, aliases=store.aliases, module=module)
 
 

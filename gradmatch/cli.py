@@ -17,7 +17,10 @@ COMMANDS = {
     ),
     "merge": ("gradmatch.commands.merge", "merge fine-tuned models, by a recipe or by flags"),
     "subtract": ("gradmatch.commands.subtract", "remove what a task taught a model (Eq. 13)"),
-    "budget": ("gradmatch.commands.budget", "what removing a task will cost, and the largest weight within a budget"),
+    "budget": (
+        "gradmatch.commands.budget",
+        "what removing a task will cost, and the largest weight within a budget",
+    ),
     "diagnose": ("gradmatch.commands.diagnose", "find out why a merge failed, or whether it will"),
     "inspect": ("gradmatch.commands.inspect", "show what a checkpoint or curvature file holds"),
 }

@@ -201,7 +201,8 @@ def _run_unit(
     """All pieces of one unit."""
     from gradmatch.evaluate import copy_piece, evaluate, linear_terms
 
-    buffers, stats = worker.get(), {}
+    buffers = worker.get()
+    stats: dict[str, float] = {}
     dtype = torch_dtype(step.spec.dtype)
     if step.action == "copy":
         for start, stop in pieces(step, context, first, last):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import warnings
@@ -14,7 +15,7 @@ from estimators.curvature import GRADIENT, MEAN, Curvature
 from estimators.tensorfile import TensorFile
 from gradmatch.checkpoint import Checkpoint, open_checkpoint
 from gradmatch.settings import Setting
-from gradmatch.stores import FileStore, Spec, Store
+from gradmatch.stores import SAFETENSORS_NAME, FileStore, Spec, Store
 from gradmatch.task import Task
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from gradmatch.plan import Request
     from gradmatch.task import Model
+    from gradmatch.vocab import Rows
 
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 FACTOR = "factor_a/"  # second moments of a linear layer's inputs, (in, in), per example
@@ -35,6 +37,7 @@ class CurvatureStore:
         self._curvature, self._prefix, self._aliases = curvature, prefix, aliases
         self._file = FileStore([TensorFile(curvature.path)], prefix) if curvature.path else None
         self._flat: dict[str, Tensor] = {}
+        self.rows: Mapping[str, Rows] = {}
 
     def key(self, name: str) -> str | None:
         """The name under which a parameter is stored (a tied one may go by any of its names), or None."""
@@ -51,15 +54,22 @@ class CurvatureStore:
     def spec(self, name: str) -> Spec:
         """Shape and dtype of a block."""
         if self._file:
-            return self._file.spec(name)
-        from gradmatch.stores import SAFETENSORS_NAME
-
-        tensor = self._tensor(name)
-        assert tensor is not None
-        return Spec(SAFETENSORS_NAME[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+            spec = self._file.spec(name)
+        else:
+            tensor = self._tensor(name)
+            assert tensor is not None
+            spec = Spec(SAFETENSORS_NAME[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+        return self.rows[name].shape(spec) if name in self.rows else spec
 
     def block(self, name: str, first: int, last: int) -> Tensor:
-        """Elements of a block, flat."""
+        """Elements of a block, flat; rows of tokens that the model lacks are zero."""
+        if name in self.rows:
+            plain = copy.copy(self)
+            plain.rows = {}
+            values, absent, low = self.rows[name].gather(plain, name, first, last)
+            values[absent] = 0
+            start = first - low * values.shape[1]
+            return values.reshape(-1)[start : start + last - first]
         if self._file:
             return self._file.block(name, first, last)
         if name not in self._flat:
@@ -139,11 +149,10 @@ class Inputs:
                 )
             sizes.append(found.nbytes)
         if "gram" in needs and len(spec.shape) == 2:
-            keys = [factor.key(name) if (factor := self.tasks[t].factor) else None for t in tasks]
+            factors = [factor for t in tasks if (factor := self.tasks[t].factor) is not None]
+            keys = [factor.key(name) for factor in factors]
             if all(keys):
-                sizes += [
-                    self.tasks[t].factor.spec(key).nbytes for t, key in zip(tasks, keys, strict=True) if key
-                ]  # type: ignore[union-attr]
+                sizes += [factor.spec(key).nbytes for factor, key in zip(factors, keys, strict=True) if key]
         return sizes
 
     def is_conv1d(self, name: str) -> bool:
@@ -290,7 +299,7 @@ def _base_curvature(
             f"{request.method} needs the base's curvature; pass base_curvature=... (`gradmatch estimate` on the base makes one), "
             "or a number such as base_curvature=1.0 for an isotropic one, or use method='fisher', which needs none"
         )
-    if isinstance(given, (int, float)) and not isinstance(given, bool):
+    if isinstance(given, (int, float)):
         if not 0 <= given < float("inf"):
             raise ValueError(
                 f"base_curvature is {given}; an isotropic curvature is a finite number of at least 0"

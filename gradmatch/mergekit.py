@@ -7,12 +7,13 @@ Where a method of theirs differs from ours on purpose, the translation says so i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gradmatch.plan import nearest
 from gradmatch.recipe import locate
-from gradmatch.settings import numbers
+from gradmatch.settings import numbers, times
 from gradmatch.slices import Slice, stack
 from gradmatch.task import Task
 
@@ -35,7 +36,7 @@ PARAMETERS = {
 EDITING = ("weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask")
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 NORMALIZED = ("ties", "della")  # the methods where they normalise by default
-FIRST_DENSITY = 1.0  # theirs, where none is given
+DEFAULTS = {"density": 1.0, "epsilon": 0.15, "gamma": 0.01}  # theirs, where none is given
 
 
 def translate(content: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
@@ -215,7 +216,7 @@ def _method(
     """Base, tasks and options for one of their methods."""
 
     def value(entry: Entry, key: str, default: Any = None) -> Any:
-        return entry[2].get(key, shared.get(key, default))
+        return theirs(entry[2].get(key, shared.get(key, default)))
 
     def task(entry: Entry, weight: Any = 1.0) -> Task:
         return Task(entry[1], weight=weight, name=_unique(entry, entries))
@@ -281,52 +282,55 @@ def _nuslerp(
 def _editing(
     method: str, others: Sequence[Entry], tasks: list[Task], value: Any, shared: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
-    """Task arithmetic with their sparsifiers and sign consensus."""
-    density = _common([value(entry, "density", FIRST_DENSITY) for entry in others], "density", method, where)
+    """Task arithmetic with their sparsifiers and sign consensus; a density of its own goes with each task."""
     options: dict[str, Any] = {"scale": shared.get("lambda", 1.0)}
     normalize = bool(shared.get("normalize", method in NORMALIZED))
-    sparsifier: dict[str, Any] | None = None
-    if method.startswith("dare"):
-        sparsifier = {"dare": {"density": density}}
-    elif method.startswith("della"):
-        epsilon = _common([value(entry, "epsilon", 0.15) for entry in others], "epsilon", method, where)
-        narrow = any(number >= 1 for number in numbers(density))
-        sparsifier = {"della": {"density": density, "epsilon": 0.0 if narrow else _doubled(epsilon)}}
-    elif method.startswith("breadcrumbs"):
-        gamma = _common([value(entry, "gamma", 0.01) for entry in others], "gamma", method, where)
-        sparsifier = {"breadcrumbs": {"density": density, "gamma": gamma}}
-    transforms = [sparsifier] if sparsifier else []
-    if method in ("ties", "dare_ties", "della", "breadcrumbs_ties"):
-        own = density if method == "ties" else 1.0
-        transforms.append({"ties": {"density": own, "trim": "tensor", "normalize": normalize}})
+    kind = method.partition("_")[0]
+    taken = {
+        "ties": ("density",),
+        "dare": ("density",),
+        "della": ("density", "epsilon"),
+        "breadcrumbs": ("density", "gamma"),
+    }
+    tasks = [
+        replace(task, options=_own_options(taken.get(kind, ()), entry, value))
+        for task, entry in zip(tasks, others, strict=True)
+    ]
+    transforms: list[dict[str, Any]] = [{kind: {}}] if kind in taken else []
+    if kind == "ties":
+        transforms = [{"ties": {"trim": "tensor", "normalize": normalize}}]
+    elif method in ("dare_ties", "della", "breadcrumbs_ties"):
+        transforms.append({"ties": {"density": 1.0, "trim": "tensor", "normalize": normalize}})
     elif normalize:
         options["normalize"] = True
     notes = []
-    if sparsifier and method in RANDOM and shared.get("rescale", True):
+    if method in RANDOM and shared.get("rescale", True):
         notes.append(
             f"{method}: what stays is divided by its probability (unbiased, as published); mergekit restores the tensor's L1 norm"
         )
     return {"tasks": tasks, "method": "task_arithmetic", "transforms": transforms, "notes": notes, **options}
 
 
-def _common(values: Sequence[Any], name: str, method: str, where: str) -> Any:
-    """One value for all models.
+def _own_options(keys: Sequence[str], entry: Entry, value: Any) -> dict[str, Any]:
+    """Density, epsilon and gamma of one model.
 
-    Raises:
-        ValueError: they differ.
+    Their epsilon is half the width of the range of probabilities, the published one its whole width; at density 1 nothing
+    is dropped whatever it is.
     """
-    if any(value != values[0] for value in values):
-        raise ValueError(
-            f"{where}: {method} with a different {name} for each model ({list(values)}) is not supported; give one"
-        )
-    return values[0]
+    own = {key: value(entry, key, DEFAULTS[key]) for key in keys}
+    if "epsilon" in own:
+        keeps_all = any(number >= 1 for number in numbers(own["density"]))
+        own["epsilon"] = 0.0 if keeps_all else times(own["epsilon"], 2.0)
+    return own
 
 
-def _doubled(setting: Any) -> Any:
-    """Their epsilon is half the width of the range of probabilities, the published one its whole width."""
-    from gradmatch.subtraction import _times
-
-    return _times(setting, 2.0)
+def theirs(setting: Any) -> Any:
+    """A gradient as mergekit reads it: outside the layers (also after the last one) its first value holds."""
+    if isinstance(setting, list) and setting:
+        if isinstance(setting[0], Mapping):
+            return [{**entry, "value": theirs(entry["value"])} for entry in setting]
+        return [{"layer": None, "value": setting[0]}, {"value": setting}]
+    return setting
 
 
 def _unique(entry: Entry, entries: Sequence[Entry]) -> str:

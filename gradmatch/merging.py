@@ -79,8 +79,8 @@ def merge(
     if method == "greedy_soup":
         from gradmatch.soup import greedy_soup
 
-        shared = {"out": out, "overwrite": overwrite, "allow_pickle": allow_pickle, "progress": progress}
-        return greedy_soup(base, tasks, **shared, **options)
+        options |= {"overwrite": overwrite, "allow_pickle": allow_pickle, "progress": progress}
+        return greedy_soup(base, tasks, out=out, **options)
     made = prepare(
         base,
         tasks,
@@ -119,7 +119,12 @@ def prepare(
         allow_mismatch=allow_mismatch,
         allow_pickle=allow_pickle,
     )
-    return plan(inputs, request)
+    from gradmatch.vocab import align
+
+    files = align(inputs, request.embeddings)
+    made = plan(inputs, request)
+    made.files = files
+    return made
 
 
 def execute(
@@ -213,7 +218,7 @@ def identity(made: Plan) -> str:
         (s.name, s.action, str(s.spec), s.compute, s.tasks, s.alpha, s.options, s.edits) for s in made.steps
     ]
     request = {key: value for key, value in vars(made.request).items() if not callable(value)}
-    content = [
+    content: list[Any] = [
         request,
         steps,
         files,
@@ -285,7 +290,7 @@ def subtract(
             f"{method!r} is no way to subtract{nearest(method, REMOVALS)}; choose one of {', '.join(REMOVALS)}"
         )
     tasks = [scaled(one, weight) for one in tasks]
-    own = {"keep": keep} if method == "removal" else {}
+    own: dict[str, Any] = {"keep": keep} if method == "removal" else {}
     result = merge(base, tasks, method=method, base_curvature=base_curvature, **own, **options)
     if method == "removal":
         report: Report = result.report  # type: ignore[attr-defined]

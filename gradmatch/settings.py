@@ -97,3 +97,14 @@ def numbers(setting: Setting | Any) -> list[float]:
     if isinstance(setting, Sequence):
         return [number for value in setting for number in numbers(value)]
     return []
+
+
+def times(setting: Any, factor: float) -> Any:
+    """A setting with every number multiplied."""
+    if isinstance(setting, Mapping):
+        if "value" in setting:
+            return {**setting, "value": times(setting["value"], factor)}
+        return {key: times(value, factor) for key, value in setting.items()}
+    if isinstance(setting, Sequence) and not isinstance(setting, str):
+        return [times(value, factor) for value in setting]
+    return setting * factor if isinstance(setting, (int, float)) else setting

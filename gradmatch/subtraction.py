@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from gradmatch.inputs import open_inputs
 from gradmatch.plan import Request, plan
-from gradmatch.settings import numbers
+from gradmatch.settings import numbers, times
 from gradmatch.task import Task
 
 REMOVALS = ("removal", "negation", "ewr", "fisher_negation")
@@ -27,18 +27,7 @@ def scaled(task: Task, factor: float, *, signed: bool = False) -> Task:
         raise ValueError(
             f"weight is {factor} and the task's own {task.weight}; both must be finite, and at least 0 to subtract"
         )
-    return replace(task, weight=_times(task.weight, factor))
-
-
-def _times(setting: Any, factor: float) -> Any:
-    """A setting with every number multiplied."""
-    if isinstance(setting, Mapping):
-        if "value" in setting:
-            return {**setting, "value": _times(setting["value"], factor)}
-        return {key: _times(value, factor) for key, value in setting.items()}
-    if isinstance(setting, Sequence) and not isinstance(setting, str):
-        return [_times(value, factor) for value in setting]
-    return setting * factor if isinstance(setting, (int, float)) else setting
+    return replace(task, weight=times(task.weight, factor))
 
 
 def largest_alpha(

@@ -39,8 +39,8 @@ def global_thresholds(context: Context) -> dict[tuple[int, float], Tensor]:
         for position, (name, options) in enumerate(step.edits):
             if name == "ties" and options["trim"] == "global":
                 density = options["density"]
-                shares = density if isinstance(density, tuple) else (density,)
-                wanted.setdefault(position, set()).update(share for share in shares if share < 1)
+                each = density if isinstance(density, tuple) else (density,)
+                wanted.setdefault(position, set()).update(share for share in each if share < 1)
     tasks = len(context.inputs.tasks)
     thresholds: dict[tuple[int, float], Tensor] = {}
     for position, shares in wanted.items():

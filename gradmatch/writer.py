@@ -84,7 +84,7 @@ class FolderSink:
             raise self._failure
         shard, start = self.layout.place[step.name]
         offset = start + first * values.element_size()
-        data = memoryview(values.contiguous().view(torch.uint8).numpy())
+        data = values.contiguous().view(torch.uint8).numpy().data
         while data:
             done = os.pwrite(self._fds[shard], data, offset)
             data, offset = data[done:], offset + done
@@ -307,8 +307,16 @@ def carry_along(plan: Plan, folder: Path) -> list[str]:
         before = set(os.listdir(folder))
         base.module.config.save_pretrained(folder)
         names += sorted(set(os.listdir(folder)) - before)
+    for name, content in plan.files.items():
+        (folder / name).write_bytes(content)
+        names += [name] if name not in names else []
     if (plan.request.dtype or base.changed) and (folder / "config.json").is_file():
-        config = dict(base.changed or json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if base.changed:
+            config = {
+                **base.changed,
+                **{key: value for key, value in config.items() if key.endswith("_token_id")},
+            }
         if plan.request.dtype:
             config.pop("torch_dtype", None)
             config["dtype"] = plan.request.dtype

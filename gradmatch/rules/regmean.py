@@ -30,4 +30,5 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info) == 0:
         return torch.cholesky_solve(right, factor)
-    return torch.linalg.lstsq(matrix, right).solution
+    solution: Tensor = torch.linalg.lstsq(matrix, right).solution
+    return solution

@@ -1,0 +1,267 @@
+"""Vocabularies that differ: embeddings aligned row by row by token, and a tokenizer and config that follow.
+
+`intersect` keeps the tokens that every model has, in the base's order; `union` keeps the base's and adds the others' at the
+end. A model that lacks a token takes no part in its row: its task vector and curvature are zero there. A token that the base
+lacks starts from the mean of the models that have it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gradmatch.checkpoint import Checkpoint
+from gradmatch.settings import layer_of
+from gradmatch.stores import Spec, Store
+from gradmatch.tokenizers import rewritten, vocabulary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from estimators.tensorfile import TensorFile
+    from gradmatch.inputs import Inputs
+
+ABSENT = -1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """For every output row the source row, or ABSENT."""
+
+    index: Sequence[int]
+
+    def shape(self, spec: Spec) -> Spec:
+        """A tensor's spec with the output's number of rows."""
+        return Spec(spec.dtype, (len(self.index), *spec.shape[1:]))
+
+    def gather(self, store: Store, name: str, first: int, last: int) -> tuple[Tensor, Tensor, int]:
+        """Flat elements first to last of the output (absent rows hold rubbish), the absent rows, and the first row.
+
+        Whole rows are gathered, so the values start at row `first // width`.
+        """
+        import torch
+
+        spec = store.spec(name)
+        width = max(1, spec.numel // max(1, spec.shape[0]))
+        low, high = first // width, -(-last // width)
+        index = torch.tensor(self.index[low:high])
+        rows = store.block(name, 0, spec.numel).reshape(spec.shape[0], width)
+        return rows[index.clamp(min=0)], index == ABSENT, low
+
+
+class AlignedStore:
+    """A store whose vocabulary tensors are gathered row by row.
+
+    Args:
+        store: the model's own.
+        rows: where each output row comes from.
+        names: the tensors with one row a token.
+        fallback: stores (already aligned) whose mean fills absent rows where they have the token themselves.
+    """
+
+    def __init__(
+        self, store: Store, rows: Rows, names: Sequence[str], fallback: Sequence[AlignedStore]
+    ) -> None:
+        self._store, self.rows, self._names, self._fallback = store, rows, frozenset(names), fallback
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._store
+
+    def spec(self, name: str) -> Spec:
+        """The output's shape."""
+        spec = self._store.spec(name)
+        return self.rows.shape(spec) if name in self._names else spec
+
+    def block(self, name: str, first: int, last: int) -> Tensor:
+        """Elements of the aligned tensor."""
+        if name not in self._names:
+            return self._store.block(name, first, last)
+        values, absent, low = self.rows.gather(self._store, name, first, last)
+        if bool(absent.any()):
+            values[absent] = self._filled(name, low, low + len(values))[absent].to(values.dtype)
+        width = values.shape[1]
+        return values.reshape(-1)[first - low * width : last - low * width]
+
+    def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
+        """The model's own byte range."""
+        return self._store.files(name)
+
+    def _filled(self, name: str, low: int, high: int) -> Tensor:
+        """Mean over the fallbacks of the rows that they have themselves, (rows, width) in float32."""
+        import torch
+
+        total, count = torch.zeros(()), torch.zeros(())
+        for other in self._fallback:
+            width = other.spec(name).numel // max(1, len(other.rows.index))
+            values, absent, _ = other.rows.gather(other._store, name, low * width, high * width)
+            present = (~absent).unsqueeze(1)
+            total = total + torch.where(present, values.float(), 0.0)
+            count = count + present
+        return total / count.clamp(min=1)
+
+
+def align(inputs: Inputs, policy: str) -> dict[str, bytes]:
+    """Compare the vocabularies; with a policy, align every model and curvature on a common one.
+
+    Args:
+        inputs: changed in place.
+        policy: "error", "intersect" or "union".
+
+    Returns:
+        Tokenizer files that replace the base's in the output.
+
+    Raises:
+        ValueError: vocabularies differ and no policy was chosen, or a tokenizer that cannot be rewritten.
+    """
+    models = [inputs.base, *(task.checkpoint for task in inputs.tasks)]
+    tables = _tables(models)
+    base = tables[0]
+    if base is None or all(table is None or table == base for table in tables[1:]):
+        return {}
+    names = ["the base", *(task.name for task in inputs.tasks)]
+    if policy == "error":
+        position = next(i for i, table in enumerate(tables) if table is not None and table != base)
+        raise ValueError(_difference(names[position], base, tables[position] or {}))
+    known = [
+        base if table is None else table for table in tables
+    ]  # a model without a tokenizer uses the base's
+    tokens = common_tokens(known, policy)
+    padding = _padding(models[0], base) if policy == "union" or len(tokens) == len(base) else 0
+    aligned: list[AlignedStore] = []
+    for model, table in zip(models[1:], known[1:], strict=True):
+        rows = Rows(_index(tokens, table, padding, _padding(model, table), max(base.values()) + 1))
+        aligned.append(AlignedStore(model.store, rows, _vocabulary_tensors(model, table), []))
+    rows0 = Rows(_index(tokens, base, padding, padding, max(base.values()) + 1))
+    store0 = AlignedStore(models[0].store, rows0, _vocabulary_tensors(models[0], base), aligned)
+    for task, store in zip(inputs.tasks, aligned, strict=True):
+        store._fallback = [store0]
+        task.checkpoint = _replaced(task.checkpoint, store, len(store.rows.index))
+        task.store = store
+        for curvature in (task.mean, task.gradient):
+            if curvature is not None:
+                curvature.rows = dict.fromkeys(store._names, store.rows)
+    inputs.base = _replaced(inputs.base, store0, len(rows0.index))
+    inputs.store = store0
+    if inputs.base_curvature is not None and not isinstance(inputs.base_curvature, float):
+        inputs.base_curvature.rows = dict.fromkeys(store0._names, rows0)
+    if tokens == sorted(base, key=lambda token: base[token]):
+        return {}
+    numbered = (
+        {token: number for number, token in enumerate(tokens)}
+        if policy == "intersect"
+        else _numbered(tokens, base)
+    )
+    donors = [model.path for model in models[1:] if model.path is not None]
+    return rewritten(models[0].path, donors, numbered)
+
+
+def common_tokens(tables: Sequence[Mapping[str, int]], policy: str) -> list[str]:
+    """The output's tokens: the base's order, then (union) what the others add, in their order.
+
+    Raises:
+        ValueError: no token in common.
+    """
+    base = sorted(tables[0], key=lambda token: tables[0][token])
+    if policy == "intersect":
+        tokens = [token for token in base if all(token in table for table in tables)]
+        if not tokens:
+            raise ValueError("the vocabularies have no token in common")
+        return tokens
+    added = dict.fromkeys(
+        token
+        for table in tables[1:]
+        for token in sorted(table, key=lambda token: table[token])
+        if token not in tables[0]
+    )
+    return [*base, *added]
+
+
+def _index(
+    tokens: Sequence[str], table: Mapping[str, int], padding: int, own_padding: int, base_end: int
+) -> list[int]:
+    """Source row of every output row. Padding rows (of the base, after its last token) keep their place before new tokens."""
+    rows = [table.get(token, ABSENT) for token in tokens]
+    if padding:
+        end = max(table.values()) + 1
+        pad = [end + i if i < own_padding else ABSENT for i in range(padding)]
+        rows[base_end:base_end] = pad
+    return rows
+
+
+def _numbered(tokens: Sequence[str], base: Mapping[str, int]) -> dict[str, int]:
+    """Ids of a union: the base's own, then the next ones."""
+    following = max(base.values()) + 1
+    numbered = dict(base)
+    for token in tokens:
+        if token not in numbered:
+            numbered[token] = following
+            following += 1
+    return numbered
+
+
+def _padding(model: Checkpoint, table: Mapping[str, int]) -> int:
+    """Rows of the embeddings beyond the last token."""
+    rows = int((model.config or {}).get("vocab_size", 0))
+    return max(0, rows - (max(table.values()) + 1))
+
+
+def _vocabulary_tensors(model: Checkpoint, table: Mapping[str, int]) -> list[str]:
+    """Tensors with one row a token: input and output embeddings and output biases."""
+    size = (model.config or {}).get("vocab_size") or max(table.values()) + 1
+    return [name for name in model.store if layer_of(name) is None and model.spec(name).shape[:1] == (size,)]
+
+
+def _tables(models: Sequence[Checkpoint]) -> list[dict[str, int] | None]:
+    """Token -> id of every model that comes with a tokenizer; equal files are parsed once."""
+    tables: list[dict[str, int] | None] = []
+    parsed: dict[bytes, dict[str, int] | None] = {}
+    for model in models:
+        folder = model.path if model.path is not None and Path(model.path).is_dir() else None
+        key, parse = vocabulary(folder)
+        if key not in parsed:
+            parsed[key] = parse()
+        tables.append(parsed[key])
+    return tables
+
+
+def _difference(name: str, base: Mapping[str, int], table: Mapping[str, int]) -> str:
+    """What to say of two vocabularies that differ."""
+    missing = [token for token in base if token not in table]
+    added = [token for token in table if token not in base]
+    moved = [token for token in base if token in table and table[token] != base[token]]
+    parts = []
+    if moved:
+        token = moved[0]
+        parts.append(
+            f"{len(moved)} tokens have another id, first {token!r}: {base[token]} in the base, {table[token]} in it"
+        )
+    if missing:
+        parts.append(f"{len(missing)} are missing, first {missing[0]!r}")
+    if added:
+        parts.append(f"{len(added)} are added, first {added[0]!r}")
+    return (
+        f"the vocabulary of {name} ({len(table)} tokens) differs from the base's ({len(base)}): {'; '.join(parts)}; "
+        "choose embeddings='union' or 'intersect' to align the rows by token"
+    )
+
+
+def _replaced(checkpoint: Checkpoint, store: AlignedStore, rows: int) -> Checkpoint:
+    """The checkpoint with aligned tensors and a config of the new size."""
+    config = None if checkpoint.config is None else {**checkpoint.config, "vocab_size": rows}
+    changed = None if config is None else json.loads(json.dumps(config))
+    result = Checkpoint(
+        store,
+        path=checkpoint.path,
+        config=config,
+        aliases=checkpoint.aliases,
+        module=checkpoint.module,
+        changed=changed,
+    )
+    result.original = checkpoint
+    return result
