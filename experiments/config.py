@@ -52,8 +52,8 @@ EXPERIMENTS = {
 }
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Any:
-    """The checked config of a YAML file, with `a.b=value` overrides applied.
+def load(path: Path, overrides: Sequence[str] = (), *, quick: bool = False) -> Any:
+    """The checked config of a YAML file, with `a.b=value` overrides applied; quick: first those of its own list `quick`.
 
     A config is named after its file; overrides add a short hash to the name, so that its records do not replace the
     file's own. Raises ConfigError.
@@ -70,7 +70,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Any:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of keys, but holds {type(content).__name__}")
     name = content.get("name") or path.stem
-    for override in overrides:
+    small = content.pop("quick", ())
+    if quick and not small:
+        raise ConfigError(f"{path} has no quick variant: no list `quick` of key=value")
+    if quick:
+        name += "-quick"
+    for override in [*(small if quick else ()), *overrides]:
         _apply(content, override)
     overrides = [override for override in overrides if not override.startswith("wandb=")]  # changes no number
     if overrides and content.get("name", name) == name:

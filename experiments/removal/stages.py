@@ -70,7 +70,7 @@ def finetune(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        history.append(float(loss))
+        history.append(float(loss.detach()))
         progress.set_postfix_str(f"loss {history[-1]:.3f}")
         if not math.isfinite(history[-1]):
             raise ValueError(

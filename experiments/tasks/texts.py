@@ -43,8 +43,9 @@ class Source(Strict):
     """Where texts come from.
 
     source: a list from PyPI (see LISTS), a file (.txt, .jsonl, .csv, .tsv), or a hub data set. Of rows: `column` is the
-    text (dots reach into nested values: prompt.text), `context` what it continues, `document` what holds it; `where`
-    and `minimum` keep the rows whose number there is at least so large. limit: at most so many, drawn by the seed.
+    text (dots reach into nested values: prompt.text), `context` what it continues, `document` what holds it. `where` names
+    a column that decides which rows are kept: those whose number there is at least `minimum`, or whose text is `equals`.
+    limit: at most so many, drawn by the seed.
     """
 
     source: str
@@ -52,7 +53,8 @@ class Source(Strict):
     context: str = ""
     document: str = ""
     where: str = ""
-    minimum: float = 0.0
+    minimum: float | None = None
+    equals: str | None = None
     subset: str | None = None  # of a hub data set: its configuration
     split: str = "train"  # of a hub data set
     limit: int | None = None
@@ -66,16 +68,22 @@ def read(source: Source) -> list[Text]:
         texts = [_from_row(row, source, str(number)) for number, row in _kept(source)]
     texts = [text for text in texts if text.text]
     if not texts:
-        raise ValueError(
-            f"{source.source}: no texts (column {source.column!r}, {source.where or 'no'} minimum)"
-        )
+        raise ValueError(f"{source.source}: no texts in column {source.column!r} that pass the filter")
     return texts
 
 
 def _kept(source: Source) -> Iterator[tuple[int, Mapping[str, Any]]]:
     for number, row in enumerate(_rows(source)):
-        if not source.where or float(_value(row, source.where, source)) >= source.minimum:
+        value = _value(row, source.where, source) if source.where else None
+        if not source.where or (value is not None and _wanted(value, source)):
             yield number, row
+
+
+def _wanted(value: Any, source: Source) -> bool:
+    """Whether a row with this value in the column `where` is kept."""
+    if source.equals is not None and str(value) != source.equals:
+        return False
+    return source.minimum is None or float(value) >= source.minimum
 
 
 def _from_row(row: Mapping[str, Any], source: Source, number: str) -> Text:

@@ -29,14 +29,14 @@ def results(tmp_path_factory):
 
 
 def run(tiny_config, results, *overrides):
-    arguments = ["run", str(tiny_config), "scorer=own_scorer:vowels", "name=tiny", *overrides]
+    arguments = ["run", str(tiny_config), "scorer=own_scorer:vowels", "name=whole", *overrides]
     return main([*arguments, "--results", str(results), "--debug"])
 
 
 def test_the_whole_study(tiny_config, results, capsys):
     assert run(tiny_config, results) == 0
     out = capsys.readouterr().out
-    records = read_records(results / "tiny.jsonl")
+    records = read_records(results / "whole.jsonl")
     points = of_kind(records, "point")
     assert [(p["label"], p["alpha"]) for p in points] == [
         ("base", 0.0), ("GM", 0.1), ("GM", 0.2), ("TA", 0.5), ("TA", 1.0),
@@ -45,7 +45,9 @@ def test_the_whole_study(tiny_config, results, capsys):
         assert math.isfinite(point["metrics"]["perplexity_keep"])
         assert 0 <= point["metrics"]["toxicity_few"] <= 1
         assert point["metrics"]["refused_few"] == 0
-        lines = [json.loads(line) for line in Path(point["generations"]).read_text(encoding="utf-8").splitlines()]
+        lines = [
+            json.loads(line) for line in Path(point["generations"]).read_text(encoding="utf-8").splitlines()
+        ]
         assert len(lines) == 6
         assert set(lines[0]) == {"list", "prompt", "continuation", "score"}
     perplexities = {(p["label"], p["alpha"]): p["metrics"]["perplexity_remove"] for p in points}
@@ -111,3 +113,20 @@ def test_training_that_diverges_stops(tiny_config, language_model, files, tmp_pa
             tmp_path / "out", data=tmp_path / "data", base=tmp_path / "base", steps=8, learning_rate=1e30,
             weight_decay=0.0, **settings,
         )  # fmt: skip
+
+
+def test_quick_applies_the_configs_own_overrides(tiny_config, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny_config.read_text() + "\nquick: [training.steps=2, 'methods.GM.alphas=[0.1]']\n")
+    assert configs.load(path).training.steps == 4
+    small = configs.load(path, quick=True)
+    assert (small.training.steps, small.methods["GM"].alphas, small.name) == (2, (0.1,), "tiny-quick")
+    assert configs.load(path, ["training.steps=3"], quick=True).training.steps == 3
+    with pytest.raises(configs.ConfigError, match="has no quick variant"):
+        configs.load(tiny_config, quick=True)
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("removal-*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_a_plan(path):
+    config = configs.load(path)
+    assert configs.study(config.experiment).stages(config)

@@ -19,9 +19,11 @@ def test_files_of_every_kind(files):
     )
 
 
-def test_rows_are_kept_by_a_number(files):
+def test_rows_are_kept_by_a_column(files):
     kept = read(Source(source=str(files / "rude.jsonl"), column="body.text", where="score", minimum=0.5))
     assert len(kept) == 30
+    kept = read(Source(source=str(files / "rude.jsonl"), column="body.text", where="page", equals="3"))
+    assert [text.text[-1] for text in kept] == ["6", "7"]
 
 
 @pytest.fixture
@@ -123,7 +125,7 @@ def test_bad_sources(files, tmp_path):
     with pytest.raises(ValueError, match=r"has no column 'text'; it has body, page, score"):
         read(Source(source=str(files / "rude.jsonl")))
     (tmp_path / "empty.txt").write_text("\n\n")
-    with pytest.raises(ValueError, match="no texts"):
+    with pytest.raises(ValueError, match="no texts in column 'text'"):
         read(Source(source=str(tmp_path / "empty.txt")))
     with pytest.raises(FileNotFoundError, match="no data set that the hub gives"):
         read(Source(source=str(tmp_path / "no-such-data-set")))
