@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,72 +49,103 @@ def taylor(displacement: Tensor, h: Tensor, gradient: Tensor | None) -> float:
     return slope + 0.5 * float((h.double() * d.square()).sum())
 
 
+@dataclass(frozen=True)
+class Expansion:
+    """A loss around the weights that minimised it, from data: theta0 for what must stay, theta_t for what is to go.
+
+    Attributes:
+        objective: the loss.
+        at: the weights it is expanded at.
+        tau: theta_t - theta0 where it is expanded at theta_t, else empty.
+        gradient: of the summed loss there.
+        base_loss: the summed loss at theta0.
+    """
+
+    objective: Objective
+    at: Mapping[str, Tensor]
+    tau: Mapping[str, Tensor]
+    gradient: Mapping[str, Tensor]
+    base_loss: float
+
+    def rise(self, moved: Mapping[str, Tensor]) -> float:
+        """Forecast of l(theta0 + d) - l(theta0) by exact GGN products, nats per example.
+
+        g'd + 1/2 d'Hd at theta0; g'd + 1/2 (d - tau)'H(d - tau) - 1/2 tau'H tau = g'd + 1/2 d'Hd - d'H tau at theta_t.
+        """
+        slope = sum(
+            float((self.gradient[name].double() * d.double()).sum())
+            for name, d in moved.items()
+            if name in self.gradient
+        )
+        products = self.objective.ggn_products(self.at, [moved, self.tau] if self.tau else [moved])
+        bend = 0.5 * float(products[0, 0]) - (float(products[0, 1]) if self.tau else 0.0)
+        return (slope + bend) / self.objective.num_examples
+
+    def measured(self, there: Mapping[str, Tensor]) -> float:
+        """l(there) - l(theta0), nats per example."""
+        return (self.objective.loss(there) - self.base_loss) / self.objective.num_examples
+
+
+class Path:
+    """Points of one problem's path, one alpha at a time; what the data says about the start is computed once."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.base: dict[str, Tensor] = {}
+        self.kept = self.gone = None
+        if problem.retain is not None or problem.remove is not None:
+            self.base = {
+                n: value for n, value in open_checkpoint(problem.base).items() if value.is_floating_point()
+            }
+        if problem.retain is not None:
+            self.kept = self._expand(problem.retain, {})
+        if problem.remove is not None:
+            self.gone = self._expand(problem.remove, {piece.name: piece.tau for piece in problem.pieces()})
+
+    def point(self, alpha: float) -> Point:
+        """Forecast one alpha, and measure it where data is given."""
+        problem, moved = self.problem, {}
+        collateral = forgetting = 0.0
+        clamped = total = 0
+        for piece in problem.pieces():
+            d = problem.displacement(piece, alpha)
+            collateral += taylor(d, piece.mean0, piece.gradient0)
+            forgetting += taylor(d - piece.tau, piece.mean, piece.gradient)
+            forgetting -= taylor(-piece.tau, piece.mean, piece.gradient)
+            clamped += problem.clamped(piece, alpha)
+            total += d.numel()
+            if self.base:
+                moved[piece.name] = d
+        there = {name: value + moved[name] if name in moved else value for name, value in self.base.items()}
+        return Point(
+            alpha,
+            self.gone.rise(moved) if self.gone else forgetting,
+            self.kept.rise(moved) if self.kept else collateral,
+            clamped / total,
+            "ggn" if self.gone else "diagonal",
+            "ggn" if self.kept else "diagonal",
+            self.gone.measured(there) if self.gone else None,
+            self.kept.measured(there) if self.kept else None,
+        )
+
+    def _expand(self, objective: Objective, tau: Mapping[str, Tensor]) -> Expansion:
+        at = {name: value + tau[name] if name in tau else value for name, value in self.base.items()}
+        return Expansion(objective, at, tau, objective.gradient(at), objective.loss(self.base))
+
+
 def alpha_path(problem: Problem, alphas: Sequence[float]) -> list[Point]:
     """The path alpha -> forecast forgetting, forecast collateral, clamped share; with data also what was measured.
 
-    Without data one pass over the files, tensor by tensor; with data one forward-mode derivative and one forward pass over
-    it for each alpha, with the model in memory.
+    Without data one pass over the files an alpha, tensor by tensor; with data also one forward-mode derivative and one
+    forward pass over it, with the model in memory.
 
     Raises:
         ValueError: no alpha, or one that is negative or no finite number.
     """
     if not alphas or not all(math.isfinite(alpha) and alpha >= 0 for alpha in alphas):
         raise ValueError(f"alphas must be finite and not negative, at least one; got {list(alphas)}")
-    collateral, forgetting, clamped = ([0.0] * len(alphas) for _ in range(3))
-    total = 0
-    for piece in problem.pieces():
-        total += piece.tau.numel()
-        at_base = taylor(-piece.tau, piece.mean, piece.gradient)
-        for index, alpha in enumerate(alphas):
-            d = problem.displacement(piece, alpha)
-            collateral[index] += taylor(d, piece.mean0, piece.gradient0)
-            forgetting[index] += taylor(d - piece.tau, piece.mean, piece.gradient) - at_base
-            if problem.method == "removal":
-                clamped[index] += int((piece.h0 - alpha * piece.h < problem.keep * piece.h0).sum())
-    points = []
-    for index, alpha in enumerate(alphas):
-        kept, kept_by, measured_kept = _with_data(problem, alpha, problem.retain, at_task=False)
-        gone, gone_by, measured_gone = _with_data(problem, alpha, problem.remove, at_task=True)
-        points.append(
-            Point(
-                alpha,
-                forgetting[index] if gone is None else gone,
-                collateral[index] if kept is None else kept,
-                clamped[index] / total,
-                gone_by,
-                kept_by,
-                measured_gone,
-                measured_kept,
-            )
-        )
-    return points
-
-
-def _with_data(
-    problem: Problem, alpha: float, objective: Objective | None, *, at_task: bool
-) -> tuple[float | None, str, float | None]:
-    """(forecast, what it used, measured rise) on data, in nats per example; (None, "diagonal", None) without data.
-
-    The loss is expanded where it was minimised: at theta0 for what must stay, at theta_t for what is removed.
-    """
-    if objective is None:
-        return None, "diagonal", None
-    base = {name: value for name, value in open_checkpoint(problem.base).items() if value.is_floating_point()}
-    moved = {piece.name: problem.displacement(piece, alpha) for piece in problem.pieces()}
-    tau = {piece.name: piece.tau for piece in problem.pieces()} if at_task else {}
-    at = {name: value + tau[name] if name in tau else value for name, value in base.items()}
-    directions = [moved, tau] if at_task else [moved]
-    products = objective.ggn_products(at, directions) / objective.num_examples
-    gradient = objective.gradient(at)
-    slope = sum(
-        float((gradient[name].double() * d.double()).sum()) for name, d in moved.items() if name in gradient
-    )
-    forecast = slope / objective.num_examples + 0.5 * float(products[0, 0])
-    if at_task:  # (d - tau)'H(d - tau) - tau'H tau = d'Hd - 2 d'H tau
-        forecast -= float(products[0, 1])
-    there = {name: value + moved[name] if name in moved else value for name, value in base.items()}
-    measured = (objective.loss(there) - objective.loss(base)) / objective.num_examples
-    return forecast, "ggn", measured
+    path = Path(problem)
+    return [path.point(alpha) for alpha in alphas]
 
 
 def path_table(points: Sequence[Point]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gradmatch.removal.forecast import Point, alpha_path
+from gradmatch.removal.forecast import Path, Point
 from gradmatch.removal.problem import Problem
 
 BISECTIONS = 4
@@ -52,9 +52,10 @@ def budget(
         top, bound = limit, "clamped share"
     if top == 0.0:
         return Budget(0.0, nats, bound, ())
+    path = Path(problem)
     found, tried, fails = 0.0, [], None
     for step in range(1, steps + 1):
-        point = alpha_path(problem, [top * step / steps])[0]
+        point = path.point(top * step / steps)
         tried.append(point)
         if (excess := _excess(point, nats)) is not None:
             fails, bound = point.alpha, excess
@@ -62,7 +63,7 @@ def budget(
         found = point.alpha
     for _ in range(BISECTIONS if fails is not None else 0):
         assert fails is not None
-        point = alpha_path(problem, [(found + fails) / 2])[0]
+        point = path.point((found + fails) / 2)
         tried.append(point)
         if (excess := _excess(point, nats)) is not None:
             fails, bound = point.alpha, excess

@@ -127,6 +127,12 @@ class Problem:
         rule = ewr if self.method == "ewr" else fisher_negation
         return rule(piece.theta0, tau, weight, piece.h0, h) - piece.theta0
 
+    def clamped(self, piece: Piece, alpha: float) -> int:
+        """Coordinates of one tensor where the guard steps in: H0 - alpha H_t < keep H0."""
+        if self.method != "removal":
+            return 0
+        return int((piece.h0 - alpha * piece.h < self.keep * piece.h0).sum())
+
 
 def at_least_single(value: Tensor) -> Tensor:
     """float32 where the storage is coarser; float64 stays."""

@@ -38,13 +38,11 @@ def removal_report(problem: Problem, alpha: float, result: Model | None = None) 
                     f"the result lacks {piece.name!r} or holds it in another shape; it is no edit of this base"
                 )
             d = written[piece.name].to(piece.theta0) - piece.theta0
-        is_guarded = problem.method == "removal"
-        clamped = int((piece.h0 - alpha * piece.h < problem.keep * piece.h0).sum()) if is_guarded else 0
         part = {
             "moved": float(d.double().square().sum()),
             "h0": float((piece.h0.double() * d.double().square()).sum()),
             "tau": float(piece.tau.double().square().sum()),
-            "clamped": float(clamped),
+            "clamped": float(problem.clamped(piece, alpha)),
             "numel": float(d.numel()),
         }
         layer = sums.setdefault(layer_group(piece.name), dict.fromkeys(part, 0.0))

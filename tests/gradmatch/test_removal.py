@@ -274,3 +274,11 @@ def test_a_result_of_another_base_is_refused():
     problem, (base, *_) = random_problem()
     with pytest.raises(ValueError, match=r"lacks 'layers.1.w'"):
         removal_report(problem, 1.0, result={"layers.0.w": base["layers.0.w"]})
+
+
+def test_a_base_without_curvature_leaves_nothing_to_remove_with():
+    problem, (base, _, f0, *_) = random_problem()
+    nothing = Curvature.from_dict({name: torch.zeros_like(value) for name, value in f0.items()}, N0)
+    flat = Problem(base, problem.task, nothing, delta0=0.0)
+    found = budget(flat, 1.0)
+    assert (found.alpha, found.bound, found.path) == (0.0, "clamped share", ())
