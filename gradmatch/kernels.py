@@ -106,8 +106,8 @@ def eq12(
         if keep is not None:
             torch.mul(tau, alpha, out=drift) if position == 0 else drift.add_(tau, alpha=alpha)
     health = Eq12Health()
-    flags = buffers.get("flags", count, torch.bool)
     if keep is not None:
+        flags = buffers.get("flags", count, torch.bool)
         torch.mul(prior, keep, out=weight)
         clamped = torch.lt(h_bar, weight, out=flags).nonzero().squeeze(1)
         health.clamped = len(clamped)
@@ -116,8 +116,9 @@ def eq12(
             share = (1 - keep) * prior[clamped] / (prior[clamped] - h_bar[clamped])
             numerator[clamped] = free + share * (numerator[clamped] - free)
         torch.maximum(h_bar, weight, out=h_bar)
-    else:
-        health.floored = int(torch.lt(h_bar, 2 * delta0, out=flags).sum()) if delta0 else 0
+    elif delta0:  # 0 and 1 as floats: comparing into booleans takes five times as long
+        below = torch.lt(h_bar, 2 * delta0, out=buffers.get("load", count, dtype))
+        health.floored = int(below.sum())
     update = numerator.div_(h_bar)
     health.update = float(torch.dot(update, update))
     if keep is not None:

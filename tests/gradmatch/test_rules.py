@@ -1,0 +1,399 @@
+"""Every rule: against scalar arithmetic, and for the invariants that RULES says it has and lacks."""
+
+import math
+
+import pytest
+import torch
+
+from estimators import Curvature
+from gradmatch import RULES, Task, merge
+from gradmatch.rules.spherical import karcher, model_stock, nuslerp, slerp
+from tests.gradmatch.cases import SHAPES, curvature, problem, scalars, state, tuned
+
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+# What turns each method into its undisturbed form: nothing dropped.
+NEUTRAL = {
+    "ties": {"density": 1.0}, "dare": {"density": 1.0}, "dare_linear": {"density": 1.0}, "dare_ties": {"density": 1.0},
+    "della": {"density": 1.0, "epsilon": 0.0}, "della_linear": {"density": 1.0, "epsilon": 0.0},
+    "breadcrumbs": {"density": 1.0}, "breadcrumbs_ties": {"density": 1.0},
+    "slerp": {"t": 0.3},
+    "greedy_soup": {"score": lambda state: 0.0},
+}  # fmt: skip
+SKIPPED_AT_NEUTRAL = set(NEUTRAL)
+INVARIANTS = ("single", "equal", "zero", "order")
+
+
+def gram_curvature(model, seed, num_examples):
+    """A curvature that holds second moments of every matrix's inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    mean = {name: torch.ones_like(value) for name, value in model.items()}
+    made = Curvature.from_dict(mean, num_examples)
+    for name, value in model.items():
+        if value.dim() == 2:
+            x = torch.randn(20, value.shape[1], generator=generator, dtype=torch.float64)
+            made._blocks[f"factor_a/{name}"] = x.T @ x / 20
+    return made
+
+
+def arguments(method, count=3):
+    """Everything a method may need, float64."""
+    base, base_curvature, models, curvatures = problem(count)
+    if method == "regmean":
+        curvatures = [gram_curvature(m, seed, 10) for seed, m in enumerate(models)]
+    options = dict(NEUTRAL.get(method, {}))
+    if "base_curvature" in RULES[method].needs:
+        options["base_curvature"] = base_curvature
+    return base, models, curvatures, options
+
+
+def run(method, base, models, curvatures, weights, options):
+    tasks = [
+        Task(m, c, w, f"t{i}") for i, (m, c, w) in enumerate(zip(models, curvatures, weights, strict=True))
+    ]
+    return merge(base, tasks, method=method, **options)
+
+
+def same(found, expected):
+    return all(torch.allclose(found[name], expected[name], rtol=1e-9, atol=1e-9) for name in expected)
+
+
+def check_single(method):
+    base, models, curvatures, options = arguments(method, 1)
+    return same(run(method, base, models, curvatures, [1.0], options), models[0])
+
+
+def check_equal(method):
+    base, models, curvatures, options = arguments(method, 3)
+    count = int(min(3, RULES[method].models[1]))
+    found = run(method, base, [models[0]] * count, [curvatures[0]] * count, [1 / count] * count, options)
+    return same(found, models[0])
+
+
+def check_zero(method):
+    count = int(min(3, RULES[method].models[1]))
+    base, models, curvatures, options = arguments(method, count)
+    try:
+        return same(run(method, base, models, curvatures, [0.0] * count, options), base)
+    except ValueError:
+        return False  # weights that cannot be normalised
+
+
+def check_order(method):
+    count = int(min(3, RULES[method].models[1]))
+    base, models, curvatures, options = arguments(method, count)
+    weights = [0.5, 1.2, 0.3][:count]
+    tasks = [
+        Task(m, c, w, f"t{i}") for i, (m, c, w) in enumerate(zip(models, curvatures, weights, strict=True))
+    ]
+    return same(
+        merge(base, tasks, method=method, **options), merge(base, tasks[::-1], method=method, **options)
+    )
+
+
+CHECKS = {"single": check_single, "equal": check_equal, "zero": check_zero, "order": check_order}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("invariant", INVARIANTS)
+@pytest.mark.parametrize("method", RULES)
+def test_invariants_hold_exactly_where_the_rule_says_so(method, invariant):
+    lacks = {
+        key: why for key, why in RULES[method].lacks.items() if "dropped" not in why
+    }  # NEUTRAL drops nothing
+    if invariant == "single" and RULES[method].models[0] > 1:
+        assert "single" in lacks
+        return
+    assert CHECKS[invariant](method) == (invariant not in lacks), lacks.get(invariant, "should hold")
+
+
+@pytest.mark.parametrize("method", [m for m, rule in RULES.items() if rule.transforms])
+def test_methods_that_drop_entries_do_not_return_a_single_model(method):
+    base, models, curvatures, _ = arguments(method, 1)
+    assert not same(run(method, base, models, curvatures, [1.0], {}), models[0])
+
+
+def eq12(theta0, taus, alphas, h0, hs, delta0):
+    h0 = h0 + delta0
+    bar = h0 + sum(a * h for a, h in zip(alphas, hs, strict=True))
+    return theta0 + sum(a * (h0 + h) * t for a, h, t in zip(alphas, hs, taus, strict=True)) / bar
+
+
+def fisher_base(theta0, taus, alphas, h0, hs, delta0):
+    h0 = h0 + delta0
+    top = h0 * theta0 + sum(a * h * t for a, h, t in zip(alphas, hs, taus, strict=True))
+    return top / (h0 + sum(a * h for a, h in zip(alphas, hs, strict=True)))
+
+
+def removal(theta0, taus, alphas, h0, hs, delta0):
+    h0 = h0 + delta0
+    removed = sum(a * h for a, h in zip(alphas, hs, strict=True))
+    share = min(1.0, 0.9 * h0 / removed)  # the guard: what is removed leaves at least keep * H0
+    top = sum(a * (h0 + share * h) * t for a, h, t in zip(alphas, hs, taus, strict=True))
+    return theta0 - top / (h0 - share * removed)
+
+
+def ewr(theta0, taus, alphas, h0, hs, delta0):
+    h0 = h0 + delta0
+    top = h0 * theta0 - sum(a * h * t for a, h, t in zip(alphas, hs, taus, strict=True))
+    return top / (h0 + sum(a * h for a, h in zip(alphas, hs, strict=True)))
+
+
+def fisher_negation(theta0, taus, alphas, h0, hs, delta0):
+    h0 = h0 + delta0
+    return theta0 - sum(a * h / (h0 + h) * t for a, h, t in zip(alphas, hs, taus, strict=True))
+
+
+ELEMENTWISE = {
+    "gradient_matching": eq12,
+    "fisher": lambda theta0, taus, alphas, h0, hs, delta0: eq12(theta0, taus, alphas, 0.0, hs, delta0),
+    "fisher_base": fisher_base,
+    "removal": removal,
+    "ewr": ewr,
+    "fisher_negation": fisher_negation,
+    "task_arithmetic": lambda theta0, taus, alphas, *_: theta0 + sum(a * t for a, t in zip(alphas, taus, strict=True)),
+    "negation": lambda theta0, taus, alphas, *_: theta0 - sum(a * t for a, t in zip(alphas, taus, strict=True)),
+    "averaging": lambda theta0, taus, *_: theta0 + sum(taus) / len(taus),
+    "weighted": lambda theta0, taus, alphas, *_: (
+        sum(a * (theta0 + t) for a, t in zip(alphas, taus, strict=True)) / sum(alphas)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", ELEMENTWISE)
+@pytest.mark.parametrize("transforms", [[], [{"dare": {"density": 1.0}}]], ids=["fast", "readable"])
+def test_elementwise_rules_against_scalars(method, transforms):
+    base, base_curvature, models, curvatures = problem()
+    alphas, delta0, base_weight = [0.5, 1.2, 0.3], 1e-3, 0.7
+    needs = (
+        {"base_curvature": base_curvature, "base_weight": base_weight}
+        if "base_curvature" in RULES[method].needs
+        else {}
+    )
+    tasks = [Task(m, c, a) for m, c, a in zip(models, curvatures, alphas, strict=True)]
+    found = merge(base, tasks, method=method, delta0=delta0, transforms=transforms, **needs)
+    for name in SHAPES:
+        rows = [base[name], base_weight * base_curvature.total(name)]
+        rows += [m[name] for m in models] + [c.total(name) for c in curvatures]
+        expected = []
+        for theta0, h0, *rest in scalars(rows):
+            thetas, hs = rest[:3], rest[3:]
+            expected.append(ELEMENTWISE[method](theta0, [t - theta0 for t in thetas], alphas, h0, hs, delta0))
+        wanted = torch.tensor(expected, dtype=torch.float64).reshape(base[name].shape)
+        torch.testing.assert_close(found[name], wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_measured_against_scalars():
+    base, base_curvature, models, curvatures = problem()
+    alphas = [0.5, 1.2, 0.3]
+    tasks = [Task(m, c, a) for m, c, a in zip(models, curvatures, alphas, strict=True)]
+    found = merge(base, tasks, method="measured", base_curvature=base_curvature, delta0=1e-3)
+    for name in SHAPES:
+        h0 = base_curvature.total(name) + 1e-3
+        bar = h0 + sum(a * c.total(name) for a, c in zip(alphas, curvatures, strict=True))
+        right = sum(
+            a * (c.total(name) * (m[name] - base[name]) - c.gradient(name))
+            for a, c, m in zip(alphas, curvatures, models, strict=True)
+        )
+        torch.testing.assert_close(found[name], base[name] + right / bar, **CLOSE)
+
+
+def test_measured_warns_and_names_the_subspace_solve():
+    base, base_curvature, models, curvatures = problem(1)
+    with pytest.warns(UserWarning, match="subspace"):
+        merge(base, [Task(models[0], curvatures[0])], method="measured", base_curvature=base_curvature)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_matena_raffel_uses_mean_fishers(normalize):
+    base, _, models, curvatures = problem()
+    alphas = [0.5, 1.2, 0.3]
+    tasks = [Task(m, c, a) for m, c, a in zip(models, curvatures, alphas, strict=True)]
+    found = merge(base, tasks, method="matena_raffel", normalize_fishers=normalize)
+    norms = [1.0] * 3
+    if normalize:
+        norms = [math.sqrt(sum(float((c.mean(n) ** 2).sum()) for n in SHAPES)) for c in curvatures]
+    for name in SHAPES:
+        weights = [a * c.mean(name) / n for a, c, n in zip(alphas, curvatures, norms, strict=True)]
+        expected = sum(w * m[name] for w, m in zip(weights, models, strict=True)) / sum(weights)
+        torch.testing.assert_close(found[name], expected, **CLOSE)
+
+
+def test_matena_raffel_averages_where_nothing_is_known():
+    base, _, models, _ = problem(2)
+    flat = Curvature.from_dict({name: torch.zeros_like(value) for name, value in base.items()}, 5)
+    found = merge(base, [Task(m, flat) for m in models], method="matena_raffel")
+    assert same(found, {name: (models[0][name] + models[1][name]) / 2 for name in base})
+
+
+def test_slerp_keeps_the_norm_of_orthogonal_vectors():
+    base = {"w": torch.zeros(2, dtype=torch.float64)}
+    a, b = {"w": torch.tensor([2.0, 0.0]).double()}, {"w": torch.tensor([0.0, 2.0]).double()}
+    found = merge(base, [Task(a), Task(b)], method="slerp", t=0.25)
+    angle = math.pi / 8
+    torch.testing.assert_close(
+        found["w"], torch.tensor([2 * math.cos(angle), 2 * math.sin(angle)], dtype=torch.float64), **CLOSE
+    )
+    assert found.report.branches == {"slerp": 1}
+
+
+@pytest.mark.parametrize(
+    ("gram", "branch"),
+    [([[1, 0.99999], [0.99999, 1]], "lerp"), ([[0, 0], [0, 1]], "lerp"), ([[1, -0.99999], [-0.99999, 1]], "lerp"), ([[1, 0.5], [0.5, 1]], "slerp")],
+)  # fmt: skip
+def test_slerp_branches(gram, branch):
+    c0, c, found = slerp(gram, 0.3)
+    assert (found, c0) == (branch, 0.0)
+    if branch == "lerp":
+        assert c == [0.7, 0.3]
+
+
+def test_nuslerp_position_and_base():
+    base, _, models, _ = problem(2)
+    found = merge(base, [Task(models[0], weight=3.0), Task(models[1], weight=1.0)], method="nuslerp")
+    for name, theta0 in base.items():
+        a, b = (m[name] - theta0 for m in models)
+        cos = float((a * b).sum() / a.norm() / b.norm())
+        if abs(cos) > 0.9995:
+            expected = 0.75 * a + 0.25 * b
+        else:
+            omega = math.acos(cos)
+            expected = (math.sin(0.75 * omega) * a + math.sin(0.25 * omega) * b) / math.sin(omega)
+        torch.testing.assert_close(found[name], theta0 + expected, **CLOSE)
+
+
+def test_karcher_of_two_is_the_midpoint_of_the_arc():
+    gram = [[4.0, 1.0], [1.0, 4.0]]
+    _, c, branch = karcher(gram, [1.0, 1.0])
+    _, s, _ = slerp(gram, 0.5)
+    assert branch == "karcher"
+    assert c == pytest.approx(s, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("gram", "alpha", "c"),
+    [([[0.0, 0.0], [0.0, 0.0]], [1.0, 1.0], [0.5, 0.5]), ([[1.0, -1.0], [-1.0, 1.0]], [1.0, 1.0], [0.5, 0.5])],
+)  # fmt: skip
+def test_karcher_without_a_direction_is_linear(gram, alpha, c):
+    assert karcher(gram, alpha) == (0.0, c, "linear")
+
+
+@pytest.mark.parametrize("function", [nuslerp, karcher])
+def test_weights_that_sum_to_zero_have_no_position(function):
+    with pytest.raises(ValueError, match="sum"):
+        function([[1.0, 0.0], [0.0, 1.0]], [1.0, -1.0])
+
+
+@pytest.mark.parametrize(
+    ("gram", "t"),
+    [
+        ([[1.0, 0.5], [0.5, 1.0]], 2 * 0.5 / 1.5),
+        ([[1.0, -0.5], [-0.5, 1.0]], 0.0),  # opposing task vectors keep the base
+        ([[1.0, -1.0], [-1.0, 1.0]], 0.0),
+        ([[0.0, 0.0], [0.0, 1.0]], 0.0),
+        (
+            [[1e-30, 0.5e-30], [0.5e-30, 1e-30]],
+            2 * 0.5 / 1.5,
+        ),  # norms of 1e-15, whose product would fall under any floor
+    ],
+)
+def test_model_stock(gram, t):
+    c0, c, _ = model_stock(gram)
+    assert c0 == pytest.approx(1 - t)
+    assert c == pytest.approx([t / 2, t / 2])
+
+
+def test_model_stock_end_to_end():
+    base, _, models, _ = problem(3)
+    found = merge(base, [Task(m) for m in models], method="model_stock")
+    for name, theta0 in base.items():
+        taus = [(m[name] - theta0).flatten() for m in models]
+        pairs = [(0, 1), (0, 2), (1, 2)]
+        c = sum(float(taus[i] @ taus[j] / taus[i].norm() / taus[j].norm()) for i, j in pairs) / 3
+        t = min(1.0, max(0.0, 3 * c / (1 + 2 * c)))
+        torch.testing.assert_close(
+            found[name], t * sum(m[name] for m in models) / 3 + (1 - t) * theta0, **CLOSE
+        )
+
+
+@pytest.mark.parametrize("off_diagonal", [1.0, 0.9])
+def test_regmean_solves_the_regression(off_diagonal):
+    base = state(0, shapes={"l.weight": (3, 5), "l.bias": (3,)})
+    models = [tuned(base, seed) for seed in (1, 2)]
+    curvatures = [gram_curvature(m, seed, n) for m, seed, n in zip(models, (1, 2), (10, 30), strict=True)]
+    tasks = [Task(m, c, w) for m, c, w in zip(models, curvatures, (0.5, 1.5), strict=True)]
+    found = merge(base, tasks, method="regmean", off_diagonal=off_diagonal, ridge=0.0)
+    grams = []
+    for c, w, n in zip(curvatures, (0.5, 1.5), (10, 30), strict=True):
+        g = c._blocks["factor_a/l.weight"] * n * w
+        grams.append(torch.where(torch.eye(5, dtype=torch.bool), g, g * off_diagonal))
+    right = sum(g @ m["l.weight"].T for g, m in zip(grams, models, strict=True))
+    expected = torch.linalg.solve(sum(grams), right).T
+    torch.testing.assert_close(found["l.weight"], expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        found["l.bias"], 0.25 * models[0]["l.bias"] + 0.75 * models[1]["l.bias"], **CLOSE
+    )
+
+
+def test_regmean_ridge_averages_inputs_that_never_occur():
+    base = state(0, shapes={"l.weight": (3, 5)})
+    models = [tuned(base, seed) for seed in (1, 2)]
+    curvatures = [gram_curvature(m, 1, 10) for m in models]
+    for c in curvatures:
+        c._blocks["factor_a/l.weight"][4] = 0
+        c._blocks["factor_a/l.weight"][:, 4] = 0
+    found = merge(base, [Task(m, c) for m, c in zip(models, curvatures, strict=True)], method="regmean")[
+        "l.weight"
+    ]
+    mean = (models[0]["l.weight"] + models[1]["l.weight"]) / 2
+    torch.testing.assert_close(found[:, 4], mean[:, 4], rtol=1e-6, atol=1e-6)
+
+
+def test_greedy_soup_takes_only_what_helps():
+    base = {"w": torch.zeros(3, dtype=torch.float64)}
+    models = [{"w": torch.full((3,), value, dtype=torch.float64)} for value in (1.0, 1.2, 5.0)]
+    target = torch.full((3,), 1.1, dtype=torch.float64)
+    tasks = [Task(m, name=name) for m, name in zip(models, "abc", strict=True)]
+    found = merge(base, tasks, method="greedy_soup", score=lambda state: -float((state["w"] - target).norm()))
+    torch.testing.assert_close(found["w"], target, **CLOSE)
+    assert "greedy soup of" in found.report.notes[0]
+    assert (
+        "c"
+        not in found.report.notes[0].split(":")[0].removeprefix("greedy soup of").replace(",", " ").split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [({}, ValueError, "needs score"), ({"score": 3}, TypeError, "must be a function"), ({"score": lambda s: float("nan")}, ValueError, "is NaN")],
+)  # fmt: skip
+def test_greedy_soup_errors(options, error, text):
+    base, _, models, _ = problem(1)
+    with pytest.raises(error, match=text):
+        merge(base, [Task(models[0])], method="greedy_soup", **options)
+
+
+def test_greedy_soup_of_nothing():
+    with pytest.raises(ValueError, match="no tasks"):
+        merge(state(0), [], method="greedy_soup", score=lambda state: 0.0)
+
+
+def test_curvature_of_a_linear_regression_gives_its_joint_solution():
+    base, base_curvature, _, _ = problem(1)
+    alphas, h0 = [0.4, 1.7], base_curvature.total("layers.0.w")
+    minima = [state(seed)["layers.0.w"] for seed in (5, 6)]
+    hs = [curvature(base, seed, 7).total("layers.0.w") for seed in (5, 6)]
+    theta0 = base["layers.0.w"]
+    models = [
+        (h0 * theta0 + h * m) / (h0 + h) for h, m in zip(hs, minima, strict=True)
+    ]  # Eq. 8 for quadratic losses
+    joint = (h0 * theta0 + sum(a * h * m for a, h, m in zip(alphas, hs, minima, strict=True))) / (
+        h0 + sum(a * h for a, h in zip(alphas, hs, strict=True))
+    )
+    tasks = [
+        Task({"w": m}, Curvature.from_dict({"w": h}, 1), a)
+        for m, h, a in zip(models, hs, alphas, strict=True)
+    ]
+    found = merge({"w": theta0}, tasks, base_curvature=Curvature.from_dict({"w": h0}, 1), delta0=0.0)
+    torch.testing.assert_close(found["w"], joint, **CLOSE)
