@@ -22,6 +22,10 @@ COMMANDS = {
         "what removing a task will cost, and the largest weight within a budget",
     ),
     "diagnose": ("gradmatch.commands.diagnose", "find out why a merge failed, or whether it will"),
+    "forecast": (
+        "gradmatch.commands.forecast",
+        "what a merge will cost each task, and the weights that cost least",
+    ),
     "inspect": ("gradmatch.commands.inspect", "show what a checkpoint or curvature file holds"),
 }
 EPILOG = "Logs go to stderr, results to stdout. `gradmatch COMMAND --help` explains a command."

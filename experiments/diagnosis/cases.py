@@ -99,13 +99,18 @@ def base_of_another_seed(world: World) -> Arguments:
 
 
 def permuted_neurons(world: World) -> Arguments:
-    """Another order of the neurons of the first layer: the very same function."""
-    theta = dict(world.tasks["chat"])
     order = torch.randperm(tiny.WIDTH, generator=torch.Generator().manual_seed(world.seed))
-    for name in [name for name in theta if name.startswith(("token.", "norm.")) and theta[name].ndim]:
-        theta[name] = theta[name][order]
-    theta["hidden.weight"] = theta["hidden.weight"][:, order]
-    return merged_by(changed(world, "chat", theta), "averaging")
+    return merged_by(changed(world, "chat", reordered(world.tasks["chat"], order)), "averaging")
+
+
+def reordered(theta: Weights, order: torch.Tensor) -> Weights:
+    """Another order of the neurons of the first layer: the very same function."""
+    result = dict(theta)
+    for name, value in theta.items():
+        if name.startswith(("token.", "norm.")) and value.ndim:
+            result[name] = value[order]
+    result["hidden.weight"] = theta["hidden.weight"][:, order]
+    return result
 
 
 def a_lucky_nan(world: World) -> Arguments:

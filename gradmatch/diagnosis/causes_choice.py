@@ -34,6 +34,8 @@ def one_task_dominates(evidence: Evidence) -> list[Cause]:
     if len(tasks) < 2 or evidence.scan.nonfinite:
         return []
     norms, used = evidence.scan.norms(), evidence.coefficients()
+    if evidence.merged is not None and evidence.scan.projection()[1] > HALF:
+        used = evidence.alpha  # the span explains too little of the update to read weights off it
     causes = []
     for task in tasks:
         others = evidence.other_tasks(task)

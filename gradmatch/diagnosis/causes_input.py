@@ -227,17 +227,18 @@ def relabelled(evidence: Evidence) -> list[Cause]:
         renaming, renamed = best_relabelling(pooled)
         plain, chance = accuracy_of(pooled), 1 / len(pooled)
         # Renamed, the others must come at least half-way from chance to what the task's own model reaches, and most of that
-        # must be due to the renaming, beyond the noise of n examples.
+        # must be due to the renaming, beyond the noise of n examples (4 standard errors: the best of many renamings).
         error = math.sqrt(0.25 / max(1.0, float(own.sum())))
         reaches = renamed - chance > HALF * (accuracy_of(own) - chance)
-        convincing = reaches and renamed - plain > max(HALF * (renamed - chance), 3 * error)
+        convincing = reaches and renamed - plain > max(HALF * (renamed - chance), 4 * error)
+        agreed = all(best_relabelling(evidence.confusions[m][task])[0] == renaming for m in others)
         fits_itself = accuracy_of(own) >= best_relabelling(own)[1] - error
         others_fit = all(
             best_relabelling(evidence.confusions[m][m])[0] == list(range(len(own)))
             for m in others
             if m in evidence.confusions[m]
         )
-        if convincing and fits_itself and others_fit:
+        if convincing and agreed and fits_itself and others_fit:
             moves = ", ".join(f"{k} -> {label}" for k, label in enumerate(renaming) if k != label)
             causes.append(
                 Cause(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,7 +76,8 @@ class Diagnosis:
         """Everything as plain JSON values, in the form of `gradmatch.diagnosis.report.Report`."""
         from gradmatch.diagnosis.report import report_of
 
-        return report_of(self).model_dump(mode="json")
+        content: dict[str, Any] = json.loads(report_of(self).model_dump_json())  # writes infinity as text
+        return content
 
     def to_html(self) -> str:
         """One self-contained page: text, tables and drawings, no network."""

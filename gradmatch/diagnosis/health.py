@@ -36,6 +36,7 @@ def rounding_energy(tensor: Tensor, dtype: torch.dtype) -> float:
     spacing = (
         torch.ldexp(torch.full_like(exponents, 1, dtype=torch.float32), exponents) * torch.finfo(dtype).eps
     )
+    spacing = spacing.masked_fill(tensor == 0, 0.0)  # zero is stored exactly
     return float(spacing.double().square().sum()) / 12
 
 

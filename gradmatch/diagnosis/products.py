@@ -207,9 +207,13 @@ def kronecker_times(factor_a: Tensor, factor_b: Tensor, u: Tensor, num_examples:
 
 
 def kronecker_factors(curvature: Curvature, name: str) -> tuple[Tensor, Tensor] | None:
-    """The factors (A, B) of a parameter where the file holds them."""
-    factors = getattr(curvature, "factors", None)
-    return None if factors is None else factors(name)
+    """The per-example factors (A, B) of a matrix where the file holds both and they fit its shape; else None."""
+    a, b = curvature.factor_a(name), curvature.factor_b(name)
+    if a is None or b is None:
+        return None
+    shape = curvature.mean(name).shape
+    fits = shape in ((len(b), len(a)), (len(a), len(b)))
+    return (a, b) if fits else None
 
 
 def stored_gradient(curvature: Curvature) -> dict[str, Tensor]:

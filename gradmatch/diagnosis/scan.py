@@ -215,7 +215,9 @@ def find_moved_rows(before: Tensor, after: Tensor) -> MovedRows | None:
     suspects, match, close = similarity.moved_rows(before, after)
     if len(suspects) < 2:
         return None
-    elsewhere = (match != suspects) & (close >= math.sqrt(0.5))
+    # The best of R random directions in P dimensions has a cosine of about sqrt(2 ln R / P): a match must be closer.
+    by_chance = math.sqrt(2 * math.log(len(before)) / before.shape[1])
+    elsewhere = (match != suspects) & (close >= min(0.99, max(math.sqrt(0.5), by_chance)))
     offsets = (match - suspects)[elsewhere] % len(before)
     offset, share = 0, 0.0
     if len(offsets):

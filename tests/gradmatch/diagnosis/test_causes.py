@@ -1,0 +1,287 @@
+"""Each cause on a small model whose fault is made by hand, from files alone and with data; and its absence when healthy."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from estimators import Curvature
+from estimators.curvature import fingerprint, model_sampler
+from gradmatch import Task, diagnose
+from gradmatch.diagnosis.causes import BROKEN, CHOICE, INPUT, Cause, ranked
+from gradmatch.diagnosis.evidence import best_relabelling
+
+DIM, WIDTH, CLASSES = 12, 24, 3
+
+
+def network():
+    return nn.Sequential(nn.Linear(DIM, WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES))
+
+
+def make(seed=0, scale=0.05):
+    """Base and two tasks whose task vectors are random directions: enough for what weights alone tell."""
+    torch.manual_seed(seed)
+    module = network()
+    base = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    tasks = {t: {n: v + scale * torch.randn_like(v) * v.abs().mean() for n, v in base.items()} for t in "abc"}
+    return module, base, tasks
+
+
+def average(base, tasks, weights=None):
+    weights = weights or dict.fromkeys(tasks, 1 / len(tasks))
+    return {n: v + sum(w * (tasks[t][n] - v) for t, w in weights.items()) for n, v in base.items()}
+
+
+def names_of(result):
+    return [cause.name for cause in result.causes]
+
+
+def told(base, tasks, merged, **options):
+    curvatures = options.pop("curvatures", {})
+    weights = options.pop("weights", {})
+    given = [Task(theta, curvatures.get(t), weights.get(t, 1 / 3), t) for t, theta in tasks.items()]
+    return diagnose(base, given, merged, method=options.pop("method", "task_arithmetic"), **options)
+
+
+def test_a_healthy_merge_has_no_cause():
+    _, base, tasks = make()
+    result = told(base, tasks, average(base, tasks))
+    assert result.healthy
+    assert result.evidence.coefficients() == pytest.approx(dict.fromkeys("abc", 1 / 3), abs=1e-5)
+    assert any("no data" in note for note in result.notes)
+    assert any("no curvature" in note for note in result.notes)
+
+
+def test_not_finite_blames_the_input_and_not_the_merge():
+    _, base, tasks = make()
+    tasks["b"]["0.weight"][1, 2] = math.nan
+    result = told(base, tasks, average(base, tasks))
+    first = result.causes[0]
+    assert (first.name, first.subject, first.cost) == ("not_finite", "b", math.inf)
+    assert "0.weight" in first.evidence
+    _, base, tasks = make()
+    merged = average(base, tasks)
+    merged["2.bias"][0] = math.inf
+    assert [(c.name, c.subject) for c in told(base, tasks, merged).causes] == [("not_finite", "merged")]
+
+
+def test_shapes_that_differ_and_tensors_that_are_missing():
+    _, base, tasks = make()
+    tasks["a"]["2.weight"] = torch.randn(7, WIDTH)
+    del tasks["c"]["2.bias"]
+    result = told(base, tasks, None)
+    found = {cause.subject: cause for cause in result.causes}
+    assert "2.weight is [7, 24] in 'a' and [3, 24]" in found["a"].evidence
+    assert "'c' lacks 2.bias" in found["c"].evidence
+    assert any("refused" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("shift", [1, -2])
+def test_vocabulary_shift(shift):
+    torch.manual_seed(0)
+    base = {"embed.weight": torch.randn(40, 8), "head.weight": torch.randn(3, 8)}
+    tasks = {t: {n: v + 0.05 * torch.randn_like(v) for n, v in base.items()} for t in "abc"}
+    tasks["b"]["embed.weight"] = tasks["b"]["embed.weight"].roll(shift, 0)
+    first = told(base, tasks, average(base, tasks)).causes[0]
+    assert (first.name, first.subject) == ("vocabulary_shift", "b")
+    assert f"{abs(shift)} place" in first.evidence
+
+
+def test_permuted_neurons():
+    _, base, tasks = make()
+    order = torch.randperm(WIDTH)
+    tasks["c"] |= {n: tasks["c"][n][order] for n in ("0.weight", "0.bias")}
+    tasks["c"]["2.weight"] = tasks["c"]["2.weight"][:, order]
+    result = told(base, tasks, average(base, tasks))
+    assert (result.causes[0].name, result.causes[0].subject) == ("permuted_neurons", "c")
+    assert "other_base" not in names_of(result)
+
+
+def test_other_base_whole_and_one_layer():
+    _, base, tasks = make()
+    _, _, others = make(seed=9)
+    first = told(base, {**tasks, "a": others["a"]}, average(base, tasks)).causes[0]
+    assert (first.name, first.subject) == ("other_base", "a")
+    assert "fine-tune 'a' from this very base" in first.remedy
+    tasks["a"]["2.weight"] = others["a"]["2.weight"]
+    first = next(c for c in told(base, tasks, average(base, tasks)).causes if c.name == "other_base")
+    assert "leave 2 of 'a' out" in first.remedy
+
+
+def test_head_of_another_task_and_the_same_model_twice():
+    _, base, tasks = make()
+    tasks["a"] |= {n: tasks["b"][n] for n in ("2.weight", "2.bias")}
+    first = told(base, tasks, average(base, tasks)).causes[0]
+    assert first.name == "head_of_another_task"
+    assert set("ab") <= set(first.subject)  # without data nobody can say whose it is
+    tasks["a"] = dict(tasks["b"])
+    assert told(base, tasks, average(base, tasks)).causes[0].name == "same_model_twice"
+
+
+def test_curvature_of_another_model_names_it():
+    _, base, tasks = make()
+
+    def curvature(theta, seen="100"):
+        marks = {"fingerprint": fingerprint(theta, model_sampler(theta)), "examples_seen": seen}
+        return Curvature.from_dict({n: torch.rand_like(v) for n, v in theta.items()}, 100, marks)
+
+    curvatures = {t: curvature(theta) for t, theta in tasks.items()}
+    assert told(base, tasks, average(base, tasks), curvatures=curvatures).healthy
+    result = told(base, tasks, average(base, tasks), curvatures={**curvatures, "a": curvatures["c"]})
+    assert [(c.name, c.subject) for c in result.causes] == [("curvature_of_another_model", "a")]
+    assert "taken at the weights of 'c'" in result.causes[0].evidence
+    stranger = curvature({n: v + 1 for n, v in base.items()})
+    result = told(base, tasks, average(base, tasks), curvatures=curvatures, base_curvature=stranger)
+    assert "none of these models" in result.causes[0].evidence
+    result = told(
+        base, tasks, average(base, tasks), curvatures={**curvatures, "b": curvature(tasks["b"], "4")}
+    )
+    assert [(c.name, c.subject) for c in result.causes] == [("noisy_curvature", "b")]
+
+
+def test_rounded_away():
+    _, base, tasks = make(scale=1e-3)
+    exact = average(base, tasks)
+    stored = {n: v.bfloat16() for n, v in exact.items()}
+    assert names_of(told(base, tasks, stored))[0] == "rounded_away"
+    assert names_of(told(base, tasks, {n: v.float() for n, v in stored.items()}))[0] == "rounded_away"
+    assert told(base, tasks, exact).healthy
+    _, base, tasks = make(scale=0.3)  # large updates survive the rounding
+    assert told(base, tasks, {n: v.bfloat16() for n, v in average(base, tasks).items()}).healthy
+
+
+def test_a_folder_that_is_no_merge_of_these():
+    _, base, tasks = make()
+    _, _, others = make(seed=5)
+    assert names_of(told(base, tasks, others["a"])) == ["no_merge_of_these"]
+
+
+def test_zero_tensor():
+    _, base, tasks = make()
+    tasks["b"]["2.bias"] = torch.zeros(CLASSES)
+    result = told(base, tasks, None)
+    assert ("zero_tensor", "b") in [(c.name, c.subject) for c in result.causes]
+
+
+def test_dominance_from_weights_alone():
+    _, base, tasks = make()
+    weights = {"a": 1 / 3, "b": 5 / 3, "c": 1 / 3}
+    first = told(base, tasks, average(base, tasks, weights), weights=weights).causes[0]
+    assert (first.name, first.subject, first.cost) == ("weight_too_large", "b", None)
+    tasks["c"] = {n: base[n] + 8 * (v - base[n]) for n, v in tasks["c"].items()}
+    first = told(base, tasks, average(base, tasks)).causes[0]
+    assert (first.name, first.subject) == ("overtrained_task", "c")
+
+
+def test_floor_decides_without_data():
+    _, base, tasks = make()
+    curvatures = {t: Curvature.from_dict({n: torch.rand_like(v) for n, v in base.items()}, 10) for t in tasks}
+    options = {"curvatures": curvatures, "base_curvature": 1.0, "method": "gradient_matching"}
+    assert names_of(told(base, tasks, None, delta0=1e6, **options)) == ["floor_decides"]
+    assert told(base, tasks, None, delta0=1e-6, **options).healthy
+
+
+def learned(seed=0, relabel=None):
+    """Three tasks on inputs of their own, learned from a common base, with data."""
+    torch.manual_seed(seed)
+    module = network()
+    truth = torch.randn(DIM, CLASSES)
+    data = {}
+    for position, t in enumerate("abc"):
+        x = torch.randn(300, DIM)
+        x[:, 4 * position : 4 * position + 4] *= 2
+        y = (x @ truth).argmax(1)
+        data[t] = (x, y if relabel != t else (y + 1) % CLASSES)
+
+    def train(start, sets, steps, rate):
+        module.load_state_dict(start)
+        optimizer = torch.optim.Adam(module.parameters(), rate)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            sum(nn.functional.cross_entropy(module(x), y) for x, y in sets).backward()
+            optimizer.step()
+        return {n: v.detach().clone() for n, v in module.state_dict().items()}
+
+    start = {n: v.detach().clone() for n, v in module.state_dict().items()}
+    common = torch.randn(400, DIM)
+    base = train(start, [(common, (common @ truth).argmax(1))], 60, 1e-2)
+    tasks = {
+        t: train(base, [pair], 60 if t == relabel else 25, 1e-2 if t == relabel else 3e-3)
+        for t, pair in data.items()
+    }
+    return module, base, tasks, {t: [pair] for t, pair in data.items()}
+
+
+def test_labels_swapped_names_the_renaming():
+    module, base, tasks, data = learned(relabel="b")
+    result = told(base, tasks, average(base, tasks), data=data, module=module)
+    first = result.causes[0]
+    assert (first.name, first.subject) == ("labels_swapped", "b")
+    assert "0 -> 1, 1 -> 2, 2 -> 0" in first.evidence
+    assert first.source == "measured"
+
+
+def test_every_weight_too_large_and_its_price():
+    module, base, tasks, data = learned()
+    weights = dict.fromkeys(tasks, 9.0)
+    merged = average(base, tasks, weights)
+    result = told(base, tasks, merged, data=data, module=module, weights=weights)
+    cause = next(c for c in result.causes if c.name == "all_weights_too_large")
+    path = {s: sum(losses.values()) * 300 for s, losses in result.evidence.path.items()}
+    assert cause.cost == pytest.approx(path[1.0] - path[cause.numbers["share"]], rel=1e-4)
+    healthy = told(base, tasks, average(base, tasks), data=data, module=module)
+    assert healthy.healthy
+
+
+def test_stale_batchnorm_without_data_is_silent_and_with_data_priced():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(DIM, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
+    x = 4 * torch.randn(400, DIM) + 3
+    y = (x @ torch.randn(DIM, CLASSES)).argmax(1)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(80):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net.train()(x), y).backward()
+        optimizer.step()
+    base = {n: v.detach().clone() for n, v in net.state_dict().items()}
+    tasks = {
+        t: {n: v + 1e-3 * torch.randn_like(v) if v.is_floating_point() else v for n, v in base.items()}
+        for t in "abc"
+    }
+    merged = dict(base)
+    merged["1.running_mean"], merged["1.running_var"] = torch.zeros(WIDTH), torch.ones(WIDTH)
+    data = {t: [(x, y)] for t in tasks}
+    result = told(base, tasks, merged, data=data, module=net)
+    assert names_of(result)[0] == "stale_batchnorm"
+    assert result.causes[0].cost > 0
+    assert told(base, tasks, average_floats(base, tasks), data=data, module=net).healthy
+
+
+def average_floats(base, tasks):
+    return {
+        n: average({n: v}, {t: {n: w[n]} for t, w in tasks.items()})[n] if v.is_floating_point() else v
+        for n, v in base.items()
+    }
+
+
+def test_ranking_puts_broken_before_inputs_before_choices_and_dear_before_cheap():
+    cheap = Cause("cheap", "", "", "", CHOICE, 1.0)
+    causes = [cheap, replace(cheap, name="unknown", cost=None), replace(cheap, name="dear", cost=9.0)]
+    causes += [
+        replace(cheap, name="input", rank=INPUT, cost=0.0),
+        replace(cheap, name="broken", rank=BROKEN, cost=None),
+    ]
+    assert [cause.name for cause in ranked(causes)] == ["broken", "input", "dear", "cheap", "unknown"]
+
+
+@pytest.mark.parametrize("classes", [4, 9])
+def test_best_relabelling(classes):
+    order = torch.randperm(classes)
+    confusion = torch.zeros(classes, classes, dtype=torch.long)
+    confusion[order, torch.arange(classes)] = 10  # predicted k means label order[k]
+    confusion += torch.eye(classes, dtype=torch.long)
+    renaming, accuracy = best_relabelling(confusion)
+    assert renaming == order.tolist()
+    assert accuracy >= 10 / 11

@@ -1,0 +1,170 @@
+"""`gradmatch diagnose` and `gradmatch forecast` on folders of a tiny transformers model."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+from gradmatch.cli import main
+from gradmatch.diagnosis.data import parse_data, read_batches, read_texts
+
+WORDS = ["good", "bad", "fine", "poor", "film", "book", "a", "the"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """base/, one/ and two/ with tokenizers, data files, and a recipe."""
+    root = tmp_path_factory.mktemp("models")
+    (root / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    tokenizer = BertTokenizer(str(root / "vocab.txt"))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=13,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=2,
+    )
+    model = BertForSequenceClassification(config)
+    model.save_pretrained(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    for name in ("one", "two"):
+        with torch.no_grad():
+            for value in model.parameters():
+                value.add_(0.002 * torch.randn_like(value))
+        model.save_pretrained(root / name)
+        rows = [{"text": f"a {word} {name}", "label": int(word in ("good", "fine"))} for word in WORDS * 2]
+        (root / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    recipe = {"base": "base", "method": "averaging", "tasks": [{"model": "one"}, {"model": "two"}]}
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return root
+
+
+def data_flags(folder):
+    return [
+        "--data",
+        f"one={folder / 'one.jsonl'}",
+        "--data",
+        f"two={folder / 'two.jsonl'}",
+        "--examples",
+        "12",
+    ]
+
+
+def test_diagnose_from_files_alone(folder, capsys):
+    assert main(["diagnose", str(folder / "recipe.yaml")]) == 0
+    printed = capsys.readouterr().out
+    assert "Nothing wrong was found" in printed
+    assert "note: no data" in printed
+
+
+def test_diagnose_with_data_writes_json_and_a_page(folder, capsys, tmp_path):
+    main(["merge", str(folder / "recipe.yaml"), str(tmp_path / "merged"), "--quiet"])
+    flags = ["--json", str(tmp_path / "out" / "d.json"), "--html", str(tmp_path / "d.html")]
+    code = main(
+        ["diagnose", str(folder / "recipe.yaml"), str(tmp_path / "merged"), *data_flags(folder), *flags]
+    )
+    assert code == 0
+    assert "best weight" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out" / "d.json").read_text())
+    assert content["method"] == "averaging"
+    assert [task["coefficient"] for task in content["tasks"]] == pytest.approx([0.5, 0.5], abs=1e-4)
+    assert (tmp_path / "d.html").read_text().startswith("<!doctype html>")
+
+
+def test_diagnose_by_flags_with_the_merge_first(folder, capsys, tmp_path):
+    main(["merge", str(folder / "recipe.yaml"), str(tmp_path / "merged"), "--quiet"])
+    tasks = ["--task", str(folder / "one"), "--task", f"{folder / 'two'},weight=1"]
+    assert (
+        main(["diagnose", str(tmp_path / "merged"), "--base", str(folder / "base"), *tasks, "--quick"]) == 0
+    )
+    assert "Nothing wrong was found" in capsys.readouterr().out
+
+
+def test_forecast_saves_products_and_uses_them(folder, capsys, tmp_path):
+    saved = ["--save", str(tmp_path / "p.json")]
+    recipe = str(folder / "recipe.yaml")
+    assert main(["forecast", recipe, *data_flags(folder), *saved, "--pareto"]) == 0
+    first = capsys.readouterr().out
+    assert "curvature: ggn" in first
+    assert "Pareto front" in first
+    assert main(["forecast", recipe, "--products", str(tmp_path / "p.json")]) == 0
+    again = capsys.readouterr().out
+    assert again.splitlines()[1:3] == first.splitlines()[1:3]
+
+
+def test_errors_have_no_traceback(folder, capsys):
+    recipe = str(folder / "recipe.yaml")
+    cases = [
+        (["diagnose"], "nothing to look at"),
+        (["forecast", recipe], "nothing to choose weights from"),
+        (["diagnose", recipe, "--data", "one"], "is not TASK=FILE"),
+        (["diagnose", recipe, "--data", f"eno={folder / 'one.jsonl'}"], "names a task 'eno'"),
+        (["diagnose", recipe, "--data", "one=/nowhere.jsonl"], "no data file /nowhere.jsonl"),
+    ]
+    for arguments, message in cases:
+        assert main(arguments) == 2
+        printed = capsys.readouterr()
+        assert message in printed.err
+        assert "Traceback" not in printed.err
+        assert printed.out == ""
+
+
+def test_help_explains(capsys):
+    for command in ("diagnose", "forecast"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        assert "examples:" in capsys.readouterr().out
+
+
+def test_data_files(folder, tmp_path):
+    base = str(folder / "base")
+    batches = read_batches(folder / "one.jsonl", base, examples=10, batch_size=4)
+    assert [len(batch["labels"]) for batch in batches] == [4, 4, 2]
+    (tmp_path / "d.csv").write_text("sentence,label\ngood film,1\nbad film,0\n")
+    assert read_texts(tmp_path / "d.csv", 9) == (["good film", "bad film"], [1, 0])
+    (tmp_path / "d.tsv").write_text("text\tlabel\ngood film\t0.5\n")
+    assert read_texts(tmp_path / "d.tsv", 9) == (["good film"], [0.5])
+    (tmp_path / "d.json").write_text('[{"text": "a"}]')
+    assert read_texts(tmp_path / "d.json", 9) == (["a"], None)
+    (tmp_path / "d.txt").write_text("good film\n\nthe bad book\n")
+    (batch,) = read_batches(tmp_path / "d.txt", base)
+    assert (batch["labels"] == -100).sum() == (batch["attention_mask"] == 0).sum()
+    from safetensors.torch import save_file
+
+    save_file(
+        {"input_ids": torch.ones(5, 3, dtype=torch.long), "labels": torch.ones(5)}, tmp_path / "d.safetensors"
+    )
+    assert [
+        len(b["labels"]) for b in read_batches(tmp_path / "d.safetensors", base, examples=3, batch_size=2)
+    ] == [2, 1]
+    assert parse_data([f"one={folder / 'one.jsonl'}"], ["one"]) == {"one": folder / "one.jsonl"}
+
+
+BAD = [
+    ("d.xml", "<a/>", "unknown format '.xml'"),
+    ("d.txt", "\n", "holds no text"),
+    ("d.jsonl", "", "holds no rows"),
+    ("d.jsonl", "{", "is not JSON"),
+    ("d.csv", "a,b\n1,2\n", "no text column among a, b"),
+    ("d.csv", "text,label\nx,pos\n", "row 1 has the label 'pos'"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD)
+def test_bad_data_files(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_texts(tmp_path / name, 9)
+
+
+def test_tensors_without_labels(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(2)}, tmp_path / "d.safetensors")
+    with pytest.raises(ValueError, match=r"no tensor named labels \(it has x\)"):
+        read_batches(tmp_path / "d.safetensors", "")

@@ -1,0 +1,259 @@
+"""The public call: values of the report, bad input, JSON that fits its schema, a page that is whole and small."""
+
+import html.parser
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from estimators import Curvature, estimate
+from gradmatch import Task, diagnose, merge
+from gradmatch.diagnosis import charts
+from gradmatch.diagnosis.diagnosing import effective_weights
+from gradmatch.diagnosis.page import bins
+from gradmatch.diagnosis.report import Report, report_of, schema
+
+
+@pytest.fixture(scope="module")
+def world():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
+    data = {}
+    for t in ("first", "second"):
+        truth = torch.randn(5, 3)
+        inputs = [torch.randn(40, 5) for _ in range(2)]
+        data[t] = [(x, (x @ truth).argmax(1)) for x in inputs]
+    tasks = []
+    for t, batches in data.items():
+        theta = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
+        theta.load_state_dict(module.state_dict())
+        optimizer = torch.optim.Adam(theta.parameters(), 1e-2)
+        for _ in range(30):
+            optimizer.zero_grad()
+            sum(nn.functional.cross_entropy(theta(x), y) for x, y in batches).backward()
+            optimizer.step()
+        curvature = estimate(
+            theta, batches, gradient=True, standard_error=True, num_examples=800, progress=False
+        )
+        tasks.append(Task(theta, curvature, 0.5, t))
+    h0 = estimate(module, [b for batches in data.values() for b in batches], progress=False)
+    return module, tasks, data, h0
+
+
+def test_with_data_everything_is_told(world):
+    module, tasks, data, h0 = world
+    result = diagnose(module, tasks, data=data, base_curvature=h0)
+    report = report_of(result)
+    assert report.method == "gradient_matching"
+    assert {row.model for row in report.losses} == {"base", "first", "second", "merged"}
+    assert [t.num_examples for t in report.tasks] == [800, 800]
+    for row in report.forecasts:
+        assert row.kind == "ggn"
+        own = next(x.nll for x in report.losses if x.model == x.task == row.task)
+        merged = next(x.nll for x in report.losses if (x.model, x.task) == ("merged", row.task))
+        assert row.measured == pytest.approx(merged - own, abs=1e-9)
+    assert report.mismatch.total > 0
+    assert report.path[0][0] == 0
+    assert report.path[-1][0] == 1
+    assert set(report.redundancy) == {"first", "second"}
+    assert list(report.barriers) == ["first | second"]
+    assert 0 < report.overlaps["first | second"] <= 1
+    frame = pytest.importorskip("pandas") and result.to_frame()
+    assert list(frame.columns) == ["name", "subject", "cost", "source", "evidence", "remedy"]
+    assert len(frame) == len(result.causes)
+
+
+def test_stored_gradients_save_a_pass_and_agree(world):
+    module, tasks, data, h0 = world
+    stored = diagnose(module, tasks, data=data, base_curvature=h0, thorough=False)
+    bare = [
+        Task(t.model, Curvature.from_dict(dict(t.curvature), 800, {"examples_seen": "80"}), 0.5, t.name)
+        for t in tasks
+    ]
+    measured = diagnose(module, bare, data=data, base_curvature=h0, thorough=False)
+    assert stored.evidence.mismatch.total == pytest.approx(measured.evidence.mismatch.total, rel=1e-3)
+
+
+def test_json_fits_the_schema_and_comes_back(world):
+    module, tasks, data, h0 = world
+    result = diagnose(module, tasks, data=data, base_curvature=h0, thorough=False)
+    text = json.dumps(result.to_dict(), allow_nan=False)
+    assert Report.model_validate_json(text).tasks[0].name == "first"
+    assert schema()["properties"]["schema_version"]["default"] == 1
+    broken = {n: v.clone() for n, v in module.state_dict().items()}
+    broken["0.bias"][0] = math.nan
+    text = json.dumps(
+        diagnose(module, [*tasks, Task(broken, name="ill")], method="averaging").to_dict(), allow_nan=False
+    )
+    assert '"cost": "Infinity"' in text
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that elements close, and collects what would reach for the network."""
+
+    void = frozenset({"meta", "link"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.tags = [], [], set()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.links += [value for key, value in attributes if key in ("src", "href") and value != "data:,"]
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.add(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("with_data", [True, False])
+def test_page_is_self_contained_and_well_formed(world, with_data):
+    module, tasks, data, h0 = world
+    text = diagnose(module, tasks, data=data if with_data else None, base_curvature=h0).to_html()
+    parser = Page()
+    parser.feed(text)
+    assert parser.open == []
+    assert parser.links == []
+    assert "script" not in parser.tags
+    assert "nan" not in text.lower().replace("nanum", "")
+    assert ("How far to go" in text) == with_data
+
+
+def test_names_cannot_break_out_of_the_page():
+    base = {"w": torch.randn(4, 4)}
+    tasks = [Task({"w": base["w"] + 0.01 * torch.randn(4, 4)}, name=f"<b>{t}&") for t in "xy"]
+    text = diagnose(base, tasks, method="averaging").to_html()
+    assert "<b>x" not in text
+    assert "&lt;b&gt;x&amp;" in text
+
+
+def test_thousands_of_tensors_stay_below_five_megabytes():
+    torch.manual_seed(0)
+    base = {f"model.layers.{i}.block.{j}.weight": torch.randn(2, 2) for i in range(300) for j in range(10)}
+    tasks = [Task({n: v + 0.01 * torch.randn(2, 2) for n, v in base.items()}, name=t) for t in "abc"]
+    result = diagnose(base, tasks, method="averaging")
+    assert len(result.evidence.scan.tensors) == 3000
+    assert len(result.to_html()) < 5_000_000
+    assert len(json.dumps(result.to_dict())) < 5_000_000
+    names, values = bins([f"l{i}" for i in range(300)], [[1.0] * 300])
+    assert len(names) == 60
+    assert sum(v * v for v in values[0]) == pytest.approx(300)
+
+
+def test_one_model_only(world):
+    module, tasks, data, _ = world
+    result = diagnose(module, tasks[:1], method="task_arithmetic", data={"first": data["first"]})
+    assert result.healthy
+    assert result.evidence.coefficients() == pytest.approx({"first": 0.5}, abs=1e-5)
+
+
+def test_data_for_some_tasks_only(world):
+    module, tasks, data, h0 = world
+    result = diagnose(module, tasks, data={"second": data["second"]}, base_curvature=h0)
+    assert set(result.evidence.losses["merged"]) == {"second"}
+    assert result.evidence.mismatch is None
+    assert "second" in str(result)
+
+
+def test_stored_products_are_used(world, tmp_path):
+    from gradmatch.diagnosis.products import save_products
+
+    module, tasks, data, h0 = world
+    measured = diagnose(module, tasks, data=data, base_curvature=h0, thorough=False)
+    save_products(measured.evidence.products, tmp_path / "p.json")
+    again = diagnose(module, tasks, base_curvature=h0, products=tmp_path / "p.json")
+    assert [row.forecast for row in report_of(again).forecasts] == pytest.approx(
+        [row.forecast for row in report_of(measured).forecasts]
+    )
+    assert report_of(again).forecasts[0].measured is None
+
+
+def test_effective_weights():
+    weights = {"a": 1.0, "b": 3.0}
+    assert effective_weights("averaging", weights, {}) == {"a": 0.5, "b": 0.5}
+    assert effective_weights("linear", weights, {}) == {"a": 0.25, "b": 0.75}
+    assert effective_weights("linear", weights, {"normalize": False}) == weights
+    assert effective_weights("task_arithmetic", weights, {"scale": 0.5}) == {"a": 0.5, "b": 1.5}
+
+
+def test_merged_from_a_folder(world, tmp_path):
+    from safetensors.torch import save_file
+
+    module, tasks, _, h0 = world
+    merged = merge(module, tasks, base_curvature=h0)
+    save_file(dict(merged), tmp_path / "merged.safetensors")
+    assert diagnose(module, tasks, tmp_path / "merged.safetensors", base_curvature=h0).healthy
+
+
+def test_errors_say_what_to_do(world):
+    module, tasks, data, _ = world
+    with pytest.raises(ValueError, match="no tasks"):
+        diagnose(module, [])
+    with pytest.raises(TypeError, match="Task objects, got dict"):
+        diagnose(module, [{}])
+    with pytest.raises(ValueError, match="did you mean 'averaging'"):
+        diagnose(module, tasks, method="averagin")
+    with pytest.raises(ValueError, match=r"data names a task 'frist'.*did you mean 'first'"):
+        diagnose(module, tasks, data={"frist": data["first"]})
+    with pytest.raises(ValueError, match=r"num_examples names a task 'zzz'.*tasks are first, second"):
+        diagnose(module, tasks, num_examples={"zzz": 1})
+    state = dict(module.state_dict())
+    with pytest.raises(ValueError, match="data needs a module"):
+        diagnose(state, tasks, data=data)
+    with pytest.raises(FileNotFoundError):
+        diagnose(module, tasks, "/nowhere/merged")
+
+
+def test_module_of_an_unknown_architecture(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "bert"}')
+    task = Task({"w": torch.ones(2, 2) * 1.01}, name="t")
+    with pytest.raises(ValueError, match=r"architecture 'NoSuchModel'.*pass module="):
+        diagnose(str(tmp_path), [task], data={"t": [(torch.ones(1, 2), torch.ones(1))]})
+
+
+def test_frame_without_pandas(world, monkeypatch):
+    import sys
+
+    module, tasks, _, h0 = world
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        diagnose(module, tasks, base_curvature=h0).to_frame()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.0, 1.0], [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        ([-3, 12], [-5, 0, 5, 10, 15]),
+        ([2, 2], [1.4, 1.6, 1.8, 2.0, 2.2, 2.4, 2.6]),
+    ],
+)
+def test_ticks_are_round_and_cover(values, expected):
+    found = charts.ticks(values)
+    assert found[0] <= min(values)
+    assert found[-1] >= max(values)
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.12345, "0.123"),
+        (-2.5, "\u22122.5"),
+        (12345.6, "12,346"),
+        (3.2e-7, "3.2e\u22127"),
+        (math.inf, "infinite"),
+    ],
+)
+def test_numbers(value, text):
+    assert charts.number(value) == text
