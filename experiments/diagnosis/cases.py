@@ -88,8 +88,13 @@ def thirds(world: World) -> dict[str, float]:
     return dict.fromkeys(world.tasks, 1 / len(world.tasks))
 
 
-def weight_times_five(world: World) -> Arguments:
-    return merged_by(world, "task_arithmetic", {**dict.fromkeys(world.tasks, 0.5), "reviews": 2.5})
+def one_weight_times(factor: float) -> Callable[[World], Arguments]:
+    def build(world: World) -> Arguments:
+        return merged_by(
+            world, "task_arithmetic", {**dict.fromkeys(world.tasks, 0.5), "reviews": 0.5 * factor}
+        )
+
+    return build
 
 
 def base_of_another_seed(world: World) -> Arguments:
@@ -98,8 +103,12 @@ def base_of_another_seed(world: World) -> Arguments:
     return merged_by(changed(world, "reviews", theta), "averaging")
 
 
-def permuted_neurons(world: World) -> Arguments:
-    order = torch.randperm(tiny.WIDTH, generator=torch.Generator().manual_seed(world.seed))
+def permuted_neurons(world: World, share: float = 1.0) -> Arguments:
+    """A share of the neurons of one task in another order."""
+    generator = torch.Generator().manual_seed(world.seed)
+    moving = torch.randperm(tiny.WIDTH, generator=generator)[: round(share * tiny.WIDTH)]
+    order = torch.arange(tiny.WIDTH)
+    order[moving] = moving.roll(1)
     return merged_by(changed(world, "chat", reordered(world.tasks["chat"], order)), "averaging")
 
 
@@ -121,33 +130,43 @@ def a_lucky_nan(world: World) -> Arguments:
     return added_by_hand(broken, thirds(broken))
 
 
-def bfloat16_of_tiny_deltas(world: World) -> Arguments:
-    """Fine-tunes of a few careful steps, merged and stored in bfloat16."""
-    for task, data in world.train.items():
-        theta = tiny.fine_tune(world.base, data, world.seed, steps=40, rate=1e-5)
-        world = changed(world, task, theta)
-    told = merged_by(world, "averaging")
-    told["merged"] = {
-        name: value.bfloat16() if value.is_floating_point() else value
-        for name, value in told["merged"].items()
-    }
-    return told
+def tiny_deltas_stored_in(dtype: torch.dtype, rate: float) -> Callable[[World], Arguments]:
+    """Fine-tunes of a few careful steps, merged and stored in half precision."""
+
+    def build(world: World) -> Arguments:
+        for task, data in world.train.items():
+            world = changed(world, task, tiny.fine_tune(world.base, data, world.seed, steps=40, rate=rate))
+        told = merged_by(world, "averaging")
+        told["merged"] = {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in told["merged"].items()
+        }
+        return told
+
+    return build
 
 
-def labels_swapped(world: World) -> Arguments:
+def labels_renamed(order: tuple[int, ...]) -> Callable[[World], Arguments]:
     """One task whose annotators numbered the classes otherwise."""
-    renamed = torch.tensor([1, 2, 3, 0])
-    world = replace(world, train=dict(world.train), test=dict(world.test))
-    for data in (world.train, world.test):
-        data["reviews"] = (data["reviews"][0], renamed[data["reviews"][1]])
-    theta = tiny.fine_tune(world.base, world.train["reviews"], world.seed, steps=300)
-    return merged_by(changed(world, "reviews", theta), "averaging")
+
+    def build(world: World) -> Arguments:
+        renamed = torch.tensor(order)
+        world = replace(world, train=dict(world.train), test=dict(world.test))
+        for data in (world.train, world.test):
+            data["reviews"] = (data["reviews"][0], renamed[data["reviews"][1]])
+        theta = tiny.fine_tune(world.base, world.train["reviews"], world.seed, steps=300)
+        return merged_by(changed(world, "reviews", theta), "averaging")
+
+    return build
 
 
-def fisher_of_four_examples(world: World) -> Arguments:
-    curvatures = dict(world.curvatures)
-    curvatures["chat"] = tiny.curvature_of(world.tasks["chat"], world.train["chat"], examples=4)
-    return merged_by(replace(world, curvatures=curvatures), "gradient_matching", thirds(world))
+def fisher_of(examples: int) -> Callable[[World], Arguments]:
+    def build(world: World) -> Arguments:
+        curvatures = dict(world.curvatures)
+        curvatures["chat"] = tiny.curvature_of(world.tasks["chat"], world.train["chat"], examples=examples)
+        return merged_by(replace(world, curvatures=curvatures), "gradient_matching", thirds(world))
+
+    return build
 
 
 def curvature_of_the_wrong_model(world: World) -> Arguments:
@@ -171,11 +190,15 @@ def batchnorm_not_recalibrated(world: World) -> Arguments:
     return told
 
 
-def vocabulary_shifted(world: World) -> Arguments:
-    """One task's tokenizer numbers every token one higher."""
-    theta = {**world.tasks["chat"], "embedding.weight": world.tasks["chat"]["embedding.weight"].roll(1, 0)}
-    world = changed(world, "chat", theta, estimate_again=False)
-    return merged_by(world, "averaging")
+def vocabulary_shifted_by(places: int) -> Callable[[World], Arguments]:
+    """One task's tokenizer numbers every token otherwise."""
+
+    def build(world: World) -> Arguments:
+        theta = dict(world.tasks["chat"])
+        theta["embedding.weight"] = theta["embedding.weight"].roll(places, 0)
+        return merged_by(changed(world, "chat", theta, estimate_again=False), "averaging")
+
+    return build
 
 
 def tasks_in_conflict(world: World) -> Arguments:
@@ -192,15 +215,22 @@ def tasks_in_conflict(world: World) -> Arguments:
     return merged_by(changed(world, "chat", theta), "averaging")
 
 
-def overtrained_task(world: World) -> Arguments:
+def overtrained_task(steps: int, rate: float) -> Callable[[World], Arguments]:
     """Many epochs at a large rate over a small part of the data."""
-    few = tuple(part[:256] for part in world.train["news"])
-    theta = tiny.fine_tune(world.base, few, world.seed, steps=1500, rate=5e-3)
-    return merged_by(changed(world, "news", theta), "task_arithmetic", dict.fromkeys(world.tasks, 0.5))
+
+    def build(world: World) -> Arguments:
+        tokens, classes = world.train["news"]
+        theta = tiny.fine_tune(world.base, (tokens[:256], classes[:256]), world.seed, steps=steps, rate=rate)
+        return merged_by(changed(world, "news", theta), "task_arithmetic", dict.fromkeys(world.tasks, 0.5))
+
+    return build
 
 
-def every_weight_too_large(world: World) -> Arguments:
-    return merged_by(world, "task_arithmetic", dict.fromkeys(world.tasks, 1.6))
+def every_weight(weight: float) -> Callable[[World], Arguments]:
+    def build(world: World) -> Arguments:
+        return merged_by(world, "task_arithmetic", dict.fromkeys(world.tasks, weight))
+
+    return build
 
 
 def floor_above_the_curvature(world: World) -> Arguments:
@@ -211,6 +241,17 @@ def merge_of_other_models(world: World) -> Arguments:
     """The wrong folder: a merge of another project."""
     told = merged_by(world, "averaging")
     told["merged"] = dict(merged_by(tiny.make_world(world.seed + 2000), "averaging")["merged"])
+    return told
+
+
+def base_curvature_of_a_task(world: World) -> Arguments:
+    curvatures = {**world.curvatures, "base": world.curvatures["reviews"]}
+    return merged_by(replace(world, curvatures=curvatures), "gradient_matching", thirds(world))
+
+
+def infinite_in_the_merge(world: World) -> Arguments:
+    told = merged_by(world, "averaging")
+    told["merged"]["head.bias"] = told["merged"]["head.bias"] / 0.0
     return told
 
 
@@ -227,20 +268,20 @@ def healthy_uneven(world: World) -> Arguments:
 
 
 CASES: dict[str, Case] = {
-    "weight x 5": Case("weight_too_large", weight_times_five, "reviews"),
+    "weight x 5": Case("weight_too_large", one_weight_times(5), "reviews"),
     "base of another seed": Case("other_base", base_of_another_seed, "reviews"),
     "permuted neurons": Case("permuted_neurons", permuted_neurons, "chat"),
     "a lucky NaN": Case("not_finite", a_lucky_nan, "news"),
-    "bf16 of tiny deltas": Case("rounded_away", bfloat16_of_tiny_deltas, "merged"),
-    "labels swapped": Case("labels_swapped", labels_swapped, "reviews"),
-    "Fisher of 4 examples": Case("noisy_curvature", fisher_of_four_examples, "chat"),
+    "bf16 of tiny deltas": Case("rounded_away", tiny_deltas_stored_in(torch.bfloat16, 1e-5), "merged"),
+    "labels swapped": Case("labels_swapped", labels_renamed((1, 2, 3, 0)), "reviews"),
+    "Fisher of 4 examples": Case("noisy_curvature", fisher_of(4), "chat"),
     "curvature of the wrong model": Case("curvature_of_another_model", curvature_of_the_wrong_model, "news"),
     "head of another task": Case("head_of_another_task", head_of_another_task, "news"),
     "BatchNorm not recalibrated": Case("stale_batchnorm", batchnorm_not_recalibrated, "merged"),
-    "vocabulary shifted by one": Case("vocabulary_shift", vocabulary_shifted, "chat"),
+    "vocabulary shifted by one": Case("vocabulary_shift", vocabulary_shifted_by(1), "chat"),
     "tasks in conflict": Case("tasks_conflict", tasks_in_conflict, "chat"),
-    "over-trained task": Case("overtrained_task", overtrained_task, "news"),
-    "every weight too large": Case("all_weights_too_large", every_weight_too_large, "merged"),
+    "over-trained task": Case("overtrained_task", overtrained_task(1500, 5e-3), "news"),
+    "every weight too large": Case("all_weights_too_large", every_weight(1.6), "merged"),
     "floor above the curvature": Case("floor_decides", floor_above_the_curvature, "delta0"),
     "merge of other models": Case("no_merge_of_these", merge_of_other_models, "merged"),
     "healthy: averaging": healthy("averaging"),
@@ -248,4 +289,19 @@ CASES: dict[str, Case] = {
     "healthy: gradient matching": healthy("gradient_matching", 0.4),
     "healthy: Fisher averaging": healthy("fisher", 1.0),
     "healthy: uneven weights": Case(HEALTHY, healthy_uneven),
+}
+# Other strengths and kinds, added after the rules were set, and never used to change them.
+VARIANTS: dict[str, Case] = {
+    "weight x 3": Case("weight_too_large", one_weight_times(3), "reviews"),
+    "a third of the neurons permuted": Case("permuted_neurons", lambda w: permuted_neurons(w, 1 / 3), "chat"),
+    "infinite value in the merge": Case("not_finite", infinite_in_the_merge, "merged"),
+    "fp16 of tiny deltas": Case("rounded_away", tiny_deltas_stored_in(torch.float16, 1e-6), "merged"),
+    "two labels swapped": Case("labels_swapped", labels_renamed((1, 0, 2, 3)), "reviews"),
+    "Fisher of 6 examples": Case("noisy_curvature", fisher_of(6), "chat"),
+    "base's curvature of a task": Case("curvature_of_another_model", base_curvature_of_a_task, "base"),
+    "vocabulary shifted by five": Case("vocabulary_shift", vocabulary_shifted_by(5), "chat"),
+    "over-trained less": Case("overtrained_task", overtrained_task(500, 3e-3), "news"),
+    "every weight 1.2": Case("all_weights_too_large", every_weight(1.2), "merged"),
+    "healthy: TIES": healthy("ties", 1.0),
+    "healthy: Model Stock": healthy("model_stock"),
 }

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from experiments.diagnosis import tiny
-from experiments.diagnosis.cases import CASES
+from experiments.diagnosis.cases import CASES, VARIANTS
 from gradmatch import diagnose
 
 
@@ -22,7 +22,7 @@ def diagnose_cases(out: Path, *, seed: int, cases: Sequence[str]) -> None:
     world = tiny.make_world(seed)
     rows = []
     for name in tqdm(cases, desc=f"diagnosing, seed {seed}"):
-        case = CASES[name]
+        case = {**CASES, **VARIANTS}[name]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the faults are deliberate
             arguments = case.build(world)
@@ -32,6 +32,7 @@ def diagnose_cases(out: Path, *, seed: int, cases: Sequence[str]) -> None:
         rows.append(
             {
                 "case": name,
+                "variant": name in VARIANTS,
                 "expected": case.expected,
                 "found": first.name if first else "",
                 "subject": first.subject if first else "",

@@ -9,11 +9,12 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from experiments.config import Study
-from experiments.diagnosis.cases import CASES, HEALTHY
+from experiments.diagnosis.cases import CASES, HEALTHY, VARIANTS
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
 
 CODE = ("experiments.diagnosis", "gradmatch.diagnosis", "gradmatch.engine", "gradmatch.rules", "estimators")
+KNOWN = {**CASES, **VARIANTS}
 
 
 class Config(Study):
@@ -27,9 +28,9 @@ class Config(Study):
     @field_validator("cases")
     @classmethod
     def _known(cls, cases: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [case for case in cases if case not in CASES]
+        unknown = [case for case in cases if case not in KNOWN]
         if unknown:
-            raise ValueError(f"unknown case {unknown[0]!r}; known: {', '.join(CASES)}")
+            raise ValueError(f"unknown case {unknown[0]!r}; known: {', '.join(KNOWN)}")
         return cases
 
 
@@ -40,7 +41,7 @@ def stages(config: Config) -> list[Stage]:
 
 def cells(config: Config) -> dict[int, Stage]:
     """Seed -> its stage."""
-    cases = list(config.cases or CASES)
+    cases = list(config.cases or KNOWN)
     return {
         seed: Stage(
             f"diagnosis/seed{seed}",
@@ -81,15 +82,21 @@ def records(config: Config, store: Path) -> list[Record]:
 
 
 def report(found: list[Record]) -> str:
-    """The confusion table, of the seeds that the rules were set on and of those they were not."""
-    parts = []
-    for split in ("development", "check"):
-        rows = [record for record in of_kind(found, "case") if record["split"] == split]
-        if rows:
-            seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
-            what = "set on these" if split == "development" else "not looked at while the rules were set"
-            parts.append(f"Seeds {seeds} ({what})\n" + confusion_table(rows))
-    return "\n\n".join(parts)
+    """The confusion table: seeds that the rules were set on, seeds that they were not, and variants that came later."""
+    cases = of_kind(found, "case")
+    parts = [
+        (
+            "seeds that the rules were set on",
+            [r for r in cases if r["split"] == "development" and not r["variant"]],
+        ),
+        ("other seeds", [r for r in cases if r["split"] == "check" and not r["variant"]]),
+        ("variants added after the rules were set", [r for r in cases if r["variant"]]),
+    ]
+    return "\n\n".join(
+        f"{what} ({', '.join(str(seed) for seed in sorted({row['seed'] for row in rows}))})\n{confusion_table(rows)}"
+        for what, rows in parts
+        if rows
+    )
 
 
 def confusion_table(rows: list[Record]) -> str:

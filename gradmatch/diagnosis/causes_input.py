@@ -306,10 +306,11 @@ def rounded_away(evidence: Evidence) -> list[Cause]:
         return []
     rounding = sum(t.rounding for t in evidence.scan.tensors.values())
     update = sum(t.delta_square for t in evidence.scan.tensors.values())
-    gridded = sum(t.numel for t in evidence.scan.tensors.values() if t.on_grid)
+    gridded = sum(t.numel for t in evidence.scan.tensors.values() if t.grid)
     weights = sum(t.numel for t in evidence.scan.tensors.values())
     if gridded < HALF * weights:
         return []
+    grid = next(t.grid for t in evidence.scan.tensors.values() if t.grid)
     exact = _planned_update(evidence)
     if rounding < ROUNDING_SHARE * exact:
         return []
@@ -318,7 +319,7 @@ def rounded_away(evidence: Evidence) -> list[Cause]:
         Cause(
             "rounded_away",
             "merged",
-            f"the merge is stored in bfloat16, whose rounding errors are {math.sqrt(rounding / max(exact, 1e-300)):.1f} times as large as the "
+            f"the merge is stored in {grid}, whose rounding errors are {math.sqrt(rounding / max(exact, 1e-300)):.1f} times as large as the "
             f"update that the weights ask for (norm {math.sqrt(exact):.3g}; stored update {math.sqrt(update):.3g})",
             "write the merge in float32 (dtype: float32)",
             INPUT,

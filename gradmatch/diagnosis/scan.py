@@ -51,7 +51,7 @@ class TensorScan:
         conflicts: (T, T) number of weights with opposite signs, moving: (T, T) number where both moved.
         moved: task position -> MovedRows, for matrices whose rows changed place.
         products: (T,) tau_t'(merged - base) and delta_square ||merged - base||^2; rounding: expected energy of storing the
-            merge in bfloat16, on_grid: every merged value is a bfloat16 while a fine-tune's are not.
+            merge in `grid`, the half precision that every merged value has while a fine-tune's have not ("": none).
         outside: energy of the merge's update that no reweighting of the task vectors makes.
     """
 
@@ -66,7 +66,7 @@ class TensorScan:
     products: Tensor | None = None
     delta_square: float = 0.0
     rounding: float = 0.0
-    on_grid: bool = False
+    grid: str = ""
     outside: float = 0.0
 
 
@@ -202,11 +202,11 @@ def scan_tensor(
         delta = (merged.float() - before).flatten()
         result.products = taus.double() @ delta.double()
         result.outside, result.delta_square = conflict.outside_hull(delta, taus, torch.tensor(alpha))
-        if health.on_grid(merged, torch.bfloat16) and not all(
-            health.on_grid(x, torch.bfloat16) for x in after
-        ):
-            result.on_grid = True
-            result.rounding = health.rounding_energy(merged, torch.bfloat16)
+        for dtype in (torch.bfloat16, torch.float16):
+            if health.on_grid(merged, dtype) and not all(health.on_grid(x, dtype) for x in after):
+                result.grid = str(dtype).removeprefix("torch.")
+                result.rounding = health.rounding_energy(merged, dtype)
+                break
     return result
 
 

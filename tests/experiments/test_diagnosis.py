@@ -8,7 +8,7 @@ import torch
 
 from experiments import config as configs
 from experiments.diagnosis import tiny
-from experiments.diagnosis.cases import CASES, HEALTHY, reordered
+from experiments.diagnosis.cases import CASES, HEALTHY, VARIANTS, reordered
 from experiments.diagnosis.confusion import diagnose_cases
 from experiments.studies import diagnosis
 
@@ -32,7 +32,7 @@ def test_table_counts_right_wrong_and_false_alarms(stage):
     rows.append({**rows[0], "seed": 1, "found": "other_base", "right": False})
     rows.append({**rows[-2], "seed": 1, "found": "weight_too_large", "right": False})
     text = diagnosis.report(rows)
-    assert "Seeds 0, 1 (not looked at while the rules were set)" in text
+    assert "other seeds (0, 1)" in text
     assert "a lucky NaN" in text
     assert "1/2    other_base" in text
     assert "true cause first in 3 of 4 failures (75%)" in text
@@ -44,7 +44,7 @@ def test_config_runs_every_case_on_other_seeds_than_the_rules_were_set_on():
     assert not set(config.development) & set(config.seeds)
     stages = diagnosis.stages(config)
     assert len(stages) == len(config.development) + len(config.seeds)
-    assert all(stage.settings["cases"] == list(CASES) for stage in stages)
+    assert all(stage.settings["cases"] == [*CASES, *VARIANTS] for stage in stages)
     failures = [case for case in CASES.values() if case.expected != HEALTHY]
     assert len({case.expected for case in failures}) >= 12
 
