@@ -45,7 +45,7 @@ class Request:
         options: of the rule and its transforms.
         transforms: edits of the task vectors before the rule, by name or as {name: options}.
         dtype: of the output ("float32", "bfloat16", ...); None: the base's own, tensor by tensor.
-        seed: of stochastic rounding.
+        seed: of random transforms and stochastic rounding.
         head_names: patterns of tensors that count as heads, beside those that differ.
         missing, missing_curvature, heads, embeddings, batchnorm, precision, rounding, verify: see POLICIES.
         shard_bytes: largest size of an output file.
@@ -209,7 +209,7 @@ def resolve_options(request: Request) -> tuple[dict[str, Any], Edits]:
             for key, value in request.options.items()
             if key in transform.options and key not in rule.options
         }
-        defaults = dict(transform.options)
+        defaults = {key: request.seed if key == "seed" else value for key, value in transform.options.items()}
         if name == "ties" and dropped:
             defaults["density"] = 1.0
             flat.pop("density", None)

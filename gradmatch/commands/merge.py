@@ -64,7 +64,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{policy.replace('_', '-')}", choices=choices, default=None, help=f"(default: {choices[0]})"
         )
     parser.add_argument(
-        "--seed", type=int, help="of stochastic rounding; random methods take --option seed=..."
+        "--seed", type=int, help="of random transforms and stochastic rounding (default 0)"
     )
     parser.add_argument("--shard-bytes", type=int, help="largest size of an output file (default 5e9)")
     parser.add_argument(

@@ -1,6 +1,7 @@
 """Small models with known answers, shared by the tests of merging. The oracle here is slow and imports nothing of ours."""
 
 import torch
+
 from estimators import Curvature
 
 SHAPES = {

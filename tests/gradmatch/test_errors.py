@@ -1,0 +1,294 @@
+"""Every way to ask for something that cannot be done, and what is said: all before a value is merged."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from estimators import Curvature
+from gradmatch import Task, merge, open_checkpoint
+from gradmatch.rules.linear import weighted
+from gradmatch.settings import value_at
+from gradmatch.slices import Slice, stack
+from tests.gradmatch.cases import problem
+
+BASE, H0, MODELS, CURVATURES = problem(2)
+PLAIN = [Task(m) for m in MODELS]
+KNOWN = [Task(m, c) for m, c in zip(MODELS, CURVATURES, strict=True)]
+
+REQUESTS = [  # keyword arguments of merge(BASE, PLAIN, ...), and what the error must say
+    ({"method": "tis"}, r"unknown method 'tis' \(did you mean 'ties'\?\)"),
+    ({"method": "ties", "densty": 0.1}, r"ties has no option 'densty' \(did you mean 'density'\?\); it takes density"),
+    ({"method": "ties", "density": 0.0}, r"density is 0.0; it is the share kept and must lie in \(0, 1\]"),
+    ({"method": "ties", "density": 1.5}, r"density is 1.5"),
+    ({"method": "ties", "density": {"*mlp*": 2.0, "*": 0.1}}, r"density is 2.0"),
+    ({"method": "ties", "trim": "globl"}, r"trim is 'globl'; choose one of \['global', 'tensor'\]"),
+    ({"method": "dare", "rescale": "l2"}, r"rescale is 'l2'"),
+    ({"method": "della", "density": 0.9, "epsilon": 0.4}, r"density 0.9 with epsilon 0.4 gives probabilities from 0.7 to 1.1"),
+    ({"method": "breadcrumbs", "gamma": 1.0}, r"gamma is 1.0"),
+    ({"method": "slerp", "t": 1.5}, r"t is 1.5, it must lie in \[0, 1\]"),
+    ({"method": "slerp", "t": [0.0, 2.0]}, r"t is 2, it must"),
+    ({"method": "regmean", "ridge": -1.0}, r"ridge is -1"),
+    ({"method": "task_arithmetic", "scale": math.inf}, r"scale is inf"),
+    ({"method": "task_arithmetic", "transforms": ["tis"]}, r"unknown transform 'tis' \(did you mean 'ties'\?\)"),
+    ({"method": "task_arithmetic", "transforms": [{"ties": {"densty": 1}}]}, r"ties has no option 'densty'"),
+    ({"dtype": "flot32"}, r"dtype is 'flot32' \(did you mean 'float32'\?\)"),
+    ({"dtype": "int64"}, r"dtype is 'int64'"),
+    ({"delta0": -1.0}, r"delta0 is -1.0; it must be a finite number of at least 0"),
+    ({"delta0": math.nan}, r"delta0 is nan"),
+    ({"base_weight": math.inf}, r"base_weight is inf"),
+    ({"heads": "bse"}, r"heads is 'bse' \(did you mean 'base'\?\)"),
+    ({"shard_bytes": 0}, r"shard_bytes is 0"),
+    ({"method": "gradient_matching", "base_curvature": 1.0}, r"gradient_matching needs a curvature .* for every task, task 1 has none"),
+    ({"method": "regmean"}, r"regmean needs gram matrices"),
+    ({"method": "passthrough"}, r"passthrough takes 1 task, got 2"),
+    ({"method": "averaging", "batchnorm": "recalibrate"}, r"as a module"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "text"), REQUESTS, ids=lambda value: str(value)[:60])
+def test_requests(options, text):
+    with pytest.raises(ValueError, match=text):
+        merge(BASE, PLAIN, **options)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "options", "text"),
+    [
+        ([], {}, "no tasks to merge"),
+        (KNOWN, {}, r"gradient_matching needs the base's curvature; pass base_curvature"),
+        (KNOWN, {"base_curvature": -1.0}, r"base_curvature is -1.0"),
+        (KNOWN, {"base_curvature": H0, "keep": 0.0, "method": "removal"}, r"keep is 0, it must lie in \(0, 1\]"),
+        ([Task(MODELS[0], name="a"), Task(MODELS[1], name="a")], {"method": "averaging"}, r"two tasks are called 'a'"),
+        ([Task(MODELS[0], weight=math.nan)], {"method": "task_arithmetic"}, r"the weight of task 1 is nan; it must be finite"),
+        ([Task(m, weight=w) for m, w in zip(MODELS, (1, -1), strict=True)], {"method": "weighted"}, r"sum to zero and cannot be normalised"),
+        ([Task(MODELS[0], weight={"*mlp*": 1.0})], {"method": "task_arithmetic"}, r"no pattern of \['\*mlp\*'\] matches tensor 'embed.weight'"),
+        ([Task(MODELS[0], options={"densty": 1})], {"method": "ties"}, r"task 1 has no option 'densty' of its own \(did you mean 'density'"),
+        ([Task(MODELS[0], options={"density": 1})], {"method": "averaging"}, r"no option 'density' of its own; the method has none"),
+        ([Task(MODELS[0], options={"density": 2})], {"method": "ties"}, r"density is 2"),
+        ([Task({"layers.0.w": torch.ones(2, 2)})], {"method": "averaging", "missing": "base"}, r"head|shape"),
+        (PLAIN[:1], {"method": "slerp"}, r"slerp takes 2 tasks, got 1"),
+        ([Task(MODELS[0], Curvature.from_dict({n: torch.ones_like(t) for n, t in BASE.items()}, 1))], {"method": "measured", "base_curvature": 1.0}, r"needs the measured gradient"),
+        (KNOWN, {"method": "regmean"}, r"holds no gram matrices"),
+        ([Task(MODELS[0], Curvature.from_dict({n: torch.ones(3) for n in BASE}, 1))], {"base_curvature": 1.0}, r"has shape \[3\] for 'embed.weight', the model has \[11, 4\]"),
+    ],
+)  # fmt: skip
+def test_tasks(tasks, options, text):
+    with pytest.raises(ValueError, match=text):
+        merge(BASE, tasks, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: merge(BASE, MODELS, method="averaging"), "tasks must be Task objects"),
+        (lambda: merge(3, PLAIN, method="averaging"), "a model is a path"),
+        (lambda: Task(3), r"Task\(\.\.\.\): a model is a path"),
+        (
+            lambda: merge(BASE, [Task(MODELS[0], 3)], base_curvature=1.0),
+            "a curvature is a Curvature or the path",
+        ),
+        (lambda: merge({"w": 3}, PLAIN, method="averaging"), r"'w' is a int, not a tensor"),
+        (
+            lambda: merge(BASE, [Task(MODELS[0], weight="x")], method="task_arithmetic"),
+            r"weight of task 1 is 'x'",
+        ),
+        (lambda: merge(BASE, [Task(MODELS[0], weight=[])], method="task_arithmetic"), r"is no number, list"),
+        (lambda: merge(BASE, PLAIN, method="averaging", transforms=[3]), r"a transform is a name or"),
+    ],
+)
+def test_wrong_types(call, text):
+    with pytest.raises(TypeError, match=text):
+        call()
+
+
+def test_shapes_and_kinds_that_differ():
+    other = {**MODELS[0], "layers.0.w": torch.ones(4, 7, dtype=torch.float64)}
+    with pytest.raises(
+        ValueError, match=r"'layers.0.w' has shape \[4, 6\] in the base and \[4, 7\] in task 1"
+    ):
+        merge(BASE, [Task(other)], method="averaging")
+    integer = {**MODELS[0], "layers.0.w": torch.ones(4, 6, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=r"is F64 in the base and I64 in task 1"):
+        merge(BASE, [Task(integer)], method="averaging")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("method", ["gradient_matching", "averaging", "ties", "measured", "slerp"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_values_that_are_not_finite_are_named(value, method):
+    broken = {**MODELS[0], "layers.1.w": MODELS[0]["layers.1.w"].clone()}
+    broken["layers.1.w"][2, 1] = value
+    tasks = [Task(broken, CURVATURES[0]), Task(MODELS[1], CURVATURES[1])]
+    options = {"base_curvature": H0} if method in ("gradient_matching", "measured") else {}
+    with pytest.raises(ValueError, match=r"'layers.1.w' holds 1 NaN or infinite values in task 1"):
+        merge(BASE, tasks, method=method, **options)
+
+
+def test_values_of_curvatures_and_of_the_base(tmp_path):
+    mean = {f"mean/{name}": CURVATURES[0].mean(name).float() for name in BASE}
+    mean["mean/norm.bias"][1] = math.nan
+    save_file(mean, tmp_path / "c.safetensors", metadata={"format_version": "1", "num_examples": "3"})
+    with pytest.raises(
+        ValueError, match=r"'norm.bias' holds 1 NaN or infinite values in the curvature of task 1"
+    ):
+        merge(BASE, [Task(MODELS[0], tmp_path / "c.safetensors")], base_curvature=H0)
+    with pytest.raises(ValueError, match=r"in the curvature of the base"):
+        merge(BASE, KNOWN, base_curvature=tmp_path / "c.safetensors")
+    base = {**BASE, "norm.bias": torch.full((4,), math.inf, dtype=torch.float64)}
+    with pytest.raises(ValueError, match=r"'norm.bias' holds 4 NaN or infinite values in the base"):
+        merge(base, PLAIN, method="task_arithmetic")
+
+
+def test_overflow_is_told_from_bad_input():
+    huge = {name: torch.full_like(t, 1e308) for name, t in BASE.items()}
+    with pytest.raises(ValueError, match="though every input is finite"):
+        merge(BASE, [Task(huge)], method="task_arithmetic", scale=1e10)
+    with pytest.raises(ValueError, match=r"beyond what torch.float16 holds"):
+        merge(
+            BASE,
+            [Task({n: torch.full_like(t, 1e6) for n, t in BASE.items()})],
+            method="averaging",
+            dtype="float16",
+        )
+
+
+def test_curvature_of_another_model(tmp_path):
+    from estimators.curvature import fingerprint, model_sampler
+
+    mean = {name: torch.ones_like(t) for name, t in BASE.items()}
+    own = Curvature.from_dict(mean, 5, {"fingerprint": fingerprint(mean, model_sampler(MODELS[0]))})
+    merge(BASE, [Task(MODELS[0], own)], base_curvature=1.0)
+    with pytest.raises(ValueError, match="taken at other weights than task 1"):
+        merge(BASE, [Task(MODELS[1], own)], base_curvature=1.0)
+    merge(BASE, [Task(MODELS[1], own)], base_curvature=1.0, allow_mismatch=True)
+    with pytest.raises(ValueError, match="taken at other weights than the base"):
+        merge(BASE, KNOWN, base_curvature=own)
+
+
+def write_folder(folder, tensors=None, **config):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors or {"w": torch.ones(2)}, folder / "model.safetensors")
+    return folder
+
+
+def test_checkpoint_folders_that_cannot_be_opened(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        open_checkpoint(tmp_path / "absent" / "deep" / "path")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"holds no model.safetensors"):
+        open_checkpoint(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="no hub repository of that name could be fetched"):
+        open_checkpoint("someone/no-such-model")
+    quantised = write_folder(tmp_path / "q", quantization_config={"bits": 4})
+    with pytest.raises(ValueError, match="is quantised"):
+        open_checkpoint(quantised)
+    two = write_folder(tmp_path / "two")
+    (two / "model.safetensors").rename(two / "a.safetensors")
+    save_file({"v": torch.ones(2)}, two / "b.safetensors")
+    with pytest.raises(ValueError, match=r"holds 2 safetensors files and no model.safetensors.index.json"):
+        open_checkpoint(two)
+    bad = write_folder(tmp_path / "bad")
+    (bad / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        open_checkpoint(bad)
+    (bad / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a list, not a table"):
+        open_checkpoint(bad)
+
+
+INDEXES = [
+    ({"w": "../other/model.safetensors"}, "points outside its folder"),
+    ({"w": "/etc/model.safetensors"}, "points outside its folder"),
+    ({}, "has no weight_map"),
+    (
+        {"w": "model.safetensors", "v": "model.safetensors"},
+        r"says that model.safetensors holds 'v', but it does not",
+    ),
+    (
+        {"w": "model.safetensors", "u": "second.safetensors"},
+        r"holds 'x', which the index does not place there",
+    ),
+]
+
+
+@pytest.mark.parametrize(("weight_map", "text"), INDEXES)
+def test_indexes_that_lie(tmp_path, weight_map, text):
+    folder = write_folder(tmp_path / "m")
+    save_file({"u": torch.ones(2), "x": torch.ones(2)}, folder / "second.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=text):
+        open_checkpoint(folder)
+
+
+def test_one_name_in_two_shards(tmp_path):
+    from estimators.tensorfile import TensorFile
+    from gradmatch.stores import FileStore
+
+    for name in ("a", "b"):
+        save_file({"w": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match=r"tensor 'w' is in .*a.safetensors and in .*b.safetensors"):
+        FileStore([TensorFile(tmp_path / "a.safetensors"), TensorFile(tmp_path / "b.safetensors")])
+
+
+def test_truncated_shard_and_shrunk_file(tmp_path):
+    folder = write_folder(tmp_path / "m", {"w": torch.ones(1000)})
+    whole = (folder / "model.safetensors").read_bytes()
+    checkpoint = open_checkpoint(folder)
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="cut short"):
+        open_checkpoint(folder)
+    with pytest.raises(ValueError, match="has shrunk"):
+        checkpoint["w"]
+
+
+def test_pickles_are_refused_unless_asked(tmp_path):
+    torch.save(MODELS[0], tmp_path / "m.pt")
+    (tmp_path / "folder").mkdir()
+    torch.save(MODELS[0], tmp_path / "folder" / "pytorch_model.bin")
+    for path in (tmp_path / "m.pt", tmp_path / "folder"):
+        with pytest.raises(ValueError, match="is a pickle, which can run code"):
+            open_checkpoint(path)
+        merged = merge(BASE, [Task(path)], method="averaging", allow_pickle=True)
+        assert torch.equal(merged["layers.0.w"], MODELS[0]["layers.0.w"])
+    torch.save({"w": print}, tmp_path / "evil.pt")
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        open_checkpoint(tmp_path / "evil.pt", allow_pickle=True)
+    torch.save(MODELS[0], tmp_path / "folder" / "pytorch_model-2.bin")
+    with pytest.raises(ValueError, match="2 pickled shards"):
+        open_checkpoint(tmp_path / "folder", allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(torch.empty(2, device="meta"), "on the meta device"), (torch.ones(2, dtype=torch.complex64), "cannot be merged"), (torch.eye(2).to_sparse(), "cannot be merged")],
+)  # fmt: skip
+def test_tensors_that_cannot_be_read(value, text):
+    with pytest.raises(ValueError, match=text):
+        open_checkpoint({"w": value})
+
+
+def test_settings_errors():
+    with pytest.raises(ValueError, match="no filter matches tensor 'a.b'; add a last entry without a filter"):
+        value_at([{"filter": "mlp", "value": 1}], "a.b", 0.0, "density")
+    with pytest.raises(TypeError, match="density: .* is no number"):
+        value_at([1, "x"], "a.b", 0.0, "density")
+
+
+def test_weighted_names_the_weights():
+    with pytest.raises(ValueError, match=r"\[1.0, -1.0\] sum to zero"):
+        weighted([1.0, -1.0])
+
+
+@pytest.mark.parametrize("bounds", [(0, 3), (1, 1), (-1, 1)])
+def test_slices_out_of_range(bounds):
+    with pytest.raises(ValueError, match=r"it has 2, a range needs 0 <= first < last <= 2"):
+        stack([Slice(BASE, *bounds)])
+
+
+def test_no_slices():
+    with pytest.raises(ValueError, match="no slices"):
+        stack([])

@@ -1,0 +1,517 @@
+"""merge, subtract and analogy from outside: kinds of input, dtypes, ties, buffers, streaming to a folder."""
+
+import math
+import tracemalloc
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from estimators import Curvature
+from gradmatch import Task, analogy, load_head, merge, open_checkpoint, subtract
+from tests.gradmatch.cases import SHAPES, curvature, problem, state, tuned
+
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def tasks_of(models, curvatures=None, weight=1.0):
+    return [Task(m, None if curvatures is None else curvatures[i], weight) for i, m in enumerate(models)]
+
+
+def perturbed(model, seed):
+    """A copy of a module with noise on its parameters."""
+    import copy
+
+    torch.manual_seed(seed)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return copied
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=32, bos_token_id=1, eos_token_id=1
+        )
+    )
+
+
+def test_result_has_the_bases_names_shapes_and_dtypes():
+    base = {**state(0, torch.bfloat16), "step": torch.tensor(7), "mask": torch.ones(2, dtype=torch.bool)}
+    models = [
+        {
+            **tuned(state(0, torch.bfloat16), seed),
+            "step": torch.tensor(9),
+            "mask": torch.zeros(2, dtype=torch.bool),
+        }
+        for seed in (1, 2)
+    ]
+    merged = merge(base, tasks_of(models), method="averaging")
+    assert {n: (t.dtype, t.shape) for n, t in merged.items()} == {
+        n: (t.dtype, t.shape) for n, t in base.items()
+    }
+    assert merged["step"] == 7
+    assert merged["mask"].all()
+
+
+def test_bfloat16_is_merged_in_float32_and_the_loss_reported():
+    base = state(0, torch.bfloat16, scale=1.0, shapes={"w": (64, 64)})
+    model = {"w": (base["w"].float() * (1 + 1e-3 * torch.randn(64, 64))).float()}
+    with pytest.warns(UserWarning, match="rounding kept"):
+        merged = merge(base, [Task(model)], method="task_arithmetic")
+    assert merged["w"].dtype == torch.bfloat16
+    assert 0 <= merged.report.kept_update < 0.9
+    assert merge(base, [Task(model)], method="task_arithmetic", dtype="float32").report.kept_update is None
+
+
+def test_stochastic_rounding_is_unbiased_and_seeded():
+    base = {"w": torch.zeros(200_000, dtype=torch.bfloat16)}
+    model = {
+        "w": torch.full((200_000,), 1.0 + 1 / 512)
+    }  # a quarter of the way between two bfloat16 neighbours
+    options = {"method": "task_arithmetic", "rounding": "stochastic"}
+    merged = merge(base, [Task(model)], **options, seed=1)["w"]
+    assert abs(float(merged.double().mean()) - (1 + 1 / 512)) < 4 * (1 / 128) * math.sqrt(
+        0.25 * 0.75 / 200_000
+    )
+    assert torch.equal(merged, merge(base, [Task(model)], **options, seed=1)["w"])
+    assert not torch.equal(merged, merge(base, [Task(model)], **options, seed=2)["w"])
+
+
+def test_float32_close_to_float64_and_precision_option():
+    base, base_curvature, models, curvatures = problem()
+    exact = merge(base, tasks_of(models, curvatures), base_curvature=base_curvature)
+    low = [{n: t.float() for n, t in m.items()} for m in (base, *models)]
+    options = {"base_curvature": base_curvature}
+    single = merge(low[0], tasks_of(low[1:], curvatures), **options)
+    double = merge(low[0], tasks_of(low[1:], curvatures), precision="float64", dtype="float64", **options)
+    for name in SHAPES:
+        torch.testing.assert_close(single[name].double(), exact[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(double[name], exact[name], rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_give_what_whole_tensors_give():
+    base = state(0, shapes={"w": (700, 500), "v": (3,)})
+    models, curvatures = [tuned(base, 1), tuned(base, 2)], []
+    curvatures = [curvature(m, i, 10) for i, m in enumerate(models)]
+    h0 = curvature(base, 9, 20)
+    merged = merge(base, tasks_of(models, curvatures, 0.7), base_curvature=h0, delta0=1e-3)
+    for name in base:
+        bar = h0.total(name) + 1e-3 + sum(0.7 * c.total(name) for c in curvatures)
+        top = sum(
+            0.7 * (h0.total(name) + 1e-3 + c.total(name)) * (m[name] - base[name])
+            for c, m in zip(curvatures, models, strict=True)
+        )
+        torch.testing.assert_close(merged[name], base[name] + top / bar, **CLOSE)
+
+
+def test_modules_with_tied_weights(gpt2):
+    one, two = perturbed(gpt2, 1), perturbed(gpt2, 2)
+    merged = merge(gpt2, [Task(one), Task(two)], method="averaging")
+    assert set(merged) == set(gpt2.state_dict())
+    assert merged["lm_head.weight"].data_ptr() == merged["transformer.wte.weight"].data_ptr()
+    expected = (one.state_dict()["lm_head.weight"] + two.state_dict()["lm_head.weight"]) / 2
+    torch.testing.assert_close(merged["lm_head.weight"], expected)
+    gpt2.load_state_dict(merged)
+
+
+def test_a_curvature_may_go_by_either_name_of_a_tied_tensor(gpt2):
+    one = perturbed(gpt2, 1)
+    names = [name for name, _ in one.named_parameters()]
+    mean = {name: torch.rand_like(one.state_dict()[name]) for name in names}
+    mean["lm_head.weight"] = mean.pop("transformer.wte.weight")
+    known = Curvature.from_dict(mean, 5)
+    merged = merge(gpt2, [Task(one, known)], base_curvature=1.0)
+    torch.testing.assert_close(merged["lm_head.weight"], one.state_dict()["lm_head.weight"])
+
+
+def test_tied_in_the_base_but_not_in_a_task(gpt2):
+    one = {name: value.clone() for name, value in gpt2.state_dict().items()}
+    merge(gpt2, [Task(one)], method="averaging")  # equal values in two places: fine
+    one["lm_head.weight"] = one["lm_head.weight"] + 1
+    with pytest.raises(ValueError, match=r"tied to 'transformer.wte.weight' in the base but differs"):
+        merge(gpt2, [Task(one)], method="averaging")
+
+
+def test_streamed_folder_loads_in_transformers_and_equals_memory(gpt2, tmp_path):
+    models = [gpt2, perturbed(gpt2, 1), perturbed(gpt2, 2)]
+    for number, model in enumerate(models):
+        model.save_pretrained(tmp_path / f"m{number}", max_shard_size="20KB" if number else "1GB")
+    paths = [tmp_path / f"m{number}" for number in range(3)]
+    options = {"method": "ties", "density": 0.5}
+    streamed = merge(paths[0], tasks_of(paths[1:]), out=tmp_path / "out", **options)
+    memory = merge(gpt2, tasks_of(models[1:]), **options)
+    for name in streamed:
+        torch.testing.assert_close(streamed[name], memory[name])
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    torch.testing.assert_close(loaded.state_dict()["lm_head.weight"], memory["transformer.wte.weight"])
+    assert streamed.report.summary() == memory.report.summary()
+
+
+def test_module_streamed_with_its_config_and_verified_by_reload(gpt2, tmp_path):
+    one = perturbed(gpt2, 1)
+    done = merge(
+        gpt2, [Task(one)], method="averaging", out=tmp_path / "out", dtype="bfloat16", verify="reload"
+    )
+    assert done.config["dtype"] == "bfloat16"
+    assert "lm_head.weight" not in done.store
+    assert load_file(tmp_path / "out" / "model.safetensors")["transformer.wte.weight"].dtype == torch.bfloat16
+
+
+def test_plain_state_dict_streamed_keeps_its_aliases(tmp_path):
+    shared = torch.randn(3, 2)
+    base, model = {"a": shared, "b": shared}, {"a": shared + 1, "b": shared + 1}
+    done = merge(base, [Task(model)], method="averaging", out=tmp_path / "out")
+    assert list(done.store) == ["a"]
+    torch.testing.assert_close(done["b"], shared + 1)
+    torch.testing.assert_close(open_checkpoint(tmp_path / "out")["b"], shared + 1)
+
+
+def test_shards_and_index(tmp_path):
+    base = state(0, torch.float32)
+    done = merge(base, [Task(tuned(base, 1))], method="averaging", out=tmp_path / "out", shard_bytes=200)
+    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    assert set(done) == set(base)
+
+
+def test_memory_of_a_streamed_merge_stays_below_four_megabytes(tmp_path):
+    paths = []
+    for number in range(4):  # 16 MB each
+        paths.append(tmp_path / f"{number}.safetensors")
+        save_file({"w": torch.randn(2000, 2000), "v": torch.randn(7)}, paths[-1])
+    merge(paths[0], tasks_of(paths[1:]), method="task_arithmetic", out=tmp_path / "warm", shard_bytes=1 << 30)
+    before = anonymous_bytes()
+    peak = [0]
+
+    class Watching:
+        def __init__(self):
+            import threading
+
+            self.stop = threading.Event()
+            self.thread = threading.Thread(target=self.watch)
+
+        def watch(self):
+            while not self.stop.wait(0.001):
+                peak[0] = max(peak[0], anonymous_bytes())
+
+    watching = Watching()
+    watching.thread.start()
+    merge(paths[0], tasks_of(paths[1:]), method="task_arithmetic", out=tmp_path / "out", shard_bytes=1 << 30)
+    watching.stop.set()
+    watching.thread.join()
+    assert peak[0] - before < 4e6 + 8 * 131072 * 8  # a few blocks for each worker, whatever the tensor's size
+
+
+def anonymous_bytes():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+
+def test_reading_is_lazy(tmp_path):
+    save_file({"w": torch.randn(1000, 1000)}, tmp_path / "m.safetensors")
+    tracemalloc.start()
+    checkpoint = open_checkpoint(tmp_path / "m.safetensors")
+    assert checkpoint.spec("w").shape == (1000, 1000)
+    assert tracemalloc.get_traced_memory()[1] < 500_000
+    tracemalloc.stop()
+
+
+def test_per_tensor_weights():
+    base, _, models, _ = problem(1)
+    merged = merge(base, [Task(models[0], weight=[0.0, 1.0])], method="task_arithmetic")
+    torch.testing.assert_close(merged["layers.0.w"], base["layers.0.w"], **CLOSE)
+    torch.testing.assert_close(merged["layers.1.w"], models[0]["layers.1.w"], **CLOSE)
+    merged = merge(base, [Task(models[0], weight={"layers.*": 1.0, "*": 0.0})], method="task_arithmetic")
+    torch.testing.assert_close(merged["layers.0.w"], models[0]["layers.0.w"], **CLOSE)
+    torch.testing.assert_close(merged["norm.bias"], base["norm.bias"], **CLOSE)
+
+
+def test_transforms_compose_with_curvature():
+    base, base_curvature, models, curvatures = problem(3)
+    chain = ["dare", "ties"]
+    flat = Curvature.from_dict({n: torch.zeros_like(t) for n, t in base.items()}, 1)
+    options = {"transforms": chain, "density": 0.6, "seed": 3}
+    zero = merge(base, tasks_of(models, [flat] * 3), base_curvature=base_curvature, **options)
+    plain = merge(base, tasks_of(models), method="task_arithmetic", **options)
+    dare_ties = merge(base, tasks_of(models), method="dare_ties", density=0.6, seed=3)
+    for name in base:  # without curvature Eq. 12 is task arithmetic, also of edited task vectors
+        torch.testing.assert_close(zero[name], plain[name], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(plain[name], dare_ties[name], **CLOSE)
+    curved = merge(base, tasks_of(models, curvatures), base_curvature=base_curvature, **options)
+    assert any(not torch.allclose(curved[name], plain[name]) for name in base)
+
+
+def test_random_methods_depend_on_names_and_seed_alone():
+    base, _, models, _ = problem(2)
+    tasks = [Task(m, name=name) for m, name in zip(models, "ab", strict=True)]
+    one = merge(base, tasks, method="dare", density=0.5)
+    two = merge(base, tasks[::-1], method="dare", density=0.5)
+    other = merge(base, tasks, method="dare", density=0.5, seed=1)
+    assert all(torch.allclose(one[n], two[n], atol=1e-12) for n in base)
+    assert any(not torch.equal(one[n], other[n]) for n in base)
+
+
+def test_floor_share_and_floor_error():
+    base, _, models, _ = problem(1)
+    known = {name: torch.ones_like(t) for name, t in base.items()}
+    known["layers.0.w"] = known["layers.0.w"].clone()
+    known["layers.0.w"][0] = 0
+    some = Curvature.from_dict(known, 3)
+    merged = merge(base, [Task(models[0], some)], method="fisher", delta0=1e-6)
+    assert merged.report.floor_share == pytest.approx(6 / sum(t.numel() for t in base.values()))
+    torch.testing.assert_close(merged["layers.0.w"], models[0]["layers.0.w"])
+    with pytest.raises(
+        ValueError, match=r"'layers.0.w': 6 weights have no curvature in any model and delta0 = 0"
+    ):
+        merge(base, [Task(models[0], some)], method="fisher", delta0=0.0)
+
+
+def test_missing_curvature_is_flat_where_asked():
+    base, base_curvature, models, curvatures = problem(1)
+    partial = Curvature.from_dict({n: curvatures[0].mean(n) for n in SHAPES if n != "norm.bias"}, 5)
+    with pytest.raises(ValueError, match=r"curvature of task 1 has no block for 'norm.bias'"):
+        merge(base, [Task(models[0], partial)], base_curvature=base_curvature)
+    merged = merge(
+        base, [Task(models[0], partial, 0.4)], base_curvature=base_curvature, missing_curvature="zero"
+    )
+    torch.testing.assert_close(
+        merged["norm.bias"], base["norm.bias"] + 0.4 * (models[0]["norm.bias"] - base["norm.bias"]), **CLOSE
+    )
+
+
+def test_missing_and_extra_tensors():
+    base, _, models, _ = problem(2)
+    lacking = {name: t for name, t in models[0].items() if name != "norm.bias"}
+    extra = {**models[1], "layers.0.new": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"'norm.bias' F64 \[4\] of the base is missing in task 1"):
+        merge(base, [Task(lacking)], method="averaging")
+    with pytest.raises(
+        ValueError, match=r"task 1 .*holds 1 tensor\(s\) that the base lacks, first 'layers.0.new'"
+    ):
+        merge(base, [Task(extra)], method="averaging")
+    merged = merge(base, [Task(lacking), Task(extra)], method="averaging", missing="base")
+    torch.testing.assert_close(merged["norm.bias"], models[1]["norm.bias"], **CLOSE)
+    assert "layers.0.new" not in merged
+
+
+def test_heads():
+    base, _, models, _ = problem(2)
+    heads = [
+        {"classifier.dense.weight": torch.randn(4, 4), "classifier.out.weight": torch.randn(k, 4)}
+        for k in (2, 3, 5)
+    ]
+    base, one, two = ({**m, **h} for m, h in zip((base, *models), heads, strict=True))
+    tasks = [Task(one, name="one"), Task(two, name="two")]
+    with pytest.raises(ValueError, match=r"head 'classifier.out.weight' differs: \[2, 4\] in the base"):
+        merge(base, tasks, method="averaging")
+    kept = merge(base, tasks, method="averaging", heads="base")
+    assert torch.equal(kept["classifier.dense.weight"], base["classifier.dense.weight"])
+    beside = merge(base, tasks, method="averaging", heads="keep-per-task")
+    assert torch.equal(beside.report.heads["two"]["classifier.out.weight"], two["classifier.out.weight"])
+    torch.testing.assert_close(beside["layers.0.w"], (one["layers.0.w"] + two["layers.0.w"]) / 2, **CLOSE)
+
+
+class Classifier(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4)])
+        self.classifier = nn.Linear(4, classes)
+
+
+def test_heads_saved_beside_the_trunk_and_loaded(tmp_path):
+    base, one, two = Classifier(2), Classifier(3), Classifier(5)
+    merge(
+        base,
+        [Task(one, name="one"), Task(two, name="two")],
+        method="averaging",
+        heads="keep-per-task",
+        out=tmp_path / "out",
+    )
+    target = Classifier(5)
+    load_head(target, tmp_path / "out", "two")
+    assert torch.equal(target.classifier.weight, two.classifier.weight)
+    with pytest.raises(FileNotFoundError, match=r"keeps no head of 'tow' \(did you mean 'two'"):
+        load_head(target, tmp_path / "out", "tow")
+    with pytest.raises(ValueError, match=r"head tensor 'classifier.\w+' of one has shape"):
+        load_head(target, tmp_path / "out", "one")
+
+
+def batchnorm_net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+
+
+@pytest.fixture
+def convnets():
+    nets = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net = batchnorm_net()
+        for _ in range(3):
+            net(torch.randn(16, 3, 6, 6) * (1 + seed))
+        nets.append(net)
+    return nets
+
+
+def test_batchnorm_policies(convnets):
+    base, *models = convnets
+    with pytest.raises(ValueError, match=r"BatchNorm statistic '1.running_mean' differs .*recalibrate"):
+        merge(base, tasks_of(models), method="averaging")
+    copied = merge(base, tasks_of(models), method="averaging", batchnorm="copy")
+    assert torch.equal(copied["1.running_var"], base[1].running_var)
+    averaged = merge(base, tasks_of(models), method="averaging", batchnorm="average")
+    torch.testing.assert_close(
+        averaged["1.running_var"], (models[0][1].running_var + models[1][1].running_var) / 2
+    )
+    assert averaged["1.num_batches_tracked"] == 3
+
+
+def test_batchnorm_recalibrated_on_data(convnets):
+    base, *models = convnets
+    batches = [torch.randn(16, 3, 6, 6) for _ in range(4)]
+    merged = merge(base, tasks_of(models), method="averaging", batchnorm="recalibrate", batches=batches)
+    weight, bias = merged["0.weight"], merged["0.bias"]
+    inputs = [nn.functional.conv2d(x, weight, bias) for x in batches]
+    torch.testing.assert_close(
+        merged["1.running_mean"], torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0)
+    )
+    torch.testing.assert_close(
+        merged["1.running_var"], torch.stack([x.var((0, 2, 3)) for x in inputs]).mean(0)
+    )
+    pairs = merge(
+        base,
+        tasks_of(models),
+        method="averaging",
+        batchnorm="recalibrate",
+        batches=[(x, None) for x in batches],
+    )
+    torch.testing.assert_close(pairs["1.running_var"], merged["1.running_var"])
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "needs batches"),
+        ({"batches": []}, "are empty"),
+        ({"batches": [torch.ones(1)], "out": "x"}, "works in memory"),
+    ],
+)
+def test_recalibration_errors(convnets, options, text):
+    with pytest.raises(ValueError, match=text):
+        merge(convnets[0], tasks_of(convnets[1:]), method="averaging", batchnorm="recalibrate", **options)
+
+
+def test_recalibration_needs_a_module():
+    base, _, models, _ = problem(1)
+    with pytest.raises(ValueError, match="as a module"):
+        merge(base, tasks_of(models), method="averaging", batchnorm="recalibrate", batches=[1])
+
+
+def test_identical_batchnorm_statistics_need_no_policy(convnets):
+    net = convnets[0]
+    merged = merge(net, [Task(net), Task(net)], method="averaging")
+    assert torch.equal(merged["1.running_mean"], net[1].running_mean)
+
+
+def test_subtract_reports_clamping_and_the_largest_weight():
+    base, _, models, _ = problem(1)
+    h0 = Curvature.from_dict({n: torch.full_like(t, 1.0) for n, t in base.items()}, 10)
+    h = Curvature.from_dict(
+        {n: torch.full_like(t, 2.0 if n == "embed.weight" else 0.1) for n, t in base.items()}, 10
+    )
+    total = sum(t.numel() for t in base.values())
+    with pytest.warns(UserWarning, match="clamped"):
+        result = subtract(base, Task(models[0], h), base_curvature=h0, weight=0.5, keep=0.2, delta0=0.0)
+    assert result.report.clamped_share == pytest.approx(44 / total)
+    assert result.report.clamped["embed.weight"] == 1.0
+    assert result.report.clamped["norm.bias"] == 0.0
+    # alpha = 0.8 * 10 / 20 = 0.4 clamps the embedding, 0.8 * 10 / 1 = 8 everything
+    assert result.report.largest_alpha[0.1] == pytest.approx(0.4, rel=0.01)
+    assert result.report.largest_alpha[0.1] <= 0.4
+    quiet = subtract(
+        base, Task(models[0], h), base_curvature=h0, weight=result.report.largest_alpha[0.01], keep=0.2
+    )
+    assert quiet.report.clamped_share == 0.0
+    assert quiet.report.moved["norm.bias"]["norm_h0"] == pytest.approx(
+        math.sqrt(10) * float((quiet["norm.bias"] - base["norm.bias"]).norm()), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("method", ["negation", "ewr", "fisher_negation"])
+def test_subtraction_baselines(method):
+    base, base_curvature, models, curvatures = problem(2)
+    tasks = tasks_of(models, curvatures, 0.5)
+    found = subtract(base, tasks, base_curvature=base_curvature, weight=0.6, method=method)
+    expected = merge(base, tasks_of(models, curvatures, 0.3), base_curvature=base_curvature, method=method)
+    for name in base:
+        torch.testing.assert_close(found[name], expected[name], **CLOSE)
+
+
+def test_subtract_to_a_folder_writes_the_completed_card(tmp_path):
+    base, base_curvature, models, curvatures = problem(1)
+    done = subtract(
+        base, Task(models[0], curvatures[0]), base_curvature=base_curvature, weight=0.1, out=tmp_path / "out"
+    )
+    import json
+
+    card = json.loads((tmp_path / "out" / "gradmatch.json").read_text())
+    assert card["report"]["largest_alpha"]["0.01"] == done.report.largest_alpha[0.01]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [({"method": "removl"}, r"no way to subtract \(did you mean 'removal'"), ({"weight": -1.0}, "at least 0"), ({"weight": float("nan")}, "finite")],
+)  # fmt: skip
+def test_subtract_errors(options, text):
+    base, base_curvature, models, curvatures = problem(1)
+    with pytest.raises(ValueError, match=text):
+        subtract(base, Task(models[0], curvatures[0]), base_curvature=base_curvature, **options)
+
+
+def test_analogy_with_curvature_and_weight():
+    base, base_curvature, models, curvatures = problem(3)
+    a, b, c = (Task(m, k, name=n) for m, k, n in zip(models, curvatures, "abc", strict=True))
+    found = analogy(base, a, b, c, weight=0.5)
+    for name in base:
+        torch.testing.assert_close(
+            found[name], models[2][name] + 0.5 * (models[1][name] - models[0][name]), **CLOSE
+        )
+    curved = analogy(base, a, b, c, weight=0.2, method="gradient_matching", base_curvature=base_curvature)
+    assert set(curved) == set(base)
+
+
+def test_averaging_warns_that_weights_play_no_role():
+    base, _, models, _ = problem(2)
+    with pytest.warns(UserWarning, match="'weighted' uses them"):
+        merge(base, [Task(models[0], weight=1.0), Task(models[1], weight=2.0)], method="averaging")
+
+
+def test_isotropic_base_curvature():
+    base, _, models, curvatures = problem(1)
+    ones = Curvature.from_dict({n: torch.ones_like(t) for n, t in base.items()}, 1)
+    one = merge(base, tasks_of(models, curvatures), base_curvature=2.0)
+    two = merge(base, tasks_of(models, curvatures), base_curvature=ones, base_weight=2.0)
+    assert all(torch.allclose(one[n], two[n], atol=1e-12) for n in base)
+
+
+def test_card_holds_recipe_fingerprints_and_health(tmp_path):
+    import json
+
+    base, base_curvature, models, curvatures = problem(2, torch.float32)
+    merge(base, tasks_of(models, curvatures), base_curvature=base_curvature, out=tmp_path / "out")
+    card = json.loads((tmp_path / "out" / "gradmatch.json").read_text())
+    assert card["recipe"]["method"] == "gradient_matching"
+    assert card["recipe"]["tasks"][1]["num_examples"] == 20
+    assert len(card["inputs"]) == 3
+    assert card["report"]["floor_share"] == 0
+    assert "Eq. 12" in (tmp_path / "out" / "README.md").read_text()
