@@ -13,22 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from estimators.products import Workspace, add_square_of_product, product
+
 PAIRS_UP_TO = 3  # positions; above, forming each gradient is cheaper than all pairs of positions (measured)
+SMALL_BYTES = 2 * 2**20  # up to here, the gradients of all examples at once are the quickest
 CHUNK_BYTES = 32 * 2**20  # dense gradients of several examples at once stay below this
-
-
-class Workspace:
-    """One reused buffer: fresh pages for every example would cost more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-    def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """A (rows, columns) view of uninitialised memory, valid until the next call."""
-        key = (like.dtype, like.device)
-        if key not in self._buffers or self._buffers[key].numel() < rows * columns:
-            self._buffers[key] = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
-        return self._buffers[key][: rows * columns].view(rows, columns)
 
 
 class Gradients(Protocol):
@@ -103,34 +92,28 @@ class Outer:
         """squares += sum_n G_n^2, in whichever of three ways is cheapest for this number of positions."""
         positions = self.left.shape[1]
         if positions == 1:
-            add_squared_products(self.left[:, 0], self.right[:, 0], squares, fourths)
+            add_squared_products(self.left[:, 0], self.right[:, 0], squares, fourths, space)
+        elif self.examples * squares.numel() * squares.element_size() <= SMALL_BYTES:
+            Dense(self.dense(0, self.examples)).add_squares(squares, fourths, space)
         elif positions <= PAIRS_UP_TO and fourths is None:
             add_pairs(self.left, self.right, squares)
         else:
             self._add_one_by_one(squares, fourths, space)
 
     def _add_one_by_one(self, squares: Tensor, fourths: Tensor | None, space: Workspace) -> None:
-        """Each G_n as one matrix product into the same buffer, which then stays in cache, squared and added."""
-        if not squares.is_contiguous():  # the accumulator lies transposed in memory: so shall the product
-            left, right, squares = self.right, self.left, squares.t()
-            fourths = None if fourths is None else fourths.t()
-        else:
-            left, right = self.left, self.right
-        buffer = space.take(left.shape[2], right.shape[2], left)
-        for one, other in zip(left.transpose(1, 2).unbind(), right.unbind(), strict=True):
-            torch.mm(one, other, out=buffer)
-            squares.addcmul_(buffer, buffer)
-            if fourths is not None:
-                buffer.mul_(buffer)
-                fourths.addcmul_(buffer, buffer)
+        """Each G_n in pieces that stay in cache until they are squared."""
+        for left, right in zip(self.left.unbind(), self.right.unbind(), strict=True):
+            add_square_of_product(left.t(), right.t(), squares, fourths, space)
 
 
-def add_squared_products(left: Tensor, right: Tensor, squares: Tensor, fourths: Tensor | None) -> None:
+def add_squared_products(
+    left: Tensor, right: Tensor, squares: Tensor, fourths: Tensor | None, space: Workspace
+) -> None:
     """(l r')^2 = l^2 (r^2)': with one position an example, the squares are one product of squares. (B, O), (B, I)."""
     left, right = left * left, right * right
-    squares.addmm_(left.t(), right)
+    squares.add_(product(left.t(), right.t(), space))
     if fourths is not None:
-        fourths.addmm_((left * left).t(), right * right)
+        fourths.add_(product(left.square_().t(), right.square_().t(), space))
 
 
 def add_pairs(left: Tensor, right: Tensor, squares: Tensor) -> None:
@@ -145,23 +128,51 @@ def add_pairs(left: Tensor, right: Tensor, squares: Tensor) -> None:
     squares.addmm_(pairs_left.flatten(0, 1).t(), pairs_right.flatten(0, 1))
 
 
-class Reshaped:
-    """Gradients of a matrix that the parameter keeps in another shape (a kernel as (O, C, k, k))."""
+@dataclass
+class Patches:
+    """Gradient of a convolution's kernel: G_n = sum over places of left_n(place) patch_n(place)', in the kernel's shape.
 
-    def __init__(self, inner: Outer, shape: torch.Size) -> None:
-        self.inner, self.shape, self.examples = inner, shape, inner.examples
+    left: (B, O, L) for L places; windows: a strided view (B, C, k.., L..) of the padded input, from which the patches of
+    one example at a time are copied; shape: (O, C, k..).
+    """
+
+    left: Tensor
+    windows: Tensor
+    shape: torch.Size
+
+    @property
+    def examples(self) -> int:
+        """B."""
+        return self.left.shape[0]
+
+    def matrices(self, first: int, last: int) -> Tensor:
+        """The patches of some examples, (last - first, C k.., L)."""
+        return self.windows[first:last].reshape(last - first, -1, self.left.shape[2])
+
+    def outer(self) -> Outer:
+        """The same as a linear layer on patches; all patches at once."""
+        return Outer(self.left.transpose(1, 2), self.matrices(0, self.examples).transpose(1, 2))
 
     def dense(self, first: int, last: int) -> Tensor:
         """(last - first, *shape)."""
-        return self.inner.dense(first, last).view(last - first, *self.shape)
+        patches = self.matrices(first, last)
+        return torch.bmm(self.left[first:last], patches.transpose(1, 2)).view(last - first, *self.shape)
 
     def total(self) -> Tensor:
         """(*shape)."""
-        return self.inner.total().view(self.shape)
+        value = self.left.new_zeros(self.shape).flatten(1)
+        for n in range(self.examples):
+            value.addmm_(self.left[n], self.matrices(n, n + 1)[0].t())
+        return value.view(self.shape)
 
     def add_squares(self, squares: Tensor, fourths: Tensor | None, space: Workspace) -> None:
-        """As the matrix does."""
-        self.inner.add_squares(squares.flatten(1), None if fourths is None else fourths.flatten(1), space)
+        """Example by example, the patches copied into one buffer."""
+        flat, flat_fourths = squares.flatten(1), None if fourths is None else fourths.flatten(1)
+        patches = self.windows.new_empty(self.windows.shape[1:])
+        matrix = patches.view(-1, self.left.shape[2])
+        for left, window in zip(self.left.unbind(), self.windows.unbind(), strict=True):
+            patches.copy_(window)
+            add_square_of_product(left, matrix, flat, flat_fourths, space)
 
 
 @dataclass

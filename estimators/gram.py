@@ -31,7 +31,7 @@ def step(problem: Problem, batch: Batch) -> None:
         x = examples_first(wide(call.input), unit, batch.size, flatten=True)
         if unit.handler is convolution:
             layer: Any = unit.module
-            if layer.groups != 1 or len(layer.kernel_size) > 2:
+            if layer.groups != 1:
                 continue
             x = patches(layer, x)
         x = positions(x.reshape(batch.size, -1, x.shape[-1]))

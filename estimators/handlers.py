@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from estimators.gradients import Dense, Gradients, Outer, Reshaped, Rows
+from estimators.gradients import Dense, Gradients, Outer, Patches, Rows
 
 Handler = Callable[[Any, Tensor, Tensor], dict[str, Gradients]]
 
@@ -65,10 +65,9 @@ def convolution(layer: Any, x: Tensor, g: Tensor) -> dict[str, Gradients]:
     """dW_n = sum over places of g_n(place) patch_n(place)': a linear layer on patches. x (B, C, *), g (B, O, *)."""
     examples, weight = x.shape[0], layer.weight
     bias = Dense(g.flatten(2).sum(2))
-    if layer.groups == 1 and len(layer.kernel_size) <= 2:
-        outer = Outer(g.flatten(2).transpose(1, 2), patches(layer, x))
-        return {"weight": Reshaped(outer, weight.shape), "bias": bias}
     x, padding = _padded(layer, x)
+    if layer.groups == 1:
+        return {"weight": Patches(g.flatten(2), windows(layer, x, padding), weight.shape), "bias": bias}
     grad = _CONVOLUTION_WEIGHT[len(layer.kernel_size)]
     size = (layer.out_channels * examples, *weight.shape[1:])  # every example is a group of its own
     merged: Tensor = grad(  # type: ignore[no-untyped-call]
@@ -78,15 +77,28 @@ def convolution(layer: Any, x: Tensor, g: Tensor) -> dict[str, Gradients]:
     return {"weight": Dense(merged.view(examples, *weight.shape)), "bias": bias}
 
 
+def windows(layer: Any, x: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """What an ungrouped convolution multiplies its kernel with, as a strided view (B, C, k.., L..) of the padded input."""
+    x = (
+        nn.functional.pad(x, [side for p in reversed(padding) for side in (p, p)])
+        if any(padding)
+        else x.contiguous()
+    )
+    sizes, strides = [], []
+    places = zip(x.shape[2:], layer.kernel_size, layer.dilation, layer.stride, x.stride()[2:], strict=True)
+    for length, kernel, dilation, step, stride in places:
+        sizes.append(((length - dilation * (kernel - 1) - 1) // step + 1, stride * step))
+        strides.append((kernel, stride * dilation))
+    shape = [*x.shape[:2], *(kernel for kernel, _ in strides), *(count for count, _ in sizes)]
+    return x.as_strided(shape, [*x.stride()[:2], *(s for _, s in strides), *(s for _, s in sizes)])
+
+
 def patches(layer: Any, x: Tensor) -> Tensor:
-    """What an ungrouped convolution multiplies its kernel with, (B, places, C k k); one or two spatial dimensions."""
+    """The patches of an ungrouped convolution as a matrix for each example, (B, places, C k..)."""
     x, padding = _padded(layer, x)
-    if len(layer.kernel_size) == 1:
-        x, kernel, dilation = x.unsqueeze(2), (1, *layer.kernel_size), (1, *layer.dilation)
-        unfolded = nn.functional.unfold(x, kernel, dilation, (0, *padding), (1, *layer.stride))
-    else:
-        unfolded = nn.functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
-    return unfolded.transpose(1, 2)
+    view = windows(layer, x, padding)
+    kernel = 2 + len(layer.kernel_size)
+    return view.flatten(kernel).flatten(1, kernel - 1).transpose(1, 2)
 
 
 def _padded(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:

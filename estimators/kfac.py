@@ -17,7 +17,7 @@ from torch import Tensor
 
 from estimators import fisher
 from estimators.batches import Batch
-from estimators.gradients import Gradients, Outer, Reshaped, Rows, SetAside
+from estimators.gradients import Gradients, Outer, Patches, Rows, SetAside
 from estimators.kronecker import (
     FACTOR_A,
     FACTOR_B,
@@ -68,7 +68,7 @@ class KroneckerSink:
 
     def add(self, name: str, gradients: Gradients) -> None:
         """Factors of a matrix; squares of anything else."""
-        outer = gradients.inner if isinstance(gradients, Reshaped) else gradients
+        outer = gradients.outer() if isinstance(gradients, Patches) else gradients
         if isinstance(outer, Outer) and max(outer.left.shape[2], outer.right.shape[2]) <= LARGEST_FACTOR:
             left_is_input = self.problem.is_transposed(name)
             x, g = (outer.left, outer.right) if left_is_input else (outer.right, outer.left)

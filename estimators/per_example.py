@@ -26,7 +26,7 @@ from estimators.gradients import (
     Dense,
     Gradients,
     Outer,
-    Reshaped,
+    Patches,
     Rows,
     SetAside,
     combine,
@@ -349,10 +349,11 @@ def regroup(gradients: Gradients, examples: int) -> Gradients:
     """Gradients of the parts of examples (windows, frames) as gradients of the examples."""
     if gradients.examples == examples:
         return gradients
-    if isinstance(gradients, Reshaped):
-        inner = regroup(gradients.inner, examples)
-        assert isinstance(inner, Outer)
-        return Reshaped(inner, gradients.shape)
+    if isinstance(gradients, Patches):  # the places of all parts are places of the example
+        left = unfold_rows(gradients.left, examples, -1).transpose(1, 2).flatten(2)
+        kernel = len(gradients.shape) - 2
+        seen = gradients.windows.view(examples, -1, *gradients.windows.shape[1:]).movedim(1, kernel + 2)
+        return Patches(left, seen, gradients.shape)
     if isinstance(gradients, Outer):
         left, right = gradients.left, gradients.right
         return Outer(left.reshape(examples, -1, left.shape[-1]), right.reshape(examples, -1, right.shape[-1]))

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from estimators.batches import Batch
-from estimators.gradients import Workspace
 from estimators.handlers import transposed_linear
 from estimators.inference import infer_likelihood
 from estimators.likelihood import Likelihood, Reading, Seed, find_logits
 from estimators.per_example import Engine
 from estimators.plan import Plan, make_plan
+from estimators.products import Workspace
 from estimators.randomness import uniforms
 
 log = logging.getLogger(__name__)
