@@ -1,0 +1,189 @@
+"""The sentiment study as stages: which model is trained, estimated, merged, evaluated and measured from what."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from experiments.pipeline import Stage
+
+if TYPE_CHECKING:
+    from experiments.config import Training
+    from experiments.studies.sentiment import Config
+
+SOURCES = ("experiments.models", "experiments.assets")
+MERGING = (  # what decides a merge's numbers; not the command line, cards, or writers
+    *(
+        f"gradmatch.{name}"
+        for name in ("merging", "engine", "kernels", "passes", "stream", "rules", "transforms")
+    ),
+    *(f"gradmatch.{name}" for name in ("inputs", "plan", "policies", "heads", "thresholds")),
+    "estimators.curvature",
+)
+
+
+class Cells:
+    """The stages of one config, by what they are of: one object, so that each is made once and read by name."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        data = config.data
+        self.data = Stage(
+            "sentiment/data",
+            "experiments.tasks.sentiment:prepare",
+            {
+                "source": data.source,
+                "domains": data.domains,
+                "encoder": config.encoder,
+                "max_length": data.max_length,
+                "limits": {"validation": data.validation, "test": data.test},
+                "split_seed": data.split_seed,
+            },
+            code=SOURCES,
+            seconds=10,
+        )
+        self.trained: dict[tuple[int, str], Stage] = {}
+        self.curvatures: dict[tuple[int, str], Stage] = {}
+        self.choices: dict[tuple[int, str], Stage] = {}
+        self.merged: dict[tuple[int, str], Stage] = {}
+        self.evaluations: dict[tuple[int, str], Stage] = {}
+        self.mismatches: dict[tuple[int, str], Stage] = {}
+        for seed in config.seeds:
+            self._train(seed)
+            self._merge(seed)
+        self.comparisons = {pair: self._compare(*pair) for pair in config.compare}
+
+    def all(self) -> list[Stage]:
+        """Every stage; what they need comes with them."""
+        groups = (self.evaluations, self.mismatches)
+        return [stage for group in groups for stage in group.values()] + list(self.comparisons.values())
+
+    def _train(self, seed: int) -> None:
+        config, data = self.config, self.config.data
+        base = self._finetune(seed, "base", [data.base], config.base_training, None)
+        for task in data.tasks:
+            self._finetune(seed, task, [task], config.task_training, base)
+        self._finetune(seed, "joint", list(data.tasks), config.joint_training, base)
+
+    def _finetune(
+        self, seed: int, name: str, domains: list[str], training: Training, start: Stage | None
+    ) -> Stage:
+        new_head = {"start": self.config.encoder, "num_labels": 2}
+        stage = Stage(
+            f"sentiment/seed{seed}/{name}",
+            "experiments.finetune:finetune",
+            {
+                "domains": domains,
+                "precision": self.config.precision,
+                "seed": seed,
+                **training.model_dump(),
+                **({} if start else new_head),
+            },
+            {"data": self.data, **({"start": start} if start else {})},
+            SOURCES,
+            2 + training.steps * training.batch_size * 0.0085,
+        )
+        self.trained[seed, name] = stage
+        self._evaluate(seed, name, stage)
+        return stage
+
+    def _evaluate(self, seed: int, name: str, model: Stage) -> None:
+        settings = {"domains": self.config.data.domains, "split": "test"}
+        self.evaluations[seed, name] = Stage(
+            f"sentiment/seed{seed}/evaluate-{_slug(name)}",
+            "experiments.evaluate:evaluate",
+            settings,
+            {"data": self.data, "model": model},
+            SOURCES,
+            (self.config.data.test or 1000) * len(self.config.data.domains) / 230,
+        )
+
+    def _merge(self, seed: int) -> None:
+        config, tasks = self.config, self.config.data.tasks
+        for name, domain in [("base", config.data.base), *((task, task) for task in tasks)]:
+            self.curvatures[seed, name] = Stage(
+                f"sentiment/seed{seed}/curvature-{name}",
+                "experiments.estimation:curvature",
+                {"domain": domain, "seed": seed, **config.fisher.model_dump()},
+                {"data": self.data, "model": self.trained[seed, name]},
+                (*SOURCES, "estimators"),
+                config.fisher.examples * config.fisher.samples * 0.03,
+            )
+        self.gradients = {
+            task: Stage(
+                f"sentiment/seed{seed}/gradient-{task}",
+                "experiments.mismatch:task_gradient",
+                {"domain": task, "seed": seed, "examples": config.mismatch_examples},
+                {"data": self.data, "model": self.trained[seed, task]},
+                (*SOURCES, "gradmatch.diagnosis"),
+                config.mismatch_examples / 60,
+            )
+            for task in tasks
+        }
+        self._mismatch(seed, "joint", self.trained[seed, "joint"])
+        sources = {
+            "base": self.trained[seed, "base"],
+            "tasks": {task: self.trained[seed, task] for task in tasks},
+            "base_curvature": self.curvatures[seed, "base"],
+            "curvatures": {task: self.curvatures[seed, task] for task in tasks},
+        }
+        for name, spec in config.merges.items():
+            settings = {
+                "method": spec.method,
+                "alpha": spec.alpha,
+                "options": spec.options,
+                "delta0": config.delta0,
+            }
+            inputs: dict[str, Any] = dict(sources)
+            if spec.choose:
+                grid = {option: list(values) for option, values in spec.choose.items()}
+                examples = (config.data.validation or 500) * len(config.data.domains)
+                inputs["choice"] = self.choices[seed, name] = Stage(
+                    f"sentiment/seed{seed}/choose-{_slug(name)}",
+                    "experiments.merging:choose",
+                    {**settings, "grid": grid, "domains": config.data.domains},
+                    {**sources, "data": self.data},
+                    (*SOURCES, *MERGING, "experiments.evaluate"),
+                    len(next(iter(grid.values()))) * examples / 220,
+                )
+            self.merged[seed, name] = Stage(
+                f"sentiment/seed{seed}/merge-{_slug(name)}",
+                "experiments.merging:merge_stage",
+                settings,
+                inputs,
+                MERGING,
+                2,
+            )
+            self._evaluate(seed, name, self.merged[seed, name])
+            self._mismatch(seed, name, self.merged[seed, name])
+
+    def _mismatch(self, seed: int, name: str, model: Stage) -> None:
+        config = self.config
+        self.mismatches[seed, name] = Stage(
+            f"sentiment/seed{seed}/mismatch-{_slug(name)}",
+            "experiments.mismatch:mismatch",
+            {"seed": seed, "examples": config.mismatch_examples, "delta0": config.delta0},
+            {
+                "data": self.data,
+                "model": model,
+                "gradients": self.gradients,
+                "base_curvature": self.curvatures[seed, "base"],
+            },
+            (*SOURCES, "gradmatch.diagnosis"),
+            config.mismatch_examples * len(config.data.tasks) / 60,
+        )
+
+    def _compare(self, ours: str, theirs: str) -> Stage:
+        seeds = self.config.seeds
+        return Stage(
+            f"sentiment/compare-{_slug(ours)}-{_slug(theirs)}",
+            "experiments.statistics:compare",
+            {"domains": self.config.data.domains},
+            {
+                "ours": {str(seed): self.evaluations[seed, ours] for seed in seeds},
+                "theirs": {str(seed): self.evaluations[seed, theirs] for seed in seeds},
+            },
+        )
+
+
+def _slug(name: str) -> str:
+    return "".join(character if character.isalnum() else "_" for character in name).lower()
