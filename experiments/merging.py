@@ -78,9 +78,7 @@ def choose(
     rows = {domain: load_split(data, domain, "validation") for domain in domains}
     tried = []
     for value in tqdm(values, desc=f"choosing {option}"):
-        model.load_state_dict(
-            dict(merged_model(method, alpha, {**options, option: value}, **sources)), strict=False
-        )
+        model.load_state_dict(dict(merged_model(method, alpha, {**options, option: value}, **sources)))
         metrics = with_averages({domain: measure(*predict(model, rows[domain])) for domain in domains})
         tried.append(
             {"value": value, "nll": metrics["macro"]["nll"], "accuracy": metrics["macro"]["accuracy"]}
