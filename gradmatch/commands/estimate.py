@@ -1,0 +1,221 @@
+"""`gradmatch estimate`: a model and its training data in, a curvature file out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+METHODS = ("fisher", "empirical_fisher", "ggn", "hessian", "kfac", "gram")
+TASKS = ("auto", "classification", "causal_lm")
+EXAMPLE = """example:
+  gradmatch estimate ./sst2-model --data sst2.csv --text-column sentence --limit 2000 -o sst2.curvature.safetensors
+  gradmatch estimate ./sst2-model --adam ./sst2-model/checkpoint-500 --num-examples 67349 --batch-size 16 -o sst2.safetensors
+
+N of the summed loss is the number of rows of the data, whatever --limit says: the mean over some rows stands for all.
+Several processes share the work: torchrun --nproc-per-node=4 -m gradmatch.cli estimate ..."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `gradmatch estimate`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLE
+    parser.add_argument(
+        "model", help="folder or hub name of a transformers classifier or causal language model"
+    )
+    parser.add_argument("-o", "--out", required=True, help="the curvature file to write (.safetensors)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data", help="csv, tsv, json, jsonl, parquet or txt file, or a hub set: name or name:configuration"
+    )
+    data.add_argument("--split", default="train", help="split of a hub set (default: train)")
+    data.add_argument("--text-column", help="default: text, sentence, review, ...")
+    data.add_argument("--pair-column", help="second text, for tasks on pairs")
+    data.add_argument(
+        "--label-column", help="default: label, sentiment, ...; not needed for labels sampled from the model"
+    )
+    data.add_argument("--limit", type=int, help="use so many rows, chosen at random")
+    data.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        help="rows a batch (default: 8); the result does not depend on it",
+    )
+    data.add_argument(
+        "--max-length",
+        type=int,
+        help="tokens a row; longer ones are cut (default: what the model takes, at most 512)",
+    )
+    what = parser.add_argument_group("estimate")
+    what.add_argument("--method", default="fisher", help=f"{', '.join(METHODS)} (default: fisher)")
+    what.add_argument("--task", default="auto", choices=TASKS, help="default: by the model's architecture")
+    what.add_argument("--num-examples", type=int, help="N of the summed loss (default: rows of the data)")
+    what.add_argument("--samples", type=int, default=1, help="draws of labels per example (default: 1)")
+    what.add_argument(
+        "--reduction",
+        default="example",
+        choices=("example", "batch"),
+        help="what is squared (default: example)",
+    )
+    what.add_argument("--gradient", action="store_true", help="also store the gradient at the true labels")
+    what.add_argument(
+        "--standard-error", action="store_true", help="also store every coordinate's standard error"
+    )
+    what.add_argument("--tolerance", type=float, help="stop at this relative error of the trace, e.g. 0.05")
+    what.add_argument("--seed", type=int, default=0, help="of labels and of --limit (default: 0)")
+    what.add_argument(
+        "--adam", metavar="STATE", help="read the curvature off Adam's state (optimizer.pt) instead of data"
+    )
+    what.add_argument("--device", help="default: cuda where there is one, else cpu")
+    what.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Estimate, save, and print what was made."""
+    check(args)
+    logging.getLogger("estimators").setLevel(logging.INFO)
+    if not logging.getLogger().handlers:
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    started = time.monotonic()
+    first = join_processes()
+    curvature = from_state(args) if args.adam else from_data(args)
+    if not first:
+        return 0
+    curvature.save(args.out)
+    seconds = time.monotonic() - started
+    seen = curvature.info.get("examples_seen")
+    print(
+        f"{args.out}: {curvature.info['estimator']} of {args.model}, {len(curvature)} tensors, N = {curvature.num_examples:,}"
+    )
+    if seen is not None:
+        print(
+            f"  {int(seen):,} examples in {seconds:.0f} s; labels: {curvature.info['labels']}; likelihood: {curvature.info['likelihood']}"
+        )
+    if "relative_error" in curvature.info:
+        error = float(curvature.info["relative_error"])
+        print(
+            f"  relative error of the trace: {100 * error:.2g} % ({3 * int(seen or 0):,} more examples would halve it)"
+        )
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be wrong before anything is loaded.
+
+    Raises:
+        ValueError: neither or both of --data and --adam, numbers that make no sense, or an unknown method.
+        FileExistsError: the output is there already.
+    """
+    from difflib import get_close_matches
+
+    if args.method not in METHODS:
+        close = get_close_matches(args.method, METHODS, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(METHODS)}"
+        raise ValueError(f"unknown method {args.method!r}; {hint}")
+    if bool(args.data) == bool(args.adam):
+        raise ValueError("give either --data (to measure) or --adam (to read an optimizer's state)")
+    if args.adam and args.num_examples is None:
+        raise ValueError(
+            "--adam needs --num-examples, the size of the training set, and --batch-size, that of a step"
+        )
+    for option in ("limit", "batch_size", "max_length", "num_examples", "samples"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+    if Path(args.out).exists() and not args.overwrite:
+        raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it")
+
+
+def join_processes() -> bool:
+    """Join torchrun's process group where there is one; whether this process is the one that writes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return distributed.get_rank() == 0
+
+
+def from_state(args: argparse.Namespace) -> Any:
+    """Curvature from Adam's state."""
+    from estimators import from_adam
+
+    model, _, _ = load(args, "auto")
+    return from_adam(args.adam, model, num_examples=args.num_examples, batch_size=args.batch_size)
+
+
+def from_data(args: argparse.Namespace) -> Any:
+    """Curvature measured on data."""
+    from estimators import estimate
+    from gradmatch.data import TextBatches, find_columns, longest_input, read_table, without_empty_lines
+
+    table = read_table(args.data, split=args.split)
+    columns = find_columns(table.column_names, args.text_column, args.pair_column, args.label_column)
+    table = without_empty_lines(table, columns.text)
+    rows = len(table)
+    if args.limit is not None and args.limit < rows:
+        table = table.shuffle(seed=args.seed).select(range(args.limit))
+    model, tokenizer, task = load(args, args.task)
+    batches = TextBatches(
+        table, tokenizer, task=task, columns=columns, batch_size=args.batch_size,
+        max_length=longest_input(tokenizer, model.config, args.max_length), label_ids=getattr(model.config, "label2id", None),
+    )  # fmt: skip
+    curvature = estimate(
+        model, batches, method=args.method, num_examples=args.num_examples or rows, samples=args.samples,
+        reduction=args.reduction, seed=args.seed, gradient=args.gradient, standard_error=args.standard_error,
+        tolerance=args.tolerance, progress=not args.quiet, checkpoint=f"{args.out}.partial",
+    )  # fmt: skip
+    if batches.cut:
+        print(
+            f"{batches.cut} rows were as long as {batches.max_length} tokens or longer, and cut",
+            file=sys.stderr,
+        )
+    return curvature
+
+
+def load(args: argparse.Namespace, task: str) -> tuple[Any, Any, str]:
+    """Model (float32, on its device), tokenizer and task.
+
+    Raises:
+        ValueError: an architecture that is neither a classifier nor a causal language model.
+    """
+    import torch
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+
+    if task == "auto":
+        task = task_of(AutoConfig.from_pretrained(args.model), args.model)
+    kind = AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = kind.from_pretrained(args.model, dtype=torch.float32).to(device)
+    tokenizer = None if args.adam else AutoTokenizer.from_pretrained(args.model)
+    return model, tokenizer, task
+
+
+def task_of(config: Any, model: str) -> str:
+    """By the architecture that the model was saved as.
+
+    Raises:
+        ValueError: neither a classifier nor a causal language model.
+    """
+    architectures = getattr(config, "architectures", None) or []
+    for name in architectures:
+        if name.endswith("ForSequenceClassification"):
+            return "classification"
+        if name.endswith(("ForCausalLM", "LMHeadModel")):
+            return "causal_lm"
+    raise ValueError(
+        f"{model} is saved as {', '.join(architectures) or 'no architecture'}: pass --task classification or causal_lm, or use "
+        "estimators.estimate from Python, which takes any module"
+    )

@@ -1,0 +1,131 @@
+"""`gradmatch estimate`, from the command line to the file."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from estimators import Curvature, estimate
+from gradmatch.cli import main
+from gradmatch.commands.estimate import task_of
+from tests import oracle
+from tests.gradmatch.tiny import save_classifier, save_language_model, tokenizer
+
+TEXTS = ["good film", "the plot was bad", "fine", "very dull", "not a great plot", "bright"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    path = tmp_path / "reviews.csv"
+    path.write_text("text,label\n" + "".join(f"{text},class{n % 2}\n" for n, text in enumerate(TEXTS)))
+    return path
+
+
+def run(*words):
+    return main(["estimate", *map(str, words)])
+
+
+def test_a_classifier_and_a_csv_file(tmp_path, reviews, capsys):
+    model = save_classifier(tmp_path / "model")
+    out = tmp_path / "c.safetensors"
+    assert (
+        run(tmp_path / "model", "--data", reviews, "-o", out, "--gradient", "--batch-size", 4, "--quiet") == 0
+    )
+    printed = capsys.readouterr().out
+    assert f"{out}: fisher of" in printed
+    assert "N = 6" in printed
+    found = Curvature.load(out, model=model)
+    encoded = dict(tokenizer()(TEXTS, padding=True, return_tensors="pt"))
+    expected = estimate(model, [{**encoded, "labels": torch.arange(6) % 2}], gradient=True, progress=False)
+    assert oracle.relative_l1(found, expected) < 1e-5
+    assert found.has_gradient
+    assert found.info["labels"] == "exact expectation over labels"
+    assert not (tmp_path / "c.safetensors.partial").exists()
+
+
+def test_a_language_model_a_text_file_and_a_limit(tmp_path):
+    model = save_language_model(tmp_path / "model")
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n\n".join(text for text in TEXTS if " " in text))
+    out = tmp_path / "c.safetensors"
+    words = (
+        tmp_path / "model",
+        "--data",
+        lines,
+        "-o",
+        out,
+        "--limit",
+        3,
+        "--method",
+        "empirical_fisher",
+        "--quiet",
+    )
+    assert run(*words) == 0
+    found = Curvature.load(out, model=model)
+    assert found.info["examples_seen"] == "3"
+    assert found.num_examples == 4  # rows of the data, not of the sample
+    assert found.info["likelihood"] == "causal_lm"
+
+
+def test_adam(tmp_path):
+    model = save_classifier(tmp_path / "model")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.tensor([0, 1])}
+    model(**batch).loss.backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    out = tmp_path / "c.safetensors"
+    words = (tmp_path / "model", "--adam", tmp_path / "optimizer.pt", "-o", out)
+    assert run(*words, "--num-examples", 50, "--batch-size", 2) == 0
+    found = Curvature.load(out)
+    assert found.info["estimator"] == "adam"
+    torch.testing.assert_close(found["classifier.weight"], 2 * model.classifier.weight.grad**2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "fischer"], "unknown method 'fischer'; did you mean 'fisher'?"),
+        (["--data", "x.csv", "--adam", "o.pt"], "give either --data (to measure) or --adam"),
+        ([], "give either --data (to measure) or --adam"),
+        (["--adam", "o.pt"], "--adam needs --num-examples"),
+        (["--data", "x.csv", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--data", "x.csv"], "no data file at x.csv"),
+    ],
+)
+def test_errors_are_one_line_and_code_2(tmp_path, capsys, words, message):
+    assert run("model", "-o", tmp_path / "c.safetensors", *words) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_an_existing_file_is_not_replaced(tmp_path, reviews, capsys):
+    out = tmp_path / "c.safetensors"
+    out.write_text("precious")
+    assert run("model", "--data", reviews, "-o", out) == 2
+    assert "exists; pass --overwrite" in capsys.readouterr().err
+    assert out.read_text() == "precious"
+
+
+def test_a_model_of_another_kind():
+    class Config:
+        architectures = ("BertModel",)
+
+    with pytest.raises(ValueError, match="is saved as BertModel: pass --task"):
+        task_of(Config, "model")
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from gradmatch.cli import main\ntry: main(['estimate', '--help'])\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 0
+    assert "--standard-error" in found.stdout
