@@ -255,7 +255,7 @@ def test_pickles_are_refused_unless_asked(tmp_path):
         merged = merge(BASE, [Task(path)], method="averaging", allow_pickle=True)
         assert torch.equal(merged["layers.0.w"], MODELS[0]["layers.0.w"])
     torch.save({"w": print}, tmp_path / "evil.pt")
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
         open_checkpoint(tmp_path / "evil.pt", allow_pickle=True)
     torch.save(MODELS[0], tmp_path / "folder" / "pytorch_model-2.bin")
     with pytest.raises(ValueError, match="2 pickled shards"):
@@ -272,9 +272,9 @@ def test_tensors_that_cannot_be_read(value, text):
 
 
 def test_settings_errors():
-    with pytest.raises(ValueError, match="no filter matches tensor 'a.b'; add a last entry without a filter"):
+    with pytest.raises(ValueError, match=r"no filter matches tensor 'a.b'; add a last entry without a filter"):
         value_at([{"filter": "mlp", "value": 1}], "a.b", 0.0, "density")
-    with pytest.raises(TypeError, match="density: .* is no number"):
+    with pytest.raises(TypeError, match=r"density: .* is no number"):
         value_at([1, "x"], "a.b", 0.0, "density")
 
 

@@ -1,0 +1,293 @@
+"""The output folder: whole or absent, resumed to the same bytes, locked, and within the disk's room."""
+
+import errno
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gradmatch import Task, merge
+from gradmatch.merging import prepare
+from gradmatch.verify import verify
+from gradmatch.writer import FolderSink
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import sys, time
+import gradmatch.writer as writer
+from gradmatch import Task, merge
+writer.SYNC_BYTES = 1 << 16
+if sys.argv[3] == "slow":
+    plain = writer.FolderSink.write
+    def write(self, *args):
+        time.sleep(0.02)
+        plain(self, *args)
+    writer.FolderSink.write = write
+folder = sys.argv[1]
+tasks = [Task(f"{folder}/m{i}", name=f"t{i}", weight=0.5) for i in (1, 2)]
+print("start", flush=True)
+merge(f"{folder}/m0", tasks, method="dare", density=0.5, out=sys.argv[2], shard_bytes=200_000)
+print("done", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Three models of 40 tensors in files."""
+    folder = tmp_path_factory.mktemp("models")
+    for number in range(3):
+        (folder / f"m{number}").mkdir()
+        torch.manual_seed(number)
+        tensors = {f"layers.{i}.w": torch.randn(60, 50) for i in range(40)}
+        save_file(tensors, folder / f"m{number}" / "model.safetensors", metadata={"format": "pt"})
+        (folder / f"m{number}" / "config.json").write_text(json.dumps({"model_type": "none"}))
+    return folder
+
+
+def tasks(models):
+    return [Task(models / f"m{i}", name=f"t{i}", weight=0.5) for i in (1, 2)]
+
+
+def digest(folder):
+    """Names and bytes of everything that does not state a time or a path."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(models, tmp_path_factory):
+    out = tmp_path_factory.mktemp("expected") / "out"
+    subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(models), str(out), "fast"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    return digest(out)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments_it_resumes_to_the_same_bytes(models, expected, tmp_path, seed):
+    chance = random.Random(seed)
+    out = tmp_path / "out"
+    kills, resumed = 0, 0
+    for attempt in range(8):
+        command = [sys.executable, "-c", SCRIPT, str(models), str(out), "slow" if attempt < 4 else "fast"]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "start\n"
+        if attempt < 4:
+            deadline = time.monotonic() + 30
+            journal = tmp_path / "out.partial" / "journal.jsonl"
+            already = count(journal)
+            while (
+                process.poll() is None
+                and count(journal) < min(already + 1, 35)
+                and time.monotonic() < deadline
+            ):
+                time.sleep(0.005)  # until it has begun
+            time.sleep(chance.uniform(0, 0.2))
+            process.send_signal(signal.SIGKILL)
+        finished = process.wait() == 0
+        kills += not finished
+        resumed = max(resumed, count(journal))
+        if out.exists():  # whole or not at all, also where the kill came right after
+            assert digest(out) == expected
+            break
+        assert not finished
+    assert kills >= 1
+    assert resumed >= 1
+    assert digest(out) == expected
+    assert not (tmp_path / "out.partial").exists()
+
+
+def count(journal):
+    """Tensors that a journal holds."""
+    try:
+        return max(0, journal.read_text().count("\n") - 1)
+    except FileNotFoundError:
+        return 0
+
+
+def test_a_resumed_run_does_not_compute_again_what_is_journalled(models, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    written = []
+    plain = FolderSink.write
+
+    def failing(self, step, first, values):
+        if step.name == "layers.20.w":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(self, step, first, values)
+
+    monkeypatch.setattr(FolderSink, "write", failing)
+    with pytest.raises(OSError, match="No space left"):
+        merge(models / "m0", tasks(models), method="averaging", out=out)
+    assert not out.exists()
+    done = {
+        json.loads(line)["tensor"]
+        for line in (tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines()[1:]
+    }
+    assert 5 <= len(done) < 40
+
+    def counting(self, step, first, values):
+        written.append(step.name)
+        plain(self, step, first, values)
+
+    monkeypatch.setattr(FolderSink, "write", counting)
+    merged = merge(models / "m0", tasks(models), method="averaging", out=out)
+    assert done.isdisjoint(written)
+    assert done | set(written) == set(merged)
+    monkeypatch.undo()
+    plainly = merge(models / "m0", tasks(models), method="averaging", out=tmp_path / "other")
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "other" / "model.safetensors").read_bytes()
+    assert merged.report.to_dict() == plainly.report.to_dict()
+
+
+def test_another_merge_starts_afresh(models, tmp_path):
+    made = prepare(models / "m0", tasks(models), method="averaging")
+    sink = FolderSink(tmp_path / "out", made, "first")
+    step = made.steps[0]
+    sink.write(step, 0, torch.zeros(step.spec.numel))
+    sink.finish(step, {})
+    sink.close()
+    assert list(FolderSink(tmp_path / "out", made, "first").stats) == [step.name]
+
+
+def test_journal_of_another_merge_is_discarded(models, tmp_path):
+    made = prepare(models / "m0", tasks(models), method="averaging")
+    sink = FolderSink(tmp_path / "out", made, "first")
+    sink.write(made.steps[0], 0, torch.zeros(made.steps[0].spec.numel))
+    sink.finish(made.steps[0], {})
+    sink.close()
+    other = FolderSink(tmp_path / "out", made, "second")
+    assert other.stats == {}
+    other.abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_of_another_size_is_not_resumed(models, tmp_path):
+    made = prepare(models / "m0", tasks(models), method="averaging")
+    sink = FolderSink(tmp_path / "out", made, "first")
+    sink.finish(made.steps[0], {})
+    sink.close()
+    os.truncate(tmp_path / "out.partial" / "model.safetensors", 10)
+    again = FolderSink(tmp_path / "out", made, "first")
+    assert again.stats == {}
+    again.abandon()
+
+
+def test_two_at_once_are_refused(models, tmp_path):
+    made = prepare(models / "m0", tasks(models), method="averaging")
+    sink = FolderSink(tmp_path / "out", made, "x")
+    with pytest.raises(BlockingIOError, match="another process is writing"):
+        merge(models / "m0", tasks(models), method="averaging", out=tmp_path / "out")
+    sink.abandon()
+    merge(models / "m0", tasks(models), method="averaging", out=tmp_path / "out")
+
+
+def test_existing_outputs(models, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    merge(models / "m0", tasks(models), method="averaging", out=out)  # an empty folder is no output
+    before = digest(out)
+    with pytest.raises(FileExistsError, match=r"exists; pass overwrite \(--overwrite\)"):
+        merge(models / "m0", tasks(models), method="task_arithmetic", out=out)
+    assert digest(out) == before
+    merge(models / "m0", tasks(models), method="task_arithmetic", out=out, overwrite=True)
+    assert digest(out) != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileExistsError, match="is a file"):
+        merge(models / "m0", tasks(models), method="averaging", out=tmp_path / "file")
+
+
+def test_no_room_is_said_before_anything_is_computed(models, tmp_path, monkeypatch):
+    def full(fd, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"no room for 0.00 GB in .*nothing was written"):
+        merge(models / "m0", tasks(models), method="averaging", out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", [20, 100, 180, 300, 400])
+def test_disk_full_at_any_moment_leaves_nothing_half(models, tmp_path, limit, monkeypatch):
+    """A disk that takes `limit` more KB: the output is absent, and the next run, with room, completes it."""
+    room = [limit * 1000]
+    plain = os.pwrite
+
+    def pwrite(fd, data, offset):
+        room[0] -= len(data)
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(OSError, match="No space left"):
+        merge(models / "m0", tasks(models), method="averaging", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    merged = merge(models / "m0", tasks(models), method="averaging", out=tmp_path / "out")
+    memory = merge(models / "m0", tasks(models), method="averaging")
+    assert all(torch.equal(merged[name], memory[name]) for name in memory)
+
+
+def test_a_sync_that_fails_is_reported(models, tmp_path, monkeypatch):
+    def broken(fd):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        merge(models / "m0", tasks(models), method="averaging", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_leaves_nothing(models, tmp_path):
+    broken = {f"layers.{i}.w": torch.full((60, 50), float("nan")) for i in range(40)}
+    with pytest.raises(ValueError, match="NaN"):
+        merge(models / "m0", [Task(broken)], method="averaging", out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verification_notices_a_file_that_is_not_what_was_planned(models, tmp_path):
+    made = prepare(models / "m0", tasks(models), method="averaging")
+    done = merge(models / "m0", tasks(models), method="averaging", out=tmp_path / "out", dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"'layers.0.w' is BF16 \[60, 50\], planned was F32"):
+        verify(done, made)
+
+
+def test_reload_needs_a_config_that_transformers_knows(models, tmp_path):
+    base = {"w": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        merge(base, [Task(base)], method="averaging", out=tmp_path / "a", verify="reload")
+
+
+def test_reload_names_what_transformers_misses(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(
+        GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9, n_positions=4, bos_token_id=1, eos_token_id=1)
+    )
+    model.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "n_layer": 2}))
+    with pytest.raises(ValueError, match="transformers reports"):
+        merge(
+            tmp_path / "base",
+            [Task(tmp_path / "base")],
+            method="averaging",
+            out=tmp_path / "out",
+            verify="reload",
+        )
