@@ -96,7 +96,6 @@ class Config(Study):
     forecast: Forecast | None = None
     generation: Generation = Generation()
     scorer: str = "proxy"
-    measure: Literal["toxicity", "forgetting"] = "toxicity"  # the ordinate of the trade-off
     compare: tuple[tuple[str, str], ...] = ()
 
     @model_validator(mode="after")
@@ -106,8 +105,6 @@ class Config(Study):
         ):
             if name not in self.methods:
                 raise ValueError(f"{name!r} is none of the methods {', '.join(self.methods)}")
-        if self.measure == "toxicity" and not self.prompts:
-            raise ValueError("`measure: toxicity` needs `prompts`; without prompts, measure: forgetting")
         return self
 
 
@@ -247,7 +244,6 @@ def records(config: Config, store: Path) -> list[Record]:
         "experiment": config.experiment,
         "name": config.name,
         "model": config.model,
-        "measure": config.measure,
     }
     return [{**shared, **record} for record in found]
 
@@ -292,15 +288,17 @@ def _curvatures(cells: Cells, store: Path) -> Iterator[Record]:
 
 
 def _areas(cells: Cells, store: Path) -> Iterator[Record]:
-    """The comparisons, over all seeds that are complete."""
+    """The comparisons, over all seeds that are complete: toxicity of continuations, and likelihood of what is removed."""
     for ours, theirs in cells.config.compare:
-        curves = {label: _curve(cells, store, label) for label in (ours, theirs)}
-        if all(curve is not None for curve in curves.values()):
+        for measure in (*(("toxicity",) if cells.config.prompts else ()), "forgetting"):
+            curves = {label: _curve(cells, store, label, measure) for label in (ours, theirs)}
             paths = {label: curve for label, curve in curves.items() if curve is not None}
-            yield {"kind": "area", "ours": ours, "theirs": theirs, **vars(area_between(paths, ours, theirs))}
+            if len(paths) == 2:
+                found = vars(area_between(paths, ours, theirs))
+                yield {"kind": "area", "measure": measure, "ours": ours, "theirs": theirs, **found}
 
 
-def _curve(cells: Cells, store: Path, label: str) -> Curve | None:
+def _curve(cells: Cells, store: Path, label: str, measure: str) -> Curve | None:
     """One method's path over all seeds: texts and prompts of the seeds side by side; None where a point is missing."""
     config = cells.config
     alphas = [0.0, *config.methods[label].alphas]
@@ -311,9 +309,9 @@ def _curve(cells: Cells, store: Path, label: str) -> Curve | None:
             return None
         tables = [np.load(stage.folder(store) / "losses.npz") for stage in found]
         losses.append(np.stack([table["keep"] for table in tables]))
-        if config.measure == "toxicity":
+        if measure == "toxicity":
             scores.append(np.stack([_scores(stage.folder(store), *config.prompts) for stage in found]))
-        else:  # what is left of the knowledge: likelihood of the texts to remove, less is better
+        else:  # what is left of the knowledge: log-likelihood a token of each text to remove, less is better
             scores.append(np.stack([-table["remove"][:, 0] / table["remove"][:, 1] for table in tables]))
     return Curve(np.asarray(alphas), np.concatenate(losses, 1), np.concatenate(scores, 1))
 
