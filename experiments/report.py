@@ -30,7 +30,12 @@ def sentiment_report(records: Sequence[Record]) -> str:
     evaluations = of_kind(records, "evaluation")
     if not evaluations:
         return "nothing was evaluated"
-    parts = [_sentiment_table(evaluations), _choices(evaluations), " ".join(_sentences(records))]
+    parts = [
+        _sentiment_table(evaluations),
+        _choices(evaluations),
+        " ".join(_sentences(records)),
+        _sweeps(records),
+    ]
     folders = [
         f"  {record['model']:<12} {record['folder']}" for record in evaluations if record["role"] == "merge"
     ]
@@ -86,6 +91,33 @@ def _choices(evaluations: Sequence[Record]) -> str:
     return "\n".join(
         f"chosen on validation data, {name} = {', '.join(values)}" for name, values in chosen.items()
     )
+
+
+def _sweeps(records: Sequence[Record]) -> str:
+    """Range and best of the tasks' mean accuracy over alpha, of each swept merge."""
+    sweeps = of_kind(records, "sweep")
+    lines = []
+    for model in dict.fromkeys(record["model"] for record in sweeps):
+        curve = accuracy_over_alpha([record for record in sweeps if record["model"] == model])
+        best = max(curve, key=lambda alpha: curve[alpha])
+        lines.append(
+            f"  {model:<6} {min(curve.values()):.1f} to {max(curve.values()):.1f} (range {max(curve.values()) - min(curve.values()):.1f}), "
+            f"best {curve[best]:.1f} at alpha = {best:g}"
+        )
+    if not lines:
+        return ""
+    alphas = [point["alpha"] for point in sweeps[0]["points"]]
+    head = f"Mean accuracy on the tasks (%) over alpha from {min(alphas):g} to {max(alphas):g}:"
+    return "\n".join([head, *lines])
+
+
+def accuracy_over_alpha(sweeps: Sequence[Record]) -> dict[float, float]:
+    """alpha -> mean accuracy on the tasks in per cent, mean over seeds."""
+    alphas = [point["alpha"] for point in sweeps[0]["points"]]
+    return {
+        alpha: fmean(100 * record["points"][index]["metrics"]["tasks"]["accuracy"] for record in sweeps)
+        for index, alpha in enumerate(alphas)
+    }
 
 
 def _sentences(records: Sequence[Record]) -> list[str]:

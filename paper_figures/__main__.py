@@ -10,7 +10,7 @@ from pathlib import Path
 from experiments.records import read_records
 
 COMMITTED = Path("experiments") / "results"
-FIGURES = {"removal": ("fig_removal",), "sentiment": ("table_sentiment", "fig_mismatch")}
+FIGURES = {"removal": ("fig_removal",), "sentiment": ("table_sentiment", "fig_mismatch", "fig_alpha")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -77,6 +77,13 @@ class Merge(Strict):
         return self
 
 
+class Sweep(Strict):
+    """Merges evaluated at many weights alpha: how robust each is."""
+
+    merges: tuple[str, ...] = Field(min_length=1)
+    alphas: tuple[float, ...] = Field(min_length=2)
+
+
 def check_merge(method: str, options: Mapping[str, Any]) -> None:
     """Refuse a rule or an option that `gradmatch.merge` does not know, before anything runs. Raises ValueError."""
     own = {field.name for field in dataclasses.fields(Request)}
@@ -105,6 +112,8 @@ class Config(Study):
         tuple[str, str], ...
     ] = ()  # pairs of models: paired bootstrap of the difference of macro accuracy
 
+    sweep: Sweep | None = None
+
     @model_validator(mode="after")
     def _known_models(self) -> Config:
         own = ["base", *self.data.tasks, "joint"]
@@ -116,6 +125,9 @@ class Config(Study):
                 raise ValueError(
                     f"`compare` names {model!r}, but there are {', '.join([*own, *self.merges])}"
                 )
+        for model in self.sweep.merges if self.sweep else ():
+            if model not in self.merges:
+                raise ValueError(f"`sweep` names {model!r}, but the merges are {', '.join(self.merges)}")
         return self
 
 
@@ -134,6 +146,12 @@ def records(config: Config, store: Path) -> list[Record]:
             found.append(
                 {"kind": "comparison", "ours": ours, "theirs": theirs, **result, **_origin(stage, store)}
             )
+    for (seed, name), stage in cells.sweeps.items():
+        if is_done(stage, store):
+            points = _read(stage, store, "sweep.json")
+            for point in points["points"]:
+                point["metrics"] = _with_tasks(point["metrics"], config.data.tasks)
+            found.append({"kind": "sweep", "seed": seed, "model": name, **points, **_origin(stage, store)})
     return [{"experiment": config.experiment, "name": config.name, **record} for record in found]
 
 
@@ -142,9 +160,7 @@ def _evaluations(cells: Cells, store: Path) -> Iterator[Record]:
     for (seed, name), stage in cells.evaluations.items():
         if not is_done(stage, store):
             continue
-        metrics = _read(stage, store, "metrics.json")
-        tasks = [metrics[task] for task in config.data.tasks]
-        averages = {key: fmean(part[key] for part in tasks) for key in ("accuracy", "nll", "ece")}
+        metrics = _with_tasks(_read(stage, store, "metrics.json"), config.data.tasks)
         record: Record = {
             "kind": "evaluation",
             "seed": seed,
@@ -156,7 +172,7 @@ def _evaluations(cells: Cells, store: Path) -> Iterator[Record]:
             else "joint"
             if name == "joint"
             else "task",
-            "metrics": {**metrics, "tasks": {**averages, "n": sum(part["n"] for part in tasks)}},
+            "metrics": metrics,
             "domains": config.data.domains,
             **_origin(stage, store),
         }
@@ -180,6 +196,13 @@ def _evaluations(cells: Cells, store: Path) -> Iterator[Record]:
         if mismatch and is_done(mismatch, store):
             record["mismatch"] = _read(mismatch, store, "mismatch.json")
         yield record
+
+
+def _with_tasks(metrics: dict[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
+    """Add the average over the tasks, without the base's own domain."""
+    parts = [metrics[task] for task in tasks]
+    averages = {key: fmean(part[key] for part in parts) for key in ("accuracy", "nll", "ece")}
+    return {**metrics, "tasks": {**averages, "n": sum(part["n"] for part in parts)}}
 
 
 def _read(stage: Stage, store: Path, file: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments.pipeline import Stage
@@ -47,6 +48,7 @@ class Cells:
         self.merged: dict[tuple[int, str], Stage] = {}
         self.evaluations: dict[tuple[int, str], Stage] = {}
         self.mismatches: dict[tuple[int, str], Stage] = {}
+        self.sweeps: dict[tuple[int, str], Stage] = {}
         for seed in config.seeds:
             self._train(seed)
             self._merge(seed)
@@ -54,7 +56,7 @@ class Cells:
 
     def all(self) -> list[Stage]:
         """Every stage; what they need comes with them."""
-        groups = (self.evaluations, self.mismatches)
+        groups = (self.evaluations, self.mismatches, self.sweeps)
         return [stage for group in groups for stage in group.values()] + list(self.comparisons.values())
 
     def _train(self, seed: int) -> None:
@@ -155,6 +157,25 @@ class Cells:
             )
             self._evaluate(seed, name, self.merged[seed, name])
             self._mismatch(seed, name, self.merged[seed, name])
+            if config.sweep and name in config.sweep.merges:
+                self._sweep(seed, name, config.sweep.alphas, settings, inputs)
+
+    def _sweep(
+        self, seed: int, name: str, alphas: Sequence[float], settings: dict[str, Any], inputs: dict[str, Any]
+    ) -> None:
+        data = self.config.data
+        self.sweeps[seed, name] = Stage(
+            f"sentiment/seed{seed}/sweep-{_slug(name)}",
+            "experiments.sweep:sweep",
+            {
+                **{key: value for key, value in settings.items() if key != "alpha"},
+                "alphas": list(alphas),
+                "domains": data.domains,
+            },
+            {**inputs, "data": self.data},
+            (*SOURCES, *MERGING, "experiments.evaluate", "experiments.merging"),
+            len(alphas) * (data.test or 1000) * len(data.domains) / 230,
+        )
 
     def _mismatch(self, seed: int, name: str, model: Stage) -> None:
         config = self.config

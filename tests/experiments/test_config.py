@@ -63,6 +63,7 @@ FAULTS = [
     ),
     (SMALL.replace("base_weight: [0.1, 1]", "base_weight: []"), "takes one option with a list of values"),
     (SMALL.replace("[[GM, TA]]", "[[GM, TAA]]"), "`compare` names 'TAA'"),
+    (SMALL + "sweep: {merges: [FA], alphas: [0, 1]}", "`sweep` names 'FA', but the merges are TA, GM"),
     (SMALL.replace("TA: {method", "joint: {method"), "may not be called 'joint'"),
 ]
 

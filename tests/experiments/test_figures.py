@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from paper_figures import fig_mismatch, table_sentiment
+from paper_figures import fig_alpha, fig_mismatch, table_sentiment
 from paper_figures.__main__ import main
 
 
@@ -69,6 +69,17 @@ def test_the_best_merge_is_bold_and_the_joint_model_does_not_compete(tmp_path):
 def test_several_seeds_show_their_spread(tmp_path):
     table_sentiment.draw([*RECORDS, record("GM", "merge", 1, 0.87, 0.1)], tmp_path)
     assert "86.0 ± 1.4" in (tmp_path / "table_sentiment.md").read_text()
+
+
+def test_a_sweep_is_drawn_where_there_is_one(tmp_path):
+    points = [{"alpha": a, "metrics": {"tasks": {"accuracy": 1 - a / 4}}} for a in (0.5, 1.0)]
+    sweeps = [
+        {"kind": "sweep", "model": model, "seed": s, "points": points}
+        for model in ("TA", "GM")
+        for s in (0, 1)
+    ]
+    assert fig_alpha.draw(RECORDS, tmp_path) == []
+    assert [path.name for path in fig_alpha.draw(sweeps, tmp_path)] == ["fig_alpha.png", "fig_alpha.svg"]
 
 
 @pytest.mark.parametrize("module", [fig_mismatch, table_sentiment])

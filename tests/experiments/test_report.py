@@ -96,3 +96,14 @@ def test_claims_that_fail_are_printed_as_such():
     claim = {"kind": "claim", "claim": 1, "statement": "s", "threshold": "t", "value": {"v": 0.5}, "seeds": 3}
     assert "claim 1: holds. s" in claims_report([{**claim, "holds": True}])
     assert "claim 1: DOES NOT HOLD. s" in claims_report([{**claim, "holds": False}])
+
+
+def test_a_sweep_tells_its_range_and_best_alpha():
+    points = [
+        {"alpha": a, "metrics": {"tasks": {"accuracy": x}}} for a, x in ((0.1, 0.7), (1.0, 0.9), (2.0, 0.6))
+    ]
+    text = sentiment_report(
+        [*records(0.85, 0.75, 0.05, 0.15), {"kind": "sweep", "model": "GM", "seed": 0, "points": points}]
+    )
+    assert "over alpha from 0.1 to 2" in text
+    assert "GM     60.0 to 90.0 (range 30.0), best 90.0 at alpha = 1" in text

@@ -42,14 +42,18 @@ def test_a_run_gives_records_a_table_and_a_model(run, results):
         if record["role"] in ("merge", "joint"):
             assert math.isfinite(record["mismatch"]["total"])
             assert set(record["mismatch"]["tasks"]) == {"books", "songs"}
-    assert records[-1]["kind"] == "comparison"
-    assert records[-1]["low"] <= records[-1]["difference"] <= records[-1]["high"]
+    (comparison,) = of_kind(records, "comparison")
+    assert comparison["low"] <= comparison["difference"] <= comparison["high"]
+    by_model = {record["model"]: record for record in of_kind(records, "evaluation")}
+    for sweep in of_kind(records, "sweep"):  # alpha = 1 is the merge itself
+        assert sweep["points"][1]["metrics"] == by_model[sweep["model"]]["metrics"]
     chosen = next(record["choice"] for record in records if record.get("model") == "GM*")
     best = min(chosen["tried"], key=lambda cell: cell["nll"])
     assert chosen["chosen"] == {"base_weight": best["value"]}
     assert "GM " in out
     assert "points of macro accuracy" in out
     assert "Spearman" in out
+    assert "over alpha from 0.5 to 1" in out
     merged = next(record["folder"] for record in records if record.get("model") == "GM")
     assert merged in out
     model = AutoModelForSequenceClassification.from_pretrained(merged)

@@ -1,0 +1,39 @@
+"""Stage: one merge at many weights alpha, each evaluated on the test examples without writing a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.evaluate import measure, predict, with_averages
+from experiments.merging import merged_model
+from experiments.models import load_classifier, load_split
+
+
+def sweep(
+    out: Path,
+    *,
+    method: str,
+    alphas: Sequence[float],
+    options: Mapping[str, Any],
+    data: Path,
+    domains: Sequence[str],
+    choice: Path | None = None,
+    **sources: Any,
+) -> None:
+    """Metrics at every alpha, in `out/sweep.json`. An option chosen on validation examples (at alpha = 1) is kept fixed."""
+    chosen = json.loads((choice / "choice.json").read_text())["chosen"] if choice else {}
+    model = load_classifier(sources["base"] / "model")
+    rows = {domain: load_split(data, domain, "test") for domain in domains}
+    points = []
+    for alpha in tqdm(alphas, desc="alpha"):
+        model.load_state_dict(dict(merged_model(method, alpha, {**options, **chosen}, **sources)))
+        metrics = with_averages({domain: measure(*predict(model, rows[domain])) for domain in domains})
+        points.append({"alpha": alpha, "metrics": metrics})
+    (out / "sweep.json").write_text(
+        json.dumps({"chosen": chosen, "points": points}, indent=1), encoding="utf-8"
+    )
