@@ -31,7 +31,7 @@ class Case:
     """
 
     expected: str
-    build: Callable[[World], Arguments]
+    build: Callable[[Any], Arguments]
     subject: str = ""
 
 

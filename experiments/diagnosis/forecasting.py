@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from estimators import Curvature
+from estimators import Curvature, estimate
 from experiments.models import batches, load_classifier, load_split, subset
 from gradmatch import Task, merge
 from gradmatch.diagnosis.auto import make_directions
+from gradmatch.diagnosis.evidence import accuracy_of
 from gradmatch.diagnosis.forecast import Products, best_coefficients, spearman
 from gradmatch.diagnosis.objective import Objective
 from gradmatch.diagnosis.products import curvature_products, dot, measure_products, save_products
@@ -40,6 +41,7 @@ def forecast(
     base_curvature: Path,
     curvatures: Mapping[str, Path],
     examples: int,
+    kfac: int,
     test: int,
     grid: Sequence[float],
     draws: int,
@@ -79,6 +81,11 @@ def forecast(
     ]
     seconds = time.perf_counter() - start
     save_products(exact, out / "products.json")
+    factors = {t: kronecker(module, trained[t], thetas[t], kfac) for t in tasks}
+    kron = [
+        curvature_products(t, factors[t], directions, places[t], gradient=trained[t].gradient(thetas[t]))
+        for t in tasks
+    ]
     diagonal = [
         curvature_products(t, fishers[t], directions, places[t], gradient=trained[t].gradient(thetas[t]))
         for t in tasks
@@ -88,6 +95,7 @@ def forecast(
     best = {
         "closed form, tau": best_coefficients(exact, free=list(tasks)).coefficients,
         "closed form, preconditioned": best_coefficients(exact, free=[f"gm:{t}" for t in tasks]).coefficients,
+        "Kronecker, tau": best_coefficients(kron, free=list(tasks), upper=2.0).coefficients,
         "diagonal, tau": best_coefficients(diagonal, free=list(tasks), upper=2.0).coefficients,
     }
     coordinates |= best
@@ -97,16 +105,17 @@ def forecast(
         theta = {**theta0, **_moved(theta0, directions, c)}
         vector = np.array([c.get(d, 0.0) for d in directions])
         for t, objective in tested.items():
-            losses = objective.losses(theta)
+            losses, confusion = objective.evaluate(theta)
+            assert confusion is not None
             rows.append(
                 {
                     "merge": name,
                     "task": t,
                     "measured": float(losses.mean()) - own[t],
-                    "accuracy": objective.accuracy(theta),
+                    "accuracy": accuracy_of(confusion),
                     **{
                         kind: _of(products, t).rise(vector) / _of(products, t).num_examples
-                        for kind, products in (("exact", exact), ("diagonal", diagonal))
+                        for kind, products in (("exact", exact), ("kronecker", kron), ("diagonal", diagonal))
                     },
                     "trusted": _of(exact, t).trusted(vector),
                 }
@@ -121,11 +130,23 @@ def forecast(
         "products_seconds": seconds * len(tasks) / len(directions),  # of the task vectors alone
         "correlations": correlations(rows),
         "norms": {t: dot(u, u) ** 0.5 for t, u in taus.items()},
-        "quadratic": {
-            p.task: [float(p.curvature[i, i]) for i in range(len(tasks))] for p in (*exact, *diagonal)
+        "quadratic": {  # tau_t' H_t tau_t, nats
+            kind: {p.task: float(p.curvature[i, i]) for i, p in enumerate(products)}
+            for kind, products in (("exact", exact), ("kronecker", kron), ("diagonal", diagonal))
         },
     }
     (out / "forecast.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def kronecker(module: Any, objective: Objective, theta: Weights, examples: int) -> Curvature:
+    """Kronecker factors at a fine-tune, from the first `examples` of its training examples."""
+    module.load_state_dict(dict(theta))
+    raw, seen = [], 0
+    for batch in objective.batches:
+        if seen < examples:
+            raw.append({**batch.kwargs, "labels": batch.labels})
+            seen += batch.size
+    return estimate(module, raw, method="kfac", num_examples=objective.num_examples, progress=False)
 
 
 def made_merges(
@@ -173,8 +194,7 @@ def grid_search(
     for point in tqdm(list(product(grid, repeat=len(tasks))), desc="grid"):
         c = dict(zip(tasks, point, strict=True))
         theta = {**theta0, **_moved(theta0, directions, c)}
-        counts = {t: objective.confusion(theta) for t, objective in objectives.items()}
-        accuracies = [float(n.diagonal().sum() / n.sum()) for n in counts.values() if n is not None]
+        accuracies = [objective.accuracy(theta) or 0.0 for objective in objectives.values()]
         tried.append({"weights": c, "accuracy": sum(accuracies) / len(accuracies)})
     return tried
 
@@ -183,9 +203,9 @@ def correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
     """Spearman's rank correlation of forecast and measured rise over merges: the mean over tasks, and each task alone."""
     found: dict[str, dict[str, float]] = {}
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    chosen = [row for row in rows if not row["merge"].startswith(("closed", "diagonal"))]
+    chosen = [row for row in rows if not row["merge"].startswith(("closed", "Kronecker", "diagonal"))]
     names = list(dict.fromkeys(row["merge"] for row in chosen))
-    for kind in ("exact", "diagonal"):
+    for kind in ("exact", "kronecker", "diagonal"):
         by_task = {
             t: spearman(
                 [row[kind] for row in chosen if row["task"] == t],

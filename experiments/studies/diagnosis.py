@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from experiments import config as configs
 from experiments.config import Study
 from experiments.diagnosis.cases import CASES, HEALTHY, VARIANTS
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
+from experiments.studies import sentiment
 
 CODE = ("experiments.diagnosis", "gradmatch.diagnosis", "gradmatch.engine", "gradmatch.rules", "estimators")
 KNOWN = {**CASES, **VARIANTS}
@@ -24,6 +26,8 @@ class Config(Study):
     development: tuple[int, ...] = (0, 1, 2)
     seeds: tuple[int, ...] = Field(default=(10, 11, 12), min_length=1)
     cases: tuple[str, ...] = ()
+    sentiment: Path | None = None  # config of fine-tuned encoders that the faults are built into as well
+    examples: int = Field(default=96, gt=1)  # of each task, for those
 
     @field_validator("cases")
     @classmethod
@@ -35,8 +39,8 @@ class Config(Study):
 
 
 def stages(config: Config) -> list[Stage]:
-    """One per seed."""
-    return list(cells(config).values())
+    """One per seed; what the encoders' stages read comes with them."""
+    return [*cells(config).values(), *encoder_cells(config).values()]
 
 
 def cells(config: Config) -> dict[int, Stage]:
@@ -55,10 +59,46 @@ def cells(config: Config) -> dict[int, Stage]:
     }
 
 
+def encoder_cells(config: Config) -> dict[int, Stage]:
+    """Seed of the sentiment config -> the stage on its fine-tunes."""
+    if config.sentiment is None:
+        return {}
+    source = configs.load(config.sentiment)
+    made = sentiment.Cells(source)
+    return {
+        seed: Stage(
+            f"diagnosis/encoder-seed{seed}",
+            "experiments.diagnosis.encoder:diagnose_encoder",
+            {"seed": seed, "examples": config.examples},
+            model_inputs(made, seed),
+            CODE,
+            600,
+        )
+        for seed in source.seeds
+    }
+
+
+def model_inputs(made: Any, seed: int) -> dict[str, Any]:
+    """The stages of a sentiment run that hold its data, base, fine-tunes and curvatures."""
+    tasks = made.config.data.tasks
+    return {
+        "data": made.data,
+        "base": made.trained[seed, "base"],
+        "tasks": {task: made.trained[seed, task] for task in tasks},
+        "base_curvature": made.curvatures[seed, "base"],
+        "curvatures": {task: made.curvatures[seed, task] for task in tasks},
+    }
+
+
 def records(config: Config, store: Path) -> list[Record]:
     """One record per case and seed."""
     found = []
-    for seed, stage in cells(config).items():
+    tiny = [
+        (seed, "check" if seed not in config.development else "development", s)
+        for seed, s in cells(config).items()
+    ]
+    real = [(seed, "encoder", stage) for seed, stage in encoder_cells(config).items()]
+    for seed, split, stage in [*tiny, *real]:
         if is_done(stage, store):
             origin = {
                 key: card(stage, store)[key] for key in ("key", "commit", "versions", "machine", "finished")
@@ -72,7 +112,7 @@ def records(config: Config, store: Path) -> list[Record]:
                     "name": config.name,
                     "kind": "case",
                     "seed": seed,
-                    "split": "development" if seed in config.development else "check",
+                    "split": split,
                     **row,
                     **origin,
                 }
@@ -91,6 +131,7 @@ def report(found: list[Record]) -> str:
         ),
         ("other seeds", [r for r in cases if r["split"] == "check" and not r["variant"]]),
         ("variants added after the rules were set", [r for r in cases if r["variant"]]),
+        ("fine-tuned encoders", [r for r in cases if r["split"] == "encoder"]),
     ]
     return "\n\n".join(
         f"{what} ({', '.join(str(seed) for seed in sorted({row['seed'] for row in rows}))})\n{confusion_table(rows)}"

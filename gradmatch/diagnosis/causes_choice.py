@@ -229,7 +229,10 @@ def tasks_conflict(evidence: Evidence) -> list[Cause]:
 
 
 def _best_compromise(evidence: Evidence, a: str, b: str) -> tuple[float, dict[str, float]]:
-    """max over weights of min over the two tasks of the share of its gain that is kept, and the rises there (nats each)."""
+    """The share of its gain that the worse off of two tasks keeps at the best weights tried, and the rises there (nats each).
+
+    It stops at the first weights that leave both more than next to nothing: then there is no conflict to tell of.
+    """
     best, at_best = -math.inf, {a: math.inf, b: math.inf}
     for first, second in PAIR:
         weights = evidence.at_coefficients({a: first, b: second})
@@ -237,6 +240,8 @@ def _best_compromise(evidence: Evidence, a: str, b: str) -> tuple[float, dict[st
         kept = min(1 - rises[t] / evidence.task_gain(t) for t in (a, b))
         if kept > best:
             best, at_best = kept, rises
+        if best >= NEXT_TO_NOTHING:
+            break
     return best, at_best
 
 

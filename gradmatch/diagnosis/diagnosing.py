@@ -235,13 +235,13 @@ def _measure(result: Diagnosis, forecast: bool, thorough: bool) -> None:
     models: dict[str, Mapping[str, Tensor]] = {"base": evidence.base, **evidence.tasks}
     if evidence.merged is not None and "merged" not in broken:
         models["merged"] = evidence.merged
-    evidence.uniform = {task: objective.uniform_loss() for task, objective in evidence.objectives.items()}
     for model, weights in models.items():
-        evidence.losses[model] = evidence.measure(weights)
+        evidence.losses[model] = {}
         for task, objective in evidence.objectives.items():
-            confusion = objective.confusion(weights)
+            evidence.losses[model][task], confusion = objective.evaluate(weights)
             if confusion is not None:
                 evidence.confusions.setdefault(model, {})[task] = confusion
+    evidence.uniform = {task: objective.uniform_loss() for task, objective in evidence.objectives.items()}
     complete = set(evidence.objectives) == set(evidence.tasks)
     if forecast and complete and not evidence.products:
         directions = {task: task_vector(evidence.base, model) for task, model in evidence.tasks.items()}

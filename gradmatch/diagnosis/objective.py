@@ -59,11 +59,23 @@ class Objective:
         self.num_examples = num_examples or self.seen
         self.scale = self.num_examples / self.seen
         self._likelihood = make_likelihood(likelihood)
+        self._uniform: float | None = None  # known after the first evaluation
+
+    def evaluate(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
+        """Losses (see `losses`) and confusion counts (see `confusion`) in one pass over the batches."""
+        losses, counts, ignorance = [], None, 0.0
+        with self._evaluating(), torch.no_grad():
+            for reading in self._readings(weights):
+                ignorance += self._ignorance(reading)
+                losses.append(-self._log_prob(reading).double())
+                found = self._counts(reading)
+                counts = found if counts is None or found is None else counts + found
+        self._uniform = ignorance / self.seen
+        return torch.cat(losses), counts
 
     def losses(self, weights: Weights) -> Tensor:
         """(seen,) negative log-likelihood of each example, in nats, float64."""
-        with self._evaluating(), torch.no_grad():
-            return torch.cat([-self._log_prob(reading).double() for reading in self._readings(weights)])
+        return self.evaluate(weights)[0]
 
     def loss(self, weights: Weights) -> float:
         """The summed loss over N examples, in nats."""
@@ -71,21 +83,23 @@ class Objective:
 
     def confusion(self, weights: Weights) -> Tensor | None:
         """(C, C) counts, row = label, column = most probable class; None where outputs are no classes (or over 1,000)."""
-        counts: Tensor | None = None
-        with self._evaluating(), torch.no_grad():
-            for reading in self._readings(weights):
-                classes = reading.view.shape[2]
-                if not isinstance(self._likelihood, Categorical) or classes > 1000 or reading.labels is None:
-                    return None
-                counted = (
-                    torch.ones_like(reading.labels, dtype=torch.bool)
-                    if reading.valid is None
-                    else reading.valid
-                )
-                index = reading.labels[counted] * classes + reading.view.argmax(-1)[counted]
-                batch = torch.bincount(index, minlength=classes * classes).view(classes, classes)
-                counts = batch if counts is None else counts + batch
-        return counts
+        return self.evaluate(weights)[1]
+
+    def _ignorance(self, reading: Reading) -> float:
+        """Nats that a uniform guess loses on one batch."""
+        if isinstance(self._likelihood, Categorical):
+            return math.log(reading.view.shape[2]) * reading.count()
+        return math.log(2) * reading.count() if isinstance(self._likelihood, Bernoulli) else math.inf
+
+    def _counts(self, reading: Reading) -> Tensor | None:
+        classes = reading.view.shape[2]
+        if not isinstance(self._likelihood, Categorical) or classes > 1000 or reading.labels is None:
+            return None
+        counted = (
+            torch.ones_like(reading.labels, dtype=torch.bool) if reading.valid is None else reading.valid
+        )
+        index = reading.labels[counted] * classes + reading.view.argmax(-1)[counted]
+        return torch.bincount(index, minlength=classes * classes).view(classes, classes)
 
     def accuracy(self, weights: Weights) -> float | None:
         """Share of predictions whose most probable class is the label; None where outputs are no classes."""
@@ -94,14 +108,10 @@ class Objective:
 
     def uniform_loss(self) -> float:
         """Nats per example of a guess that knows nothing: log C for each prediction that counts; inf for regression."""
-        total = 0.0
-        with self._evaluating(), torch.no_grad():
-            for reading in self._readings({}):
-                if not isinstance(self._likelihood, Categorical | Bernoulli):
-                    return math.inf
-                classes = reading.view.shape[2] if isinstance(self._likelihood, Categorical) else 2
-                total += math.log(classes) * reading.count()
-        return total / self.seen
+        if self._uniform is None:
+            self.evaluate({})
+        assert self._uniform is not None
+        return self._uniform
 
     def gradient(self, weights: Weights) -> dict[str, Tensor]:
         """Gradient of the summed loss (true labels) by parameter name, in nats per unit of weight.
