@@ -57,17 +57,16 @@ class AdapterStore:
 
     def spec(self, name: str) -> Spec:
         """Shape of the base's tensor; what is expanded is at least float32."""
-        if name in self._replaced:
-            return self._factors.spec(self._replaced[name])
-        spec = self._base.spec(name)
+        spec = self._factors.spec(self._replaced[name]) if name in self._replaced else self._base.spec(name)
         expanded = name in self._low_rank or name in self._added
         return Spec("F32", spec.shape) if expanded and spec.dtype != "F64" else spec
 
     def block(self, name: str, first: int, last: int) -> Tensor:
         """Elements of the expanded tensor."""
         if name in self._replaced:
-            return self._factors.block(self._replaced[name], first, last)
-        values = self._base.block(name, first, last)
+            values = self._factors.block(self._replaced[name], first, last)
+        else:
+            values = self._base.block(name, first, last)
         if name in self._added:
             key, scale = self._added[name]
             dtype = torch_dtype(self.spec(name).dtype)

@@ -8,6 +8,7 @@ lacks starts from the mean of the models that have it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from gradmatch.inputs import Inputs
 
 ABSENT = -1
+POSITIONS = re.compile(r"wpe|position|token_type", re.IGNORECASE)  # embeddings of something else
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,21 @@ class AlignedStore:
         store: the model's own.
         rows: where each output row comes from.
         names: the tensors with one row a token.
-        fallback: stores (already aligned) whose mean fills absent rows where they have the token themselves.
+        donors: the base's: the tasks, whose mean fills the rows that it lacks.
+        base: a task's: the base, which fills the rows that it lacks.
     """
 
     def __init__(
-        self, store: Store, rows: Rows, names: Sequence[str], fallback: Sequence[AlignedStore]
+        self,
+        store: Store,
+        rows: Rows,
+        names: Sequence[str],
+        *,
+        donors: Sequence[AlignedStore] = (),
+        base: AlignedStore | None = None,
     ) -> None:
-        self._store, self.rows, self._names, self._fallback = store, rows, frozenset(names), fallback
+        self._store, self.rows, self.names = store, rows, frozenset(names)
+        self.donors, self.base = donors, base
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._store)
@@ -76,15 +86,16 @@ class AlignedStore:
     def spec(self, name: str) -> Spec:
         """The output's shape."""
         spec = self._store.spec(name)
-        return self.rows.shape(spec) if name in self._names else spec
+        return self.rows.shape(spec) if name in self.names else spec
 
     def block(self, name: str, first: int, last: int) -> Tensor:
         """Elements of the aligned tensor."""
-        if name not in self._names:
+        if name not in self.names:
             return self._store.block(name, first, last)
         values, absent, low = self.rows.gather(self._store, name, first, last)
         if bool(absent.any()):
-            values[absent] = self._filled(name, low, low + len(values))[absent].to(values.dtype)
+            filled = self._filled(name, low, low + len(values), values.shape[1])
+            values[absent] = filled[absent].to(values.dtype)
         width = values.shape[1]
         return values.reshape(-1)[first - low * width : last - low * width]
 
@@ -92,17 +103,18 @@ class AlignedStore:
         """The model's own byte range."""
         return self._store.files(name)
 
-    def _filled(self, name: str, low: int, high: int) -> Tensor:
-        """Mean over the fallbacks of the rows that they have themselves, (rows, width) in float32."""
+    def _filled(self, name: str, low: int, high: int, width: int) -> Tensor:
+        """What stands for absent rows, (rows, width)."""
         import torch
 
-        total, count = torch.zeros(()), torch.zeros(())
-        for other in self._fallback:
-            width = other.spec(name).numel // max(1, len(other.rows.index))
+        if self.base is not None:
+            return self.base.block(name, low * width, high * width).reshape(-1, width)
+        total, count = torch.zeros(high - low, width), torch.zeros(high - low, 1)
+        for other in self.donors:
             values, absent, _ = other.rows.gather(other._store, name, low * width, high * width)
             present = (~absent).unsqueeze(1)
-            total = total + torch.where(present, values.float(), 0.0)
-            count = count + present
+            total += torch.where(present, values.float(), 0.0)
+            count += present
         return total / count.clamp(min=1)
 
 
@@ -133,23 +145,25 @@ def align(inputs: Inputs, policy: str) -> dict[str, bytes]:
     ]  # a model without a tokenizer uses the base's
     tokens = common_tokens(known, policy)
     padding = _padding(models[0], base) if policy == "union" or len(tokens) == len(base) else 0
-    aligned: list[AlignedStore] = []
-    for model, table in zip(models[1:], known[1:], strict=True):
-        rows = Rows(_index(tokens, table, padding, _padding(model, table), max(base.values()) + 1))
-        aligned.append(AlignedStore(model.store, rows, _vocabulary_tensors(model, table), []))
-    rows0 = Rows(_index(tokens, base, padding, padding, max(base.values()) + 1))
-    store0 = AlignedStore(models[0].store, rows0, _vocabulary_tensors(models[0], base), aligned)
+    tensors = _vocabulary_tensors(models, known)
+    end = max(base.values()) + 1
+    aligned = [
+        AlignedStore(model.store, Rows(_index(tokens, table, [ABSENT] * padding, end)), tensors)
+        for model, table in zip(models[1:], known[1:], strict=True)
+    ]
+    rows0 = Rows(_index(tokens, base, list(range(end, end + padding)), end))
+    store0 = AlignedStore(models[0].store, rows0, tensors, donors=aligned)
     for task, store in zip(inputs.tasks, aligned, strict=True):
-        store._fallback = [store0]
+        store.base = store0
         task.checkpoint = _replaced(task.checkpoint, store, len(store.rows.index))
         task.store = store
         for curvature in (task.mean, task.gradient):
             if curvature is not None:
-                curvature.rows = dict.fromkeys(store._names, store.rows)
+                curvature.rows = dict.fromkeys(tensors, store.rows)
     inputs.base = _replaced(inputs.base, store0, len(rows0.index))
     inputs.store = store0
     if inputs.base_curvature is not None and not isinstance(inputs.base_curvature, float):
-        inputs.base_curvature.rows = dict.fromkeys(store0._names, rows0)
+        inputs.base_curvature.rows = dict.fromkeys(tensors, rows0)
     if tokens == sorted(base, key=lambda token: base[token]):
         return {}
     numbered = (
@@ -183,14 +197,11 @@ def common_tokens(tables: Sequence[Mapping[str, int]], policy: str) -> list[str]
 
 
 def _index(
-    tokens: Sequence[str], table: Mapping[str, int], padding: int, own_padding: int, base_end: int
+    tokens: Sequence[str], table: Mapping[str, int], padding: Sequence[int], base_end: int
 ) -> list[int]:
     """Source row of every output row. Padding rows (of the base, after its last token) keep their place before new tokens."""
     rows = [table.get(token, ABSENT) for token in tokens]
-    if padding:
-        end = max(table.values()) + 1
-        pad = [end + i if i < own_padding else ABSENT for i in range(padding)]
-        rows[base_end:base_end] = pad
+    rows[base_end:base_end] = padding
     return rows
 
 
@@ -211,10 +222,23 @@ def _padding(model: Checkpoint, table: Mapping[str, int]) -> int:
     return max(0, rows - (max(table.values()) + 1))
 
 
-def _vocabulary_tensors(model: Checkpoint, table: Mapping[str, int]) -> list[str]:
-    """Tensors with one row a token: input and output embeddings and output biases."""
-    size = (model.config or {}).get("vocab_size") or max(table.values()) + 1
-    return [name for name in model.store if layer_of(name) is None and model.spec(name).shape[:1] == (size,)]
+def _vocabulary_tensors(models: Sequence[Checkpoint], tables: Sequence[Mapping[str, int]]) -> list[str]:
+    """Tensors with one row a token in every model: input and output embeddings and output biases."""
+    sizes = [
+        (model.config or {}).get("vocab_size") or max(table.values()) + 1
+        for model, table in zip(models, tables, strict=True)
+    ]
+    return [
+        name
+        for name in models[0].store
+        if layer_of(name) is None
+        and not POSITIONS.search(name)
+        and all(
+            model.spec(name).shape[:1] == (size,)
+            for model, size in zip(models, sizes, strict=True)
+            if name in model.store
+        )
+    ]
 
 
 def _tables(models: Sequence[Checkpoint]) -> list[dict[str, int] | None]:
