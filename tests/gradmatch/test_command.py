@@ -1,0 +1,278 @@
+"""Recipes and the command: what runs, what is printed, and what is said when it cannot."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from gradmatch import Task, merge
+from gradmatch.cli import main
+from gradmatch.commands.merge import parse_task
+from gradmatch.recipe import load_recipe
+from gradmatch.settings import Depth, numbers, times, value_at
+from tests.gradmatch.cases import problem
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """base/, one/, two/ and their curvature files."""
+    folder = tmp_path_factory.mktemp("files")
+    base, h0, models, curvatures = problem(2, torch.float32)
+    for name, model, known in zip(("base", "one", "two"), (base, *models), (h0, *curvatures), strict=True):
+        (folder / name).mkdir()
+        save_file(model, folder / name / "model.safetensors")
+        (folder / name / "config.json").write_text("{}")
+        known.save(folder / f"{name}.safetensors")
+    return folder
+
+
+def recipe(files, **changes):
+    content = {
+        "base": "base",
+        "base_curvature": "base.safetensors",
+        "tasks": [
+            {"model": name, "curvature": f"{name}.safetensors", "weight": 0.5} for name in ("one", "two")
+        ],
+        **changes,
+    }
+    path = files / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def expected(files, **options):
+    tasks = [Task(files / name, files / f"{name}.safetensors", 0.5) for name in ("one", "two")]
+    return merge(files / "base", tasks, base_curvature=files / "base.safetensors", **options)
+
+
+def test_recipe_by_command(files, tmp_path, capsys):
+    assert main(["merge", str(recipe(files)), str(tmp_path / "out"), "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "gradient_matching: theta0 + sum_t" in printed
+    assert f"written: {tmp_path / 'out'}" in printed
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected(files).items())
+
+
+def test_flags_alone_and_flags_over_a_recipe(files, tmp_path):
+    words = [
+        "merge",
+        "--base",
+        str(files / "base"),
+        "--base-curvature",
+        str(files / "base.safetensors"),
+        "--quiet",
+    ]
+    for name in ("one", "two"):
+        words += ["--task", f"{files / name},curvature={files / name}.safetensors,weight=0.5"]
+    assert main([*words, str(tmp_path / "a")]) == 0
+    assert (
+        main(
+            [
+                "merge",
+                str(recipe(files, delta0=5.0)),
+                "--delta0",
+                "1e-6",
+                "-o",
+                str(tmp_path / "b"),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert (
+        main(
+            [
+                *words,
+                "-o",
+                str(tmp_path / "c"),
+                "--method",
+                "ties",
+                "--option",
+                "density=0.5",
+                "--dtype",
+                "bfloat16",
+            ]
+        )
+        == 0
+    )
+    expected_ties = expected(files, method="ties", density=0.5, dtype="bfloat16")
+    found = load_file(tmp_path / "c" / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected_ties.items())
+
+
+def test_options_and_transforms_of_a_recipe(files, tmp_path):
+    path = recipe(files, transforms=["dare", {"ties": {"density": 0.5}}], options={"density": 0.6}, seed=3)
+    assert main(["merge", str(path), str(tmp_path / "out"), "--quiet"]) == 0
+    wanted = expected(files, transforms=["dare", {"ties": {"density": 0.5}}], density=0.6, seed=3)
+    assert all(
+        torch.equal(load_file(tmp_path / "out" / "model.safetensors")[n], t) for n, t in wanted.items()
+    )
+    card = json.loads((tmp_path / "out" / "gradmatch.json").read_text())
+    assert [list(edit) for edit in card["recipe"]["transforms"]] == [["dare"], ["ties"]]
+
+
+def test_dry_run_prints_every_tensor_and_writes_nothing(files, tmp_path, capsys):
+    assert main(["merge", str(recipe(files)), str(tmp_path / "out"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("embed.weight", "temperature"):
+        assert f"\n{name}" in printed
+    assert "alpha [0.5, 0.5]" in printed
+    assert "reads 2." in printed
+    assert "writes 404 B" in printed or "writes 3" in printed
+    assert "enough" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_and_help_import_no_torch(files):
+    code = (
+        "import sys; from gradmatch.cli import main\n"
+        f"main(['merge', {str(recipe(files))!r}, '/tmp/none', '--dry-run'])\n"
+        f"main(['inspect', {str(files / 'base')!r}])\n"
+        "try: main(['merge', '--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_subtract_by_command(files, tmp_path, capsys):
+    words = [
+        "subtract",
+        "--base",
+        str(files / "base"),
+        "--base-curvature",
+        str(files / "base.safetensors"),
+        "--quiet",
+    ]
+    words += [
+        "--task",
+        f"{files / 'one'},curvature={files / 'one.safetensors'}",
+        "--weight",
+        "0.1",
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    assert main([*words, "--dry-run"]) == 0
+    assert "alpha [0.1]" in capsys.readouterr().out
+    assert main(words) == 0
+    assert "clamped by the guard" in capsys.readouterr().out
+    assert main(["subtract", *words[1:-1], str(tmp_path / "two"), "--method", "negation"]) == 0
+
+
+def test_inspect(files, capsys):
+    assert main(["inspect", str(files / "one")]) == 0
+    assert "embed.weight  F32" in " ".join(capsys.readouterr().out.split("\n")).replace("   ", "  ")
+    assert main(["inspect", str(files / "one.safetensors"), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["kind"] == "curvature"
+    assert content["info"]["num_examples"] == "10"
+    assert main(["inspect", str(files / "one" / "model.safetensors")]) == 0
+
+
+def test_inspect_of_a_merged_folder_says_how_it_was_made(files, tmp_path, capsys):
+    main(["merge", str(recipe(files)), str(tmp_path / "out"), "--quiet"])
+    main(["inspect", str(tmp_path / "out")])
+    assert "merged by: gradient_matching" in capsys.readouterr().out
+
+
+ERRORS = [
+    (["merge"], "nothing to merge"),
+    (["subtract"], "nothing to subtract"),
+    (["merge", "absent.yaml", "out"], "no recipe absent.yaml"),
+    (["merge", "--base", "x", "--task", "y"], "no output folder"),
+    (["subtract", "--base", "x", "--task", "y"], "no output folder"),
+    (
+        ["merge", "--base", "x", "--task", "y,wight=1", "-o", "out"],
+        "'wight=1' is none of curvature=FILE, weight=W, name=NAME",
+    ),
+    (["merge", "--base", "x", "--task", "y", "--option", "density", "-o", "out"], "is not KEY=VALUE"),
+    (["inspect", "absent/deep/path"], "no file or folder"),
+]
+
+
+@pytest.mark.parametrize(("words", "text"), ERRORS)
+def test_errors_are_one_message_and_exit_code_2(words, text, capsys):
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("gradmatch: error: ")
+    assert text in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(FileNotFoundError):
+        main(["--debug", "merge", "absent.yaml", "out"])
+    with pytest.raises(FileNotFoundError):
+        main(["merge", "absent.yaml", "out", "--debug"])
+
+
+RECIPES = [
+    ({"metod": "ties"}, r"unknown key 'metod' \(did you mean 'method'\?\)"),
+    ({"tasks": [{"model": "one", "wieght": 1}]}, r"unknown key 'tasks.0.wieght' \(did you mean 'weight'\?\)"),
+    ({"tasks": []}, "tasks: List should have at least 1 item"),
+    ({"delta0": "much"}, "delta0: "),
+]
+
+
+@pytest.mark.parametrize(("change", "text"), RECIPES)
+def test_recipe_errors(files, change, text):
+    with pytest.raises(ValueError, match=text):
+        load_recipe(recipe(files, **change))
+
+
+def test_recipes_that_are_no_tables(tmp_path):
+    (tmp_path / "a.yaml").write_text("[1, 2")
+    with pytest.raises(ValueError, match="is not YAML"):
+        load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="holds a list, a recipe is a table"):
+        load_recipe(tmp_path / "a.yaml")
+
+
+def test_tasks_on_the_command_line():
+    task = parse_task("a,weight=[0.1,0.9],name=x,curvature=c")
+    assert (task.model, task.weight, task.name, task.curvature) == ("a", [0.1, 0.9], "x", "c")
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "depth", "value"),
+    [
+        (0.5, "x", 0.0, 0.5),
+        (True, "x", 0.0, True),
+        ([0, 1], "x", 0.25, 0.25),
+        ([0, 1, 0], "x", 0.75, 0.5),
+        ([0.3], "x", 0.9, 0.3),
+        ({"*mlp*": 0.7, "*": [0, 1]}, "a.mlp.b", 0.5, 0.7),
+        ({"*mlp*": 0.7, "*": [0, 1]}, "a.attn.b", 0.5, 0.5),
+        ([{"filter": "mlp", "value": [1, 3]}, {"value": 0.3}], "a.mlp.b", 0.5, 2.0),
+        ([{"filter": "mlp", "value": 0.7}, {"value": 0.3}], "a.attn.b", 0.5, 0.3),
+        ([{"layer": 3, "value": 9}, {"value": 1}], "layers.3.w", 0.0, 9.0),
+    ],
+)
+def test_settings(setting, name, depth, value):
+    assert value_at(setting, name, depth) == pytest.approx(value)
+
+
+def test_settings_helpers():
+    assert numbers([{"filter": "a", "value": [1, 2]}, {"value": 3}]) == [1, 2, 3]
+    assert times({"a": [1, 2], "b": 3}, 2.0) == {"a": [2, 4], "b": 6}
+    assert times([{"filter": "x", "value": 1}], -1) == [{"filter": "x", "value": -1}]
+    depth = Depth(["embed.w", "layers.0.w", "layers.4.w", "norm.w"])
+    assert [depth.of(n) for n in ("embed.w", "layers.0.w", "layers.2.w", "layers.4.w", "norm.w")] == [
+        0,
+        0,
+        0.5,
+        1,
+        1,
+    ]

@@ -1,0 +1,213 @@
+"""mergekit's recipes: translated here, and compared with mergekit itself where it is installed.
+
+Set GRADMATCH_MERGEKIT to the `mergekit-yaml` command of another environment, or install mergekit beside this package.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gradmatch import merge, open_checkpoint
+from gradmatch.mergekit import translate
+from gradmatch.recipe import load_recipe
+
+MERGEKIT = os.environ.get("GRADMATCH_MERGEKIT") or shutil.which("mergekit-yaml")
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """base/ and three fine-tunes m0/ m1/ m2/ of a tiny Llama."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=60, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    model.save_pretrained(folder / "base")
+    for number in range(3):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(start[name] + 0.02 * torch.randn_like(parameter))
+        model.save_pretrained(folder / f"m{number}")
+    return folder
+
+
+def entries(folder, *parameters):
+    given = parameters or ({}, {}, {})
+    return [{"model": str(folder / f"m{i}"), **({"parameters": p} if p else {})} for i, p in enumerate(given)]
+
+
+def recipes(folder):
+    """name -> (recipe, largest relative difference to mergekit's result, in the 2-norm)."""
+    base, first = str(folder / "base"), str(folder / "m0")
+
+    def edit(method, *parameters, **shared):
+        return {
+            "merge_method": method,
+            "base_model": base,
+            "models": entries(folder, *parameters),
+            "parameters": shared,
+        }
+
+    def source(number, first_layer, last_layer, **parameters):
+        return {
+            "model": str(folder / f"m{number}"),
+            "layer_range": [first_layer, last_layer],
+            **({"parameters": parameters} if parameters else {}),
+        }
+
+    weights = (
+        {"weight": 0.5},
+        {"weight": [0.1, 0.9]},
+        {"weight": [{"filter": "mlp", "value": 1.0}, {"value": [0.3, 0.6]}]},
+    )
+    exact = 1e-6
+    return {
+        "linear": ({"merge_method": "linear", "models": entries(folder, *weights)}, exact),
+        "linear, not normalised": ({"merge_method": "linear", "models": entries(folder, *weights), "parameters": {"normalize": False}}, exact),
+        "slerp": ({"merge_method": "slerp", "base_model": first, "models": entries(folder)[:2], "parameters": {"t": [{"filter": "mlp", "value": [0, 0.5, 1]}, {"value": 0.3}]}}, exact),
+        "slerp of slices": ({"merge_method": "slerp", "base_model": first, "slices": [{"sources": [source(0, 0, LAYERS), source(1, 0, LAYERS)]}], "parameters": {"t": 0.4}}, exact),
+        "nuslerp": ({"merge_method": "nuslerp", "base_model": base, "models": entries(folder, {"weight": 1.0}, {"weight": 0.5})}, exact),
+        "nuslerp without a base": ({"merge_method": "nuslerp", "models": entries(folder, {"weight": 1.0}, {"weight": 0.5})}, 1e-3),
+        "task_arithmetic": (edit("task_arithmetic", {"weight": 0.5}, {"weight": -0.2}, {"weight": 1.0}, **{"lambda": 0.7}), exact),
+        "task_arithmetic, normalised": (edit("task_arithmetic", *weights, normalize=True), exact),
+        "ties": (edit("ties", {"weight": 0.5, "density": 0.3}, {"weight": 0.7, "density": 0.5}, {"weight": 1.0, "density": 0.9}), 1e-3),
+        "ties, not normalised": (edit("ties", density=0.4, weight=0.5, normalize=False), 1e-3),
+        "breadcrumbs": (edit("breadcrumbs", density=0.6, gamma=0.02, weight=0.5), exact),
+        "breadcrumbs_ties": (edit("breadcrumbs_ties", density=0.6, gamma=0.02, weight=0.5), exact),
+        "model_stock": ({"merge_method": "model_stock", "base_model": base, "models": entries(folder)}, exact),
+        "karcher": ({"merge_method": "karcher", "models": entries(folder)}, exact),
+        "passthrough": ({"merge_method": "passthrough", "slices": [{"sources": [source(0, 0, 3)]}, {"sources": [source(1, 1, 4, scale=[{"filter": "o_proj", "value": 0.5}, {"value": 1.0}])]}]}, exact),
+        "dare_linear, all kept": (edit("dare_linear", density=1.0, weight=0.5), exact),
+        "dare_ties, all kept": (edit("dare_ties", density=1.0, weight=0.5), exact),
+        "della, all kept": (edit("della", density=1.0, weight=0.5), exact),
+        # random: the masks differ, so the mean over all coordinates is compared, not each
+        "dare_linear": (edit("dare_linear", density=0.5, weight=0.5), None),
+        "della_linear": (edit("della_linear", density=0.5, epsilon=0.2, weight=0.5), None),
+    }  # fmt: skip
+
+
+NAMES = list(recipes(Path("x")))
+
+
+def ours(content, folder):
+    path = folder / "recipe.yml"
+    path.write_text(yaml.safe_dump({**content, "dtype": "float32"}))
+    return path, merge(**load_recipe(path), out=folder / "ours")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_run_as_they_are_and_load(models, tmp_path, name):
+    _, done = ours(recipes(models)[name][0], tmp_path)
+    loaded, info = LlamaForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert loaded.config.num_hidden_layers == (6 if name == "passthrough" else LAYERS)
+    if name in ("dare_linear", "della_linear"):
+        assert "mergekit restores the tensor's L1 norm" in done.report.notes[0]
+
+
+@pytest.mark.skipif(
+    MERGEKIT is None, reason="mergekit is not installed (GRADMATCH_MERGEKIT names its mergekit-yaml)"
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_results_are_mergekits(models, tmp_path, name):
+    content, tolerance = recipes(models)[name]
+    path, done = ours(content, tmp_path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [MERGEKIT, str(path), str(tmp_path / "theirs")], check=True, capture_output=True, env=environment
+    )
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert set(theirs) == set(done)
+    both = [(done[n].double().flatten(), theirs[n].double().flatten()) for n in theirs]
+    one, two = (torch.cat(parts) for parts in zip(*both, strict=True))
+    if tolerance is not None:
+        assert float((one - two).norm() / two.norm()) <= tolerance
+        return
+    base = open_checkpoint(models / "base")
+    start = torch.cat([base[n].double().flatten() for n in theirs])
+    for merged in (
+        one,
+        two,
+    ):  # both keep about half of each task vector and rescale it: same size of update on average
+        assert float((merged - start).abs().mean()) == pytest.approx(
+            float((one - start).abs().mean()), rel=0.05
+        )
+
+
+ERRORS = [
+    ({"merge_method": "tis", "models": []}, r"merge_method 'tis' is unknown here \(did you mean 'ties'"),
+    ({"merge_method": "ties", "model": []}, r"unknown key 'model' \(did you mean 'models'"),
+    ({"merge_method": "ties"}, "either models or slices"),
+    ({"merge_method": "ties", "models": [{"model": "a", "parameters": {"densty": 1}}]}, r"ties has no parameter 'densty' \(did you mean 'density'"),
+    ({"merge_method": "ties", "models": [{"model": "a"}]}, "ties needs a base_model"),
+    ({"merge_method": "slerp", "models": [{"model": "a"}, {"model": "b"}]}, "slerp takes two models, one of them the base_model"),
+    ({"merge_method": "nuslerp", "models": [{"model": "a"}]}, "nuslerp takes two models beside the base, got 1"),
+    ({"merge_method": "nuslerp", "models": [{"model": "a"}, {"model": "b"}], "parameters": {"nuslerp_row_wise": True}}, "row-wise nuslerp"),
+    ({"merge_method": "nuslerp", "models": [{"model": "a", "parameters": {"weight": [0, 1]}}, {"model": "b"}]}, "takes one number as each weight"),
+    ({"merge_method": "model_stock", "base_model": "a", "models": [{"model": "b"}], "parameters": {"filter_wise": True}}, "filter_wise"),
+    ({"merge_method": "passthrough", "models": [{"model": "a"}, {"model": "b"}]}, "passthrough takes one source a slice, got 2"),
+    ({"merge_method": "linear", "models": [{"model": 3}]}, "a model is a path or a hub id, not 3"),
+    ({"merge_method": "linear", "models": [{"model": "a+b"}]}, "name the adapter's folder alone"),
+    ({"merge_method": "linear", "models": [{"model": "a"}], "chat_template": "x"}, "chat_template is not supported"),
+    ({"merge_method": "linear", "models": [{"model": "a"}], "tokenizer": {"source": "base", "tokens": {}}}, r"only `source` is supported, not \['tokens'\]"),
+    ({"merge_method": "linear", "models": [{"model": "a"}], "tokenizer_source": "b"}, "tokenizer source 'b' is not supported"),
+    ({"merge_method": "slerp", "base_model": "a", "slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}]}, {"sources": []}]}, "must have the same number"),
+    ({"merge_method": "slerp", "base_model": "a", "slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}, {"model": "b", "layer_range": [0, 3]}]}]}, "must be of one length"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "text"), ERRORS, ids=[text[:40] for _, text in ERRORS])
+def test_recipe_errors(tmp_path, content, text):
+    with pytest.raises(ValueError, match=text):
+        translate(content, tmp_path, "recipe.yml")
+
+
+def test_a_gradient_over_one_slice_among_several_is_refused(models, tmp_path):
+    source = {"model": str(models / "m0"), "layer_range": [0, 2], "parameters": {"scale": [0, 1]}}
+    with pytest.raises(ValueError, match="a list over the layers of one slice"):
+        translate(
+            {"merge_method": "passthrough", "slices": [{"sources": [source]}, {"sources": [source]}]},
+            tmp_path,
+            "r",
+        )
+
+
+def test_tokenizer_source_union_is_our_policy(tmp_path):
+    for key, value in (("tokenizer_source", "union"), ("tokenizer", {"source": "union"})):
+        arguments = translate(
+            {"merge_method": "linear", "models": [{"model": "a"}], key: value}, tmp_path, "r"
+        )
+        assert arguments["embeddings"] == "union"
+    assert "embeddings" not in translate(
+        {"merge_method": "linear", "models": [{"model": "a"}], "tokenizer_source": "base"}, tmp_path, "r"
+    )
+
+
+def test_slices_with_a_base_of_their_own(models, tmp_path):
+    slices = [{"sources": [{"model": str(models / f"m{i}"), "layer_range": [0, 2]} for i in (0, 1)]}]
+    content = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(models / "base"),
+        "slices": slices,
+        "parameters": {"weight": 0.5},
+    }
+    arguments = translate(content, tmp_path, "r")
+    done = merge(**arguments)
+    base, one, two = (open_checkpoint(models / name) for name in ("base", "m0", "m1"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    torch.testing.assert_close(done[name], base[name] + 0.5 * (one[name] + two[name] - 2 * base[name]))
+    assert "model.layers.2.mlp.up_proj.weight" not in done
+    assert json.dumps(sorted(done)) == json.dumps(sorted(arguments["base"]))
