@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.commands.diagnose import add_sources, read_data, sources
@@ -11,6 +12,7 @@ from gradmatch.commands.diagnose import add_sources, read_data, sources
 if TYPE_CHECKING:
     from gradmatch.diagnosis.auto import AutoWeights
     from gradmatch.diagnosis.forecast import Products
+    from gradmatch.task import Task
 
 EXAMPLES = """
 examples:
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lower", type=float, default=0.0, help="smallest weight (default 0)")
     parser.add_argument("--upper", type=float, default=2.0, help="largest weight (default 2)")
     parser.add_argument("--save", metavar="FILE", help="store the products beside the curvature files")
+    parser.add_argument("--write", metavar="FILE", help="write a recipe with the best weights, to merge by")
     parser.add_argument(
         "--pareto", action="store_true", help="also the weights that trade two or three tasks off"
     )
@@ -48,6 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Forecast and print."""
+    if args.write and (args.span != "tau" or args.group):
+        raise ValueError(
+            "--write needs --span tau and no --group: a recipe's weights multiply whole task vectors"
+        )
     arguments = sources(args)
     from estimators.curvature import Curvature
     from gradmatch.checkpoint import open_checkpoint
@@ -89,10 +96,32 @@ def run(args: argparse.Namespace) -> int:
     if args.pareto:
         for line in front(result.products, args.lower, args.upper):
             print(line)
+    if args.write:
+        write_recipe(args.write, arguments, dict(zip(names, arguments["tasks"], strict=True)), result.weights)
     if args.save:
         save_products(result.products, args.save)
         print(f"written: {args.save}", file=sys.stderr)
     return 0
+
+
+def write_recipe(
+    path: str, arguments: dict[str, Any], tasks: dict[str, Task], weights: dict[str, float]
+) -> None:
+    """A recipe of task arithmetic with these weights; paths are absolute, so that it can lie anywhere."""
+    import yaml
+
+    recipe = {
+        "base": str(Path(arguments["base"]).absolute()),
+        "method": "task_arithmetic",
+        "tasks": [
+            {"model": str(Path(str(task.model)).absolute()), "weight": round(weights[name], 6), "name": name}
+            for name, task in tasks.items()
+        ],
+    }
+    Path(path).write_text(
+        "# weights chosen by gradmatch forecast\n" + yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8"
+    )
+    print(f"written: {path}", file=sys.stderr)
 
 
 def describe(result: AutoWeights) -> list[str]:

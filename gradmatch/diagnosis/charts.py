@@ -29,7 +29,7 @@ def line_chart(
     x_label: str,
     y_label: str,
     *,
-    width: int = 320,
+    width: int = 304,
     height: int = 210,
     title: str = "",
 ) -> str:
@@ -37,7 +37,7 @@ def line_chart(
     points = [(x, y) for s in series for x, y in s.points if math.isfinite(x) and math.isfinite(y)]
     if not points:
         return ""
-    left, right, top, bottom = 46, 10, 26 if title else 10, 38
+    left, right, top, bottom = 52, 10, 26 if title else 10, 38
     xs, ys = ticks([x for x, _ in points]), ticks([*(y for _, y in points), 0.0])
     x0, x1, y0, y1 = xs[0], xs[-1], ys[0], ys[-1]
 
@@ -63,7 +63,7 @@ def line_chart(
     )
     middle = (top + height - bottom) / 2
     parts.append(
-        f'<text transform="translate(11 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+        f'<text transform="translate(10 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
     )
     for s in series:
         colour, dash = COLOURS[s.colour % len(COLOURS)], DASHES[s.colour % len(DASHES)]

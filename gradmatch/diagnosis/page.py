@@ -192,12 +192,16 @@ def redundancy(report: Report) -> str:
         return ""
     charts = []
     for task, curve in list(report.redundancy.items())[:12]:
+        top = 3 * max(plain for _, plain, _ in curve)  # what explodes when rescaled leaves the chart
         charts.append(
             line_chart(
                 [
                     Series("the rest as it is", [(d, plain) for d, plain, _ in curve], dots=True, colour=0),
                     Series(
-                        "rescaled by 1/(1-p)", [(d, scaled) for d, _, scaled in curve], dots=True, colour=1
+                        "rescaled by 1/(1-p)",
+                        [(d, scaled) for d, _, scaled in curve if scaled <= top],
+                        dots=True,
+                        colour=1,
                     ),
                 ],
                 "share dropped",

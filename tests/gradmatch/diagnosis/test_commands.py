@@ -96,6 +96,18 @@ def test_forecast_saves_products_and_uses_them(folder, capsys, tmp_path):
     assert again.splitlines()[1:3] == first.splitlines()[1:3]
 
 
+def test_forecast_writes_a_recipe_that_merges(folder, capsys, tmp_path):
+    recipe = str(folder / "recipe.yaml")
+    written = tmp_path / "auto.yaml"
+    assert main(["forecast", recipe, *data_flags(folder), "--write", str(written), "--upper", "1"]) == 0
+    weights = {task["name"]: task["weight"] for task in yaml.safe_load(written.read_text())["tasks"]}
+    assert set(weights) == {"one", "two"}
+    assert all(0 <= weight <= 1 for weight in weights.values())
+    assert main(["merge", str(written), str(tmp_path / "merged"), "--quiet"]) == 0
+    assert main(["forecast", recipe, "--write", "x.yaml", "--span", "preconditioned"]) == 2
+    assert "--write needs --span tau" in capsys.readouterr().err
+
+
 def test_errors_have_no_traceback(folder, capsys):
     recipe = str(folder / "recipe.yaml")
     cases = [
