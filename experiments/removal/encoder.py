@@ -85,6 +85,7 @@ def compare(
     for (name, alpha), theta in edits.items():
         classifier.load_state_dict(theta, strict=False)
         found, labels = _log_probs(classifier, unseen)
+        known, wrong = _log_probs(classifier, removed), _log_probs(classifier, unseen_wrong)
         rows.append(
             {
                 "edit": name,
@@ -92,9 +93,9 @@ def compare(
                 "distance": _distance(theta, vectors["retrained"])
                 / _distance(vectors["base"], vectors["retrained"]),
                 "kl": float((truth.exp() * (truth - found)).sum(-1).mean()),
-                "removed": _accuracy(*_log_probs(classifier, removed)),
+                "removed": _accuracy(*known),
                 "accuracy": _accuracy(found, labels),
-                "gap": _loss(*_log_probs(classifier, unseen_wrong)) - _loss(*_log_probs(classifier, removed)),
+                "gap": _loss(*wrong) - _loss(*known),
             }
         )
     (out / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")

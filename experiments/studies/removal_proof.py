@@ -34,7 +34,8 @@ class Network(Strict):
 class Encoder(Strict):
     """An encoder on sentiment; the texts of one domain, labels turned round, are what is to go."""
 
-    encoder: str = "encoder"
+    encoder: str = "encoder"  # an asset, a folder, or a hub name
+    source: str = "vader"  # or a folder with one `<domain>.jsonl` of text, label, document
     keep: tuple[str, ...] = ("movies", "amazon")
     remove: str = "tweets"
     wrong: int = Field(default=600, gt=0)  # texts with wrong labels, of the domain's training texts
@@ -87,7 +88,7 @@ def _encoder(spec: Encoder, seed: int, alphas: list[float]) -> Stage:
         "proof/data",
         "experiments.tasks.sentiment:prepare",
         {
-            "source": "vader",
+            "source": spec.source,
             "domains": [*spec.keep, spec.remove],
             "encoder": spec.encoder,
             "max_length": spec.max_length,

@@ -4,9 +4,13 @@ import json
 
 import pytest
 import torch
+import yaml
+from datasets import Dataset, load_from_disk
 
 from experiments import config as configs
-from experiments.removal import proof
+from experiments.__main__ import main
+from experiments.records import read_records
+from experiments.removal import encoder, proof
 from experiments.studies import removal_proof
 
 
@@ -92,3 +96,51 @@ def test_the_config_is_a_plan(tmp_path):
     found = removal_proof.cells(configs.check(content, "here"))
     assert {problem for problem, _ in found} == {"ridge", "logistic", "network", "encoder"}
     assert removal_proof.records(configs.check(content, "here"), tmp_path) == []
+
+
+def test_the_encoder_is_compared_with_one_that_never_saw_the_wrong_labels(
+    tmp_path, tiny_encoder, tiny_texts, capsys
+):
+    training = {"steps": 30, "learning_rate": 1e-2, "batch_size": 16, "warmup_steps": 1}
+    content = {
+        "experiment": "removal-proof",
+        "seeds": [0],
+        "alphas": [1.0],
+        "network": {"steps": 20, "tuning_steps": 2},
+        "encoder": {
+            "encoder": str(tiny_encoder),
+            "source": str(tiny_texts),
+            "keep": ["films", "books"],
+            "remove": "songs",
+            "wrong": 40,
+            "max_length": 16,
+            "training": training,
+            "tuning": {**training, "steps": 4, "learning_rate": 1e-3},
+            "examples": 32,
+        },
+    }
+    (tmp_path / "proof.yaml").write_text(yaml.safe_dump(content))
+    assert main(["run", str(tmp_path / "proof.yaml"), "--results", str(tmp_path), "--debug"]) == 0
+    records = read_records(tmp_path / "proof.jsonl")
+    found = {(r["edit"], r["alpha"]): r for r in records if r["problem"] == "encoder"}
+    assert found["retrained", 0.0]["distance"] == found["retrained", 0.0]["kl"] == 0
+    assert found["base", 0.0]["distance"] == 1
+    assert found["base", 0.0]["removed"] > found["retrained", 0.0]["removed"]  # it learned the wrong labels
+    assert {edit for edit, _ in found} >= {"GM", "TA", "EWR", "Fisher negation", "fine-tuned on the rest"}
+    assert "encoder (1 seeds)" in capsys.readouterr().out
+
+
+def test_poison_turns_the_labels_of_one_domain_round(tmp_path):
+    for name in ("films", "songs"):
+        for split in ("train", "test"):
+            Dataset.from_dict({"input_ids": [[1]] * 4, "labels": [0, 1, 0, 1]}).save_to_disk(
+                tmp_path / "data" / name / split
+            )
+    encoder.poison(tmp_path / "out", data=tmp_path / "data", domain="songs", count=3)
+    read = {
+        path.parent.name + path.name: load_from_disk(str(path))["labels"]
+        for path in (tmp_path / "out").glob("*/*")
+    }
+    assert list(read["filmstrain"]) == list(read["filmstest"]) == [0, 1, 0, 1]
+    assert list(read["songstest"]) == [1, 0, 1, 0]
+    assert len(read["songstrain"]) == 3
