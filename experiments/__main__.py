@@ -64,7 +64,7 @@ def run_config(path: Path, overrides: Sequence[str], options: argparse.Namespace
             log(config, found)
     if outcome.failed:
         if options.debug:
-            print("\n".join(outcome.failed.values()), file=sys.stderr)
+            print("\n".join(failure["traceback"] for failure in outcome.failed.values()), file=sys.stderr)
         print(f"error: {outcome.message()}", file=sys.stderr)
         return 1 if found else 2
     return 0
@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--dry-run", action="store_true", help="list the stages, which are cached, and the minutes left"
     )
-    common.add_argument("--quick", action="store_true", help="the config's own small variant, where it has one")
+    common.add_argument(
+        "--quick", action="store_true", help="the config's own small variant, where it has one"
+    )
     common.add_argument("--debug", action="store_true", help="show tracebacks")
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)

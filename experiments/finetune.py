@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from datasets import concatenate_datasets
-from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from experiments.models import load_classifier, load_split, locate
+from experiments.models import load_classifier, load_split, load_tokenizer, locate
 
 
 def finetune(
@@ -37,7 +37,7 @@ def finetune(
     """
     set_seed(seed)
     source = start / "model" if isinstance(start, Path) else locate(start)
-    model, tokenizer = load_classifier(source, num_labels), AutoTokenizer.from_pretrained(source)
+    model, tokenizer = load_classifier(source, num_labels), load_tokenizer(source)
     rows = concatenate_datasets([load_split(data, domain, "train") for domain in domains])
     bfloat16 = uses_bfloat16(precision)
     arguments = TrainingArguments(

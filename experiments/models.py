@@ -30,11 +30,8 @@ def load_classifier(source: str | Path, num_labels: int | None = None) -> nn.Mod
     try:
         head = {} if num_labels is None else {"num_labels": num_labels}
         model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32, **head)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"cannot load a model from {source!s}: not a folder with a model, and no hub within reach; the asset "
-            f"`encoder` needs only PyPI ({str(error).splitlines()[0]})"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise _nothing_there(source) from error
     finally:
         logging.set_verbosity(before)
     for module in model.modules():
@@ -42,6 +39,23 @@ def load_classifier(source: str | Path, num_labels: int | None = None) -> nn.Mod
             module.p = 0.0
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval()  # type: ignore[no-any-return]
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a folder or hub name."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise _nothing_there(source) from error
+
+
+def _nothing_there(source: str | Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"cannot load a model from {source!s}: it is no folder with a model, and no hub that has it is within reach; "
+        "encoder=encoder stands in for it (all-MiniLM-L6-v2, which needs only PyPI)"
+    )
 
 
 def load_split(data: Path, domain: str, split: str) -> Any:

@@ -146,19 +146,18 @@ def plan(stages: Sequence[Stage], store: Path) -> str:
 
 @dataclass
 class Outcome:
-    """What a run did: names of the stages that ran, the error of each that failed, those that could not start."""
+    """What a run did: names of the stages that ran; error and traceback of each that failed; those that could not start."""
 
     ran: list[str]
-    failed: dict[str, str]
+    failed: dict[str, dict[str, str]]
     skipped: list[str]
 
     def message(self) -> str:
-        """One paragraph on what is missing; empty where nothing is."""
-        lines = [
-            f"stage {name} failed: {error.strip().splitlines()[-1]}" for name, error in self.failed.items()
-        ]
+        """What failed, an error a line, and what that costs; empty where nothing did."""
+        lines = [f"stage {name} failed: {failure['error']}" for name, failure in self.failed.items()]
         if self.skipped:
-            lines.append(f"{len(self.skipped)} stage(s) that need it were not run: {', '.join(self.skipped)}")
+            names = ", ".join(self.skipped[:5]) + (", ..." if len(self.skipped) > 5 else "")
+            lines.append(f"{len(self.skipped)} stage(s) that need it were not run: {names}")
         return "\n".join(lines)
 
 
@@ -185,7 +184,9 @@ def run(targets: Iterable[Stage], store: Path, workers: int = 1) -> Outcome:
             helper.join(timeout=30)
             helper.kill()
     failed = {
-        stage.name: _failure_file(stage, store).read_text() for stage in pending if _has_failed(stage, store)
+        stage.name: json.loads(_failure_file(stage, store).read_text())
+        for stage in pending
+        if _has_failed(stage, store)
     }
     done = [stage.name for stage in pending if is_done(stage, store)]
     return Outcome(done, failed, [stage.name for stage in pending if stage.name not in {*done, *failed}])
@@ -235,8 +236,9 @@ def _attempt(stage: Stage, store: Path, title: str) -> None:
         seconds = execute(stage, store)
         print(f"{title}: {seconds:.1f} s", file=sys.stderr, flush=True)
     except Exception as error:
-        write_atomically(_failure_file(stage, store), traceback.format_exc())
-        print(f"{title}: failed ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
+        failure = {"error": str(error) or type(error).__name__, "traceback": traceback.format_exc()}
+        write_atomically(_failure_file(stage, store), json.dumps(failure))
+        print(f"{title}: failed ({type(error).__name__})", file=sys.stderr, flush=True)
 
 
 def execute(stage: Stage, store: Path) -> float:

@@ -129,13 +129,12 @@ def prepare(
     limits: split -> at most so many examples per domain, drawn by the seed.
     """
     from datasets import Dataset, disable_progress_bars
-    from transformers import AutoTokenizer
 
     from experiments import assets
-    from experiments.models import locate
+    from experiments.models import load_tokenizer, locate
 
     disable_progress_bars()
-    tokenizer = AutoTokenizer.from_pretrained(locate(encoder))
+    tokenizer = load_tokenizer(locate(encoder))
     if source == "vader":
         read = {domain: read_vader(assets.folder("sentiment"), domain) for domain in domains}
     else:

@@ -126,7 +126,9 @@ def test_dry_run_list_and_faults(tiny_config, tmp_path, capsys):
 def test_nothing_works_without_a_model(tiny_config, tmp_path, capsys):
     code = main(["run", str(tiny_config), "encoder=no/such-model", "--results", str(tmp_path)])
     assert code == 2
-    assert "stage sentiment/data failed" in capsys.readouterr().err
+    last = capsys.readouterr().err.split("error: ")[1]
+    assert last.startswith("stage sentiment/data failed: cannot load a model from no/such-model")
+    assert "encoder=encoder stands in for it" in last
 
 
 def test_training_keeps_the_optimizer_and_says_its_losses(run, results):
@@ -151,3 +153,10 @@ def test_bfloat16_is_used_where_it_is_asked_for_or_fast(monkeypatch):
     for fast in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
         assert [uses_bfloat16(name) for name in ("auto", "bfloat16", "float32")] == [fast, True, False]
+
+
+def test_a_folder_without_a_model_says_what_stands_in(tmp_path):
+    from experiments.models import load_classifier
+
+    with pytest.raises(FileNotFoundError, match=r"cannot load a model from .*encoder=encoder stands in"):
+        load_classifier(tmp_path)
