@@ -11,9 +11,9 @@ import json
 import math
 import mmap
 import os
+import struct
 import threading
 import warnings
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

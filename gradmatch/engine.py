@@ -26,6 +26,7 @@ from gradmatch.stores import Store, torch_dtype
 from gradmatch.transforms import TRANSFORMS
 
 if TYPE_CHECKING:
+    from estimators.tensorfile import TensorFile
     from gradmatch.plan import Plan, Step
 
 BLOCK = GRID  # elements
@@ -199,10 +200,41 @@ def _run_unit(
     context: Context, sink: Sink, step: Step, first: int, last: int, worker: WorkerBuffers
 ) -> dict[str, float]:
     """All pieces of one unit."""
-    from gradmatch.evaluate import copy_piece, evaluate, linear_terms
-
     buffers = worker.get()
     stats: dict[str, float] = {}
+    ranges = list(byte_ranges(context, step, first, last))
+    for file, start, stop in ranges:
+        file.expect(start, stop)
+    try:
+        _run_pieces(context, sink, step, first, last, buffers, stats)
+    finally:
+        for file, start, stop in ranges:
+            file.release(start, stop)
+    return stats
+
+
+def byte_ranges(context: Context, step: Step, first: int, last: int) -> Iterator[tuple[TensorFile, int, int]]:
+    """The parts of files that elements first to last of a step will be read from: the kernel reads ahead, and forgets after."""
+    inputs = context.inputs
+    stores: list[tuple[Store, str | None]] = [(inputs.store, step.name)]
+    if step.action != "copy":
+        tasks = [inputs.tasks[t] for t in step.tasks]
+        stores += [(task.store, step.name) for task in tasks]
+        known = [store for task in tasks for store in (task.mean, task.gradient) if store is not None]
+        known += [inputs.base_curvature] if isinstance(inputs.base_curvature, CurvatureStore) else []
+        stores += [(store, store.key(step.name)) for store in known]
+    for store, name in stores:
+        for file, start, stop in store.files(name) if name is not None else ():
+            size = (stop - start) / max(1, step.spec.numel)
+            yield file, start + int(first * size), min(stop, start + int(last * size))
+
+
+def _run_pieces(
+    context: Context, sink: Sink, step: Step, first: int, last: int, buffers: Buffers, stats: dict[str, float]
+) -> None:
+    """The pieces of a unit, one after the other."""
+    from gradmatch.evaluate import copy_piece, evaluate, linear_terms
+
     dtype = torch_dtype(step.spec.dtype)
     if step.action == "copy":
         for start, stop in pieces(step, context, first, last):
@@ -212,12 +244,11 @@ def _run_unit(
                 start,
                 finished(context, step, start, copied, None, dtype, stats) if step.spec.floating else copied,
             )
-        return stats
+        return
     coefficients = linear_terms(context, step, buffers, stats)
     for start, stop in pieces(step, context, first, last):
         merged, theta0 = evaluate(context, step, start, stop, coefficients, buffers, stats)
         sink.write(step, start, finished(context, step, start, merged, theta0, dtype, stats))
-    return stats
 
 
 def finished(

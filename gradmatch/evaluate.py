@@ -272,7 +272,7 @@ def make_block(
 
 
 def _matrix(context: Context, step: Step, dtype: torch.dtype) -> Tensor:
-    """RegMean of one matrix; stored [in, out] (Conv1D) where the inputs' second moments say so."""
+    """RegMean of one matrix (a convolution's kernels as rows); stored [in, out] where the second moments say so (Conv1D)."""
     theta, grams = [], []
     for t in step.tasks:
         task = context.inputs.tasks[t]
@@ -280,13 +280,10 @@ def _matrix(context: Context, step: Step, dtype: torch.dtype) -> Tensor:
         key = task.factor.key(step.name)
         assert key is not None
         spec = task.factor.spec(key)
-        grams.append(
-            task.factor.block(key, 0, spec.numel).to(torch.float64).reshape(spec.shape)
-            * task.factor.num_examples
-        )
-        theta.append(
-            task.store.block(step.name, 0, step.spec.numel).to(torch.float64).reshape(step.spec.shape)
-        )
+        factor = task.factor.block(key, 0, spec.numel).to(torch.float64).reshape(spec.shape)
+        grams.append(factor * task.factor.num_examples)
+        values = task.store.block(step.name, 0, step.spec.numel).to(torch.float64)
+        theta.append(values.reshape(step.spec.shape[0], -1))
     gram, stacked = torch.stack(grams), torch.stack(theta)
     alpha = stacked.new_tensor(step.alpha).reshape(-1, 1, 1)
     transposed = stacked.shape[2] != gram.shape[1] or context.inputs.is_conv1d(step.name)

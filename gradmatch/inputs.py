@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from estimators.curvature import GRADIENT, MEAN, Curvature
+from estimators.curvature import FACTOR_A, GRADIENT, MEAN, Curvature
 from estimators.tensorfile import TensorFile
 from gradmatch.checkpoint import Checkpoint, open_checkpoint
 from gradmatch.settings import Setting
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from gradmatch.vocab import Rows
 
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
-FACTOR = "factor_a/"  # second moments of a linear layer's inputs, (in, in), per example
 
 
 class CurvatureStore:
@@ -87,8 +86,7 @@ class CurvatureStore:
             return self._curvature.mean(name) if name in self._curvature else None
         if self._prefix == GRADIENT:
             return self._curvature.gradient(name)
-        factor = getattr(self._curvature, "factor_a", None)
-        return factor(name) if factor is not None else None
+        return self._curvature.factor_a(name)
 
 
 @dataclass
@@ -148,7 +146,7 @@ class Inputs:
                     "it belongs to another model"
                 )
             sizes.append(found.nbytes)
-        if "gram" in needs and len(spec.shape) == 2:
+        if "gram" in needs and len(spec.shape) >= 2:
             factors = [factor for t in tasks if (factor := self.tasks[t].factor) is not None]
             keys = [factor.key(name) for factor in factors]
             if all(keys):
@@ -276,7 +274,7 @@ def _open_task(
             )
         opened.gradient = CurvatureStore(curvature, GRADIENT, aliases)
     if "gram" in needs:
-        opened.factor = CurvatureStore(curvature, FACTOR, aliases)
+        opened.factor = CurvatureStore(curvature, FACTOR_A, aliases)
         if not any(key for key in checkpoint if opened.factor.key(key)):
             raise ValueError(
                 f"the curvature of {name} holds no gram matrices; estimate it with method='gram'"

@@ -312,9 +312,7 @@ def plan(inputs: Inputs, request: Request) -> Plan:
             )
             continue
         known = inputs.curvatures_of(name, tasks, request, spec)
-        action, why = (
-            ("matrix", "gram matrices") if known and rule.matrix and len(spec.shape) == 2 else ("merge", "")
-        )
+        action, why = ("matrix", "gram matrices") if known and rule.matrix else ("merge", "")
         nbytes = sum(s.nbytes for s in specs) + sum(known)
         result.steps.append(Step(name, action, out, compute, why, tasks, alpha, options, edits, nbytes))
     if rule.linear is not None and not rule.gram:

@@ -515,3 +515,72 @@ def test_card_holds_recipe_fingerprints_and_health(tmp_path):
     assert len(card["inputs"]) == 3
     assert card["report"]["floor_share"] == 0
     assert "Eq. 12" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_untied_copy_of_tied_embeddings_is_left_out(gpt2, tmp_path):
+    one = perturbed(gpt2, 1)
+    gpt2.save_pretrained(tmp_path / "base")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.json").write_bytes((tmp_path / "base" / "config.json").read_bytes())
+    save_file(
+        {name: value.clone() for name, value in one.state_dict().items()},
+        tmp_path / "one" / "model.safetensors",
+    )
+    merged = merge(tmp_path / "base", [Task(tmp_path / "one")], method="averaging")
+    assert "lm_head.weight" not in merged
+    assert "tied to the embeddings by its config" in merged.report.notes[0]
+
+
+def test_progress_counts_all_bytes(capsys):
+    base, _, models, _ = problem(1)
+    merge(base, tasks_of(models), method="averaging", progress=True)
+    assert "100%" in capsys.readouterr().err
+
+
+def test_flat_parameters_in_readable_rules_too():
+    base, base_curvature, models, curvatures = problem(1)
+    partial = Curvature.from_dict({n: curvatures[0].mean(n) for n in SHAPES if n != "norm.bias"}, 5)
+    options = {"base_curvature": base_curvature, "missing_curvature": "zero"}
+    for method in ("fisher_base", "ewr", "fisher_negation"):
+        merged = merge(base, [Task(models[0], partial)], method=method, **options)
+        torch.testing.assert_close(merged["norm.bias"], base["norm.bias"], **CLOSE)
+
+
+def test_stacked_layers_with_a_config_list_of_one_entry_a_layer(tmp_path):
+    import json
+
+    from gradmatch.slices import Slice, stack
+
+    base = state(0, torch.float32)
+    (tmp_path / "m").mkdir()
+    save_file(base, tmp_path / "m" / "model.safetensors")
+    (tmp_path / "m" / "config.json").write_text(
+        json.dumps({"num_hidden_layers": 2, "layer_types": ["full", "sliding"]})
+    )
+    stacked = stack([Slice(tmp_path / "m", 0, 2), Slice(tmp_path / "m", 1, 2)])
+    done = merge(
+        stacked,
+        [Task(stacked)],
+        method="passthrough",
+        out=tmp_path / "out",
+        scale={"layers.2.*": 2.0, "*": 1.0},
+    )
+    assert done.config == {"num_hidden_layers": 3, "layer_types": ["full", "sliding", "sliding"]}
+    assert torch.equal(done["layers.2.w"], 2 * base["layers.1.w"])
+    assert torch.equal(done["norm.bias"], base["norm.bias"])
+
+
+def test_public_names():
+    import gradmatch
+
+    assert set(gradmatch.__all__) <= set(dir(gradmatch))
+    with pytest.raises(AttributeError, match="no attribute 'mrge'"):
+        gradmatch.mrge  # noqa: B018
+    with pytest.raises(TypeError, match="is no"):
+        merge(state(0), [Task(state(0), weight={"a"})], method="weighted")
+
+
+def test_one_task_alone_and_repr():
+    base, _, models, _ = problem(1)
+    assert merge(base, Task(models[0]), method="averaging").keys() == base.keys()
+    assert repr(open_checkpoint(base)) == "Checkpoint(the state dict, 5 tensors)"

@@ -23,16 +23,17 @@ SKIPPED_AT_NEUTRAL = set(NEUTRAL)
 INVARIANTS = ("single", "equal", "zero", "order")
 
 
-def gram_curvature(model, seed, num_examples):
+def gram_curvature(model, seed, num_examples, transposed=()):
     """A curvature that holds second moments of every matrix's inputs."""
     generator = torch.Generator().manual_seed(seed)
-    mean = {name: torch.ones_like(value) for name, value in model.items()}
-    made = Curvature.from_dict(mean, num_examples)
+    factors = {}
     for name, value in model.items():
-        if value.dim() == 2:
-            x = torch.randn(20, value.shape[1], generator=generator, dtype=torch.float64)
-            made._blocks[f"factor_a/{name}"] = x.T @ x / 20
-    return made
+        if value.dim() >= 2:
+            width = value.shape[0] if name in transposed else value[0].numel()
+            x = torch.randn(20, width, generator=generator, dtype=torch.float64)
+            factors[name] = x.T @ x / 20
+    mean = {name: torch.ones_like(value) for name, value in model.items()}
+    return Curvature.from_dict(mean, num_examples, factor_a=factors)
 
 
 def arguments(method, count=3):
@@ -326,7 +327,7 @@ def test_regmean_solves_the_regression(off_diagonal):
     found = merge(base, tasks, method="regmean", off_diagonal=off_diagonal, ridge=0.0)
     grams = []
     for c, w, n in zip(curvatures, (0.5, 1.5), (10, 30), strict=True):
-        g = c._blocks["factor_a/l.weight"] * n * w
+        g = c.factor_a("l.weight") * n * w
         grams.append(torch.where(torch.eye(5, dtype=torch.bool), g, g * off_diagonal))
     right = sum(g @ m["l.weight"].T for g, m in zip(grams, models, strict=True))
     expected = torch.linalg.solve(sum(grams), right).T
@@ -341,8 +342,8 @@ def test_regmean_ridge_averages_inputs_that_never_occur():
     models = [tuned(base, seed) for seed in (1, 2)]
     curvatures = [gram_curvature(m, 1, 10) for m in models]
     for c in curvatures:
-        c._blocks["factor_a/l.weight"][4] = 0
-        c._blocks["factor_a/l.weight"][:, 4] = 0
+        c.factor_a("l.weight")[4] = 0
+        c.factor_a("l.weight")[:, 4] = 0
     found = merge(base, [Task(m, c) for m, c in zip(models, curvatures, strict=True)], method="regmean")[
         "l.weight"
     ]
@@ -397,3 +398,42 @@ def test_curvature_of_a_linear_regression_gives_its_joint_solution():
     ]
     found = merge({"w": theta0}, tasks, base_curvature=Curvature.from_dict({"w": h0}, 1), delta0=0.0)
     torch.testing.assert_close(found["w"], joint, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name", "transposed"),
+    [
+        ((5, 3), "h.0.c_fc.weight", True),
+        ((4, 4), "h.0.c_proj.weight", True),
+        ((3, 2, 2, 2), "conv.weight", False),
+    ],
+)
+def test_regmean_of_conv1d_and_convolutions(tmp_path, shape, name, transposed):
+    import json
+
+    from safetensors.torch import save_file
+
+    base = state(0, shapes={name: shape})
+    models = [tuned(base, seed) for seed in (1, 2)]
+    curvatures = [gram_curvature(m, seed, 10, (name,) if transposed else ()) for seed, m in enumerate(models)]
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    tasks = [Task(m, c) for m, c in zip(models, curvatures, strict=True)]
+    found = merge(tmp_path / "base", tasks, method="regmean", off_diagonal=1.0, ridge=0.0)[name]
+    flat = [m[name].T if transposed else m[name].flatten(1) for m in models]
+    grams = [c.factor_a(name) for c in curvatures]
+    right = sum(g @ w.T for g, w in zip(grams, flat, strict=True))
+    expected = torch.linalg.solve(sum(grams), right).T
+    torch.testing.assert_close(
+        found, (expected.T if transposed else expected).reshape(shape), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_regmean_of_a_singular_system_without_ridge():
+    base = state(0, shapes={"l.weight": (3, 5)})
+    flat = Curvature.from_dict(
+        {"l.weight": torch.ones(3, 5)}, 4, factor_a={"l.weight": torch.zeros(5, 5, dtype=torch.float64)}
+    )
+    found = merge(base, [Task(tuned(base, 1), flat)], method="regmean", ridge=0.0)["l.weight"]
+    assert torch.isfinite(found).all()

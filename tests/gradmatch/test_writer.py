@@ -291,3 +291,27 @@ def test_reload_names_what_transformers_misses(tmp_path):
             out=tmp_path / "out",
             verify="reload",
         )
+
+
+def test_writers_stop_once_a_sync_has_failed(models, tmp_path):
+    made = prepare(models / "m0", tasks(models), method="averaging")
+    sink = FolderSink(tmp_path / "out", made, "x")
+    sink._failure = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(OSError, match="Input/output"):
+        sink.write(made.steps[0], 0, torch.zeros(3))
+    with pytest.raises(OSError, match="Input/output"):
+        sink.close()
+
+
+def test_an_interrupted_call_keeps_what_it_has_done(models, tmp_path, monkeypatch):
+    plain = FolderSink.write
+
+    def interrupted(self, step, first, values):
+        if step.name == "layers.30.w":
+            raise KeyboardInterrupt
+        plain(self, step, first, values)
+
+    monkeypatch.setattr(FolderSink, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(models / "m0", tasks(models), method="averaging", out=tmp_path / "out")
+    assert count(tmp_path / "out.partial" / "journal.jsonl") >= 10
