@@ -134,7 +134,7 @@ class BackpackEstimator:
             return extend(nn.MSELoss(reduction="sum"))(output, labels.view(output.shape)), 1 / (
                 2 * likelihood.variance
             )
-        if isinstance(likelihood, Bernoulli) and self.method != "hessian":
+        if isinstance(likelihood, Bernoulli) and self.method == "empirical_fisher":
             return extend(nn.BCEWithLogitsLoss(reduction="sum"))(output, labels.view(output.shape)), 1.0
         raise ValueError(
             f"BackPACK has no loss for the likelihood {likelihood.name} with outputs of shape {list(output.shape)}"

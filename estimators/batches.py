@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,15 +49,15 @@ class Batch:
             return value[first:last] if is_batched else value
 
         args, kwargs = pytree.tree_map(cut, (self.args, self.kwargs))
-        return Batch(
-            args,
-            kwargs,
-            cut(self.labels),
-            cut(self.mask),
-            cut(self.ids),
-            last - first,
-            self.index,
-            self.first + first,
+        return replace(
+            self,
+            args=args,
+            kwargs=kwargs,
+            labels=cut(self.labels),
+            mask=cut(self.mask),
+            ids=cut(self.ids),
+            size=last - first,
+            first=self.first + self.stride * first,
         )
 
 

@@ -15,7 +15,7 @@ from estimators.likelihood import (
     Likelihood,
     Own,
     OwnLikelihood,
-    find_logits,
+    checked_logits,
 )
 
 LIKELIHOODS = (
@@ -75,7 +75,7 @@ def infer_likelihood(model: nn.Module, output: Any, batch: Batch) -> Likelihood:
     base = getattr(model, "get_base_model", None)
     inner = base() if callable(base) else model
     name = type(inner).__name__
-    logits, labels = find_logits(output), batch.labels
+    logits, labels = checked_logits(output, batch), batch.labels
     if hasattr(inner, "config"):
         for ending, kind in HEADS:
             if name.endswith(ending):

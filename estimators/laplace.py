@@ -46,7 +46,7 @@ def from_laplace(laplace: Any, model: nn.Module | None = None) -> Curvature:
     info = {
         "estimator": "laplace",
         "examples_seen": str(count),
-        "fingerprint": fingerprint(parameters, model_sampler(whole)),
+        "fingerprint": fingerprint(parameters, model_sampler(parameters)),
         "torch": torch.__version__,
     }
     return Curvature.from_dict(mean, count, info)

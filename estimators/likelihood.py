@@ -376,6 +376,8 @@ class Own:
                 f"log_prob of {self.name} returned shape {list(value.shape)}, it must give one number per example: "
                 f"[{reading.batch.size}]"
             )
+        if bool(torch.isnan(value).any()):
+            raise ValueError(f"log_prob of {self.name} is NaN in batch {reading.batch.index}")
         return value
 
 
@@ -392,11 +394,14 @@ def checked_logits(output: Any, batch: Batch) -> Tensor:
             f"batch {batch.index} has {batch.size} examples but the model returned logits of shape {list(logits.shape)}; "
             "the first dimension must be the example"
         )
-    if bool(torch.isnan(logits.detach().sum())) and bool(torch.isnan(logits).any()):
-        row = int(torch.isnan(logits.detach()).flatten(1).any(1).nonzero()[0])
-        raise ValueError(
-            f"the model's output is NaN in batch {batch.index}, row {row}: so is the loss, no curvature exists"
-        )
+    values = logits.detach()
+    if not bool(torch.isfinite(values.sum())):  # minus infinity is legitimate: a class that is ruled out
+        bad = torch.isnan(values) | (values == math.inf)
+        if bool(bad.any()):
+            row = int(bad.flatten(1).any(1).nonzero()[0])
+            raise ValueError(
+                f"the model's output is NaN or infinite in batch {batch.index}, row {row}: so is the loss, and no curvature exists"
+            )
     return logits
 
 

@@ -170,6 +170,13 @@ class Engine:
         self._consume, self._state = consume, "backward"
         try:
             torch.autograd.grad(output, self._leaves, gradient, retain_graph=keep, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise ValueError(
+                "the model uses reentrant gradient checkpointing, which hides its layers from the estimate; switch it off "
+                "(model.gradient_checkpointing_disable()) or pass use_reentrant=False to torch.utils.checkpoint"
+            ) from error
         finally:
             self._consume, self._state = None, "idle"
 
@@ -177,12 +184,9 @@ class Engine:
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Forward hook: note the inputs, and listen at the outputs."""
-        if self._state == "backward":
-            raise ValueError(
-                f"{unit.name or 'the model'} ({type(module).__name__}) is run again during the backward pass (gradient "
-                "checkpointing); switch it off for the estimate, e.g. model.gradient_checkpointing_disable()"
-            )
-        if self._state == "idle" or not torch.is_grad_enabled():
+        if (
+            self._state != "forward" or not torch.is_grad_enabled()
+        ):  # run again: by us, or by gradient checkpointing
             return None
         found = differentiable(output)
         if not found:

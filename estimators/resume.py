@@ -77,7 +77,7 @@ class Journal:
             )
         for key, value in sums.items():
             device = problem.sums[key].device if key in problem.sums else problem.device
-            problem.sums[key] = value.to(device)
+            problem.sums[key] = value.to(device).clone()  # aligned memory: the same rounding as without
         problem.counts.update(state["counts"])
         problem.label_kind, problem.columns, problem.draws = (
             state["label_kind"],

@@ -49,8 +49,14 @@ def read_table(source: str | os.PathLike[str], *, split: str = "train") -> Any:
         ) from error
     path = Path(source)
     if path.is_file():
-        found = datasets.load_dataset(**_local(path))
-        table = found["train"] if "train" in found else []
+        try:
+            table = datasets.load_dataset(**_local(path), split="train")
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
+        except ValueError as error:
+            if "no data" not in str(error):
+                raise
+            table = []
     elif path.suffix.lower() in READERS or str(source).startswith((".", "/", "~")) or path.is_dir():
         raise FileNotFoundError(
             f"no data file at {path}; kinds that can be read: {', '.join(sorted(READERS))}"

@@ -89,23 +89,28 @@ def translation():
 
 def images(size=8, channels=3, classes=3):
     generator = torch.Generator().manual_seed(0)
-    return {"pixel_values": torch.randn(B, channels, size, size, generator=generator).double(), "labels": torch.arange(B) % classes}
+    return {
+        "pixel_values": torch.randn(B, channels, size, size, generator=generator).double(),
+        "labels": torch.arange(B) % classes,
+    }
 
 
 def plain(*shape, classes=3, places=None):
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(B) % classes if places is None else torch.arange(B * places).view(B, places) % classes
+    labels = (
+        torch.arange(B) % classes if places is None else torch.arange(B * places).view(B, places) % classes
+    )
     return {"x": torch.randn(B, *shape, generator=generator).double(), "labels": labels}
 
 
-ENCODER = dict(
-    vocab_size=V, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12,
-    max_position_embeddings=16, num_labels=3, pad_token_id=1,
-)  # fmt: skip
-DECODER = dict(
-    vocab_size=V, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12,
-    max_position_embeddings=16, pad_token_id=1, bos_token_id=0, eos_token_id=2,
-)  # fmt: skip
+ENCODER = {
+    "vocab_size": V, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12,
+    "max_position_embeddings": 16, "num_labels": 3, "pad_token_id": 1,
+}  # fmt: skip
+DECODER = {
+    "vocab_size": V, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12,
+    "max_position_embeddings": 16, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
 
 
 class GroupedCNN(nn.Module):
@@ -275,7 +280,9 @@ def adapted():
     import peft
 
     model = tf.BertForSequenceClassification(tf.BertConfig(**ENCODER))
-    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", r=2, target_modules=["query", "value"], init_lora_weights=False
+    )
     return peft.get_peft_model(model, config)
 
 
@@ -287,7 +294,9 @@ def partly_frozen():
 
 
 def mlp():
-    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 3))
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 3)
+    )
 
 
 # name -> (make the model, make the batch, loss of one row)

@@ -108,7 +108,7 @@ def test_longest_input():
 
 
 def test_errors_of_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no data file at .*missing.csv"):
+    with pytest.raises(FileNotFoundError, match=r"no data file at .*missing\.csv"):
         read_table(tmp_path / "missing.csv")
     with pytest.raises(FileNotFoundError, match="cannot be had"):
         read_table("a-set-that-no-hub-has")
@@ -120,6 +120,10 @@ def test_errors_of_files(tmp_path):
     empty.write_text("text,label\n")
     with pytest.raises(ValueError, match="holds no rows"):
         read_table(empty)
+    broken = tmp_path / "rows.jsonl"
+    broken.write_text('{"text": "good"}\n{"text": ')
+    with pytest.raises(ValueError, match=r"rows\.jsonl cannot be read"):
+        read_table(broken)
     blank = tmp_path / "blank.csv"
     blank.write_text('text,label\n" ",1\n')
     with pytest.raises(ValueError, match="holds no text at all"):

@@ -1,0 +1,281 @@
+"""The engine: single precision, half precision, state restored, layouts, memory, and what its plan says."""
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from torch.nn import functional as F
+
+from estimators import estimate, products
+from estimators.randomness import draw_index, uniforms
+from tests import oracle
+from tests.estimators.architectures import CASES, ENCODER, B, T, as_batches, make, mlp, plain
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mlp", "mlp on positions", "grouped cnn", "conv1d", "bert", "gpt2", "llama", "t5", "vit", "windows"],
+)
+@pytest.mark.parametrize("onednn", [True, False])
+def test_single_precision_is_exact_to_rounding(name, onednn, monkeypatch):
+    if not onednn:
+        monkeypatch.setattr(products, "_onednn", lambda: None)
+    model, batch, loss = make(name)
+    expected = oracle.mean_of_squares(oracle.per_example_gradients(model, batch, loss))
+    batch = {key: value.float() if value.is_floating_point() else value for key, value in batch.items()}
+    found = estimate(model.float(), as_batches(batch, 3), method="empirical_fisher", progress=False)
+    assert all(value.dtype == torch.float32 for value in found.values())
+    assert oracle.relative_l1(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [((3, 40, 700), (3, 40, 1300)), ((3, 1, 700), (3, 1, 1300)), ((3, 2, 700), (3, 2, 1300))],
+)
+def test_large_matrices_are_squared_in_pieces(left, right):
+    from estimators.gradients import Outer
+
+    g, x = torch.randn(left), torch.randn(right)
+    squares, spread = torch.zeros(700, 1300), torch.zeros(700, 1300)
+    Outer(g, x).add_squares(squares, spread, products.Workspace())
+    exact = torch.einsum("bto,bti->boi", g.double(), x.double())
+    torch.testing.assert_close(squares.double(), (exact**2).sum(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(spread.double(), (exact**4).sum(0), rtol=1e-3, atol=1e-3)
+    alone = torch.zeros(700, 1300)
+    Outer(g, x).add_squares(alone, None, products.Workspace())
+    torch.testing.assert_close(alone, squares, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_models_accumulate_in_single(autocast):
+    model, batch, loss = make("bert")
+    expected = oracle.mean_of_squares(oracle.per_example_gradients(model, batch, loss))
+    model = model.float() if autocast else model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = estimate(model, as_batches(batch), method="empirical_fisher", progress=False)
+    assert all(value.dtype == torch.float32 for value in found.values())
+    assert oracle.relative_l1(found, expected) < 0.1  # the forward itself has 8 bits
+
+
+def test_the_model_is_given_back_as_it_was():
+    model, batch, _ = make("bert with lora")
+    model.train()
+    model.base_model.model.bert.encoder.eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    required = [value.requires_grad for value in model.parameters()]
+    estimate(model, as_batches(batch), gradient=True, progress=False)
+    assert [module.training for module in model.modules()] == modes
+    assert [value.requires_grad for value in model.parameters()] == required
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(value.grad is None for value in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_caches_stay_configured():
+    model, batch, _ = make("llama")
+    assert model.config.use_cache
+    estimate(model, as_batches(batch), progress=False)
+    assert model.config.use_cache
+
+
+GENERAL = {
+    "mlp": None,
+    "bert": None,
+    "gpt2": None,
+    "vit": "vit.embeddings (",
+    "nano gpt": "block.self_attn (",
+    "lstm": "whole model (one by one)",
+    "own parameters": "whole model (vmap)",
+    "t5": "encoder (one by one)",
+    "deberta": "deberta.encoder (",
+}
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_info_says_which_modules_take_the_general_path(name):
+    model, batch, _ = make(name)
+    info = estimate(model, as_batches(batch), progress=False).info
+    if GENERAL[name] is None:
+        assert "general_path" not in info
+    else:
+        assert GENERAL[name] in info["general_path"]
+
+
+def test_unused_parameters_have_curvature_zero_and_are_named():
+    model, batch, _ = make("own parameters")
+    found = estimate(model, as_batches(batch), progress=False)
+    assert found.info["unused_parameters"] == "unused.bias, unused.weight"
+    assert float(found["unused.weight"].abs().max()) == 0
+
+
+def test_position_rows_that_no_example_reaches_are_zero_not_missing():
+    model, batch, _ = make("bert")
+    found = estimate(model, as_batches(batch), progress=False)["bert.embeddings.position_embeddings.weight"]
+    assert float(found[:T].abs().min()) > 0
+    assert float(found[T:].abs().max()) == 0
+
+
+def test_a_first_batch_of_one_example_is_enough_to_begin_with():
+    model, batch, loss = make("time first, as many steps as examples")
+    expected = oracle.mean_of_squares(oracle.per_example_gradients(model, batch, loss))
+    pieces = [
+        *as_batches(oracle.cut(batch, 0)),
+        *as_batches({key: value[1:] for key, value in batch.items()}),
+    ]
+    assert (
+        oracle.relative_l1(estimate(model, pieces, method="empirical_fisher", progress=False), expected)
+        < 1e-9
+    )
+
+
+def test_only_one_example_at_all():
+    model, batch, loss = make("gpt2")
+    one = oracle.cut(batch, 1)
+    expected = oracle.mean_of_squares(oracle.per_example_gradients(model, one, loss))
+    assert (
+        oracle.relative_l1(
+            estimate(model, as_batches(one), method="empirical_fisher", progress=False), expected
+        )
+        < 1e-9
+    )
+
+
+class Outputs(nn.Module):
+    """What a model may return."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.inner, self.wrap = nn.Linear(4, 3).double(), wrap
+
+    def forward(self, x):
+        return self.wrap(self.inner(x))
+
+
+class Holder:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+WRAPPERS = {
+    "tensor": lambda h: h,
+    "dict": lambda h: {"loss": None, "logits": h},
+    "tuple": lambda h: (h, h * 2),
+    "output": lambda h: tf.modeling_outputs.SequenceClassifierOutput(logits=h),
+    "object": Holder,
+    "another name": lambda h: {"scores": h},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("form", ["tuple", "list", "dict", "nested", "inputs in a tuple"])
+def test_forms_of_outputs_and_batches(name, form):
+    model, batch = Outputs(WRAPPERS[name]), plain(4)
+    x, y = batch["x"], batch["labels"]
+    given = {
+        "tuple": (x, y), "list": [x, y], "dict": {"x": x, "labels": y}, "nested": ({"x": x}, y), "inputs in a tuple": ((x,), y),
+    }[form]  # fmt: skip
+    loss = lambda m, row: F.cross_entropy(m.inner(row["x"]), row["labels"])  # noqa: E731
+    expected = oracle.mean_of_squares(oracle.per_example_gradients(model, batch, loss))
+    found = estimate(model, [given], method="empirical_fisher", likelihood="classification", progress=False)
+    assert oracle.relative_l1(found, expected) < 1e-9
+
+
+def test_inputs_without_labels_in_every_form():
+    model, x = mlp().double(), plain(4)["x"]
+    found = [
+        estimate(model, [given], seed=5, progress=False) for given in (x, (x,), {"input": x}, {"anything": x})
+    ]
+    for other in found[1:]:
+        assert oracle.relative_l1(other, found[0]) == 0
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.inner = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh())
+
+    def forward(self, x):
+        from torch.utils.checkpoint import checkpoint
+
+        return self.head(checkpoint(self.inner, self.first(x), use_reentrant=False))
+
+
+def test_gradient_checkpointing_works():
+    model, batch = Checkpointed().double(), plain(4)
+    loss = lambda m, row: F.cross_entropy(m(row["x"]), row["labels"])  # noqa: E731
+    expected = oracle.mean_of_squares(oracle.per_example_gradients(model, batch, loss))
+    assert (
+        oracle.relative_l1(
+            estimate(model, as_batches(batch), method="empirical_fisher", progress=False), expected
+        )
+        < 1e-9
+    )
+
+
+def test_hooks_of_others_are_respected():
+    model, batch = mlp().double(), plain(4)
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    loss = lambda m, row: F.cross_entropy(m(row["x"]), row["labels"])  # noqa: E731
+    expected = oracle.mean_of_squares(oracle.per_example_gradients(model, batch, loss))
+    assert (
+        oracle.relative_l1(
+            estimate(model, as_batches(batch), method="empirical_fisher", progress=False), expected
+        )
+        < 1e-9
+    )
+
+
+def test_same_seed_same_bytes_and_another_seed_others():
+    model, batch, _ = make("gpt2")
+    one, two, other = (
+        estimate(model.float(), as_batches(batch, 2), seed=s, progress=False) for s in (1, 1, 2)
+    )
+    assert dict(one.info) == dict(two.info)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not torch.equal(one["transformer.wte.weight"], other["transformer.wte.weight"])
+
+
+# Labels drawn
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 10, 17, 1000])
+def test_draws_follow_the_weights(classes):
+    weights = torch.rand(classes) ** 3
+    weights[classes // 2] = 0 if classes > 2 else weights[classes // 2]
+    draws = 20000
+    counts = torch.bincount(
+        draw_index(weights.expand(draws, classes), uniforms(0, 0, 0, draws, 1)[:, 0]), minlength=classes
+    )
+    p = weights / weights.sum()
+    deviation = (counts - draws * p) / (draws * p * (1 - p) + 1e-9).sqrt().clamp(min=1e-3)
+    assert float(deviation[p > 0].abs().max()) < 5.5  # about 1 in 10,000 for 1,000 classes
+    assert int(counts[p == 0].sum()) == 0
+
+
+def test_draws_never_leave_the_classes():
+    weights = torch.full((4, 50257), 1 / 50257)
+    weights[1, -1], weights[2, 1:] = 0, 0
+    edge = torch.tensor([1 - 2.0**-53, 1 - 2.0**-53, 1 - 2.0**-53, 0.0], dtype=torch.float64)
+    assert draw_index(weights, edge).tolist() == [50256, 50255, 0, 0]
+
+
+def test_uniforms_depend_on_the_example_alone():
+    whole = uniforms(7, 1, 0, 10, 5)
+    assert torch.equal(uniforms(7, 1, 4, 3, 5), whole[4:7])
+    assert torch.equal(uniforms(7, 1, 1, 3, 5, 3), whole[1::3])
+    assert torch.equal(uniforms(7, 1, 0, 10, 3), whole[:, :3])
+    assert float((whole - uniforms(7, 2, 0, 10, 5)).abs().min()) > 0
+    many = uniforms(-3, 0, 0, 1000, 100)
+    assert float(many.min()) >= 0
+    assert float(many.max()) < 1
+    assert abs(float(many.mean()) - 0.5) < 5 * (1 / 12 / 1e5) ** 0.5
+
+
+def test_every_case_of_the_table_has_rows_of_unequal_length_or_is_plain():
+    """The table of architectures keeps exercising padding."""
+    padded = [name for name in CASES if "attention_mask" in CASES[name][1]()]
+    assert len(padded) > 15
+    assert all(int(CASES[name][1]()["attention_mask"].sum()) < B * T for name in padded)
+    assert ENCODER["pad_token_id"] == 1

@@ -1,0 +1,271 @@
+"""Curvature read off Adam, IVON and laplace-torch: values by hand, name mapping, and refusals."""
+
+import math
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from torch.nn import functional as F
+
+from estimators import estimate, from_adam, from_ivon, from_laplace
+from tests.estimators.architectures import ENCODER, mlp, text
+
+
+def train(model, optimizer, steps=3, batch=4, seed=0):
+    """A few steps with their mean gradients squared, as Adam sees them."""
+    generator = torch.Generator().manual_seed(seed)
+    squares = []
+    for _ in range(steps):
+        x, y = torch.randn(batch, 4, generator=generator), torch.randint(0, 3, (batch,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        squares.append({name: value.grad**2 for name, value in model.named_parameters()})
+        optimizer.step()
+    return squares
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("form", ["live", "dict", "file", "folder"])
+def test_adam_by_hand(kind, form, tmp_path):
+    model = mlp()
+    optimizer = kind(model.parameters(), lr=1e-3, betas=(0.9, 0.9))
+    squares = train(model, optimizer)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    state = {
+        "live": optimizer, "dict": optimizer.state_dict(), "file": str(tmp_path / "optimizer.pt"), "folder": tmp_path,
+    }[form]  # fmt: skip
+    found = from_adam(state, model, num_examples=100, batch_size=4)
+    for name in squares[0]:
+        v_hat = sum(0.1 * 0.9 ** (2 - t) * square[name] for t, square in enumerate(squares)) / (1 - 0.9**3)
+        torch.testing.assert_close(found[name], 4 * v_hat)
+        torch.testing.assert_close(found.total(name), 100 * 4 * v_hat)
+    assert found.num_examples == 100
+
+
+def test_adam_is_the_fisher_on_a_converged_net():
+    """At the optimum of a well-specified model B E[g_B^2] = Var(g_n) + B gbar^2 with gbar = 0: the Fisher.
+
+    200 batches at fixed weights, beta2 so close to 1 that v_hat is their plain mean: each coordinate's mean of 200
+    squares of near-Gaussian numbers has a relative error of sqrt(2/200) = 0.1; the trace over 15 coordinates is held to
+    5 times its own.
+    """
+    torch.manual_seed(0)
+    model, batch, runs = nn.Linear(4, 3).double(), 64, 200
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.9, 1 - 1e-9))
+    inputs = []
+    for _ in range(runs):
+        x = torch.randn(batch, 4).double()
+        inputs.append(x)
+        y = torch.distributions.Categorical(
+            logits=model(x).detach()
+        ).sample()  # the model is the truth: converged
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    found = from_adam(optimizer, model, num_examples=runs * batch, batch_size=batch)
+    exact = estimate(model, inputs, method="ggn", progress=False)
+    ratio = sum(float(found[key].sum()) for key in found) / sum(float(exact[key].sum()) for key in exact)
+    assert abs(ratio - 1) < 5 * math.sqrt(2 / runs / 4)
+
+
+def test_adam_of_the_trainer_has_decayed_parameters_first(tmp_path):
+    model = tf.BertForSequenceClassification(tf.BertConfig(**ENCODER))
+    forbidden = ("bias", "LayerNorm")
+    decay = [v for n, v in model.named_parameters() if not any(f in n for f in forbidden)]
+    rest = [v for n, v in model.named_parameters() if any(f in n for f in forbidden)]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    )
+    batch = text()
+    model(**batch).loss.backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    found = from_adam(tmp_path / "optimizer.pt", model, num_examples=10, batch_size=5)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(found[name], 5 * value.grad**2)
+
+
+def test_adam_with_named_parameters_needs_no_order():
+    model = mlp()
+    optimizer = torch.optim.Adam(list(model.named_parameters())[::-1])
+    train(model, optimizer, 1)
+    live = from_adam(optimizer, model, num_examples=5, batch_size=4)
+    stored = from_adam(optimizer.state_dict(), model, num_examples=5, batch_size=4)
+    for name in live:
+        assert torch.equal(live[name], stored[name])
+
+
+def adam_state(**changes):
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), **changes)
+    train(model, optimizer, 1)
+    return model, optimizer
+
+
+def edited(edit):
+    model, optimizer = adam_state()
+    state = optimizer.state_dict()
+    edit(state)
+    return model, state
+
+
+def sgd():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    train(model, optimizer, 1)
+    return model, optimizer
+
+
+def untrained():
+    model = mlp()
+    return model, torch.optim.Adam(model.parameters())
+
+
+def partly():
+    model = mlp()
+    optimizer = torch.optim.Adam(model[0].parameters())
+    train(model, optimizer, 1)
+    return model, optimizer
+
+
+def other_model():
+    _, optimizer = adam_state()
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6, bias=False), nn.Linear(6, 4)
+    ), optimizer.state_dict()
+
+
+def smaller_model():
+    _, optimizer = adam_state()
+    return nn.Linear(4, 6), optimizer.state_dict()
+
+
+def live_of_another_shape():
+    model, optimizer = adam_state()
+    optimizer.state[model[0].weight]["exp_avg_sq"] = torch.ones(2)
+    return model, optimizer
+
+
+ADAM_ERRORS = {
+    "amsgrad": (lambda: adam_state(amsgrad=True), "amsgrad keeps a running maximum"),
+    "8 bit": (
+        lambda: edited(lambda s: s["state"].update({0: {"state1": 1, "qmap2": 2}})),
+        "quantised to 8 bits",
+    ),
+    "sgd": (sgd, "has no exp_avg_sq .it holds momentum_buffer"),
+    "untrained": (untrained, "has no exp_avg_sq .it holds nothing"),
+    "no step": (lambda: edited(lambda s: s["state"][0].update(step=0)), "has taken no step on '0.weight'"),
+    "partly": (partly, "no state for '2.weight' .3 in all"),
+    "another model": (
+        other_model,
+        r"its parameter 3 has shape \[3, 6\], the model's '3.weight' has \[4, 6\]",
+    ),
+    "smaller model": (smaller_model, "the optimizer has 5 parameters, the model 2 trainable ones"),
+    "shape": (live_of_another_shape, r"the state of '0.weight' has shape \[2\], the parameter \[6, 4\]"),
+}
+
+
+@pytest.mark.parametrize("name", ADAM_ERRORS)
+def test_adam_refuses(name):
+    build, message = ADAM_ERRORS[name]
+    model, state = build()
+    with pytest.raises(ValueError, match=message):
+        from_adam(state, model, num_examples=10, batch_size=4)
+
+
+def test_adam_refuses_files_and_numbers(tmp_path):
+    model, optimizer = adam_state()
+    with pytest.raises(FileNotFoundError, match="no optimizer state at"):
+        from_adam(tmp_path / "nothing.pt", model, num_examples=10, batch_size=4)
+    torch.save({"weights": 1}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="lacks 'state' and 'param_groups'"):
+        from_adam(tmp_path / "odd.pt", model, num_examples=10, batch_size=4)
+    with pytest.raises(TypeError, match="batch_size must be a whole number"):
+        from_adam(optimizer, model, num_examples=10, batch_size=4.0)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        from_adam(optimizer, model, num_examples=10, batch_size=0)
+
+
+# IVON
+
+
+def ivon_after(steps, **options):
+    ivon = pytest.importorskip("ivon", reason="ivon-opt is optional")
+    model = mlp()
+    optimizer = ivon.IVON(model.parameters(), lr=0.1, ess=50.0, beta2=0.9, weight_decay=1e-2, **options)
+    for _ in range(steps):
+        with optimizer.sampled_params(train=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(torch.randn(8, 4)), torch.randint(0, 3, (8,))).backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def test_ivon_is_its_posterior_precision_without_the_prior():
+    model, optimizer = ivon_after(3)
+    found = from_ivon(optimizer, model)
+    flat = torch.cat([found.total(name).flatten() for name in found])
+    torch.testing.assert_close(flat, 50.0 * optimizer.param_groups[0]["hess"])
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    assert found.num_examples == 50
+    assert float(found.info["delta"]) == pytest.approx(0.5)
+
+
+def test_ivon_refuses():
+    model, optimizer = ivon_after(0)
+    with pytest.raises(ValueError, match=r"still at its initial value 1\.0"):
+        from_ivon(optimizer, model)
+    with pytest.raises(TypeError, match="Adam is no IVON optimizer"):
+        from_ivon(torch.optim.Adam(model.parameters()), model)
+    model, optimizer = ivon_after(1)
+    with pytest.raises(ValueError, match="that the model does not have"):
+        from_ivon(optimizer, mlp())
+    optimizer.param_groups.append({**optimizer.param_groups[0], "ess": 7.0})
+    with pytest.raises(ValueError, match="different effective sample sizes"):
+        from_ivon(optimizer, model)
+
+
+# laplace-torch, by the attributes of its fitted objects (its own package pins another torchvision)
+
+
+class Diagonal:
+    """What a fitted DiagLaplace offers."""
+
+    def __init__(self, model, h, n_data=20, prior=2.0):
+        self.model, self.n_data = model, n_data
+        self.prior_precision_diag = torch.full_like(h, prior)
+        self.posterior_precision = h + prior
+
+
+def test_laplace_is_its_posterior_precision_without_the_prior():
+    model = mlp()
+    h = torch.rand(sum(value.numel() for value in model.parameters()))
+    found = from_laplace(Diagonal(model, h))
+    torch.testing.assert_close(torch.cat([found.total(name).flatten() for name in found]), h)
+    assert found.num_examples == 20
+
+
+def test_laplace_of_the_last_layer():
+    inner = mlp()
+
+    class Extractor(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.last_layer = inner, inner[4]
+
+    h = torch.rand(21)
+    found = from_laplace(Diagonal(Extractor(), h))
+    assert list(found) == ["4.weight", "4.bias"]
+    torch.testing.assert_close(found.total("4.bias"), h[18:])
+
+
+def test_laplace_refuses():
+    model = mlp()
+    h = torch.rand(sum(value.numel() for value in model.parameters()))
+    with pytest.raises(ValueError, match="is not fitted"):
+        from_laplace(Diagonal(model, h, n_data=0))
+    with pytest.raises(ValueError, match="Diagonal is not diagonal"):
+        from_laplace(Diagonal(model, torch.eye(3)))
+    with pytest.raises(ValueError, match="has 4 numbers, the model"):
+        from_laplace(Diagonal(model, torch.rand(4)))

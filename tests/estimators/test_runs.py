@@ -1,0 +1,265 @@
+"""Long runs: error of the trace, early stopping, interruption, and several processes."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from estimators import Curvature, distributed, estimate
+from estimators.convergence import GROUPS, Convergence, relative_error
+from tests import oracle
+from tests.estimators.architectures import as_batches, make, plain
+
+
+def test_relative_error_by_hand():
+    sums = [1.0, 2.0, 4.0]
+    mean = 7 / 3
+    expected = math.sqrt(3 / 2 * sum((s - mean) ** 2 for s in sums)) / 7
+    assert relative_error([1, 1, 1], sums) == pytest.approx(expected)
+    assert relative_error([1, 1], [0.0, 0.0]) == 0
+    assert relative_error([1, 1], [1.0, -1.0]) == math.inf
+
+
+def test_groups_are_merged_and_nothing_is_lost():
+    found, total = Convergence(), 0.0
+    for n in range(1000):
+        total += n % 7
+        if found.due(2):
+            found.add([total, 2 * total])
+    assert len(found.sizes) < GROUPS
+    assert found.batches_a_group == 16
+    assert sum(row[1] for row in found.traces) == 2 * sum(row[0] for row in found.traces)
+    assert sum(found.sizes) == 2 * 16 * (1000 // 16)
+    assert len(found.relative_errors()) == 2
+
+
+def rows(count=400):
+    torch.manual_seed(0)
+    return torch.randn(count, 4).double(), torch.randint(0, 3, (count,))
+
+
+def pieces(x, y, step=10):
+    return [(x[n : n + step], y[n : n + step]) for n in range(0, len(x), step)]
+
+
+def net():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def test_relative_errors_are_always_in_info_and_right():
+    x, y = rows()
+    found = estimate(net(), pieces(x, y), method="empirical_fisher", progress=False)
+    stated = float(found.info["relative_error"])
+    singles = torch.tensor(
+        [
+            sum(
+                float(v.sum())
+                for v in estimate(
+                    net(), [(x[n : n + 1], y[n : n + 1])], method="empirical_fisher", progress=False
+                ).values()
+            )
+            for n in range(100)
+        ]
+    )
+    actual = float(singles.std() / singles.mean()) / 400**0.5
+    assert 0.5 < stated / actual < 2
+    per_tensor = json.loads(found.info["relative_errors"])
+    assert set(per_tensor) == set(found)
+    single = estimate(net(), [(x, y)], method="empirical_fisher", progress=False)
+    assert "relative_error" not in single.info  # one batch has no spread
+
+
+def test_tolerance_stops_early_and_says_so():
+    x, y = rows()
+    found = estimate(net(), pieces(x, y), tolerance=0.2, progress=False, num_examples=400)
+    assert found.info["stopped"] == "relative error of the trace below 0.2"
+    assert 80 <= int(found.info["examples_seen"]) < 400
+    assert float(found.info["relative_error"]) <= 0.2
+    assert found.num_examples == 400
+    whole = estimate(net(), pieces(x, y), tolerance=0.001, progress=False)
+    assert whole.info["examples_seen"] == "400"
+    assert "stopped" not in whole.info
+
+
+def test_advice_is_logged(caplog):
+    x, y = rows(40)
+    with caplog.at_level("INFO", "estimators"):
+        estimate(net(), pieces(x, y), progress=False)
+    assert "after 40 examples; 120 more would halve it" in caplog.text
+    with caplog.at_level("INFO", "estimators"):
+        estimate(net(), [(x, y)], progress=False)
+    assert "unknown, it takes two batches" in caplog.text
+
+
+class Interrupted(Exception):
+    pass
+
+
+def stopping(batches, after):
+    for n, batch in enumerate(batches):
+        if n == after:
+            raise Interrupted
+        yield batch
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient": True, "standard_error": True, "labels": "sampled"},
+        {"method": "kfac"},
+        {"method": "gram"},
+        {"method": "hessian"},
+    ],
+    ids=str,
+)
+def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, options):
+    x, y = rows(60)
+    journal = tmp_path / "run.partial"
+    options = {**options, "progress": False}
+    whole = estimate(net(), pieces(x, y), **options)
+    with pytest.raises(Interrupted):
+        estimate(net(), stopping(pieces(x, y), 4), checkpoint=journal, checkpoint_seconds=0, **options)
+    assert journal.exists()
+    resumed = estimate(net(), pieces(x, y), checkpoint=journal, checkpoint_seconds=0, **options)
+    assert not journal.exists()
+    assert dict(resumed.info) == dict(whole.info)
+    for key in whole:
+        assert torch.equal(resumed[key], whole[key])
+        for part in ("standard_error", "gradient", "factor_a", "factor_b"):
+            one, other = getattr(resumed, part)(key), getattr(whole, part)(key)
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)
+
+
+def test_a_journal_of_another_run_is_refused(tmp_path):
+    x, y = rows(60)
+    journal = tmp_path / "run.partial"
+    with pytest.raises(Interrupted):
+        estimate(net(), stopping(pieces(x, y), 4), checkpoint=journal, checkpoint_seconds=0, progress=False)
+    with pytest.raises(ValueError, match="belongs to another run: its seed is 0, here it is 1"):
+        estimate(net(), pieces(x, y), checkpoint=journal, seed=1, progress=False)
+    other = net()
+    with torch.no_grad():
+        other[0].weight[0, 0] += 1
+    with pytest.raises(ValueError, match="its model fingerprint is"):
+        estimate(other, pieces(x, y), checkpoint=journal, progress=False)
+    journal.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="holds no interrupted estimate"):
+        estimate(net(), pieces(x, y), checkpoint=journal, progress=False)
+
+
+# Several processes
+
+
+WORKER = """
+import sys, torch
+from torch import distributed as dist
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from estimators import estimate
+from tests.estimators.test_runs import net, pieces, rows
+
+dist.init_process_group("gloo")
+torch.set_num_threads(1)
+x, y = rows(57)
+for name, options in {OPTIONS!r}.items():
+    model = net()
+    if options.pop("wrap", False):
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    if options.pop("sampler", False):
+        data = TensorDataset(x, y)
+        given = DataLoader(data, batch_size=5, sampler=DistributedSampler(data, shuffle=False))
+    else:
+        given = pieces(x, y, options.pop("step", 10))
+    found = estimate(model, given, **options)
+    if dist.get_rank() == 0:
+        found.save(f"{{sys.argv[1]}}/{{name}}.safetensors")
+dist.destroy_process_group()
+"""
+OPTIONS = {
+    "fisher": {"labels": "sampled", "gradient": True, "standard_error": True},
+    "sampler": {"labels": "sampled", "sampler": True},
+    "kfac": {"method": "kfac", "labels": "sampled"},
+    "wrapped": {"method": "ggn", "wrap": True},
+    "few": {"tolerance": 0.5, "step": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def torchrun(tmp_path_factory):
+    """Two processes, once for all the options."""
+    import os
+    import socket
+    import subprocess
+
+    folder = tmp_path_factory.mktemp("ranks")
+    script = folder / "worker.py"
+    script.write_text(WORKER.format(OPTIONS=OPTIONS))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        f"--master-port={port}",
+        str(script),
+        str(folder),
+    ]
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_two_processes_give_the_numbers_of_one(torchrun, name):
+    x, y = rows(57)
+    options = {key: value for key, value in OPTIONS[name].items() if key not in ("sampler", "wrap", "step")}
+    alone = estimate(net(), pieces(x, y), progress=False, **options)
+    found = Curvature.load(torchrun / f"{name}.safetensors")
+    assert found.info["processes"] == "2"
+    assert found.info["labels"] == alone.info["labels"]
+    if name == "few":
+        assert found.info["stopped"]
+        return
+    assert found.num_examples == 57
+    assert found.info["examples_seen"] == "57"
+    assert oracle.relative_l1(found, alone) < 1e-9
+    for key in alone:
+        for part in ("standard_error", "gradient", "factor_a", "factor_b"):
+            value = getattr(alone, part)(key)
+            if value is not None:
+                torch.testing.assert_close(getattr(found, part)(key), value, rtol=1e-6, atol=1e-12)
+
+
+def test_sharded_models_are_refused():
+    class FSDPModule(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+    with pytest.raises(ValueError, match=r"sharded by FSDP.*checkpoint unsharded"):
+        estimate(FSDPModule(), [torch.randn(2, 2)])
+
+
+def test_wrappers_are_taken_off():
+    model = net()
+    assert distributed.unwrap(nn.DataParallel(model)) is model
+    assert distributed.unwrap(torch.compile(model)) is model
+    batch = plain(4)
+    found = estimate(torch.compile(model), as_batches(batch), progress=False)
+    assert set(found) == set(dict(model.named_parameters()))
+
+
+def test_progress_goes_to_stderr(capsys):
+    model, batch, _ = make("mlp")
+    estimate(model, as_batches(batch))
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "fisher: 5 examples" in shown.err
