@@ -68,6 +68,9 @@ class ForecastReport(Part):
     forecast: float = Field(description="rise of the loss, nats per example")
     measured: float | None = Field(description="the same, measured")
     trusted: bool = Field(description="whether the quadratic can hold that far from the fine-tune")
+    scale: float | None = Field(
+        description="measured rise / forecast rise, least squares over the path before the merge"
+    )
     best_weight: float = Field(description="closed-form weight that minimises the mean of all tasks' losses")
     at_best: float = Field(description="forecast rise at the best weights, nats per example")
     curve: list[tuple[float, float]] = Field(
@@ -210,7 +213,7 @@ def _forecasts(evidence: Evidence) -> list[ForecastReport]:
     """Forecasts at the merge (its least-squares coordinates) and along the line from the base through it."""
     import numpy as np
 
-    from gradmatch.diagnosis.forecast import best_coefficients
+    from gradmatch.diagnosis.forecast import best_coefficients, calibrate
 
     products = [p for p in evidence.products if p.task in evidence.tasks]
     if not products or set(products[0].directions) != set(evidence.tasks):
@@ -222,11 +225,12 @@ def _forecasts(evidence: Evidence) -> list[ForecastReport]:
     for p in products:
         n = p.num_examples
         measured = None
-        curve = []
+        curve, probes = [], []
         if evidence.measured and p.task in evidence.losses["merged"]:
             measured = evidence.rise(evidence.losses["merged"], p.task)
             own = float(evidence.losses[p.task][p.task].mean())
             curve = [(share, losses[p.task] - own) for share, losses in sorted(evidence.path.items())]
+            probes = [(share * at, rise * n) for share, rise in curve if share < 1]
         rows.append(
             ForecastReport(
                 task=p.task,
@@ -234,6 +238,7 @@ def _forecasts(evidence: Evidence) -> list[ForecastReport]:
                 forecast=p.rise(at) / n,
                 measured=measured,
                 trusted=p.trusted(at),
+                scale=calibrate(p, probes).scale if probes else None,
                 best_weight=best.coefficients[p.task],
                 at_best=best.rises[p.task] / n,
                 curve=[(scale, p.rise(scale * at) / n) for scale in SCALES],

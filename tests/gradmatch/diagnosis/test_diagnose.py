@@ -54,6 +54,7 @@ def test_with_data_everything_is_told(world):
         own = next(x.nll for x in report.losses if x.model == x.task == row.task)
         merged = next(x.nll for x in report.losses if (x.model, x.task) == ("merged", row.task))
         assert row.measured == pytest.approx(merged - own, abs=1e-9)
+        assert 0.3 < row.scale < 3
     assert report.mismatch.total > 0
     assert report.path[0][0] == 0
     assert report.path[-1][0] == 1
