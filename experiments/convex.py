@@ -89,6 +89,7 @@ class Objective:
     def refined(self, theta: Tensor) -> Tensor:
         """One Newton step, halved until the objective does not rise, (p,)."""
         direction, size, before = self.newton_step(theta), 1.0, self.value(theta)
+        before = before + 1e-14 * before.abs()  # a rise by rounding is none
         while size > 1e-4 and self.value(theta - size * direction) > before:
             size /= 2
         return theta - size * direction

@@ -32,7 +32,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Replace the file at `path` by one JSON object per record."""
-    write_atomically(path, "".join(json.dumps(record, sort_keys=True) + "\n" for record in records))
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_records(path: Path) -> list[Record]:
