@@ -83,11 +83,13 @@ def _sentiment_table(evaluations: Sequence[Record]) -> str:
 
 
 def _choices(evaluations: Sequence[Record]) -> str:
-    """Which values were chosen on validation examples."""
+    """Which values were chosen on validation examples, and whether the grid ended there."""
     chosen: dict[str, list[str]] = {}
     for record in evaluations:
         for option, value in record.get("choice", {}).get("chosen", {}).items():
-            chosen.setdefault(f"{record['model']}: {option}", []).append(f"{value:g}")
+            tried = [cell["value"] for cell in record["choice"]["tried"]]
+            edge = " (the end of its grid)" if value in (min(tried), max(tried)) else ""
+            chosen.setdefault(f"{record['model']}: {option}", []).append(f"{value:g}{edge}")
     return "\n".join(
         f"chosen on validation data, {name} = {', '.join(values)}" for name, values in chosen.items()
     )

@@ -107,3 +107,13 @@ def test_a_sweep_tells_its_range_and_best_alpha():
     )
     assert "over alpha from 0.1 to 2" in text
     assert "GM     60.0 to 90.0 (range 30.0), best 90.0 at alpha = 1" in text
+
+
+def test_a_choice_at_the_end_of_its_grid_is_told():
+    tried = [{"value": value} for value in (0.1, 0.3, 1.0)]
+    for value, note in ((0.3, "base_weight = 0.3\n"), (0.1, "base_weight = 0.1 (the end of its grid)\n")):
+        found = {
+            **evaluation("GM*", "merge", 0.8),
+            "choice": {"chosen": {"base_weight": value}, "tried": tried},
+        }
+        assert f"chosen on validation data, GM*: {note}" in sentiment_report([found])
