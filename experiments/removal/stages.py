@@ -250,7 +250,10 @@ def evaluate(
         )
         scores = scorers.score(scorer, found)
         rows = zip(prompts, found, scores.tolist(), strict=True)
-        lines += [{"list": file.stem, "prompt": p, "continuation": c, "score": s} for p, c, s in rows]
+        lines += [
+            {"list": file.stem, "prompt": p, "continuation": c, "score": s if np.isfinite(s) else None}
+            for p, c, s in rows
+        ]
         known = scores[np.isfinite(scores)]
         metrics[f"refused_{file.stem}"] = len(scores) - len(known)
         metrics[f"toxicity_{file.stem}"] = float(known.mean()) if len(known) else None

@@ -1,0 +1,44 @@
+"""The printed report: refused continuations are counted, the proxy is called one, areas are judged by their interval."""
+
+import pytest
+
+from experiments.removal.report import area_line, removal_report
+
+
+def point(label, alpha, refused, toxicity, scorer="proxy"):
+    metrics = {"perplexity_keep": 20.0, "perplexity_remove": 80.0, "scorer": scorer}
+    metrics |= {"refused_toxic": refused, "toxicity_toxic": toxicity, "toxic_share_toxic": toxicity}
+    intervals = {} if toxicity is None else {"toxicity_toxic": (toxicity, toxicity - 0.1, toxicity + 0.1)}
+    return {
+        "kind": "point",
+        "label": label,
+        "alpha": alpha,
+        "seed": 0,
+        "metrics": metrics,
+        "intervals": intervals,
+    }
+
+
+def test_refusals_and_the_proxy_are_said():
+    text = removal_report([point("base", 0.0, 0, 0.4), point("GM", 1.0, 5, None)])
+    assert "(5 continuations refused: NaN)" in text
+    assert "0.400 [0.300, 0.500]" in text
+    assert "nan" in text.splitlines()[2]
+    assert "it counts profanity" in text
+    assert "it counts profanity" not in removal_report([point("base", 0.0, 0, 0.4, scorer="detoxify")])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "judged"),
+    [(0.01, 0.2, "GM is better"), (-0.2, -0.01, "TA is better"), (-0.1, 0.1, "no difference shown")],
+)
+def test_areas_are_judged_by_their_interval(low, high, judged):
+    area = {
+        "measure": "toxicity",
+        "ours": "GM",
+        "theirs": "TA",
+        "difference": (low + high) / 2,
+        "low": low,
+        "high": high,
+    }
+    assert area_line({**area, "span": (3.0, 3.5), "draws": 10}).endswith(judged)
