@@ -1,0 +1,285 @@
+"""`make bench-estimators`: time and memory of per-example curvature, as multiples of an ordinary step.
+
+The ordinary step is a forward and backward of the same batch in the same process; contenders take turns with it, and
+medians of the paired ratios are printed. Peers that are not installed are left out; install them beside the project's
+own environment:
+
+    python -m venv /tmp/peers && /tmp/peers/bin/pip install -r experiments/bench/constraints-peers.txt
+    PYTHONPATH=. /tmp/peers/bin/python -m experiments.bench.estimators
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import gc
+import logging
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from estimators import estimate
+from estimators.batches import BatchReader
+from estimators.estimation import ESTIMATORS
+from estimators.inference import make_likelihood
+from estimators.problem import Problem, prepared, trainable_parameters
+from experiments.bench import shapes
+from experiments.bench.peers import PEERS, Result, Step, Unavailable, _rows, loop
+from experiments.bench.shapes import SHAPES, Shape
+
+Table = list[list[str]]
+
+
+def ours(shape: Shape, method: str = "empirical_fisher", **options: Any) -> Step:
+    """One batch of a long run: the plan is made once, the sums stay."""
+    problem = Problem(shape.model, trainable_parameters(shape.model), make_likelihood("auto"), **options)
+    ESTIMATORS[method].start(problem)
+    reader = BatchReader(shape.model, torch.device("cpu"))
+    state = {"batches": 0}
+
+    def step() -> Result:
+        with prepared(shape.model):
+            batch = reader(shape.batch, state["batches"], state["batches"] * shape.examples)
+            ESTIMATORS[method].step(problem, batch)
+        state["batches"] += 1
+        scale = shape.examples * state["batches"] * problem.draws
+        return (
+            {name: problem.sums["diagonal/" + name] / scale for name in problem.parameters}
+            if state["batches"] == 1
+            else {}
+        )
+
+    return step
+
+
+def ordinary(shape: Shape) -> Callable[[], None]:
+    """Forward and backward of the batch, as training does it."""
+
+    def step() -> None:
+        shape.model.zero_grad(set_to_none=True)
+        shape.loss(shape.model, shape.batch).backward()
+
+    return step
+
+
+OURS: dict[str, Callable[[Shape], Step]] = {
+    "ours, Fisher (labels drawn)": lambda shape: ours(shape, "fisher", labels="sampled"),
+    "ours, empirical Fisher": ours,
+    "ours, Fisher of batches": lambda shape: ours(shape, "fisher", reduction="batch", labels="sampled"),
+}
+
+
+def peak_of(step: Callable[[], Any]) -> float:
+    """Peak resident bytes of a step above what was resident before it (Linux)."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return float(line.split()[1]) * 1024
+
+
+def seconds_of(step: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def part(shape: Shape, examples: int) -> Shape:
+    """The same model on the first rows of the batch."""
+    return Shape(shape.name, shape.model, _rows(shape, 0, examples), shape.loss, examples, shape.target)
+
+
+def error_of(make: Callable[[Shape], Step], small: Shape, exact: Result) -> float:
+    """Relative L1 distance from the float64 loop over single examples; parameters that a library leaves out count whole."""
+    found = make(small)()
+    wrong = sum(
+        (found[name].double() - value).abs().sum() if name in found else value.sum()
+        for name, value in exact.items()
+    )
+    return float(wrong / sum(value.sum() for value in exact.values()))
+
+
+def reference(small: Shape) -> Result:
+    """The loop in float64."""
+
+    def double(value: Any) -> Any:
+        return value.double() if value.is_floating_point() else value
+
+    batch = small.batch
+    batch = (
+        {k: double(v) for k, v in batch.items()}
+        if isinstance(batch, dict)
+        else tuple(double(v) for v in batch)
+    )
+    model = copy.deepcopy(small.model).double()
+    return loop(Shape(small.name, model, batch, small.loss, small.examples, 0.0))()
+
+
+def compare(shape: Shape, repeats: int, peers: bool) -> Table:
+    """Time, memory and error of every contender on one shape."""
+    shape.model.eval()
+    base = ordinary(shape)
+    small = part(shape, min(4, shape.examples))
+    exact = reference(small)
+    base_peak = statistics.median(peak_of(base) for _ in range(3))
+    shape.model.zero_grad(set_to_none=True)
+    rows: Table = []
+    steps: dict[str, Step] = {}
+    facts: dict[str, tuple[float, float | None]] = {}
+    for name, make in {**OURS, **(PEERS if peers else {})}.items():
+        try:
+            if name in OURS:
+                make(shape)()  # what is loaded once a process is nobody's peak
+            step = make(shape)
+            peak = peak_of(step)
+            error = (
+                error_of(make, small, exact)
+                if "Fisher (labels" not in name and "of batches" not in name
+                else None
+            )
+        except Unavailable as reason:
+            rows.append([shape.name, name, "cannot run", "", str(reason)])
+            continue
+        except Exception as failure:  # a peer may fail in any way; that is a finding
+            text = str(failure).strip().splitlines() or [type(failure).__name__]
+            rows.append([shape.name, name, "fails", "", f"{type(failure).__name__}: {text[0][:80]}"])
+            continue
+        steps[name], facts[name] = step, (peak / base_peak, error)
+    ratios: dict[str, list[float]] = {name: [] for name in steps}
+    base()
+    base_times = []
+    for turn in range(repeats):
+        for name, step in steps.items():
+            if name not in OURS and turn >= max(2, repeats // 3):
+                continue
+            plain = seconds_of(base)
+            shape.model.zero_grad(set_to_none=True)
+            base_times.append(plain)
+            ratios[name].append(seconds_of(step) / plain)
+    rows.insert(
+        0,
+        [
+            shape.name,
+            "ordinary step",
+            f"{statistics.median(base_times) * 1e3:.0f} ms",
+            f"{base_peak / 2**20:.0f} MiB",
+            "",
+        ],
+    )
+    for name, (peak, error) in facts.items():
+        stated = "" if error is None else f"{error:.0e}"
+        rows.append([shape.name, name, f"{statistics.median(ratios[name]):.2f}", f"{peak:.2f}", stated])
+    return rows
+
+
+def growth(repeats: int) -> Table:
+    """How the ratio moves with batch, sequence length and width."""
+    cases = {
+        "batch 4": shapes.bert(4, 64), "batch 16": shapes.bert(16, 64), "batch 64": shapes.bert(64, 64),
+        "length 16": shapes.bert(16, 16), "length 256": shapes.bert(16, 256),
+        "width 128": shapes.bert(16, 64, 128), "width 768": shapes.bert(16, 64, 768),
+    }  # fmt: skip
+    rows = []
+    for name, shape in cases.items():
+        shape.model.eval()
+        step, base = OURS["ours, Fisher (labels drawn)"](shape), ordinary(shape)
+        step()
+        base()
+        found = []
+        for _ in range(repeats):
+            plain = seconds_of(base)
+            shape.model.zero_grad(set_to_none=True)
+            found.append(seconds_of(step) / plain)
+        rows.append([name, shape.name, f"{statistics.median(found):.2f}"])
+    return rows
+
+
+def variance(runs: int) -> Table:
+    """Variance of the trace over seeds times seconds: how much error a second buys. Lower is better; per-example draw = 1."""
+    shape = shapes.bert(16, 32, 128)
+    shape.model.eval()
+    options: dict[str, dict[str, Any]] = {
+        "per example, 1 draw": {"labels": "sampled"},
+        "per example, 4 draws": {"labels": "sampled", "samples": 4},
+        "per example, 16 draws": {"labels": "sampled", "samples": 16},
+        "per batch, 1 draw": {"labels": "sampled", "reduction": "batch"},
+        "exact expectation (2 classes)": {"labels": "exact"},
+    }
+    rows, first = [], None
+    data = [
+        {key: value[torch.randint(0, 16, (16,))] for key, value in shape.batch.items()} for _ in range(runs)
+    ]
+    for name, given in options.items():
+        traces, times = [], []
+        for seed in range(runs):
+            started = time.perf_counter()
+            found = estimate(shape.model, [data[seed]], seed=seed, progress=False, **given)
+            times.append(time.perf_counter() - started)
+            traces.append(sum(float(value.sum()) for value in found.values()))
+        relative = statistics.variance(traces) / statistics.mean(traces) ** 2
+        cost = relative * statistics.median(times)
+        first = first or cost
+        rows.append(
+            [name, f"{relative:.3f}", f"{statistics.median(times) * 1e3:.0f} ms", f"{cost / first:.2f}"]
+        )
+    return rows
+
+
+def show(title: str, head: list[str], rows: Iterable[list[str]]) -> str:
+    """A markdown table."""
+    lines = [f"\n### {title}\n", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", default=",".join(SHAPES), help=f"comma separated, of {', '.join(SHAPES)}")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--only-speed", action="store_true", help="leave out growth and variance")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.manual_seed(0)
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    for name in tqdm(args.shapes.split(","), desc="shapes", file=sys.stderr):
+        shape = SHAPES[name]()
+        rows = compare(shape, args.repeats, not args.no_peers)
+        head = ["model, batch", "what", "time", "peak memory", "error, or why not"]
+        print(
+            show(
+                f"{shape.name} ({shape.parameters() / 1e6:.0f}M parameters; target {shape.target})",
+                head,
+                rows,
+            ),
+            flush=True,
+        )
+    if not args.only_speed:
+        print(
+            show("Growth, Fisher with labels drawn", ["", "shape", "time ratio"], growth(args.repeats)),
+            flush=True,
+        )
+        head = ["labels", "relative variance of the trace", "time", "variance x time"]
+        print(show("Error bought by a second", head, variance(40)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
