@@ -265,7 +265,7 @@ def finished(
     Raises:
         ValueError: the piece is not finite.
     """
-    from gradmatch.evaluate import explain
+    from gradmatch.explain import explain
 
     if not math.isfinite(float(merged.sum())) and not bool(merged.isfinite().all()):
         raise ValueError(explain(context, step, first, first + merged.numel(), merged))

@@ -293,34 +293,6 @@ def _matrix(context: Context, step: Step, dtype: torch.dtype) -> Tensor:
     return (merged.transpose(0, 1) if transposed else merged).reshape(-1).to(dtype)
 
 
-def explain(context: Context, step: Step, first: int, last: int, merged: Tensor) -> str:
-    """Why a piece came out NaN or infinite: which input is not finite, or where no curvature is known at all."""
-    inputs, request = context.inputs, context.plan.request
-    stores: list[tuple[str, Any, str | None]] = [("the base", inputs.store, step.name)]
-    for t in step.tasks:
-        task = inputs.tasks[t]
-        stores.append((task.name, task.store, step.name))
-        for kind, store in (("curvature", task.mean), ("gradient", task.gradient)):
-            if store is not None:
-                stores.append((f"the {kind} of {task.name}", store, store.key(step.name)))
-    if not isinstance(inputs.base_curvature, (float, type(None))):
-        stores.append(
-            ("the curvature of the base", inputs.base_curvature, inputs.base_curvature.key(step.name))
-        )
-    for owner, store, key in stores:
-        if key is not None:
-            bad = int((~store.block(key, first, last).to(torch.float64).isfinite()).sum())
-            if bad:
-                return f"{step.name!r} holds {bad} NaN or infinite values in {owner} (elements {first} to {last}); repair that input"
-    bad = int((~merged.isfinite()).sum())
-    if request.delta0 == 0 and "curvature" in request.rule.needs:
-        return (
-            f"{step.name!r}: {bad} weights have no curvature in any model and delta0 = 0, so Eq. 12 says nothing about them; "
-            "pass delta0 > 0 (it falls back to task arithmetic there)"
-        )
-    return f"{step.name!r}: {bad} merged values are NaN or infinite though every input is finite; the weights or scales overflow"
-
-
 def curvature_pair(
     context: Context, step: Step, first: int, last: int, buffers: Buffers
 ) -> tuple[Tensor, Tensor]:

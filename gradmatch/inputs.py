@@ -21,7 +21,7 @@ from gradmatch.task import Task
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmatch.plan import Request
+    from gradmatch.request import Request
     from gradmatch.task import Model
     from gradmatch.vocab import Rows
 

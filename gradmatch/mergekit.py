@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gradmatch.plan import nearest
 from gradmatch.recipe import locate
+from gradmatch.request import nearest
 from gradmatch.settings import numbers, times
 from gradmatch.slices import Slice, stack
 from gradmatch.task import Task

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Union
 
 from gradmatch.checkpoint import Checkpoint, open_checkpoint
 from gradmatch.inputs import open_inputs
-from gradmatch.plan import Plan, Request, plan
+from gradmatch.plan import Plan, plan
 from gradmatch.report import Report, make_report
+from gradmatch.request import Request
 from gradmatch.task import Model, Task
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def merge(
         allow_pickle: read .bin / .pt checkpoints (with weights_only).
         batches: for batchnorm="recalibrate": what the module is run on.
         progress: show a progress bar.
-        **options: of the rule and its transforms, and the policies of `gradmatch.plan.Request` (transforms, dtype, heads,
+        **options: of the rule and its transforms, and the policies of `gradmatch.request.Request` (transforms, dtype, heads,
             missing, missing_curvature, batchnorm, embeddings, precision, rounding, shard_bytes, ...).
 
     Returns:
@@ -284,7 +285,7 @@ def subtract(
 
     tasks = [task] if isinstance(task, Task) else list(task)
     if method not in REMOVALS:
-        from gradmatch.plan import nearest
+        from gradmatch.request import nearest
 
         raise ValueError(
             f"{method!r} is no way to subtract{nearest(method, REMOVALS)}; choose one of {', '.join(REMOVALS)}"

@@ -11,7 +11,7 @@ from gradmatch.settings import FIRST, layer_of
 if TYPE_CHECKING:
     from gradmatch.checkpoint import Checkpoint
     from gradmatch.inputs import OpenTask
-    from gradmatch.plan import Request
+    from gradmatch.request import Request
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gradmatch.plan import Request, nearest
+from gradmatch.request import Request, nearest
 from gradmatch.task import Task
 
 Weight = float | list[Any] | dict[str, Any]

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from gradmatch.inputs import open_inputs
-from gradmatch.plan import Request, plan
+from gradmatch.plan import plan
+from gradmatch.request import Request
 from gradmatch.settings import numbers, times
 from gradmatch.task import Task
 

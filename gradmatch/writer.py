@@ -13,24 +13,20 @@ import json
 import os
 import queue
 import shutil
-import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gradmatch.checkpoint import INDEX
+from gradmatch.layout import Layout, carry_along
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmatch.plan import Plan, Step
 
-ALIGN = 64  # bytes; where a shard's data begin
 SYNC_BYTES = 64 << 20  # written between two syncs: what an interruption can lose
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".gguf", ".h5", ".msgpack")
-NOT_CARRIED = ("README.md", "gradmatch.json", "trainer_state.json", "adapter_config.json", "optimizer.pt")
-CARRIED = (".json", ".txt", ".model", ".jinja")
 
 
 class FolderSink:
@@ -214,67 +210,6 @@ class FolderSink:
             os.close(self._lock)
 
 
-class Layout:
-    """Which shard holds each tensor, and where; the same for the same plan."""
-
-    def __init__(self, plan: Plan) -> None:
-        groups: list[list[Step]] = [[]]
-        size = 0
-        for step in plan.steps:
-            if groups[-1] and size + step.spec.nbytes > plan.request.shard_bytes:
-                groups.append([])
-                size = 0
-            groups[-1].append(step)
-            size += step.spec.nbytes
-        total = len(groups)
-        names = (
-            ["model.safetensors"]
-            if total == 1
-            else [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
-        )
-        self.shards: dict[str, list[Step]] = dict(zip(names, groups, strict=True))
-        self._aliases = plan.inputs.base.aliases if plan.inputs.base.config is None else {}
-        self._headers: dict[str, tuple[bytes, int]] = {}
-        self.place: dict[str, tuple[str, int]] = {}
-        for shard, steps in self.shards.items():
-            self._headers[shard] = self._build(shard, steps)
-
-    def header(self, shard: str) -> tuple[bytes, int]:
-        """The header's bytes, and the size of the whole file."""
-        return self._headers[shard]
-
-    def index(self) -> bytes:
-        """The index of a checkpoint of several shards."""
-        total = sum(step.spec.nbytes for steps in self.shards.values() for step in steps)
-        weight_map = {step.name: shard for shard, steps in self.shards.items() for step in steps}
-        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        return json.dumps(content, indent=2, sort_keys=True).encode()
-
-    def _build(self, shard: str, steps: Sequence[Step]) -> tuple[bytes, int]:
-        """A header whose data begin at an aligned byte; wide dtypes first, so that every tensor is aligned too."""
-        from estimators.tensorfile import ITEM_SIZE
-
-        held = {step.name for step in steps}
-        metadata = {"format": "pt", **{alias: name for alias, name in self._aliases.items() if name in held}}
-        table: dict[str, Any] = {"__metadata__": metadata}
-        offset = 0
-        for step in sorted(steps, key=lambda step: -ITEM_SIZE[step.spec.dtype]):
-            end = offset + step.spec.nbytes
-            table[step.name] = {
-                "dtype": step.spec.dtype,
-                "shape": list(step.spec.shape),
-                "data_offsets": [offset, end],
-            }
-            self.place[step.name] = (shard, offset)
-            offset = end
-        text = json.dumps(table, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % ALIGN)
-        start = 8 + len(text)
-        for step in steps:
-            self.place[step.name] = (shard, start + self.place[step.name][1])
-        return struct.pack("<Q", len(text)) + text, start + offset
-
-
 def check_absent(out: Path, overwrite: bool) -> None:
     """Refuse to touch what is there.
 
@@ -287,41 +222,6 @@ def check_absent(out: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"the output folder {out} exists; pass overwrite (--overwrite) to replace it, or choose another"
         )
-
-
-def carry_along(plan: Plan, folder: Path) -> list[str]:
-    """Copy config and tokenizer files of the base into the folder; returns their names."""
-    base = plan.inputs.base
-    names = []
-    if base.path and base.path.is_dir():
-        for source in sorted(base.path.iterdir()):
-            wanted = (
-                source.suffix in CARRIED
-                and not source.name.endswith(".index.json")
-                and source.name not in NOT_CARRIED
-            )
-            if source.is_file() and wanted:
-                shutil.copyfile(source, folder / source.name)
-                names.append(source.name)
-    elif hasattr(getattr(base.module, "config", None), "save_pretrained"):
-        before = set(os.listdir(folder))
-        base.module.config.save_pretrained(folder)
-        names += sorted(set(os.listdir(folder)) - before)
-    for name, content in plan.files.items():
-        (folder / name).write_bytes(content)
-        names += [name] if name not in names else []
-    if (plan.request.dtype or base.changed) and (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if base.changed:
-            config = {
-                **base.changed,
-                **{key: value for key, value in config.items() if key.endswith("_token_id")},
-            }
-        if plan.request.dtype:
-            config.pop("torch_dtype", None)
-            config["dtype"] = plan.request.dtype
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return names
 
 
 def replace_folder(folder: Path, out: Path, overwrite: bool) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
-from gradmatch.plan import POLICIES, Plan
+from gradmatch.plan import Plan
 from gradmatch.recipe import load_recipe
+from gradmatch.request import POLICIES
 from gradmatch.rules import RULES
 from gradmatch.task import Task
 
@@ -63,9 +64,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{policy.replace('_', '-')}", choices=choices, default=None, help=f"(default: {choices[0]})"
         )
-    parser.add_argument(
-        "--seed", type=int, help="of random transforms and stochastic rounding (default 0)"
-    )
+    parser.add_argument("--seed", type=int, help="of random transforms and stochastic rounding (default 0)")
     parser.add_argument("--shard-bytes", type=int, help="largest size of an output file (default 5e9)")
     parser.add_argument(
         "--allow-mismatch", action="store_true", default=None, help="accept curvatures of other weights"
