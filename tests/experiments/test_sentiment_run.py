@@ -113,10 +113,10 @@ def test_dry_run_list_and_faults(tiny_config, tmp_path, capsys):
     assert "sentiment/seed0/merge-gm" in out
     assert "to run, about" in out
     assert not (tmp_path / "none").exists()
-    assert main(
-        ["list"],
-    ) in (0, 2)
-    capsys.readouterr()
+    assert main(["list", *common]) == 0
+    assert "tiny: one core, 0 minutes" in capsys.readouterr().out
+    assert main(["list", "--configs", str(tmp_path / "none")]) == 2
+    assert "no configs in" in capsys.readouterr().err
     assert main(["run", str(tiny_config), "sedes=[1]", *common]) == 2
     assert "did you mean 'seeds'?" in capsys.readouterr().err
     assert main(["demo", *common]) == 2
