@@ -121,7 +121,8 @@ def estimate(
             name: problem.sums[GRADIENT + name] * (total / seen) for name in problem.parameters
         }
     log.info("%s", advice(convergence, seen))
-    info = provenance(problem, method, print_of_weights, convergence)
+    covered = fingerprint(parts["mean"], model_sampler(model))  # of the parameters that the file holds
+    info = provenance(problem, method, covered, convergence)
     curvature = Curvature.from_dict(num_examples=total, info=info, **parts)
     if journal:
         journal.remove()

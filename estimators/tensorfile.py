@@ -198,7 +198,7 @@ class TensorFile(Mapping[str, TensorInfo]):
         tensor = torch.empty(info.shape, dtype=dtype)
         if info.nbytes:
             flat = tensor.view(-1).view(torch.uint8)
-            self.read_into(name, memoryview(flat.numpy()))
+            self.read_into(name, flat.numpy().data)
         return tensor
 
 
