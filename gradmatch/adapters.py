@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from estimators.tensorfile import TensorFile
-from gradmatch.checkpoint import Checkpoint, _read_json, open_checkpoint
+from gradmatch.checkpoint import Checkpoint, open_checkpoint, read_json
 from gradmatch.stores import FileStore, Spec, Store, torch_dtype
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def open_adapter(path: Path, base: Checkpoint | None) -> Checkpoint:
         ValueError: no LoRA, DoRA, or an adapter whose weights the base does not have in these shapes.
         FileNotFoundError: no adapter_model.safetensors.
     """
-    config = _read_json(path / "adapter_config.json")
+    config = read_json(path / "adapter_config.json")
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise ValueError(

@@ -168,7 +168,7 @@ def _from_file(path: Path, allow_pickle: bool) -> Checkpoint:
 
 def _from_folder(path: Path, allow_pickle: bool) -> Checkpoint:
     """A folder as transformers saves it."""
-    config = _read_json(path / "config.json") if (path / "config.json").is_file() else None
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else None
     if config and config.get("quantization_config"):
         raise ValueError(
             f"{path} is quantised (quantization_config in its config.json); quantised weights cannot be averaged: "
@@ -207,7 +207,7 @@ def _indexed_files(path: Path) -> list[TensorFile]:
         ValueError: the index leaves its folder, or names other tensors than the shards hold.
         FileNotFoundError: a shard is missing.
     """
-    weight_map = _read_json(path / INDEX).get("weight_map")
+    weight_map = read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path / INDEX} has no weight_map from tensor to shard")
     files: dict[str, TensorFile] = {}
@@ -257,7 +257,7 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:

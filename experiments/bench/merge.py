@@ -188,8 +188,8 @@ def compare(
             warm_up(job)
             for repeat in range(args.repeats):
                 for name, contender in contenders.items():
-                    if name == "mergekit" and repeat and seconds[name][0] > 30:
-                        continue  # minutes a run: once tells enough
+                    if name == "mergekit" and (repeat or cache == "cold"):
+                        continue  # up to a minute a run: once tells enough
                     if cache == "cold":
                         drop(job)
                     elif name == "mergekit" or repeat == 0:
@@ -199,7 +199,7 @@ def compare(
                     seconds[name].append(time_taken)
                     memory[name].append((anonymous, mapped))
             lowest = statistics.median(seconds["floor"])
-            for name in contenders:
+            for name in (name for name in contenders if seconds[name]):
                 median = statistics.median(seconds[name])
                 anonymous, mapped = (max(values) for values in zip(*memory[name], strict=True))
                 records.append({

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.settings import numbers
 from gradmatch.transforms.breadcrumbs import breadcrumbs
 from gradmatch.transforms.dare import dare
 from gradmatch.transforms.della import della
@@ -30,13 +31,11 @@ class Transform:
         options: name -> default.
         span: how much of a tensor one piece must hold: any "block", whole "rows", or the whole "tensor". May depend on
             the options.
-        random: whether it draws noise.
     """
 
     apply: Callable[[Edit, Mapping[str, Any]], Tensor]
     options: Mapping[str, Any]
     span: Callable[[Mapping[str, Any]], str]
-    random: bool = False
 
 
 def thresholds(tau: Tensor, density: Tensor | float) -> Tensor:
@@ -103,11 +102,8 @@ TRANSFORMS: dict[str, Transform] = {
         _dare,
         {"density": 0.1, "rescale": "unbiased", "seed": 0},
         lambda options: "tensor" if options["rescale"] == "l1" else "block",
-        random=True,
     ),
-    "della": Transform(
-        _della, {"density": 0.3, "epsilon": 0.1, "seed": 0}, lambda options: "rows", random=True
-    ),
+    "della": Transform(_della, {"density": 0.3, "epsilon": 0.1, "seed": 0}, lambda options: "rows"),
     "breadcrumbs": Transform(_breadcrumbs, {"density": 0.14, "gamma": 0.01}, lambda options: "tensor"),
 }
 
@@ -119,16 +115,16 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         ValueError: a density outside (0, 1], a gamma outside [0, 1), an epsilon that pushes a probability out of (0, 1],
             or an unknown choice.
     """
-    for density in _values(options["density"]):
+    for density in numbers(options["density"]):
         if not 0 < density <= 1:
             raise ValueError(f"{name}: density is {density}; it is the share kept and must lie in (0, 1]")
-        for epsilon in _values(options.get("epsilon", 0.0)):
+        for epsilon in numbers(options.get("epsilon", 0.0)):
             if epsilon < 0 or density - epsilon / 2 <= 0 or (density < 1 and density + epsilon / 2 > 1):
                 raise ValueError(
                     f"{name}: density {density} with epsilon {epsilon} gives probabilities from {density - epsilon / 2:g} to "
                     f"{density + epsilon / 2:g}; choose 0 <= epsilon < 2 * min(density, 1 - density)"
                 )
-    for gamma in _values(options.get("gamma", 0.0)):
+    for gamma in numbers(options.get("gamma", 0.0)):
         if not 0 <= gamma < 1:
             raise ValueError(
                 f"{name}: gamma is {gamma}; it is the share of outliers dropped and must lie in [0, 1)"
@@ -137,10 +133,3 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     for option, allowed in choices.items():
         if option in options and options[option] not in allowed:
             raise ValueError(f"{name}: {option} is {options[option]!r}; choose one of {list(allowed)}")
-
-
-def _values(setting: Any) -> list[float]:
-    """Every number that a per-tensor setting can take."""
-    from gradmatch.settings import numbers
-
-    return numbers(setting)

@@ -584,3 +584,56 @@ def test_one_task_alone_and_repr():
     base, _, models, _ = problem(1)
     assert merge(base, Task(models[0]), method="averaging").keys() == base.keys()
     assert repr(open_checkpoint(base)) == "Checkpoint(the state dict, 5 tensors)"
+
+
+def test_hub_ids_resolve_to_their_snapshot(gpt2, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    gpt2.save_pretrained(tmp_path / "snapshot")
+    asked = {}
+
+    def snapshot_download(name, allow_patterns):
+        asked[name] = allow_patterns
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    merged = merge("someone/gpt2-tiny", [Task("someone/gpt2-tiny")], method="averaging")
+    assert set(asked) == {"someone/gpt2-tiny"}
+    assert not any(pattern.endswith((".py", ".bin")) for pattern in asked["someone/gpt2-tiny"])
+    assert torch.equal(merged["transformer.wte.weight"], gpt2.state_dict()["transformer.wte.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_storage_dtypes(tmp_path, dtype):
+    base, _, models, curvatures = problem(2, dtype)
+    for number, model in enumerate((base, *models)):
+        save_file(model, tmp_path / f"{number}.safetensors")
+    tasks = [Task(tmp_path / f"{i}.safetensors", c, 0.5) for i, c in enumerate(curvatures, 1)]
+    merged = merge(tmp_path / "0.safetensors", tasks, base_curvature=1.0, dtype="float64")
+    for name in base:
+        h = [c.total(name).double() for c in curvatures]
+        taus = [(m[name].double() - base[name].double()) for m in models]
+        h0 = 1.0 + 1e-6
+        expected = base[name].double() + sum(0.5 * (h0 + x) * t for x, t in zip(h, taus, strict=True)) / (
+            h0 + 0.5 * sum(h)
+        )
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(merged[name], expected, rtol=tolerance, atol=tolerance)
+
+
+def test_unaligned_files_are_read_all_the_same(tmp_path):
+    import json
+    import struct
+
+    values = torch.randn(5, dtype=torch.float64)
+    header = {
+        "a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+        "w": {"dtype": "F64", "shape": [5], "data_offsets": [3, 43]},
+    }
+    text = json.dumps(header).encode()
+    (tmp_path / "m.safetensors").write_bytes(
+        struct.pack("<Q", len(text)) + text + b"abc" + values.numpy().tobytes()
+    )
+    merged = merge(tmp_path / "m.safetensors", [Task(tmp_path / "m.safetensors")], method="averaging")
+    assert torch.equal(merged["w"], values)
+    assert merged["a"].tolist() == list(b"abc")
