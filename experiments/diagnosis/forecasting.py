@@ -48,7 +48,7 @@ def forecast(
     seed: int,
     delta0: float,
 ) -> None:
-    """Measure products on training examples, forecast merges, evaluate them on test examples, and try a grid of weights.
+    """Measure products on validation examples, forecast merges, evaluate them on test examples, and try a grid of weights.
 
     Writes `out/forecast.json` (everything that the report prints) and `out/products.json`.
     """
@@ -57,7 +57,7 @@ def forecast(
     thetas = {t: dict(load_classifier(folder / "model").state_dict()) for t, folder in tasks.items()}
     fishers = {t: Curvature.load(folder / "curvature.safetensors") for t, folder in curvatures.items()}
     h0 = Curvature.load(base_curvature / "curvature.safetensors")
-    trained = {t: _objective(module, data, t, "train", examples, seed) for t in tasks}
+    held = {t: _objective(module, data, t, "validation", examples, seed) for t in tasks}
     tested = {t: _objective(module, data, t, "test", test, seed) for t in tasks}
 
     taus, places = make_directions(theta0, thetas)
@@ -76,18 +76,17 @@ def forecast(
     directions |= {name: _difference(theta, theta0, taus) for name, theta in merges.items()}
     start = time.perf_counter()
     exact = [
-        measure_products(t, trained[t], thetas[t], directions, places[t])
-        for t in tqdm(tasks, desc="products")
+        measure_products(t, held[t], thetas[t], directions, places[t]) for t in tqdm(tasks, desc="products")
     ]
     seconds = time.perf_counter() - start
     save_products(exact, out / "products.json")
-    factors = {t: kronecker(module, trained[t], thetas[t], kfac) for t in tasks}
+    factors = {t: kronecker(module, held[t], thetas[t], kfac) for t in tasks}
     kron = [
-        curvature_products(t, factors[t], directions, places[t], gradient=trained[t].gradient(thetas[t]))
+        curvature_products(t, factors[t], directions, places[t], gradient=held[t].gradient(thetas[t]))
         for t in tasks
     ]
     diagonal = [
-        curvature_products(t, fishers[t], directions, places[t], gradient=trained[t].gradient(thetas[t]))
+        curvature_products(t, fishers[t], directions, places[t], gradient=held[t].gradient(thetas[t]))
         for t in tasks
     ]
 

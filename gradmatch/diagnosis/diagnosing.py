@@ -242,6 +242,10 @@ def _measure(result: Diagnosis, forecast: bool, thorough: bool) -> None:
             if confusion is not None:
                 evidence.confusions.setdefault(model, {})[task] = confusion
     evidence.uniform = {task: objective.uniform_loss() for task, objective in evidence.objectives.items()}
+    overflowing = [model for model, found in evidence.losses.items() if not _finite(found)]
+    if set(overflowing) - {"merged"}:
+        evidence.notes.append(f"outputs of {', '.join(overflowing)} are not finite: nothing was forecast")
+        return
     complete = set(evidence.objectives) == set(evidence.tasks)
     if forecast and complete and not evidence.products:
         directions = {task: task_vector(evidence.base, model) for task, model in evidence.tasks.items()}
@@ -258,7 +262,9 @@ def _measure(result: Diagnosis, forecast: bool, thorough: bool) -> None:
         ]
     if not evidence.measured or evidence.merged is None:
         return
-    if complete:
+    if overflowing:
+        evidence.notes.append("the merge's outputs are not finite: no mismatch was measured")
+    elif complete:
         measure_mismatch(evidence)
     _measure_batchnorm(evidence)
     for share in POINTS[1:-1] if thorough else (0.5,):
@@ -269,6 +275,10 @@ def _measure(result: Diagnosis, forecast: bool, thorough: bool) -> None:
     if thorough:
         _measure_redundancy(result)
         _measure_barriers(result)
+
+
+def _finite(losses: Mapping[str, Tensor]) -> bool:
+    return all(bool(torch.isfinite(values).all()) for values in losses.values())
 
 
 def measure_mismatch(evidence: Evidence) -> None:

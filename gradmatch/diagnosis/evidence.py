@@ -168,7 +168,8 @@ class Evidence:
     def at_coefficients(self, coefficients: Mapping[str, float]) -> dict[str, Tensor]:
         """theta0 + sum_t c_t tau_t, with BatchNorm statistics averaged by |c_t|; the rest comes from the merge (or the base)."""
         result = {}
-        template = self.base if self.merged is None else self.merged
+        usable = self.merged is not None and "merged" not in self.scan.nonfinite
+        template = self.merged if usable and self.merged is not None else self.base
         total = sum(abs(c) for c in coefficients.values())
         for name in template:
             value = template[name]

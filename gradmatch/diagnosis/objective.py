@@ -16,12 +16,16 @@ from torch.func import functional_call
 
 from estimators.batches import BatchReader
 from estimators.inference import infer_likelihood, make_likelihood
-from estimators.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Reading
+from estimators.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Reading, find_logits
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Weights = Mapping[str, "Tensor"]
+
+
+class OutputNotFiniteError(ValueError):
+    """A model whose outputs are NaN or infinite: weights that are, or that overflow."""
 
 
 class Objective:
@@ -65,16 +69,22 @@ class Objective:
         """Losses (see `losses`) and confusion counts (see `confusion`) in one pass over the batches."""
         losses, counts, ignorance = [], None, 0.0
         with self._evaluating(), torch.no_grad():
-            for reading in self._readings(weights):
+            for index, batch in enumerate(self.batches):
+                try:
+                    reading = self._read(weights, index)
+                except OutputNotFiniteError:
+                    losses.append(torch.full((batch.size,), math.inf, dtype=torch.float64))
+                    continue
                 ignorance += self._ignorance(reading)
-                losses.append(-self._log_prob(reading).double())
+                losses.append(-self._log_prob(reading).double().cpu())
                 found = self._counts(reading)
                 counts = found if counts is None or found is None else counts + found
-        self._uniform = ignorance / self.seen
+        if self._uniform is None:
+            self._uniform = ignorance / self.seen
         return torch.cat(losses), counts
 
     def losses(self, weights: Weights) -> Tensor:
-        """(seen,) negative log-likelihood of each example, in nats, float64."""
+        """(seen,) negative log-likelihood of each example, in nats, float64; inf where the outputs overflow."""
         return self.evaluate(weights)[0]
 
     def loss(self, weights: Weights) -> float:
@@ -195,6 +205,10 @@ class Objective:
         placed = {name: weights[name].to(own[name]) for name in weights if name in own}
         batch = self.batches[index]
         output = functional_call(self.module, placed, batch.args, batch.kwargs)
+        if not bool(torch.isfinite(find_logits(output).detach()).all()):
+            raise OutputNotFiniteError(
+                f"the outputs are NaN or infinite in batch {index}: these weights have no finite loss"
+            )
         if self._likelihood is None:
             self._likelihood = infer_likelihood(self.module, output, batch)
         return self._likelihood.read(output, batch)

@@ -223,6 +223,16 @@ def test_labels_swapped_names_the_renaming():
     assert first.source == "measured"
 
 
+def test_a_merge_that_overflows_is_still_explained():
+    module, base, tasks, data = learned()
+    weights = dict.fromkeys(tasks, 1e38)
+    result = told(base, tasks, average(base, tasks, weights), data=data, module=module, weights=weights)
+    assert not result.healthy
+    merged = average(base, tasks)
+    merged["2.bias"] = merged["2.bias"] / 0
+    assert names_of(told(base, tasks, merged, data=data, module=module)) == ["not_finite"]
+
+
 def test_every_weight_too_large_and_its_price():
     module, base, tasks, data = learned()
     weights = dict.fromkeys(tasks, 9.0)

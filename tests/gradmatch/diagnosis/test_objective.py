@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradmatch.diagnosis.objective import Objective, output_hessian
+from gradmatch.diagnosis.objective import Objective, OutputNotFiniteError, output_hessian
 
 
 def weights_of(module):
@@ -121,6 +121,15 @@ def test_regression_has_no_classes():
     assert objective.confusion({}) is None
     assert objective.accuracy({}) is None
     assert objective.uniform_loss() == math.inf
+
+
+def test_weights_that_overflow_have_an_infinite_loss():
+    module = nn.Linear(3, 2)
+    objective = Objective(module, [(torch.randn(4, 3), torch.randint(2, (4,)))])
+    weights = {**weights_of(module), "bias": torch.tensor([math.inf, 0.0])}
+    assert torch.isinf(objective.losses(weights)).all()
+    with pytest.raises(OutputNotFiniteError, match="in batch 0"):
+        objective.gradient(weights)
 
 
 def hf_models():
