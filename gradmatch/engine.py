@@ -238,17 +238,16 @@ def _run_pieces(
     dtype = torch_dtype(step.spec.dtype)
     if step.action == "copy":
         for start, stop in pieces(step, context, first, last):
-            copied = copy_piece(context, step, start, stop)
-            sink.write(
-                step,
-                start,
-                finished(context, step, start, copied, None, dtype, stats) if step.spec.floating else copied,
-            )
+            values = copy_piece(context, step, start, stop)
+            if step.spec.floating:
+                wide = values.float() if values.element_size() == 1 else values  # torch adds no 8-bit floats
+                values = finished(context, step, start, wide, None, dtype, buffers, stats)
+            sink.write(step, start, values)
         return
     coefficients = linear_terms(context, step, buffers, stats)
     for start, stop in pieces(step, context, first, last):
         merged, theta0 = evaluate(context, step, start, stop, coefficients, buffers, stats)
-        sink.write(step, start, finished(context, step, start, merged, theta0, dtype, stats))
+        sink.write(step, start, finished(context, step, start, merged, theta0, dtype, buffers, stats))
 
 
 def finished(
@@ -258,12 +257,13 @@ def finished(
     merged: Tensor,
     theta0: Tensor | None,
     dtype: torch.dtype,
+    buffers: Buffers,
     stats: dict[str, float],
 ) -> Tensor:
     """Check a piece for NaN and Inf and round it to the output's dtype, measuring what that loses.
 
     Raises:
-        ValueError: the piece is not finite.
+        ValueError: the piece is not finite, or the output's dtype cannot hold it.
     """
     from gradmatch.explain import explain
 
@@ -271,22 +271,23 @@ def finished(
         raise ValueError(explain(context, step, first, first + merged.numel(), merged))
     if dtype == merged.dtype:
         return merged
-    request = context.plan.request
+    request, count = context.plan.request, merged.numel()
     if request.rounding == "stochastic" and dtype == torch.bfloat16 and merged.dtype == torch.float32:
-        rounded = stochastic_bfloat16(
-            merged, uniform(request.seed, "rounding", step.name, first, merged.numel(), torch.float32)
-        )
+        noise = uniform(request.seed, "rounding", step.name, first, count, torch.float32)
+        rounded = stochastic_bfloat16(merged, noise)
     else:
-        rounded = merged.to(dtype)
-    if not bool(rounded.isfinite().all()):
+        rounded = buffers.get("rounded", count, dtype).copy_(merged)
+    scratch = buffers.get("scratch", count, merged.dtype)
+    error = scratch.copy_(rounded).sub_(merged)
+    lost = float(torch.dot(error, error))
+    if not math.isfinite(lost) and not bool(rounded.isfinite().all()):
+        largest = float(merged.abs().max())
         raise ValueError(
-            f"{step.name}: merged values reach {float(merged.abs().max()):g}, beyond what {dtype} holds; choose a wider dtype"
+            f"{step.name}: merged values reach {largest:g}, beyond what {dtype} holds; choose a wider dtype"
         )
     if theta0 is not None:
-        add(stats, {
-            "rounding_error": float((rounded.to(merged.dtype) - merged).square().sum()),
-            "rounded_update": float((merged - theta0).square().sum()),
-        })  # fmt: skip
+        update = torch.sub(merged, theta0, out=scratch)
+        add(stats, {"rounding_error": lost, "rounded_update": float(torch.dot(update, update))})
     return rounded
 
 

@@ -637,3 +637,11 @@ def test_unaligned_files_are_read_all_the_same(tmp_path):
     merged = merge(tmp_path / "m.safetensors", [Task(tmp_path / "m.safetensors")], method="averaging")
     assert torch.equal(merged["w"], values)
     assert merged["a"].tolist() == list(b"abc")
+
+
+def test_eight_bit_floats_are_merged_and_copied():
+    base = {"w": torch.randn(6, 4).to(torch.float8_e4m3fn), "head.w": torch.randn(3).to(torch.float8_e4m3fn)}
+    model = {name: (t.float() * 1.5).to(torch.float8_e4m3fn) for name, t in base.items()}
+    merged = merge(base, [Task(model)], method="averaging", heads="base", head_names=["head.*"])
+    assert torch.equal(merged["w"].float(), model["w"].float())
+    assert torch.equal(merged["head.w"].float(), base["head.w"].float())
