@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-LABEL_KEYS = ("labels", "label", "label_ids", "targets", "target")
+LABEL_KEYS = ("labels", "label", "label_ids", "targets", "target", "y")
 log = logging.getLogger(__name__)
 
 
@@ -119,6 +119,8 @@ class BatchReader:
         kwargs = dict(raw)
         labels = None
         for key in LABEL_KEYS:
+            if key == "y" and key in self.parameters:
+                continue
             if key in kwargs and not self._requires(key):
                 labels = kwargs.pop(key) if labels is None else labels
             elif key in kwargs:

@@ -26,34 +26,41 @@ log = logging.getLogger(__name__)
 class Recorded:
     """One call of a module: its inputs, and per differentiable output the gradient that arrives there.
 
-    batched: for every leaf of the inputs, whether it is cut into examples or shared by all.
+    inputs: for every leaf of the inputs, the layout by which it is cut into examples; "" where all share it.
+    outputs: the layout of every output that carries a gradient.
     """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    layout: str
+    inputs: list[str]
+    outputs: dict[int, str]
     examples: int
-    batched: list[bool]
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
     def example(self, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inputs of one example."""
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
         cut = [
-            split(leaf, self.layout, self.examples)[index] if batched else leaf
-            for leaf, batched in zip(leaves, self.batched, strict=True)
+            split(leaf, layout, self.examples)[index] if layout else leaf
+            for leaf, layout in zip(leaves, self.inputs, strict=True)
         ]
         args, kwargs = pytree.tree_unflatten(cut, spec)
         return args, kwargs
 
 
-def which_batched(args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: str, examples: int) -> list[bool]:
-    """For every leaf of the inputs: is it a tensor whose shape allows the layout?"""
-    leaves = pytree.tree_leaves((args, dict(kwargs)))
-    if layout == WHOLE:
-        return [False] * len(leaves)
-    return [isinstance(leaf, Tensor) and fits(leaf, layout, examples) for leaf in leaves]
+def input_layouts(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], first_choice: str, examples: int
+) -> list[str]:
+    """For every leaf of the inputs the first layout that its shape allows; "" for what all examples share.
+
+    A module may be given tensors of several layouts: a recurrent net takes (B, T, D) and a state of (layers, B, D).
+    """
+    found = []
+    for leaf in pytree.tree_leaves((args, dict(kwargs))):
+        options = (first_choice, "rows", "time") if isinstance(leaf, Tensor) else ()
+        found.append(next((layout for layout in options if fits(leaf, layout, examples)), ""))
+    return found
 
 
 def differentiable(output: Any) -> list[tuple[int, Tensor]]:
@@ -81,9 +88,10 @@ def summed_gradients(call: Recorded, parameters: Mapping[str, nn.Parameter]) -> 
 
 def _single(call: Recorded, parameters: Mapping[str, nn.Parameter], index: int) -> dict[str, Tensor]:
     args, kwargs = call.example(index)
-    if call.layout == WHOLE:
-        return _backward(call.module, parameters, args, kwargs, call.gradients)
-    own = {i: split(g, call.layout, call.examples)[index] for i, g in call.gradients.items()}
+    own = {
+        i: split(g, call.outputs[i], call.examples)[0 if call.outputs[i] == WHOLE else index]
+        for i, g in call.gradients.items()
+    }
     return _backward(call.module, parameters, args, kwargs, own)
 
 
@@ -121,12 +129,12 @@ def _vectorized(
 ) -> dict[str, Tensor]:
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     cut = [
-        split(leaf, call.layout, call.examples)[first:last] if batched else leaf
-        for leaf, batched in zip(leaves, call.batched, strict=True)
+        split(leaf, layout, call.examples)[first:last] if layout else leaf
+        for leaf, layout in zip(leaves, call.inputs, strict=True)
     ]
-    places = [i for i, batched in enumerate(call.batched) if batched]
+    places = [i for i, layout in enumerate(call.inputs) if layout]
     order = sorted(call.gradients)
-    gradients = [split(call.gradients[i], call.layout, call.examples)[first:last] for i in order]
+    gradients = [split(call.gradients[i], call.outputs[i], call.examples)[first:last] for i in order]
 
     def one(own: list[Tensor], own_gradients: list[Tensor]) -> dict[str, Tensor]:
         inputs = list(cut)
@@ -153,8 +161,8 @@ def _vectorized(
 
 def reproduces(call: Recorded, output: Any, tolerance: float) -> bool:
     """Whether the module, run on each example by itself, gives the rows of the output that it gave for the batch."""
-    expected = differentiable(output)
-    if not expected or any(not fits(value, call.layout, call.examples) for _, value in expected):
+    expected = [(i, value) for i, value in differentiable(output) if i in call.outputs]
+    if not expected:
         return False
     for index in range(call.examples):
         args, kwargs = call.example(index)
@@ -165,7 +173,7 @@ def reproduces(call: Recorded, output: Any, tolerance: float) -> bool:
             log.debug("%s cannot be run on single examples: %s", type(call.module).__name__, error)
             return False
         for i, value in expected:
-            mine = split(value.detach(), call.layout, call.examples)[index]
+            mine = split(value.detach(), call.outputs[i], call.examples)[index]
             if i not in again or again[i].shape != mine.shape:
                 return False
             scale = max(float(mine.abs().max()), 1e-12) if mine.numel() else 1.0

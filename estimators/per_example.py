@@ -47,7 +47,7 @@ class Unit:
         handler: the layer's own formula, or None for the general path.
         layout: where the examples lie, see `layout.py`.
         expand: "" or how an output without examples gets them: "one" (its leading dimension is 1), "new" (it has none).
-        batched: general path: which leaves of the inputs are cut into examples.
+        inputs, outputs: general path: layouts of the leaves of its inputs ("": shared), and of its outputs by position.
         vectorize: general path: whether the module runs under vmap.
     """
 
@@ -57,7 +57,8 @@ class Unit:
     handler: Handler | None
     layout: str = "rows"
     expand: str = ""
-    batched: list[bool] | None = None
+    inputs: list[str] | None = None
+    outputs: dict[int, str] = field(default_factory=dict)
     vectorize: bool = False
 
     def own(self) -> dict[str, nn.Parameter]:
@@ -317,9 +318,14 @@ class _Gather:
 def record(call: Call, examples: int) -> Recorded:
     """A call of the general path with its gradients, ready to be run again."""
     unit = call.unit
-    leaves = pytree.tree_leaves((call.args, call.kwargs))
-    batched = unit.batched if unit.batched is not None and unit.layout != WHOLE else [False] * len(leaves)
-    return Recorded(unit.module, call.args, call.kwargs, unit.layout, examples, batched, call.gradients)
+    if unit.inputs is None or unit.layout == WHOLE:
+        leaves = pytree.tree_leaves((call.args, call.kwargs))
+        outputs = dict.fromkeys(call.gradients, WHOLE)
+        return Recorded(
+            unit.module, call.args, call.kwargs, [""] * len(leaves), outputs, examples, call.gradients
+        )
+    outputs = {i: unit.outputs.get(i, unit.layout) for i in call.gradients}
+    return Recorded(unit.module, call.args, call.kwargs, unit.inputs, outputs, examples, call.gradients)
 
 
 def layer_gradients(call: Call, examples: int) -> dict[str, Gradients]:

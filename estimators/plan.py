@@ -21,14 +21,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from estimators.batches import Batch
-from estimators.general import Recorded, differentiable, per_example_gradients, reproduces, which_batched
+from estimators.general import Recorded, differentiable, input_layouts, per_example_gradients, reproduces
 from estimators.handlers import find_handler
 from estimators.layout import LAYOUTS, WHOLE, fits, split
 from estimators.likelihood import Seed
 from estimators.per_example import Call, Engine, Unit
 
 log = logging.getLogger(__name__)
-PROBE_ROWS = 4
+PROBE_ROWS = 3
 SeedOf = Callable[[Any, Batch], Seed]  # the model's output and its batch -> a seed
 Stack = tuple[str, ...]
 Evidence = tuple[Call, list[dict[int, Tensor]]]
@@ -262,26 +262,34 @@ def _settle(unit: Unit, evidence: list[Evidence], examples: int) -> bool:
     """Give the unit the first layout that all its calls confirm."""
     if not evidence:
         return unit.handler is not None  # called where no gradient is recorded: it contributes nothing
-    for layout in LAYOUTS:
-        if all(_isolated(found, layout, examples) for _, found in evidence):
-            unit.layout = layout
-            if unit.handler is not None:
-                if all(_fits_input(call, layout, examples) for call, _ in evidence):
-                    return True
-            elif _settle_general(unit, evidence, examples):
-                return True
-    return False
+    places = sorted({place for _, found in evidence for gradients in found for place in gradients})
+    layouts: dict[int, str] = {}
+    for place in places:
+        possible = (
+            layout
+            for layout in LAYOUTS
+            if all(_isolated(found, place, layout, examples) for _, found in evidence)
+        )
+        layouts[place] = next(possible, "")
+    if not all(layouts.values()):
+        return False
+    unit.layout, unit.outputs = next(iter(layouts.values()), "rows"), layouts
+    if unit.handler is not None:
+        return all(_fits_input(call, unit.layout, examples) for call, _ in evidence)
+    return bool(places) and _settle_general(unit, evidence, examples)
 
 
-def _isolated(found: list[dict[int, Tensor]], layout: str, examples: int) -> bool:
-    """The loss of example e sends gradient to the rows of example e alone."""
+def _isolated(found: list[dict[int, Tensor]], place: int, layout: str, examples: int) -> bool:
+    """The loss of example e sends gradient to the rows of example e alone, at one output of a call."""
     for example, gradients in enumerate(found):
-        for value in gradients.values():
-            if not fits(value, layout, examples):
-                return False
-            size = split(value, layout, examples).flatten(1).abs().amax(1)
-            if float(size.sum() - size[example]) > 1e-6 * float(size[example]):
-                return False
+        value = gradients.get(place)
+        if value is None:
+            continue
+        if not fits(value, layout, examples):
+            return False
+        size = split(value, layout, examples).flatten(1).abs().amax(1)
+        if float(size.sum() - size[example]) > 1e-6 * float(size[example]):
+            return False
     return True
 
 
@@ -291,17 +299,20 @@ def _fits_input(call: Call, layout: str, examples: int) -> bool:
 
 def _settle_general(unit: Unit, evidence: list[Evidence], examples: int) -> bool:
     """Does the module reproduce its output example by example, and does it run under vmap?"""
-    unit.batched, unit.vectorize = None, True
+    unit.inputs, unit.vectorize = None, True
     for call, found in evidence:
-        batched = which_batched(call.args, call.kwargs, unit.layout, examples)
-        if unit.batched is not None and batched != unit.batched:
+        inputs = input_layouts(call.args, call.kwargs, unit.layout, examples)
+        if unit.inputs is not None and inputs != unit.inputs:
             return False
-        unit.batched = batched
+        unit.inputs = inputs
         gradients = {place: sum_of(found, place) for place in set().union(*found)}
-        recorded = Recorded(unit.module, call.args, call.kwargs, unit.layout, examples, batched, gradients)
+        outputs = {place: unit.outputs[place] for place in gradients}
+        recorded = Recorded(unit.module, call.args, call.kwargs, inputs, outputs, examples, gradients)
+        if not gradients:
+            continue
         if not reproduces(recorded, call.output, _tolerance(call.output)):
             return False
-        unit.vectorize = unit.vectorize and bool(gradients) and _agree(recorded, unit)
+        unit.vectorize = unit.vectorize and _agree(recorded, unit)
     return True
 
 
@@ -387,7 +398,7 @@ def _outputs(model: nn.Module, batch: Batch) -> list[tuple[str, str, Tensor]]:
     def note(name: str, module: nn.Module, output: Any) -> None:
         values = differentiable(output)
         if values:
-            found.append((name, type(module).__name__, values[0][1].detach().clone()))
+            found.append((name, type(module).__name__, values[0][1].detach()))
 
     handles = [
         module.register_forward_hook(lambda module, _, output, name=name: note(name, module, output))

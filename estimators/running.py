@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -128,6 +129,16 @@ def advice(convergence: Convergence, seen: int) -> str:
     return f"relative error of the trace {100 * error:.2g} % after {seen:,} examples; {3 * seen:,} more would halve it"
 
 
+def _transformers(problem: Problem) -> dict[str, str]:
+    """The version of transformers, for its models."""
+    library = sys.modules.get("transformers")
+    return (
+        {"transformers": library.__version__}
+        if library is not None and hasattr(problem.model, "config")
+        else {}
+    )
+
+
 def provenance(
     problem: Problem, method: str, print_of_weights: str, convergence: Convergence
 ) -> dict[str, str]:
@@ -143,6 +154,7 @@ def provenance(
         "seed": str(problem.seed),
         "fingerprint": print_of_weights,
         "torch": torch.__version__,
+        **_transformers(problem),
         **problem.notes,
     }
     error, errors = convergence.relative_error(), convergence.relative_errors()

@@ -162,7 +162,7 @@ CASES = {
         lambda: Returns(lambda h: h[:, 0]), [(X, Y)], {"likelihood": "classification"}, ValueError, 'likelihood="bernoulli"',
     ),
     "logits of other rows": (
-        lambda: Returns(lambda h: h[:2]), [(X, Y)], {}, ValueError, r"4 examples but the model returned logits of shape \[2, 3\]",
+        lambda: Returns(lambda h: h[:2]), [(X, Y)], {}, ValueError, r"examples but the model returned logits of shape \[2, 3\]",
     ),
     "a scalar loss": (lambda: Returns(lambda h: h.sum()), [(X, Y)], {"likelihood": "classification"}, ValueError, "the first dimension must be"),
     "no logits": (lambda: Returns(str), [(X, Y)], {}, TypeError, "found no logits in the model's output of type str"),

@@ -85,7 +85,7 @@ GENERAL = {
     "gpt2": None,
     "vit": "vit.embeddings (",
     "nano gpt": "block.self_attn (",
-    "lstm": "whole model (one by one)",
+    "lstm": "rnn (one by one)",
     "own parameters": "whole model (vmap)",
     "t5": "encoder (one by one)",
     "deberta": "deberta.encoder (",
