@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from estimators import estimate
 from experiments import config as configs
-from experiments.diagnosis import tiny
+from experiments.diagnosis import encoder, tiny
 from experiments.diagnosis.cases import CASES, HEALTHY, VARIANTS, reordered
-from experiments.diagnosis.confusion import diagnose_cases
-from experiments.studies import diagnosis
+from experiments.diagnosis.confusion import diagnose_case, diagnose_cases
+from experiments.studies import diagnosis, forecast
 
 QUICK = ("a lucky NaN", "permuted neurons", "curvature of the wrong model", "healthy: averaging")
 
@@ -42,11 +43,40 @@ def test_table_counts_right_wrong_and_false_alarms(stage):
 def test_config_runs_every_case_on_other_seeds_than_the_rules_were_set_on():
     config = configs.load(Path("configs/diagnosis.yaml"))
     assert not set(config.development) & set(config.seeds)
-    stages = diagnosis.stages(config)
-    assert len(stages) == len(config.development) + len(config.seeds)
-    assert all(stage.settings["cases"] == [*CASES, *VARIANTS] for stage in stages)
+    stages = diagnosis.cells(config)
+    assert list(stages) == [*config.development, *config.seeds]
+    assert all(stage.settings["cases"] == [*CASES, *VARIANTS] for stage in stages.values())
+    assert len(diagnosis.stages(config)) == len(stages) + 1  # the encoders of one seed
+    assert len(diagnosis.stages(configs.load(Path("configs/diagnosis.yaml"), ["sentiment=null"]))) == len(
+        stages
+    )
     failures = [case for case in CASES.values() if case.expected != HEALTHY]
     assert len({case.expected for case in failures}) >= 12
+
+
+def test_forecast_study_reads_the_models_of_a_sentiment_config():
+    config = configs.load(Path("configs/forecast.yaml"))
+    (stage,) = forecast.stages(config)
+    assert set(stage.inputs) == {"data", "base", "tasks", "base_curvature", "curvatures"}
+    with pytest.raises(configs.ConfigError, match="no config of the sentiment experiment"):
+        configs.load(Path("configs/forecast.yaml"), ["sentiment=configs/diagnosis.yaml"])
+
+
+def test_forecast_report_prints_correlations_and_weights():
+    row = {"merge": "AM", "task": "t", "accuracy": 0.5, "measured": 0.1, "exact": 0.1}
+    record = {
+        "kind": "forecast",
+        "seed": 0,
+        "correlations": {"exact": {"t": 0.9}},
+        "grid": [{"weights": {"t": 1.0}, "accuracy": 0.6}],
+        "grid_seconds": 10.0,
+        "products_seconds": 2.0,
+        "weights": {"closed form, tau": {"t": 0.4}},
+        "rows": [row, {**row, "merge": "closed form, tau", "accuracy": 0.59}],
+    }
+    text = forecast.report([record])
+    assert "0.600  t 1.00" in text
+    assert "0.590  t 0.40" in text
 
 
 def test_unknown_case_is_an_error():
@@ -66,3 +96,50 @@ def test_reordered_neurons_are_the_same_function():
     tokens = torch.randint(tiny.VOCABULARY, (8, tiny.LENGTH))
     torch.testing.assert_close(tiny.net_of(theta)(tokens), net(tokens))
     assert not torch.equal(theta["token.weight"], net.token.weight)
+
+
+@pytest.fixture(scope="module")
+def encoders():
+    """A tiny random encoder and two fine-tunes of it, as the real ones come."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    module = BertForSequenceClassification(BertConfig(vocab_size=60, num_labels=2, **size)).eval()
+    base = tiny.state(module)
+    ids = torch.randint(1, 60, (16, 6))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.randint(2, (16,))}
+    tasks, curvatures = {}, {}
+    for name in ("base", "one", "two"):
+        theta = {n: v + 1e-3 * torch.randn_like(v) if v.is_floating_point() else v for n, v in base.items()}
+        module.load_state_dict(base if name == "base" else theta)
+        curvatures[name] = estimate(module, [batch], progress=False)
+        if name != "base":
+            tasks[name] = theta
+    data = {task: [batch] for task in tasks}
+    return encoder.Encoders(module, base, tasks, curvatures, data, data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "permuted neurons",
+        "a lucky NaN",
+        "vocabulary shifted by one",
+        "curvature of the wrong model",
+        "head of another task",
+    ],
+)
+def test_faults_of_encoders_are_found_in_their_weights(encoders, name):
+    row = diagnose_case(name, encoder.CASES[name], encoders)
+    assert row["found"] == row["expected"]
+
+
+def test_permuted_encoder_is_the_same_function(encoders):
+    told = encoder.permuted_neurons(encoders)
+    inputs = {key: encoders.data["one"][0][key] for key in ("input_ids", "attention_mask")}
+    outputs = []
+    for theta in (encoders.tasks["one"], told["tasks"][0].model):
+        encoders.module.load_state_dict(theta)
+        outputs.append(encoders.module(**inputs).logits)
+    torch.testing.assert_close(outputs[0], outputs[1])
