@@ -11,7 +11,13 @@ def test_wandb_works_offline(tmp_path, tiny_config, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    small = ["merges={TA: {method: task_arithmetic}}", "compare=[]", "data.tasks=[books]", "name=tracked"]
+    small = [
+        "merges={TA: {method: task_arithmetic}}",
+        "compare=[]",
+        "data.tasks=[books]",
+        "sweep=null",
+        "name=tracked",
+    ]
     assert main(["run", str(tiny_config), *small, "--results", str(tmp_path / "results")]) == 0
     assert not (tmp_path / "wandb").exists()
     assert (
