@@ -105,6 +105,14 @@ class BatchReader:
         if labels is not None and not isinstance(labels, Tensor):
             labels = torch.as_tensor(labels, device=self.device)
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if (
+            ids is None
+            and args
+            and isinstance(args[0], Tensor)
+            and args[0].dim() == 2
+            and not args[0].is_floating_point()
+        ):
+            ids = args[0]
         size = _batch_size(args, kwargs, index)
         if isinstance(mask, Tensor):
             mask = mask.bool() if mask.dim() == 2 else None

@@ -48,6 +48,7 @@ def estimate(
     labels: str = "auto",
     kfac_form: str = "expand",
     backend: str = "engine",
+    chunk: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 60.0,
 ) -> Curvature:
@@ -73,6 +74,8 @@ def estimate(
             where it costs no more backward passes than the samples asked for ("ggn": up to 100 of them).
         kfac_form: "expand" or "reduce", for weights shared over positions; see `kfac.py`.
         backend: "engine", or "backpack" for plain nn.Sequential nets with method "ggn", "hessian" or "empirical_fisher".
+        chunk: work on at most so many rows of a batch at once, to save memory; the result stays the same (with
+            reduction="batch" it is the chunk whose gradient is squared).
         checkpoint: file in which the sums are saved now and then; the same call after an interruption goes on from it.
         checkpoint_seconds: how often.
 
@@ -85,6 +88,8 @@ def estimate(
         TypeError: a batch, likelihood or num_examples of a wrong type.
     """
     check_options(method, samples, reduction, tolerance, labels, num_examples)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is a number of rows, at least 1, got {chunk}")
     choose("kfac_form", kfac_form, ("expand", "reduce"))
     choose("backend", backend, ("engine", "backpack"))
     check_diagonal(method, standard_error=standard_error, gradient=gradient, tolerance=tolerance is not None)
@@ -103,7 +108,7 @@ def estimate(
         Journal(checkpoint, identity(problem, method, print_of_weights, likelihood)) if checkpoint else None
     )
     convergence = Convergence()
-    loop = Loop(method, progress, tolerance, journal, checkpoint_seconds)
+    loop = Loop(method, progress, tolerance, journal, checkpoint_seconds, chunk)
     with prepared(model), problem.hooks:
         estimator.start(problem)
         loop.done = journal.load(problem, convergence) if journal else 0

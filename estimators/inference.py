@@ -115,7 +115,7 @@ def _by_shape(logits: Tensor, labels: Tensor | None) -> Likelihood:
         *shape[2:],
     ]:  # images of labels, classes second
         return Categorical("token_classification", class_dim=1)
-    elif list(labels.shape) == shape[:-1] or (
+    elif (shape[-1] > 1 and list(labels.shape) == shape[:-1]) or (
         logits.dim() == 2 and labels.numel() == shape[0] and shape[1] > 1
     ):
         return Categorical("classification" if logits.dim() == 2 else "token_classification")

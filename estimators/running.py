@@ -44,6 +44,7 @@ class Loop:
         progress: whether there is one.
         tolerance: relative error of the trace at which to stop, or None.
         journal: where the sums are saved every `seconds`, or None.
+        chunk: at most so many rows of a batch at once, or None.
         done: batches that an interrupted run had done.
     """
 
@@ -52,6 +53,7 @@ class Loop:
     tolerance: float | None
     journal: Journal | None
     seconds: float
+    chunk: int | None = None
     done: int = 0
 
 
@@ -66,7 +68,9 @@ def run(
     with tqdm(desc=loop.title, unit=" examples", disable=silent, total=count_examples(batches)) as bar:
         for index, seen, batch in distributed.shared_out(batches, reader, loop.done):
             if batch is not None:
-                estimator.step(problem, batch)
+                step = loop.chunk or batch.size
+                for first in range(0, batch.size, step):
+                    estimator.step(problem, batch.rows(first, min(first + step, batch.size)))
                 problem.counts["examples"] += batch.size
                 if convergence.due(batch.size * problem.draws):
                     convergence.add(traces(problem))

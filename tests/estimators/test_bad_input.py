@@ -122,6 +122,7 @@ CASES = {
     "far from any likelihood": (mlp, [(X, Y)], {"likelihood": "zzz"}, ValueError, "known: auto, classification"),
     "no likelihood": (mlp, [(X, Y)], {"likelihood": Parameterless()}, TypeError, r"sample\(output, generator\)"),
     "samples": (mlp, [(X, Y)], {"samples": 0}, ValueError, "samples must be at least 1"),
+    "chunk": (mlp, [(X, Y)], {"chunk": 0}, ValueError, "chunk is a number of rows, at least 1, got 0"),
     "tolerance": (mlp, [(X, Y)], {"tolerance": 5}, ValueError, "relative error between 0 and 1"),
     "N": (mlp, [(X, Y)], {"num_examples": 0}, ValueError, "num_examples must be at least 1"),
     "N no number": (mlp, [(X, Y)], {"num_examples": 2.5}, TypeError, "must be a whole number"),

@@ -132,6 +132,44 @@ def test_batch_size_does_not_matter(name):
             torch.testing.assert_close(pieces.gradient(key), whole.gradient(key), rtol=1e-6, atol=1e-9)
 
 
+def test_chunks_change_memory_not_the_result():
+    model, batch, _ = make("gpt2")
+    whole, pieces = (
+        estimate(model, as_batches(batch), chunk=chunk, gradient=True, labels="sampled")
+        for chunk in (None, 2)
+    )
+    assert oracle.relative_l1(pieces, whole) < 1e-9
+    assert pieces.info["examples_seen"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "name"),
+    [
+        (3, torch.tensor([0, 1, 2, 0]), "classification"),
+        (1, torch.tensor([0, 1, 1, 0]), "bernoulli"),
+        (3, torch.randn(4, 3), "regression"),
+        (1, torch.randn(4), "regression"),
+        (3, torch.ones(4, 3, dtype=torch.long), "bernoulli"),
+    ],
+)
+def test_likelihood_by_the_shapes_of_plain_modules(outputs, labels, name):
+    found = estimate(
+        nn.Linear(4, outputs), [(torch.randn(4, 4), labels)], method="empirical_fisher", progress=False
+    )
+    assert found.info["likelihood"] == name
+
+
+def test_token_ids_are_their_own_labels_for_a_language_model():
+    model, batch, _ = make("nano gpt")
+    options = {"method": "empirical_fisher", "likelihood": "causal_lm", "progress": False}
+    bare, pair = (
+        estimate(model, [batch["x"]], **options),
+        estimate(model, [(batch["x"], batch["x"])], **options),
+    )
+    assert oracle.relative_l1(bare, pair) == 0
+    assert bare.info["predictions_seen"] == "30"
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_more_padding_changes_nothing(name):
     model, batch, _ = make(name)
