@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from estimators.estimation import ESTIMATORS, estimate
     from estimators.ivon import from_ivon
     from estimators.laplace import from_laplace
-    from estimators.likelihood import Bernoulli, Categorical, Gaussian
+    from estimators.likelihood import Categorical
+    from estimators.values import Bernoulli, Gaussian
 
 __all__ = [
     "ESTIMATORS",
@@ -30,10 +31,10 @@ __all__ = [
 ]
 
 _WHERE = {
-    "Bernoulli": "estimators.likelihood",
+    "Bernoulli": "estimators.values",
     "Categorical": "estimators.likelihood",
     "Curvature": "estimators.curvature",
-    "Gaussian": "estimators.likelihood",
+    "Gaussian": "estimators.values",
     "from_adam": "estimators.adam",
     "from_ivon": "estimators.ivon",
     "from_laplace": "estimators.laplace",

@@ -15,9 +15,10 @@ from torch import nn
 
 from estimators.batches import Batch
 from estimators.fisher import finish
-from estimators.likelihood import Bernoulli, Categorical, Gaussian
+from estimators.likelihood import Categorical
 from estimators.problem import Problem
 from estimators.sinks import DIAGONAL, zeros
+from estimators.values import Bernoulli, Gaussian
 
 METHODS = ("ggn", "hessian", "empirical_fisher")
 LAYERS = (

@@ -10,8 +10,8 @@ from typing import Any
 from estimators.batches import Batch
 from estimators.handlers import convolution, linear, patches, positions, transposed_linear
 from estimators.kronecker import FACTOR_A, LARGEST_FACTOR, blocks, real_positions, second_moments
-from estimators.per_example import examples_first, wide
 from estimators.problem import Problem
+from estimators.units import examples_first, wide
 
 
 def start(problem: Problem) -> None:

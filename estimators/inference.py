@@ -8,15 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from estimators.batches import Batch
-from estimators.likelihood import (
-    Bernoulli,
-    Categorical,
-    Gaussian,
-    Likelihood,
-    Own,
-    OwnLikelihood,
-    checked_logits,
-)
+from estimators.likelihood import Categorical, Likelihood, OwnLikelihood, checked_logits
+from estimators.values import Bernoulli, Gaussian, Own
 
 LIKELIHOODS = (
     "auto", "classification", "bernoulli", "causal_lm", "masked_lm", "seq2seq", "token_classification", "regression",

@@ -10,27 +10,26 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from estimators.batches import Batch
+from estimators.checks import check_determinism, check_independence
 from estimators.general import Recorded, differentiable, input_layouts, per_example_gradients, reproduces
 from estimators.handlers import find_handler
 from estimators.layout import LAYOUTS, WHOLE, fits, split
 from estimators.likelihood import Seed
-from estimators.per_example import Call, Engine, Unit
+from estimators.per_example import Engine
+from estimators.units import Call, Unit
+from estimators.uses import Stack, find_uses
 
 log = logging.getLogger(__name__)
 PROBE_ROWS = 3
 SeedOf = Callable[[Any, Batch], Seed]  # the model's output and its batch -> a seed
-Stack = tuple[str, ...]
 Evidence = tuple[Call, list[dict[int, Tensor]]]
 
 
@@ -77,20 +76,15 @@ def make_plan(
     uses, reference = find_uses(model, parameters, batch)
     check_determinism(model, batch)
     check_independence(model, batch)
-    if rows == 1:
-        units = [replace(unit, layout=WHOLE) for unit in _units(model, parameters, uses)]
-        return Plan(units, 1, sorted(set(parameters) - set(uses)))
     unused = sorted(set(parameters) - set(uses))
-    settled: dict[str, Unit] = {}
-    for _ in range(100):  # each round moves something one module up
-        units = [settled.get(unit.name) or unit for unit in _units(model, parameters, uses)]
-        units = [
-            replace(unit, parameters=fresh.parameters)
-            for unit, fresh in zip(units, _units(model, parameters, uses), strict=True)
-        ]
-        checked, failed = _check(model, units, batch, seed_of, reference)
+    if rows == 1:
+        return Plan([replace(unit, layout=WHOLE) for unit in _units(model, parameters, uses)], 1, unused)
+    expand: dict[str, str] = {}
+    while True:  # each round moves something one module up, so this ends
+        units = [replace(unit, expand=expand.get(unit.name, "")) for unit in _units(model, parameters, uses)]
+        failed = _check(model, units, batch, seed_of, reference)
         if not failed:
-            return Plan(checked, rows, unused)
+            return Plan(units, rows, unused)
         for unit in failed:
             if unit.name == "":
                 raise ValueError(
@@ -99,70 +93,7 @@ def make_plan(
                     "the likelihood's log_prob and at the model's own forward"
                 )
             uses = _climb(uses, unit)
-        settled = {unit.name: unit for unit in checked if unit not in failed}
-    raise AssertionError("unreachable: every round climbs")
-
-
-def find_uses(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch
-) -> tuple[dict[str, set[Stack]], Any]:
-    """For every parameter, the stacks of module names during whose calls a torch function was given it."""
-    watch = _Watch({id(value): name for name, value in parameters.items()})
-    with watch.stacked(model), watch, torch.no_grad():
-        output = model(*batch.args, **batch.kwargs)
-    modules = dict(model.named_modules())
-    uses = {}
-    for name, stacks in watch.uses.items():
-        holders = {
-            top for top, module in modules.items() if any(v is parameters[name] for v in module.parameters())
-        }
-        uses[name] = {_upto(stack, holders) for stack in stacks}
-    return uses, output
-
-
-def _upto(stack: Stack, holders: set[str]) -> Stack:
-    """The stack down to the innermost module that contains the parameter; it may have been lent to one that does not."""
-    last = max(place for place, name in enumerate(stack) if name in holders)
-    return stack[: last + 1]
-
-
-class _Watch(TorchFunctionMode):
-    """Notes which module is running whenever a parameter takes part in a torch function that yields a tensor."""
-
-    def __init__(self, names: Mapping[int, str]) -> None:
-        super().__init__()
-        self.names = names
-        self.stack: list[str] = []
-        self.uses: dict[str, set[Stack]] = defaultdict(set)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, (Tensor, tuple, list)):
-            for value in pytree.tree_leaves((args, kwargs)):
-                if (
-                    isinstance(value, nn.Parameter)
-                    and id(value) in self.names
-                    and not isinstance(result, torch.Size)
-                ):
-                    self.uses[self.names[id(value)]].add(tuple(self.stack))
-        return result
-
-    @contextmanager
-    def stacked(self, model: nn.Module) -> Iterator[None]:
-        """Keep the stack of running modules while the model runs."""
-        handles = []
-        for name, module in model.named_modules():
-            enter: Callable[..., None] = lambda *_, name=name: self.stack.append(name)  # noqa: E731
-            handles.append(module.register_forward_pre_hook(enter, prepend=True))
-            handles.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _leave(self) -> None:
-        self.stack.pop()
+        expand = {unit.name: unit.expand for unit in units}
 
 
 def _units(
@@ -199,13 +130,11 @@ def _climb(uses: Mapping[str, set[Stack]], unit: Unit) -> dict[str, set[Stack]]:
     }
 
 
-def _check(
-    model: nn.Module, units: list[Unit], batch: Batch, seed_of: SeedOf, reference: Any
-) -> tuple[list[Unit], list[Unit]]:
-    """Find a layout for every unit; those for which there is none have failed."""
+def _check(model: nn.Module, units: list[Unit], batch: Batch, seed_of: SeedOf, reference: Any) -> list[Unit]:
+    """Find a layout for every unit; returns those for which there is none."""
     evidence = _gather_evidence(model, units, batch, seed_of)
     failed = [unit for unit in units if not _settle(unit, evidence[unit.name], batch.size)]
-    return units, [unit for unit in failed if not _expands(model, unit, units, batch, seed_of, reference)]
+    return [unit for unit in failed if not _expands(model, unit, units, batch, seed_of, reference)]
 
 
 def _gather_evidence(
@@ -343,73 +272,3 @@ def _tolerance(output: Any) -> float:
     if kinds & {torch.bfloat16, torch.float16}:
         return 5e-2
     return 1e-3 if torch.float32 in kinds else 1e-8
-
-
-def check_determinism(model: nn.Module, batch: Batch) -> None:
-    """Two runs must agree: dropout that ignores eval mode would be measured as curvature.
-
-    Raises:
-        ValueError: they differ; the first module that does is named.
-    """
-    for (name, kind, one), (_, _, other) in zip(_outputs(model, batch), _outputs(model, batch), strict=False):
-        if one.shape != other.shape or float((one - other).abs().max()) > 1e-5 * float(one.abs().max()):
-            raise ValueError(
-                f"two runs of the model in eval mode differ, first at {name or 'the model itself'} ({kind}): it is random "
-                "(dropout that is always on?) or keeps state from one run to the next; make it deterministic"
-            )
-
-
-def check_independence(model: nn.Module, batch: Batch) -> None:
-    """The outputs for a row must not change when other rows are taken away.
-
-    Raises:
-        ValueError: they do; the first module at which it shows is named.
-    """
-    if batch.size < 2:
-        return
-    culprit = _culprit(model, batch)
-    if culprit:
-        raise ValueError(
-            "the model mixes the examples of a batch (its output for one row depends on the other rows), so per-example "
-            f"curvature does not exist; the first module that does so is {culprit}"
-        )
-
-
-def _culprit(model: nn.Module, batch: Batch) -> str:
-    """The first module whose output for a row changes when the last row is taken away; "" where the whole's does not."""
-    kept = batch.size - 1
-    changed = []
-    for (name, kind, value), (_, _, less) in zip(
-        _outputs(model, batch), _outputs(model, batch.rows(0, kept)), strict=False
-    ):
-        if value.dim() and value.shape[0] == batch.size and less.shape == (kept, *value.shape[1:]):
-            difference = float((value[:-1] - less).abs().max())
-            if difference > (1e-3 if value.dtype in (torch.float32, torch.float64) else 5e-2) * float(
-                value.abs().max()
-            ):
-                changed.append((name, f"{name or 'the model itself'} ({kind})"))
-    return changed[0][1] if changed and changed[-1][0] == "" else ""
-
-
-def _outputs(model: nn.Module, batch: Batch) -> list[tuple[str, str, Tensor]]:
-    """The first floating output of every module, innermost first, in the order in which they finish."""
-    found: list[tuple[str, str, Tensor]] = []
-
-    def note(name: str, module: nn.Module, output: Any) -> None:
-        values = differentiable(output)
-        if values:
-            found.append((name, type(module).__name__, values[0][1].detach()))
-
-    handles = [
-        module.register_forward_hook(lambda module, _, output, name=name: note(name, module, output))
-        for name, module in model.named_modules()
-    ]
-    try:
-        with torch.no_grad():
-            model(*batch.args, **batch.kwargs)
-    except Exception as error:  # some models need the very batch they were given
-        log.debug("the model does not run on fewer rows: %s", error)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found

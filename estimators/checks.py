@@ -1,0 +1,84 @@
+"""What a model must be for per-example curvature to exist: deterministic, and without influence between rows."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from estimators.batches import Batch
+from estimators.general import differentiable
+
+log = logging.getLogger(__name__)
+
+
+def check_determinism(model: nn.Module, batch: Batch) -> None:
+    """Two runs must agree: dropout that ignores eval mode would be measured as curvature.
+
+    Raises:
+        ValueError: they differ; the first module that does is named.
+    """
+    for (name, kind, one), (_, _, other) in zip(_outputs(model, batch), _outputs(model, batch), strict=False):
+        if one.shape != other.shape or float((one - other).abs().max()) > 1e-5 * float(one.abs().max()):
+            raise ValueError(
+                f"two runs of the model in eval mode differ, first at {name or 'the model itself'} ({kind}): it is random "
+                "(dropout that is always on?) or keeps state from one run to the next; make it deterministic"
+            )
+
+
+def check_independence(model: nn.Module, batch: Batch) -> None:
+    """The outputs for a row must not change when other rows are taken away.
+
+    Raises:
+        ValueError: they do; the first module at which it shows is named.
+    """
+    if batch.size < 2:
+        return
+    culprit = _culprit(model, batch)
+    if culprit:
+        raise ValueError(
+            "the model mixes the examples of a batch (its output for one row depends on the other rows), so per-example "
+            f"curvature does not exist; the first module that does so is {culprit}"
+        )
+
+
+def _culprit(model: nn.Module, batch: Batch) -> str:
+    """The first module whose output for a row changes when the last row is taken away; "" where the whole's does not."""
+    kept = batch.size - 1
+    changed = []
+    for (name, kind, value), (_, _, less) in zip(
+        _outputs(model, batch), _outputs(model, batch.rows(0, kept)), strict=False
+    ):
+        if value.dim() and value.shape[0] == batch.size and less.shape == (kept, *value.shape[1:]):
+            difference = float((value[:-1] - less).abs().max())
+            if difference > (1e-3 if value.dtype in (torch.float32, torch.float64) else 5e-2) * float(
+                value.abs().max()
+            ):
+                changed.append((name, f"{name or 'the model itself'} ({kind})"))
+    return changed[0][1] if changed and changed[-1][0] == "" else ""
+
+
+def _outputs(model: nn.Module, batch: Batch) -> list[tuple[str, str, Tensor]]:
+    """The first floating output of every module, innermost first, in the order in which they finish."""
+    found: list[tuple[str, str, Tensor]] = []
+
+    def note(name: str, module: nn.Module, output: Any) -> None:
+        values = differentiable(output)
+        if values:
+            found.append((name, type(module).__name__, values[0][1].detach()))
+
+    handles = [
+        module.register_forward_hook(lambda module, _, output, name=name: note(name, module, output))
+        for name, module in model.named_modules()
+    ]
+    try:
+        with torch.no_grad():
+            model(*batch.args, **batch.kwargs)
+    except Exception as error:  # some models need the very batch they were given
+        log.debug("the model does not run on fewer rows: %s", error)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

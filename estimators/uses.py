@@ -1,0 +1,79 @@
+"""Which module is running when a parameter is used: watched once, on a few rows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from estimators.batches import Batch
+
+Stack = tuple[str, ...]  # names of the modules that are running, outermost first
+
+
+def find_uses(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch
+) -> tuple[dict[str, set[Stack]], Any]:
+    """For every parameter, the stacks of module names during whose calls a torch function was given it."""
+    watch = _Watch({id(value): name for name, value in parameters.items()})
+    with watch.stacked(model), watch, torch.no_grad():
+        output = model(*batch.args, **batch.kwargs)
+    modules = dict(model.named_modules())
+    uses = {}
+    for name, stacks in watch.uses.items():
+        holders = {
+            top for top, module in modules.items() if any(v is parameters[name] for v in module.parameters())
+        }
+        uses[name] = {_upto(stack, holders) for stack in stacks}
+    return uses, output
+
+
+def _upto(stack: Stack, holders: set[str]) -> Stack:
+    """The stack down to the innermost module that contains the parameter; it may have been lent to one that does not."""
+    last = max(place for place, name in enumerate(stack) if name in holders)
+    return stack[: last + 1]
+
+
+class _Watch(TorchFunctionMode):
+    """Notes which module is running whenever a parameter takes part in a torch function that yields a tensor."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.stack: list[str] = []
+        self.uses: dict[str, set[Stack]] = defaultdict(set)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, (Tensor, tuple, list)):
+            for value in pytree.tree_leaves((args, kwargs)):
+                if (
+                    isinstance(value, nn.Parameter)
+                    and id(value) in self.names
+                    and not isinstance(result, torch.Size)
+                ):
+                    self.uses[self.names[id(value)]].add(tuple(self.stack))
+        return result
+
+    @contextmanager
+    def stacked(self, model: nn.Module) -> Iterator[None]:
+        """Keep the stack of running modules while the model runs."""
+        handles = []
+        for name, module in model.named_modules():
+            enter: Callable[..., None] = lambda *_, name=name: self.stack.append(name)  # noqa: E731
+            handles.append(module.register_forward_pre_hook(enter, prepend=True))
+            handles.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _leave(self) -> None:
+        self.stack.pop()
