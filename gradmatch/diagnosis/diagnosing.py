@@ -69,7 +69,7 @@ class Diagnosis:
 
     @property
     def notes(self) -> list[str]:
-        """What could not be looked at, and why."""
+        """What else is to be said, and what could not be looked at."""
         return self.evidence.notes
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,8 +208,23 @@ def diagnose(
         notes.append(
             "no curvature: nothing is said of noise, floors and overlap (`gradmatch estimate` makes one)"
         )
+    notes += worse_than_base(evidence)
     result.causes = find_causes(evidence)
     return result
+
+
+def worse_than_base(evidence: Evidence) -> list[str]:
+    """Tasks whose loss at the merge is above the base's by more than two standard errors of the difference."""
+    found = []
+    for task, merged in evidence.losses.get("merged", {}).items():
+        difference = merged - evidence.losses["base"][task]
+        error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
+        if float(difference.mean()) > 2 * error:
+            found.append(
+                f"{task!r} is worse off than at the base: {float(merged.mean()):.3f} against "
+                f"{float(evidence.losses['base'][task].mean()):.3f} nats per example"
+            )
+    return found
 
 
 def effective_weights(

@@ -16,7 +16,8 @@ from torch.func import functional_call
 
 from estimators.batches import BatchReader
 from estimators.inference import infer_likelihood, make_likelihood
-from estimators.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Reading, find_logits
+from estimators.likelihood import Categorical, Likelihood, Reading, find_logits
+from estimators.values import Bernoulli, Gaussian
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -216,10 +216,10 @@ def redundancy(report: Report) -> str:
 
 
 def notes(report: Report) -> str:
-    """What was not looked at."""
+    """What else is to be said, and what was not looked at."""
     if not report.notes:
         return ""
-    return f"<section><h2>Not looked at</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in report.notes)}</ul></section>"
+    return f"<section><h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in report.notes)}</ul></section>"
 
 
 def bins(

@@ -241,8 +241,10 @@ def test_every_weight_too_large_and_its_price():
     cause = next(c for c in result.causes if c.name == "all_weights_too_large")
     path = {s: sum(losses.values()) * 300 for s, losses in result.evidence.path.items()}
     assert cause.cost == pytest.approx(path[1.0] - path[cause.numbers["share"]], rel=1e-4)
+    assert any("is worse off than at the base" in note for note in result.notes)
     healthy = told(base, tasks, average(base, tasks), data=data, module=module)
     assert healthy.healthy
+    assert not healthy.notes[:-1]  # but that there is no curvature
 
 
 def test_stale_batchnorm_without_data_is_silent_and_with_data_priced():
