@@ -89,7 +89,7 @@ def curvature_line(record: Record) -> str:
         f"curvature of the {record['of']} on texts to {record['side']}: {record['estimator']}, labels {record['labels']}, "
         f"reduction {record['reduction']}, {record['examples_seen']} of {record['num_examples']} texts, {record['precision']}, "
         f"trace {record['trace']:.4g} nats a text"
-        + f" +- {record['relative_error']:.1%}"
+        + f" +- {float(record['relative_error']):.1%}"
         + f", {record['seconds']:.0f} s"
     )
 

@@ -126,15 +126,18 @@ def curvature(
             )
         _add(total, found, len(chosen) / len(seen))
         traces.append(sum(float(found.mean(name).double().sum()) for name in found))
-    info = {**found.info, "examples_seen": str(len(seen))}
+    known = {
+        key: value for key, value in found.info.items() if not key.startswith("relative_error")
+    }  # of one part
+    info = {**known, "examples_seen": str(len(seen))}
     Curvature.from_dict(total, len(rows), info).save(out / CURVATURE)
     card = {
+        **info,
         "side": side,
         "num_examples": len(rows),
         "trace": float(np.mean(traces)),
         "relative_error": float(np.std(traces, ddof=1) / np.sqrt(PARTS) / np.mean(traces)),
         "precision": _precision(precision),
-        **info,
     }
     (out / "error.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
 

@@ -66,7 +66,7 @@ def tiny_config(tmp_path_factory, language_model, files):
         "max_length": 32,
         "training": {"steps": 4, "learning_rate": 1e-3, "batch_size": 8, "warmup_steps": 1},
         "precision": "float32",
-        "fisher": {"examples": 16},
+        "fisher": {"examples": 16, "batch_size": 2, "reduction": "batch"},
         "methods": {
             "GM": {"method": "removal", "alphas": [0.1, 0.2], "options": {"base_weight": 10.0}},
             "TA": {"method": "negation", "alphas": [0.5, 1.0]},

@@ -63,7 +63,7 @@ def test_the_whole_study(tiny_config, results, capsys):
     assert forecast["budget"]["alpha"] <= 0.2
     curvatures = of_kind(records, "curvature")
     assert {(c["of"], c["side"]) for c in curvatures} == {("base", "keep"), ("task", "remove")}
-    assert all(0 < c["relative_error"] < 1 and c["reduction"] == "example" for c in curvatures)
+    assert all(0 < c["relative_error"] < 1 and c["reduction"] == "batch" for c in curvatures)
     assert "area between TA and GM" in out
     assert "budget of 2 nats" in out
     assert "linear classifier of words" not in out  # that is said of the proxy alone
