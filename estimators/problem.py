@@ -189,7 +189,8 @@ def prepared(model: nn.Module) -> Iterator[None]:
         for config in configs:
             config.use_cache = False
         torch.backends.mha.set_fastpath_enabled(False)
-        yield
+        with torch.inference_mode(False):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for config in configs:

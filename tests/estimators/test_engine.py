@@ -72,6 +72,17 @@ def test_the_model_is_given_back_as_it_was():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("method", ["fisher", "hessian"])
+def test_callers_may_have_switched_gradients_off(context, method):
+    model, batch, _ = make("mlp")
+    expected = estimate(model, as_batches(batch), method=method, progress=False)
+    pieces = list(as_batches(batch))
+    with context():
+        found = estimate(model, pieces, method=method, progress=False)
+    assert oracle.relative_l1(found, expected) == 0
+
+
 def test_caches_stay_configured():
     model, batch, _ = make("llama")
     assert model.config.use_cache
