@@ -22,6 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## the paper's core experiment on a real model and real data
 	$(BIN)/python -m experiments demo
+	$(BIN)/python -m paper_figures results/demo.jsonl
 
 test: $(STAMP)  ## the test suite
 	$(BIN)/python -m pytest -n $(WORKERS) -q

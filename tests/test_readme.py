@@ -1,0 +1,77 @@
+"""The README's examples run as they stand: the Python block, and the command line on tiny models."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+from gradmatch.cli import main
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+WORDS = ["good", "bad", "fine", "poor", "film", "plot", "very", "not"]
+
+
+def blocks(language):
+    """The fenced blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_the_python_example(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["task_arithmetic", "gradient_matching"]
+
+
+def write_model(folder, seed, start=None):
+    """A tiny classifier with its tokenizer; `start`: the model it was fine-tuned from."""
+    torch.manual_seed(seed)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    model = BertForSequenceClassification(config)
+    if start is not None:
+        model.load_state_dict({name: value + 0.01 * torch.randn_like(value) for name, value in start.items()})
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return model.state_dict()
+
+
+def write_texts(path, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = ["text,label"]
+    for _ in range(12):
+        words = [WORDS[i] for i in torch.randint(len(WORDS), (5,), generator=generator)]
+        rows.append(f"{' '.join(words)},{int(words.count('good') > words.count('bad'))}")
+    path.write_text("\n".join(rows), encoding="utf-8")
+
+
+@pytest.fixture
+def readers_folder(tmp_path, monkeypatch):
+    """What the README's reader is said to have."""
+    monkeypatch.chdir(tmp_path)
+    start = write_model(tmp_path / "base", 0)
+    for seed, name in enumerate(("amazon", "nyt"), start=1):
+        write_model(tmp_path / name, seed, start)
+    for seed, name in enumerate(("movies", "amazon", "nyt")):
+        write_texts(tmp_path / f"{name}.csv", seed)
+    return tmp_path
+
+
+def test_the_command_line_examples(readers_folder, capsys):
+    (example, *_) = blocks("sh")
+    (recipe,) = blocks("yaml")
+    Path("recipe.yaml").write_text(recipe, encoding="utf-8")
+    for line in example.splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "gradmatch"
+        assert main(arguments) == 0, line
+        assert ("--dry-run" in arguments) <= (not os.path.exists("merged"))
+    assert BertForSequenceClassification.from_pretrained("merged").config.num_hidden_layers == 1
