@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -202,15 +203,22 @@ def _run_unit(
     """All pieces of one unit."""
     buffers = worker.get()
     stats: dict[str, float] = {}
+    with mapped(context, step, first, last):
+        _run_pieces(context, sink, step, first, last, buffers, stats)
+    return stats
+
+
+@contextmanager
+def mapped(context: Context, step: Step, first: int, last: int) -> Iterator[None]:
+    """Let the kernel read ahead what a unit needs, and take the pages back after."""
     ranges = list(byte_ranges(context, step, first, last))
     for file, start, stop in ranges:
         file.expect(start, stop)
     try:
-        _run_pieces(context, sink, step, first, last, buffers, stats)
+        yield
     finally:
         for file, start, stop in ranges:
             file.release(start, stop)
-    return stats
 
 
 def byte_ranges(context: Context, step: Step, first: int, last: int) -> Iterator[tuple[TensorFile, int, int]]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradmatch.engine import Context, WorkerBuffers, loader, parallel, pieces, units
+from gradmatch.engine import Context, WorkerBuffers, loader, mapped, parallel, pieces, units
 from gradmatch.evaluate import task_vectors
 from gradmatch.kernels import Buffers
 from gradmatch.stores import torch_dtype
@@ -156,7 +156,20 @@ def _count_unit(
     worker: WorkerBuffers,
 ) -> dict[Target, tuple[int, Tensor]]:
     """What one unit has above each window, and the values inside."""
-    buffers = worker.get()
+    with mapped(context, step, first, last):
+        return _count_pieces(context, step, first, last, position, windows, worker.get())
+
+
+def _count_pieces(
+    context: Context,
+    step: Step,
+    first: int,
+    last: int,
+    position: int,
+    windows: dict[Target, tuple[float, float]],
+    buffers: Buffers,
+) -> dict[Target, tuple[int, Tensor]]:
+    """The same, piece by piece."""
     counts = {target: 0 for target in windows if target[0] in step.tasks}
     values: dict[Target, list[Tensor]] = {target: [] for target in counts}
     for start, stop in pieces(step, context, first, last):

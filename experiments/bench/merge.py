@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ SIZES = {  # hidden, intermediate, layers, vocabulary: Llama-like
     "125M": (768, 2048, 12, 32_000),
     "500M": (1536, 4096, 14, 32_000),
 }
+Measured = tuple[float, float, float, float]  # seconds, CPU seconds, peak anonymous MB, peak mapped MB
 METHODS = ("task_arithmetic", "ties", "gradient_matching")
 BLOCK = 1 << 20
 ROOT = Path(__file__).parents[2]
@@ -43,9 +45,10 @@ job = json.loads(sys.argv[1])
 tasks = [Task(model, curvature, weight=0.4) for model, curvature in zip(job["models"][1:], job["curvatures"][1:] or [None] * 99)]
 known = {"base_curvature": job["curvatures"][0]} if job["curvatures"] else {}
 before = anonymous()
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 merge(job["models"][0], tasks, method=job["method"], out=job["out"], allow_mismatch=True, **known)
-print(json.dumps({"seconds": time.perf_counter() - start, "before": before}))
+done = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu, "before": before}
+print(json.dumps(done))
 """
 
 
@@ -184,7 +187,7 @@ def compare(
                 contenders["mergekit"] = mergekit
         for cache in ("warm", "cold") if args.cold else ("warm",):
             seconds: dict[str, list[float]] = {name: [] for name in contenders}
-            memory: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+            used: dict[str, list[Measured]] = {name: [] for name in contenders}
             warm_up(job)
             for repeat in range(args.repeats):
                 for name, contender in contenders.items():
@@ -195,16 +198,16 @@ def compare(
                     elif name == "mergekit" or repeat == 0:
                         warm_up(job)
                     shutil.rmtree(job["out"], ignore_errors=True)
-                    time_taken, anonymous, mapped = contender(job, args)
-                    seconds[name].append(time_taken)
-                    memory[name].append((anonymous, mapped))
+                    used[name].append(contender(job, args))
+                    seconds[name].append(used[name][-1][0])
             lowest = statistics.median(seconds["floor"])
             for name in (name for name in contenders if seconds[name]):
                 median = statistics.median(seconds[name])
-                anonymous, mapped = (max(values) for values in zip(*memory[name], strict=True))
+                _, cpu, anonymous, mapped = zip(*used[name], strict=True)
                 records.append({
                     "size": size, "dtype": dtype, "models": count, "method": method, "cache": cache, "contender": name,
-                    "seconds": median, "all": seconds[name], "ratio": median / lowest, "anonymous_mb": anonymous, "mapped_mb": mapped,
+                    "seconds": median, "all": seconds[name], "ratio": median / lowest, "cpu_seconds": statistics.median(cpu),
+                    "anonymous_mb": max(anonymous), "mapped_mb": max(mapped),
                 })  # fmt: skip
                 print(json.dumps(records[-1]), file=sys.stderr)
     return records
@@ -236,9 +239,9 @@ def read(path: str) -> None:
     os.close(fd)
 
 
-def floor(job: dict, args) -> tuple[float, float, float]:
+def floor(job: dict, args) -> Measured:
     """Read every input but the base, copy the base (which has the output's size), sync."""
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for path in files_of(job)[1:]:
         read(path)
     os.makedirs(job["out"])
@@ -252,16 +255,16 @@ def floor(job: dict, args) -> tuple[float, float, float]:
     os.fsync(target)
     os.close(source)
     os.close(target)
-    return time.perf_counter() - start, 0.0, 0.0
+    return time.perf_counter() - start, time.process_time() - cpu, 0.0, 0.0
 
 
-def engine(job: dict, args) -> tuple[float, float, float]:
-    _, anonymous, mapped, output = watched([sys.executable, "-c", ENGINE, json.dumps(job)])
+def engine(job: dict, args) -> Measured:
+    _, _, anonymous, mapped, output = watched([sys.executable, "-c", ENGINE, json.dumps(job)])
     told = json.loads(output.splitlines()[-1])
-    return told["seconds"], anonymous - told["before"], mapped
+    return told["seconds"], told["cpu"], anonymous - told["before"], mapped
 
 
-def command(job: dict, args) -> tuple[float, float, float]:
+def command(job: dict, args) -> Measured:
     words = [
         sys.executable,
         "-m",
@@ -279,11 +282,10 @@ def command(job: dict, args) -> tuple[float, float, float]:
         words += ["--task", f"{model}{known},weight=0.4"]
     if job["curvatures"]:
         words += ["--base-curvature", job["curvatures"][0]]
-    seconds, anonymous, mapped, _ = watched(words)
-    return seconds, anonymous, mapped
+    return watched(words)[:4]
 
 
-def mergekit(job: dict, args) -> tuple[float, float, float]:
+def mergekit(job: dict, args) -> Measured:
     parameters = {"weight": 0.4, **({"density": 0.2} if job["method"] == "ties" else {})}
     dtype = json.loads(Path(job["models"][0], "config.json").read_text())["dtype"]
     recipe = {
@@ -292,13 +294,12 @@ def mergekit(job: dict, args) -> tuple[float, float, float]:
     }  # fmt: skip
     path = args.folder / "mergekit.yml"
     path.write_text(json.dumps(recipe))  # JSON is YAML
-    seconds, anonymous, mapped, _ = watched([args.mergekit, str(path), job["out"]])
-    return seconds, anonymous, mapped
+    return watched([args.mergekit, str(path), job["out"]])[:4]
 
 
-def watched(words: list[str]) -> tuple[float, float, float, str]:
-    """Run a process to its end: (seconds, peak anonymous MB, peak mapped-file MB, stdout)."""
-    start = time.perf_counter()
+def watched(words: list[str]) -> tuple[float, float, float, float, str]:
+    """Run a process to its end: what `Measured` holds, and its stdout."""
+    start, cpu = time.perf_counter(), children_cpu()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
@@ -318,19 +319,24 @@ def watched(words: list[str]) -> tuple[float, float, float, str]:
     output, errors = process.communicate()
     if process.returncode:
         raise RuntimeError(f"{words[:4]} failed: {errors[-2000:]}")
-    return seconds, anonymous, mapped, output
+    return seconds, children_cpu() - cpu, anonymous, mapped, output
+
+
+def children_cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def table(records: list[dict]) -> str:
     lines = [
-        "| parameters | dtype | fine-tunes | method | cache | contender | seconds | x floor | anonymous MB | mapped MB |",
-        "|" + "---|" * 10,
+        "| parameters | dtype | fine-tunes | method | cache | contender | seconds | x floor | CPU seconds | anonymous MB | mapped MB |",
+        "|" + "---|" * 11,
     ]
     for r in records:
         memory = f"{r['anonymous_mb']:.0f} | {r['mapped_mb']:.0f}" if r["contender"] != "floor" else "- | -"
         lines.append(
             f"| {r['size']} | {r['dtype']} | {r['models']} | {r['method']} | {r['cache']} | {r['contender']} | {r['seconds']:.2f} "
-            f"| {r['ratio']:.2f} | {memory} |"
+            f"| {r['ratio']:.2f} | {r['cpu_seconds']:.2f} | {memory} |"
         )
     return "\n".join(lines)
 
