@@ -58,18 +58,15 @@ def vmap_grad(shape: Shape) -> Step:
     """torch.func.vmap(grad): per-example gradients of everything at once."""
     values = {name: value.detach() for name, value in shape.model.named_parameters()}
     inputs, labels = _inputs(shape)
+    if hasattr(shape.model, "config"):
+        shape.model.config.use_cache = False
 
     def loss(at: Result, x: Tensor, y: Tensor) -> Tensor:
         if not isinstance(shape.batch, dict):
             logits = torch.func.functional_call(shape.model, at, (x[None],))
             return nn.functional.cross_entropy(logits, y[None])
-        logits = torch.func.functional_call(
-            shape.model,
-            at,
-            (),
-            {"input_ids": x[None], "use_cache": False} if y.dim() else {"input_ids": x[None]},
-        ).logits
-        if y.dim():
+        logits = torch.func.functional_call(shape.model, at, (), {"input_ids": x[None]}).logits
+        if y.dim():  # a language model: the tokens are the labels
             return nn.functional.cross_entropy(logits[0, :-1], y[1:], reduction="sum")
         return nn.functional.cross_entropy(logits, y[None])
 
