@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gradmatch.engine import Context, add, curvature_loader, loader, pieces
-from gradmatch.kernels import Buffers, eq12, linear_combination, ties
+from gradmatch.explain import not_positive
+from gradmatch.kernels import Buffers, cancelled, eq12, linear_combination, ties
 from gradmatch.passes import Block, Edit, uniform
 from gradmatch.rules.regmean import regmean
 from gradmatch.stores import torch_dtype
@@ -92,7 +93,15 @@ def evaluate(
         return _eq12(context, step, first, last, buffers, stats)
     block = make_block(context, step, first, last, buffers, stats)
     assert rule.elementwise is not None
-    return rule.elementwise(block), block.theta0
+    merged = rule.elementwise(block)
+    if "keep" in step.options:
+        left = block.h0 - (block.alpha * block.h).sum(0)
+        update = (merged - block.theta0).square()
+        add(stats, {
+            "clamped": float((left < step.options["keep"] * block.h0).sum()), "update": float(update.sum()),
+            "update_h0": float((block.h0 * update).sum()),
+        })  # fmt: skip
+    return merged, block.theta0
 
 
 def _eq12(
@@ -109,9 +118,13 @@ def _eq12(
         theta = loader(task.store, step.name, first, last, dtype)
         mean = curvature_loader(task.mean, step.name, first, last, dtype)
         tasks.append((rule.fast * alpha, float(task.mean.num_examples), theta, mean))
-    keep = step.options.get("keep")
+    keep, guard = step.options.get("keep"), step.options.get("guard", "floor")
     base = loader(inputs.store, step.name, first, last, dtype)
-    merged, theta0, health = eq12(buffers, base, h0, scale, request.delta0, tasks, last - first, dtype, keep)
+    merged, theta0, health = eq12(
+        buffers, base, h0, scale, request.delta0, tasks, last - first, dtype, keep, guard
+    )
+    if health.cancelled:
+        raise ValueError(not_positive(step, health.cancelled, first, last))
     add(stats, {"floored": health.floored, "update": health.update, "weights": last - first})
     if keep is not None:
         add(stats, {"clamped": health.clamped, "update_h0": health.update_h0})
@@ -264,6 +277,13 @@ def make_block(
     )
     alpha = tau.new_tensor(step.alpha).reshape(rows, 1)
     h_bar = h0 + (alpha * h).sum(0)
+    broken = 0
+    if request.rule.divides:
+        broken = cancelled(h_bar, h0.abs() + (alpha * h).abs().sum(0), request.delta0)
+    elif "keep" in step.options:
+        broken = int((h0 < 0).sum())
+    if broken:
+        raise ValueError(not_positive(step, broken, first, last))
     add(
         stats,
         {"floored": float((h_bar < 2 * request.delta0).sum()) if request.delta0 else 0.0, "weights": count},

@@ -1,4 +1,4 @@
-"""Why a merged piece is not finite."""
+"""Why a piece cannot be merged: not finite, or without a positive curvature."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ if TYPE_CHECKING:
 
     from gradmatch.engine import Context
     from gradmatch.plan import Step
+
+
+def not_positive(step: Step, count: int, first: int, last: int) -> str:
+    """What to say where Hbar is not positive, and what to do."""
+    return (
+        f"{step.name!r}: at {count} weights (of elements {first} to {last}) the curvature H0 + sum alpha_t H_t is not positive: a "
+        "negative weight or a negative curvature (as a Hessian's) cancels it, so the merged loss has no minimum there; remove with "
+        "subtract / method='removal', whose guard keeps part of H0, or take a smaller weight, or a GGN or Fisher curvature"
+    )
 
 
 def explain(context: Context, step: Step, first: int, last: int, merged: Tensor) -> str:

@@ -46,10 +46,11 @@ def linear_combination(out: Tensor, scratch: Tensor, terms: Sequence[tuple[float
 
 @dataclass
 class Eq12Health:
-    """Sums over one piece: coordinates that the floor decides, that were clamped, and squared norms of the update."""
+    """Coordinates of one piece that the floor decides, were clamped, lack positive curvature; squared norms of the update."""
 
     floored: int = 0
     clamped: int = 0
+    cancelled: int = 0
     update: float = 0.0
     update_h0: float = 0.0
 
@@ -64,6 +65,7 @@ def eq12(
     count: int,
     dtype: torch.dtype,
     keep: float | None = None,
+    guard: str = "floor",
 ) -> tuple[Tensor, Tensor, Eq12Health]:
     """theta0 + (H0 + sum alpha_t H_t)^-1 sum alpha_t (H0 + H_t) tau_t, with H0 = h0_scale * h0 + delta0, H_t = N_t F_t.
 
@@ -76,7 +78,8 @@ def eq12(
         tasks: (alpha_t, N_t, load theta_t, load F_t or None where flat); alpha_t < 0 removes.
         count: elements.
         dtype: of the arithmetic.
-        keep: the guard of a removal, or None: where sum alpha_t H_t exceeds (1 - keep) H0 every H_t is scaled down to that.
+        keep: the share of H0 that must remain of a removal, or None where nothing is guarded.
+        guard: how it is kept, see `gradmatch.rules.removal`.
 
     Returns:
         The merged values (a buffer), theta0 (a buffer or view), and the health of the piece.
@@ -111,20 +114,41 @@ def eq12(
         torch.mul(prior, keep, out=weight)
         clamped = torch.lt(h_bar, weight, out=flags).nonzero().squeeze(1)
         health.clamped = len(clamped)
-        if health.clamped:  # few, so by index
+        if health.clamped and guard == "scale":  # few, so by index
             free = prior[clamped] * drift[clamped]  # the part of the numerator without the tasks' curvature
             share = (1 - keep) * prior[clamped] / (prior[clamped] - h_bar[clamped])
             numerator[clamped] = free + share * (numerator[clamped] - free)
         torch.maximum(h_bar, weight, out=h_bar)
-    elif delta0:  # 0 and 1 as floats: comparing into booleans takes five times as long
-        below = torch.lt(h_bar, 2 * delta0, out=buffers.get("load", count, dtype))
-        health.floored = int(below.sum())
+        if count and float(prior.min()) < 0:  # nothing that a guard could keep a share of
+            health.cancelled = int((prior < 0).sum())
+    else:  # 0 and 1 as floats: comparing into booleans takes five times as long
+        below = torch.le(h_bar, 2 * delta0, out=buffers.get("load", count, dtype))
+        floored = int(below.sum())
+        if floored or any(task[0] < 0 for task in tasks):
+            size = torch.abs(prior, out=tau)
+            for alpha, examples, _, mean in tasks:
+                if mean is not None:
+                    torch.abs(mean(buffers.get("load", count, dtype)), out=weight)
+                    size.add_(weight, alpha=abs(alpha) * examples)
+            health.cancelled = cancelled(h_bar, size, delta0)
+        health.floored = floored if delta0 else 0
     update = numerator.div_(h_bar)
     health.update = float(torch.dot(update, update))
     if keep is not None:
         torch.mul(update, update, out=weight)
         health.update_h0 = float(torch.dot(weight, prior))
     return update.add_(base), base, health
+
+
+def cancelled(h_bar: Tensor, size: Tensor, delta0: float) -> int:
+    """Coordinates at which Hbar = H0 + sum alpha_t H_t is not positive: below 0, or the remainder of a cancellation.
+
+    A remainder is what is left at about delta0, or at the rounding error of the sum. h_bar, size: (n,), with size =
+    |H0| + sum |alpha_t H_t| (equal to h_bar where nothing is negative, and 0 where nothing is known, which does not count).
+    """
+    rounding = 8 * torch.finfo(h_bar.dtype).eps
+    remainder = (h_bar <= 2 * delta0) & (h_bar < 0.1 * size) | (h_bar < rounding * size)
+    return int((remainder | (h_bar < 0)).sum())
 
 
 @dataclass

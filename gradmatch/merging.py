@@ -261,6 +261,7 @@ def subtract(
     base_curvature: CurvatureLike | float | None = None,
     weight: float = 1.0,
     keep: float = 0.1,
+    guard: str = "floor",
     method: str = "removal",
     **options: Any,
 ) -> Mapping[str, Tensor]:
@@ -271,7 +272,9 @@ def subtract(
         task: fine-tuned from the base on what is to go, with its curvature; one or several.
         base_curvature: the base's curvature; must stay above the tasks'.
         weight: alpha > 0, for all tasks, times each task's own weight.
-        keep: the guard: H0 - alpha H_t is floored at keep * H0.
+        keep: at least keep * H0 must remain of H0 - alpha H_t.
+        guard: how: "floor" floors it there; "scale" scales H_t down, which also bounds the step where the base knows next to
+            nothing (see `gradmatch.rules.removal.removal`).
         method: "removal", or a baseline: "negation" (task arithmetic), "ewr", "fisher_negation".
         **options: as for `merge` (out, delta0, base_weight, dtype, ...).
 
@@ -291,7 +294,7 @@ def subtract(
             f"{method!r} is no way to subtract{nearest(method, REMOVALS)}; choose one of {', '.join(REMOVALS)}"
         )
     tasks = [scaled(one, weight) for one in tasks]
-    own: dict[str, Any] = {"keep": keep} if method == "removal" else {}
+    own: dict[str, Any] = {"keep": keep, "guard": guard} if method == "removal" else {}
     result = merge(base, tasks, method=method, base_curvature=base_curvature, **own, **options)
     if method == "removal":
         report: Report = result.report  # type: ignore[attr-defined]

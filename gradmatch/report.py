@@ -17,7 +17,7 @@ CLAMP_WARNING = 0.01  # share of clamped weights beyond which a removal is not t
 KEPT_WARNING = 0.9  # share of the update beyond which rounding is no news
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """Health of one merge. Shares are of all weights that were merged; None where they do not apply.
 
@@ -27,7 +27,7 @@ class Report:
         tensors: merged, copied and averaged tensors.
         weights: number of merged weights.
         floor_share: share whose curvature is below delta0, where the floor decides (task arithmetic).
-        clamped_share: removal: share where H0 - alpha H_t had to be floored at keep * H0.
+        clamped_share: removal: share where the guard acts, H0 - alpha H_t < keep * H0.
         clamped: removal: the same by tensor.
         largest_alpha: removal: share -> the largest weight (for all tasks alike) at which less than this share is clamped.
         moved: by tensor, the norm of the update, and its norm in H0 (square root of nats) for a removal.
@@ -59,6 +59,13 @@ class Report:
         values["heads"] = {task: sorted(tensors) for task, tensors in self.heads.items()}
         values["largest_alpha"] = {str(share): alpha for share, alpha in self.largest_alpha.items()}
         return values
+
+    def __repr__(self) -> str:
+        shares = ("floor_share", "clamped_share", "sign_conflict_share", "kept_update")
+        known = {name: getattr(self, name) for name in shares if getattr(self, name) is not None}
+        counts = ", ".join(f"{count} tensors: {action}" for action, count in self.tensors.items())
+        numbers = "".join(f", {name}={value:.4g}" for name, value in known.items())
+        return f"Report({self.method}, {counts}, {self.weights} weights{numbers}, {len(self.notes)} notes)"
 
     def summary(self) -> str:
         """A few lines for a terminal."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gradmatch.rules import RULES, Rule
+from gradmatch.rules.removal import GUARDS
 from gradmatch.settings import numbers
 from gradmatch.stores import FLOATING, SAFETENSORS_NAME
 from gradmatch.transforms import TRANSFORMS, check_options
@@ -179,6 +180,11 @@ def _check_rule_options(method: str, options: Mapping[str, Any]) -> None:
             if not low <= value <= high or (name == "keep" and value == 0):
                 bounds = f"({low:g}, {high:g}]" if name == "keep" else f"[{low:g}, {high:g}]"
                 raise ValueError(f"{method}: {name} is {value:g}, it must lie in {bounds}")
+    if options.get("guard", GUARDS[0]) not in GUARDS:
+        chosen = str(options["guard"])
+        raise ValueError(
+            f"{method}: guard is {chosen!r}{nearest(chosen, GUARDS)}; choose one of {', '.join(GUARDS)}"
+        )
     for name in ("scale",):
         for value in numbers(options.get(name)):
             if not math.isfinite(value):

@@ -25,7 +25,7 @@ from gradmatch.removal import Problem, alpha_path, budget, path_table, removal_r
 CURVATURE = "curvature.safetensors"
 SIDES = ("keep", "remove")
 PARTS = 4
-REMOVAL_OPTIONS = ("base_weight", "delta0", "keep")
+REMOVAL_OPTIONS = ("base_weight", "delta0", "keep", "guard")
 
 
 def finetune(

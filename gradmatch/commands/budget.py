@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradmatch.rules.removal import GUARDS
 from gradmatch.subtraction import REMOVALS
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep", type=float, default=0.1, help="guard: at least keep * H0 remains (default 0.1)"
     )
     parser.add_argument(
+        "--guard", choices=GUARDS, default="floor", help="floor H0 - alpha H_t there (default), or scale H_t down"
+    )
+    parser.add_argument(
         "--base-weight", type=float, default=1.0, help="factor on the base's curvature (default 1)"
     )
     parser.add_argument("--delta0", type=float, default=1e-6, help="floor of the curvature (default 1e-6)")
@@ -72,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--nats must be positive, got {args.nats:g}")
     problem = Problem(
         args.base, parse_task(args.task), args.base_curvature, method=args.method, base_weight=args.base_weight,
-        delta0=args.delta0, keep=args.keep, retain=_objective(args, args.retain), remove=_objective(args, args.remove),
+        delta0=args.delta0, keep=args.keep, guard=args.guard, retain=_objective(args, args.retain), remove=_objective(args, args.remove),
     )  # fmt: skip
     path = alpha_path(problem, args.alphas)
     print(path_table(path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from gradmatch.commands.merge import add_model_arguments, make_plan, overrides, print_plan
+from gradmatch.rules.removal import GUARDS
 from gradmatch.subtraction import REMOVALS, scaled
 
 EXAMPLES = """
@@ -26,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep", type=float, default=0.1, help="guard: H0 - alpha H_t is at least keep * H0 (default 0.1)"
     )
+    parser.add_argument(
+        "--guard", choices=GUARDS, default="floor", help="floor H0 - alpha H_t there (default), or scale H_t down"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
             "nothing to subtract: give --base and at least one --task (see gradmatch subtract --help)"
         )
     if args.dry_run:
-        own = {"keep": args.keep} if args.method == "removal" else {}
+        own = {"keep": args.keep, "guard": args.guard} if args.method == "removal" else {}
         arguments["tasks"] = [scaled(task, args.weight) for task in arguments["tasks"]]
         print_plan(make_plan({**arguments, **own, "method": args.method}), args.out)
         return 0
@@ -46,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     arguments["task"] = arguments.pop("tasks")
     result = subtract(
-        **arguments, method=args.method, weight=args.weight, keep=args.keep,
+        **arguments, method=args.method, weight=args.weight, keep=args.keep, guard=args.guard,
         out=args.out, overwrite=args.overwrite, progress=not args.quiet,
     )  # fmt: skip
     print(result.report.summary())  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ import torch
 
 from estimators.curvature import Curvature
 from gradmatch.checkpoint import open_checkpoint
-from gradmatch.rules.removal import ewr, fisher_negation, removal
+from gradmatch.rules.removal import GUARDS, ewr, fisher_negation, removal
 from gradmatch.subtraction import REMOVALS, largest_alpha
 from gradmatch.task import Task
 
@@ -51,12 +51,13 @@ class Problem:
         base_curvature: of the base, on what must stay.
         method: one of REMOVALS.
         base_weight, delta0: H0 = base_weight * N0 F0 + delta0.
-        keep: floor of the guard, as a share of H0.
+        keep: what must remain of H0 - alpha H_t, as a share of H0.
+        guard: how, one of `gradmatch.rules.removal.GUARDS`.
         retain: data that must stay (an `Objective` on the base's module), or None.
         remove: data to be removed, or None.
 
     Raises:
-        ValueError: unknown method, a task without curvature, or a tokenizer that is not the base's.
+        ValueError: unknown method or guard, a task without curvature, or a tokenizer that is not the base's.
     """
 
     base: Model
@@ -66,6 +67,7 @@ class Problem:
     base_weight: float = 1.0
     delta0: float = 1e-6
     keep: float = 0.1
+    guard: str = "floor"
     retain: Objective | None = None
     remove: Objective | None = None
 
@@ -75,6 +77,8 @@ class Problem:
             near = get_close_matches(self.method, REMOVALS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(REMOVALS)}"
             raise ValueError(f"unknown way to remove {self.method!r}; {hint}")
+        if self.guard not in GUARDS:
+            raise ValueError(f"guard is {self.guard!r}; choose one of {', '.join(GUARDS)}")
         if self.task.curvature is None:
             raise ValueError(
                 f"task {self.task.name or 'to remove'!r} has no curvature; estimate it at its weights on what is to be removed"
@@ -123,7 +127,7 @@ class Problem:
         if self.method == "negation":
             return -alpha * piece.tau
         if self.method == "removal":
-            return removal(piece.theta0, tau, weight, piece.h0, h, self.keep) - piece.theta0
+            return removal(piece.theta0, tau, weight, piece.h0, h, self.keep, self.guard) - piece.theta0
         rule = ewr if self.method == "ewr" else fisher_negation
         return rule(piece.theta0, tau, weight, piece.h0, h) - piece.theta0
 

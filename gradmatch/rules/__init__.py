@@ -48,6 +48,7 @@ class Rule:
         transforms: edits of the task vectors that belong to the rule.
         models: (fewest, most) tasks.
         lacks: invariants that do not hold, each with the reason; tests assert both sides.
+        divides: whether it divides by Hbar = H0 + sum_t alpha_t H_t, which must then be positive.
     """
 
     formula: str
@@ -62,6 +63,7 @@ class Rule:
     transforms: tuple[str | Mapping[str, Mapping[str, Any]], ...] = ()
     models: tuple[int, float] = (1, float("inf"))
     lacks: Mapping[str, str] = field(default_factory=dict)
+    divides: bool = False
 
 
 CURVATURE = frozenset({"curvature"})
@@ -114,30 +116,30 @@ RULES: dict[str, Rule] = {
     ),
     "fisher": Rule(
         "(sum_t alpha_t H_t)^-1 sum_t alpha_t H_t theta_t", "FA in Daheim et al. 2024",
-        elementwise=lambda b: fisher(b.theta0, b.tau, b.alpha, b.delta0, b.h), fast=1, needs=CURVATURE,
+        elementwise=lambda b: fisher(b.theta0, b.tau, b.alpha, b.delta0, b.h), fast=1, needs=CURVATURE, divides=True,
     ),
     "fisher_base": Rule(
         "(H0 theta0 + sum_t alpha_t H_t tau_t) / (H0 + sum_t alpha_t H_t)", "FA1 in Daheim et al. 2024",
         elementwise=lambda b: fisher_base(b.theta0, b.tau, b.alpha, b.h0, b.h), needs=BOTH,
-        lacks={"single": MIXES, "equal": MIXES},
+        lacks={"single": MIXES, "equal": MIXES}, divides=True,
     ),
     "gradient_matching": Rule(
         EQ12, "Eq. 12 of Daheim et al. 2024",
-        elementwise=lambda b: gradient_matching(b.theta0, b.tau, b.alpha, b.h0, b.h), fast=1, needs=BOTH,
+        elementwise=lambda b: gradient_matching(b.theta0, b.tau, b.alpha, b.h0, b.h), fast=1, needs=BOTH, divides=True,
     ),
     "measured": Rule(
         "theta0 + Hbar^-1 sum_t alpha_t (H_t tau_t - g_t)", "Eq. 12 without Eq. 8: measured gradients",
         elementwise=lambda b: measured(b.theta0, b.tau, b.alpha, b.h0, b.h, b.g), needs=BOTH | {"gradient"},
-        lacks={"single": "it goes on to the minimum of the loss", "equal": "it goes on to the minimum of the losses"},
+        lacks={"single": "it goes on to the minimum of the loss", "equal": "it goes on to the minimum of the losses"}, divides=True,
     ),
     "removal": Rule(
-        "theta0 - sum_t alpha_t (H0 - c sum_s alpha_s H_s)^-1 (H0 + c H_t) tau_t, c <= 1 so that keep H0 remains", "Eq. 13 of Daheim et al. 2024",
-        elementwise=lambda b: removal(b.theta0, b.tau, b.alpha, b.h0, b.h, b.options["keep"]), fast=-1, needs=BOTH,
-        options={"keep": 0.1}, lacks=REMOVES,
+        "theta0 - sum_t alpha_t (H0 - sum_s alpha_s H_s)^-1 (H0 + H_t) tau_t, guarded so that keep H0 remains", "Eq. 13 of Daheim et al. 2024",
+        elementwise=lambda b: removal(b.theta0, b.tau, b.alpha, b.h0, b.h, b.options["keep"], b.options["guard"]), fast=-1, needs=BOTH,
+        options={"keep": 0.1, "guard": "floor"}, lacks=REMOVES,
     ),
     "ewr": Rule(
         "(H0 theta0 - sum_t alpha_t H_t tau_t) / (H0 + sum_t alpha_t H_t)", "elastic weight removal, Daheim et al. 2023",
-        elementwise=lambda b: ewr(b.theta0, b.tau, b.alpha, b.h0, b.h), needs=BOTH, lacks=REMOVES,
+        elementwise=lambda b: ewr(b.theta0, b.tau, b.alpha, b.h0, b.h), needs=BOTH, lacks=REMOVES, divides=True,
     ),
     "fisher_negation": Rule(
         "theta0 - sum_t alpha_t H_t / (H0 + H_t) tau_t", "baseline: negation scaled by the task's share of curvature",

@@ -8,16 +8,33 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def removal(theta0: Tensor, tau: Tensor, alpha: Tensor, h0: Tensor | float, h: Tensor, keep: float) -> Tensor:
+GUARDS = ("floor", "scale")
+
+
+def removal(
+    theta0: Tensor,
+    tau: Tensor,
+    alpha: Tensor,
+    h0: Tensor | float,
+    h: Tensor,
+    keep: float,
+    guard: str = "floor",
+) -> Tensor:
     """Eq. 13 of Daheim et al. 2024: theta0 - sum_t alpha_t (H0 - sum_s alpha_s H_s)^-1 (H0 + H_t) tau_t.
 
     It is Eq. 12 with alpha -> -alpha, and equals retraining without D_t on quadratic losses. theta0, h0: (*s,); tau, h:
     (T, *s); alpha > 0: (T, 1, ..., 1); 0 < keep <= 1. Returns (*s,). What remains of the base's curvature must stay
-    positive, at least keep * H0, but noisy diagonals break H0 > sum_s alpha_s H_s: there every H_t is scaled down by the
-    same factor until it holds, in both places. Flooring the denominator alone would leave (H0 + H_t) / (keep H0), which
-    has no bound where the base's curvature is next to nothing (rows of words that the kept text never uses).
+    positive, at least keep * H0, but noisy diagonals break H0 > sum_s alpha_s H_s. What happens there is the guard's:
+
+    floor: the denominator alone is floored, theta0 - sum_t alpha_t (H0 + H_t) tau_t / max(H0 - sum_s alpha_s H_s, keep H0).
+        A step then reaches alpha (H0 + H_t) / (keep H0) times tau, which has no bound where the base knows next to nothing
+        (in language models the rows of words that the kept text never uses, which can ruin the model).
+    scale: every H_t is scaled down by the same factor until it holds, in both places, which bounds the step.
     """
     removed = (alpha * h).sum(0)
+    if guard == "floor":
+        left = h0 - removed
+        return theta0 - (alpha * (h0 + h) * tau).sum(0) / left.maximum(left.new_tensor(keep) * h0)
     allowed = (1 - keep) * h0
     share = (allowed / removed).nan_to_num(nan=1.0, posinf=1.0).clamp(max=1.0)
     return theta0 - (alpha * (h0 + share * h) * tau).sum(0) / (h0 - share * removed)

@@ -61,6 +61,7 @@ def test_requests(options, text):
         (KNOWN, {}, r"gradient_matching needs the base's curvature; pass base_curvature"),
         (KNOWN, {"base_curvature": -1.0}, r"base_curvature is -1.0"),
         (KNOWN, {"base_curvature": H0, "keep": 0.0, "method": "removal"}, r"keep is 0, it must lie in \(0, 1\]"),
+        (KNOWN, {"base_curvature": H0, "guard": "flor", "method": "removal"}, r"guard is 'flor' \(did you mean 'floor'\?\); choose one of floor, scale"),
         ([Task(MODELS[0], name="a"), Task(MODELS[1], name="a")], {"method": "averaging"}, r"two tasks are called 'a'"),
         ([Task(MODELS[0], weight=math.nan)], {"method": "task_arithmetic"}, r"the weight of task 1 is nan; it must be finite"),
         ([Task(m, weight=w) for m, w in zip(MODELS, (1, -1), strict=True)], {"method": "weighted"}, r"sum to zero and cannot be normalised"),
@@ -102,6 +103,42 @@ def test_tasks(tasks, options, text):
 def test_wrong_types(call, text):
     with pytest.raises(TypeError, match=text):
         call()
+
+
+def known(model, value, n=1):
+    return Curvature.from_dict({"w": torch.tensor(value, dtype=model["w"].dtype)}, n)
+
+
+NOT_POSITIVE = [  # H0 (a tensor), curvatures, weights, delta0, method, and at how many of three weights
+    ([1.0, 1.0, 1.0], [[2.0, 0.5, 0.0]], [-1.0], 1e-6, "gradient_matching", 1),  # below zero
+    ([1.0, 1.0, 1.0], [[1.0, 0.5, 1.0]], [-1.0], 1e-6, "gradient_matching", 2),  # cancelled down to delta0
+    ([1.0, 1.0, 1.0], [[1.0, 0.5, 1.0]], [-1.0], 0.0, "gradient_matching", 2),  # cancelled to 0
+    ([1.0, 0.1, 1.0], [[0.7, 0.07, 0.0]], [-10.0 / 7], 1e-12, "gradient_matching", 2),  # to its rounding error
+    ([0.0, 0.0, 1.0], [[-1.0, 2.0, 2.0]], [1.0], 1e-6, "gradient_matching", 1),  # a Hessian
+    ([1.0, 1.0, 1.0], [[3.0, 1.0, 1.0], [3.0, 0.5, 0.5]], [1.0, -1.0], 1e-6, "fisher", 1),
+    ([1.0, 1.0, 1.0], [[2.0, 0.5, 0.0]], [-1.0], 1e-6, "fisher_base", 1),
+    ([1.0, 1.0, 1.0], [[2.0, 0.5, 0.0]], [-1.0], 1e-6, "ewr", 1),
+    ([-1.0, 1.0, 1.0], [[0.1, 0.1, 0.1]], [0.5], 1e-6, "removal", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("transforms", [(), ({"dare": {"density": 1.0}},)], ids=["kernel", "readable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("h0", "h", "weights", "delta0", "method", "count"), NOT_POSITIVE)
+def test_curvature_that_is_not_positive(h0, h, weights, delta0, method, count, dtype, transforms):
+    base, model = {"w": torch.zeros(3, dtype=dtype)}, {"w": torch.ones(3, dtype=dtype)}
+    tasks = [Task(model, known(base, each), weight) for each, weight in zip(h, weights, strict=True)]
+    options = {} if method == "fisher" else {"base_curvature": known(base, h0)}
+    with pytest.raises(ValueError, match=rf"'w': at {count} weights .* is not positive: .*method='removal'"):
+        merge(base, tasks, method=method, delta0=delta0, transforms=transforms, **options)
+
+
+@pytest.mark.parametrize("transforms", [(), ({"dare": {"density": 1.0}},)], ids=["kernel", "readable"])
+def test_negative_weights_that_leave_a_positive_curvature_are_merged(transforms):
+    base, model = {"w": torch.zeros(3)}, {"w": torch.ones(3)}
+    tasks = [Task(model, known(base, [0.5, 0.0, 0.25]), -1.0)]
+    merged = merge(base, tasks, base_curvature=known(base, [1.0, 0.0, 1.0]), transforms=transforms)["w"]
+    torch.testing.assert_close(merged, torch.tensor([-3.0, -1.0, -1.25 / 0.75]), rtol=1e-5, atol=0)
 
 
 def test_shapes_and_kinds_that_differ():

@@ -486,8 +486,17 @@ def test_analogy_with_curvature_and_weight():
         torch.testing.assert_close(
             found[name], models[2][name] + 0.5 * (models[1][name] - models[0][name]), **CLOSE
         )
-    curved = analogy(base, a, b, c, weight=0.2, method="gradient_matching", base_curvature=base_curvature)
+    options = {"method": "gradient_matching", "base_curvature": base_curvature}
+    curved = analogy(base, a, b, c, weight=0.2, base_weight=100.0, **options)
     assert set(curved) == set(base)
+    with pytest.raises(ValueError, match="is not positive"):
+        analogy(base, a, b, c, weight=0.9, base_weight=0.01, **options)
+
+
+def test_a_report_is_printed_in_one_line():
+    base, base_curvature, models, curvatures = problem(2)
+    report = merge(base, tasks_of(models, curvatures), base_curvature=base_curvature).report
+    assert repr(report) == "Report(gradient_matching, 5 tensors: merge, 97 weights, floor_share=0, 0 notes)"
 
 
 def test_averaging_warns_that_weights_play_no_role():

@@ -34,7 +34,7 @@ def random_problem(**options):
     return Problem(base, task, Curvature.from_dict(f0, N0), **settings), (base, model, f0, f, gradient)
 
 
-def moved(method, theta0, tau, h0, h, alpha):
+def moved(method, theta0, tau, h0, h, alpha, guard):
     """The displacement of one weight, from the formulas, and whether the guard decides it."""
     if method == "negation":
         return -alpha * tau, False
@@ -43,13 +43,16 @@ def moved(method, theta0, tau, h0, h, alpha):
     if method == "fisher_negation":
         return -alpha * h / (h0 + h) * tau, False
     guarded = h0 - alpha * h < KEEP * h0
+    if guard == "floor":
+        return -alpha * (h0 + h) * tau / max(h0 - alpha * h, KEEP * h0), guarded
     h = (1 - KEEP) * h0 / alpha if guarded else h
     return -alpha * (h0 + h) * tau / (h0 - alpha * h), guarded
 
 
+@pytest.mark.parametrize("guard", ["floor", "scale"])
 @pytest.mark.parametrize("method", METHODS)
-def test_path_without_data_is_the_diagonal_forecast(method):
-    problem, (base, model, f0, f, gradient) = random_problem(method=method)
+def test_path_without_data_is_the_diagonal_forecast(method, guard):
+    problem, (base, model, f0, f, gradient) = random_problem(method=method, guard=guard)
     for point in alpha_path(problem, ALPHAS):
         forgetting = collateral = 0.0
         clamped = count = 0
@@ -58,7 +61,7 @@ def test_path_without_data_is_the_diagonal_forecast(method):
                 *(x[name].flatten().tolist() for x in (base, model, f0, f, gradient)), strict=True
             ):
                 tau = t - t0
-                d, guarded = moved(method, t0, tau, BASE_WEIGHT * N0 * a + DELTA0, NT * b, point.alpha)
+                d, guarded = moved(method, t0, tau, BASE_WEIGHT * N0 * a + DELTA0, NT * b, point.alpha, guard)
                 collateral += 0.5 * a * d * d
                 forgetting += g / NT * d + 0.5 * b * ((d - tau) ** 2 - tau**2)
                 clamped += guarded
@@ -70,35 +73,48 @@ def test_path_without_data_is_the_diagonal_forecast(method):
         assert point.measured_collateral is None
 
 
-def test_the_guard_bounds_the_step_however_flat_the_base_is():
+def test_a_scaling_guard_bounds_the_step_however_flat_the_base_is():
     base, model = {"w": torch.zeros(3, dtype=torch.float64)}, {"w": torch.ones(3, dtype=torch.float64)}
     task = Task(model, Curvature.from_dict({"w": torch.tensor([0.0, 1.0, 1e9])}, 1))
     flat = Curvature.from_dict({"w": torch.tensor([1e-9, 1e-9, 1e-9])}, 1)
     with pytest.warns(UserWarning, match="clamped"):
-        moved = subtract(base, task, base_curvature=flat, weight=0.5, keep=0.1, delta0=0.0)["w"]
+        moved = subtract(base, task, base_curvature=flat, weight=0.5, keep=0.1, delta0=0.0, guard="scale")["w"]
     most = 0.5 * (1 + 0.9 / 0.5) / 0.1
     torch.testing.assert_close(moved, -torch.tensor([0.5, most, most], dtype=torch.float64))
 
 
-def test_two_tasks_share_the_guard():
+@pytest.mark.parametrize("transforms", [(), ({"dare": {"density": 1.0}},)], ids=["kernel", "readable"])
+@pytest.mark.parametrize("guard", ["floor", "scale"])
+def test_two_tasks_share_the_guard(guard, transforms):
     generator = torch.Generator().manual_seed(2)
     h0, h1, h2, t1, t2, theta0 = torch.rand(6, 50, generator=generator, dtype=torch.float64)
-    tasks = [Task({"w": theta0 + t}, Curvature.from_dict({"w": h}, 1), w) for t, h, w in ((t1, h1, 0.4), (t2, h2, 0.9))]
+    tasks = [
+        Task({"w": theta0 + t}, Curvature.from_dict({"w": h}, 1), w)
+        for t, h, w in ((t1, h1, 0.4), (t2, h2, 0.9))
+    ]
     with pytest.warns(UserWarning, match="clamped"):
-        found = subtract({"w": theta0}, tasks, base_curvature=Curvature.from_dict({"w": h0}, 1), keep=KEEP, delta0=0.0)["w"]
+        found = subtract(
+            {"w": theta0}, tasks, base_curvature=Curvature.from_dict({"w": h0}, 1), keep=KEEP, delta0=0.0, guard=guard, transforms=transforms,
+        )["w"]  # fmt: skip
     for i in range(50):
         removed = 0.4 * h1[i] + 0.9 * h2[i]
+        if guard == "floor":
+            pull = 0.4 * (h0[i] + h1[i]) * t1[i] + 0.9 * (h0[i] + h2[i]) * t2[i]
+            left = max(h0[i] - removed, KEEP * h0[i])
+            assert found[i] == pytest.approx(float(theta0[i] - pull / left), rel=1e-9)
+            continue
         c = min(1.0, (1 - KEEP) * h0[i] / removed)
         pull = 0.4 * (h0[i] + c * h1[i]) * t1[i] + 0.9 * (h0[i] + c * h2[i]) * t2[i]
         assert found[i] == pytest.approx(float(theta0[i] - pull / (h0[i] - c * removed)), rel=1e-9)
 
 
+@pytest.mark.parametrize("guard", ["floor", "scale"])
 @pytest.mark.parametrize("method", METHODS)
-def test_path_moves_as_subtract_does(method):
-    problem, (base, *_) = random_problem(method=method)
+def test_path_moves_as_subtract_does(method, guard):
+    problem, (base, *_) = random_problem(method=method, guard=guard)
     shared = {"base_curvature": problem.base_curvature, "base_weight": BASE_WEIGHT, "delta0": DELTA0}
     with pytest.warns(UserWarning, match="clamped") if method == "removal" else nullcontext():
-        result = subtract(base, problem.task, weight=0.7, keep=KEEP, method=method, **shared)
+        result = subtract(base, problem.task, weight=0.7, keep=KEEP, guard=guard, method=method, **shared)
     for piece in problem.pieces():
         torch.testing.assert_close(piece.theta0 + problem.displacement(piece, 0.7), result[piece.name])
 
@@ -246,6 +262,8 @@ def test_bad_problems(regression):
     problem, _ = random_problem()
     with pytest.raises(ValueError, match="did you mean 'removal'"):
         Problem(problem.base, problem.task, problem.base_curvature, method="remval")
+    with pytest.raises(ValueError, match="guard is 'ceil'; choose one of floor, scale"):
+        Problem(problem.base, problem.task, problem.base_curvature, guard="ceil")
     with pytest.raises(ValueError, match="'toxic' has no curvature"):
         Problem(problem.base, Task(problem.task.model, name="toxic"), problem.base_curvature)
     wide = {**problem.task.model, "layers.1.w": torch.zeros(6)}

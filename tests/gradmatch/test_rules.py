@@ -128,9 +128,8 @@ def fisher_base(theta0, taus, alphas, h0, hs, delta0):
 def removal(theta0, taus, alphas, h0, hs, delta0):
     h0 = h0 + delta0
     removed = sum(a * h for a, h in zip(alphas, hs, strict=True))
-    share = min(1.0, 0.9 * h0 / removed)  # the guard: what is removed leaves at least keep * H0
-    top = sum(a * (h0 + share * h) * t for a, h, t in zip(alphas, hs, taus, strict=True))
-    return theta0 - top / (h0 - share * removed)
+    top = sum(a * (h0 + h) * t for a, h, t in zip(alphas, hs, taus, strict=True))
+    return theta0 - top / max(h0 - removed, 0.1 * h0)  # the guard: at least keep * H0 remains
 
 
 def ewr(theta0, taus, alphas, h0, hs, delta0):

@@ -211,10 +211,10 @@ def loads(tensors):
     return [lambda buffer, t=t: t for t in tensors]
 
 
-@pytest.mark.parametrize("keep", [None, 0.3])
+@pytest.mark.parametrize(("keep", "guard"), [(None, "floor"), (0.3, "floor"), (0.3, "scale")])
 @pytest.mark.parametrize("h0", ["tensor", 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_eq12_kernel_is_the_readable_rule(keep, h0, dtype):
+def test_eq12_kernel_is_the_readable_rule(keep, guard, h0, dtype):
     count, tasks = 1000, 3
     theta0, theta = stacked(1, (count,), 1, dtype)[0], stacked(tasks, (count,), 2, dtype)
     mean, prior = stacked(tasks, (count,), 3, dtype).abs(), stacked(1, (count,), 4, dtype)[0].abs()
@@ -226,7 +226,7 @@ def test_eq12_kernel_is_the_readable_rule(keep, h0, dtype):
     given = [(sign * a, n, t, f) for a, n, t, f in zip(alphas, counts, loads(theta), loaded, strict=True)]
     base_h = (lambda buffer: prior) if h0 == "tensor" else h0
     found, base, health = eq12(
-        Buffers(), lambda buffer: theta0, base_h, 2.0, delta0, given, count, dtype, keep
+        Buffers(), lambda buffer: theta0, base_h, 2.0, delta0, given, count, dtype, keep, guard
     )
     full = 2.0 * (prior if h0 == "tensor" else torch.full_like(theta0, h0)) + delta0
     alpha = torch.tensor(alphas, dtype=dtype).reshape(-1, 1)
@@ -235,7 +235,7 @@ def test_eq12_kernel_is_the_readable_rule(keep, h0, dtype):
         expected = gradient_matching(theta0, theta - theta0, alpha, full, h)
         assert health.floored == int((full + (alpha * h).sum(0) < 2 * delta0).sum())
     else:
-        expected = removal(theta0, theta - theta0, alpha, full, h, keep)
+        expected = removal(theta0, theta - theta0, alpha, full, h, keep, guard)
         assert health.clamped == int((full - (alpha * h).sum(0) < keep * full).sum())
         assert health.update_h0 == pytest.approx(float((full * (expected - theta0) ** 2).sum()), rel=1e-3)
     assert base is theta0
