@@ -6,6 +6,7 @@ flattened batch), or time first. Which one it is, is found out by measuring (`pl
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 LAYOUTS = ("rows", "flat", "time", "flat_time")
@@ -38,6 +39,13 @@ def split(value: Tensor, layout: str, examples: int) -> Tensor:
     if layout == "time":
         return value.movedim(1, 0).unsqueeze(2)
     return unfold_rows(value, -1, examples).movedim(1, 0)
+
+
+def alike(value: Tensor, layouts: list[str], examples: int) -> bool:
+    """Whether all these layouts cut a tensor of this shape into the same examples."""
+    places = torch.arange(value.numel()).view(value.shape)
+    cuts = [split(places, layout, examples).flatten(1) for layout in layouts]
+    return all(torch.equal(cut, cuts[0]) for cut in cuts)
 
 
 def unfold_rows(value: Tensor, outer: int, inner: int) -> Tensor:

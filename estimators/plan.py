@@ -21,7 +21,7 @@ from estimators.batches import Batch
 from estimators.checks import check_determinism, check_independence
 from estimators.general import Recorded, differentiable, input_layouts, per_example_gradients, reproduces
 from estimators.handlers import find_handler
-from estimators.layout import LAYOUTS, WHOLE, fits, split
+from estimators.layout import LAYOUTS, WHOLE, alike, fits, split
 from estimators.likelihood import Seed
 from estimators.per_example import Engine
 from estimators.units import Call, Unit
@@ -194,12 +194,15 @@ def _settle(unit: Unit, evidence: list[Evidence], examples: int) -> bool:
     places = sorted({place for _, found in evidence for gradients in found for place in gradients})
     layouts: dict[int, str] = {}
     for place in places:
-        possible = (
+        possible = [
             layout
             for layout in LAYOUTS
             if all(_isolated(found, place, layout, examples) for _, found in evidence)
-        )
-        layouts[place] = next(possible, "")
+        ]
+        arrived = [gradients[place] for _, found in evidence for gradients in found if place in gradients]
+        if not any(value.any() for value in arrived) and not all(alike(v, possible, examples) for v in arrived):
+            possible = []  # no gradient, no evidence: taken where the shape leaves no choice
+        layouts[place] = next(iter(possible), "")
     if not all(layouts.values()):
         return False
     unit.layout, unit.outputs = next(iter(layouts.values()), "rows"), layouts

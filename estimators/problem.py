@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from estimators.batches import Batch
-from estimators.handlers import transposed_linear
+from estimators.handlers import find_handler, transposed_linear
 from estimators.inference import infer_likelihood
 from estimators.likelihood import Likelihood, Reading, Seed, find_logits
 from estimators.per_example import Engine
 from estimators.plan import Plan, make_plan
 from estimators.products import Workspace
 from estimators.randomness import uniforms
+from estimators.values import Own
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -40,6 +41,7 @@ class Problem:
         label_kind: what `info["labels"]` will say; empty until it is settled.
         columns: of the exact expectation over labels, or None where labels are sampled.
         draws: how many squares are averaged per example.
+        likelihood_name: of the likelihood, once it is known; also where other ranks or an interrupted run knew it.
         notes: more lines for `info`.
     """
 
@@ -58,6 +60,7 @@ class Problem:
     label_kind: str = ""
     columns: int | None = None
     draws: int = 1
+    likelihood_name: str = ""
     notes: dict[str, str] = field(default_factory=dict)
     engine: Engine | None = None
     plan: Plan | None = None
@@ -102,6 +105,7 @@ class Problem:
         if self.likelihood is None:
             self.likelihood = infer_likelihood(self.model, output, batch)
             log.info("likelihood: %s", self.likelihood.name)
+        self.likelihood_name = self.likelihood.name
         return self.likelihood
 
     def uniforms(self, batch: Batch, draw: int) -> Callable[[int], Tensor]:
@@ -124,19 +128,21 @@ class Problem:
             self.notes["unused_parameters"] = ", ".join(self.plan.unused)
 
     def is_transposed(self, name: str) -> bool:
-        """Whether a weight is kept as (in, out)."""
-        units = self.plan.units if self.plan is not None else []
-        return any(
-            unit.handler is transposed_linear and unit.parameters.get("weight") == name for unit in units
-        )
+        """Whether a weight is kept as (in, out); told by its module, since a rank may have seen no batch."""
+        module, _, local = name.rpartition(".")
+        return local == "weight" and find_handler(self.model.get_submodule(module)) is transposed_linear
 
     def _probe_seed(self, output: Any, batch: Batch) -> Seed:
-        """Any informative gradient at the outputs, to find where the examples lie."""
+        """A gradient at the outputs that reaches every example, ignored labels or not, to find where the examples lie."""
         if self.label_kind == "none":
             logits = find_logits(output)
-            return logits, torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
-        likelihood = self.likelihood_for(output, batch)
-        return likelihood.sampled(likelihood.read(output, batch), self.uniforms(batch, 2**40))
+        else:
+            likelihood = self.likelihood_for(output, batch)
+            reading = likelihood.read(output, batch)
+            if isinstance(likelihood, Own):  # only it knows what its output is
+                return likelihood.sampled(reading, self.uniforms(batch, 2**40))
+            logits = reading.output
+        return logits, torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
 
 
 def with_length_check(run: Callable[[], T], model: nn.Module, batch: Batch) -> T:

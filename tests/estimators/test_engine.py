@@ -140,6 +140,38 @@ def test_a_first_batch_of_one_example_is_enough_to_begin_with():
     )
 
 
+class Gated(nn.Module):
+    """Time first inside; the rows whose inputs are zero send no gradient to any layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm, self.head = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        steps = x.transpose(0, 1)
+        weights = torch.linspace(0.1, 1, len(steps), dtype=x.dtype)[:, None, None]
+        h = torch.tanh(self.norm(self.inner(steps))) * weights
+        return self.head(h.sum(0) * (x != 0).any(2).any(1)[:, None])
+
+
+@pytest.mark.parametrize("silent", ["ignored labels", "no gradient"])
+@pytest.mark.parametrize(("steps", "examples"), [(3, 8), (6, 6), (9, 5), (4, 4), (5, 5)])
+def test_layouts_are_not_settled_by_rows_without_gradient(silent, steps, examples):
+    torch.manual_seed(0)
+    model = Gated().double()
+    x = torch.randn(examples, steps, 4).double()
+    y = torch.arange(examples) % 3
+    if silent == "ignored labels":
+        y[:3] = -100
+    else:
+        x[:3] = 0
+    batch = {"x": x, "labels": y}
+    loss = lambda m, row: F.cross_entropy(m(row["x"]), row["labels"], reduction="sum", ignore_index=-100)  # noqa: E731
+    expected = oracle.mean_of_squares(oracle.per_example_gradients(model, batch, loss))
+    found = estimate(model, [(x, y)], method="empirical_fisher", progress=False)
+    assert oracle.relative_l1(found, expected) < 1e-9
+
+
 def test_only_one_example_at_all():
     model, batch, loss = make("gpt2")
     one = oracle.cut(batch, 1)
