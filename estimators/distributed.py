@@ -51,15 +51,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def shared_out(
-    batches: Iterable[Any], reader: BatchReader, skip: int
-) -> Iterator[tuple[int, int, Batch | None]]:
-    """Index, examples of the whole run up to and with it, and the batch if it is this rank's (else None).
-
-    Args:
-        batches: the user's iterable.
-        reader: makes `Batch`es.
-        skip: so many batches were done before an interruption; they are read but not yielded as batches.
-    """
+    batches: Iterable[Any], reader: BatchReader
+) -> Iterator[tuple[int, int, Batch, bool]]:
+    """Index, examples of the whole run up to and with it, the batch, and whether it is this rank's to add."""
     rank, world = place()
     sampler = getattr(batches, "sampler", None)
     if world > 1 and isinstance(sampler, torch.utils.data.DistributedSampler):
@@ -72,13 +66,13 @@ def shared_out(
             )  # rows before the padding starts
             local += batch.size
             kept = batch.rows(0, real) if 0 < real < batch.size else batch
-            yield index, min(length, world * local), kept if index >= skip and real else None
+            yield index, min(length, world * local), kept, real > 0
         return
     seen = 0
     for index, raw in enumerate(batches):
         batch = reader(raw, index, seen)
         seen += batch.size
-        yield index, seen, batch if index >= skip and index % world == rank else None
+        yield index, seen, batch, index % world == rank
 
 
 def add_up(sums: dict[str, Tensor], device: torch.device) -> None:

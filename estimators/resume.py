@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
 from estimators import distributed
+from estimators.batches import Batch
 from estimators.convergence import Convergence
 from estimators.problem import Problem
 
@@ -24,17 +30,29 @@ class Journal:
         rank, world = distributed.place()
         self.path = Path(f"{os.fspath(path)}.{rank}" if world > 1 else os.fspath(path))
         self.identity = {**identity, "processes": str(world)}
+        self.last: tuple[int, str] | None = None  # examples up to the last batch that was done, and its digest
 
-    def save(self, problem: Problem, convergence: Convergence, batches: int) -> None:
-        """Write aside and rename, so that an interruption here loses nothing."""
+    def save(
+        self, problem: Problem, convergence: Convergence, batches: int, last: Batch, seen: int
+    ) -> None:
+        """Write aside and rename, so that an interruption here loses nothing.
+
+        Args:
+            problem, convergence: what is saved.
+            batches, seen: how many of them and how many examples are done, on all ranks.
+            last: the last of the batches; the run that goes on must meet it at the same place.
+        """
         from safetensors.torch import save_file
 
         state = {
             "batches": batches,
+            "seen": seen,
+            "last": digest(last),
             "counts": problem.counts,
             "label_kind": problem.label_kind,
             "columns": problem.columns,
             "draws": problem.draws,
+            "likelihood": problem.likelihood_name,
             "notes": problem.notes,
             "convergence": vars(convergence),
         }
@@ -79,18 +97,38 @@ class Journal:
             device = problem.sums[key].device if key in problem.sums else problem.device
             problem.sums[key] = value.to(device).clone()  # aligned memory: the same rounding as without
         problem.counts.update(state["counts"])
-        problem.label_kind, problem.columns, problem.draws = (
-            state["label_kind"],
-            state["columns"],
-            state["draws"],
-        )
+        problem.label_kind, problem.likelihood_name = state["label_kind"], state["likelihood"]
+        problem.columns, problem.draws = state["columns"], state["draws"]
+        self.last = state["seen"], state["last"]
         problem.notes.update(state["notes"])
         vars(convergence).update(state["convergence"])
         return int(state["batches"])
 
+    def check(self, batch: Batch, seen: int) -> None:
+        """The last batch that was done before the interruption must be the one that it was then.
+
+        Raises:
+            ValueError: other data, another order or another batch size.
+        """
+        if self.last is not None and self.last != (seen, digest(batch)):
+            raise ValueError(
+                f"{self.path} was saved after batch {batch.index}, which ended with example {self.last[0]:,}; here it ends with "
+                f"example {seen:,}{' and holds other data' if self.last[0] == seen else ''}. Give the same batches in the same order (no "
+                "reshuffling), or remove the file to start again"
+            )
+
     def remove(self) -> None:
         """The run is complete."""
         self.path.unlink(missing_ok=True)
+
+
+def digest(batch: Batch) -> str:
+    """Of everything in a batch: inputs and labels."""
+    hashed = hashlib.sha256()
+    for value in pytree.tree_leaves((batch.args, batch.kwargs, batch.labels)):
+        if isinstance(value, Tensor):
+            hashed.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def identity(problem: Problem, method: str, fingerprint: str, likelihood: Any) -> dict[str, str]:

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from estimators import distributed
 from estimators.batches import Batch, BatchReader
 from estimators.convergence import Convergence
-from estimators.inference import make_likelihood
 from estimators.problem import Problem
 from estimators.resume import Journal
 from estimators.sinks import DIAGONAL
@@ -66,8 +65,12 @@ def run(
     saved = time.monotonic()
     silent = not loop.progress or rank > 0
     with tqdm(desc=loop.title, unit=" examples", disable=silent, total=count_examples(batches)) as bar:
-        for index, seen, batch in distributed.shared_out(batches, reader, loop.done):
-            if batch is not None:
+        index = -1
+        for index, seen, batch, mine in distributed.shared_out(batches, reader):
+            if index < loop.done:  # before the interruption
+                if loop.journal and index + 1 == loop.done:
+                    loop.journal.check(batch, seen)
+            elif mine:
                 step = loop.chunk or batch.size
                 for first in range(0, batch.size, step):
                     estimator.step(problem, batch.rows(first, min(first + step, batch.size)))
@@ -75,8 +78,8 @@ def run(
                 if convergence.due(batch.size * problem.draws):
                     convergence.add(traces(problem))
             bar.update(seen - bar.n)
-            if loop.journal and time.monotonic() - saved > loop.seconds:
-                loop.journal.save(problem, convergence, index + 1)
+            if loop.journal and index >= loop.done and time.monotonic() - saved > loop.seconds:
+                loop.journal.save(problem, convergence, index + 1, batch, seen)
                 saved = time.monotonic()
             if (
                 loop.tolerance is not None
@@ -85,6 +88,11 @@ def run(
             ):
                 problem.notes["stopped"] = f"relative error of the trace below {loop.tolerance}"
                 break
+    if index + 1 < loop.done:
+        raise ValueError(
+            f"the interrupted run had done {loop.done} batches, here there are {index + 1}: these are other data or another "
+            f"batch size; remove {loop.journal.path if loop.journal else ''}, or give the batches of that run"
+        )
 
 
 def count_examples(batches: Iterable[Any]) -> int | None:
@@ -112,15 +120,14 @@ def add_up_ranks(problem: Problem, convergence: Convergence) -> None:
     if world == 1:
         return
     distributed.add_up(problem.sums, problem.device)
-    likelihood = None if problem.likelihood is None else problem.likelihood.name
-    mine = (problem.counts, problem.label_kind, problem.columns, problem.draws, likelihood, problem.notes)
+    mine = (
+        problem.counts, problem.label_kind, problem.columns, problem.draws, problem.likelihood_name, problem.notes,
+    )  # fmt: skip
     everyone = distributed.gather(mine)
     settled = max(everyone, key=lambda each: each[0]["examples"])
-    _, problem.label_kind, problem.columns, problem.draws, likelihood, notes = settled
+    _, problem.label_kind, problem.columns, problem.draws, problem.likelihood_name, notes = settled
     problem.counts = sum((each[0] for each in everyone), start=Counter())
     problem.notes = {**notes, "processes": str(world)}
-    if problem.likelihood is None and likelihood is not None:
-        problem.likelihood = make_likelihood(likelihood)
     together = Convergence.merged(distributed.gather(convergence))
     convergence.sizes, convergence.traces = together.sizes, together.traces
 
@@ -154,7 +161,7 @@ def provenance(
         "samples": str(problem.samples),
         "reduction": problem.reduction,
         "labels": problem.label_kind,
-        "likelihood": problem.likelihood.name if problem.likelihood is not None else "none",
+        "likelihood": problem.likelihood_name or (problem.likelihood.name if problem.likelihood is not None else "none"),
         "seed": str(problem.seed),
         "fingerprint": print_of_weights,
         "torch": torch.__version__,

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 from estimators import Curvature, distributed, estimate
@@ -133,6 +134,52 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, options):
             one, other = getattr(resumed, part)(key), getattr(whole, part)(key)
             assert (one is None) == (other is None)
             assert one is None or torch.equal(one, other)
+
+
+def other(x, y, kind):
+    if kind == "batch size":
+        return pieces(x, y, 20)
+    if kind == "data":
+        return pieces(x + 1, y)
+    if kind == "order":
+        return pieces(x.flip(0), y.flip(0))
+    return pieces(x, y)[:3]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("batch size", "ended with example 40; here it ends with example 80"),
+        ("data", "ends with example 40 and holds other data"),
+        ("order", "ends with example 40 and holds other data"),
+        ("fewer", "had done 4 batches, here there are 3"),
+    ],
+)
+def test_an_interrupted_run_goes_on_with_the_same_batches_only(tmp_path, kind, message):
+    x, y = rows(120)
+    journal = tmp_path / "run.partial"
+    with pytest.raises(Interrupted):
+        estimate(net(), stopping(pieces(x, y), 4), checkpoint=journal, checkpoint_seconds=0, progress=False)
+    with pytest.raises(ValueError, match=message):
+        estimate(net(), other(x, y, kind), checkpoint=journal, progress=False)
+    assert journal.exists()
+
+
+def test_a_run_interrupted_after_its_last_batch_is_whole(tmp_path):
+    x, y = rows(20)
+    torch.manual_seed(0)
+    model = nn.Sequential(tf.pytorch_utils.Conv1D(5, 4), nn.Tanh(), nn.Linear(5, 3)).double()
+    options = {"method": "kfac", "progress": False}
+    whole = estimate(model, pieces(x, y), **options)
+    journal = tmp_path / "run.partial"
+    with pytest.raises(Interrupted):
+        estimate(
+            model, stopping([*pieces(x, y), None], 2), checkpoint=journal, checkpoint_seconds=0, **options
+        )
+    resumed = estimate(model, pieces(x, y), checkpoint=journal, **options)
+    assert dict(resumed.info) == dict(whole.info)
+    assert resumed.info["likelihood"] == "classification"
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
 def test_a_journal_of_another_run_is_refused(tmp_path):
