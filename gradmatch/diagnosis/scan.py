@@ -211,7 +211,12 @@ def scan_tensor(
 
 
 def find_moved_rows(before: Tensor, after: Tensor) -> MovedRows | None:
-    """Where rows went; None where fewer than two rows changed more than they kept. (R, P), (R, P)."""
+    """Where rows went; None where fewer than two rows changed more than they kept. (R, P), (R, P).
+
+    Matrices of fewer than eight rows (heads of a few classes) are left out: a match among so few says little.
+    """
+    if len(before) < 8:
+        return None
     suspects, match, close = similarity.moved_rows(before, after)
     if len(suspects) < 2:
         return None

@@ -8,7 +8,7 @@ import torch
 
 from estimators import estimate
 from experiments import config as configs
-from experiments.diagnosis import encoder, tiny
+from experiments.diagnosis import encoder, forecasting, tiny
 from experiments.diagnosis.cases import CASES, HEALTHY, VARIANTS, reordered
 from experiments.diagnosis.confusion import diagnose_case, diagnose_cases
 from experiments.studies import diagnosis, forecast
@@ -143,3 +143,66 @@ def test_permuted_encoder_is_the_same_function(encoders):
         encoders.module.load_state_dict(theta)
         outputs.append(encoders.module(**inputs).logits)
     torch.testing.assert_close(outputs[0], outputs[1])
+
+
+@pytest.fixture(scope="module")
+def folders(encoders, tmp_path_factory):
+    """The encoders as the folders of a sentiment run's stages, with data."""
+    from datasets import Dataset
+
+    root = tmp_path_factory.mktemp("stages")
+    generator = torch.Generator().manual_seed(0)
+    for domain in ("one", "two"):
+        for split in ("train", "validation", "test"):
+            ids = torch.randint(1, 60, (24, 6), generator=generator).tolist()
+            labels = torch.randint(2, (24,), generator=generator).tolist()
+            rows = {"input_ids": ids, "attention_mask": [[1] * 6] * 24, "labels": labels}
+            Dataset.from_dict(rows).save_to_disk(str(root / "data" / domain / split))
+    for name, theta in {"base": encoders.base, **encoders.tasks}.items():
+        encoders.module.load_state_dict(theta)
+        encoders.module.save_pretrained(root / name / "model")
+        encoders.curvatures[name].save(root / f"curvature-{name}" / "curvature.safetensors")
+    return {
+        "data": root / "data",
+        "base": root / "base",
+        "tasks": {task: root / task for task in encoders.tasks},
+        "base_curvature": root / "curvature-base",
+        "curvatures": {task: root / f"curvature-{task}" for task in encoders.tasks},
+    }
+
+
+def test_forecast_stage(folders, tmp_path):
+    settings = {
+        "examples": 16,
+        "kfac": 8,
+        "test": 12,
+        "grid": [0.0, 1.0],
+        "draws": 2,
+        "seed": 0,
+        "delta0": 1e-6,
+    }
+    forecasting.forecast(tmp_path, **folders, **settings)
+    found = json.loads((tmp_path / "forecast.json").read_text())
+    assert set(found["correlations"]) == {"exact", "kronecker", "diagonal"}
+    assert len(found["grid"]) == 4
+    assert set(found["weights"]["closed form, preconditioned"]) == {"gm:one", "gm:two"}
+    assert {row["merge"] for row in found["rows"]} >= {
+        "AM",
+        "GM",
+        "TIES",
+        "only one",
+        "random 1",
+        "Kronecker, tau",
+    }
+    own = [row for row in found["rows"] if row["merge"] == f"only {row['task']}"]
+    assert all(abs(row["measured"]) < 1e-4 and abs(row["exact"]) < 1e-4 for row in own)
+    assert found["quadratic"]["exact"]["one"] > 0
+    assert forecast.report([{"kind": "forecast", "seed": 0, **found}]).startswith("Seed 0")
+
+
+def test_encoder_stage(folders, tmp_path, monkeypatch):
+    chosen = {name: encoder.CASES[name] for name in ("a lucky NaN", "vocabulary shifted by one")}
+    monkeypatch.setattr(encoder, "CASES", chosen)
+    encoder.diagnose_encoder(tmp_path, **folders, examples=12, seed=0)
+    rows = json.loads((tmp_path / "cases.json").read_text())
+    assert [row["found"] for row in rows] == ["not_finite", "vocabulary_shift"]
