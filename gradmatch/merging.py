@@ -282,8 +282,9 @@ def subtract(
         As `merge`. The report holds the clamped share overall and per tensor, the largest weight for given shares, and what moved.
 
     Raises:
-        ValueError: as `merge`; also another method, or a weight below 0.
+        ValueError: as `merge`; also another method, a weight below 0, or a task with another tokenizer than the base.
     """
+    from gradmatch.removal.problem import check_tokenizers
     from gradmatch.subtraction import REMOVALS, largest_alpha, scaled
 
     tasks = [task] if isinstance(task, Task) else list(task)
@@ -294,6 +295,8 @@ def subtract(
             f"{method!r} is no way to subtract{nearest(method, REMOVALS)}; choose one of {', '.join(REMOVALS)}"
         )
     tasks = [scaled(one, weight) for one in tasks]
+    for one in tasks:
+        check_tokenizers(base, one.model)
     own: dict[str, Any] = {"keep": keep, "guard": guard} if method == "removal" else {}
     result = merge(base, tasks, method=method, base_curvature=base_curvature, **own, **options)
     if method == "removal":

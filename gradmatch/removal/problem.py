@@ -22,6 +22,7 @@ from gradmatch.task import Task
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gradmatch.checkpoint import Checkpoint
     from gradmatch.diagnosis.objective import Objective
     from gradmatch.task import Model
 
@@ -155,7 +156,7 @@ def mean_gradient(curvature: Curvature, name: str) -> Tensor | None:
     return None if gradient is None else gradient / curvature.num_examples
 
 
-def check_tokenizers(base: Model, model: Model) -> None:
+def check_tokenizers(base: Model | Checkpoint, model: Model) -> None:
     """Compare the tokenizers of two folders; models without a tokenizer file beside them pass.
 
     Raises:
@@ -171,7 +172,7 @@ def check_tokenizers(base: Model, model: Model) -> None:
     )
 
 
-def _vocabulary(model: Model) -> tuple[int, str] | None:
+def _vocabulary(model: Model | Checkpoint) -> tuple[int, str] | None:
     """(number of tokens, hash of the vocabulary) of a model folder with a tokenizer.json, else None."""
     if not isinstance(model, (str, os.PathLike)):
         return None

@@ -256,6 +256,8 @@ def test_tokenizers_are_compared(tmp_path):
     Problem(base, Task(same, curvature), curvature)
     with pytest.raises(ValueError, match=r"\(2 tokens\).*\(3 tokens\) differ"):
         Problem(base, Task(other, curvature), curvature)
+    with pytest.raises(ValueError, match="was not fine-tuned from this base"):
+        subtract(base, Task(other, curvature), base_curvature=curvature)
 
 
 def test_bad_problems(regression):
