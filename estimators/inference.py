@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from estimators.batches import Batch
-from estimators.likelihood import Categorical, Likelihood, OwnLikelihood, checked_logits
+from estimators.likelihood import Categorical, Likelihood, OwnLikelihood, checked_logits, field_of
 from estimators.values import Bernoulli, Gaussian, Own
 
 LIKELIHOODS = (
@@ -22,7 +22,7 @@ HEADS = (
     ("MaskedLMHeadModel", "masked_lm"),
     ("ForCausalLM", "causal_lm"),
     ("LMHeadModel", "causal_lm"),
-    ("ForConditionalGeneration", "seq2seq"),
+    ("ForConditionalGeneration", "causal_lm"),  # of images and text, say; seq2seq where there is an encoder
     ("ForSeq2SeqLM", "seq2seq"),
 )
 NUMBERED = (
@@ -68,17 +68,23 @@ def infer_likelihood(model: nn.Module, output: Any, batch: Batch) -> Likelihood:
     base = getattr(model, "get_base_model", None)
     inner = base() if callable(base) else model
     name = type(inner).__name__
+    if name.endswith("ForQuestionAnswering") or field_of(output, "start_logits") is not None:
+        raise ValueError(
+            f"{name} predicts where an answer starts and where it ends, and no likelihood of ours covers both: pass your own "
+            "with sample(output, generator) and log_prob(output, labels)"
+        )
     logits, labels = checked_logits(output, batch), batch.labels
     if hasattr(inner, "config"):
+        both_sides = bool(getattr(inner.config, "is_encoder_decoder", False))
         for ending, kind in HEADS:
             if name.endswith(ending):
-                return (
-                    Categorical("token_classification", class_dim=1)
-                    if kind == "segmentation"
-                    else Categorical(kind)
-                )
+                if kind == "segmentation":
+                    return Categorical("token_classification", class_dim=1)
+                return Categorical("seq2seq" if kind == "causal_lm" and both_sides else kind)
         if name.endswith(NUMBERED):
             return _by_problem_type(inner.config, labels)
+        if both_sides and logits.dim() == 3:
+            return Categorical("seq2seq")
     return _by_shape(logits, labels)
 
 

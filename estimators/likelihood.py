@@ -112,6 +112,11 @@ class Categorical:
         view = logits.detach().movedim(self.class_dim, -1)
         places = list(view.shape[1:-1])
         view = view.reshape(batch.size, -1, view.shape[-1])
+        if view.shape[2] == 1:
+            raise ValueError(
+                f"{self.name} with logits {list(logits.shape)} has one class, whose probability is always 1: its curvature is "
+                'zero; pass likelihood="bernoulli" for a yes/no logit or "regression" for a number'
+            )
         labels = batch.labels
         if self.name == "causal_lm" and labels is None:
             labels = batch.ids
@@ -155,7 +160,10 @@ class Categorical:
         """p - onehot(y) with y ~ p."""
         probabilities = _probabilities(reading)
         flat = probabilities.flatten(0, 1)
-        labels = draw_index(flat, uniforms(reading.view.shape[1]).reshape(-1))
+        draws = uniforms(reading.view.shape[1])
+        if reading.valid is not None:  # numbered by the predictions that count, so padding on the left changes nothing
+            draws = draws.gather(1, (reading.valid.cpu().cumsum(1) - 1).clamp_(min=0))
+        labels = draw_index(flat, draws.reshape(-1))
         return self._seed(reading, probabilities, labels.view(reading.view.shape[:2]))
 
     def columns(self, reading: Reading) -> int | None:
@@ -243,7 +251,7 @@ def find_logits(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     for key in ("logits", "prediction_logits", "out"):
-        value = output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
+        value = field_of(output, key)
         if isinstance(value, Tensor):
             return value
     leaves = list(output.values()) if isinstance(output, Mapping) else output
@@ -254,6 +262,11 @@ def find_logits(output: Any) -> Tensor:
         f"found no logits in the model's output of type {type(output).__name__}; return a tensor or an object with "
         "`logits`, or pass your own likelihood (sample and log_prob)"
     )
+
+
+def field_of(output: Any, key: str) -> Any:
+    """An entry of a mapping or an attribute of anything else; None where there is none."""
+    return output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
 
 
 def shift_left(values: Tensor, fill: Any) -> Tensor:

@@ -162,6 +162,10 @@ CASES = {
     "logits without classes": (
         lambda: Returns(lambda h: h[:, 0]), [(X, Y)], {"likelihood": "classification"}, ValueError, 'likelihood="bernoulli"',
     ),
+    "one class": (
+        lambda: nn.Linear(4, 1), [(X, Y % 2)], {"likelihood": "classification"}, ValueError, "has one class, whose probability",
+    ),
+    "one class without labels": (lambda: nn.Linear(4, 1), [X], {"likelihood": "classification"}, ValueError, "has one class"),
     "logits of other rows": (
         lambda: Returns(lambda h: h[:2]), [(X, Y)], {}, ValueError, r"examples but the model returned logits of shape \[2, 3\]",
     ),

@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from estimators import Bernoulli, Categorical, Gaussian, estimate
 from tests import oracle
-from tests.estimators.architectures import V, as_batches, causal_loss, language, make, mlp, plain
+from tests.estimators.architectures import ENCODER, V, as_batches, causal_loss, language, make, mlp, plain
 
 
 def logits_of(model, row):
@@ -157,6 +158,74 @@ def test_likelihood_by_the_shapes_of_plain_modules(outputs, labels, name):
         nn.Linear(4, outputs), [(torch.randn(4, 4), labels)], method="empirical_fisher", progress=False
     )
     assert found.info["likelihood"] == name
+
+
+def question_answering():
+    return tf.BertForQuestionAnswering(tf.BertConfig(**{**ENCODER, "num_labels": 2}))
+
+
+def gemma():
+    text = {**GEMMA, "vocab_size": V, "hidden_size": 8, "intermediate_size": 12}
+    vision = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    return tf.Gemma3ForConditionalGeneration(
+        tf.Gemma3Config(
+            text_config=text, vision_config={**vision, "image_size": 16, "patch_size": 8}, mm_tokens_per_image=4,
+            image_token_index=V - 1, boi_token_index=V - 2, eoi_token_index=V - 3,
+        )
+    )  # fmt: skip
+
+
+GEMMA = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+MARIAN = {
+    "vocab_size": V, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12, "max_position_embeddings": 16,
+    "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "forced_eos_token_id": 2,
+}  # fmt: skip
+
+
+def test_generators_without_an_encoder_predict_the_next_token():
+    model, ids = gemma().double().eval(), torch.randint(0, V - 3, (4, 6))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    found = estimate(model, [batch], method="empirical_fisher", gradient=True, progress=False)
+    assert found.info["likelihood"] == "causal_lm"
+    name = "model.language_model.norm.weight"
+    summed = model(**batch).loss * 4 * 5  # its own loss is a mean over the tokens
+    expected = torch.autograd.grad(summed, model.get_parameter(name))[0]
+    assert float((found.gradient(name) - expected).norm() / expected.norm()) < 1e-6
+
+
+def test_encoder_decoders_of_any_name_are_seq2seq():
+    model = tf.MarianMTModel(tf.MarianConfig(**MARIAN)).double()
+    batch = {"input_ids": torch.randint(3, V, (3, 5)), "labels": torch.randint(3, V, (3, 5))}
+    batch["attention_mask"] = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    found = estimate(model, [batch], method="empirical_fisher", progress=False)
+    assert found.info["likelihood"] == "seq2seq"
+    assert found.info["predictions_seen"] == "15"  # the encoder's padding says nothing about the targets
+
+
+def test_span_models_need_ones_own_likelihood():
+    batch = {"input_ids": torch.randint(3, V, (4, 6))}
+    with pytest.raises(ValueError, match="BertForQuestionAnswering predicts where an answer starts"):
+        estimate(question_answering(), [batch], progress=False)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_draws_do_not_depend_on_padding(side):
+    model, batch, _ = make("gpt2")
+    lengths = (6, 3, 5, 2, 4)
+    wide = torch.randint(3, V, (5, 9))
+
+    def padded(rows, width):
+        ids, mask = torch.ones(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+        for place, row in enumerate(rows):
+            real = slice(width - lengths[row], width) if side == "left" else slice(0, lengths[row])
+            ids[place, real], mask[place, real] = wide[row, : lengths[row]], 1
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+    together = estimate(model, [padded(range(5), 9)], progress=False)
+    alone = estimate(model, [padded([row], lengths[row]) for row in range(5)], progress=False)
+    assert together.info["labels"] == "sampled from the model"
+    assert oracle.relative_l1(alone, together) < 1e-9
 
 
 def test_token_ids_are_their_own_labels_for_a_language_model():
