@@ -34,11 +34,14 @@ def models(tmp_path_factory):
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     start = {name: value.clone() for name, value in model.state_dict().items()}
+    shared = {
+        name: 0.02 * torch.randn_like(value) for name, value in start.items()
+    }  # task vectors with something in common
     model.save_pretrained(folder / "base")
     for number in range(3):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(start[name] + 0.02 * torch.randn_like(parameter))
+                parameter.copy_(start[name] + shared[name] + 0.02 * torch.randn_like(parameter))
         model.save_pretrained(folder / f"m{number}")
     return folder
 
