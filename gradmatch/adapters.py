@@ -76,8 +76,14 @@ class AdapterStore:
         return values
 
     def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
-        """Byte ranges of the base and, where there is one, of the replacement."""
-        return self._factors.files(self._replaced[name]) if name in self._replaced else self._base.files(name)
+        """Byte ranges of the base or its replacement, and of the factors."""
+        keys = [self._replaced[name]] if name in self._replaced else []
+        if name in self._low_rank:
+            keys += [self._low_rank[name].a, self._low_rank[name].b]
+        if name in self._added:
+            keys.append(self._added[name][0])
+        own = [] if name in self._replaced else self._base.files(name)
+        return [*own, *(found for key in keys for found in self._factors.files(key))]
 
     def _expanded(self, low_rank: LowRank, name: str, values: Tensor, first: int, last: int) -> Tensor:
         """theta0 + scale * B A, for the rows that a flat range touches."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -166,17 +163,21 @@ def _in_memory(made: Plan, batches: Any, progress: bool) -> Merged:
 def _to_folder(made: Plan, out: Path, overwrite: bool, progress: bool) -> Checkpoint:
     """The result as a folder that appears whole."""
     from gradmatch.card import card_files
+    from gradmatch.sources import identity
     from gradmatch.stream import stream
     from gradmatch.verify import verify
     from gradmatch.writer import FolderSink
 
     sink = FolderSink(out, made, identity(made), overwrite=overwrite)
+    out = sink.out
     try:
         with _bar(made, progress) as on_progress:
             stats = stream(made, sink, sink.stats, on_progress)
         report = make_report(made, stats)
         report.heads = task_heads(made)
-        sink.publish(card_files(made, report))
+        sink.complete(card_files(made, report))
+        verify(open_checkpoint(sink.folder), made)
+        sink.publish()
     except OSError:
         sink.close_quietly()  # what was journalled stays for the next run
         raise
@@ -188,7 +189,6 @@ def _to_folder(made: Plan, out: Path, overwrite: bool, progress: bool) -> Checkp
         raise
     checkpoint = open_checkpoint(out)
     checkpoint.report = report
-    verify(checkpoint, made)
     return checkpoint
 
 
@@ -198,37 +198,6 @@ def task_heads(made: Plan) -> dict[str, dict[str, Tensor]]:
     return {
         tasks[t].name: {name: tasks[t].checkpoint[name] for name in names} for t, names in made.heads.items()
     }
-
-
-def identity(made: Plan) -> str:
-    """What makes two runs the same merge: request, steps, and the files they read. In-memory inputs are never the same."""
-    inputs = made.inputs
-    stores = [inputs.store, *(task.store for task in inputs.tasks)]
-    stores += [store for task in inputs.tasks for store in (task.mean, task.gradient, task.factor) if store]
-    files: dict[str, list[int]] = {}
-    memory = False
-    for store in [*stores, inputs.base_curvature]:
-        if store is None or isinstance(store, float):
-            continue
-        for name in store:
-            for file, _, _ in store.files(name):
-                found = os.stat(file.path)
-                files[str(file.path.resolve())] = [found.st_size, found.st_mtime_ns]
-            memory = memory or not store.files(name)
-    steps = [
-        (s.name, s.action, str(s.spec), s.compute, s.tasks, s.alpha, s.options, s.edits) for s in made.steps
-    ]
-    request = {key: value for key, value in vars(made.request).items() if not callable(value)}
-    content: list[Any] = [
-        request,
-        steps,
-        files,
-        [task.name for task in inputs.tasks],
-        uuid.uuid4().hex if memory else "",
-    ]
-    if isinstance(inputs.base_curvature, float):
-        content.append(inputs.base_curvature)
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class _bar:

@@ -1,4 +1,4 @@
-"""Checks of a finished output: what was promised is what the files hold."""
+"""Checks of a completed output before it is put into place: what was promised is what the files hold."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def verify(checkpoint: Checkpoint, made: Plan) -> None:
         wrong = sorted(name for name in {*held, *planned} if held.get(name) != planned.get(name))
         name = wrong[0]
         raise ValueError(
-            f"{checkpoint.path}: {name!r} is {held.get(name)}, planned was {planned.get(name)}; do not use this output"
+            f"{checkpoint.path}: {name!r} is {held.get(name)}, planned was {planned.get(name)}; the output is not put into place"
         )
     if made.request.verify == "reload":
         reload(checkpoint)
@@ -51,4 +51,4 @@ def reload(checkpoint: Checkpoint) -> None:
         if info.get(key)
     }
     if problems:
-        raise ValueError(f"{checkpoint.path}: transformers reports {problems}; do not use this output")
+        raise ValueError(f"{checkpoint.path}: transformers reports {problems}; the output is not put into place")

@@ -1,14 +1,12 @@
 """The output folder: written aside, journalled so that an interrupted merge resumes, and renamed into place when whole.
 
-`OUT.partial` holds preallocated shards, `journal.jsonl` and `lock`. A tensor is journalled only after its bytes are on disk;
-the next run of the same merge writes what is missing and the result is byte-identical. Another merge into the same folder
-starts afresh. The lock belongs to the process and falls with it.
+`OUT.partial` holds preallocated shards; the journal beside it names the tensors whose bytes are on disk. The next run of the
+same merge writes what is missing and the result is byte-identical. Another merge into the same folder starts afresh.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import queue
@@ -20,6 +18,8 @@ from typing import TYPE_CHECKING
 
 from gradmatch.checkpoint import INDEX
 from gradmatch.layout import Layout, carry_along
+from gradmatch.publishing import beside, check_absent, lock, place, recover, replace_folder, sync
+from gradmatch.sources import check_apart
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,25 +36,39 @@ class FolderSink:
         out: the folder to appear.
         plan: its tensors.
         identity: of the merge; a journal of another one is discarded.
-        overwrite: replace a folder that is there.
+        overwrite: replace a merge that is there.
+
+    Attributes:
+        out: the folder, links followed.
+        folder: where it is written first.
+        stats: of every tensor that an interrupted run has finished.
 
     Raises:
-        FileExistsError: `out` is there and holds something.
+        ValueError: `out` lies on an input.
+        FileExistsError: `out` is there and holds something, or what stands there is no merge.
         BlockingIOError: another process is writing it.
         OSError: no space for the whole output; nothing is left behind.
     """
 
     def __init__(self, out: Path, plan: Plan, identity: str, *, overwrite: bool = False) -> None:
-        self.out, self.plan, self.overwrite = out, plan, overwrite
-        check_absent(out, overwrite)
-        self.folder = out.with_name(out.name + ".partial")
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self.folder.mkdir(exist_ok=True)
-        self._lock = _lock(self.folder / "lock", out)
+        self.out, self.plan = place(out), plan
+        check_apart(self.out, plan.inputs)  # before anything is created
+        self.folder, self._journal_path, _ = beside(self.out)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self._journal = os.fdopen(lock(self.out), "r+b")
+        try:
+            recover(self.out)
+            check_absent(self.out, overwrite)
+        except BaseException:
+            if not os.fstat(self._journal.fileno()).st_size:
+                self._journal_path.unlink()
+            self._journal.close()
+            raise
         self.layout = Layout(plan)
         self.stats: dict[str, dict[str, float]] = {}
         self._fds: dict[str, int] = {}
         try:
+            self.folder.mkdir(exist_ok=True)
             if not self._read_journal(identity):
                 self._start(identity)
             for shard in self.layout.shards:
@@ -62,7 +76,6 @@ class FolderSink:
         except BaseException:
             self.abandon()
             raise
-        self._journal = open(self.folder / "journal.jsonl", "a", encoding="utf-8")  # noqa: SIM115 closed with the sink
         self._queue: queue.Queue[tuple[str, Mapping[str, float]] | None] = queue.Queue()
         self._failure: BaseException | None = None
         self._committer = threading.Thread(target=self._commit, name="commit", daemon=True)
@@ -102,11 +115,10 @@ class FolderSink:
         with contextlib.suppress(OSError):
             self.close()
 
-    def publish(self, extra: Mapping[str, bytes]) -> None:
-        """Add config, tokenizer, index and `extra` files, sync, and rename the folder into place."""
+    def complete(self, extra: Mapping[str, bytes]) -> None:
+        """Add config, tokenizer, index and `extra` files to the folder, and sync; it can be read from now on."""
         self._stop()
         if self._failure:
-            self._release()
             raise self._failure
         carried = carry_along(self.plan, self.folder)
         files = dict(extra)
@@ -120,11 +132,12 @@ class FolderSink:
                 file.flush()
                 os.fsync(file.fileno())
         for name in carried:
-            _sync(self.folder / name)
-        (self.folder / "journal.jsonl").unlink()
-        _sync(self.folder)
-        replace_folder(self.folder, self.out, self.overwrite)
-        (self.out / "lock").unlink(missing_ok=True)
+            sync(self.folder / name)
+        sync(self.folder)
+
+    def publish(self) -> None:
+        """Rename the completed folder into place."""
+        replace_folder(self.out)
         self._release()
 
     def abandon(self) -> None:
@@ -132,13 +145,16 @@ class FolderSink:
         if hasattr(self, "_committer"):
             self._stop()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._journal_path.unlink(missing_ok=True)
         self._release()
 
     def _start(self, identity: str) -> None:
         """Lay out empty shards with their headers; the space is claimed now, before any work."""
         for path in self.folder.iterdir():
-            if path.name != "lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._journal.truncate(0)
+        self._journal.seek(0)
+        self._record({"identity": identity})
         for shard in self.layout.shards:
             header, size = self.layout.header(shard)
             with (self.folder / shard).open("wb") as file:
@@ -146,30 +162,36 @@ class FolderSink:
                 file.write(header)
                 file.flush()
                 os.fsync(file.fileno())
-        with (self.folder / "journal.jsonl").open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"identity": identity}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        _sync(self.folder)
+        sync(self.folder)
+        self._record({"laid out": True})  # only now can it be resumed
 
     def _read_journal(self, identity: str) -> bool:
         """Take over what an interrupted run of the same merge has finished; False where there is nothing to take."""
-        path = self.folder / "journal.jsonl"
-        if not path.is_file():
-            return False
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a last line without its end was cut
-        if not lines or json.loads(lines[0]).get("identity") != identity:
+        whole, entries = 0, []
+        for line in self._journal.read().splitlines(keepends=True):
+            try:
+                if not line.endswith(b"\n"):
+                    break  # cut
+                entries.append(json.loads(line))
+            except ValueError:
+                break  # damaged, as a loss of power can leave it: what follows does not count
+            whole += len(line)
+        if entries[:2] != [{"identity": identity}, {"laid out": True}]:
             return False
         for shard in self.layout.shards:
             file = self.folder / shard
             if not file.is_file() or file.stat().st_size != self.layout.header(shard)[1]:
                 return False
-        for line in lines[1:]:
-            entry = json.loads(line)
-            self.stats[entry["tensor"]] = entry["stats"]
-        whole = sum(len(line.encode()) + 1 for line in lines)
-        os.truncate(path, whole)
+        self.stats |= {entry["tensor"]: entry["stats"] for entry in entries[2:]}
+        self._journal.truncate(whole)
+        self._journal.seek(whole)
         return True
+
+    def _record(self, *entries: Mapping[str, object]) -> None:
+        """Add lines to the journal, and sync it."""
+        self._journal.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
+        self._journal.flush()
+        os.fdatasync(self._journal.fileno())
 
     def _commit(self) -> None:
         """Sync data, then journal, in batches, while the workers go on."""
@@ -185,10 +207,7 @@ class FolderSink:
                 if waiting and (item is None or held >= SYNC_BYTES):
                     for shard in {self.layout.place[name][0] for name, _ in waiting}:
                         os.fdatasync(self._fds[shard])
-                    for name, stats in waiting:
-                        self._journal.write(json.dumps({"tensor": name, "stats": stats}) + "\n")
-                    self._journal.flush()
-                    os.fdatasync(self._journal.fileno())
+                    self._record(*({"tensor": name, "stats": stats} for name, stats in waiting))
                     waiting, held = [], 0
             except OSError as error:
                 self._failure = error
@@ -200,61 +219,26 @@ class FolderSink:
         if self._committer.is_alive():
             self._queue.put(None)
             self._committer.join()
-        self._journal.close()
 
     def _release(self) -> None:
+        """Close the files; the lock falls with the journal."""
         for fd in self._fds.values():
             os.close(fd)
         self._fds = {}
         with contextlib.suppress(OSError):
-            os.close(self._lock)
+            self._journal.close()
 
 
-def check_absent(out: Path, overwrite: bool) -> None:
-    """Refuse to touch what is there.
-
-    Raises:
-        FileExistsError: a file, or a folder that holds something and is not to be replaced.
-    """
-    if out.is_file():
-        raise FileExistsError(f"{out} is a file; the output is a folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise FileExistsError(
-            f"the output folder {out} exists; pass overwrite (--overwrite) to replace it, or choose another"
-        )
+def check_output(out: str | os.PathLike[str], plan: Plan, overwrite: bool) -> None:
+    """All that `FolderSink` refuses before it begins, for a dry run; errors as there."""
+    check_apart(place(out), plan.inputs)
+    check_absent(place(out), overwrite)
 
 
-def replace_folder(folder: Path, out: Path, overwrite: bool) -> None:
-    """Rename a finished folder into place; an old one disappears only after the new one is there."""
-    old = None
-    if out.is_dir():
-        if overwrite and any(out.iterdir()):
-            old = out.with_name(f"{out.name}.replaced")
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(out, old)
-        else:
-            out.rmdir()
-    os.rename(folder, out)
-    _sync(out.parent)
-    if old:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _lock(path: Path, out: Path) -> int:
-    """Hold the folder for this process.
-
-    Raises:
-        BlockingIOError: another process holds it.
-    """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise BlockingIOError(
-            f"another process is writing {out} (it holds {path}); wait for it or choose another folder"
-        ) from error
-    return fd
+def check_output(out: str | os.PathLike[str], plan: Plan, overwrite: bool) -> None:
+    """All that `FolderSink` refuses before it begins, for a dry run; errors as there."""
+    check_apart(place(out), plan.inputs)
+    check_absent(place(out), overwrite)
 
 
 def _claim(fd: int, size: int, out: Path) -> None:
@@ -270,12 +254,3 @@ def _claim(fd: int, size: int, out: Path) -> None:
             error.errno,
             f"no room for {size / 1e9:.2f} GB in {out.parent}: {error.strerror}; nothing was written",
         ) from error
-
-
-def _sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

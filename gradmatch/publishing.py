@@ -1,0 +1,133 @@
+"""The places around an output folder: who may write it, what may be replaced, and how it appears whole.
+
+OUT.partial           what is being written
+OUT.partial.journal   what of it is finished; its lock is held by the process that writes
+OUT.replaced          the merge that stood at OUT before, for the moment between two renames
+
+Nothing is emptied or replaced that a merge did not write: a folder with a card, or a .partial with its journal. Where a
+process died between two steps, the next one to write OUT puts things right (`recover`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+from gradmatch.card import CARD
+
+BEGINNING = b'{"identity": '  # of every journal
+
+
+def place(out: str | os.PathLike[str]) -> Path:
+    """The output folder as an absolute path, links followed.
+
+    Raises:
+        ValueError: the root, or the working directory or a folder around it, which cannot be renamed into place.
+    """
+    path = Path(out).expanduser().resolve()
+    if path in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(
+            f"the output folder {path} is or holds the working directory and cannot be put into place by renaming; "
+            "name a folder inside it"
+        )
+    return path
+
+
+def beside(out: Path) -> tuple[Path, Path, Path]:
+    """The paths of OUT.partial, OUT.partial.journal and OUT.replaced."""
+    partial, journal, replaced = (".partial", ".partial.journal", ".replaced")
+    return (
+        out.with_name(out.name + partial),
+        out.with_name(out.name + journal),
+        out.with_name(out.name + replaced),
+    )
+
+
+def check_absent(out: Path, overwrite: bool) -> None:
+    """Refuse to touch what is there and is no merge of ours.
+
+    Raises:
+        FileExistsError: a file; a folder that holds something and is not to be replaced, or that no merge wrote; or
+            something else under the name of what is written first.
+    """
+    if out.is_file():
+        raise FileExistsError(f"{out} is a file; the output is a folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise FileExistsError(
+                f"the output folder {out} exists; pass overwrite (--overwrite) to replace it, or choose another"
+            )
+        if not (out / CARD).is_file():
+            raise FileExistsError(
+                f"{out} holds files but no {CARD}, so no merge wrote it and it is not replaced; remove it yourself or choose another"
+            )
+    partial, journal, replaced = beside(out)
+    begun = journal.read_bytes() if journal.is_file() else b""
+    ours = begun.startswith(BEGINNING)
+    if begun and not ours:
+        raise FileExistsError(
+            f"{journal} is damaged or no journal of a merge; remove it together with {partial}, or choose another output"
+        )
+    if partial.exists() and not ours and (partial.is_file() or any(partial.iterdir())):
+        raise FileExistsError(
+            f"{partial} is where {out} would be written first, and it is no unfinished merge; move it away"
+        )
+    if replaced.exists() and not (replaced / CARD).is_file():
+        raise FileExistsError(
+            f"{replaced} is where the old {out} would wait, and it is no merge; move it away"
+        )
+
+
+def lock(out: Path) -> int:
+    """Hold an output for this process, by its journal; returns the open journal.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    path = beside(out)[1]
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(fd)
+            raise BlockingIOError(
+                f"another process is writing {out} (it holds {path}); wait for it or choose another folder"
+            ) from error
+        if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+            return fd
+        os.close(fd)  # whoever held it has finished and removed it meanwhile
+
+
+def recover(out: Path) -> None:
+    """Put right what a process left that died while it published: the old output comes back, or goes for good."""
+    partial, journal, replaced = beside(out)
+    if (replaced / CARD).is_file():
+        if out.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.rename(replaced, out)
+    if out.exists() and not partial.exists():
+        os.truncate(journal, 0)  # published: the journal was all that was left to remove
+
+
+def replace_folder(out: Path) -> None:
+    """Rename a finished .partial into place; an old output disappears only after the new one is there."""
+    partial, journal, replaced = beside(out)
+    if out.is_dir() and any(out.iterdir()):
+        os.rename(out, replaced)
+    os.rename(partial, out)  # over an empty folder too
+    sync(out.parent)
+    journal.unlink()
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
