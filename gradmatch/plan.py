@@ -174,7 +174,7 @@ def _check_task_options(tasks: Sequence[Any], chain: Edits) -> None:
 
 
 def _edit_options(
-    options: Mapping[str, Any], tasks: Sequence[Any], name: str, depth: float
+    options: Mapping[str, Any], tasks: Sequence[Any], name: str, depth: float | None
 ) -> dict[str, Any]:
     """A transform's options for one tensor; a tuple, one value a task, where tasks have their own."""
     found: dict[str, Any] = {}
@@ -185,7 +185,7 @@ def _edit_options(
     return found
 
 
-def _weight(task: Any, name: str, depth: float) -> float:
+def _weight(task: Any, name: str, depth: float | None) -> float:
     """alpha_t of one tensor.
 
     Raises:

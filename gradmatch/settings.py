@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Setting = float | Sequence[Any] | Mapping[str, Any]
-LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|encoder|decoder|stages)\.(\d+)(?:\.|$)")
-FIRST = re.compile(r"embed|wte|wpe|shared|patch", re.IGNORECASE)
+LAYER = re.compile(r"(?:^|\.)(?:(?:layers?|h|blocks?|encoder|decoder|stages)\.|layer)(\d+)(?:\.|$)")
+NUMBERED = re.compile(r"^(\d+)\.")  # the modules of an nn.Sequential
+FIRST = re.compile(r"embed|wte|wpe|shared|patch|^conv1\.|^bn1\.|stem", re.IGNORECASE)
 
 
 def layer_of(name: str) -> int | None:
@@ -27,31 +28,46 @@ def layer_of(name: str) -> int | None:
 class Depth:
     """Where in the depth of a model a tensor lies: 0 at the first layer, 1 at the last.
 
-    Embeddings count as the first layer, everything else outside the layers (final norm, head) as the last.
+    Embeddings count as the first layer, everything else outside the layers (final norm, head) as the last. Where no name
+    holds a layer, numbers that lead the names count as layers.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        self.count = max((index + 1 for index in map(layer_of, names) if index is not None), default=1)
+        names = list(names)
+        self._index: Callable[[str], int | None] = layer_of
+        if all(layer_of(name) is None for name in names):
+            self._index = _leading_number
+        found = [index for index in map(self._index, names) if index is not None]
+        self._range = (min(found), max(found)) if found else None
 
-    def of(self, name: str) -> float:
-        """Position in [0, 1]."""
-        index = layer_of(name)
+    def of(self, name: str) -> float | None:
+        """Position in [0, 1]; None in a model without layers."""
+        if self._range is None:
+            return None
+        index = self._index(name)
         if index is None:
             return 0.0 if FIRST.search(name) else 1.0
-        return index / max(1, self.count - 1)
+        first, last = self._range
+        return (index - first) / max(1, last - first)
 
 
-def value_at(setting: Setting | Any, name: str, depth: float, what: str = "setting") -> Any:
+def _leading_number(name: str) -> int | None:
+    """The module of an nn.Sequential that a parameter belongs to, or None."""
+    found = NUMBERED.search(name)
+    return int(found.group(1)) if found else None
+
+
+def value_at(setting: Setting | Any, name: str, depth: float | None, what: str = "setting") -> Any:
     """The value of a setting for one tensor.
 
     Args:
         setting: see the module's head; text and booleans are returned as they are.
         name: the tensor.
-        depth: its position in [0, 1].
+        depth: its position in [0, 1], or None in a model without layers.
         what: how to call the setting in an error.
 
     Raises:
-        ValueError: no pattern or filter matches the name.
+        ValueError: no pattern or filter matches the name, or a list over the depth of a model without layers.
         TypeError: nothing that a setting can be.
     """
     if isinstance(setting, (bool, str)) or setting is None:
@@ -75,11 +91,17 @@ def value_at(setting: Setting | Any, name: str, depth: float, what: str = "setti
                     return value_at(entry["value"], name, depth, what)
             raise ValueError(f"{what}: no filter matches tensor {name!r}; add a last entry without a filter")
         if all(isinstance(entry, (int, float)) and not isinstance(entry, bool) for entry in setting):
+            if len(setting) == 1:
+                return float(setting[0])
+            if depth is None:
+                raise ValueError(
+                    f"{what} is a list over the depth, {list(setting)}, but names such as {name!r} hold no layers; "
+                    'give numbers by patterns of names instead, such as {"*.weight": 0.7, "*": 0.3}'
+                )
             position = depth * (len(setting) - 1)
-            left = min(int(position), len(setting) - 2) if len(setting) > 1 else 0
-            right = min(left + 1, len(setting) - 1)
+            left = min(int(position), len(setting) - 2)
             share = position - left
-            return float((1 - share) * setting[left] + share * setting[right])
+            return float((1 - share) * setting[left] + share * setting[left + 1])
     raise TypeError(
         f"{what}: {setting!r} is no number, list of numbers over the depth, table of patterns, or list of filters with values"
     )

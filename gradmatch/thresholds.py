@@ -40,10 +40,12 @@ def global_thresholds(context: Context) -> dict[tuple[int, float], Tensor]:
             if name == "ties" and options["trim"] == "global":
                 density = options["density"]
                 each = density if isinstance(density, tuple) else (density,)
-                wanted.setdefault(position, set()).update(share for share in each if share < 1)
+                if shares := {share for share in each if share < 1}:
+                    wanted.setdefault(position, set()).update(shares)
     tasks = len(context.inputs.tasks)
     thresholds: dict[tuple[int, float], Tensor] = {}
-    for position, shares in wanted.items():
+    context.thresholds = thresholds  # a later trim in a chain needs what was found for the earlier ones
+    for position, shares in sorted(wanted.items()):
         steps = [step for step in context.plan.steps if len(step.edits) > position and step.action == "merge"]
         sizes = [sum(step.spec.numel for step in steps if t in step.tasks) for t in range(tasks)]
         targets = [

@@ -77,13 +77,14 @@ DROPS = {
 
 
 TA_OPTIONS = {"scale": 1.0, "normalize": False}
+TIES_OPTIONS = {"scale": 1.0}  # normalize is TIES' own: dividing by all weights after it would divide twice
 
 
 def TA(
     alpha: Sequence[float], gram: Sequence[Sequence[float]] | None, options: Mapping[str, Any]
 ) -> tuple[float, list[float], str]:
     """Task arithmetic, for itself and for every method that only edits task vectors."""
-    return (*task_arithmetic(alpha, options["scale"], options["normalize"]), "")
+    return (*task_arithmetic(alpha, options["scale"], options.get("normalize", False)), "")
 
 
 FIXED_T = {
@@ -172,21 +173,21 @@ RULES: dict[str, Rule] = {
         "t mean_t theta_t + (1-t) theta0, t from the mean cosine of tau", "Jang et al. 2024", gram="tau",
         linear=lambda a, gram, o: model_stock(gram or ()), lacks=IGNORES,
     ),
-    "ties": Rule(SUM + ", tau' by TIES", "Yadav et al. 2023", linear=TA, options=TA_OPTIONS, transforms=("ties",), lacks=DROPS),
+    "ties": Rule(SUM + ", tau' by TIES", "Yadav et al. 2023", linear=TA, options=TIES_OPTIONS, transforms=("ties",), lacks=DROPS),
     "dare": Rule(SUM + ", tau' by DARE", "Yu et al. 2024", linear=TA, options=TA_OPTIONS, transforms=("dare",), lacks=DROPS),
     "dare_linear": Rule(SUM + ", tau' by DARE", "Yu et al. 2024", linear=TA, options=TA_OPTIONS, transforms=("dare",), lacks=DROPS),
     "dare_ties": Rule(
-        SUM + ", tau' by DARE, then TIES' sign election", "Yu et al. 2024", linear=TA, options=TA_OPTIONS, transforms=("dare", "ties"), lacks=DROPS
+        SUM + ", tau' by DARE, then TIES' sign election", "Yu et al. 2024", linear=TA, options=TIES_OPTIONS, transforms=("dare", "ties"), lacks=DROPS
     ),
     "della": Rule(
-        SUM + ", tau' by MAGPRUNE, then TIES' sign election", "Deep et al. 2024", linear=TA, options=TA_OPTIONS, transforms=("della", "ties"), lacks=DROPS
+        SUM + ", tau' by MAGPRUNE, then TIES' sign election", "Deep et al. 2024", linear=TA, options=TIES_OPTIONS, transforms=("della", "ties"), lacks=DROPS
     ),
     "della_linear": Rule(SUM + ", tau' by MAGPRUNE", "Deep et al. 2024", linear=TA, options=TA_OPTIONS, transforms=("della",), lacks=DROPS),
     "breadcrumbs": Rule(
         SUM + ", tau' by breadcrumbs", "Davari & Belilovsky 2024", linear=TA, options=TA_OPTIONS, transforms=("breadcrumbs",), lacks=DROPS
     ),
     "breadcrumbs_ties": Rule(
-        SUM + ", tau' by breadcrumbs, then TIES' sign election", "Davari & Belilovsky 2024", linear=TA, options=TA_OPTIONS,
+        SUM + ", tau' by breadcrumbs, then TIES' sign election", "Davari & Belilovsky 2024", linear=TA, options=TIES_OPTIONS,
         transforms=("breadcrumbs", "ties"), lacks=DROPS,
     ),
     "greedy_soup": Rule(

@@ -264,6 +264,19 @@ def test_settings(setting, name, depth, value):
     assert value_at(setting, name, depth) == pytest.approx(value)
 
 
+@pytest.mark.parametrize(
+    ("names", "depths"),
+    [
+        (["0.weight", "2.weight", "4.weight"], [0, 0.5, 1]),
+        (["conv1.weight", "layer1.0.conv1.weight", "layer3.1.conv2.weight", "layer4.0.bn1.weight", "fc.weight"], [0, 0, 2 / 3, 1, 1]),
+        (["w", "v"], [None, None]),
+    ],
+)  # fmt: skip
+def test_depth_of_other_names(names, depths):
+    depth = Depth(names)
+    assert [depth.of(name) for name in names] == pytest.approx(depths)
+
+
 def test_settings_helpers():
     assert numbers([{"filter": "a", "value": [1, 2]}, {"value": 3}]) == [1, 2, 3]
     assert times({"a": [1, 2], "b": 3}, 2.0) == {"a": [2, 4], "b": 6}

@@ -82,6 +82,44 @@ def test_ties(trim_scope, normalize, weights, own):
         torch.testing.assert_close(found[name], base[name] + 0.7 * expected[name], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "della", "breadcrumbs_ties"])
+@pytest.mark.parametrize("normalize", [None, True, False])
+def test_normalize_of_a_method_with_ties_is_that_of_ties(method, normalize):
+    base, _, models, _ = problem(3)
+    weights = (0.5, 2.0, 0.25)
+    tasks = [Task(m, weight=w) for m, w in zip(models, weights, strict=True)]
+    options = {} if normalize is None else {"normalize": normalize}
+    options |= {"epsilon": 0.0} if method == "della" else {}
+    options |= {"gamma": 0.0} if method == "breadcrumbs_ties" else {}
+    found = merge(base, tasks, method=method, density=1.0, **options)
+    taus = [{name: m[name] - base[name] for name in base} for m in models]
+    expected = ties_by_hand(taus, weights, (1.0, 1.0, 1.0), normalize=normalize is not False)
+    for name in base:
+        torch.testing.assert_close(found[name], base[name] + expected[name], rtol=1e-9, atol=1e-9)
+
+
+def test_two_trims_over_the_model_follow_one_another():
+    base, _, models, _ = problem(1)
+    chain = [{"ties": {"density": 0.6}}, {"ties": {"density": 0.3}}]
+    found = merge(base, [Task(models[0])], method="task_arithmetic", transforms=chain)
+    expected = ties_by_hand([{name: models[0][name] - base[name] for name in base}], (1.0,), (0.3,))
+    for name in base:
+        torch.testing.assert_close(found[name], base[name] + expected[name], **CLOSE)
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "della", "breadcrumbs_ties"])
+def test_a_trim_that_drops_nothing_takes_no_pass(method, monkeypatch):
+    base, _, models, _ = problem(2)
+    monkeypatch.setattr(search, "select", lambda *_: pytest.fail("a pass over the model for no threshold"))
+    assert set(merge(base, [Task(m) for m in models], method=method)) == set(base)
+
+
+def test_della_ranks_within_a_model_however_small_the_tensor():
+    probability = keep_probability(torch.tensor([3.0, 1.0, 2.0]), 0.5, 0.4)  # three models, no axes
+    assert probability.tolist() == [0.5, 0.5, 0.5]
+    assert keep_probability(torch.tensor([[3.0], [1.0]]), 0.5, 0.4).tolist() == [[0.5], [0.5]]
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_entries_that_cancel_exactly_take_the_models_majority(sign):
     base = {"a": torch.zeros(2), "b": torch.zeros(3)}
