@@ -235,12 +235,6 @@ def check_output(out: str | os.PathLike[str], plan: Plan, overwrite: bool) -> No
     check_absent(place(out), overwrite)
 
 
-def check_output(out: str | os.PathLike[str], plan: Plan, overwrite: bool) -> None:
-    """All that `FolderSink` refuses before it begins, for a dry run; errors as there."""
-    check_apart(place(out), plan.inputs)
-    check_absent(place(out), overwrite)
-
-
 def _claim(fd: int, size: int, out: Path) -> None:
     """Reserve the bytes of a shard.
 
