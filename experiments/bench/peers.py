@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,18 @@ def _rows(shape: Shape, first: int, last: int) -> Any:
     return tuple(value[first:last] for value in shape.batch)
 
 
+def check_memory(shape: Shape) -> None:
+    """Refuse what would hold B x P numbers and their copies in more than half of the free memory (Linux)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+    needed = 3 * 4 * shape.examples * shape.parameters()
+    if needed > free / 2:
+        largest = shape.examples * free // (2 * needed)
+        raise Unavailable(
+            f"would need {needed / 2**30:.0f} GiB (B x P); here it could do about {largest} examples"
+        )
+
+
 def loop(shape: Shape) -> Step:
     """One example at a time."""
 
@@ -56,6 +69,7 @@ def loop(shape: Shape) -> Step:
 
 def vmap_grad(shape: Shape) -> Step:
     """torch.func.vmap(grad): per-example gradients of everything at once."""
+    check_memory(shape)
     values = {name: value.detach() for name, value in shape.model.named_parameters()}
     inputs, labels = _inputs(shape)
     if hasattr(shape.model, "config"):
@@ -83,6 +97,7 @@ def opacus(shape: Shape) -> Step:
         from opacus.grad_sample import GradSampleModule
     except ImportError as error:
         raise Unavailable("not installed") from error
+    check_memory(shape)
     model = copy.deepcopy(shape.model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -146,6 +161,8 @@ def _laplace(shape: Shape, backend: str) -> Step:
         raise Unavailable("not installed") from error
     if isinstance(shape.batch, dict) and shape.batch["labels"].dim() > 1:
         raise Unavailable("classification of sequences only")
+    if backend.startswith("Curvlinops"):
+        check_memory(shape)
 
     class Logits(nn.Module):
         """laplace-torch wants a model that returns a tensor."""
