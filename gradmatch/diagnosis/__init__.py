@@ -1,7 +1,7 @@
 """Why a merge failed, and what another one would cost: gradient mismatch, forecasts, causes, and a report.
 
 measures    mismatch  forecast (+ products, objective)  similarity  conflict  redundancy  barrier  health
-gathering   scan (weights alone)  evidence (weights, curvature, losses)  diagnosing (everything)
+gathering   scan (weights alone)  evidence (weights, curvature, losses)  opening  measuring  diagnosing (everything)
 judging     causes (order)  causes_input  causes_choice
 telling     text  report (JSON)  page (HTML)  charts (SVG)
 """

@@ -57,8 +57,11 @@ def find_causes(evidence: Evidence) -> list[Cause]:
     """Ask every finder, and rank what they say. A merge without a finding is healthy as far as can be seen."""
     from gradmatch.diagnosis.causes_choice import CHOICE_FINDERS
     from gradmatch.diagnosis.causes_input import INPUT_FINDERS
+    from gradmatch.diagnosis.causes_models import MODEL_FINDERS
 
-    return ranked([cause for finder in (*INPUT_FINDERS, *CHOICE_FINDERS) for cause in finder(evidence)])
+    return ranked(
+        [cause for finder in (*MODEL_FINDERS, *INPUT_FINDERS, *CHOICE_FINDERS) for cause in finder(evidence)]
+    )
 
 
 def priced(saving: Saving | None) -> tuple[float | None, str]:

@@ -1,0 +1,62 @@
+"""Repairs: the merge as it would be without a fault. Costs are what they save."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from gradmatch.diagnosis.evidence import Evidence, Saving
+
+
+def saving_of(
+    evidence: Evidence, repair: Callable[..., Mapping[str, Tensor]], *arguments: Any
+) -> Saving | None:
+    """What a repair saves, where losses can be measured."""
+    return evidence.saving(repair(evidence, *arguments)) if evidence.measured else None
+
+
+def saving_of_others(evidence: Evidence, task: str) -> Saving | None:
+    """What the other tasks save without this one; its own data carries other labels and does not count."""
+    others = [other for other in evidence.objectives if other != task]
+    return evidence.saving(without(evidence, task), others) if evidence.measured else None
+
+
+def without(evidence: Evidence, task: str, names: list[str] | None = None) -> dict[str, Tensor]:
+    """The merge without a task's share: theta - c_t tau_t, in all tensors or some."""
+    c = evidence.coefficients()[task]
+    removed = evidence.with_changes({task: -c})
+    if names is None:
+        return removed
+    assert evidence.merged is not None
+    return {name: removed[name] if name in names else evidence.merged[name] for name in evidence.merged}
+
+
+def rolled(evidence: Evidence, task: str, name: str, offset: int) -> dict[str, Tensor]:
+    """The merge with a task's rows of one tensor put back by `offset`: theta + c_t (roll(theta_t) - theta_t)."""
+    assert evidence.merged is not None
+    theta = evidence.tasks[task][name].float()
+    c = evidence.coefficients()[task]
+    put_back = theta.roll(offset, 0) - theta
+    return {**evidence.merged, name: evidence.merged[name].float() + c * put_back}
+
+
+def averaged(evidence: Evidence) -> dict[str, Tensor]:
+    """Plain averaging: what needs no curvature."""
+    return evidence.at_coefficients(dict.fromkeys(evidence.tasks, 1 / len(evidence.tasks)))
+
+
+def exact(evidence: Evidence) -> dict[str, Tensor]:
+    """theta0 + sum_t alpha_t tau_t in float32: what was asked for, unrounded."""
+    return evidence.at_coefficients(evidence.alpha)
+
+
+def planned_update(evidence: Evidence) -> float:
+    """||sum_t alpha_t tau_t||^2: the update that the weights ask for."""
+    alpha = torch.tensor([evidence.alpha[task] for task in evidence.scan.tasks], dtype=torch.float64)
+    return float(alpha @ evidence.scan.gram() @ alpha)
