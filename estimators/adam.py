@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,49 +105,68 @@ def _stored(state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) ->
     """Names for the numbered states of a state_dict.
 
     Raises:
-        ValueError: no way of ordering the model's parameters gives the shapes of the states.
+        ValueError: no way of ordering the model's parameters gives the shapes of the states, or several do.
     """
     groups = state["param_groups"]
-    numbers = [number for group in groups for number in group["params"]]
-    owner = {number: group for group in groups for number in group["params"]}
-    entries = [state["state"].get(number, {}) for number in numbers]
-    shapes = [tuple(entry["exp_avg_sq"].shape) if "exp_avg_sq" in entry else None for entry in entries]
-    orders = list(_orders(groups, parameters))
-    for order in orders:
-        wanted = [tuple(parameters[name].shape) for name in order]
-        if len(wanted) == len(shapes) and all(
-            a is None or a == b for a, b in zip(shapes, wanted, strict=True)
-        ):
-            for name, number, entry in zip(order, numbers, entries, strict=True):
-                yield name, entry, owner[number]
-            return
-    if len(numbers) != len(parameters):
+    pairs = [(state["state"].get(number, {}), group) for group in groups for number in group["params"]]
+    shapes = [tuple(entry["exp_avg_sq"].shape) if "exp_avg_sq" in entry else None for entry, _ in pairs]
+    if len(pairs) != len(parameters):
         raise ValueError(
-            f"the optimizer has {len(numbers)} parameters, the model {len(parameters)} trainable ones"
+            f"the optimizer has {len(pairs)} parameters, the model {len(parameters)} trainable ones"
         )
-    wrong = next(
-        i for i, shape in enumerate(shapes) if shape not in (None, tuple(parameters[orders[0][i]].shape))
-    )
-    raise ValueError(
-        f"the optimizer's states do not fit the model: its parameter {wrong} has shape {list(shapes[wrong] or ())}, the "
-        f"model's {orders[0][wrong]!r} has {list(parameters[orders[0][wrong]].shape)}"
-    )
+    orders = _orders(groups, shapes, parameters)
+    fitting = [order for order in orders if _misfit(order, shapes, parameters) is None]
+    if not fitting:
+        wrong = _misfit(orders[0], shapes, parameters) or 0
+        raise ValueError(
+            f"the optimizer's states do not fit the model: its parameter {wrong} has shape {list(shapes[wrong] or ())}, the "
+            f"model's {orders[0][wrong]!r} has {list(parameters[orders[0][wrong]].shape)}"
+        )
+    for other in fitting[1:]:
+        one, two = next(pair for pair in zip(fitting[0], other, strict=True) if pair[0] != pair[1])
+        raise ValueError(
+            f"the optimizer's states fit the model in two ways: the same state could be that of {one!r} or of {two!r}. Give "
+            "the live optimizer, or train with optimizer = AdamW(model.named_parameters()), which keeps the names"
+        )
+    for name, (entry, group) in zip(fitting[0], pairs, strict=True):
+        yield name, entry, group
 
 
-def _orders(groups: list[Mapping[str, Any]], parameters: Mapping[str, nn.Parameter]) -> Iterator[list[str]]:
-    """Ways in which training code orders parameters: as named; the model's order; with two groups, decayed ones first."""
+def _misfit(order: list[str], shapes: list[Any], parameters: Mapping[str, nn.Parameter]) -> int | None:
+    """The first place at which a state has another shape than the parameter; None where all fit."""
+    wanted = [tuple(parameters[name].shape) for name in order]
+    places = enumerate(zip(shapes, wanted, strict=True))
+    return next((place for place, (has, wants) in places if has not in (None, wants)), None)
+
+
+def _orders(
+    groups: list[Mapping[str, Any]], shapes: list[Any], parameters: Mapping[str, nn.Parameter]
+) -> list[list[str]]:
+    """The distinct orders in which training code gives parameters to these groups.
+
+    Their own names, where the optimizer kept them. Else the model's order; with two groups also those that are decayed
+    first or last, by name or by dimension, provided that the groups have these sizes. Groups that differ
+    in their weight decay are such a split, if any has these sizes and shapes.
+    """
     names = list(parameters)
     named = [name for group in groups for name in group.get("param_names", [])]
-    if named and set(named) <= set(names):
-        yield named
-    yield names
-    by_name = sorted(
-        names, key=lambda name: bool(NO_DECAY.search(name))
-    )  # stable: the model's order within a group
-    by_rank = sorted(names, key=lambda name: parameters[name].dim() < 2)
-    yield by_name
-    yield by_rank
-    yield sorted(names, key=lambda name: not NO_DECAY.search(name))
+    if len(named) == len(names) and set(named) == set(names):
+        return [named]
+    sizes = [len(group["params"]) for group in groups]
+    splits: list[list[str]] = []
+    if len(sizes) == 2:
+        rules: tuple[Callable[[str], bool], ...] = (
+            lambda name: bool(NO_DECAY.search(name)),
+            lambda name: parameters[name].dim() < 2,
+        )
+        for rule in rules:
+            kept = [name for name in names if rule(name)]
+            decayed = [name for name in names if not rule(name)]
+            splits += [a + b for a, b in ((decayed, kept), (kept, decayed)) if len(a) == sizes[0]]
+    splits = [order for order in splits if _misfit(order, shapes, parameters) is None]
+    decays = {float(group.get("weight_decay", 0)) for group in groups}
+    orders = splits if splits and len(decays) == 2 else [*splits, names]
+    return [order for place, order in enumerate(orders) if order not in orders[:place]]
 
 
 def _moment(name: str, parameter: Tensor, entry: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:

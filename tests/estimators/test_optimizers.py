@@ -86,6 +86,45 @@ def test_adam_of_the_trainer_has_decayed_parameters_first(tmp_path):
         torch.testing.assert_close(found[name], 5 * value.grad**2)
 
 
+class Scaled(nn.Module):
+    """Three parameters of which two have the same shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.after = nn.Linear(4, 4), nn.Module()
+        self.after.gamma = nn.Parameter(torch.rand(4))
+
+    def forward(self, x):
+        return self.linear(x) * self.after.gamma
+
+
+def trained_in_groups(model, decay):
+    kept, decayed = [model.linear.bias], [model.linear.weight, model.after.gamma]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": decay}, {"params": kept, "weight_decay": 0.0}]
+    )
+    model(torch.randn(8, 4)).square().sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group.pop("param_names", None)
+    return optimizer, state
+
+
+def test_adam_follows_groups_before_the_models_order():
+    model = Scaled()
+    optimizer, state = trained_in_groups(model, decay=0.1)
+    live, stored = (from_adam(given, model, num_examples=1, batch_size=1) for given in (optimizer, state))
+    assert all(torch.equal(live[name], stored[name]) for name in live)
+
+
+def test_adam_refuses_states_that_fit_in_two_ways():
+    model = Scaled()
+    _, state = trained_in_groups(model, decay=0.0)
+    with pytest.raises(ValueError, match=r"two ways: the same state could be that of '\S+' or of '\S+'"):
+        from_adam(state, model, num_examples=1, batch_size=1)
+
+
 def test_adam_with_named_parameters_needs_no_order():
     model = mlp()
     optimizer = torch.optim.Adam(list(model.named_parameters())[::-1])
