@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--batch-size",
         type=int,
-        default=8,
-        help="rows a batch (default: 8); the result does not depend on it",
+        help="rows a batch (default: 8), a matter of memory and speed (except with --reduction batch and --method hessian, which "
+        "work on whole batches); with --adam: examples a step of the training",
     )
     data.add_argument(
         "--max-length",
@@ -119,7 +119,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"unknown method {args.method!r}; {hint}")
     if bool(args.data) == bool(args.adam):
         raise ValueError("give either --data (to measure) or --adam (to read an optimizer's state)")
-    if args.adam and args.num_examples is None:
+    if args.adam and (args.num_examples is None or args.batch_size is None):
         raise ValueError(
             "--adam needs --num-examples, the size of the training set, and --batch-size, that of a step"
         )
@@ -164,7 +164,7 @@ def from_data(args: argparse.Namespace) -> Any:
         table = table.shuffle(seed=args.seed).select(range(args.limit))
     model, tokenizer, task = load(args, args.task)
     batches = TextBatches(
-        table, tokenizer, task=task, columns=columns, batch_size=args.batch_size,
+        table, tokenizer, task=task, columns=columns, batch_size=args.batch_size or 8,
         max_length=longest_input(tokenizer, model.config, args.max_length), label_ids=getattr(model.config, "label2id", None),
     )  # fmt: skip
     curvature = estimate(
