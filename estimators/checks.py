@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from estimators.batches import Batch
 from estimators.general import differentiable
+from estimators.uses import watchable
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def _outputs(model: nn.Module, batch: Batch) -> list[tuple[str, str, Tensor]]:
 
     handles = [
         module.register_forward_hook(lambda module, _, output, name=name: note(name, module, output))
-        for name, module in model.named_modules()
+        for name, module in watchable(model)
     ]
     try:
         with torch.no_grad():

@@ -6,11 +6,12 @@ Eschenhagen et al. 2023 name them, for inputs x_nt and gradients g_nt of example
     reduce:  A = sum_n x_n x_n' / N,      B = sum_n g_n g_n' / N         x_n = mean_t x_nt, g_n = sum_t g_nt
 
 Both are per-example means on the scale of the diagonal Fisher. Parameters that are no matrix of a linear or ungrouped
-convolutional layer, shared ones, and matrices with more than `LARGEST_FACTOR` rows have the diagonal Fisher.
+convolutional layer, those used more than once in a forward, and matrices with more than `LARGEST_FACTOR` rows have the diagonal Fisher.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch import Tensor
@@ -65,11 +66,14 @@ class KroneckerSink:
     def __init__(self, problem: Problem, batch: Batch, first_draw: bool) -> None:
         self.problem, self.batch, self.first_draw = problem, batch, first_draw
         self.squares = SquareSink(problem.sums, problem.space)
+        self.uses = Counter(
+            name for call in problem.listening.calls for name in call.unit.parameters.values()
+        )
 
     def add(self, name: str, gradients: Gradients) -> None:
         """Factors of a matrix; squares of anything else."""
-        outer = gradients.outer() if isinstance(gradients, Patches) else gradients
-        if isinstance(outer, Outer) and max(outer.left.shape[2], outer.right.shape[2]) <= LARGEST_FACTOR:
+        outer = gradients.outer() if isinstance(gradients, Patches) and self.uses[name] == 1 else gradients
+        if self.uses[name] == 1 and isinstance(outer, Outer) and _largest(outer) <= LARGEST_FACTOR:
             left_is_input = self.problem.is_transposed(name)
             x, g = (outer.left, outer.right) if left_is_input else (outer.right, outer.left)
             self._add_factors(name, x, g)
@@ -102,3 +106,8 @@ class KroneckerSink:
             second_moments(sums, FACTOR_A + name, x)
             sums[POSITIONS + name] = sums.get(POSITIONS + name, x.new_zeros(1).double()) + x.shape[0]
         second_moments(sums, FACTOR_B + name, g)
+
+
+def _largest(outer: Outer) -> int:
+    """Rows of the larger of its two factors."""
+    return max(outer.left.shape[2], outer.right.shape[2])

@@ -161,7 +161,9 @@ class Categorical:
         probabilities = _probabilities(reading)
         flat = probabilities.flatten(0, 1)
         draws = uniforms(reading.view.shape[1])
-        if reading.valid is not None:  # numbered by the predictions that count, so padding on the left changes nothing
+        if (
+            reading.valid is not None
+        ):  # numbered by predictions that count: padding on the left changes nothing
             draws = draws.gather(1, (reading.valid.cpu().cumsum(1) - 1).clamp_(min=0))
         labels = draw_index(flat, draws.reshape(-1))
         return self._seed(reading, probabilities, labels.view(reading.view.shape[:2]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,14 +22,12 @@ from estimators.checks import check_determinism, check_independence
 from estimators.general import Recorded, differentiable, input_layouts, per_example_gradients, reproduces
 from estimators.handlers import find_handler
 from estimators.layout import LAYOUTS, WHOLE, alike, fits, split
-from estimators.likelihood import Seed
 from estimators.per_example import Engine
 from estimators.units import Call, Unit
-from estimators.uses import Stack, find_uses
+from estimators.uses import SeedOf, Stack, find_hidden_uses, find_uses
 
 log = logging.getLogger(__name__)
 PROBE_ROWS = 3
-SeedOf = Callable[[Any, Batch], Seed]  # the model's output and its batch -> a seed
 Evidence = tuple[Call, list[dict[int, Tensor]]]
 
 
@@ -76,6 +74,9 @@ def make_plan(
     uses, reference = find_uses(model, parameters, batch)
     check_determinism(model, batch)
     check_independence(model, batch)
+    unseen = {name: value for name, value in parameters.items() if name not in uses}
+    if unseen:  # the whole model answers for what is used unseen
+        uses |= {name: {("",)} for name in find_hidden_uses(model, unseen, batch, seed_of)}
     unused = sorted(set(parameters) - set(uses))
     if rows == 1:
         return Plan([replace(unit, layout=WHOLE) for unit in _units(model, parameters, uses)], 1, unused)
@@ -200,7 +201,9 @@ def _settle(unit: Unit, evidence: list[Evidence], examples: int) -> bool:
             if all(_isolated(found, place, layout, examples) for _, found in evidence)
         ]
         arrived = [gradients[place] for _, found in evidence for gradients in found if place in gradients]
-        if not any(value.any() for value in arrived) and not all(alike(v, possible, examples) for v in arrived):
+        if not any(value.any() for value in arrived) and not all(
+            alike(v, possible, examples) for v in arrived
+        ):
             possible = []  # no gradient, no evidence: taken where the shape leaves no choice
         layouts[place] = next(iter(possible), "")
     if not all(layouts.values()):

@@ -13,8 +13,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from estimators.batches import Batch
+from estimators.likelihood import Seed
 
 Stack = tuple[str, ...]  # names of the modules that are running, outermost first
+SeedOf = Callable[[Any, Batch], Seed]  # the model's output and its batch -> a seed
 
 
 def find_uses(
@@ -32,6 +34,32 @@ def find_uses(
         }
         uses[name] = {_upto(stack, holders) for stack in stacks}
     return uses, output
+
+
+def find_hidden_uses(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, seed_of: SeedOf
+) -> set[str]:
+    """Which of these parameters reach the output although no torch function was seen to take them.
+
+    Compiled code (torch.jit, operations written in C++) is not seen, but autograd knows.
+    """
+    try:
+        for value in parameters.values():
+            value.requires_grad_(True)
+        with torch.enable_grad():
+            output, gradient = seed_of(model(*batch.args, **batch.kwargs), batch)
+        if not output.requires_grad:
+            return set()
+        found = torch.autograd.grad(output, list(parameters.values()), gradient, allow_unused=True)
+    finally:
+        for value in parameters.values():
+            value.requires_grad_(False)
+    return {name for name, value in zip(parameters, found, strict=True) if value is not None}
+
+
+def watchable(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that take hooks: all but compiled ones."""
+    return [pair for pair in model.named_modules() if not isinstance(pair[1], torch.jit.ScriptModule)]
 
 
 def _upto(stack: Stack, holders: set[str]) -> Stack:
@@ -65,7 +93,7 @@ class _Watch(TorchFunctionMode):
     def stacked(self, model: nn.Module) -> Iterator[None]:
         """Keep the stack of running modules while the model runs."""
         handles = []
-        for name, module in model.named_modules():
+        for name, module in watchable(model):
             enter: Callable[..., None] = lambda *_, name=name: self.stack.append(name)  # noqa: E731
             handles.append(module.register_forward_pre_hook(enter, prepend=True))
             handles.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))

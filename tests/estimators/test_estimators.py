@@ -211,12 +211,15 @@ def test_span_models_need_ones_own_likelihood():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_draws_do_not_depend_on_padding(side):
-    model, batch, _ = make("gpt2")
+    model = make("gpt2")[0]
     lengths = (6, 3, 5, 2, 4)
     wide = torch.randint(3, V, (5, 9))
 
     def padded(rows, width):
-        ids, mask = torch.ones(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+        ids, mask = (
+            torch.ones(len(rows), width, dtype=torch.long),
+            torch.zeros(len(rows), width, dtype=torch.long),
+        )
         for place, row in enumerate(rows):
             real = slice(width - lengths[row], width) if side == "left" else slice(0, lengths[row])
             ids[place, real], mask[place, real] = wide[row, : lengths[row]], 1
@@ -381,6 +384,32 @@ def test_kfac_forms_on_shared_weights():
         reduce.factor_a("2.weight"), torch.einsum("bi,bj->ij", hidden.mean(1), hidden.mean(1)) / 5
     )
     torch.testing.assert_close(reduce.factor_b("2.weight"), 7 * torch.eye(3).double())
+
+
+class TwiceOnTokens(nn.Module):
+    """One layer applied twice to padded sequences, and another once."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.twice, self.once = nn.Embedding(V, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, input_ids, attention_mask):
+        h = torch.tanh(self.twice(torch.tanh(self.twice(self.embed(input_ids)))))
+        real = attention_mask[..., None].to(h)
+        return (self.once(h) * real).sum(1) / real.sum(1)
+
+
+def test_kfac_of_a_layer_used_twice_is_the_diagonal_whatever_the_padding():
+    model = TwiceOnTokens().double()
+    ids, mask = torch.randint(0, V, (4, 5)), torch.ones(4, 5, dtype=torch.long)
+    mask[:, 3:] = 0
+    options = {"likelihood": "classification", "labels": "exact", "progress": False}
+    padded, cut = ({"input_ids": ids[:, :n], "attention_mask": mask[:, :n]} for n in (5, 3))
+    found = estimate(model, [padded], method="kfac", **options)
+    exact = estimate(model, [cut], method="fisher", **options)
+    assert found.factor_a("twice.weight") is None
+    assert found.factor_a("once.weight") is not None
+    torch.testing.assert_close(found["twice.weight"], exact["twice.weight"])
 
 
 def test_kfac_has_the_diagonal_for_everything_else():
