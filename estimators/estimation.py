@@ -16,7 +16,7 @@ from estimators.curvature import Curvature, check_num_examples, fingerprint, mod
 from estimators.inference import make_likelihood
 from estimators.problem import Problem, prepared, trainable_parameters
 from estimators.resume import Journal, identity
-from estimators.running import Estimator, Loop, add_up_ranks, advice, provenance, run
+from estimators.running import Estimator, Loop, add_up_ranks, advice, count_examples, provenance, run
 from estimators.sinks import GRADIENT
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ def estimate(
         batches: dicts of tensors (transformers style), `(inputs, targets)` tuples or bare tensors. An *example* is a
             row of a batch; its log-likelihood sums over its predicted tokens, padding and ignored labels excluded.
         method: a key of ESTIMATORS.
-        num_examples: N of the summed loss, the size of the training set; the number of examples seen by default.
+        num_examples: N of the summed loss, the size of the training set; by default the number of examples seen (with
+            `tolerance` and a DataLoader, that of its dataset).
         samples: draws of labels per example (probes per batch for "hessian").
         reduction: "example" squares each example's gradient; "batch" squares the batch's (cheapest, more variance,
             right only because labels are sampled).
@@ -87,7 +88,7 @@ def estimate(
             parameter; the message names the place.
         TypeError: a batch, likelihood or num_examples of a wrong type.
     """
-    check_options(method, samples, reduction, tolerance, labels, num_examples)
+    check_options(method, samples, reduction, tolerance, labels, num_examples, seed)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is a number of rows, at least 1, got {chunk}")
     choose("kfac_form", kfac_form, ("expand", "reduce"))
@@ -120,7 +121,7 @@ def estimate(
     if problem.counts["predictions"] == 0:
         raise ValueError("all labels are ignored: no example has a single prediction that counts")
     parts = estimator.finish(problem, seen)
-    total = seen if num_examples is None else num_examples
+    total = num_examples or size_of_training_set(batches, seen, "stopped" in problem.notes)
     if gradient:
         parts["gradient"] = {
             name: problem.sums[GRADIENT + name] * (total / seen) for name in problem.parameters
@@ -134,18 +135,40 @@ def estimate(
     return curvature
 
 
+def size_of_training_set(batches: Iterable[Any], seen: int, stopped: bool) -> int:
+    """N where it was not given: the examples seen; of a run that stopped early, those that a DataLoader has in all."""
+    if not stopped:
+        return seen
+    known = count_examples(batches)
+    if known is None:
+        log.warning(
+            "stopped after %s examples, and `batches` does not say how many there are: N, the size of the training set, is "
+            "taken to be %s; pass num_examples", f"{seen:,}", f"{seen:,}",
+        )  # fmt: skip
+    return known or seen
+
+
 def check_options(
-    method: str, samples: int, reduction: str, tolerance: float | None, labels: str, num_examples: int | None
+    method: str,
+    samples: int,
+    reduction: str,
+    tolerance: float | None,
+    labels: str,
+    num_examples: int | None,
+    seed: int = 0,
 ) -> None:
     """Everything about the options that can be wrong, before the model is touched.
 
     Raises:
         ValueError: an unknown name, a number out of range, or a combination that would be biased.
-        TypeError: num_examples is no whole number.
+        TypeError: samples, seed or num_examples is no whole number.
     """
     choose("method", method, ESTIMATORS)
     choose("reduction", reduction, ("example", "batch"))
     choose("labels", labels, ("auto", "sampled", "exact"))
+    for option, value in (("samples", samples), ("seed", seed)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{option} must be a whole number, got {value!r}")
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     if tolerance is not None and not 0 < tolerance < 1:

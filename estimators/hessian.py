@@ -53,9 +53,16 @@ def step(problem: Problem, batch: Batch) -> None:
                 problem.sums[SPREAD + name].addcmul_(estimate, estimate, value=1 / batch.size)
             if problem.gradient and probe == 0:
                 problem.sums[GRADIENT + name].add_(gradient[name])
-    problem.counts["predictions"] += batch.size
+    problem.counts["predictions"] += _predictions(problem, batch)
     problem.counts["spread_units"] += problem.samples
     problem.counts["spread_examples"] += batch.size * problem.samples
+
+
+def _predictions(problem: Problem, batch: Batch) -> int:
+    """How many of the batch's labels count."""
+    with torch.no_grad():
+        output = problem.model(*batch.args, **batch.kwargs)
+    return problem.likelihood_for(output, batch).read(output, batch).count()
 
 
 def hessian_product(problem: Problem, batch: Batch, z: Vector) -> tuple[Vector, Vector]:

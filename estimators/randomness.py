@@ -39,7 +39,7 @@ def uniforms(seed: int, draw: int, first: int, examples: int, count: int, stride
 def signs(seed: int, draw: int, step: int, size: int, device: torch.device) -> Tensor:
     """Independent signs of +-1 with probability 1/2 (Rademacher); (size,), float32."""
     generator = torch.Generator().manual_seed(
-        int(mix(np.array([seed * 1_000_003 + draw], np.uint64))[0] >> 1) ^ step
+        int(mix(np.array([(seed * 1_000_003 + draw) % 2**64], np.uint64))[0] >> 1) ^ step
     )
     return torch.randint(0, 2, (size,), generator=generator).mul_(2).sub_(1).to(device, torch.float32)
 

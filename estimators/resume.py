@@ -30,23 +30,23 @@ class Journal:
         rank, world = distributed.place()
         self.path = Path(f"{os.fspath(path)}.{rank}" if world > 1 else os.fspath(path))
         self.identity = {**identity, "processes": str(world)}
-        self.last: tuple[int, str] | None = None  # examples up to the last batch that was done, and its digest
+        self.last: tuple[int, str] | None = (
+            None  # examples up to the last batch that was done, and its digest
+        )
 
-    def save(
-        self, problem: Problem, convergence: Convergence, batches: int, last: Batch, seen: int
-    ) -> None:
+    def save(self, problem: Problem, convergence: Convergence, batches: int, last: Batch) -> None:
         """Write aside and rename, so that an interruption here loses nothing.
 
         Args:
             problem, convergence: what is saved.
-            batches, seen: how many of them and how many examples are done, on all ranks.
-            last: the last of the batches; the run that goes on must meet it at the same place.
+            batches: how many are done, on all ranks.
+            last: the last of them; the run that goes on must meet it at the same place.
         """
         from safetensors.torch import save_file
 
         state = {
             "batches": batches,
-            "seen": seen,
+            "seen": end(last),
             "last": digest(last),
             "counts": problem.counts,
             "label_kind": problem.label_kind,
@@ -104,12 +104,13 @@ class Journal:
         vars(convergence).update(state["convergence"])
         return int(state["batches"])
 
-    def check(self, batch: Batch, seen: int) -> None:
+    def check(self, batch: Batch) -> None:
         """The last batch that was done before the interruption must be the one that it was then.
 
         Raises:
             ValueError: other data, another order or another batch size.
         """
+        seen = end(batch)
         if self.last is not None and self.last != (seen, digest(batch)):
             raise ValueError(
                 f"{self.path} was saved after batch {batch.index}, which ended with example {self.last[0]:,}; here it ends with "
@@ -120,6 +121,11 @@ class Journal:
     def remove(self) -> None:
         """The run is complete."""
         self.path.unlink(missing_ok=True)
+
+
+def end(batch: Batch) -> int:
+    """Examples of the whole run up to and with this batch."""
+    return batch.first + batch.stride * batch.size
 
 
 def digest(batch: Batch) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.utils.data import SubsetRandomSampler, WeightedRandomSampler
 from tqdm import tqdm
 
 from estimators import distributed
@@ -69,7 +70,7 @@ def run(
         for index, seen, batch, mine in distributed.shared_out(batches, reader):
             if index < loop.done:  # before the interruption
                 if loop.journal and index + 1 == loop.done:
-                    loop.journal.check(batch, seen)
+                    loop.journal.check(batch)
             elif mine:
                 step = loop.chunk or batch.size
                 for first in range(0, batch.size, step):
@@ -79,7 +80,7 @@ def run(
                     convergence.add(traces(problem))
             bar.update(seen - bar.n)
             if loop.journal and index >= loop.done and time.monotonic() - saved > loop.seconds:
-                loop.journal.save(problem, convergence, index + 1, batch, seen)
+                loop.journal.save(problem, convergence, index + 1, batch)
                 saved = time.monotonic()
             if (
                 loop.tolerance is not None
@@ -96,9 +97,11 @@ def run(
 
 
 def count_examples(batches: Iterable[Any]) -> int | None:
-    """For the progress bar: the examples of a DataLoader's dataset, where there is one."""
+    """The examples that a DataLoader goes through, where there is one."""
+    sampler = getattr(batches, "sampler", None)
+    picks = isinstance(sampler, (SubsetRandomSampler, WeightedRandomSampler))  # some rows of the dataset
     try:
-        return len(batches.dataset)  # type: ignore[attr-defined]
+        return len(sampler if picks else batches.dataset)  # type: ignore[attr-defined, arg-type]
     except (AttributeError, TypeError, NotImplementedError):
         return None
 
@@ -161,7 +164,8 @@ def provenance(
         "samples": str(problem.samples),
         "reduction": problem.reduction,
         "labels": problem.label_kind,
-        "likelihood": problem.likelihood_name or (problem.likelihood.name if problem.likelihood is not None else "none"),
+        "likelihood": problem.likelihood_name
+        or (problem.likelihood.name if problem.likelihood is not None else "none"),
         "seed": str(problem.seed),
         "fingerprint": print_of_weights,
         "torch": torch.__version__,

@@ -122,6 +122,8 @@ CASES = {
     "far from any likelihood": (mlp, [(X, Y)], {"likelihood": "zzz"}, ValueError, "known: auto, classification"),
     "no likelihood": (mlp, [(X, Y)], {"likelihood": Parameterless()}, TypeError, r"sample\(output, generator\)"),
     "samples": (mlp, [(X, Y)], {"samples": 0}, ValueError, "samples must be at least 1"),
+    "samples no number": (mlp, [(X, Y)], {"samples": "2"}, TypeError, "samples must be a whole number, got '2'"),
+    "seed no number": (mlp, [(X, Y)], {"seed": 1.5}, TypeError, "seed must be a whole number, got 1.5"),
     "chunk": (mlp, [(X, Y)], {"chunk": 0}, ValueError, "chunk is a number of rows, at least 1, got 0"),
     "tolerance": (mlp, [(X, Y)], {"tolerance": 5}, ValueError, "relative error between 0 and 1"),
     "N": (mlp, [(X, Y)], {"num_examples": 0}, ValueError, "num_examples must be at least 1"),
@@ -157,6 +159,9 @@ CASES = {
     "targets of another number": (mlp, [(X, torch.randn(4, 2))], {"likelihood": "regression"}, ValueError, "do not fit outputs"),
     "no probabilities": (mlp, [(X, torch.full((4, 3), 2.0))], {"likelihood": "bernoulli"}, ValueError, "must lie in 0 .. 1"),
     "all ignored": (mlp, [(X, torch.full((4,), -100))], {**TRUE, "likelihood": "classification"}, ValueError, "all labels are ignored"),
+    "all ignored by the Hessian": (
+        mlp, [(X, torch.full((4,), -100))], {"method": "hessian", "likelihood": "classification"}, ValueError, "all labels are ignored",
+    ),
     "undecidable": (mlp, [(X, torch.randn(4, 2))], {}, ValueError, "cannot tell the likelihood from logits of shape"),
     "undecidable without labels": (lambda: nn.Linear(4, 1), [X], {}, ValueError, "and no labels; pass likelihood="),
     "logits without classes": (

@@ -120,6 +120,34 @@ def test_unused_parameters_have_curvature_zero_and_are_named():
     assert float(found["unused.weight"].abs().max()) == 0
 
 
+class Compiled(nn.Module):
+    """A parameter that only compiled code is given, and a compiled layer."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.inner, self.scale = nn.Linear(4, 6), nn.Parameter(torch.rand(6) + 0.5)
+        self.head = torch.jit.script(nn.Linear(6, 3)) if whole else nn.Linear(6, 3)
+        self.spare = nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        return self.head(scaled(self.inner(x), self.scale))
+
+
+@torch.jit.script
+def scaled(h, scale):
+    return torch.tanh(h) * scale
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_parameters_used_by_compiled_code(whole):
+    model, batch = Compiled(whole).double(), plain(4)
+    loss = lambda m, row: F.cross_entropy(m(row["x"]), row["labels"])  # noqa: E731
+    expected = oracle.mean_of_squares(oracle.per_example_gradients(model, batch, loss))
+    found = estimate(model, as_batches(batch), method="empirical_fisher", progress=False)
+    assert found.info["unused_parameters"] == "spare"
+    assert oracle.relative_l1(found, expected) < 1e-9
+
+
 def test_position_rows_that_no_example_reaches_are_zero_not_missing():
     model, batch, _ = make("bert")
     found = estimate(model, as_batches(batch), progress=False)["bert.embeddings.position_embeddings.weight"]
@@ -267,6 +295,15 @@ def test_hooks_of_others_are_respected():
             estimate(model, as_batches(batch), method="empirical_fisher", progress=False), expected
         )
         < 1e-9
+    )
+
+
+@pytest.mark.parametrize("method", ["fisher", "hessian"])
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**70])
+def test_any_whole_number_is_a_seed(method, seed):
+    model, batch, _ = make("mlp")
+    assert estimate(model, as_batches(batch), method=method, seed=seed, progress=False).info["seed"] == str(
+        seed
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from torch import nn
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from estimators import Curvature, distributed, estimate
 from estimators.convergence import GROUPS, Convergence, relative_error
@@ -84,6 +85,26 @@ def test_tolerance_stops_early_and_says_so():
     whole = estimate(net(), pieces(x, y), tolerance=0.001, progress=False)
     assert whole.info["examples_seen"] == "400"
     assert "stopped" not in whole.info
+
+
+def loader(count=None, **options):
+    data = TensorDataset(*rows(400))
+    sampler = SubsetRandomSampler(range(count)) if count else None
+    return DataLoader(data, batch_size=10, sampler=sampler, **options)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(None, 400), (300, 300)])
+def test_n_of_a_run_that_stopped_early_is_that_of_the_dataset(count, expected, caplog):
+    found = estimate(net(), loader(count), tolerance=0.3, progress=False)
+    assert int(found.info["examples_seen"]) < expected
+    assert found.num_examples == expected
+    assert "pass num_examples" not in caplog.text
+
+
+def test_n_of_a_run_that_stopped_early_is_asked_for(caplog):
+    found = estimate(net(), iter(pieces(*rows())), tolerance=0.3, progress=False)
+    assert found.num_examples == int(found.info["examples_seen"]) < 400
+    assert "does not say how many there are" in caplog.text
 
 
 def test_advice_is_logged(caplog):
