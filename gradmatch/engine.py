@@ -288,7 +288,7 @@ def finished(
     scratch = buffers.get("scratch", count, merged.dtype)
     error = scratch.copy_(rounded).sub_(merged)
     lost = float(torch.dot(error, error))
-    if not math.isfinite(lost) and not bool(rounded.isfinite().all()):
+    if not math.isfinite(lost) and not bool(rounded.float().isfinite().all()):  # torch asks no 8-bit float
         largest = float(merged.abs().max())
         raise ValueError(
             f"{step.name}: merged values reach {largest:g}, beyond what {dtype} holds; choose a wider dtype"

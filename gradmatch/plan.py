@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.policies import batchnorm_action, head_prefixes, tied_differently
+from gradmatch.policies import batchnorm_action, check_file_names, head_prefixes, tied_differently
 from gradmatch.request import Edits, Request, nearest, resolve_options
+from gradmatch.rules.linear import weight_sum
 from gradmatch.settings import Depth, value_at
 from gradmatch.stores import SAFETENSORS_NAME, Spec
 from gradmatch.transforms import check_options
@@ -91,6 +92,8 @@ def plan(inputs: Inputs, request: Request) -> Plan:
     base = inputs.base
     tied_differently(base, inputs.tasks)
     heads = head_prefixes(base, inputs.tasks, request)
+    if request.heads == "keep-per-task":
+        check_file_names([task.name for task in inputs.tasks])
     depth = Depth(base)
     _check_extra(result, heads)
     for name in base:
@@ -144,10 +147,11 @@ def plan(inputs: Inputs, request: Request) -> Plan:
         action, why = ("matrix", "gram matrices") if known and rule.matrix else ("merge", "")
         nbytes = sum(s.nbytes for s in specs) + sum(known)
         result.steps.append(Step(name, action, out, compute, why, tasks, alpha, options, edits, nbytes))
-    if rule.linear is not None and not rule.gram:
-        for step in result.steps:
-            if step.action == "merge":
-                rule.linear(step.alpha, None, step.options)  # weights that cannot be normalised are found now
+    for step in result.steps:  # weights that cannot be normalised are found now
+        if step.action in ("merge", "matrix", "average") and rule.relative:
+            weight_sum(step.alpha)
+        elif step.action == "merge" and rule.linear is not None and not rule.gram:
+            rule.linear(step.alpha, None, step.options)
     result.notes += request.notes
     inputs.describe(result.notes, request)
     return result

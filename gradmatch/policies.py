@@ -16,6 +16,20 @@ if TYPE_CHECKING:
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
+def check_file_names(names: Sequence[str]) -> None:
+    """Refuse task names that cannot name the file of a head kept per task.
+
+    Raises:
+        ValueError: a name that would leave its folder.
+    """
+    for name in names:
+        if name.startswith(".") or any(sign in name for sign in "/\\\0"):
+            raise ValueError(
+                f"heads='keep-per-task' writes a file named after each task, and {name!r} is no plain file name; "
+                "give the task another name"
+            )
+
+
 def is_statistic(name: str) -> bool:
     """Whether a buffer is a BatchNorm statistic."""
     return name.rpartition(".")[2] in STATISTICS

@@ -11,10 +11,10 @@ from typing import Any
 from gradmatch.rules import RULES, Rule
 from gradmatch.rules.removal import GUARDS
 from gradmatch.settings import numbers
-from gradmatch.stores import FLOATING, SAFETENSORS_NAME
 from gradmatch.transforms import TRANSFORMS, check_options
 
 Edits = tuple[tuple[str, Mapping[str, Any]], ...]
+DTYPES = ("float64", "float32", "float16", "bfloat16")  # of an output; eight bits would cut large weights off
 POLICIES: dict[str, tuple[str, ...]] = {
     "missing": ("error", "base"),
     "missing_curvature": ("error", "zero"),
@@ -85,10 +85,9 @@ class Request:
                 raise ValueError(
                     f"{policy} is {chosen!r}{nearest(str(chosen), choices)}; choose one of {', '.join(choices)}"
                 )
-        if self.dtype is not None and SAFETENSORS_NAME.get(self.dtype) not in FLOATING:
-            floats = [name for name, code in SAFETENSORS_NAME.items() if code in FLOATING]
+        if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(
-                f"dtype is {self.dtype!r}{nearest(str(self.dtype), floats)}; choose one of {', '.join(floats)}"
+                f"dtype is {self.dtype!r}{nearest(str(self.dtype), DTYPES)}; choose one of {', '.join(DTYPES)}"
             )
         for name, value in (("delta0", self.delta0), ("base_weight", self.base_weight)):
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):

@@ -48,6 +48,7 @@ class Rule:
         transforms: edits of the task vectors that belong to the rule.
         models: (fewest, most) tasks.
         lacks: invariants that do not hold, each with the reason; tests assert both sides.
+        relative: whether it divides by the sum of the weights whatever the options are.
         divides: whether it divides by Hbar = H0 + sum_t alpha_t H_t, which must then be positive.
     """
 
@@ -64,6 +65,7 @@ class Rule:
     models: tuple[int, float] = (1, float("inf"))
     lacks: Mapping[str, str] = field(default_factory=dict)
     divides: bool = False
+    relative: bool = False
 
 
 CURVATURE = frozenset({"curvature"})
@@ -149,12 +151,12 @@ RULES: dict[str, Rule] = {
     "matena_raffel": Rule(
         "(sum_t alpha_t F_t)^-1 sum_t alpha_t F_t theta_t, F_t the mean Fisher", "Matena & Raffel 2022",
         elementwise=lambda b: matena_raffel(b.theta0 + b.tau, b.alpha, b.mean_curvature(), b.options["floor"]),
-        needs=CURVATURE, options={"floor": 0.0, "normalize_fishers": False}, lacks=NORMALIZES,
+        needs=CURVATURE, options={"floor": 0.0, "normalize_fishers": False}, lacks=NORMALIZES, relative=True,
     ),
     "regmean": Rule(
         "(sum_t alpha_t G_t)^-1 sum_t alpha_t G_t W_t for linear layers, mean elsewhere", "Jin et al. 2023",
         matrix=True, linear=lambda a, gram, o: (*weighted(a), ""), needs=frozenset({"gram"}),
-        options={"off_diagonal": 0.9, "ridge": 1e-6}, lacks=NORMALIZES,
+        options={"off_diagonal": 0.9, "ridge": 1e-6}, lacks=NORMALIZES, relative=True,
     ),
     "slerp": Rule(
         "sin((1-t)O)/sin(O) theta_1 + sin(tO)/sin(O) theta_2", "Shoemake 1985", gram="theta", models=(2, 2),
@@ -162,12 +164,12 @@ RULES: dict[str, Rule] = {
     ),
     "nuslerp": Rule(
         "theta0 + slerp(tau_1, tau_2; alpha_2 / (alpha_1 + alpha_2))", "slerp of task vectors", gram="tau", models=(2, 2),
-        linear=lambda a, gram, o: nuslerp(gram or (), a), lacks=NORMALIZES | {"single": "it takes two models"},
+        linear=lambda a, gram, o: nuslerp(gram or (), a), lacks=NORMALIZES | {"single": "it takes two models"}, relative=True,
     ),
     "karcher": Rule(
         "weighted Karcher mean of directions, times the mean norm", "Buss & Fillmore 2001", gram="theta",
         linear=lambda a, gram, o: karcher(gram or (), a, int(o["iterations"]), o["tolerance"]),
-        options={"iterations": 100, "tolerance": 1e-12}, lacks=NORMALIZES,
+        options={"iterations": 100, "tolerance": 1e-12}, lacks=NORMALIZES, relative=True,
     ),
     "model_stock": Rule(
         "t mean_t theta_t + (1-t) theta0, t from the mean cosine of tau", "Jang et al. 2024", gram="tau",

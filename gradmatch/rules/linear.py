@@ -18,12 +18,23 @@ def weighted(alpha: Sequence[float], normalize: bool = True) -> Coefficients:
     Raises:
         ValueError: the weights sum to zero and cannot be normalised.
     """
-    total = sum(alpha) if normalize else 1.0
-    if total == 0:
-        raise ValueError(
-            f"the weights {list(alpha)} sum to zero and cannot be normalised: change them or pass normalize=False"
-        )
+    total = weight_sum(alpha) if normalize else 1.0
     return 0.0, [weight / total for weight in alpha]
+
+
+def weight_sum(alpha: Sequence[float]) -> float:
+    """sum_t alpha_t, for rules that divide by it.
+
+    Raises:
+        ValueError: the weights cancel to within rounding, |sum_t alpha_t| <= 1e-9 sum_t |alpha_t|.
+    """
+    total = sum(alpha)
+    if abs(total) <= 1e-9 * sum(abs(weight) for weight in alpha):
+        raise ValueError(
+            f"the weights {list(alpha)} sum to zero and cannot be normalised: change them (or pass normalize=False where "
+            "the method has it)"
+        )
+    return total
 
 
 def task_arithmetic(alpha: Sequence[float], scale: float = 1.0, normalize: bool = False) -> Coefficients:

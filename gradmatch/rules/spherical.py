@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from gradmatch.rules.linear import weight_sum
+
 PARALLEL = 0.9995  # |cos| beyond which the arc is a line to working accuracy
 TINY = 1e-8  # norms below this have no direction
 Gram = Sequence[Sequence[float]]
@@ -45,9 +47,8 @@ def nuslerp(gram: Gram, alpha: Sequence[float]) -> Branched:
     Raises:
         ValueError: the weights sum to zero.
     """
-    if sum(alpha) == 0:
-        raise ValueError(f"the weights {list(alpha)} sum to zero and give no position between the two models")
-    s0, s1, branch = arc([math.sqrt(gram[0][0]), math.sqrt(gram[1][1])], gram[0][1], alpha[1] / sum(alpha))
+    t = alpha[1] / weight_sum(alpha)
+    s0, s1, branch = arc([math.sqrt(gram[0][0]), math.sqrt(gram[1][1])], gram[0][1], t)
     return 1.0 - s0 - s1, [s0, s1], branch
 
 
@@ -62,8 +63,7 @@ def karcher(gram: Gram, alpha: Sequence[float], iterations: int = 100, tolerance
     """
     norms = [math.sqrt(gram[i][i]) for i in range(len(gram))]
     used = [i for i in range(len(gram)) if norms[i] >= TINY and alpha[i] != 0]
-    if sum(alpha) == 0:
-        raise ValueError(f"the weights {list(alpha)} sum to zero: the mean has no direction")
+    weight_sum(alpha)
     if not used:
         return 0.0, [weight / sum(alpha) for weight in alpha], "linear"
     total = sum(alpha[i] for i in used)

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from estimators import Curvature
 from gradmatch import Task, merge, open_checkpoint
+from gradmatch.merging import prepare
 from gradmatch.rules.linear import weighted
 from gradmatch.settings import value_at
 from gradmatch.slices import Slice, stack
@@ -36,6 +37,7 @@ REQUESTS = [  # keyword arguments of merge(BASE, PLAIN, ...), and what the error
     ({"method": "task_arithmetic", "transforms": [{"ties": {"densty": 1}}]}, r"ties has no option 'densty'"),
     ({"dtype": "flot32"}, r"dtype is 'flot32' \(did you mean 'float32'\?\)"),
     ({"dtype": "int64"}, r"dtype is 'int64'"),
+    ({"dtype": "float8_e4m3fn"}, r"dtype is 'float8_e4m3fn'.*; choose one of float64, float32, float16, bfloat16"),
     ({"delta0": -1.0}, r"delta0 is -1.0; it must be a finite number of at least 0"),
     ({"delta0": math.nan}, r"delta0 is nan"),
     ({"base_weight": math.inf}, r"base_weight is inf"),
@@ -65,6 +67,11 @@ def test_requests(options, text):
         ([Task(MODELS[0], name="a"), Task(MODELS[1], name="a")], {"method": "averaging"}, r"two tasks are called 'a'"),
         ([Task(MODELS[0], weight=math.nan)], {"method": "task_arithmetic"}, r"the weight of task 1 is nan; it must be finite"),
         ([Task(m, weight=w) for m, w in zip(MODELS, (1, -1), strict=True)], {"method": "weighted"}, r"sum to zero and cannot be normalised"),
+        ([Task(m, weight=w) for m, w in zip([*MODELS, BASE], (0.1, 0.2, -0.3), strict=True)], {"method": "linear"}, r"sum to zero and cannot be normalised"),
+        ([Task(m, weight=w) for m, w in zip([*MODELS, BASE], (0.1, 0.2, -0.3), strict=True)], {"method": "dare", "normalize": True}, r"sum to zero and cannot be normalised"),
+        ([Task(m, name=n) for m, n in zip(MODELS, ("a", "../../b"), strict=True)], {"method": "averaging", "heads": "keep-per-task"}, r"'../../b' is no plain file name"),
+        ([Task(m, name=n) for m, n in zip(MODELS, ("a\\b", "b"), strict=True)], {"method": "averaging", "heads": "keep-per-task"}, r"is no plain file name"),
+        ([Task(MODELS[0], name=".a")], {"method": "averaging", "heads": "keep-per-task"}, r"'.a' is no plain file name"),
         ([Task(MODELS[0], weight={"*mlp*": 1.0})], {"method": "task_arithmetic"}, r"no pattern of \['\*mlp\*'\] matches tensor 'embed.weight'"),
         ([Task(MODELS[0], options={"densty": 1})], {"method": "ties"}, r"task 1 has no option 'densty' of its own \(did you mean 'density'"),
         ([Task(MODELS[0], options={"density": 1})], {"method": "averaging"}, r"no option 'density' of its own; the method has none"),
@@ -190,6 +197,9 @@ def test_overflow_is_told_from_bad_input():
             method="averaging",
             dtype="float16",
         )
+    narrow = {"w": torch.ones(3).to(torch.float8_e5m2)}
+    with pytest.raises(ValueError, match=r"reach 1e\+06, beyond what torch.float8_e5m2 holds"):
+        merge(narrow, [Task({"w": torch.full((3,), 1e6)})], method="averaging")
 
 
 def test_curvature_of_another_model(tmp_path):
@@ -316,6 +326,14 @@ def test_settings_errors():
     with pytest.raises(ValueError, match=r"weight of task 1 is a list over the depth, \[0, 1\], but names such as 'w' hold no layers"):
         merge({"w": torch.zeros(2)}, [Task({"w": torch.ones(2)}, weight=[0, 1])], method="task_arithmetic")
     assert value_at([0.3], "w", None) == 0.3
+
+
+@pytest.mark.parametrize("weights", [(1.0, -1.0), (0.3, -0.1 - 0.2)])
+@pytest.mark.parametrize("method", ["nuslerp", "karcher", "matena_raffel"])
+def test_weights_that_cancel_are_found_before_anything_is_read(method, weights):
+    tasks = [Task(m, c, w) for m, c, w in zip(MODELS, CURVATURES, weights, strict=True)]
+    with pytest.raises(ValueError, match="sum to zero and cannot be normalised"):
+        prepare(BASE, tasks, method=method)
 
 
 def test_weighted_names_the_weights():
