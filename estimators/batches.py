@@ -22,7 +22,7 @@ class Batch:
 
     Attributes:
         args, kwargs: what the model is called with; labels are taken out wherever the model does not require them.
-        labels: the true labels, or None.
+        labels: the true labels, a tensor or whatever one's own likelihood takes; or None.
         mask: (B, T) bool, true at real tokens; or None.
         ids: (B, T) token ids, or None.
         size: number of examples B.
@@ -33,7 +33,7 @@ class Batch:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    labels: Tensor | None
+    labels: Any
     mask: Tensor | None
     ids: Tensor | None
     size: int
@@ -53,12 +53,19 @@ class Batch:
             self,
             args=args,
             kwargs=kwargs,
-            labels=cut(self.labels),
+            labels=pytree.tree_map(cut, self.labels),
             mask=cut(self.mask),
             ids=cut(self.ids),
             size=last - first,
             first=self.first + self.stride * first,
         )
+
+    def copied(self) -> Batch:
+        """With inputs in memory of their own."""
+        args, kwargs = pytree.tree_map(
+            lambda value: value.clone() if isinstance(value, Tensor) else value, (self.args, self.kwargs)
+        )
+        return replace(self, args=args, kwargs=kwargs)
 
 
 class BatchReader:
@@ -102,8 +109,15 @@ class BatchReader:
             raise TypeError(
                 f"batch {index} is a {type(raw).__name__}; give a dict of tensors, an (inputs, targets) tuple or a tensor"
             )
-        if labels is not None and not isinstance(labels, Tensor):
-            labels = torch.as_tensor(labels, device=self.device)
+        if isinstance(labels, (int, float, Sequence)) and not isinstance(labels, str):
+            try:
+                labels = torch.as_tensor(labels, device=self.device)
+            except (
+                TypeError,
+                ValueError,
+                RuntimeError,
+            ) as error:  # one's own likelihood may want them as they are
+                log.debug("labels of batch %s stay as they are: %s", index, error)
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if (
             ids is None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from estimators.batches import Batch
 from estimators.general import differentiable
@@ -26,6 +27,25 @@ def check_determinism(model: nn.Module, batch: Batch) -> None:
             raise ValueError(
                 f"two runs of the model in eval mode differ, first at {name or 'the model itself'} ({kind}): it is random "
                 "(dropout that is always on?) or keeps state from one run to the next; make it deterministic"
+            )
+
+
+def check_inputs_kept(given: Batch, used: Batch) -> None:
+    """A run must leave its inputs as they are: they are used again.
+
+    Raises:
+        ValueError: an input was changed in place.
+    """
+    pairs = zip(
+        pytree.tree_leaves((given.args, given.kwargs)),
+        pytree.tree_leaves((used.args, used.kwargs)),
+        strict=True,
+    )
+    for before, after in pairs:
+        if isinstance(before, Tensor) and not torch.equal(before, after):
+            raise ValueError(
+                f"the model changes its input of shape {list(before.shape)} in place, but estimates use inputs again: let it "
+                "work on a copy (x = x - mean, not x -= mean)"
             )
 
 

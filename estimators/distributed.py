@@ -50,9 +50,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def shared_out(
-    batches: Iterable[Any], reader: BatchReader
-) -> Iterator[tuple[int, int, Batch, bool]]:
+def shared_out(batches: Iterable[Any], reader: BatchReader) -> Iterator[tuple[int, int, Batch, bool]]:
     """Index, examples of the whole run up to and with it, the batch, and whether it is this rank's to add."""
     rank, world = place()
     sampler = getattr(batches, "sampler", None)

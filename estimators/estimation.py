@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from estimators import distributed, empirical_fisher, fisher, ggn, gram, hessian, kfac
 from estimators.convergence import Convergence
@@ -91,6 +91,12 @@ def estimate(
     check_options(method, samples, reduction, tolerance, labels, num_examples, seed)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is a number of rows, at least 1, got {chunk}")
+    if isinstance(batches, (Tensor, Mapping)) or (
+        isinstance(batches, tuple) and all(isinstance(value, Tensor) for value in batches)
+    ):
+        raise TypeError(
+            f"`batches` is a single {type(batches).__name__}, but it must yield batches: wrap a single one in a list, [batch]"
+        )
     choose("kfac_form", kfac_form, ("expand", "reduce"))
     choose("backend", backend, ("engine", "backpack"))
     check_diagonal(method, standard_error=standard_error, gradient=gradient, tolerance=tolerance is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from estimators.batches import Batch
 from estimators.likelihood import Categorical, Likelihood, OwnLikelihood, checked_logits, field_of
 from estimators.values import Bernoulli, Gaussian, Own
+
+log = logging.getLogger(__name__)
 
 LIKELIHOODS = (
     "auto", "classification", "bernoulli", "causal_lm", "masked_lm", "seq2seq", "token_classification", "regression",
@@ -108,12 +111,22 @@ def _by_shape(logits: Tensor, labels: Tensor | None) -> Likelihood:
             return Categorical("classification")
     elif labels.is_floating_point():
         if labels.numel() == logits.numel():
+            if bool(((labels == 0) | (labels == 1)).all()):
+                log.warning(
+                    'all targets are 0.0 or 1.0 and are read as numbers (likelihood="regression"); for yes/no labels pass '
+                    'likelihood="bernoulli"'
+                )
             return Gaussian()
     elif logits.dim() > 3 and list(labels.shape) == [
         shape[0],
         *shape[2:],
     ]:  # images of labels, classes second
         return Categorical("token_classification", class_dim=1)
+    elif logits.dim() == 3 and shape[1] == shape[2] and list(labels.shape) == shape[:2]:
+        raise ValueError(
+            f"logits of shape {shape} may hold the classes of {list(labels.shape)} labels in dimension 1 or 2: pass "
+            'likelihood=Categorical("token_classification", class_dim=1), or class_dim=-1'
+        )
     elif (shape[-1] > 1 and list(labels.shape) == shape[:-1]) or (
         logits.dim() == 2 and labels.numel() == shape[0] and shape[1] > 1
     ):

@@ -39,7 +39,7 @@ def real_positions(batch: Batch, name: str, examples: int, count: int) -> Tensor
         given = batch.kwargs.get("decoder_attention_mask")
         if given is not None:
             masks.append(("decoder", given.bool()))
-        elif batch.labels is not None:
+        elif isinstance(batch.labels, Tensor):
             masks.append(("decoder", batch.labels != IGNORE))
     fitting = [(side, mask) for side, mask in masks if tuple(mask.shape) == (examples, count)]
     if len(fitting) > 1:

@@ -227,6 +227,10 @@ def checked_logits(output: Any, batch: Batch) -> Tensor:
         ValueError: another number of rows, or NaN.
         TypeError: no tensor to be found.
     """
+    if batch.labels is not None and not isinstance(batch.labels, Tensor):
+        raise TypeError(
+            f"batch {batch.index}: labels are a {type(batch.labels).__name__}; the built-in likelihoods take a tensor or numbers"
+        )
     logits = find_logits(output)
     if logits.dim() == 0 or logits.shape[0] != batch.size:
         raise ValueError(

@@ -98,7 +98,7 @@ class Engine:
         Raises:
             ValueError: the output depends on no unit, so on no trainable parameter.
         """
-        gather = _Gather(self, sink, keep)
+        gather = _Gather(self, sink, keep, seed[0].device.type)
         self._run(seed, gather.take, keep)
         gather.finish()
 
@@ -136,29 +136,31 @@ class Engine:
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Forward hook: note the inputs, and listen at the outputs."""
-        if (
-            self._state != "forward" or not torch.is_grad_enabled()
-        ):  # run again: by us, or by gradient checkpointing
+        if self._state == "idle" or not torch.is_grad_enabled():  # run again by us
             return None
         found = differentiable(output)
         if not found:
             return None
-        args, kwargs = pytree.tree_map(detached, (args, kwargs))
-        call = Call(unit, args, kwargs, pytree.tree_map(detached, output) if self.capture else None)
-        self.calls.append(call)
+        first_run = self._state == "forward"  # else gradient checkpointing runs it again, for the same graph
+        if first_run:
+            args, kwargs = pytree.tree_map(detached, (args, kwargs))
+            call = Call(unit, args, kwargs, pytree.tree_map(detached, output) if self.capture else None)
+            self.calls.append(call)
         leaves, spec = pytree.tree_flatten(output)
         changed = False
         for place, value in found:
             tapped = value
             if not value.requires_grad:
                 source = value.detach().requires_grad_()
-                self._leaves.append(source)
+                if first_run:
+                    self._leaves.append(source)
                 tapped = self._expanded(unit, source).clone()
             elif unit.expand:
                 tapped = self._expanded(unit, value)
             elif len(found) > 1:  # an output may feed another inside the module: listen outside only
                 tapped = value.clone()
-            tapped.register_hook(partial(self._arrived, call, place))  # type: ignore[no-untyped-call]
+            if first_run:
+                tapped.register_hook(partial(self._arrived, call, place))  # type: ignore[no-untyped-call]
             if tapped is not value:
                 leaves[place], changed = tapped, True
         return pytree.tree_unflatten(leaves, spec) if changed else None
@@ -180,15 +182,21 @@ class Engine:
 class _Gather:
     """Collects the uses of every parameter in one backward pass and hands them on when they are complete."""
 
-    def __init__(self, engine: Engine, sink: Sink, keep: bool) -> None:
-        self.engine, self.sink, self.keep = engine, sink, keep
+    def __init__(self, engine: Engine, sink: Sink, keep: bool, device: str) -> None:
+        self.engine, self.sink, self.keep, self.device = engine, sink, keep, device
         self.expected = Counter(name for call in engine.calls for name in call.unit.parameters.values())
         self.pending: dict[str, list[Gradients]] = defaultdict(list)
         self.aside: dict[str, SetAside] = {}
 
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Our own sums: no graph, and no autocast."""
+        with torch.no_grad(), torch.autocast(self.device, enabled=False):
+            yield
+
     def take(self, call: Call) -> None:
         """The gradient arrived at a layer's output."""
-        with torch.no_grad(), torch.autocast(call.gradients[0].device.type, enabled=False):
+        with self._arithmetic():
             for name, gradients in layer_gradients(call, self.engine.examples).items():
                 self._add(call, name, gradients)
         call.gradients = {}
@@ -199,10 +207,9 @@ class _Gather:
         """The general path, then whatever had uses that no gradient reached."""
         for call in self.engine.calls:
             if call.unit.handler is None and call.gradients:
-                with torch.autocast(next(iter(call.gradients.values())).device.type, enabled=False):
-                    self._general(call)
+                self._general(call)  # the module runs again as it did: under the caller's autocast
                 call.gradients = {}
-        with torch.no_grad():
+        with self._arithmetic():
             for name, parts in self.pending.items():
                 if parts:
                     self._hand_on(name, parts)
@@ -211,8 +218,10 @@ class _Gather:
         unit, own = call.unit, call.unit.own()
         recorded = record(call, self.engine.examples)
         if self.sink.summed:
-            for local, value in summed_gradients(recorded, own).items():
-                self._add(call, unit.parameters[local], Dense(wide(value)[None]))
+            sums = summed_gradients(recorded, own)
+            with self._arithmetic():
+                for local, value in sums.items():
+                    self._add(call, unit.parameters[local], Dense(wide(value)[None]))
             return
         whole = self.sink.whole or any(self.expected[name] > 1 for name in unit.parameters.values())
         size = sum(value.numel() * 4 for value in own.values())
@@ -220,7 +229,7 @@ class _Gather:
         for first in range(0, recorded.examples, step):
             last = min(first + step, recorded.examples)
             parts = per_example_gradients(recorded, own, first, last, unit.vectorize)
-            with torch.no_grad():
+            with self._arithmetic():
                 for local, value in parts.items():
                     gradients = Dense(wide(value))
                     if whole:

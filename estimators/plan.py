@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from estimators.batches import Batch
-from estimators.checks import check_determinism, check_independence
+from estimators.checks import check_determinism, check_independence, check_inputs_kept
 from estimators.general import Recorded, differentiable, input_layouts, per_example_gradients, reproduces
 from estimators.handlers import find_handler
 from estimators.layout import LAYOUTS, WHOLE, alike, fits, split
@@ -70,8 +70,10 @@ def make_plan(
         ValueError: the model mixes examples; the module is named.
     """
     rows = min(batch.size, PROBE_ROWS)
-    batch = batch.rows(0, rows)
+    given = batch.rows(0, rows)
+    batch = given.copied()  # so that the user's tensors stay what they are
     uses, reference = find_uses(model, parameters, batch)
+    check_inputs_kept(given, batch)
     check_determinism(model, batch)
     check_independence(model, batch)
     unseen = {name: value for name, value in parameters.items() if name not in uses}
@@ -87,6 +89,11 @@ def make_plan(
         if not failed:
             return Plan(units, rows, unused)
         for unit in failed:
+            if unit.name == "" and not differentiable(reference):
+                raise ValueError(
+                    f"parameters of the model itself are used, and its output of type {type(reference).__name__} shows no tensor: "
+                    "return a tensor, a tuple, a dict or a transformers ModelOutput"
+                )
             if unit.name == "":
                 raise ValueError(
                     "the model mixes the examples of a batch: the loss of one example depends on the others, so "

@@ -1,5 +1,7 @@
 """Everything that can be wrong with a model, its batches or the options: a clear error, and the model as it was."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers as tf
@@ -82,6 +84,26 @@ class CrossExample:
 
     def log_prob(self, output, labels):
         return torch.log_softmax(output - output.mean(0), 1)[:, 0]
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.inner(x.mul_(2))
+
+
+class Bare(nn.Module):
+    """A parameter of the model itself, and an output that hides its tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.scale = nn.Linear(4, 3), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return SimpleNamespace(logits=self.inner(x) * self.scale)
 
 
 class WrongShape(CrossExample):
@@ -180,6 +202,15 @@ CASES = {
     "mixing module": (BatchStatistics, [(X, Y)], {}, ValueError, r"mixes the examples .* is norm \(BatchNorm1d\)"),
     "mixing likelihood": (mlp, [(X, Y)], {"likelihood": CrossExample(), **TRUE}, ValueError, "mixes the examples .* log_prob"),
     "dropout": (AlwaysDropout, [(X, Y)], {}, ValueError, r"two runs of the model .* differ, first at head \(Linear\)"),
+    "input changed in place": (InPlace, [(X.clone(), Y)], {}, ValueError, r"changes its input of shape \[3, 4\] in place"),
+    "hidden output": (Bare, [(X, Y)], {}, ValueError, "output of type SimpleNamespace shows no tensor"),
+    "one batch": (mlp, (X, Y), {}, TypeError, "`batches` is a single tuple, .* wrap a single one in a list"),
+    "one tensor": (mlp, X, {}, TypeError, "`batches` is a single Tensor"),
+    "labels in a dict": (mlp, [(X, {"a": Y})], {}, TypeError, "batch 0: labels are a dict"),
+    "classes second or last": (
+        lambda: Returns(lambda h: h[:, None].expand(4, 3, 3)), [(X, torch.zeros(4, 3).long())], {}, ValueError,
+        "in dimension 1 or 2",
+    ),
     "reentrant checkpointing": (Checkpointed, [(X, Y)], {}, ValueError, "reentrant gradient checkpointing"),
     "too long": (bert, [{"input_ids": ids(17), "labels": torch.arange(5) % 3}], {}, ValueError, "sequences of 17 tokens, the model takes 16"),
     "a token that is none": (mlp, [(torch.randn(4, 5), Y)], {}, RuntimeError, "mat1 and mat2"),
@@ -208,6 +239,11 @@ def test_unknown_attribute_of_the_package():
     with pytest.raises(AttributeError, match="no attribute 'estimat'"):
         estimators.estimat  # noqa: B018
     assert "estimate" in dir(estimators)
+
+
+def test_float_labels_of_zero_and_one_are_pointed_out(caplog):
+    estimate(mlp(), [(X, torch.eye(3)[Y])], progress=False)
+    assert 'for yes/no labels pass likelihood="bernoulli"' in caplog.text
 
 
 def test_columns_that_a_model_does_not_take_are_left_out(caplog):
