@@ -38,7 +38,8 @@ class Journal:
         """Write aside and rename, so that an interruption here loses nothing.
 
         Args:
-            problem, convergence: what is saved.
+            problem: whose sums are saved.
+            convergence: its groups so far.
             batches: how many are done, on all ranks.
             last: the last of them; the run that goes on must meet it at the same place.
         """
