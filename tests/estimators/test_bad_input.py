@@ -208,7 +208,7 @@ CASES = {
     "one tensor": (mlp, X, {}, TypeError, "`batches` is a single Tensor"),
     "labels in a dict": (mlp, [(X, {"a": Y})], {}, TypeError, "batch 0: labels are a dict"),
     "classes second or last": (
-        lambda: Returns(lambda h: h[:, None].expand(4, 3, 3)), [(X, torch.zeros(4, 3).long())], {}, ValueError,
+        lambda: Returns(lambda h: h[:, None].expand(-1, 3, 3)), [(X, torch.zeros(4, 3).long())], {}, ValueError,
         "in dimension 1 or 2",
     ),
     "reentrant checkpointing": (Checkpointed, [(X, Y)], {}, ValueError, "reentrant gradient checkpointing"),
