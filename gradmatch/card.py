@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -142,7 +143,16 @@ def rewrite_card(result: Any) -> None:
 
 
 def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, default=str) + "\n").encode()
+    return (json.dumps(_finite(content), indent=2, default=str, allow_nan=False) + "\n").encode()
+
+
+def _finite(content: Any) -> Any:
+    """The content with null for numbers that JSON has no spelling for (a weight without a limit, an infinite norm)."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, (list, tuple)) else content
 
 
 def _where(curvature: Any) -> Any:

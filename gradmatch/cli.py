@@ -63,11 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
-    except (ValueError, TypeError, KeyError, OSError, RuntimeError, ImportError) as error:
+    except Exception as error:
         if args.debug:
             raise
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"gradmatch: error: {text}", file=sys.stderr)
+        if isinstance(error, (ValueError, TypeError, OSError, RuntimeError, ImportError)):
+            print(f"gradmatch: error: {error}", file=sys.stderr)
+        else:  # nothing that we raise to tell the user something
+            print(f"gradmatch: error: {type(error).__name__}: {error}", file=sys.stderr)
+            print("gradmatch: this is a fault of gradmatch; --debug shows where, please report it", file=sys.stderr)
         return 2
     return code
 

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -297,6 +298,8 @@ def _base_curvature(
             f"{request.method} needs the base's curvature; pass base_curvature=... (`gradmatch estimate` on the base makes one), "
             "or a number such as base_curvature=1.0 for an isotropic one, or use method='fisher', which needs none"
         )
+    if isinstance(given, Real):  # numpy's too
+        given = float(given)
     if isinstance(given, (int, float)):
         if not 0 <= given < float("inf"):
             raise ValueError(

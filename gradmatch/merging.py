@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -77,8 +78,10 @@ def merge(
     if method == "greedy_soup":
         from gradmatch.soup import greedy_soup
 
-        options |= {"overwrite": overwrite, "allow_pickle": allow_pickle, "progress": progress}
-        return greedy_soup(base, tasks, out=out, **options)
+        return greedy_soup(
+            base, tasks, out=out, overwrite=overwrite, batches=batches, progress=progress, base_curvature=base_curvature,
+            base_weight=base_weight, delta0=delta0, allow_mismatch=allow_mismatch, allow_pickle=allow_pickle, **options,
+        )  # fmt: skip
     made = prepare(
         base,
         tasks,
@@ -271,7 +274,7 @@ def subtract(
     if method == "removal":
         report: Report = result.report  # type: ignore[attr-defined]
         limits = largest_alpha(base, tasks, base_curvature, keep=keep, **options)
-        report.largest_alpha = {share: weight * limit for share, limit in limits.items()}
+        report.largest_alpha = {s: limit if math.isinf(limit) else weight * limit for s, limit in limits.items()}
         from gradmatch.card import rewrite_card
 
         rewrite_card(result)

@@ -183,6 +183,9 @@ def _edit_options(
     """A transform's options for one tensor; a tuple, one value a task, where tasks have their own."""
     found: dict[str, Any] = {}
     for key, shared in options.items():
+        if key == "seed":
+            found[key] = int(shared)  # whole: a float would lose digits
+            continue
         values = tuple(value_at(task.options.get(key, shared), name, depth, key) for task in tasks)
         own = key in PER_TASK and any(key in task.options for task in tasks)
         found[key] = values if own else values[0]

@@ -19,15 +19,15 @@ Relative paths are relative to the recipe. mergekit's files (`merge_method:`) ar
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gradmatch.request import Request, nearest
 from gradmatch.task import Task
+from gradmatch.yamltext import load_yaml
 
 Weight = float | list[Any] | dict[str, Any]
 
@@ -97,8 +97,25 @@ class Recipe(BaseModel):
             "base_curvature": _optional(curvature, folder) if isinstance(curvature, str) else curvature,
             "allow_mismatch": self.allow_mismatch,
             "allow_pickle": self.allow_pickle,
-            **self.options,
+            **options_alone(self.options),
         }
+
+
+ARGUMENTS = frozenset({*Recipe.model_fields, "out", "overwrite", "batches", "progress", "notes", "task"})
+
+
+def options_alone(options: Mapping[str, Any], also: Iterable[str] = ()) -> Mapping[str, Any]:
+    """Options of a method as given, after a check that none of them is an argument of its own (`also`: more of these).
+
+    Raises:
+        ValueError: one is, and would change another part of the request.
+    """
+    for name in options:
+        if name in ARGUMENTS or name in also:
+            raise ValueError(
+                f"{name!r} is no option of a method but a key (and flag) of its own; write it beside the options"
+            )
+    return options
 
 
 def load_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -111,10 +128,7 @@ def load_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no recipe {path}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    content = load_yaml(path.read_bytes(), str(path))
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, a recipe is a table of keys")
     if "merge_method" in content:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gradmatch.kinds import check_kind, plain
 from gradmatch.rules import RULES, Rule
 from gradmatch.rules.removal import GUARDS
 from gradmatch.settings import numbers
@@ -75,6 +76,8 @@ class Request:
         Raises:
             ValueError: an unknown method, option, transform or choice (the nearest is named), or a number out of range.
         """
+        for name in ("options", "delta0", "base_weight"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         if self.method not in RULES:
             raise ValueError(
                 f"unknown method {self.method!r}{nearest(self.method, RULES)}; known are {', '.join(RULES)}"
@@ -92,6 +95,8 @@ class Request:
         for name, value in (("delta0", self.delta0), ("base_weight", self.base_weight)):
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value!r}; it must be a finite number of at least 0")
+        check_kind("seed", self.seed, 0)
+        check_kind("shard_bytes", self.shard_bytes, 0)
         if self.shard_bytes < 1:
             raise ValueError(f"shard_bytes is {self.shard_bytes}; it must be at least 1")
         resolve_options(self)
@@ -167,12 +172,16 @@ def _check_rule_options(method: str, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a value out of range.
     """
+    for name, value in options.items():
+        check_kind(f"{method}: {name}", value, RULES[method].options[name])
     ranges = {
         "t": (0.0, 1.0),
         "keep": (0.0, 1.0),
         "off_diagonal": (0.0, 1.0),
         "ridge": (0.0, math.inf),
         "floor": (0.0, math.inf),
+        "iterations": (1.0, math.inf),
+        "tolerance": (0.0, math.inf),
     }
     for name, (low, high) in ranges.items():
         for value in numbers(options.get(name)):
@@ -184,7 +193,3 @@ def _check_rule_options(method: str, options: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{method}: guard is {chosen!r}{nearest(chosen, GUARDS)}; choose one of {', '.join(GUARDS)}"
         )
-    for name in ("scale",):
-        for value in numbers(options.get(name)):
-            if not math.isfinite(value):
-                raise ValueError(f"{method}: {name} is {value}, it must be a finite number")

@@ -18,6 +18,7 @@ def greedy_soup(
     *,
     score: Callable[[Mapping[str, Tensor]], float] | None = None,
     out: Any = None,
+    overwrite: bool = False,
     **options: Any,
 ) -> Mapping[str, Tensor]:
     """Wortsman et al. 2022: sort the models by score; add each to the average where that does not lower the score.
@@ -27,6 +28,7 @@ def greedy_soup(
         tasks: the candidates.
         score: state dict -> a number, larger is better (on held-out data).
         out: folder for the result, or None.
+        overwrite: replace the merge that stands there.
         **options: as for `merge`.
 
     Returns:
@@ -35,6 +37,7 @@ def greedy_soup(
     Raises:
         ValueError: no score function, no tasks, or a score that is NaN.
         TypeError: a score that cannot be called.
+        FileExistsError: `out` exists, found before anything is scored.
     """
     import math
 
@@ -47,6 +50,11 @@ def greedy_soup(
         raise TypeError(f"score must be a function of a state dict, not {type(score).__name__}")
     if not tasks:
         raise ValueError("no tasks to merge; pass at least one Task(model)")
+
+    if out is not None:
+        from gradmatch.publishing import check_absent, place
+
+        check_absent(place(out), overwrite)
 
     def scored(chosen: Sequence[int]) -> float:
         value = float(score(merge(base, [tasks[i] for i in chosen], method="averaging", **options)))
@@ -65,6 +73,7 @@ def greedy_soup(
         if value >= best:
             chosen, best = [*chosen, candidate], value
     note = f"greedy soup of {', '.join(names[i] for i in chosen)}: score {best:g}; alone {[round(a, 6) for a in alone]}"
-    result = merge(base, [tasks[i] for i in chosen], method="averaging", out=out, notes=[note], **options)
+    options |= {"out": out, "overwrite": overwrite, "notes": [note]}
+    result = merge(base, [tasks[i] for i in chosen], method="averaging", **options)
     result.report.method = "greedy_soup"  # type: ignore[attr-defined]
     return result

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Union
 
+from gradmatch.kinds import leaves, plain
 from gradmatch.settings import Setting
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class Task:
             raise TypeError(
                 f"Task({self.name or '...'}): a model is a path, a hub id, a state dict or a module, not {type(self.model).__name__}"
             )
+        object.__setattr__(self, "weight", plain(self.weight))
+        list(leaves(self.weight))  # filters that are none
+        object.__setattr__(self, "options", plain(self.options))
 
 
 def is_model(model: Any) -> bool:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 from gradmatch.plan import Plan
-from gradmatch.recipe import load_recipe
+from gradmatch.recipe import load_recipe, options_alone
 from gradmatch.request import POLICIES
 from gradmatch.rules import RULES
 from gradmatch.task import Task
+from gradmatch.yamltext import load_yaml
 
 EXAMPLES = """
 examples:
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
             "nothing to merge: give a recipe, or --base and at least one --task (see gradmatch merge --help)"
         )
     if args.dry_run:
-        print_plan(make_plan(arguments), out)
+        print_plan(make_plan(arguments), out, args.overwrite)
         return 0
     if not out:
         raise ValueError(
@@ -109,8 +109,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that were given, as arguments of `merge`."""
+def overrides(args: argparse.Namespace, also: Sequence[str] = ()) -> dict[str, Any]:
+    """The flags that were given, as arguments of `merge`; `also` are flags that no --option may set."""
     given: dict[str, Any] = {}
     names = (
         "base",
@@ -134,7 +134,7 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--option {text!r} is not KEY=VALUE")
-        given[key] = yaml.safe_load(value)
+        given |= options_alone({key: load_yaml(value, f"--option {text!r}")}, also)
     return given
 
 
@@ -153,7 +153,7 @@ def parse_task(text: str) -> Task:
         key, equals, value = pair.partition("=")
         if not equals or key not in ("curvature", "weight", "name"):
             raise ValueError(f"--task {text!r}: {pair!r} is none of curvature=FILE, weight=W, name=NAME")
-        fields[key] = yaml.safe_load(value) if key == "weight" else value
+        fields[key] = load_yaml(value, f"--task {text!r}: the weight") if key == "weight" else value
     return Task(model, **fields)
 
 
@@ -171,9 +171,13 @@ def make_plan(arguments: dict[str, Any]) -> Plan:
     return prepare(**arguments)
 
 
-def print_plan(made: Plan, out: str | None) -> None:
-    """The plan, tensor by tensor, with totals."""
+def print_plan(made: Plan, out: str | None, overwrite: bool) -> None:
+    """The plan, tensor by tensor, with totals; an output that would be refused is refused here."""
     from gradmatch.planned import describe
+    from gradmatch.writer import check_output
+
+    if out is not None:
+        check_output(out, made, overwrite)
 
     for line in describe(made, out):
         print(line)

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Subtract, or print the plan."""
-    arguments = overrides(args)
+    arguments = overrides(args, ("keep", "guard", "weight"))
     if "base" not in arguments or "tasks" not in arguments:
         raise ValueError(
             "nothing to subtract: give --base and at least one --task (see gradmatch subtract --help)"
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         own = {"keep": args.keep, "guard": args.guard} if args.method == "removal" else {}
         arguments["tasks"] = [scaled(task, args.weight) for task in arguments["tasks"]]
-        print_plan(make_plan({**arguments, **own, "method": args.method}), args.out)
+        print_plan(make_plan({**arguments, **own, "method": args.method}), args.out, args.overwrite)
         return 0
     if not args.out:
         raise ValueError("no output folder: name it with --out (or look first, with --dry-run)")

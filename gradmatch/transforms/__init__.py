@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.kinds import check_kind
 from gradmatch.settings import numbers
 from gradmatch.transforms.breadcrumbs import breadcrumbs
 from gradmatch.transforms.dare import dare
@@ -114,7 +115,10 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a density outside (0, 1], a gamma outside [0, 1), an epsilon that pushes a probability out of (0, 1],
             or an unknown choice.
+        TypeError: a value of another kind than the default.
     """
+    for option, value in options.items():
+        check_kind(f"{name}: {option}", value, TRANSFORMS[name].options[option])
     for density in numbers(options["density"]):
         if not 0 < density <= 1:
             raise ValueError(f"{name}: density is {density}; it is the share kept and must lie in (0, 1]")

@@ -1,6 +1,7 @@
 """Recipes and the command: what runs, what is printed, and what is said when it cannot."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from gradmatch import Task, merge
+from estimators import Curvature
+from gradmatch import Task, merge, subtract
 from gradmatch.cli import main
 from gradmatch.commands.merge import parse_task
 from gradmatch.recipe import load_recipe
 from gradmatch.settings import Depth, numbers, times, value_at
+from gradmatch.yamltext import load_yaml
 from tests.gradmatch.cases import problem
 
 ROOT = Path(__file__).parents[2]
@@ -197,7 +200,55 @@ ERRORS = [
     ),
     (["merge", "--base", "x", "--task", "y", "--option", "density", "-o", "out"], "is not KEY=VALUE"),
     (["inspect", "absent/deep/path"], "no file or folder"),
-]
+    (["merge", "--base", "x", "--task", "y", "--option", "scale=[1"], "--option 'scale=[1' is not YAML"),
+    (["merge", "--base", "x", "--task", "y,weight=[1"], "the weight is not YAML"),
+    (["merge", "--base", "x", "--task", "y", "--option", "out=z"], "'out' is no option of a method but a key (and flag)"),
+    (["subtract", "--base", "x", "--task", "y", "--option", "keep=1"], "'keep' is no option of a method but a key (and flag)"),
+]  # fmt: skip
+
+
+def test_a_fault_of_ours_is_said_to_be_one(monkeypatch, capsys):
+    monkeypatch.setattr("gradmatch.commands.merge.run", lambda args: {}["layer_range"])
+    assert main(["merge"]) == 2
+    assert "KeyError: 'layer_range'" in (said := capsys.readouterr().err)
+    assert "a fault of gradmatch; --debug shows where" in said
+    with pytest.raises(KeyError):
+        main(["merge", "--debug"])
+
+
+def test_floats_as_yaml_1_2_spells_them(files, tmp_path):
+    assert load_yaml("[1e-6, 5e-1, -2E+3, .5e1, 1, 1.5, 1e, e5, no]", "x") == [1e-6, 0.5, -2000.0, 5.0, 1, 1.5, "1e", "e5", False]
+    assert parse_task("a,weight=1e-1").weight == 0.1
+    content = {"base": "base", "base_curvature": "@", "tasks": [{"model": "one", "curvature": "one.safetensors", "weight": "@"}]}
+    text = yaml.safe_dump({**content, "method": "removal", "options": {"keep": "@"}}).replace("'@'", "1e-1")
+    (files / "floats.yaml").write_text(text)
+    arguments = load_recipe(files / "floats.yaml")
+    assert (arguments["base_curvature"], arguments["keep"], arguments["tasks"][0].weight) == (0.1, 0.1, 0.1)
+    (tmp_path / "latin.yaml").write_bytes(b"base: \xe9")
+    with pytest.raises(ValueError, match=r"latin.yaml is not YAML"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+def test_a_dry_run_says_that_the_output_would_be_refused(files, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years")
+    for out, words, text in (
+        (tmp_path / "out", [], "pass overwrite"),
+        (tmp_path / "out", ["--overwrite"], "holds files but no gradmatch.json"),
+        (files / "one", ["--overwrite"], "lie in one another"),
+    ):
+        assert main(["merge", str(recipe(files)), str(out), "--dry-run", *words]) == 2
+        assert text in capsys.readouterr().err
+
+
+def test_a_card_is_json_also_where_a_number_has_no_limit(files, tmp_path):
+    flat = Curvature.from_dict({name: torch.zeros(t.shape) for name, t in load_file(files / "one" / "model.safetensors").items()}, 3)
+    for weight in (0.0, 1.0):
+        out = tmp_path / str(weight)
+        done = subtract(files / "base", Task(files / "one", flat), base_curvature=1.0, weight=weight, out=out)
+        assert set(done.report.largest_alpha.values()) == {math.inf}
+        content = json.loads((out / "gradmatch.json").read_text(), parse_constant=pytest.fail)
+        assert set(content["report"]["largest_alpha"].values()) == {None}
 
 
 @pytest.mark.parametrize(("words", "text"), ERRORS)
@@ -222,6 +273,9 @@ RECIPES = [
     ({"tasks": [{"model": "one", "wieght": 1}]}, r"unknown key 'tasks.0.wieght' \(did you mean 'weight'\?\)"),
     ({"tasks": []}, "tasks: List should have at least 1 item"),
     ({"delta0": "much"}, "delta0: "),
+    ({"options": {"method": "ties"}}, "'method' is no option of a method but a key"),
+    ({"options": {"tasks": 3}}, "'tasks' is no option"),
+    ({"options": {"overwrite": True}}, "'overwrite' is no option"),
 ]
 
 

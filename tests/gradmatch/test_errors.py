@@ -50,6 +50,49 @@ REQUESTS = [  # keyword arguments of merge(BASE, PLAIN, ...), and what the error
 ]  # fmt: skip
 
 
+KINDS = [  # options of another kind than their default's
+    ({"method": "task_arithmetic", "scale": "much"}, TypeError, r"scale is 'much'; it must be a number, as its default 1.0"),
+    ({"method": "task_arithmetic", "scale": [0, "1"]}, TypeError, r"scale is '1'"),
+    ({"method": "task_arithmetic", "normalize": "no"}, TypeError, r"normalize is 'no'; it must be true or false"),
+    ({"method": "removal", "keep": "0.1", "base_curvature": 1.0}, TypeError, r"keep is '0.1'"),
+    ({"method": "ties", "density": True}, TypeError, r"ties: density is True; it must be a number"),
+    ({"method": "ties", "trim": 1}, TypeError, r"trim is 1; it must be text"),
+    ({"method": "dare", "seed": 1.7}, ValueError, r"seed is 1.7, it must be a whole number"),
+    ({"method": "dare", "shard_bytes": "5"}, TypeError, r"shard_bytes is '5'"),
+    ({"method": "della", "epsilon": math.nan}, ValueError, r"epsilon is nan, it must be a finite number"),
+    ({"method": "karcher", "iterations": -1}, ValueError, r"iterations is -1, it must lie in \[1, inf\]"),
+    ({"method": "karcher", "iterations": 1.5}, ValueError, r"iterations is 1.5, it must be a whole number"),
+    ({"method": "karcher", "tolerance": math.nan}, ValueError, r"tolerance is nan"),
+    ({"method": "ties", "density": [{"filter": 3, "value": 1}]}, TypeError, r"the filter 3 is no text"),
+    ({"delta0": "1"}, ValueError, r"delta0 is '1'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "error", "text"), KINDS, ids=lambda value: str(value)[:60])
+def test_options_of_another_kind_are_refused_before_an_output_is_begun(options, error, text, tmp_path):
+    with pytest.raises(error, match=text):
+        merge(BASE, PLAIN, **options, out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(TypeError, match="the filter 3 is no text"):
+        Task(BASE, weight=[{"filter": 3, "value": 1}])
+
+
+def test_numbers_of_other_libraries():
+    import numpy as np
+
+    wanted = merge(BASE, [Task(MODELS[0], weight=0.5)], method="task_arithmetic", scale=0.25)
+    for half, quarter in ((np.float32(0.5), np.float64(0.25)), (torch.tensor(0.5), np.array(0.25))):
+        found = merge(BASE, [Task(MODELS[0], weight=half)], method="task_arithmetic", scale=quarter)
+        assert all(torch.equal(found[name], wanted[name]) for name in BASE)
+    assert Task(BASE, weight=np.array([0, 1])).weight == [0, 1]
+    merge(BASE, KNOWN, base_curvature=np.float32(1), delta0=np.float32(1e-6))
+
+
+def test_large_seeds_keep_their_digits():
+    one, two = (merge(BASE, [Task(MODELS[0], name="a")], method="dare", seed=2**60 + i) for i in (0, 1))
+    assert any(not torch.equal(one[name], two[name]) for name in BASE)
+
+
 @pytest.mark.parametrize(("options", "text"), REQUESTS, ids=lambda value: str(value)[:60])
 def test_requests(options, text):
     with pytest.raises(ValueError, match=text):

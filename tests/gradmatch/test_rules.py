@@ -374,6 +374,14 @@ def test_greedy_soup_errors(options, error, text):
         merge(base, [Task(models[0])], method="greedy_soup", **options)
 
 
+def test_greedy_soup_finds_an_existing_output_before_it_scores(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="pass overwrite"):
+        merge(state(0), [Task(state(1))], method="greedy_soup", score=pytest.fail, out=tmp_path)
+    with pytest.raises(ValueError, match="delta0 is -1"):
+        merge(state(0), [Task(state(1))], method="greedy_soup", score=lambda _: 0.0, delta0=-1)
+
+
 def test_greedy_soup_of_nothing():
     with pytest.raises(ValueError, match="no tasks"):
         merge(state(0), [], method="greedy_soup", score=lambda state: 0.0)
