@@ -22,6 +22,8 @@ A, B = (
     re.compile(r"\.lora_(?:embedding_)?B(?:\.default)?(?:\.weight)?$"),
 )
 
+OUTPUT = re.compile(r"(lm_head|embed_out|decoder)\.weight$")  # output embeddings
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -133,6 +135,10 @@ def open_adapter(path: Path, base: Checkpoint | None) -> Checkpoint:
         raise ValueError(
             f"{path} is a DoRA adapter, whose update is no low-rank sum; merge it with peft's merge_and_unload first"
         )
+    if single := next((name for name in file if "trainable_tokens" in name), None):
+        raise ValueError(
+            f"{path} trains single tokens ({single!r}), whose update is no low-rank sum; merge it with peft's merge_and_unload first"
+        )
     factors = FileStore([file])
     low_rank: dict[str, LowRank] = {}
     replaced: dict[str, str] = {}
@@ -141,6 +147,10 @@ def open_adapter(path: Path, base: Checkpoint | None) -> Checkpoint:
         name = key.removeprefix(PREFIX)
         if A.search(key):
             target = _target(A.sub("", name), ".weight", base, path)
+            if target in low_rank:
+                raise ValueError(
+                    f"{path}: both {low_rank[target].a!r} and {key!r} adapt {target!r}; save the adapter again, with one of them"
+                )
             low_rank[target] = _low_rank(key, target, factors, config, base, path)
         elif key.endswith(".lora_B.bias"):
             module = name.removesuffix(".lora_B.bias")
@@ -197,11 +207,16 @@ def _target(module: str, suffix: str, base: Checkpoint, path: Path) -> str:
     """The base's tensor that an adapted module holds.
 
     Raises:
-        ValueError: the base has no such module.
+        ValueError: the base has no such module, or its tensor is another's: an update of the output embeddings would change
+            the input embeddings. (That of the input embeddings changes both, as merging with peft does.)
     """
     name = module + suffix
-    if name in base.aliases:
-        return base.aliases[name]
+    ties = bool((base.config or {}).get("tie_word_embeddings", True))
+    if name in base.aliases or (name not in base and base.config and ties and OUTPUT.search(name)):
+        raise ValueError(
+            f"{path} adapts {name!r}, which is tied to another tensor in {base.where}, so that its update would change both; untie "
+            "the base (tie_word_embeddings=False), save it, and merge the adapter into that with peft's merge_and_unload"
+        )
     if name not in base:
         raise ValueError(
             f"{path} adapts {name!r}, which {base.where} does not have; it is an adapter for another base"

@@ -247,15 +247,26 @@ def _run_pieces(
     if step.action == "copy":
         for start, stop in pieces(step, context, first, last):
             values = copy_piece(context, step, start, stop)
-            if step.spec.floating:
-                wide = values.float() if values.element_size() == 1 else values  # torch adds no 8-bit floats
-                values = finished(context, step, start, wide, None, dtype, buffers, stats)
-            sink.write(step, start, values)
+            sink.write(step, start, values if values.dtype == dtype else converted(step, values, dtype))
         return
     coefficients = linear_terms(context, step, buffers, stats)
     for start, stop in pieces(step, context, first, last):
         merged, theta0 = evaluate(context, step, start, stop, coefficients, buffers, stats)
         sink.write(step, start, finished(context, step, start, merged, theta0, dtype, buffers, stats))
+
+
+def converted(step: Step, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copied piece in another dtype; infinite values (of masks) stay as they are.
+
+    Raises:
+        ValueError: a finite value that the dtype cannot hold.
+    """
+    rounded = values.to(dtype)
+    lost = values.float().isfinite() & ~rounded.float().isfinite()
+    if bool(lost.any()):
+        largest = float(values[lost].double().abs().max())
+        raise ValueError(f"{step.name}: values reach {largest:g}, beyond what {dtype} holds; choose a wider dtype")
+    return rounded
 
 
 def finished(
@@ -273,10 +284,13 @@ def finished(
     Raises:
         ValueError: the piece is not finite, or the output's dtype cannot hold it.
     """
-    from gradmatch.explain import explain
+    from gradmatch.explain import explain, same_everywhere
 
     if not math.isfinite(float(merged.sum())) and not bool(merged.isfinite().all()):
-        raise ValueError(explain(context, step, first, first + merged.numel(), merged))
+        same = same_everywhere(context, step, first, merged)
+        if same is None:
+            raise ValueError(explain(context, step, first, first + merged.numel(), merged))
+        return same.to(dtype)
     if dtype == merged.dtype:
         return merged
     request, count = context.plan.request, merged.numel()

@@ -306,7 +306,10 @@ def _matrix(context: Context, step: Step, dtype: torch.dtype) -> Tensor:
         theta.append(values.reshape(step.spec.shape[0], -1))
     gram, stacked = torch.stack(grams), torch.stack(theta)
     alpha = stacked.new_tensor(step.alpha).reshape(-1, 1, 1)
-    transposed = stacked.shape[2] != gram.shape[1] or context.inputs.is_conv1d(step.name)
+    given = step.options["conv1d"]  # tells for square matrices; other shapes tell by themselves
+    square = stacked.shape[1] == stacked.shape[2]
+    conv1d = context.inputs.is_conv1d(step.name) if given is None else bool(given)
+    transposed = stacked.shape[2] != gram.shape[1] or (square and conv1d)
     if transposed:
         stacked = stacked.transpose(1, 2)
     merged = regmean(stacked, alpha, gram, step.options["off_diagonal"], step.options["ridge"])

@@ -22,6 +22,22 @@ def not_positive(step: Step, count: int, first: int, last: int) -> str:
     )
 
 
+def same_everywhere(context: Context, step: Step, first: int, merged: Tensor) -> Tensor | None:
+    """The piece with the base's values where they are infinite and all tasks have the same (masks); else None."""
+    inputs, last = context.inputs, first + merged.numel()
+    bad = ~merged.isfinite()
+    if step.name not in inputs.store:
+        return None
+    values = inputs.store.block(step.name, first, last)[bad].to(merged.dtype)
+    stores = [inputs.tasks[t].store for t in step.tasks]
+    others = (store.block(step.name, first, last)[bad].to(merged.dtype) for store in stores)
+    if not bool(values.isinf().all()) or not all(torch.equal(values, other) for other in others):
+        return None
+    result = merged.clone()
+    result[bad] = values
+    return result
+
+
 def explain(context: Context, step: Step, first: int, last: int, merged: Tensor) -> str:
     """Why a piece came out NaN or infinite: which input is not finite, or where no curvature is known at all."""
     inputs, request = context.inputs, context.plan.request

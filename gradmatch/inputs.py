@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from estimators.curvature import FACTOR_A, GRADIENT, MEAN, Curvature
 from estimators.tensorfile import TensorFile
 from gradmatch.checkpoint import Checkpoint, open_checkpoint
+from gradmatch.request import resolve_options
 from gradmatch.settings import Setting
 from gradmatch.stores import SAFETENSORS_NAME, FileStore, Spec, Store
 from gradmatch.task import Task
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
     from gradmatch.task import Model
     from gradmatch.vocab import Rows
 
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
+
+
+UNNAMED = re.compile(r"task \d+")
 
 
 class CurvatureStore:
@@ -152,23 +157,43 @@ class Inputs:
             keys = [factor.key(name) for factor in factors]
             if all(keys):
                 sizes += [factor.spec(key).nbytes for factor, key in zip(factors, keys, strict=True) if key]
+                self.check_conv1d(name, spec, request)
         return sizes
 
     def is_conv1d(self, name: str) -> bool:
         """Whether a square matrix is stored [in, out], as GPT-2's Conv1D layers are (other shapes tell by themselves)."""
-        config = self.base.config or {}
-        return config.get("model_type") in (
-            "gpt2",
-            "openai-gpt",
-            "imagegpt",
-            "decision_transformer",
-        ) and bool(CONV1D.search(name))
+        models = [self.base, *(task.checkpoint for task in self.tasks)]
+        config = next((model.config for model in models if model.config), {})
+        return config.get("model_type") in CONV1D_MODELS and bool(CONV1D.search(name))
+
+    def check_conv1d(self, name: str, spec: Spec, request: Request) -> None:
+        """Refuse a square matrix that may be stored either way.
+
+        Raises:
+            ValueError: named like a Conv1D layer, in models without a config, and the option does not tell.
+        """
+        configs = [self.base.config, *(task.checkpoint.config for task in self.tasks)]
+        square = len(spec.shape) == 2 and spec.shape[0] == spec.shape[1]
+        told = any(configs) or request.options.get("conv1d") is not None
+        if square and CONV1D.search(name) and not told:
+            raise ValueError(
+                f"regmean: {name!r} {list(spec.shape)} is stored [in, out] in GPT-2's Conv1D layers and [out, in] in nn.Linear, and "
+                "a state dict does not tell which; pass models or folders, or the option conv1d=True or False"
+            )
 
     def describe(self, notes: list[str], request: Request) -> None:
         """Warn of what is legal and probably unintended."""
         weights = [task.weight for task in self.tasks]
         if request.method in ("averaging", "greedy_soup") and any(weight != weights[0] for weight in weights):
             notes.append(f"{request.method} ignores the weights {weights}; 'weighted' uses them")
+            warnings.warn(notes[-1], stacklevel=4)
+        unnamed = [task.name for task in self.tasks if UNNAMED.fullmatch(task.name)]
+        random = any("seed" in own for _, own in resolve_options(request)[1])
+        if random and len(unnamed) > 1:
+            notes.append(
+                "random draws follow the names of tasks, and these have none of their own, so their order matters: "
+                f"{', '.join(unnamed)}; pass Task(..., name=...)"
+            )
             warnings.warn(notes[-1], stacklevel=4)
         if request.method == "measured":
             notes.append(

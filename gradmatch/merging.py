@@ -191,6 +191,8 @@ def _to_folder(made: Plan, out: Path, overwrite: bool, progress: bool) -> Checkp
         sink.close_quietly()
         raise
     checkpoint = open_checkpoint(out)
+    tied = made.inputs.base.aliases.items()
+    checkpoint.aliases |= {name: held for name, held in tied if held in checkpoint.store}  # as in memory
     checkpoint.report = report
     return checkpoint
 

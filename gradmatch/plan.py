@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from gradmatch.policies import batchnorm_action, check_file_names, head_prefixes, tied_differently
 from gradmatch.request import Edits, Request, nearest, resolve_options
 from gradmatch.rules.linear import weight_sum
-from gradmatch.settings import Depth, value_at
+from gradmatch.settings import FIRST, Depth, value_at
 from gradmatch.stores import SAFETENSORS_NAME, Spec
 from gradmatch.transforms import check_options
 
 if TYPE_CHECKING:
-    from gradmatch.inputs import Inputs
+    from gradmatch.checkpoint import Checkpoint
+    from gradmatch.inputs import Inputs, OpenTask
 
 PER_TASK = ("density", "epsilon", "gamma")
 
@@ -108,6 +109,7 @@ def plan(inputs: Inputs, request: Request) -> Plan:
             continue
         action, why = batchnorm_action(name, base, inputs.tasks, request)
         if not action and not spec.floating:
+            _check_kinds(name, spec, inputs.tasks)
             action, why = "copy", f"{spec.dtype} buffer: the base's"
         if action == "copy":
             result.steps.append(Step(name, "copy", out, spec.dtype, why, bytes_read=spec.nbytes))
@@ -118,6 +120,11 @@ def plan(inputs: Inputs, request: Request) -> Plan:
                 Step(name, "copy", out, spec.dtype, "in no task: the base's", bytes_read=spec.nbytes)
             )
             continue
+        if len(tasks) < fewest:
+            raise ValueError(
+                f"tensor {name!r} is in {len(tasks)} of the tasks, and {request.method} needs {fewest} that have it; missing='base' "
+                "cannot help here: use another method, or tasks of one architecture"
+            )
         here = depth.of(name)
         alpha = tuple(_weight(inputs.tasks[t], name, here) for t in tasks)
         specs = [spec, *(inputs.tasks[t].checkpoint.spec(name) for t in tasks)]
@@ -207,6 +214,31 @@ def _weight(task: Any, name: str, depth: float | None) -> float:
     return float(weight)
 
 
+def _check_kinds(name: str, spec: Spec, tasks: Sequence[OpenTask]) -> None:
+    """Integers of the base are copied.
+
+    Raises:
+        ValueError: a task has floats there: the base's are quantised weights, not a buffer.
+    """
+    for task in tasks:
+        if name in task.checkpoint and task.checkpoint.spec(name).floating:
+            raise ValueError(
+                f"tensor {name!r} is {spec.dtype} in the base and {task.checkpoint.spec(name).dtype} in {task.name}; quantised "
+                "weights cannot be merged: pass the unquantised base"
+            )
+
+
+def _prefix_hint(base: Checkpoint, task: Checkpoint) -> str:
+    """What to say where the names of two models differ by a prefix alone, as those of a bare model and one with a head do."""
+    ours, theirs = set(base), set(task)
+    for longer, shorter, owner in ((theirs, ours, "the task"), (ours, theirs, "the base")):
+        for prefix in sorted({name.partition(".")[0] + "." for name in longer}):
+            inner = {name.removeprefix(prefix) for name in longer if name.startswith(prefix)}
+            if len(inner & shorter) > len(shorter) / 2:
+                return f"; names of {owner} begin with {prefix!r}: one of the two is a bare model, load both as the same class"
+    return ""
+
+
 def _compute_dtype(specs: Sequence[Spec], precision: str) -> str:
     """float32, or float64 where an input is or where it was asked for."""
     if precision == "auto":
@@ -227,6 +259,7 @@ def _participants(name: str, spec: Spec, result: Plan) -> tuple[int, ...]:
                 raise ValueError(
                     f"tensor {name!r} {spec} of the base is missing in {task.name} ({task.checkpoint.where}); "
                     "pass missing='base' to let tasks without a tensor take no part in it"
+                    f"{_prefix_hint(result.inputs.base, task.checkpoint)}"
                 )
             result.notes.append(f"{name}: missing in {task.name}, which takes no part in it")
             continue
@@ -254,11 +287,7 @@ def _check_extra(result: Plan, heads: Sequence[str]) -> None:
     base = result.inputs.base
     for position, task in enumerate(result.inputs.tasks):
         extra = [name for name in task.checkpoint if name not in base]
-        tied = [
-            name
-            for name in extra
-            if name.endswith("lm_head.weight") and _ties_embeddings(base, task.checkpoint)
-        ]
+        tied = [name for name in extra if _is_tied(name, base, task.checkpoint)]
         own_heads = [
             name for name in task.checkpoint if any(name == h or name.startswith(h + ".") for h in heads)
         ]
@@ -267,18 +296,24 @@ def _check_extra(result: Plan, heads: Sequence[str]) -> None:
             raise ValueError(
                 f"{task.name} ({task.checkpoint.where}) holds {len(rest)} tensor(s) that the base lacks, first {rest[0]!r} "
                 f"{task.checkpoint.spec(rest[0])}; pass missing='base' to drop them, or heads='keep-per-task' if it is a head"
+                f"{_prefix_hint(base, task.checkpoint)}"
             )
         if tied:
             result.notes.append(
-                f"{task.name}: {tied[0]} is tied to the embeddings by its config and left out, as in the base"
+                f"{task.name}: {', '.join(tied)} left out: tied to a tensor of the base, as there"
             )
         result.dropped += [f"{task.name}: {name}" for name in rest]
         if result.request.heads == "keep-per-task" and own_heads:
             result.heads[position] = own_heads
 
 
-def _ties_embeddings(*checkpoints: Any) -> bool:
-    """Whether all configs say that the output embeddings are the input embeddings."""
-    return all(
-        checkpoint.config and checkpoint.config.get("tie_word_embeddings", True) for checkpoint in checkpoints
-    )
+def _is_tied(name: str, base: Checkpoint, task: Checkpoint) -> bool:
+    """Whether a task's tensor is another name of one that the base has: by its memory, or an equal lm_head by the configs."""
+    held = task.aliases.get(name, name)
+    if any(task.aliases.get(other, other) == held for other in task if other != name and other in base):
+        return True
+    ties = all(model.config and model.config.get("tie_word_embeddings", True) for model in (base, task))
+    if not name.endswith("lm_head.weight") or not ties:
+        return False
+    sample = task.sample(name)
+    return any(task.sample(other) == sample for other in task if other in base and FIRST.search(other))

@@ -80,7 +80,8 @@ def head_prefixes(base: Checkpoint, tasks: Sequence[OpenTask], request: Request)
     ]
     if request.heads == "error":
         for name in names:
-            shapes = {model.spec(name).shape for model in models if name in model}
+            specs = [model.spec(name) for model in models if name in model]
+            shapes = {spec.shape for spec in specs if spec.floating}  # buffers of integers are the base's
             if len(shapes) > 1 and not FIRST.search(name) and layer_of(name) is None:
                 found = {
                     task.name: list(task.checkpoint.spec(name).shape)

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from gradmatch.inputs import Inputs
 
 ABSENT = -1
+EMBEDDINGS = re.compile(
+    r"embed_tokens|word_embeddings|embed_in|embed_out|tok_embeddings|wte|shared|^output\.|predictions\.(bias|decoder)"
+    r"|lm_head\.(weight|bias|decoder)",
+    re.IGNORECASE,
+)  # input and output embeddings and their biases, as transformers calls them
 POSITIONS = re.compile(r"wpe|position|token_type", re.IGNORECASE)  # embeddings of something else
 
 
@@ -134,15 +139,24 @@ def align(inputs: Inputs, policy: str) -> dict[str, bytes]:
     models = [inputs.base, *(task.checkpoint for task in inputs.tasks)]
     tables = _tables(models)
     base = tables[0]
-    if base is None or all(table is None or table == base for table in tables[1:]):
+    if base is None:
         return {}
-    names = ["the base", *(task.name for task in inputs.tasks)]
-    if policy == "error":
-        position = next(i for i, table in enumerate(tables) if table is not None and table != base)
-        raise ValueError(_difference(names[position], base, tables[position] or {}))
     known = [
         base if table is None else table for table in tables
     ]  # a model without a tokenizer uses the base's
+    sizes = _rows(models, known)
+    differs = [i for i, table in enumerate(known) if table != base or sizes[i] != sizes[0]]
+    if not differs:
+        return {}
+    if policy == "error":
+        position = differs[0]
+        name = inputs.tasks[position - 1].name
+        raise ValueError(
+            _difference(name, base, known[position])
+            if known[position] != base
+            else f"the embeddings of {name} have {sizes[position]} rows and the base's {sizes[0]}, for the same tokens; "
+            "choose embeddings='union' or 'intersect' to merge the rows of tokens and keep the base's padding"
+        )
     tokens = common_tokens(known, policy)
     padding = _padding(models[0], base) if policy == "union" or len(tokens) == len(base) else 0
     tensors = _vocabulary_tensors(models, known)
@@ -223,12 +237,13 @@ def _padding(model: Checkpoint, table: Mapping[str, int]) -> int:
 
 
 def _vocabulary_tensors(models: Sequence[Checkpoint], tables: Sequence[Mapping[str, int]]) -> list[str]:
-    """Tensors with one row a token in every model: input and output embeddings and output biases."""
-    sizes = [
-        (model.config or {}).get("vocab_size") or max(table.values()) + 1
-        for model, table in zip(models, tables, strict=True)
-    ]
-    return [
+    """Tensors with one row a token in every model: input and output embeddings and output biases.
+
+    Raises:
+        ValueError: the model is as wide as its vocabulary is long, and no name tells the embeddings.
+    """
+    sizes = _rows(models, tables)
+    found = [
         name
         for name in models[0].store
         if layer_of(name) is None
@@ -238,6 +253,23 @@ def _vocabulary_tensors(models: Sequence[Checkpoint], tables: Sequence[Mapping[s
             for model, size in zip(models, sizes, strict=True)
             if name in model.store
         )
+    ]
+    if all(models[0].spec(name).shape[1:] != (sizes[0],) for name in found):
+        return found
+    named = [name for name in found if EMBEDDINGS.search(name)]
+    if not named:
+        raise ValueError(
+            f"the models are {sizes[0]} wide and have {sizes[0]} tokens, and none of the names {', '.join(found)} is one of "
+            "embeddings that are known; give all models the base's vocabulary first"
+        )
+    return named
+
+
+def _rows(models: Sequence[Checkpoint], tables: Sequence[Mapping[str, int]]) -> list[int]:
+    """Each model's number of embedding rows."""
+    return [
+        (model.config or {}).get("vocab_size") or max(table.values()) + 1
+        for model, table in zip(models, tables, strict=True)
     ]
 
 

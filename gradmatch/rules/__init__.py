@@ -156,7 +156,7 @@ RULES: dict[str, Rule] = {
     "regmean": Rule(
         "(sum_t alpha_t G_t)^-1 sum_t alpha_t G_t W_t for linear layers, mean elsewhere", "Jin et al. 2023",
         matrix=True, linear=lambda a, gram, o: (*weighted(a), ""), needs=frozenset({"gram"}),
-        options={"off_diagonal": 0.9, "ridge": 1e-6}, lacks=NORMALIZES, relative=True,
+        options={"off_diagonal": 0.9, "ridge": 1e-6, "conv1d": None}, lacks=NORMALIZES, relative=True,
     ),
     "slerp": Rule(
         "sin((1-t)O)/sin(O) theta_1 + sin(tO)/sin(O) theta_2", "Shoemake 1985", gram="theta", models=(2, 2),

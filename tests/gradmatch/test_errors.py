@@ -393,3 +393,30 @@ def test_slices_out_of_range(bounds):
 def test_no_slices():
     with pytest.raises(ValueError, match="no slices"):
         stack([])
+
+
+def test_quantised_weights_in_a_state_dict():
+    base = {"w": torch.ones(4, dtype=torch.int8)}
+    with pytest.raises(ValueError, match=r"'w' is I8 in the base and F32 in task 1; quantised weights"):
+        merge(base, [Task({"w": torch.ones(4)})], method="averaging")
+
+
+def test_names_that_differ_by_a_prefix():
+    bare = {"embed.w": torch.ones(2), "norm.w": torch.ones(2)}
+    headed = {f"bert.{name}": value for name, value in bare.items()} | {"head.w": torch.ones(2)}
+    for base, task, owner in ((bare, headed, "the task"), (headed, bare, "the base")):
+        with pytest.raises(ValueError, match=rf"names of {owner} begin with 'bert.'"):
+            merge(base, [Task(task)], method="averaging", head_names=["nothing"], heads="base")
+
+
+@pytest.mark.parametrize("method", ["slerp", "nuslerp"])
+def test_two_models_are_needed_for_every_tensor(method):
+    lacking = {name: value for name, value in MODELS[0].items() if name != "layers.0.w"}
+    with pytest.raises(ValueError, match=rf"'layers.0.w' is in 1 of the tasks, and {method} needs 2"):
+        merge(BASE, [Task(lacking), Task(MODELS[1])], method=method, missing="base")
+
+
+def test_copied_values_that_another_dtype_cannot_hold():
+    base, model = {"w": torch.ones(2), "old": torch.tensor([1e38, 1.0])}, {"w": torch.zeros(2)}
+    with pytest.raises(ValueError, match=r"old: values reach 1e\+38, beyond what torch.float16 holds"):
+        merge(base, [Task(model)], method="averaging", missing="base", dtype="float16")

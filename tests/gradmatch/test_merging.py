@@ -537,7 +537,7 @@ def test_an_untied_copy_of_tied_embeddings_is_left_out(gpt2, tmp_path):
     )
     merged = merge(tmp_path / "base", [Task(tmp_path / "one")], method="averaging")
     assert "lm_head.weight" not in merged
-    assert "tied to the embeddings by its config" in merged.report.notes[0]
+    assert "lm_head.weight left out: tied to a tensor of the base" in merged.report.notes[0]
 
 
 def test_progress_counts_all_bytes(capsys):
@@ -654,3 +654,70 @@ def test_eight_bit_floats_are_merged_and_copied():
     merged = merge(base, [Task(model)], method="averaging", heads="base", head_names=["head.*"])
     assert torch.equal(merged["w"].float(), model["w"].float())
     assert torch.equal(merged["head.w"].float(), base["head.w"].float())
+
+
+def test_masks_of_infinities_are_kept():
+    mask = torch.tensor([[0.0, -math.inf], [math.inf, 0.0]])
+    base, models = {"w": torch.zeros(2, 2), "mask": mask}, [{"w": torch.ones(2, 2) * k, "mask": mask.clone()} for k in (1, 3)]
+    for method in ("averaging", "task_arithmetic", "ties"):
+        for dtype in (None, "bfloat16"):
+            merged = merge(base, tasks_of(models), method=method, dtype=dtype)
+            assert torch.equal(merged["mask"].float(), mask)
+    only = merge(base, [Task({"w": models[0]["w"]})], method="averaging", missing="base", dtype="bfloat16")
+    assert torch.equal(only["mask"].float(), mask)
+    other = {**models[1], "mask": torch.zeros(2, 2)}
+    with pytest.raises(ValueError, match=r"'mask' holds 2 NaN or infinite values in the base"):
+        merge(base, tasks_of([models[0], other]), method="task_arithmetic")
+    broken = {**base, "mask": torch.full((2, 2), math.nan)}
+    with pytest.raises(ValueError, match=r"'mask' holds 4 NaN"):
+        merge(broken, [Task(broken)], method="task_arithmetic")
+
+
+def test_an_integer_buffer_of_another_length_is_the_bases():
+    base, model = {"w": torch.zeros(2), "ids": torch.arange(4)}, {"w": torch.ones(2), "ids": torch.arange(6)}
+    assert torch.equal(merge(base, [Task(model)], method="averaging")["ids"], torch.arange(4))
+
+
+def test_tied_names_that_a_folder_leaves_out(tmp_path, gpt2):
+    from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(1)
+    small = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    bert = BertForMaskedLM(BertConfig(**small))
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    for number, module in enumerate((gpt2, bert, t5)):
+        folder = tmp_path / str(number)
+        module.save_pretrained(folder)
+        tuned_module = perturbed(module, 3)
+        for task in (tuned_module, tuned_module.state_dict()):
+            merged = merge(folder, [Task(task)], method="averaging")
+            for name in open_checkpoint(folder):
+                torch.testing.assert_close(merged[name], tuned_module.state_dict()[name])
+            assert any("tied to a tensor of the base" in note for note in merged.report.notes)
+
+
+def test_an_untied_head_is_not_taken_for_a_tied_one(tmp_path, gpt2):
+    gpt2.save_pretrained(tmp_path / "base")
+    gpt2.save_pretrained(tmp_path / "task")
+    file = tmp_path / "task" / "model.safetensors"
+    held = load_file(file)
+    head = torch.randn_like(held["transformer.wte.weight"])
+    save_file({**held, "lm_head.weight": head}, file)
+    with pytest.raises(ValueError, match=r"lm_head.weight"):
+        merge(tmp_path / "base", [Task(tmp_path / "task")], method="averaging")
+    save_file({**held, "lm_head.weight": held["transformer.wte.weight"].clone()}, file)
+    assert merge(tmp_path / "base", [Task(tmp_path / "task")], method="averaging")
+
+
+def test_tied_names_of_a_merge_on_disk_are_those_in_memory(tmp_path, gpt2):
+    tasks = [Task(perturbed(gpt2, 1))]
+    memory = merge(gpt2, tasks, method="averaging")
+    disk = merge(gpt2, tasks, method="averaging", out=tmp_path / "out")
+    assert set(disk) == set(memory)
+    assert torch.equal(disk["lm_head.weight"], memory["lm_head.weight"])
+
+
+def test_random_draws_of_tasks_without_names_are_announced():
+    base, _, models, _ = problem(2)
+    with pytest.warns(UserWarning, match=r"random draws follow the names of tasks, .* task 1, task 2; pass Task"):
+        merge(base, tasks_of(models), method="dare")

@@ -444,3 +444,26 @@ def test_regmean_of_a_singular_system_without_ridge():
     )
     found = merge(base, [Task(tuned(base, 1), flat)], method="regmean", ridge=0.0)["l.weight"]
     assert torch.isfinite(found).all()
+
+
+def test_regmean_of_square_matrices_needs_to_know_how_they_are_stored():
+    generator = torch.Generator().manual_seed(4)
+    name = "h.0.attn.c_proj.weight"
+    xs = [torch.randn(12, 5, generator=generator, dtype=torch.float64) for _ in range(2)]
+    weights = [torch.randn(5, 5, generator=generator, dtype=torch.float64) for _ in range(2)]  # [in, out]
+    grams = [x.T @ x for x in xs]
+    truth = torch.linalg.solve(sum(grams), sum(g @ w for g, w in zip(grams, weights, strict=True)))
+
+    def known(x):
+        curvature = gram_curvature({name: weights[0]}, 0, 12)
+        curvature.factor_a(name).copy_(x.T @ x / 12)
+        return curvature
+
+    def merged(stored, **options):
+        tasks = [Task({name: w}, known(x)) for w, x in zip(stored, xs, strict=True)]
+        return merge({name: torch.zeros(5, 5, dtype=torch.float64)}, tasks, method="regmean", off_diagonal=1.0, ridge=0.0, **options)[name]
+
+    with pytest.raises(ValueError, match=r"'h.0.attn.c_proj.weight' \[5, 5\] is stored \[in, out\] in GPT-2's Conv1D"):
+        merged(weights)
+    torch.testing.assert_close(merged(weights, conv1d=True), truth)
+    torch.testing.assert_close(merged([w.T.contiguous() for w in weights], conv1d=False), truth.T)

@@ -197,3 +197,43 @@ def test_unigram_and_table_vocabularies(tmp_path):
     (tmp_path / "t" / "vocab.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read as a vocabulary"):
         vocabulary(tmp_path / "t")[1]()
+
+
+@pytest.mark.parametrize("policy", ["union", "intersect"])
+def test_equal_vocabularies_of_other_padding(tmp_path, policy):
+    base, one = save(tmp_path / "base", BASE, 0, rows=8), save(tmp_path / "one", BASE, 1)
+    with pytest.raises(ValueError, match=r"embeddings of one have 6 rows and the base's 8, for the same tokens"):
+        merge(base, [Task(one)], method="averaging")
+    found = embeddings(merge(base, [Task(one)], method="averaging", embeddings=policy))
+    assert len(found) == 8
+    for number in range(8):
+        expected = row(BASE[number], 1) if number < 6 else row(f"padding {number}", 0)
+        torch.testing.assert_close(found[number], expected)
+    cropped = merge(one, [Task(base)], method="averaging", embeddings=policy, out=tmp_path / "out")
+    assert embeddings(cropped).shape == (6, 8)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 6
+
+
+def test_models_as_wide_as_their_vocabulary(tmp_path):
+    base = save(tmp_path / "base", BASE, 0, width=6)
+    one = save(tmp_path / "one", [*BASE[:5], "e"], 1, width=6)
+    done = merge(base, [Task(one)], method="averaging", embeddings="union", out=tmp_path / "out")
+    assert embeddings(done).shape == (7, 6)
+    assert done["transformer.ln_f.weight"].shape == (6,)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "mismatched_keys"))
+
+
+def test_embeddings_that_no_name_tells(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folders = [
+        save(tmp_path / "base", BASE, 0, width=6),
+        save(tmp_path / "one", [*BASE[:5], "e"], 1, width=6),
+    ]
+    for folder in folders:
+        held = load_file(folder / "model.safetensors")
+        held["words"] = held.pop("transformer.wte.weight")
+        save_file(held, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"6 wide and have 6 tokens, and none of the names .*words"):
+        merge(folders[0], [Task(folders[1])], method="averaging", embeddings="union")
