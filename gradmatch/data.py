@@ -130,6 +130,7 @@ class TextBatches:
         batch_size: rows a batch.
         max_length: longer texts are cut, and counted in `cut`.
         label_ids: name of a class -> its number, for labels that are words.
+        numbers: of the rows in the table that these were taken from, for messages.
 
     Raises (while iterating):
         ValueError: a text that is missing or no string, or an unknown label; the row is named.
@@ -145,12 +146,14 @@ class TextBatches:
         batch_size: int = 8,
         max_length: int = LONGEST_BY_DEFAULT,
         label_ids: Mapping[str, int] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"the batch size must be at least 1, got {batch_size}")
         self.table, self.tokenizer, self.task, self.columns = table, tokenizer, task, columns
         self.batch_size, self.max_length = batch_size, max_length
         self.label_ids = dict(label_ids or {})
+        self.numbers = numbers if numbers is not None else range(len(table))
         self.dataset = table  # its length is what a progress bar counts to
         self.cut = 0
         if tokenizer.pad_token is None:
@@ -167,10 +170,12 @@ class TextBatches:
             yield self._batch([self.table[row] for row in range(first, last)], first)
 
     def _batch(self, rows: Sequence[Mapping[str, Any]], first: int) -> dict[str, Tensor]:
-        texts = [self._text(row, self.columns.text, first + n) for n, row in enumerate(rows)]
+        texts = [self._text(row, self.columns.text, self.numbers[first + n]) for n, row in enumerate(rows)]
         pairs = None
         if self.columns.pair is not None:
-            pairs = [self._text(row, self.columns.pair, first + n) for n, row in enumerate(rows)]
+            pairs = [
+                self._text(row, self.columns.pair, self.numbers[first + n]) for n, row in enumerate(rows)
+            ]
         encoded = self.tokenizer(
             texts, pairs, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
         )
@@ -201,11 +206,11 @@ class TextBatches:
                         if close
                         else f"the model knows: {', '.join(self.label_ids) or 'none'}"
                     )
-                    raise ValueError(f"row {first + n}: unknown label {value!r}; {hint}")
+                    raise ValueError(f"row {self.numbers[first + n]}: unknown label {value!r}; {hint}")
                 value = self.label_ids[value]
             if value is None or isinstance(value, (list, dict)):
                 raise ValueError(
-                    f"row {first + n}: column {self.columns.label!r} holds no label but {value!r}"
+                    f"row {self.numbers[first + n]}: column {self.columns.label!r} holds no label but {value!r}"
                 )
             found.append(value)
         return torch.tensor(
@@ -230,13 +235,13 @@ def longest_input(tokenizer: Any, config: Any, asked: int | None = None) -> int:
     return asked
 
 
-def without_empty_lines(table: Any, column: str) -> Any:
-    """The rows whose text is not blank; a text file's empty lines separate paragraphs and are no examples.
+def rows_with_text(table: Any, column: str) -> list[int]:
+    """Numbers of the rows whose text is not missing or blank.
 
     Raises:
-        ValueError: nothing remains.
+        ValueError: there is none.
     """
-    kept = table.filter(lambda row: isinstance(row[column], str) and bool(row[column].strip()))
-    if len(kept) == 0:
+    kept = [n for n, text in enumerate(table[column]) if isinstance(text, str) and text.strip()]
+    if not kept:
         raise ValueError(f"column {column!r} holds no text at all")
     return kept

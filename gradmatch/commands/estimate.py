@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import random
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger(__name__)
 METHODS = ("fisher", "empirical_fisher", "ggn", "hessian", "kfac", "gram")
 TASKS = ("auto", "classification", "causal_lm")
 EXAMPLE = """example:
@@ -108,15 +110,9 @@ def check(args: argparse.Namespace) -> None:
     """What can be wrong before anything is loaded.
 
     Raises:
-        ValueError: neither or both of --data and --adam, numbers that make no sense, or an unknown method.
+        ValueError: neither or both of --data and --adam, numbers or combinations that make no sense, an unknown method.
         FileExistsError: the output is there already.
     """
-    from difflib import get_close_matches
-
-    if args.method not in METHODS:
-        close = get_close_matches(args.method, METHODS, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(METHODS)}"
-        raise ValueError(f"unknown method {args.method!r}; {hint}")
     if bool(args.data) == bool(args.adam):
         raise ValueError("give either --data (to measure) or --adam (to read an optimizer's state)")
     if args.adam and (args.num_examples is None or args.batch_size is None):
@@ -129,6 +125,18 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
     if Path(args.out).exists() and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it")
+    if args.data:
+        from estimators.estimation import check_diagonal, check_options
+
+        check_options(
+            args.method, args.samples, args.reduction, args.tolerance, "auto", args.num_examples, args.seed
+        )
+        check_diagonal(
+            args.method,
+            standard_error=args.standard_error,
+            gradient=args.gradient,
+            tolerance=args.tolerance is not None,
+        )
 
 
 def join_processes() -> bool:
@@ -154,17 +162,26 @@ def from_state(args: argparse.Namespace) -> Any:
 def from_data(args: argparse.Namespace) -> Any:
     """Curvature measured on data."""
     from estimators import estimate
-    from gradmatch.data import TextBatches, find_columns, longest_input, read_table, without_empty_lines
+    from gradmatch.data import TextBatches, find_columns, longest_input, read_table, rows_with_text
 
     table = read_table(args.data, split=args.split)
     columns = find_columns(table.column_names, args.text_column, args.pair_column, args.label_column)
-    table = without_empty_lines(table, columns.text)
-    rows = len(table)
+    kept = rows_with_text(table, columns.text)
+    rows = len(kept)
+    if rows < len(table) and not args.data.endswith(
+        (".txt", ".text")
+    ):  # there, empty lines separate paragraphs
+        log.warning(
+            "%s of %s rows have no text in column %r and are left out",
+            len(table) - rows,
+            len(table),
+            columns.text,
+        )
     if args.limit is not None and args.limit < rows:
-        table = table.shuffle(seed=args.seed).select(range(args.limit))
+        kept = random.Random(args.seed).sample(kept, args.limit)
     model, tokenizer, task = load(args, args.task)
     batches = TextBatches(
-        table, tokenizer, task=task, columns=columns, batch_size=args.batch_size or 8,
+        table.select(kept), tokenizer, task=task, columns=columns, batch_size=args.batch_size or 8, numbers=kept,
         max_length=longest_input(tokenizer, model.config, args.max_length), label_ids=getattr(model.config, "label2id", None),
     )  # fmt: skip
     curvature = estimate(

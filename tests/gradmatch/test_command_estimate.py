@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from estimators import Curvature, estimate
+from estimators.estimation import ESTIMATORS
 from gradmatch.cli import main
-from gradmatch.commands.estimate import task_of
+from gradmatch.commands.estimate import METHODS, task_of
 from tests import oracle
 from tests.gradmatch.tiny import save_classifier, save_language_model, tokenizer
 
@@ -93,12 +94,22 @@ def test_adam(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--method", "fischer"], "unknown method 'fischer'; did you mean 'fisher'?"),
+        (["--data", "x.csv", "--method", "fischer"], "unknown method 'fischer'; did you mean 'fisher'?"),
         (["--data", "x.csv", "--adam", "o.pt"], "give either --data (to measure) or --adam"),
         ([], "give either --data (to measure) or --adam"),
         (["--adam", "o.pt", "--batch-size", 8], "--adam needs --num-examples"),
         (["--adam", "o.pt", "--num-examples", 50], "and --batch-size, that of a step"),
         (["--data", "x.csv", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (
+            ["--data", "x.csv", "--method", "kfac", "--tolerance", "0.1"],
+            "tolerance is not available for method='kfac'",
+        ),
+        (
+            ["--data", "x.csv", "--method", "kfac", "--gradient"],
+            "gradient is not available for method='kfac'",
+        ),
+        (["--data", "x.csv", "--tolerance", "2"], "relative error between 0 and 1"),
+        (["--data", "x.csv", "--method", "ggn", "--reduction", "batch"], 'right only for method="fisher"'),
         (["--data", "x.csv"], "no data file at x.csv"),
     ],
 )
@@ -107,6 +118,19 @@ def test_errors_are_one_line_and_code_2(tmp_path, capsys, words, message):
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err
+
+
+def test_rows_without_text_are_left_out_aloud_and_others_keep_their_numbers(tmp_path, capsys, caplog):
+    save_classifier(tmp_path / "model")
+    data, out = tmp_path / "reviews.csv", tmp_path / "c.safetensors"
+    data.write_text("text,label\n" + f",class0\n{TEXTS[0]},class1\n{TEXTS[1]},classX\n")
+    assert run(tmp_path / "model", "--data", data, "-o", out, "--quiet") == 2
+    assert "1 of 3 rows have no text in column 'text'" in caplog.text
+    assert "row 2: unknown label 'classX'" in capsys.readouterr().err
+
+
+def test_methods_in_the_help_are_those_of_the_library():
+    assert set(METHODS) == set(ESTIMATORS)
 
 
 def test_an_existing_file_is_not_replaced(tmp_path, reviews, capsys):

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from gradmatch.data import TextBatches, find_columns, longest_input, read_table, without_empty_lines
+from gradmatch.data import TextBatches, find_columns, longest_input, read_table, rows_with_text
 from tests.gradmatch.tiny import tokenizer
 
 ROWS = [
@@ -48,8 +48,9 @@ def test_kinds_of_files(tmp_path, kind):
 
 
 def test_a_text_file_has_one_example_a_line_without_the_empty_ones(tmp_path):
-    table = without_empty_lines(read_table(write(tmp_path, "txt")), "text")
-    assert [row["text"] for row in table] == [row["text"] for row in ROWS]
+    table = read_table(write(tmp_path, "txt"))
+    kept = table.select(rows_with_text(table, "text"))
+    assert [row["text"] for row in kept] == [row["text"] for row in ROWS]
 
 
 def batches(rows=ROWS, task="classification", columns=None, **options):
@@ -127,7 +128,7 @@ def test_errors_of_files(tmp_path):
     blank = tmp_path / "blank.csv"
     blank.write_text('text,label\n" ",1\n')
     with pytest.raises(ValueError, match="holds no text at all"):
-        without_empty_lines(read_table(blank), "text")
+        rows_with_text(read_table(blank), "text")
 
 
 def test_without_the_datasets_package(monkeypatch):
