@@ -61,14 +61,16 @@ def estimate(
             row of a batch; its log-likelihood sums over its predicted tokens, padding and ignored labels excluded.
         method: a key of ESTIMATORS.
         num_examples: N of the summed loss, the size of the training set; by default the number of examples seen (with
-            `tolerance` and a DataLoader, that of its dataset).
+            `tolerance` and a DataLoader, that of its dataset). A row whose labels are all ignored is an example too.
         samples: draws of labels per example (probes per batch for "hessian").
         reduction: "example" squares each example's gradient; "batch" squares the batch's (cheapest, more variance,
             right only because labels are sampled).
-        seed: of everything random. The draw for an example depends on the seed and its place in the run alone.
+        seed: of everything random. The draw for an example depends on the seed and its place in the run alone
+            (with a likelihood of one's own: on the batch).
         likelihood: "auto", a name, or an object with `sample(output, generator)` and `log_prob(output, labels)`.
         gradient: also store the gradient of the summed loss at the true labels.
-        standard_error: also store the standard error of every coordinate.
+        standard_error: also store the standard error of every coordinate, with the examples taken as a random sample of the
+            population: not zero where every example was seen, and more than the noise of sampled labels alone.
         tolerance: stop when the relative standard error of the curvature's trace is below this.
         progress: show a progress bar on stderr.
         labels: "sampled" or "exact" (the expectation over labels) for fisher, ggn and kfac; "auto" takes the exact one

@@ -27,7 +27,8 @@ def from_ivon(optimizer: Any, model: nn.Module) -> Curvature:
 
     Raises:
         TypeError: no IVON optimizer.
-        ValueError: a Hessian still at its initial value, groups of different ess, or parameters not in the model.
+        ValueError: a Hessian still at its initial value, groups of different ess, or parameters that only one of
+            optimizer and model has.
     """
     groups = getattr(optimizer, "param_groups", None)
     if not groups or not all({"hess", "ess", "weight_decay"} <= set(group) for group in groups):
@@ -59,6 +60,12 @@ def from_ivon(optimizer: Any, model: nn.Module) -> Curvature:
             if value.requires_grad:
                 total = curvature_of_posterior(flat, sizes[0]).view(value.shape)
                 mean[names[id(value)]] = total / num_examples
+    missing = [name for name, value in model.named_parameters() if value.requires_grad and name not in mean]
+    if missing:
+        raise ValueError(
+            f"the optimizer does not hold {missing[0]!r} ({len(missing)} in all), so its curvature is not known; set "
+            "requires_grad to False on it to leave it out"
+        )
     delta = sorted({sizes[0] * float(group["weight_decay"]) for group in groups})
     info = {
         "estimator": "ivon",

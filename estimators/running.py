@@ -17,6 +17,7 @@ from tqdm import tqdm
 from estimators import distributed
 from estimators.batches import Batch, BatchReader
 from estimators.convergence import Convergence
+from estimators.kronecker import FACTOR_A
 from estimators.problem import Problem
 from estimators.resume import Journal
 from estimators.sinks import DIAGONAL
@@ -107,7 +108,9 @@ def count_examples(batches: Iterable[Any]) -> int | None:
 
 
 def traces(problem: Problem) -> list[float]:
-    """Trace of every tensor's accumulated diagonal so far."""
+    """Trace of every tensor's accumulated diagonal so far; none for Kronecker factors, of which it would miss most."""
+    if any(key.startswith(FACTOR_A) for key in problem.sums):
+        return []
     diagonals = [problem.sums[key] for name in problem.parameters if (key := DIAGONAL + name) in problem.sums]
     return [float(value) for value in torch.stack([value.sum() for value in diagonals])] if diagonals else []
 
@@ -138,8 +141,8 @@ def add_up_ranks(problem: Problem, convergence: Convergence) -> None:
 def advice(convergence: Convergence, seen: int) -> str:
     """One line about the noise: the error of the trace is halved by four times the examples."""
     error = convergence.relative_error()
-    if error is None:
-        return "relative error of the trace: unknown, it takes two batches"
+    if error is None or not convergence.relative_errors():
+        return "relative error of the trace: unknown, it takes two batches of a diagonal"
     return f"relative error of the trace {100 * error:.2g} % after {seen:,} examples; {3 * seen:,} more would halve it"
 
 

@@ -200,7 +200,8 @@ def _values(batch: Batch, view: Tensor, output: Tensor) -> Tensor | None:
         raise ValueError(
             f"batch {batch.index}: labels of shape {list(batch.labels.shape)} do not fit outputs of shape {list(output.shape)}"
         )
-    return batch.labels.to(wide(view).dtype).reshape(view.shape)
+    labels: Tensor = batch.labels.to(wide(view).dtype).reshape(view.shape)
+    return labels
 
 
 def _only(values: Tensor, column: int) -> Tensor:

@@ -502,6 +502,24 @@ def test_own_likelihood():
     assert abs(float(runs.mean()) - target) < 5 * float(runs.std()) / math.sqrt(150)
 
 
+class Named(Poisson):
+    """The same with labels that are no tensor."""
+
+    def log_prob(self, output, labels):
+        counts = labels["counts"] if isinstance(labels, dict) else labels
+        return super().log_prob(output, counts)
+
+
+@pytest.mark.parametrize("method", ["fisher", "empirical_fisher"])
+def test_own_likelihoods_take_labels_of_any_kind(method):
+    model, batch, _ = make("mlp")
+    labels = torch.poisson(torch.ones(5, 3)).double()
+    options = {"method": method, "likelihood": Named(), "progress": False}
+    expected = estimate(model, [(batch["x"], labels)], **options)
+    found = estimate(model, [(batch["x"], {"counts": labels})], **options)
+    assert oracle.relative_l1(found, expected) == 0
+
+
 def test_likelihoods_can_be_built_with_options():
     model, batch, _ = make("mlp on positions")
     batch["labels"][:, 2] = 7

@@ -260,6 +260,8 @@ def test_ivon_refuses():
     model, optimizer = ivon_after(1)
     with pytest.raises(ValueError, match="that the model does not have"):
         from_ivon(optimizer, mlp())
+    with pytest.raises(ValueError, match=r"does not hold '1\.weight' \(2 in all\)"):
+        from_ivon(optimizer, nn.Sequential(model, nn.Linear(3, 3)))
     optimizer.param_groups.append({**optimizer.param_groups[0], "ess": 7.0})
     with pytest.raises(ValueError, match="different effective sample sizes"):
         from_ivon(optimizer, model)

@@ -107,6 +107,12 @@ def test_n_of_a_run_that_stopped_early_is_asked_for(caplog):
     assert "does not say how many there are" in caplog.text
 
 
+def test_kronecker_factors_state_no_error_of_a_trace_that_misses_most():
+    info = estimate(net(), pieces(*rows(40)), method="kfac", progress=False).info
+    assert "relative_error" not in info
+    assert "relative_errors" not in info
+
+
 def test_advice_is_logged(caplog):
     x, y = rows(40)
     with caplog.at_level("INFO", "estimators"):
