@@ -17,9 +17,10 @@ MERGING = (  # what decides a merge's numbers; not the command line, cards, or w
         f"gradmatch.{name}"
         for name in ("merging", "engine", "kernels", "passes", "stream", "rules", "transforms")
     ),
-    *(f"gradmatch.{name}" for name in ("inputs", "plan", "policies", "heads", "thresholds")),
+    *(f"gradmatch.{name}" for name in ("evaluate", "heads", "inputs", "plan", "policies", "thresholds")),
     "estimators.curvature",
 )
+MISMATCH = tuple(f"gradmatch.diagnosis.{name}" for name in ("layers", "mismatch", "objective"))
 
 
 class Cells:
@@ -116,7 +117,7 @@ class Cells:
                 "experiments.mismatch:task_gradient",
                 {"domain": task, "seed": seed, "examples": config.mismatch_examples},
                 {"data": self.data, "model": self.trained[seed, task]},
-                (*SOURCES, "gradmatch.diagnosis"),
+                (*SOURCES, *MISMATCH),
                 config.mismatch_examples / 60,
             )
             for task in tasks
@@ -189,7 +190,7 @@ class Cells:
                 "gradients": self.gradients,
                 "base_curvature": self.curvatures[seed, "base"],
             },
-            (*SOURCES, "gradmatch.diagnosis"),
+            (*SOURCES, *MISMATCH),
             config.mismatch_examples * len(config.data.tasks) / 60,
         )
 
