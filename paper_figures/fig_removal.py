@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments.records import Record, of_kind
 from paper_figures.style import look, save
@@ -43,6 +43,7 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_removal") -> 
                 if alpha:
                     axes.annotate(f"{alpha:g}", (x, y), (3, 3), textcoords="offset points", fontsize=6)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("perplexity of text to keep")
