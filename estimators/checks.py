@@ -42,7 +42,7 @@ def check_inputs_kept(given: Batch, used: Batch) -> None:
         strict=True,
     )
     for before, after in pairs:
-        if isinstance(before, Tensor) and not torch.equal(before, after):
+        if isinstance(before, Tensor) and not torch.allclose(before, after, rtol=0, atol=0, equal_nan=True):
             raise ValueError(
                 f"the model changes its input of shape {list(before.shape)} in place, but estimates use inputs again: let it "
                 "work on a copy (x = x - mean, not x -= mean)"

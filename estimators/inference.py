@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from estimators.batches import Batch
-from estimators.likelihood import Categorical, Likelihood, OwnLikelihood, checked_logits, field_of
+from estimators.general import differentiable
+from estimators.likelihood import LOGITS, Categorical, Likelihood, OwnLikelihood, checked_logits, field_of
 from estimators.values import Bernoulli, Gaussian, Own
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,12 @@ def infer_likelihood(model: nn.Module, output: Any, batch: Batch) -> Likelihood:
             "with sample(output, generator) and log_prob(output, labels)"
         )
     logits, labels = checked_logits(output, batch), batch.labels
+    others = differentiable(output)[1:]
+    if others and all(field_of(output, key) is None for key in LOGITS):
+        log.warning(
+            "the model returns %s tensors: the first, of shape %s, is taken for the predictions, the others for by-products; "
+            "if they are trained too, pass your own likelihood", len(others) + 1, list(logits.shape),
+        )  # fmt: skip
     if hasattr(inner, "config"):
         both_sides = bool(getattr(inner.config, "is_encoder_decoder", False))
         for ending, kind in HEADS:

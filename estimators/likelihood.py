@@ -23,6 +23,7 @@ from estimators.batches import Batch
 from estimators.randomness import draw_index
 
 IGNORE = -100
+LOGITS = ("logits", "prediction_logits", "out")  # what outputs call them
 Uniforms = Callable[[int], Tensor]  # number of values per example -> (B, count) in [0, 1)
 Seed = tuple[Tensor, Tensor]
 
@@ -256,7 +257,7 @@ def find_logits(output: Any) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    for key in ("logits", "prediction_logits", "out"):
+    for key in LOGITS:
         value = field_of(output, key)
         if isinstance(value, Tensor):
             return value

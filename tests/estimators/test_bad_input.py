@@ -161,6 +161,7 @@ CASES = {
         lambda: nn.Sequential(nn.LayerNorm(4)), [(X, Y)], {"method": "gram"}, ValueError, "no trainable linear layer",
     ),
     "NaN": (not_a_number, [(X, Y)], {}, ValueError, "NaN or infinite in batch 0, row 0"),
+    "NaN among the inputs": (mlp, [(X * float("nan"), Y)], {}, ValueError, "NaN or infinite in batch 0, row 0"),
     "NaN of one's own": (mlp, [(X, Y)], {**TRUE, "likelihood": NotANumber()}, ValueError, "log_prob of NotANumber is NaN"),
     "no batches": (mlp, [], {}, ValueError, "ended without yielding"),
     "empty batch": (mlp, [(X[:0], Y[:0])], {}, ValueError, "batch 0 is empty"),
@@ -239,6 +240,13 @@ def test_unknown_attribute_of_the_package():
     with pytest.raises(AttributeError, match="no attribute 'estimat'"):
         estimators.estimat  # noqa: B018
     assert "estimate" in dir(estimators)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_second_output_is_pointed_out(named, caplog):
+    model = Returns(lambda h: {"logits": h, "hidden": h * 2} if named else (h, h * 2))
+    estimate(model, [(X, Y)], progress=False)
+    assert ("returns 2 tensors: the first" in caplog.text) == (not named)
 
 
 def test_float_labels_of_zero_and_one_are_pointed_out(caplog):
