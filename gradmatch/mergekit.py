@@ -11,30 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gradmatch.mergekit_keys import RANDOM, check_keys
 from gradmatch.recipe import locate
-from gradmatch.request import nearest
 from gradmatch.settings import numbers, times
 from gradmatch.slices import Slice, stack
 from gradmatch.task import Task
 
-KEYS = (
-    "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
-    "chat_template", "name",
-)  # fmt: skip
-METHODS = (
-    "linear", "slerp", "nuslerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear",
-    "breadcrumbs", "breadcrumbs_ties", "model_stock", "passthrough", "karcher",
-)  # fmt: skip
-PARAMETERS = {
-    "linear": ("weight", "normalize"),
-    "slerp": ("t",),
-    "nuslerp": ("weight", "nuslerp_flatten", "nuslerp_row_wise"),
-    "model_stock": ("filter_wise",),
-    "passthrough": ("scale",),
-    "karcher": ("max_iter", "tol"),
-}
-EDITING = ("weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask")
-RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 NORMALIZED = ("ties", "della")  # the methods where they normalise by default
 DEFAULTS = {"density": 1.0, "epsilon": 0.15, "gamma": 0.01}  # theirs, where none is given
 
@@ -50,17 +32,7 @@ def translate(content: dict[str, Any], folder: Path, where: str) -> dict[str, An
     Raises:
         ValueError: an unknown key, method or parameter (the nearest is named), or something of theirs that we do not have.
     """
-    for key in content:
-        if key not in KEYS:
-            raise ValueError(f"{where}: unknown key {key!r}{nearest(key, KEYS)}; known are {', '.join(KEYS)}")
-    method = str(content["merge_method"])
-    if method not in METHODS:
-        raise ValueError(
-            f"{where}: merge_method {method!r} is unknown here{nearest(method, METHODS)}; known are {', '.join(METHODS)}"
-        )
-    if ("models" in content) == ("slices" in content):
-        raise ValueError(f"{where}: give either models or slices")
-    _check_parameters(content, method, where)
+    method = check_keys(content, where)
     entries, base = (_from_models if "models" in content else _from_slices)(content, folder, where)
     settings = _tokenizer(content, where)
     dtype = content.get("out_dtype") or content.get("dtype")
@@ -68,19 +40,6 @@ def translate(content: dict[str, Any], folder: Path, where: str) -> dict[str, An
         settings["dtype"] = str(dtype)
     shared = content.get("parameters") or {}
     return {**settings, **_method(method, entries, base, shared, where)}
-
-
-def _check_parameters(content: Mapping[str, Any], method: str, where: str) -> None:
-    """Refuse parameters that the method does not have, at every level."""
-    known = PARAMETERS.get(method, EDITING)
-    entries = [content, *(content.get("models") or ()), *(content.get("slices") or ())]
-    entries += [source for entry in content.get("slices") or () for source in entry.get("sources", ())]
-    for entry in entries:
-        for key in entry.get("parameters") or {}:
-            if key not in known:
-                raise ValueError(
-                    f"{where}: {method} has no parameter {key!r}{nearest(key, known)}; it takes {', '.join(known)}"
-                )
 
 
 Entry = tuple[str, Any, Mapping[str, Any]]  # name, model, parameters
@@ -304,7 +263,7 @@ def _editing(
     elif normalize:
         options["normalize"] = True
     notes = []
-    if method in RANDOM and shared.get("rescale", True):
+    if method in RANDOM:
         notes.append(
             f"{method}: what stays is divided by its probability (unbiased, as published); mergekit restores the tensor's L1 norm"
         )
