@@ -67,7 +67,8 @@ def estimate(
             right only because labels are sampled).
         seed: of everything random. The draw for an example depends on the seed and its place in the run alone
             (with a likelihood of one's own: on the batch).
-        likelihood: "auto", a name, or an object with `sample(output, generator)` and `log_prob(output, labels)`.
+        likelihood: "auto", "classification", "bernoulli", "regression", "causal_lm", "masked_lm", "seq2seq" or
+            "token_classification", or an object with `sample(output, generator)` and `log_prob(output, labels)`.
         gradient: also store the gradient of the summed loss at the true labels.
         standard_error: also store the standard error of every coordinate, with the examples taken as a random sample of the
             population: not zero where every example was seen, and more than the noise of sampled labels alone.
