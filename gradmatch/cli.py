@@ -70,7 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"gradmatch: error: {error}", file=sys.stderr)
         else:  # nothing that we raise to tell the user something
             print(f"gradmatch: error: {type(error).__name__}: {error}", file=sys.stderr)
-            print("gradmatch: this is a fault of gradmatch; --debug shows where, please report it", file=sys.stderr)
+            print(
+                "gradmatch: this is a fault of gradmatch; --debug shows where, please report it",
+                file=sys.stderr,
+            )
         return 2
     return code
 

@@ -265,7 +265,9 @@ def converted(step: Step, values: Tensor, dtype: torch.dtype) -> Tensor:
     lost = values.float().isfinite() & ~rounded.float().isfinite()
     if bool(lost.any()):
         largest = float(values[lost].double().abs().max())
-        raise ValueError(f"{step.name}: values reach {largest:g}, beyond what {dtype} holds; choose a wider dtype")
+        raise ValueError(
+            f"{step.name}: values reach {largest:g}, beyond what {dtype} holds; choose a wider dtype"
+        )
     return rounded
 
 

@@ -29,7 +29,9 @@ def leaves(setting: Any) -> Iterator[Any]:
         if "value" in setting:
             part = setting.get("filter")
             if part is not None and not isinstance(part, str):
-                raise TypeError(f"the filter {part!r} is no text; it is a part of the names that it stands for")
+                raise TypeError(
+                    f"the filter {part!r} is no text; it is a part of the names that it stands for"
+                )
             yield from leaves(setting["value"])
         else:
             for entry in setting.values():

@@ -276,7 +276,9 @@ def subtract(
     if method == "removal":
         report: Report = result.report  # type: ignore[attr-defined]
         limits = largest_alpha(base, tasks, base_curvature, keep=keep, **options)
-        report.largest_alpha = {s: limit if math.isinf(limit) else weight * limit for s, limit in limits.items()}
+        report.largest_alpha = {
+            s: limit if math.isinf(limit) else weight * limit for s, limit in limits.items()
+        }
         from gradmatch.card import rewrite_card
 
         rewrite_card(result)

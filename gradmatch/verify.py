@@ -51,4 +51,6 @@ def reload(checkpoint: Checkpoint) -> None:
         if info.get(key)
     }
     if problems:
-        raise ValueError(f"{checkpoint.path}: transformers reports {problems}; the output is not put into place")
+        raise ValueError(
+            f"{checkpoint.path}: transformers reports {problems}; the output is not put into place"
+        )

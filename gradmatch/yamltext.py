@@ -7,7 +7,9 @@ from typing import Any
 
 import yaml
 
-FLOAT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")  # PyYAML itself wants a point and a sign: 1.0e-6
+FLOAT = re.compile(
+    r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"
+)  # PyYAML itself wants a point and a sign: 1.0e-6
 
 
 class Loader(yaml.SafeLoader):

@@ -123,7 +123,12 @@ def diagonal_edits(
         warnings.filterwarnings("ignore", message=".*clamped.*")  # it is part of what is compared
         for method, label in LABELS.items():
             for alpha in alphas:
-                shared: dict[str, Any] = {"base_curvature": h0, "delta0": delta0, "keep": KEEP, "guard": "scale"}
+                shared: dict[str, Any] = {
+                    "base_curvature": h0,
+                    "delta0": delta0,
+                    "keep": KEEP,
+                    "guard": "scale",
+                }
                 edits[label, alpha] = dict(
                     subtract(base, Task(task, h), method=method, weight=alpha, **shared)
                 )

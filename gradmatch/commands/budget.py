@@ -53,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep", type=float, default=0.1, help="guard: at least keep * H0 remains (default 0.1)"
     )
     parser.add_argument(
-        "--guard", choices=GUARDS, default="floor", help="floor H0 - alpha H_t there (default), or scale H_t down"
+        "--guard",
+        choices=GUARDS,
+        default="floor",
+        help="floor H0 - alpha H_t there (default), or scale H_t down",
     )
     parser.add_argument(
         "--base-weight", type=float, default=1.0, help="factor on the base's curvature (default 1)"

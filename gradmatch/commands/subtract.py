@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep", type=float, default=0.1, help="guard: H0 - alpha H_t is at least keep * H0 (default 0.1)"
     )
     parser.add_argument(
-        "--guard", choices=GUARDS, default="floor", help="floor H0 - alpha H_t there (default), or scale H_t down"
+        "--guard",
+        choices=GUARDS,
+        default="floor",
+        help="floor H0 - alpha H_t there (default), or scale H_t down",
     )
 
 

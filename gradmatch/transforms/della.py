@@ -14,7 +14,9 @@ def keep_probability(tau: Tensor, density: Tensor | float, epsilon: Tensor | flo
     tau: (T, *s), rows along the last axis. Returns (T, *s). The steps between neighbours in rank are equal and the mean
     over a row is `density`; a row of length one has probability `density`.
     """
-    rows = tau.abs() if tau.dim() > 1 else tau.abs().unsqueeze(-1)  # a tensor without axes is a row of length one
+    rows = (
+        tau.abs() if tau.dim() > 1 else tau.abs().unsqueeze(-1)
+    )  # a tensor without axes is a row of length one
     n = rows.shape[-1]
     rank = rows.argsort(dim=-1).argsort(dim=-1).to(tau.dtype).reshape(tau.shape)  # 0 for the smallest
     return density + epsilon * ((rank + 0.5) / n - 0.5)

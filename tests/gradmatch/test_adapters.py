@@ -177,7 +177,9 @@ def test_an_adapter_of_a_tied_embedding_changes_the_tied_tensor(tmp_path):
 @pytest.mark.parametrize("memory", [True, False])
 def test_adapters_of_tied_weights_are_refused(tmp_path, targets, memory):
     make(tmp_path, gpt2, {"target_modules": targets, "r": 2, "fan_in_fan_out": False})
-    base = open_checkpoint(GPT2LMHeadModel.from_pretrained(tmp_path / "base") if memory else tmp_path / "base")
+    base = open_checkpoint(
+        GPT2LMHeadModel.from_pretrained(tmp_path / "base") if memory else tmp_path / "base"
+    )
     with pytest.raises(ValueError, match=r"is tied to another tensor .* untie the base"):
         open_checkpoint(tmp_path / "adapter0", base=base)
 
@@ -191,9 +193,19 @@ def test_two_updates_of_one_tensor_are_refused(tmp_path):
     make(tmp_path, *CASES["plain"])
     rewrite(
         tmp_path / "adapter0",
-        lambda held: held
-        | {n.replace("lora_A.weight", "lora_A.default.weight"): t.clone() for n, t in held.items() if "lora_A" in n}
-        | {n.replace("lora_B.weight", "lora_B.default.weight"): t.clone() for n, t in held.items() if "lora_B" in n},
+        lambda held: (
+            held
+            | {
+                n.replace("lora_A.weight", "lora_A.default.weight"): t.clone()
+                for n, t in held.items()
+                if "lora_A" in n
+            }
+            | {
+                n.replace("lora_B.weight", "lora_B.default.weight"): t.clone()
+                for n, t in held.items()
+                if "lora_B" in n
+            }
+        ),
     )
     with pytest.raises(ValueError, match=r"both .* and .* adapt"):
         open_checkpoint(tmp_path / "adapter0", base=open_checkpoint(tmp_path / "base"))

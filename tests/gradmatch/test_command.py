@@ -217,9 +217,23 @@ def test_a_fault_of_ours_is_said_to_be_one(monkeypatch, capsys):
 
 
 def test_floats_as_yaml_1_2_spells_them(files, tmp_path):
-    assert load_yaml("[1e-6, 5e-1, -2E+3, .5e1, 1, 1.5, 1e, e5, no]", "x") == [1e-6, 0.5, -2000.0, 5.0, 1, 1.5, "1e", "e5", False]
+    assert load_yaml("[1e-6, 5e-1, -2E+3, .5e1, 1, 1.5, 1e, e5, no]", "x") == [
+        1e-6,
+        0.5,
+        -2000.0,
+        5.0,
+        1,
+        1.5,
+        "1e",
+        "e5",
+        False,
+    ]
     assert parse_task("a,weight=1e-1").weight == 0.1
-    content = {"base": "base", "base_curvature": "@", "tasks": [{"model": "one", "curvature": "one.safetensors", "weight": "@"}]}
+    content = {
+        "base": "base",
+        "base_curvature": "@",
+        "tasks": [{"model": "one", "curvature": "one.safetensors", "weight": "@"}],
+    }
     text = yaml.safe_dump({**content, "method": "removal", "options": {"keep": "@"}}).replace("'@'", "1e-1")
     (files / "floats.yaml").write_text(text)
     arguments = load_recipe(files / "floats.yaml")
@@ -242,7 +256,9 @@ def test_a_dry_run_says_that_the_output_would_be_refused(files, tmp_path, capsys
 
 
 def test_a_card_is_json_also_where_a_number_has_no_limit(files, tmp_path):
-    flat = Curvature.from_dict({name: torch.zeros(t.shape) for name, t in load_file(files / "one" / "model.safetensors").items()}, 3)
+    flat = Curvature.from_dict(
+        {name: torch.zeros(t.shape) for name, t in load_file(files / "one" / "model.safetensors").items()}, 3
+    )
     for weight in (0.0, 1.0):
         out = tmp_path / str(weight)
         done = subtract(files / "base", Task(files / "one", flat), base_curvature=1.0, weight=weight, out=out)

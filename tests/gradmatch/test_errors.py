@@ -362,11 +362,16 @@ def test_tensors_that_cannot_be_read(value, text):
 
 
 def test_settings_errors():
-    with pytest.raises(ValueError, match=r"no filter matches tensor 'a.b'; add a last entry without a filter"):
+    with pytest.raises(
+        ValueError, match=r"no filter matches tensor 'a.b'; add a last entry without a filter"
+    ):
         value_at([{"filter": "mlp", "value": 1}], "a.b", 0.0, "density")
     with pytest.raises(TypeError, match=r"density: .* is no number"):
         value_at([1, "x"], "a.b", 0.0, "density")
-    with pytest.raises(ValueError, match=r"weight of task 1 is a list over the depth, \[0, 1\], but names such as 'w' hold no layers"):
+    with pytest.raises(
+        ValueError,
+        match=r"weight of task 1 is a list over the depth, \[0, 1\], but names such as 'w' hold no layers",
+    ):
         merge({"w": torch.zeros(2)}, [Task({"w": torch.ones(2)}, weight=[0, 1])], method="task_arithmetic")
     assert value_at([0.3], "w", None) == 0.3
 

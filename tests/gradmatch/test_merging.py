@@ -658,7 +658,10 @@ def test_eight_bit_floats_are_merged_and_copied():
 
 def test_masks_of_infinities_are_kept():
     mask = torch.tensor([[0.0, -math.inf], [math.inf, 0.0]])
-    base, models = {"w": torch.zeros(2, 2), "mask": mask}, [{"w": torch.ones(2, 2) * k, "mask": mask.clone()} for k in (1, 3)]
+    base, models = (
+        {"w": torch.zeros(2, 2), "mask": mask},
+        [{"w": torch.ones(2, 2) * k, "mask": mask.clone()} for k in (1, 3)],
+    )
     for method in ("averaging", "task_arithmetic", "ties"):
         for dtype in (None, "bfloat16"):
             merged = merge(base, tasks_of(models), method=method, dtype=dtype)
@@ -682,9 +685,17 @@ def test_tied_names_that_a_folder_leaves_out(tmp_path, gpt2):
     from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(1)
-    small = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    small = {
+        "vocab_size": 20,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
     bert = BertForMaskedLM(BertConfig(**small))
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    )
     for number, module in enumerate((gpt2, bert, t5)):
         folder = tmp_path / str(number)
         module.save_pretrained(folder)
@@ -719,5 +730,7 @@ def test_tied_names_of_a_merge_on_disk_are_those_in_memory(tmp_path, gpt2):
 
 def test_random_draws_of_tasks_without_names_are_announced():
     base, _, models, _ = problem(2)
-    with pytest.warns(UserWarning, match=r"random draws follow the names of tasks, .* task 1, task 2; pass Task"):
+    with pytest.warns(
+        UserWarning, match=r"random draws follow the names of tasks, .* task 1, task 2; pass Task"
+    ):
         merge(base, tasks_of(models), method="dare")

@@ -78,7 +78,9 @@ def test_a_scaling_guard_bounds_the_step_however_flat_the_base_is():
     task = Task(model, Curvature.from_dict({"w": torch.tensor([0.0, 1.0, 1e9])}, 1))
     flat = Curvature.from_dict({"w": torch.tensor([1e-9, 1e-9, 1e-9])}, 1)
     with pytest.warns(UserWarning, match="clamped"):
-        moved = subtract(base, task, base_curvature=flat, weight=0.5, keep=0.1, delta0=0.0, guard="scale")["w"]
+        moved = subtract(base, task, base_curvature=flat, weight=0.5, keep=0.1, delta0=0.0, guard="scale")[
+            "w"
+        ]
     most = 0.5 * (1 + 0.9 / 0.5) / 0.1
     torch.testing.assert_close(moved, -torch.tensor([0.5, most, most], dtype=torch.float64))
 

@@ -461,9 +461,18 @@ def test_regmean_of_square_matrices_needs_to_know_how_they_are_stored():
 
     def merged(stored, **options):
         tasks = [Task({name: w}, known(x)) for w, x in zip(stored, xs, strict=True)]
-        return merge({name: torch.zeros(5, 5, dtype=torch.float64)}, tasks, method="regmean", off_diagonal=1.0, ridge=0.0, **options)[name]
+        return merge(
+            {name: torch.zeros(5, 5, dtype=torch.float64)},
+            tasks,
+            method="regmean",
+            off_diagonal=1.0,
+            ridge=0.0,
+            **options,
+        )[name]
 
-    with pytest.raises(ValueError, match=r"'h.0.attn.c_proj.weight' \[5, 5\] is stored \[in, out\] in GPT-2's Conv1D"):
+    with pytest.raises(
+        ValueError, match=r"'h.0.attn.c_proj.weight' \[5, 5\] is stored \[in, out\] in GPT-2's Conv1D"
+    ):
         merged(weights)
     torch.testing.assert_close(merged(weights, conv1d=True), truth)
     torch.testing.assert_close(merged([w.T.contiguous() for w in weights], conv1d=False), truth.T)

@@ -202,7 +202,9 @@ def test_unigram_and_table_vocabularies(tmp_path):
 @pytest.mark.parametrize("policy", ["union", "intersect"])
 def test_equal_vocabularies_of_other_padding(tmp_path, policy):
     base, one = save(tmp_path / "base", BASE, 0, rows=8), save(tmp_path / "one", BASE, 1)
-    with pytest.raises(ValueError, match=r"embeddings of one have 6 rows and the base's 8, for the same tokens"):
+    with pytest.raises(
+        ValueError, match=r"embeddings of one have 6 rows and the base's 8, for the same tokens"
+    ):
         merge(base, [Task(one)], method="averaging")
     found = embeddings(merge(base, [Task(one)], method="averaging", embeddings=policy))
     assert len(found) == 8

@@ -135,8 +135,7 @@ def test_a_resumed_run_does_not_compute_again_what_is_journalled(models, tmp_pat
         merge(models / "m0", tasks(models), method="averaging", out=out)
     assert not out.exists()
     done = {
-        json.loads(line)["tensor"]
-        for line in (tmp_path / "out.partial.journal").read_text().splitlines()[2:]
+        json.loads(line)["tensor"] for line in (tmp_path / "out.partial.journal").read_text().splitlines()[2:]
     }
     assert 5 <= len(done) < 40
 

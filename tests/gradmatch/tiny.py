@@ -8,7 +8,23 @@ WORDS = [
     "[PAD]",
     "[UNK]",
     "[EOS]",
-    *["good", "bad", "film", "plot", "the", "a", "was", "very", "not", "great", "poor", "fine", "dull", "bright", "slow"],
+    *[
+        "good",
+        "bad",
+        "film",
+        "plot",
+        "the",
+        "a",
+        "was",
+        "very",
+        "not",
+        "great",
+        "poor",
+        "fine",
+        "dull",
+        "bright",
+        "slow",
+    ],
 ]
 
 

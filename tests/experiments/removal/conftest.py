@@ -68,7 +68,11 @@ def tiny_config(tmp_path_factory, language_model, files):
         "precision": "float32",
         "fisher": {"examples": 16, "batch_size": 2, "reduction": "batch"},
         "methods": {
-            "GM": {"method": "removal", "alphas": [0.1, 0.2], "options": {"base_weight": 10.0, "guard": "scale"}},
+            "GM": {
+                "method": "removal",
+                "alphas": [0.1, 0.2],
+                "options": {"base_weight": 10.0, "guard": "scale"},
+            },
             "TA": {"method": "negation", "alphas": [0.5, 1.0]},
         },
         "forecast": {"method": "GM", "examples": 2, "nats": 2.0},
