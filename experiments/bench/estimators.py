@@ -4,8 +4,8 @@ The ordinary step is a forward and backward of the same batch in the same proces
 medians of the paired ratios are printed. Peers that are not installed are left out; install them beside the project's
 own environment:
 
-    python -m venv /tmp/peers && /tmp/peers/bin/pip install -r experiments/bench/constraints-peers.txt
-    PYTHONPATH=. /tmp/peers/bin/python -m experiments.bench.estimators
+    python -m venv .venv-peers && .venv-peers/bin/pip install -r experiments/bench/constraints-peers.txt
+    PYTHONPATH=. .venv-peers/bin/python -m experiments.bench.estimators
 """
 
 from __future__ import annotations
