@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from estimators.tensorfile import TensorFile
+from gradmatch.request import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,9 +31,7 @@ def load_head(model: nn.Module, folder: str | os.PathLike[str], task: str) -> di
     path = Path(folder) / "heads" / f"{task}.safetensors"
     if not path.is_file():
         kept = sorted(file.stem for file in path.parent.glob("*.safetensors"))
-        close = difflib.get_close_matches(task, kept, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise FileNotFoundError(f"{folder} keeps no head of {task!r}{hint}; it keeps {kept}")
+        raise FileNotFoundError(f"{folder} keeps no head of {task!r}{nearest(task, kept)}; it keeps {kept}")
     file = TensorFile(path)
     head = {name: file.read(name) for name in file}
     own = model.state_dict()

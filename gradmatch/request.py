@@ -103,7 +103,7 @@ class Request:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean "x"?' where something is close, else nothing."""
+    """The hint " (did you mean 'x'?)" where something is close, else nothing."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
