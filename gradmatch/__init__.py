@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradmatch.checkpoint import Checkpoint, open_checkpoint
     from gradmatch.diagnosis import Diagnosis, diagnose
-    from gradmatch.heads import load_head
+    from gradmatch.inputs.heads import load_head
     from gradmatch.merging import analogy, merge, subtract
-    from gradmatch.report import Report
+    from gradmatch.output.report import Report
     from gradmatch.rules import RULES
     from gradmatch.task import Task
     from gradmatch.transforms import TRANSFORMS
@@ -20,12 +20,12 @@ EXPORTS = {
     "Checkpoint": "gradmatch.checkpoint",
     "Diagnosis": "gradmatch.diagnosis",
     "RULES": "gradmatch.rules",
-    "Report": "gradmatch.report",
+    "Report": "gradmatch.output.report",
     "TRANSFORMS": "gradmatch.transforms",
     "Task": "gradmatch.task",
     "analogy": "gradmatch.merging",
     "diagnose": "gradmatch.diagnosis",
-    "load_head": "gradmatch.heads",
+    "load_head": "gradmatch.inputs.heads",
     "merge": "gradmatch.merging",
     "open_checkpoint": "gradmatch.checkpoint",
     "subtract": "gradmatch.merging",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from estimators.curvature import Sample, sample_file, sample_tensor
 from estimators.tensorfile import TensorFile
-from gradmatch.stores import FileStore, MemoryStore, Spec, Store, read
+from gradmatch.inputs.stores import FileStore, MemoryStore, Spec, Store, read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,7 +129,7 @@ def open_checkpoint(
     if not folder.is_dir():
         folder = _from_hub(str(path))
     if (folder / "adapter_config.json").is_file():
-        from gradmatch.adapters import open_adapter
+        from gradmatch.inputs.adapters import open_adapter
 
         return open_adapter(folder, base)
     return _from_folder(folder, allow_pickle)

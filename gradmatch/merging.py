@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from gradmatch.checkpoint import Checkpoint, open_checkpoint
-from gradmatch.inputs import open_inputs
-from gradmatch.plan import Plan, plan
-from gradmatch.report import Report, make_report
-from gradmatch.request import Request
+from gradmatch.inputs.opened import open_inputs
+from gradmatch.output.report import Report, make_report
+from gradmatch.plan.plan import Plan, plan
+from gradmatch.plan.request import Request
 from gradmatch.task import Model, Task
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def merge(
         allow_pickle: read .bin / .pt checkpoints (with weights_only).
         batches: for batchnorm="recalibrate": what the module is run on.
         progress: show a progress bar.
-        **options: of the rule and its transforms, and the policies of `gradmatch.request.Request` (transforms, dtype, heads,
+        **options: of the rule and its transforms, and the policies of `gradmatch.plan.request.Request` (transforms, dtype, heads,
             missing, missing_curvature, batchnorm, embeddings, precision, rounding, shard_bytes, ...).
 
     Returns:
@@ -94,7 +94,7 @@ def merge(
         **options,
     )
     if made.request.batchnorm == "recalibrate":
-        from gradmatch.batchnorm import check_batches
+        from gradmatch.output.batchnorm import check_batches
 
         check_batches(made.inputs.base, batches, out)
     return execute(made, out, overwrite=overwrite, batches=batches, progress=progress)
@@ -120,7 +120,7 @@ def prepare(
         allow_mismatch=allow_mismatch,
         allow_pickle=allow_pickle,
     )
-    from gradmatch.vocab import align
+    from gradmatch.inputs.vocab import align
 
     files = align(inputs, request.embeddings)
     made = plan(inputs, request)
@@ -144,8 +144,8 @@ def execute(
 
 def _in_memory(made: Plan, batches: Any, progress: bool) -> Merged:
     """The result as a dict; tied names share one tensor."""
-    from gradmatch.engine import MemorySink
-    from gradmatch.stream import stream
+    from gradmatch.engine.loop import MemorySink
+    from gradmatch.engine.stream import stream
 
     sink = MemorySink(made)
     with _bar(made, progress) as on_progress:
@@ -155,7 +155,7 @@ def _in_memory(made: Plan, batches: Any, progress: bool) -> Merged:
     merged = Merged((name, sink.tensors[aliases.get(name, name)]) for name in names)
     merged.update((step.name, sink.tensors[step.name]) for step in made.steps if step.name not in merged)
     if made.request.batchnorm == "recalibrate":
-        from gradmatch.batchnorm import recalibrate
+        from gradmatch.output.batchnorm import recalibrate
 
         merged.update(recalibrate(made.inputs.base.module, merged, batches))
     merged.report = make_report(made, stats)
@@ -165,11 +165,11 @@ def _in_memory(made: Plan, batches: Any, progress: bool) -> Merged:
 
 def _to_folder(made: Plan, out: Path, overwrite: bool, progress: bool) -> Checkpoint:
     """The result as a folder that appears whole."""
-    from gradmatch.card import card_files
-    from gradmatch.sources import identity
-    from gradmatch.stream import stream
-    from gradmatch.verify import verify
-    from gradmatch.writer import FolderSink
+    from gradmatch.engine.stream import stream
+    from gradmatch.inputs.sources import identity
+    from gradmatch.output.card import card_files
+    from gradmatch.output.verify import verify
+    from gradmatch.output.writer import FolderSink
 
     sink = FolderSink(out, made, identity(made), overwrite=overwrite)
     out = sink.out
@@ -263,7 +263,7 @@ def subtract(
 
     tasks = [task] if isinstance(task, Task) else list(task)
     if method not in REMOVALS:
-        from gradmatch.request import nearest
+        from gradmatch.plan.request import nearest
 
         raise ValueError(
             f"{method!r} is no way to subtract{nearest(method, REMOVALS)}; choose one of {', '.join(REMOVALS)}"
@@ -279,7 +279,7 @@ def subtract(
         report.largest_alpha = {
             s: limit if math.isinf(limit) else weight * limit for s, limit in limits.items()
         }
-        from gradmatch.card import rewrite_card
+        from gradmatch.output.card import rewrite_card
 
         rewrite_card(result)
     return result

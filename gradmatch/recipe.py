@@ -13,7 +13,7 @@
       - model: path/to/second
         curvature: curvature/second.safetensors
 
-Relative paths are relative to the recipe. mergekit's files (`merge_method:`) are understood too, see `gradmatch.mergekit`.
+Relative paths are relative to the recipe. mergekit's files (`merge_method:`) are understood too, see `gradmatch.mergekit.translation`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gradmatch.request import Request, nearest
+from gradmatch.plan.request import Request, nearest
 from gradmatch.task import Task
 from gradmatch.yamltext import load_yaml
 
@@ -132,7 +132,7 @@ def load_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, a recipe is a table of keys")
     if "merge_method" in content:
-        from gradmatch.mergekit import translate
+        from gradmatch.mergekit.translation import translate
 
         return translate(dict(content), path.parent, str(path))
     return parse_recipe(content, path.parent, str(path))

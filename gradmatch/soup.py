@@ -41,7 +41,7 @@ def greedy_soup(
     """
     import math
 
-    from gradmatch.inputs import task_names
+    from gradmatch.inputs.opened import task_names
     from gradmatch.merging import merge
 
     if score is None:
@@ -52,7 +52,7 @@ def greedy_soup(
         raise ValueError("no tasks to merge; pass at least one Task(model)")
 
     if out is not None:
-        from gradmatch.publishing import check_absent, place
+        from gradmatch.output.publishing import check_absent, place
 
         check_absent(place(out), overwrite)
 

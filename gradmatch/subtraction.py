@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from gradmatch.inputs import open_inputs
-from gradmatch.plan import plan
-from gradmatch.request import Request
-from gradmatch.settings import numbers, times
+from gradmatch.inputs.opened import open_inputs
+from gradmatch.plan.plan import plan
+from gradmatch.plan.request import Request
+from gradmatch.plan.settings import numbers, times
 from gradmatch.task import Task
 
 REMOVALS = ("removal", "negation", "ewr", "fisher_negation")
@@ -47,9 +47,9 @@ def largest_alpha(
     """
     import torch
 
-    from gradmatch.engine import Context, pieces
-    from gradmatch.evaluate import curvature_pair
-    from gradmatch.kernels import Buffers
+    from gradmatch.engine.evaluate import curvature_pair
+    from gradmatch.engine.kernels import Buffers
+    from gradmatch.engine.loop import Context, pieces
 
     known = {key: options[key] for key in Request.__dataclass_fields__ if key in options and key != "options"}
     request = Request(**{**known, "method": "removal", "options": {"keep": keep}})

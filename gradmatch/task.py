@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Union
 
-from gradmatch.kinds import leaves, plain
-from gradmatch.settings import Setting
+from gradmatch.plan.kinds import leaves, plain
+from gradmatch.plan.settings import Setting
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Task:
     Attributes:
         model: path, hub id, state dict or module; a PEFT adapter folder is expanded on the merge's base.
         curvature: of its summed loss at its weights, or the path of the curvature file. It also carries the measured gradient.
-        weight: alpha_t; a number, or one per layer or name pattern (see `gradmatch.settings`).
+        weight: alpha_t; a number, or one per layer or name pattern (see `gradmatch.plan.settings`).
         name: how reports call it, and what its random draws depend on; empty: the folder's name or its position.
         options: of the transforms, for this task alone: density, epsilon or gamma.
     """

@@ -15,7 +15,13 @@ from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
 from experiments.studies import sentiment
 
-CODE = ("experiments.diagnosis", "gradmatch.diagnosis", "gradmatch.engine", "gradmatch.rules", "estimators")
+CODE = (
+    "experiments.diagnosis",
+    "gradmatch.diagnosis",
+    "gradmatch.engine",
+    "gradmatch.rules",
+    "estimators",
+)
 KNOWN = {**CASES, **VARIANTS}
 
 

@@ -17,7 +17,12 @@ from experiments.records import Record, of_kind
 from experiments.studies import sentiment
 from experiments.studies.diagnosis import model_inputs
 
-CODE = ("experiments.diagnosis.forecasting", "gradmatch.diagnosis", "gradmatch.engine", "gradmatch.rules")
+CODE = (
+    "experiments.diagnosis.forecasting",
+    "gradmatch.diagnosis",
+    "gradmatch.engine",
+    "gradmatch.rules",
+)
 
 
 class Config(Study):

@@ -19,7 +19,7 @@ from experiments.config import Strict, Study, Training
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record
 from experiments.studies.sentiment_cells import Cells
-from gradmatch.plan import Request
+from gradmatch.plan.plan import Request
 
 
 class Data(Strict):

@@ -13,11 +13,7 @@ if TYPE_CHECKING:
 
 SOURCES = ("experiments.models", "experiments.assets")
 MERGING = (  # what decides a merge's numbers; not the command line, cards, or writers
-    *(
-        f"gradmatch.{name}"
-        for name in ("merging", "engine", "kernels", "passes", "stream", "rules", "transforms")
-    ),
-    *(f"gradmatch.{name}" for name in ("evaluate", "heads", "inputs", "plan", "policies", "thresholds")),
+    *(f"gradmatch.{name}" for name in ("merging", "engine", "inputs", "plan", "rules", "transforms")),
     "estimators.curvature",
 )
 MISMATCH = tuple(f"gradmatch.diagnosis.{name}" for name in ("layers", "mismatch", "objective"))

@@ -13,7 +13,12 @@ from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record
 
 CLAIMS = ("exactness", "identities", "special_cases", "closer", "refinement")
-CODE = ("experiments.convex", "estimators", "gradmatch.rules", "gradmatch.kernels", "gradmatch.engine")
+CODE = (
+    "experiments.convex",
+    "estimators",
+    "gradmatch.rules",
+    "gradmatch.engine",
+)
 
 
 class Config(Study):

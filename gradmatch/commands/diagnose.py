@@ -120,7 +120,7 @@ def read_data(args: argparse.Namespace, arguments: dict[str, Any]) -> dict[str, 
     if not args.data:
         return None
     from gradmatch.diagnosis.data import parse_data, read_batches
-    from gradmatch.inputs import task_names
+    from gradmatch.inputs.opened import task_names
 
     files = parse_data(args.data, task_names(arguments["tasks"]))
     return {

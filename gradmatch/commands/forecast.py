@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from gradmatch.diagnosis.auto import auto_weights, forecast_objectives
     from gradmatch.diagnosis.diagnosing import module_of
     from gradmatch.diagnosis.products import save_products
-    from gradmatch.inputs import task_names
+    from gradmatch.inputs.opened import task_names
 
     names = task_names(arguments["tasks"])
     base = open_checkpoint(arguments["base"])

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from gradmatch.plan import Plan
+from gradmatch.plan.plan import Plan
+from gradmatch.plan.request import POLICIES
 from gradmatch.recipe import load_recipe, options_alone
-from gradmatch.request import POLICIES
 from gradmatch.rules import RULES
 from gradmatch.task import Task
 from gradmatch.yamltext import load_yaml
@@ -173,8 +173,8 @@ def make_plan(arguments: dict[str, Any]) -> Plan:
 
 def print_plan(made: Plan, out: str | None, overwrite: bool) -> None:
     """The plan, tensor by tensor, with totals; an output that would be refused is refused here."""
-    from gradmatch.planned import describe
-    from gradmatch.writer import check_output
+    from gradmatch.output.writer import check_output
+    from gradmatch.plan.printed import describe
 
     if out is not None:
         check_output(out, made, overwrite)

@@ -14,8 +14,8 @@ import torch
 from estimators.curvature import Curvature, fingerprint
 from gradmatch.checkpoint import Checkpoint, open_checkpoint
 from gradmatch.diagnosis.conflict import curvature_overlap
-from gradmatch.inputs import task_names
-from gradmatch.settings import numbers
+from gradmatch.inputs.opened import task_names
+from gradmatch.plan.settings import numbers
 from gradmatch.task import Task
 
 if TYPE_CHECKING:

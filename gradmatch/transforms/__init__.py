@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.kinds import check_kind
-from gradmatch.settings import numbers
+from gradmatch.plan.kinds import check_kind
+from gradmatch.plan.settings import numbers
 from gradmatch.transforms.breadcrumbs import breadcrumbs
 from gradmatch.transforms.dare import dare
 from gradmatch.transforms.della import della
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from gradmatch.passes import Edit
+    from gradmatch.engine.passes import Edit
 
 __all__ = ["TRANSFORMS", "Transform", "breadcrumbs", "check_options", "dare", "della", "ties"]
 

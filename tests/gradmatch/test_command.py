@@ -15,8 +15,8 @@ from estimators import Curvature
 from gradmatch import Task, merge, subtract
 from gradmatch.cli import main
 from gradmatch.commands.merge import parse_task
+from gradmatch.plan.settings import Depth, numbers, times, value_at
 from gradmatch.recipe import load_recipe
-from gradmatch.settings import Depth, numbers, times, value_at
 from gradmatch.yamltext import load_yaml
 from tests.gradmatch.cases import problem
 

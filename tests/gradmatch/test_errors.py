@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 
 from estimators import Curvature
 from gradmatch import Task, merge, open_checkpoint
+from gradmatch.inputs.slices import Slice, stack
 from gradmatch.merging import prepare
+from gradmatch.plan.settings import value_at
 from gradmatch.rules.linear import weighted
-from gradmatch.settings import value_at
-from gradmatch.slices import Slice, stack
 from tests.gradmatch.cases import problem
 
 BASE, H0, MODELS, CURVATURES = problem(2)
@@ -316,7 +316,7 @@ def test_indexes_that_lie(tmp_path, weight_map, text):
 
 def test_one_name_in_two_shards(tmp_path):
     from estimators.tensorfile import TensorFile
-    from gradmatch.stores import FileStore
+    from gradmatch.inputs.stores import FileStore
 
     for name in ("a", "b"):
         save_file({"w": torch.ones(2)}, tmp_path / f"{name}.safetensors")

@@ -558,7 +558,7 @@ def test_flat_parameters_in_readable_rules_too():
 def test_stacked_layers_with_a_config_list_of_one_entry_a_layer(tmp_path):
     import json
 
-    from gradmatch.slices import Slice, stack
+    from gradmatch.inputs.slices import Slice, stack
 
     base = state(0, torch.float32)
     (tmp_path / "m").mkdir()

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from estimators import Curvature
 from gradmatch import Task, merge
 from gradmatch.merging import prepare
-from gradmatch.writer import FolderSink
+from gradmatch.output.writer import FolderSink
 
 
 @pytest.fixture
@@ -127,11 +127,11 @@ def test_killed_while_it_publishes(models, tmp_path, monkeypatch, call):
         plain(source, target)
 
     if "rename" in call:
-        monkeypatch.setattr("gradmatch.publishing.os.rename", rename)
+        monkeypatch.setattr("gradmatch.output.publishing.os.rename", rename)
     elif call == "unlink":
-        monkeypatch.setattr("gradmatch.publishing.Path.unlink", die)
+        monkeypatch.setattr("gradmatch.output.publishing.Path.unlink", die)
     else:
-        monkeypatch.setattr("gradmatch.publishing.shutil.rmtree", die)
+        monkeypatch.setattr("gradmatch.output.publishing.shutil.rmtree", die)
     with pytest.raises(Killed):
         to(out, models, overwrite=True, dtype="float64")
     monkeypatch.undo()

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-import gradmatch.thresholds as search
+import gradmatch.engine.thresholds as search
 from gradmatch import TRANSFORMS, Task, merge
-from gradmatch.engine import Context
-from gradmatch.kernels import Buffers, eq12, linear_combination, ties
+from gradmatch.engine.kernels import Buffers, eq12, linear_combination, ties
+from gradmatch.engine.loop import Context
+from gradmatch.engine.passes import GRID, uniform
 from gradmatch.merging import prepare
-from gradmatch.passes import GRID, uniform
 from gradmatch.rules import gradient_matching, removal
 from gradmatch.transforms import breadcrumbs, dare, della
 from gradmatch.transforms import ties as readable_ties
@@ -362,7 +362,7 @@ def test_thresholds_after_another_edit():
 def test_every_transform_keeps_shapes_and_zero():
     tau = torch.zeros(2, 3, 4)
     for transform in TRANSFORMS.values():
-        from gradmatch.passes import Edit
+        from gradmatch.engine.passes import Edit
 
         edit = Edit(tau, torch.ones(2, 1, 1), lambda: torch.rand(2, 3, 4))
         found = transform.apply(edit, transform.options)

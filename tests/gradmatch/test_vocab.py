@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from estimators import Curvature
 from gradmatch import Task, merge
-from gradmatch.tokenizers import rewritten, vocabulary
+from gradmatch.inputs.tokenizers import rewritten, vocabulary
 
 BASE = ["[PAD]", "[CLS]", "a", "b", "c", "d"]
 

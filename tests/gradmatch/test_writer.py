@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 
 from gradmatch import Task, merge
 from gradmatch.merging import prepare
-from gradmatch.verify import verify
-from gradmatch.writer import FolderSink
+from gradmatch.output.verify import verify
+from gradmatch.output.writer import FolderSink
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys, time
-import gradmatch.writer as writer
+import gradmatch.output.writer as writer
 from gradmatch import Task, merge
 writer.SYNC_BYTES = 1 << 16
 if sys.argv[3] == "slow":

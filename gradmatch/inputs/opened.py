@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 from estimators.curvature import FACTOR_A, GRADIENT, MEAN, Curvature
 from estimators.tensorfile import TensorFile
 from gradmatch.checkpoint import Checkpoint, open_checkpoint
-from gradmatch.request import resolve_options
-from gradmatch.settings import Setting
-from gradmatch.stores import SAFETENSORS_NAME, FileStore, Spec, Store
+from gradmatch.inputs.stores import SAFETENSORS_NAME, FileStore, Spec, Store
+from gradmatch.plan.request import resolve_options
+from gradmatch.plan.settings import Setting
 from gradmatch.task import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmatch.request import Request
+    from gradmatch.inputs.vocab import Rows
+    from gradmatch.plan.request import Request
     from gradmatch.task import Model
-    from gradmatch.vocab import Rows
 
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gradmatch.mergekit_keys import RANDOM, check_keys
+from gradmatch.inputs.slices import Slice, stack
+from gradmatch.mergekit.keys import RANDOM, check_keys
+from gradmatch.plan.settings import numbers, times
 from gradmatch.recipe import locate
-from gradmatch.settings import numbers, times
-from gradmatch.slices import Slice, stack
 from gradmatch.task import Task
 
 NORMALIZED = ("ties", "della")  # the methods where they normalise by default

@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.policies import batchnorm_action, check_file_names, head_prefixes, tied_differently
-from gradmatch.request import Edits, Request, nearest, resolve_options
+from gradmatch.inputs.stores import SAFETENSORS_NAME, Spec
+from gradmatch.plan.policies import batchnorm_action, check_file_names, head_prefixes, tied_differently
+from gradmatch.plan.request import Edits, Request, nearest, resolve_options
+from gradmatch.plan.settings import FIRST, Depth, value_at
 from gradmatch.rules.linear import weight_sum
-from gradmatch.settings import FIRST, Depth, value_at
-from gradmatch.stores import SAFETENSORS_NAME, Spec
 from gradmatch.transforms import check_options
 
 if TYPE_CHECKING:
     from gradmatch.checkpoint import Checkpoint
-    from gradmatch.inputs import Inputs, OpenTask
+    from gradmatch.inputs.opened import Inputs, OpenTask
 
 PER_TASK = ("density", "epsilon", "gamma")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from gradmatch.engine import Context, Sink, run
-from gradmatch.thresholds import global_thresholds
+from gradmatch.engine.loop import Context, Sink, run
+from gradmatch.engine.thresholds import global_thresholds
 
 if TYPE_CHECKING:
-    from gradmatch.plan import Plan
+    from gradmatch.plan.plan import Plan
 
 
 def stream(

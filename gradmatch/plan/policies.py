@@ -6,12 +6,12 @@ import fnmatch
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gradmatch.settings import FIRST, layer_of
+from gradmatch.plan.settings import FIRST, layer_of
 
 if TYPE_CHECKING:
     from gradmatch.checkpoint import Checkpoint
-    from gradmatch.inputs import OpenTask
-    from gradmatch.request import Request
+    from gradmatch.inputs.opened import OpenTask
+    from gradmatch.plan.request import Request
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

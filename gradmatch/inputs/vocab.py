@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradmatch.checkpoint import Checkpoint
-from gradmatch.settings import layer_of
-from gradmatch.stores import Spec, Store
-from gradmatch.tokenizers import rewritten, vocabulary
+from gradmatch.inputs.stores import Spec, Store
+from gradmatch.inputs.tokenizers import rewritten, vocabulary
+from gradmatch.plan.settings import layer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from estimators.tensorfile import TensorFile
-    from gradmatch.inputs import Inputs
+    from gradmatch.inputs.opened import Inputs
 
 ABSENT = -1
 EMBEDDINGS = re.compile(

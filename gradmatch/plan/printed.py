@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from gradmatch.plan import Plan, Step
+from gradmatch.plan.plan import Plan, Step
 from gradmatch.transforms import TRANSFORMS
 
 BLOCK_BYTES = 131_072 * 8  # one piece at the widest

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradmatch.kinds import check_kind, plain
+from gradmatch.plan.kinds import check_kind, plain
+from gradmatch.plan.settings import numbers
 from gradmatch.rules import RULES, Rule
 from gradmatch.rules.removal import GUARDS
-from gradmatch.settings import numbers
 from gradmatch.transforms import TRANSFORMS, check_options
 
 Edits = tuple[tuple[str, Mapping[str, Any]], ...]

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from gradmatch.inputs import CurvatureStore, Inputs
-from gradmatch.kernels import Buffers
-from gradmatch.passes import GRID, uniform
-from gradmatch.stores import Store, torch_dtype
+from gradmatch.engine.kernels import Buffers
+from gradmatch.engine.passes import GRID, uniform
+from gradmatch.inputs.opened import CurvatureStore, Inputs
+from gradmatch.inputs.stores import Store, torch_dtype
 from gradmatch.transforms import TRANSFORMS
 
 if TYPE_CHECKING:
     from estimators.tensorfile import TensorFile
-    from gradmatch.plan import Plan, Step
+    from gradmatch.plan.plan import Plan, Step
 
 BLOCK = GRID  # elements
 UNIT = 32 * BLOCK  # elements of a large tensor that one worker takes at a time
@@ -241,7 +241,7 @@ def _run_pieces(
     context: Context, sink: Sink, step: Step, first: int, last: int, buffers: Buffers, stats: dict[str, float]
 ) -> None:
     """The pieces of a unit, one after the other."""
-    from gradmatch.evaluate import copy_piece, evaluate, linear_terms
+    from gradmatch.engine.evaluate import copy_piece, evaluate, linear_terms
 
     dtype = torch_dtype(step.spec.dtype)
     if step.action == "copy":
@@ -286,7 +286,7 @@ def finished(
     Raises:
         ValueError: the piece is not finite, or the output's dtype cannot hold it.
     """
-    from gradmatch.explain import explain, same_everywhere
+    from gradmatch.engine.explain import explain, same_everywhere
 
     if not math.isfinite(float(merged.sum())) and not bool(merged.isfinite().all()):
         same = same_everywhere(context, step, first, merged)

@@ -20,7 +20,7 @@ def plain(value: Any) -> Any:
 
 
 def leaves(setting: Any) -> Iterator[Any]:
-    """The values that a setting may take on some tensor (see `gradmatch.settings`).
+    """The values that a setting may take on some tensor (see `gradmatch.plan.settings`).
 
     Raises:
         TypeError: a filter or layer of another kind.

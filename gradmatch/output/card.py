@@ -13,8 +13,8 @@ from estimators.curvature import fingerprint
 from gradmatch.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from gradmatch.plan import Plan
-    from gradmatch.report import Report
+    from gradmatch.output.report import Report
+    from gradmatch.plan.plan import Plan
 
 LIBRARIES = ("gradmatch", "torch", "safetensors", "numpy")
 CARD = "gradmatch.json"

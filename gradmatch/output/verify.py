@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from gradmatch.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from gradmatch.plan import Plan
+    from gradmatch.plan.plan import Plan
 
 
 def verify(checkpoint: Checkpoint, made: Plan) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmatch.plan import Plan
+    from gradmatch.plan.plan import Plan
 
 CLAMP_WARNING = 0.01  # share of clamped weights beyond which a removal is not the one that was asked for
 KEPT_WARNING = 0.9  # share of the update beyond which rounding is no news

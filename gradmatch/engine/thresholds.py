@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradmatch.engine import Context, WorkerBuffers, loader, mapped, parallel, pieces, units
-from gradmatch.evaluate import task_vectors
-from gradmatch.kernels import Buffers
-from gradmatch.stores import torch_dtype
+from gradmatch.engine.evaluate import task_vectors
+from gradmatch.engine.kernels import Buffers
+from gradmatch.engine.loop import Context, WorkerBuffers, loader, mapped, parallel, pieces, units
+from gradmatch.inputs.stores import torch_dtype
 from gradmatch.transforms.ties import kept_count
 
 if TYPE_CHECKING:
-    from gradmatch.plan import Step
+    from gradmatch.plan.plan import Step
 
 DIGIT = 16  # bits counted per pass of the radix selection
 SAMPLED, STRIDE = 16, 8  # one block in so many is sampled, and of it one value in so many

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from estimators.tensorfile import TensorFile
 from gradmatch.checkpoint import Checkpoint, open_checkpoint, read_json
-from gradmatch.stores import FileStore, Spec, Store, torch_dtype
+from gradmatch.inputs.stores import FileStore, Spec, Store, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.card import versions
-from gradmatch.inputs import CurvatureStore
-from gradmatch.layout import CARRIED
+from gradmatch.inputs.opened import CurvatureStore
+from gradmatch.output.card import versions
+from gradmatch.output.layout import CARRIED
 
 if TYPE_CHECKING:
-    from gradmatch.inputs import Inputs
-    from gradmatch.plan import Plan
-    from gradmatch.stores import Store
+    from gradmatch.inputs.opened import Inputs
+    from gradmatch.inputs.stores import Store
+    from gradmatch.plan.plan import Plan
 
 
 def stores(inputs: Inputs) -> Iterator[Store | CurvatureStore]:

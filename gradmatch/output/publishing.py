@@ -15,7 +15,7 @@ import os
 import shutil
 from pathlib import Path
 
-from gradmatch.card import CARD
+from gradmatch.output.card import CARD
 
 BEGINNING = b'{"identity": '  # of every journal
 

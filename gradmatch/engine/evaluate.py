@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradmatch.engine import Context, add, curvature_loader, loader, pieces
-from gradmatch.explain import not_positive
-from gradmatch.kernels import Buffers, cancelled, eq12, linear_combination, ties
-from gradmatch.passes import Block, Edit, uniform
+from gradmatch.engine.explain import not_positive
+from gradmatch.engine.kernels import Buffers, cancelled, eq12, linear_combination, ties
+from gradmatch.engine.loop import Context, add, curvature_loader, loader, pieces
+from gradmatch.engine.passes import Block, Edit, uniform
+from gradmatch.inputs.stores import torch_dtype
 from gradmatch.rules.regmean import regmean
-from gradmatch.stores import torch_dtype
 from gradmatch.transforms import TRANSFORMS, trims
 
 if TYPE_CHECKING:
-    from gradmatch.plan import Step
+    from gradmatch.plan.plan import Step
 
 Coefficients = tuple[float, list[float]]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from estimators.tensorfile import ITEM_SIZE
 
 if TYPE_CHECKING:
-    from gradmatch.plan import Plan, Step
+    from gradmatch.plan.plan import Plan, Step
 
 ALIGN = 64  # bytes; where a shard's data begin
 NOT_CARRIED = ("README.md", "gradmatch.json", "trainer_state.json", "adapter_config.json", "optimizer.pt")

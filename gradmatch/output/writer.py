@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradmatch.checkpoint import INDEX
-from gradmatch.layout import Layout, carry_along
-from gradmatch.publishing import beside, check_absent, lock, place, recover, replace_folder, sync
-from gradmatch.sources import check_apart
+from gradmatch.inputs.sources import check_apart
+from gradmatch.output.layout import Layout, carry_along
+from gradmatch.output.publishing import beside, check_absent, lock, place, recover, replace_folder, sync
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmatch.plan import Plan, Step
+    from gradmatch.plan.plan import Plan, Step
 
 SYNC_BYTES = 64 << 20  # written between two syncs: what an interruption can lose
 

@@ -9,8 +9,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmatch.engine import Context
-    from gradmatch.plan import Step
+    from gradmatch.engine.loop import Context
+    from gradmatch.plan.plan import Step
 
 
 def not_positive(step: Step, count: int, first: int, last: int) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.checkpoint import Checkpoint, open_checkpoint
-from gradmatch.settings import FIRST, LAYER, layer_of
-from gradmatch.stores import Spec, Store
+from gradmatch.inputs.stores import Spec, Store
+from gradmatch.plan.settings import FIRST, LAYER, layer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
