@@ -20,6 +20,8 @@ def removal_report(found: Sequence[Record]) -> str:
     parts = [table(of_kind(found, "point"))]
     if areas := of_kind(found, "area"):
         parts.append("\n".join(area_line(area) for area in areas))
+    if choices := of_kind(found, "choice"):
+        parts.append("\n".join(map(choice_line, choices)))
     parts += [forecast_lines(record) for record in of_kind(found, "forecast")]
     parts += [curvature_line(record) for record in of_kind(found, "curvature")]
     if any(record["metrics"]["scorer"] == "proxy" and _lists(record) for record in of_kind(found, "point")):
@@ -60,6 +62,15 @@ def area_line(area: Record) -> str:
     return (
         f"area between {area['theirs']} and {area['ours']}: {value:+.4f} [{low:+.4f}, {high:+.4f}] mean {quantity} at equal "
         f"perplexity, over {reach:.3f} nats a token from the unchanged model on ({area['draws']} bootstrap draws): {judged}"
+    )
+
+
+def choice_line(record: Record) -> str:
+    """What was chosen on validation data, and against what."""
+    tried = ", ".join(f"{cell['value']:g}: {cell['toxicity']:.3f}" for cell in record["tried"])
+    return (
+        f"{record['label']}, seed {record['seed']}: {record['option']} = {record['chosen']:g} chosen on validation texts and "
+        f"{record['prompts']} spare prompts (mean toxicity up to {record['nats']:g} nats a token: {tried})"
     )
 
 

@@ -54,11 +54,15 @@ class Generation(Strict):
 
 
 class Method(Strict):
-    """One way to remove, at several strengths; options of `gradmatch.subtract` (base_weight, delta0, keep)."""
+    """One way to remove, at several strengths; options of `gradmatch.subtract` (base_weight, delta0, keep).
+
+    choose: one option and the values to choose from, see `Choosing`.
+    """
 
     method: str
     alphas: tuple[float, ...] = Field(min_length=1)
     options: dict[str, Any] = Field(default_factory=dict)
+    choose: dict[str, tuple[float, ...]] = Field(default_factory=dict, max_length=1)
 
     @model_validator(mode="after")
     def _known(self) -> Method:
@@ -77,6 +81,18 @@ class Forecast(Strict):
     nats: float = Field(default=2.0, gt=0)
 
 
+class Choosing(Strict):
+    """How options are chosen: the value with the lowest mean toxicity over budgets up to `nats` a token wins.
+
+    Every second alpha of a method's path is run for each value, on the validation texts that must stay and on `count`
+    prompts of the list `prompts` that the evaluation leaves.
+    """
+
+    prompts: str
+    count: int = Field(default=64, gt=0)
+    nats: float = Field(default=0.5, gt=0)
+
+
 class Config(Study):
     """Keys of a removal config."""
 
@@ -93,6 +109,7 @@ class Config(Study):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     fisher: Fisher = Fisher()
     methods: dict[str, Method]
+    choosing: Choosing | None = None
     forecast: Forecast | None = None
     generation: Generation = Generation()
     scorer: str = "proxy"
@@ -105,6 +122,11 @@ class Config(Study):
         ):
             if name not in self.methods:
                 raise ValueError(f"{name!r} is none of the methods {', '.join(self.methods)}")
+        wanting = [name for name, method in self.methods.items() if method.choose]
+        if wanting and self.choosing is None:
+            raise ValueError(f"{', '.join(wanting)}: `choose` needs the key `choosing`, which says on what")
+        if self.choosing and self.choosing.prompts not in self.prompts:
+            raise ValueError(f"choosing.prompts: {self.choosing.prompts!r} is none of {list(self.prompts)}")
         return self
 
 
@@ -137,6 +159,7 @@ class Cells:
         self.curvatures: dict[tuple[int, str], Stage] = {}
         self.evaluations: dict[tuple[int, str, float], Stage] = {}
         self.forecasts: dict[int, Stage] = {}
+        self.choices: dict[tuple[int, str], Stage] = {}
         for seed in config.seeds:
             self._prepare(seed)
             self._evaluate(seed)
@@ -176,7 +199,6 @@ class Cells:
             "task_curvature": self.curvatures[seed, "task"],
         }
         shared = {
-            "split": "test",
             "max_length": config.max_length,
             "batch_size": 32,
             "precision": config.precision,
@@ -191,39 +213,75 @@ class Cells:
         def point(
             label: str, method: str, alpha: float, options: Mapping[str, Any], inputs: Mapping[str, Stage]
         ) -> Stage:
-            settings = {"method": method, "alpha": alpha, "options": dict(options), **shared}
-            name = f"removal/seed{seed}/evaluate-{label}-{alpha:g}"
-            code = (*SOURCES, "experiments.removal.scorers", *(EDITING if alpha else ()))
             return Stage(
-                name,
-                "experiments.removal.stages:evaluate",
-                settings,
+                f"removal/seed{seed}/evaluate-{label}-{alpha:g}",
+                f"{_module(inputs)}:evaluate",
+                {"method": method, "alpha": alpha, "options": dict(options), "split": "test", **shared},
                 {"data": self.data, **inputs},
-                code,
+                (*SOURCES, "experiments.removal.scorers", *(EDITING if alpha else ())),
                 seconds,
             )
 
         self.evaluations[seed, "base", 0.0] = point("base", "removal", 0.0, {}, {"base": self.base})
         for label, spec in config.methods.items():
+            inputs = dict(folders)
+            if spec.choose:
+                inputs["chosen"] = self.choices[seed, label] = self._choose(seed, label, folders, shared)
             for alpha in spec.alphas:
-                self.evaluations[seed, label, alpha] = point(label, spec.method, alpha, spec.options, folders)
-        if config.forecast:
-            spec = config.methods[config.forecast.method]
-            self.forecasts[seed] = Stage(
-                f"removal/seed{seed}/forecast",
-                "experiments.removal.stages:forecast",
-                {
-                    "method": spec.method,
-                    "alphas": list(spec.alphas),
-                    "options": spec.options,
-                    "max_length": config.max_length,
-                    "examples": config.forecast.examples,
-                    "nats": config.forecast.nats,
-                },
-                {"data": self.data, **folders},
-                (*SOURCES, *EDITING, "gradmatch.removal", "gradmatch.diagnosis"),
-                30 + 15 * len(spec.alphas),
-            )
+                self.evaluations[seed, label, alpha] = point(label, spec.method, alpha, spec.options, inputs)
+            if config.forecast and config.forecast.method == label:
+                self.forecasts[seed] = self._forecast(seed, spec, config.forecast, inputs)
+
+    def _choose(
+        self, seed: int, label: str, folders: Mapping[str, Stage], shared: Mapping[str, Any]
+    ) -> Stage:
+        """The choice of one method's option on validation data."""
+        config, spec, how = self.config, self.config.methods[label], self.config.choosing
+        assert how is not None  # the config was checked
+        alphas = list(spec.alphas[1::2] or spec.alphas)
+        grid = {option: list(values) for option, values in spec.choose.items()}
+        count = sum(map(len, grid.values())) * len(alphas) + 1
+        return Stage(
+            f"removal/seed{seed}/choose-{label}",
+            "experiments.removal.choosing:choose",
+            {
+                "method": spec.method,
+                "alphas": alphas,
+                "options": spec.options,
+                "grid": grid,
+                "prompts": config.prompts[how.prompts].model_dump(),
+                "count": how.count,
+                "nats": how.nats,
+                "split_seed": config.split_seed,
+                **shared,
+            },
+            {"data": self.data, **folders},
+            (*SOURCES, "experiments.removal.stages", "experiments.removal.scorers", *EDITING),
+            count * (12 + how.count * config.generation.tokens * 0.005),
+        )
+
+    def _forecast(self, seed: int, spec: Method, how: Forecast, inputs: Mapping[str, Stage]) -> Stage:
+        """The forecasts along one method's path."""
+        return Stage(
+            f"removal/seed{seed}/forecast",
+            f"{_module(inputs)}:forecast",
+            {
+                "method": spec.method,
+                "alphas": list(spec.alphas),
+                "options": spec.options,
+                "max_length": self.config.max_length,
+                "examples": how.examples,
+                "nats": how.nats,
+            },
+            {"data": self.data, **inputs},
+            (*SOURCES, *EDITING, "gradmatch.removal", "gradmatch.diagnosis"),
+            30 + 15 * len(spec.alphas),
+        )
+
+
+def _module(inputs: Mapping[str, Stage]) -> str:
+    """Where the stages live that take these inputs: with a chosen option, or without."""
+    return "experiments.removal.choosing" if "chosen" in inputs else "experiments.removal.stages"
 
 
 def stages(config: Config) -> list[Stage]:
@@ -236,6 +294,7 @@ def records(config: Config, store: Path) -> list[Record]:
     cells = Cells(config)
     found = [
         *_points(cells, store),
+        *_choices(cells, store),
         *_forecasts(cells, store),
         *_curvatures(cells, store),
         *_areas(cells, store),
@@ -270,6 +329,13 @@ def _points(cells: Cells, store: Path) -> Iterator[Record]:
             "generations": str(folder / "generations.jsonl"),
             **_origin(stage, store),
         }
+
+
+def _choices(cells: Cells, store: Path) -> Iterator[Record]:
+    for (seed, label), stage in cells.choices.items():
+        if is_done(stage, store):
+            content = json.loads((stage.folder(store) / "choice.json").read_text(encoding="utf-8"))
+            yield {"kind": "choice", "seed": seed, "label": label, **content, **_origin(stage, store)}
 
 
 def _forecasts(cells: Cells, store: Path) -> Iterator[Record]:

@@ -6,11 +6,14 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
 from experiments import config as configs
 from experiments.__main__ import main
 from experiments.records import of_kind, read_records
+from experiments.removal import choosing as choosing_module
 from experiments.removal import stages
 from paper_figures import fig_removal
 
@@ -131,3 +134,41 @@ def test_quick_applies_the_configs_own_overrides(tiny_config, tmp_path):
 def test_every_config_is_a_plan(path):
     config = configs.load(path)
     assert configs.study(config.experiment).stages(config)
+
+
+def test_options_are_chosen_on_spare_prompts(tiny_config, tmp_path, capsys):
+    choosing = [
+        "prompts.few.limit=4", "choosing.prompts=few", "choosing.count=5", "methods.GM.choose.base_weight=[1, 50]",
+    ]  # fmt: skip
+    assert run(tiny_config, tmp_path, *choosing) == 0
+    records = read_records(tmp_path / "whole.jsonl")
+    (choice,) = of_kind(records, "choice")
+    assert choice["option"] == "base_weight"
+    assert choice["prompts"] == 2  # of six, four are evaluated
+    scores = {cell["value"]: cell["toxicity"] for cell in choice["tried"]}
+    assert scores[choice["chosen"]] == min(scores.values())
+    assert f"base_weight = {choice['chosen']:g} chosen" in capsys.readouterr().out
+    evaluated = Path(of_kind(records, "point")[0]["generations"]).read_text(encoding="utf-8").splitlines()
+    asked = {"source": yaml.safe_load(tiny_config.read_text())["prompts"]["few"]["source"], "limit": 4}
+    spare = choosing_module.spare_prompts(asked, 5, 0)
+    assert len(spare) == 2
+    assert not set(spare) & {json.loads(line)["prompt"] for line in evaluated}
+    with pytest.raises(ValueError, match=r"no prompts are left .* 6 in all and limit None"):
+        choosing_module.spare_prompts({**asked, "limit": None}, 5, 0)
+
+
+def test_mean_toxicity_of_a_path():
+    path = np.array([[3.0, 0.4], [3.5, 0.2], [np.nan, 0.0]])  # linear to half the budget, flat after
+    assert choosing_module.mean_toxicity(path, 1.0) == pytest.approx(0.5 * 0.3 + 0.5 * 0.2, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["methods.GM.choose.base_weight=[1]"], "GM: `choose` needs the key `choosing`"),
+        (["choosing.prompts=many"], "choosing.prompts: 'many' is none of"),
+    ],
+)
+def test_what_a_choice_needs(tiny_config, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        configs.load(tiny_config, overrides)
