@@ -8,13 +8,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def gradient_matching(theta0: Tensor, tau: Tensor, alpha: Tensor, h0: Tensor | float, h: Tensor) -> Tensor:
+def gradient_matching(
+    theta0: Tensor,
+    tau: Tensor,
+    alpha: Tensor,
+    h0: Tensor | float,
+    h: Tensor,
+    hbar_weight: float | None = None,
+) -> Tensor:
     """Eq. 12 of Daheim et al. 2024: theta0 + sum_t alpha_t Hbar^-1 (H0 + H_t) tau_t, with Hbar = H0 + sum_t alpha_t H_t.
 
     theta0, h0: (*s,); tau, h: (T, *s); alpha: (T, 1, ..., 1). Returns (*s,). Curvatures are of summed losses (nats per
-    squared unit of weight); h0 may be a number (isotropic). With H_t = 0 it is task arithmetic.
+    squared unit of weight); h0 may be a number (isotropic). With H_t = 0 it is task arithmetic. A `hbar_weight` w takes the
+    place of alpha inside Hbar alone: the merge is then linear in alpha, in the span of the Hbar^-1 (H0 + H_t) tau_t.
     """
-    h_bar = h0 + (alpha * h).sum(0)
+    h_bar = h0 + ((alpha if hbar_weight is None else hbar_weight) * h).sum(0)
     return theta0 + (alpha * (h0 + h) * tau).sum(0) / h_bar
 
 

@@ -476,3 +476,29 @@ def test_regmean_of_square_matrices_needs_to_know_how_they_are_stored():
         merged(weights)
     torch.testing.assert_close(merged(weights, conv1d=True), truth)
     torch.testing.assert_close(merged([w.T.contiguous() for w in weights], conv1d=False), truth.T)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 0.4])
+def test_a_weight_of_its_own_inside_hbar_makes_the_merge_linear_in_alpha(weight):
+    base, base_curvature, models, curvatures = problem()
+    alphas = [0.5, 1.2, 0.3]
+    tasks = [Task(m, c, a) for m, c, a in zip(models, curvatures, alphas, strict=True)]
+    found = merge(base, tasks, base_curvature=base_curvature, delta0=1e-3, hbar_weight=weight)
+    for name in SHAPES:
+        h0, *hs = (c.total(name) for c in (base_curvature, *curvatures))
+        bar = h0 + 1e-3 + weight * sum(hs)
+        terms = [(h0 + 1e-3 + h) * (m[name] - base[name]) / bar for h, m in zip(hs, models, strict=True)]
+        expected = base[name] + sum(a * term for a, term in zip(alphas, terms, strict=True))
+        torch.testing.assert_close(found[name], expected, **CLOSE)
+
+
+@pytest.mark.parametrize(("value", "error"), [("one", TypeError), (-1.0, ValueError), (math.nan, ValueError)])
+def test_hbar_weight_is_a_number_of_at_least_0(value, error):
+    base, base_curvature, models, curvatures = problem(1)
+    with pytest.raises(error, match="gradient_matching: hbar_weight is"):
+        merge(
+            base,
+            [Task(models[0], curvatures[0])],
+            base_curvature=base_curvature,
+            hbar_weight=value,
+        )
