@@ -15,6 +15,7 @@ from gradmatch.engine.loop import Context, add, curvature_loader, loader, pieces
 from gradmatch.engine.passes import Block, Edit, uniform
 from gradmatch.inputs.stores import torch_dtype
 from gradmatch.rules.regmean import regmean
+from gradmatch.rules.rowwise import as_rows
 from gradmatch.transforms import TRANSFORMS, trims
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def linear_terms(
     if step.action == "average":
         return 0.0, [1 / len(step.tasks)] * len(step.tasks)
     rule = context.plan.request.rule
-    if rule.linear is None or step.action == "matrix":
+    if rule.linear is None or step.action == "matrix" or step.along:
         return None
     gram = gram_matrix(context, step, buffers, of_tau=rule.gram == "tau") if rule.gram else None
     c0, c, branch = rule.linear(step.alpha, gram, step.options)
@@ -70,6 +71,8 @@ def evaluate(
     dtype, count = torch_dtype(step.compute), last - first
     if step.action == "matrix":
         return _matrix(context, step, dtype), None
+    if step.along:
+        return _along(context, step, first, last, buffers, stats)
     load = partial(loader, first=first, last=last, dtype=dtype)
     if coefficients is not None:
         c0, c = coefficients
@@ -129,6 +132,19 @@ def _eq12(
     if keep is not None:
         add(stats, {"clamped": health.clamped, "update_h0": health.update_h0})
     return merged, theta0
+
+
+def _along(
+    context: Context, step: Step, first: int, last: int, buffers: Buffers, stats: dict[str, float]
+) -> tuple[Tensor, Tensor]:
+    """A rule that treats every row or column by itself."""
+    theta0, tau = task_vectors(context, step, first, last, buffers, stats)
+    rows, shape = context.plan.request.rule.rows, step.spec.shape
+    assert rows is not None
+    one, stacked = (as_rows(values, shape, step.along) for values in (theta0, tau))
+    merged = rows(one, stacked, step.alpha, step.options)
+    transposed = merged.mT if step.along == "columns" and len(shape) > 1 else merged
+    return transposed.reshape(-1), theta0
 
 
 def _in_blocks(step: Step) -> bool:

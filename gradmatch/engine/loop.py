@@ -167,10 +167,10 @@ def add(total: dict[str, float], part: Mapping[str, float]) -> None:
 
 def span(step: Step, context: Context) -> str:
     """How much of a tensor a piece must hold: "block", "rows" or "tensor"."""
-    if step.action == "matrix":
+    if step.whole:
         return "tensor"
     spans = [TRANSFORMS[name].span(options) for name, options in step.edits] if step.action == "merge" else []
-    return "tensor" if "tensor" in spans else "rows" if "rows" in spans else "block"
+    return "tensor" if "tensor" in spans else "rows" if "rows" in spans or step.along else "block"
 
 
 def pieces(step: Step, context: Context, first: int, last: int) -> Iterator[tuple[int, int]]:

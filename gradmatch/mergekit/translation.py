@@ -209,11 +209,8 @@ def _method(
         raise ValueError(f"{where}: {method} needs a base_model")
     tasks = [task(entry, value(entry, "weight", 1.0)) for entry in others]
     if method == "model_stock":
-        if shared.get("filter_wise"):
-            raise ValueError(
-                f"{where}: filter_wise is not supported; the published method works tensor by tensor"
-            )
-        return {"base": base[1], "tasks": tasks, "method": "model_stock"}
+        along = "rows" if shared.get("filter_wise") else "tensor"
+        return {"base": base[1], "tasks": tasks, "method": "model_stock", "along": along}
     return {"base": base[1], **_editing(method, others, tasks, value, shared, where)}
 
 
@@ -221,21 +218,23 @@ def _nuslerp(
     others: Any, base: Any, value: Any, task: Any, shared: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
     """With a base: of task vectors; without: of the weights, at the position that the two weights give."""
-    if shared.get("nuslerp_row_wise") or not shared.get("nuslerp_flatten", True):
-        raise ValueError(f"{where}: row-wise nuslerp is not supported; leave nuslerp_flatten: true")
+    along = "tensor"
+    if not shared.get("nuslerp_flatten", True):  # where they flatten, row_wise plays no role
+        along = "columns" if shared.get("nuslerp_row_wise") else "rows"  # theirs run along the first axis
     if len(others) != 2:
         raise ValueError(f"{where}: nuslerp takes two models beside the base, got {len(others)}")
     weights = [value(entry, "weight", 1.0) for entry in others]
     if base is not None:
         tasks = [task(entry, weight) for entry, weight in zip(others, weights, strict=True)]
-        return {"base": base[1], "tasks": tasks, "method": "nuslerp"}
+        return {"base": base[1], "tasks": tasks, "method": "nuslerp", "along": along}
     if not all(isinstance(weight, (int, float)) for weight in weights):
         raise ValueError(
             f"{where}: nuslerp without a base_model takes one number as each weight, not {weights}"
         )
     total = sum(weights)
     t = weights[1] / total if abs(total) > 1e-6 else 0.5
-    return {"base": others[0][1], "tasks": [task(entry) for entry in others], "method": "slerp", "t": t}
+    tasks = [task(entry) for entry in others]
+    return {"base": others[0][1], "tasks": tasks, "method": "slerp", "t": t, "along": along}
 
 
 def _editing(

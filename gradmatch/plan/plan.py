@@ -52,6 +52,17 @@ class Step:
     edits: Edits = ()
     bytes_read: int = 0
 
+    @property
+    def along(self) -> str:
+        """"rows" or "columns" where the rule treats those of a tensor one by one, else ""."""
+        chosen = self.options.get("along", "tensor")
+        return "" if chosen == "tensor" else str(chosen)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the rule needs all of the tensor at once."""
+        return self.action == "matrix" or (self.along != "" and (self.along == "columns" or len(self.spec.shape) > 2))
+
 
 @dataclass
 class Plan:

@@ -44,7 +44,7 @@ def peak_bytes(made: Plan) -> int:
     workers = min(4, os.cpu_count() or 1)
     largest = BLOCK_BYTES
     for step in made.steps:
-        whole = step.action == "matrix" or any(
+        whole = step.whole or any(
             TRANSFORMS[name].span(options) == "tensor" for name, options in step.edits
         )
         largest = max(largest, step.spec.numel * 4 if whole else 0)

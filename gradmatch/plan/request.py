@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradmatch.plan.kinds import check_kind, plain
+from gradmatch.plan.kinds import check_kind, leaves, plain
 from gradmatch.plan.settings import numbers
 from gradmatch.rules import RULES, Rule
 from gradmatch.rules.removal import GUARDS
+from gradmatch.rules.rowwise import ALONG
 from gradmatch.transforms import TRANSFORMS, check_options
 
 Edits = tuple[tuple[str, Mapping[str, Any]], ...]
@@ -191,8 +192,9 @@ def _check_rule_options(method: str, options: Mapping[str, Any]) -> None:
             if not low <= value <= high or (name == "keep" and value == 0):
                 bounds = f"({low:g}, {high:g}]" if name == "keep" else f"[{low:g}, {high:g}]"
                 raise ValueError(f"{method}: {name} is {value:g}, it must lie in {bounds}")
-    if options.get("guard", GUARDS[0]) not in GUARDS:
-        chosen = str(options["guard"])
-        raise ValueError(
-            f"{method}: guard is {chosen!r}{nearest(chosen, GUARDS)}; choose one of {', '.join(GUARDS)}"
-        )
+    for name, choices in (("guard", GUARDS), ("along", ALONG)):
+        for chosen in leaves(options.get(name, choices[0])):
+            if chosen not in choices:
+                raise ValueError(
+                    f"{method}: {name} is {chosen!r}{nearest(str(chosen), choices)}; choose one of {', '.join(choices)}"
+                )

@@ -32,6 +32,8 @@ REQUESTS = [  # keyword arguments of merge(BASE, PLAIN, ...), and what the error
     ({"method": "slerp", "t": 1.5}, r"t is 1.5, it must lie in \[0, 1\]"),
     ({"method": "slerp", "t": [0.0, 2.0]}, r"t is 2, it must"),
     ({"method": "regmean", "ridge": -1.0}, r"ridge is -1"),
+    ({"method": "nuslerp", "along": "row"}, r"along is 'row' \(did you mean 'rows'\?\); choose one of tensor, rows, columns"),
+    ({"method": "slerp", "along": {"*w": "rows", "*": "colums"}}, r"along is 'colums' \(did you mean 'columns'"),
     ({"method": "task_arithmetic", "scale": math.inf}, r"scale is inf"),
     ({"method": "task_arithmetic", "transforms": ["tis"]}, r"unknown transform 'tis' \(did you mean 'ties'\?\)"),
     ({"method": "task_arithmetic", "transforms": [{"ties": {"densty": 1}}]}, r"ties has no option 'densty'"),

@@ -317,6 +317,60 @@ def test_model_stock_end_to_end():
         )
 
 
+def vectors(tensor, along):
+    """The vectors of a tensor, one by one: an independent reading of what rows and columns are."""
+    if tensor.dim() < 2:
+        return [tensor.flatten()]
+    flat = tensor.flatten(1)
+    return list(flat) if along == "rows" else list(flat.T)
+
+
+@pytest.mark.parametrize("along", ["rows", "columns"])
+@pytest.mark.parametrize("method", ["slerp", "nuslerp", "model_stock"])
+@pytest.mark.parametrize(
+    "transforms", [[], [{"breadcrumbs": {"density": 1.0, "gamma": 0.0}}]], ids=["", "edited"]
+)
+def test_rules_along_rows_and_columns_are_the_rule_of_each_vector(method, along, transforms):
+    shapes = {"layers.0.w": (5, 4), "layers.0.b": (6,), "conv": (3, 2, 2, 2), "scale": ()}
+    base = state(0, shapes=shapes)
+    base["layers.0.w"][1] = 0
+    models = [tuned(base, seed) for seed in (1, 2)]
+    models[0]["layers.0.w"][2] = base["layers.0.w"][2]  # a row that was not trained
+    models[1]["layers.0.w"][3] = (
+        2 * models[0]["layers.0.w"][3] - base["layers.0.w"][3]
+    )  # parallel task vectors
+    tasks = [Task(models[0], weight=1.0), Task(models[1], weight=3.0)]
+    options = {"t": 0.4} if method == "slerp" else {}
+    found = merge(base, tasks, method=method, along=along, transforms=transforms, **options)
+    for name in shapes:
+        one, two, start = (vectors(x[name], along) for x in (*models, base))
+        for position, merged in enumerate(vectors(found[name], along)):
+            x, y, origin = one[position], two[position], start[position]
+            if method == "slerp":
+                origin = torch.zeros_like(origin)
+            a, b = x - origin, y - origin
+            gram = [[float(a @ a), float(a @ b)], [float(a @ b), float(b @ b)]]
+            rule = {
+                "slerp": lambda g: slerp(g, 0.4),
+                "nuslerp": lambda g: nuslerp(g, [1.0, 3.0]),
+                "model_stock": model_stock,
+            }[method]
+            _, c, _ = rule(gram)
+            torch.testing.assert_close(merged, origin + c[0] * a + c[1] * b, rtol=1e-9, atol=1e-9)
+
+
+def test_large_matrices_are_cut_between_rows():
+    base = {"w": torch.zeros(300, 1000)}
+    models = [{"w": torch.randn(300, 1000, generator=torch.Generator().manual_seed(s))} for s in (1, 2)]
+    tasks = [Task(m) for m in models]
+    rows = merge(base, tasks, method="model_stock", along="rows")["w"]
+    each = [
+        merge({"w": base["w"][i]}, [Task({"w": m["w"][i]}) for m in models], method="model_stock")["w"]
+        for i in (0, 131, 299)
+    ]
+    torch.testing.assert_close(rows[[0, 131, 299]], torch.stack(each), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("off_diagonal", [1.0, 0.9])
 def test_regmean_solves_the_regression(off_diagonal):
     base = state(0, shapes={"l.weight": (3, 5), "l.bias": (3,)})
