@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.rules import rowwise
 from gradmatch.rules.fisher_base import fisher_base
 from gradmatch.rules.gradient_matching import fisher, gradient_matching
 from gradmatch.rules.linear import averaging, negation, passthrough, task_arithmetic, weighted
@@ -42,6 +43,8 @@ class Rule:
         gram: whose inner products `linear` needs: "", "theta" or "tau".
         elementwise: a Block -> merged values, for rules that weigh coordinate by coordinate.
         fast: +1 or -1 where the in-place kernel of Eq. 12 computes it too (the sign of alpha), else 0.
+        rows: (theta0, tau, alpha, options) -> merged, on matrices whose rows are the vectors that the option `along` names; for
+            rules that can treat every row or column of a tensor by itself.
         matrix: whether it solves per matrix, with everything else averaged (RegMean).
         needs: of "curvature", "base_curvature", "gradient", "gram".
         options: name -> default.
@@ -58,6 +61,7 @@ class Rule:
     gram: str = ""
     elementwise: Callable[[Block], Tensor] | None = None
     fast: int = 0
+    rows: Callable[[Tensor, Tensor, Sequence[float], Mapping[str, Any]], Tensor] | None = None
     matrix: bool = False
     needs: frozenset[str] = frozenset()
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -161,11 +165,13 @@ RULES: dict[str, Rule] = {
     ),
     "slerp": Rule(
         "sin((1-t)O)/sin(O) theta_1 + sin(tO)/sin(O) theta_2", "Shoemake 1985", gram="theta", models=(2, 2),
-        linear=lambda a, gram, o: slerp(gram or (), o["t"]), options={"t": 0.5}, lacks=FIXED_T | {"single": "it takes two models"},
+        linear=lambda a, gram, o: slerp(gram or (), o["t"]), rows=rowwise.slerp, options={"t": 0.5, "along": "tensor"},
+        lacks=FIXED_T | {"single": "it takes two models"},
     ),
     "nuslerp": Rule(
         "theta0 + slerp(tau_1, tau_2; alpha_2 / (alpha_1 + alpha_2))", "slerp of task vectors", gram="tau", models=(2, 2),
-        linear=lambda a, gram, o: nuslerp(gram or (), a), lacks=NORMALIZES | {"single": "it takes two models"}, relative=True,
+        linear=lambda a, gram, o: nuslerp(gram or (), a), rows=rowwise.nuslerp, options={"along": "tensor"},
+        lacks=NORMALIZES | {"single": "it takes two models"}, relative=True,
     ),
     "karcher": Rule(
         "weighted Karcher mean of directions, times the mean norm", "Buss & Fillmore 2001", gram="theta",
@@ -174,7 +180,7 @@ RULES: dict[str, Rule] = {
     ),
     "model_stock": Rule(
         "t mean_t theta_t + (1-t) theta0, t from the mean cosine of tau", "Jang et al. 2024", gram="tau",
-        linear=lambda a, gram, o: model_stock(gram or ()), lacks=IGNORES,
+        linear=lambda a, gram, o: model_stock(gram or ()), rows=rowwise.model_stock, options={"along": "tensor"}, lacks=IGNORES,
     ),
     "ties": Rule(SUM + ", tau' by TIES", "Yadav et al. 2023", linear=TA, options=TIES_OPTIONS, transforms=("ties",), lacks=DROPS),
     "dare": Rule(SUM + ", tau' by DARE", "Yu et al. 2024", linear=TA, options=TA_OPTIONS, transforms=("dare",), lacks=DROPS),
