@@ -43,12 +43,14 @@ class Study(Strict):
 
 # Each is a module with `Config` (a Study), `stages(config)`, `records(config, store)` and `report(records)`.
 EXPERIMENTS = {
+    "adding": "experiments.studies.adding",
     "diagnosis": "experiments.studies.diagnosis",
     "forecast": "experiments.studies.forecast",
     "removal": "experiments.studies.removal",
     "removal-proof": "experiments.studies.removal_proof",
     "sentiment": "experiments.studies.sentiment",
     "theory": "experiments.studies.theory",
+    "vision": "experiments.studies.vision",
 }
 
 

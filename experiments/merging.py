@@ -45,17 +45,15 @@ def merged_model(
     delta0: float,
     out: Path | None = None,
 ) -> Any:
-    """theta of one rule; an option called `alpha` replaces the weight of every task."""
-    given = dict(options)
+    """theta of one rule; options called `alpha` and `delta0` replace the weight of every task and the floor."""
+    given = {"delta0": delta0, **options}
     weight = given.pop("alpha", alpha)
     merge_tasks = [
         Task(str(folder / "model"), str(curvatures[name] / CURVATURE), weight=weight, name=name)
         for name, folder in tasks.items()
     ]
     h0 = str(base_curvature / CURVATURE)
-    return merge(
-        str(base / "model"), merge_tasks, method=method, base_curvature=h0, delta0=delta0, out=out, **given
-    )
+    return merge(str(base / "model"), merge_tasks, method=method, base_curvature=h0, out=out, **given)
 
 
 def choose(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from estimators import Curvature
 from experiments.models import batches, load_classifier, load_split, subset
@@ -47,6 +49,18 @@ def mismatch(
     """
     losses = {domain: objective(data, model, domain, examples, seed) for domain in gradients}
     theta = dict(next(iter(losses.values())).module.state_dict())
+    card = mismatch_card(theta, losses, gradients, base_curvature, delta0)
+    (out / "mismatch.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+
+
+def mismatch_card(
+    theta: Mapping[str, Tensor],
+    losses: Mapping[str, Objective],
+    gradients: Mapping[str, Path],
+    base_curvature: Path,
+    delta0: float,
+) -> dict[str, Any]:
+    """The norms of `mismatch` for weights theta by name; losses and gradients by task."""
     h0 = Curvature.load(base_curvature / "curvature.safetensors")
     found = gradient_mismatch(
         theta,
@@ -58,11 +72,10 @@ def mismatch(
         h0={name: h0.total(name) for name in h0},
         delta0=delta0,
     )
-    card = {
+    return {
         "total": found.total_norm(),
         "per_example": found.per_example(),
         "preconditioned": found.preconditioned_norm(),
         "tasks": found.task_norms(),
         "layers": found.layers()["total"],
     }
-    (out / "mismatch.json").write_text(json.dumps(card, indent=1), encoding="utf-8")

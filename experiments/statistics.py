@@ -1,4 +1,4 @@
-"""Stage and formulas: paired bootstrap of a difference of accuracy, rank correlation."""
+"""Stage and formulas: paired bootstrap of a difference of accuracy, rank correlation, interval of a share."""
 
 from __future__ import annotations
 
@@ -62,6 +62,26 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return float("nan")
     return float(np.corrcoef(first, second)[0, 1])
+
+
+def spearman_interval(
+    groups: Sequence[Sequence[tuple[float, float]]], draws: int = 4000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Spearman's rho over all points (x, y), and its 95 % interval by drawing whole groups of points again."""
+    arrays = [np.asarray(points, dtype=float) for points in groups]
+    rho = spearman(*np.concatenate(arrays).T)
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(len(arrays), size=(draws, len(arrays)))
+    found = [spearman(*np.concatenate([arrays[index] for index in row]).T) for row in drawn]
+    low, high = np.nanquantile(found, [0.025, 0.975])
+    return rho, float(low), float(high)
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share observed in `count` trials."""
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return middle - half, middle + half
 
 
 def _ranks(values: Array) -> Array:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from estimators import Curvature
 from experiments.convex import Objective, World, finetuned, ridge_world, sampled_fisher, softmax_world
+from experiments.statistics import wilson
 from gradmatch import Task, merge
 
 
@@ -229,13 +230,6 @@ def refinement(out: Path, *, seeds: Sequence[int]) -> None:
         len(seeds),
         max(third) <= 1e-3 and shrinking == len(paths) and not rises,
     )
-
-
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share observed in `count` trials."""
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
-    return middle - half, middle + half
 
 
 def _write(

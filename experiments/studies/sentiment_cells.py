@@ -9,7 +9,7 @@ from experiments.pipeline import Stage
 
 if TYPE_CHECKING:
     from experiments.config import Training
-    from experiments.studies.sentiment import Config
+    from experiments.studies.sentiment import Config, Merge
 
 SOURCES = ("experiments.models", "experiments.assets")
 MERGING = (  # what decides a merge's numbers; not the command line, cards, or writers
@@ -24,23 +24,10 @@ class Cells:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        data = config.data
-        self.data = Stage(
-            "sentiment/data",
-            "experiments.tasks.sentiment:prepare",
-            {
-                "source": data.source,
-                "domains": data.domains,
-                "encoder": config.encoder,
-                "max_length": data.max_length,
-                "limits": {"validation": data.validation, "test": data.test},
-                "split_seed": data.split_seed,
-            },
-            code=SOURCES,
-            seconds=10,
-        )
+        self.data = self._prepare()
         self.trained: dict[tuple[int, str], Stage] = {}
         self.curvatures: dict[tuple[int, str], Stage] = {}
+        self.gradients: dict[tuple[int, str], Stage] = {}
         self.choices: dict[tuple[int, str], Stage] = {}
         self.merged: dict[tuple[int, str], Stage] = {}
         self.evaluations: dict[tuple[int, str], Stage] = {}
@@ -56,6 +43,28 @@ class Cells:
         groups = (self.evaluations, self.mismatches, self.sweeps)
         return [stage for group in groups for stage in group.values()] + list(self.comparisons.values())
 
+    def _prepare(self) -> Stage:
+        """The stage that reads the data."""
+        data = self.config.data
+        return Stage(
+            "sentiment/data",
+            "experiments.tasks.sentiment:prepare",
+            {
+                "source": data.source,
+                "domains": data.domains,
+                "encoder": self.config.encoder,
+                "max_length": data.max_length,
+                "limits": {"validation": data.validation, "test": data.test},
+                "split_seed": data.split_seed,
+            },
+            code=SOURCES,
+            seconds=10,
+        )
+
+    def _start(self) -> dict[str, Any]:
+        """What the base is trained from, and its new head."""
+        return {"start": self.config.encoder, "num_labels": 2}
+
     def _train(self, seed: int) -> None:
         config, data = self.config, self.config.data
         base = self._finetune(seed, "base", [data.base], config.base_training, None)
@@ -66,7 +75,6 @@ class Cells:
     def _finetune(
         self, seed: int, name: str, domains: list[str], training: Training, start: Stage | None
     ) -> Stage:
-        new_head = {"start": self.config.encoder, "num_labels": 2}
         stage = Stage(
             f"sentiment/seed{seed}/{name}",
             "experiments.finetune:finetune",
@@ -75,7 +83,7 @@ class Cells:
                 "precision": self.config.precision,
                 "seed": seed,
                 **training.model_dump(),
-                **({} if start else new_head),
+                **({} if start else self._start()),
             },
             {"data": self.data, **({"start": start} if start else {})},
             SOURCES,
@@ -88,7 +96,7 @@ class Cells:
     def _evaluate(self, seed: int, name: str, model: Stage) -> None:
         settings = {"domains": self.config.data.domains, "split": "test"}
         self.evaluations[seed, name] = Stage(
-            f"sentiment/seed{seed}/evaluate-{_slug(name)}",
+            f"sentiment/seed{seed}/evaluate-{slug(name)}",
             "experiments.evaluate:evaluate",
             settings,
             {"data": self.data, "model": model},
@@ -107,8 +115,8 @@ class Cells:
                 (*SOURCES, "estimators"),
                 config.fisher.examples * config.fisher.samples * 0.03,
             )
-        self.gradients = {
-            task: Stage(
+        for task in tasks:
+            self.gradients[seed, task] = Stage(
                 f"sentiment/seed{seed}/gradient-{task}",
                 "experiments.mismatch:task_gradient",
                 {"domain": task, "seed": seed, "examples": config.mismatch_examples},
@@ -116,15 +124,8 @@ class Cells:
                 (*SOURCES, *MISMATCH),
                 config.mismatch_examples / 60,
             )
-            for task in tasks
-        }
         self._mismatch(seed, "joint", self.trained[seed, "joint"])
-        sources = {
-            "base": self.trained[seed, "base"],
-            "tasks": {task: self.trained[seed, task] for task in tasks},
-            "base_curvature": self.curvatures[seed, "base"],
-            "curvatures": {task: self.curvatures[seed, task] for task in tasks},
-        }
+        sources = self.sources(seed, tasks)
         for name, spec in config.merges.items():
             settings = {
                 "method": spec.method,
@@ -134,18 +135,17 @@ class Cells:
             }
             inputs: dict[str, Any] = dict(sources)
             if spec.choose:
-                grid = {option: list(values) for option, values in spec.choose.items()}
-                examples = (config.data.validation or 500) * len(config.data.domains)
-                inputs["choice"] = self.choices[seed, name] = Stage(
-                    f"sentiment/seed{seed}/choose-{_slug(name)}",
-                    "experiments.merging:choose",
-                    {**settings, "grid": grid, "domains": config.data.domains},
-                    {**sources, "data": self.data},
-                    (*SOURCES, *MERGING, "experiments.evaluate"),
-                    len(next(iter(grid.values()))) * examples / 220,
+                inputs["choice"] = self.choices[seed, name] = choice_stage(
+                    f"sentiment/seed{seed}/choose-{slug(name)}",
+                    spec,
+                    config,
+                    settings,
+                    sources,
+                    self.data,
+                    tasks,
                 )
             self.merged[seed, name] = Stage(
-                f"sentiment/seed{seed}/merge-{_slug(name)}",
+                f"sentiment/seed{seed}/merge-{slug(name)}",
                 "experiments.merging:merge_stage",
                 settings,
                 inputs,
@@ -157,12 +157,21 @@ class Cells:
             if config.sweep and name in config.sweep.merges:
                 self._sweep(seed, name, config.sweep.alphas, settings, inputs)
 
+    def sources(self, seed: int, tasks: Sequence[str]) -> dict[str, Any]:
+        """What a merge of these tasks reads: `merging.merged_model`'s arguments."""
+        return {
+            "base": self.trained[seed, "base"],
+            "tasks": {task: self.trained[seed, task] for task in tasks},
+            "base_curvature": self.curvatures[seed, "base"],
+            "curvatures": {task: self.curvatures[seed, task] for task in tasks},
+        }
+
     def _sweep(
         self, seed: int, name: str, alphas: Sequence[float], settings: dict[str, Any], inputs: dict[str, Any]
     ) -> None:
         data = self.config.data
         self.sweeps[seed, name] = Stage(
-            f"sentiment/seed{seed}/sweep-{_slug(name)}",
+            f"sentiment/seed{seed}/sweep-{slug(name)}",
             "experiments.sweep:sweep",
             {
                 **{key: value for key, value in settings.items() if key != "alpha"},
@@ -177,13 +186,13 @@ class Cells:
     def _mismatch(self, seed: int, name: str, model: Stage) -> None:
         config = self.config
         self.mismatches[seed, name] = Stage(
-            f"sentiment/seed{seed}/mismatch-{_slug(name)}",
+            f"sentiment/seed{seed}/mismatch-{slug(name)}",
             "experiments.mismatch:mismatch",
             {"seed": seed, "examples": config.mismatch_examples, "delta0": config.delta0},
             {
                 "data": self.data,
                 "model": model,
-                "gradients": self.gradients,
+                "gradients": {task: self.gradients[seed, task] for task in config.data.tasks},
                 "base_curvature": self.curvatures[seed, "base"],
             },
             (*SOURCES, *MISMATCH),
@@ -193,7 +202,7 @@ class Cells:
     def _compare(self, ours: str, theirs: str) -> Stage:
         seeds = self.config.seeds
         return Stage(
-            f"sentiment/compare-{_slug(ours)}-{_slug(theirs)}",
+            f"sentiment/compare-{slug(ours)}-{slug(theirs)}",
             "experiments.statistics:compare",
             {"domains": self.config.data.domains},
             {
@@ -203,5 +212,28 @@ class Cells:
         )
 
 
-def _slug(name: str) -> str:
+def choice_stage(
+    title: str,
+    spec: Merge,
+    config: Config,
+    settings: dict[str, Any],
+    sources: dict[str, Any],
+    data: Stage,
+    tasks: Sequence[str],
+) -> Stage:
+    """The stage that chooses a merge's option on validation examples of the base's domain and of `tasks`."""
+    grid = {option: list(values) for option, values in spec.choose.items()}
+    domains = [config.data.base, *tasks]
+    return Stage(
+        title,
+        "experiments.merging:choose",
+        {**settings, "grid": grid, "domains": domains},
+        {**sources, "data": data},
+        (*SOURCES, *MERGING, "experiments.evaluate"),
+        len(next(iter(grid.values()))) * (config.data.validation or 500) * len(domains) / 220,
+    )
+
+
+def slug(name: str) -> str:
+    """A merge's name as a part of a folder's."""
     return "".join(character if character.isalnum() else "_" for character in name).lower()

@@ -1,0 +1,50 @@
+"""Stage: one merge that is measured and not kept: its test accuracy and its gradient mismatch, without a model on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.evaluate import measure, predict, with_averages
+from experiments.merging import merged_model
+from experiments.mismatch import mismatch_card, objective
+from experiments.models import load_classifier, load_split
+
+
+def merge_and_measure(
+    out: Path,
+    *,
+    method: str,
+    alpha: float,
+    options: Mapping[str, Any],
+    data: Path,
+    domains: Sequence[str],
+    gradients: Mapping[str, Path],
+    examples: int,
+    seed: int,
+    choice: Path | None = None,
+    **sources: Any,
+) -> None:
+    """`out/metrics.json` on the test examples of `domains` (with `out/<domain>.npz`), `out/mismatch.json` over the tasks.
+
+    sources: as `merging.merged_model` takes them; gradients: task -> folder of its own gradient, empty to leave the
+    mismatch out; choice: folder of a `choose` stage.
+    """
+    chosen = json.loads((choice / "choice.json").read_text())["chosen"] if choice else {}
+    theta = dict(merged_model(method, alpha, {**options, **chosen}, **sources))
+    model = load_classifier(sources["base"] / "model")
+    model.load_state_dict(theta)
+    metrics = {}
+    for domain in domains:
+        probabilities, labels = predict(model, load_split(data, domain, "test"), domain)
+        metrics[domain] = measure(probabilities, labels)
+        np.savez(out / f"{domain}.npz", probabilities=probabilities.astype(np.float32), labels=labels)
+    (out / "metrics.json").write_text(json.dumps(with_averages(metrics), indent=1), encoding="utf-8")
+    if gradients:
+        losses = {task: objective(data, sources["base"], task, examples, seed) for task in gradients}
+        card = mismatch_card(theta, losses, gradients, sources["base_curvature"], sources["delta0"])
+        (out / "mismatch.json").write_text(json.dumps(card, indent=1), encoding="utf-8")

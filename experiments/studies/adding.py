@@ -1,0 +1,189 @@
+"""Adding tasks (as the paper's Figure 1): does the gradient mismatch of a merge tell its test error?
+
+Every subset of two or more tasks of a sentiment config is merged by every rule. (With one task, task arithmetic at
+alpha = 1 and gradient matching both return the fine-tune: there is nothing to compare.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from experiments import config as configs
+from experiments.config import Study
+from experiments.pipeline import Stage, card, is_done
+from experiments.records import Record, of_kind
+from experiments.studies import sentiment
+from experiments.studies.sentiment import Merge
+from experiments.studies.sentiment_cells import MERGING, MISMATCH, SOURCES, choice_stage, slug
+
+CODE = (*SOURCES, *MERGING, *MISMATCH, "experiments.evaluate", "experiments.merging", "experiments.mismatch")
+Cell = tuple[int, tuple[str, ...], str]  # seed, subset of tasks, merge
+
+
+class Config(Study):
+    """Keys of the config: `sentiment` is the config whose models, curvatures and data are used."""
+
+    experiment: Literal["adding"]
+    sentiment: Path
+    seeds: tuple[int, ...] = ()  # of that config; empty: all of them
+    merges: dict[str, Merge] = Field(min_length=2)
+    compare: tuple[str, str]  # of these two, which has the smaller mismatch
+
+    @model_validator(mode="after")
+    def _known(self) -> Config:
+        check_source(self.sentiment, self.seeds)
+        for name in self.compare:
+            if name not in self.merges:
+                raise ValueError(f"`compare` names {name!r}, but the merges are {', '.join(self.merges)}")
+        return self
+
+
+def check_source(path: Path, seeds: Sequence[int]) -> None:
+    """Refuse a config that is no sentiment config, or seeds that it does not have. Raises ValueError."""
+    source = configs.load(path)
+    if source.experiment != "sentiment":
+        raise ValueError(f"{path} is no config of the sentiment experiment")
+    absent = [seed for seed in seeds if seed not in source.seeds]
+    if absent:
+        raise ValueError(f"{path} has no seed {absent[0]}; it has {', '.join(map(str, source.seeds))}")
+
+
+def stages(config: Config) -> list[Stage]:
+    """One per seed, subset and merge; the models it reads come with it."""
+    return list(cells(config)[0].values())
+
+
+def cells(config: Config) -> tuple[dict[Cell, Stage], dict[Cell, Stage]]:
+    """The measured merges, and the choices of those that choose an option."""
+    source = configs.load(config.sentiment)
+    made = sentiment.Cells(source)
+    measured: dict[Cell, Stage] = {}
+    choices: dict[Cell, Stage] = {}
+    for seed in config.seeds or source.seeds:
+        for size in range(2, len(source.data.tasks) + 1):
+            for subset in combinations(source.data.tasks, size):
+                for name, spec in config.merges.items():
+                    cell = (seed, subset, name)
+                    inputs: dict[str, Any] = made.sources(seed, subset)
+                    settings = {**spec.model_dump(exclude={"choose"}), "delta0": source.delta0}
+                    title = f"adding/seed{seed}/{'-'.join(subset)}"
+                    if spec.choose:
+                        choices[cell] = inputs["choice"] = choice_stage(
+                            f"{title}/choose-{slug(name)}", spec, source, settings, inputs, made.data, subset
+                        )
+                    measured[cell] = Stage(
+                        f"{title}/{slug(name)}",
+                        "experiments.cell:merge_and_measure",
+                        {
+                            **settings,
+                            "domains": list(subset),
+                            "examples": source.mismatch_examples,
+                            "seed": seed,
+                        },
+                        {
+                            **inputs,
+                            "data": made.data,
+                            "gradients": {task: made.gradients[seed, task] for task in subset},
+                        },
+                        CODE,
+                        size * ((source.data.test or 1000) / 230 + source.mismatch_examples / 60),
+                    )
+    return measured, choices
+
+
+def records(config: Config, store: Path) -> list[Record]:
+    """One record per merge of a subset and seed; stages that failed are left out."""
+    measured, choices = cells(config)
+    found = []
+    for cell, stage in measured.items():
+        if not is_done(stage, store):
+            continue
+        seed, subset, name = cell
+        folder, origin = stage.folder(store), card(stage, store)
+        record: Record = {
+            "experiment": config.experiment,
+            "name": config.name,
+            "kind": "subset",
+            "seed": seed,
+            "tasks": list(subset),
+            "model": name,
+            "compare": list(config.compare),
+            "merge": config.merges[name].model_dump(exclude={"choose"}),
+            "metrics": json.loads((folder / "metrics.json").read_text()),
+            "mismatch": json.loads((folder / "mismatch.json").read_text()),
+        }
+        if cell in choices:
+            record["choice"] = json.loads((choices[cell].folder(store) / "choice.json").read_text())
+        kept = ("key", "commit", "versions", "machine", "threads", "seconds", "finished")
+        found.append(record | {key: origin[key] for key in kept})
+    return found
+
+
+def report(found: list[Record]) -> str:
+    """Table by size of subset and merge, rank correlations with intervals, and whose mismatch is smaller."""
+    from experiments.report import format_table
+
+    cells = of_kind(found, "subset")
+    rows = []
+    for size, name in dict.fromkeys((len(record["tasks"]), record["model"]) for record in cells):
+        own = [record for record in cells if (len(record["tasks"]), record["model"]) == (size, name)]
+        mismatch = fmean(record["mismatch"]["per_example"] for record in own)
+        rows.append(
+            [f"{size} tasks, {name}", f"{mismatch:.3f}", f"{fmean(map(error, own)):.1f}", f"{len(own)}"]
+        )
+    lines = [format_table(["merge", "mismatch/n", "test error %", "merges"], rows), ""]
+    for size, (rho, low, high, count) in correlations(cells).items():
+        lines.append(
+            f"Spearman of mismatch/n and test error over all merges of {size} tasks: {rho:.2f} (95 % interval {low:.2f} to "
+            f"{high:.2f}, subsets drawn again; {count} merges)"
+        )
+    share, low, high, count = smaller_share(cells)
+    ours, theirs = cells[0]["compare"]
+    lines.append(
+        f"{ours} has a smaller mismatch than {theirs} in {100 * share:.0f} % of {count} subsets (95 % interval {100 * low:.0f} to "
+        f"{100 * high:.0f} %)"
+    )
+    return "\n".join(lines)
+
+
+def error(record: Record) -> float:
+    """Test error in per cent, each task of the subset alike."""
+    return 100 * (1 - float(record["metrics"]["macro"]["accuracy"]))
+
+
+def correlations(cells: Sequence[Record]) -> dict[int, tuple[float, float, float, int]]:
+    """Size of subset -> Spearman's rho over its merges, its 95 % interval (seed and subset drawn again), their number."""
+    from experiments.statistics import spearman_interval
+
+    found = {}
+    for size in sorted({len(record["tasks"]) for record in cells}):
+        groups: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+        for record in cells:
+            if len(record["tasks"]) == size:
+                point = (record["mismatch"]["per_example"], error(record))
+                groups.setdefault((record["seed"], *record["tasks"]), []).append(point)
+        count = sum(map(len, groups.values()))
+        found[size] = (*spearman_interval(list(groups.values())), count)
+    return found
+
+
+def smaller_share(cells: Sequence[Record]) -> tuple[float, float, float, int]:
+    """Share of subsets where the first of `compare` has the smaller mismatch, Wilson's 95 % interval, their number."""
+    from experiments.statistics import wilson
+
+    ours, theirs = cells[0]["compare"]
+    by_subset: dict[tuple[Any, ...], dict[str, float]] = {}
+    for record in cells:
+        by_subset.setdefault((record["seed"], *record["tasks"]), {})[record["model"]] = record["mismatch"][
+            "total"
+        ]
+    pairs = [values for values in by_subset.values() if {ours, theirs} <= set(values)]
+    share = fmean(values[ours] < values[theirs] for values in pairs)
+    return share, *wilson(share, len(pairs)), len(pairs)

@@ -1,0 +1,93 @@
+"""Adding tasks: every subset merged and measured, on the tiny world, and what the report says of it."""
+
+import pytest
+import yaml
+
+from experiments import config as configs
+from experiments.__main__ import main
+from experiments.records import of_kind, read_records
+from experiments.studies import adding
+
+
+@pytest.fixture
+def adding_config(tiny_config):
+    """A config of the adding study beside the tiny sentiment config."""
+    content = {
+        "experiment": "adding",
+        "sentiment": str(tiny_config),
+        "merges": {
+            "TA": {"method": "task_arithmetic"},
+            "GM": {"method": "gradient_matching"},
+            "GM*": {"method": "gradient_matching", "choose": {"base_weight": [0.1, 1.0]}},
+        },
+        "compare": ["GM", "TA"],
+    }
+    path = tiny_config.with_name("adding.yaml")
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def test_the_whole_subset_gives_the_sentiment_runs_numbers(adding_config, tiny_config, tmp_path, capsys):
+    common = ["--results", str(tmp_path), "--debug"]
+    assert main(["run", str(adding_config), *common]) == 0, capsys.readouterr().err
+    assert "GM has a smaller mismatch than TA in" in capsys.readouterr().out
+    assert main(["run", str(tiny_config), *common]) == 0
+    subsets = of_kind(read_records(tmp_path / "adding.jsonl"), "subset")
+    assert [(record["tasks"], record["model"]) for record in subsets] == [
+        (["books", "songs"], name) for name in ("TA", "GM", "GM*")
+    ]
+    whole = {
+        record["model"]: record for record in read_records(tmp_path / "tiny.jsonl") if "metrics" in record
+    }
+    for record in subsets:
+        own = whole[record["model"]]
+        assert record["metrics"]["books"] == own["metrics"]["books"]
+        assert record["mismatch"] == own["mismatch"]
+        assert record.get("choice") == own.get("choice")
+        assert {"commit", "versions", "machine", "seconds", "seed", "key"} <= set(record)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"compare": ["GM", "XX"]}, "`compare` names 'XX'"),
+        ({"seeds": [7]}, "has no seed 7; it has 0"),
+        ({"sentiment": "configs/theory.yaml"}, "is no config of the sentiment experiment"),
+    ],
+)
+def test_faults(adding_config, change, message):
+    content = yaml.safe_load(adding_config.read_text()) | change
+    with pytest.raises(configs.ConfigError, match=message):
+        configs.check(content, "adding.yaml")
+
+
+def cell(seed, tasks, model, mismatch, accuracy):
+    return {
+        "kind": "subset",
+        "seed": seed,
+        "tasks": tasks,
+        "model": model,
+        "compare": ["GM", "TA"],
+        "mismatch": {"per_example": mismatch, "total": mismatch},
+        "metrics": {"macro": {"accuracy": accuracy}},
+    }
+
+
+def test_correlation_and_share_are_those_of_the_records():
+    cells = [
+        cell(seed, tasks, model, mismatch, accuracy)
+        for seed in (0, 1)
+        for tasks in (["a", "b"], ["a", "c"])
+        for model, mismatch, accuracy in (
+            ("TA", 0.4 + seed, 0.7),
+            ("GM", 0.2 + 2 * seed, 0.8),
+            ("AM", 0.1, 0.9),
+        )
+    ]
+    ((size, (rho, low, high, count)),) = adding.correlations(cells).items()
+    assert (size, count) == (2, 12)
+    assert low <= rho <= high
+    assert 0.6 < rho < 1
+    share, low, high, subsets = adding.smaller_share(cells)
+    assert (share, subsets) == (0.5, 4)  # with seed 1, GM's is the larger
+    assert low < 0.5 < high
