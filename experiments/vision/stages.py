@@ -1,0 +1,166 @@
+"""Stages of the vision study on images, as those of the sentiment study are on texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from estimators import estimate
+from experiments.evaluate import measure, with_averages
+from experiments.merging import merged_model
+from experiments.mismatch import mismatch_card
+from experiments.vision.models import Rows, classes_of, load, load_split
+from gradmatch.diagnosis.objective import Objective
+
+Metrics = dict[str, dict[str, float]]
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, rows: Rows, classes: slice) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Probabilities (n, classes) over a set's own classes, and labels (n,)."""
+    device = next(model.parameters()).device
+    found = [
+        model(pixel_values=batch["pixel_values"]).logits[:, classes].double().softmax(-1).cpu().numpy()
+        for batch in rows.batches(64, device)
+    ]
+    return np.concatenate(found), rows.labels.numpy()
+
+
+def evaluate(out: Path, *, data: Path, model: Path, domains: Sequence[str], split: str) -> None:
+    """Evaluate a model folder: `out/metrics.json`, and `out/<set>.npz` with the probabilities and labels."""
+    classifier = load(model / "model")
+    metrics = {}
+    for name in domains:
+        probabilities, labels = predict(classifier, load_split(data, name, split), classes_of(data, name))
+        metrics[name] = measure(probabilities, labels)
+        np.savez(out / f"{name}.npz", probabilities=probabilities.astype(np.float32), labels=labels)
+    (out / "metrics.json").write_text(json.dumps(with_averages(metrics), indent=1), encoding="utf-8")
+
+
+def curvature(
+    out: Path,
+    *,
+    data: Path,
+    model: Path,
+    domain: str,
+    examples: int,
+    samples: int,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Monte-Carlo Fisher with the measured gradient of the loss summed over a set's training images; see `estimation`."""
+    classifier = load(model / "model", classes_of(data, domain))
+    rows = load_split(data, domain, "train")
+    batches = list(rows.subset(examples, seed).batches(batch_size, next(classifier.parameters()).device))
+    found = estimate(
+        classifier,
+        batches,
+        method="fisher",
+        num_examples=len(rows),
+        samples=samples,
+        seed=seed,
+        gradient=True,
+    )
+    found.save(out / "curvature.safetensors")
+
+
+def objective(data: Path, model: Path, domain: str, examples: int, seed: int) -> Objective:
+    """l_t: the loss of a set's training images, from `examples` of them, scaled up to all."""
+    rows = load_split(data, domain, "train")
+    module = load(model / "model", classes_of(data, domain))
+    chosen = rows.subset(examples, seed).batches(32, next(module.parameters()).device)
+    return Objective(module, chosen, num_examples=len(rows))
+
+
+def task_gradient(out: Path, *, data: Path, model: Path, domain: str, examples: int, seed: int) -> None:
+    """grad l_t(theta_t) of a fine-tuned model, which the mismatch of every merge is compared with."""
+    loss = objective(data, model, domain, examples, seed)
+    save_file(loss.gradient(dict(loss.module.state_dict())), out / "gradient.safetensors")
+
+
+def mismatch(
+    out: Path,
+    *,
+    data: Path,
+    model: Path,
+    gradients: Mapping[str, Path],
+    base_curvature: Path,
+    examples: int,
+    seed: int,
+    delta0: float,
+) -> None:
+    """Norms of the gradient mismatch of one merged model, in `out/mismatch.json`; as on texts, all weights are 1."""
+    losses = {name: objective(data, model, name, examples, seed) for name in gradients}
+    theta = dict(next(iter(losses.values())).module.state_dict())
+    card = mismatch_card(theta, losses, gradients, base_curvature, delta0)
+    (out / "mismatch.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+
+
+def score(
+    model: nn.Module, weights: Mapping[str, Any], data: Path, domains: Sequence[str], split: str
+) -> Metrics:
+    """Metrics of weights placed into a model: each set, and the averages."""
+    model.load_state_dict(dict(weights))
+    found = {
+        name: measure(*predict(model, load_split(data, name, split), classes_of(data, name)))
+        for name in domains
+    }
+    return with_averages(found)
+
+
+def choose(
+    out: Path,
+    *,
+    method: str,
+    alpha: float,
+    options: Mapping[str, Any],
+    grid: Mapping[str, Sequence[float]],
+    data: Path,
+    domains: Sequence[str],
+    **sources: Any,
+) -> None:
+    """Try each value of the grid's one option on the validation images; `out/choice.json` keeps all and the best.
+
+    Best: lowest negative log-likelihood, macro average over the sets. Test images are never read.
+    """
+    ((option, values),) = grid.items()
+    model = load(sources["base"] / "model")
+    tried = []
+    for value in tqdm(values, desc=f"choosing {option}"):
+        weights = merged_model(method, alpha, {**options, option: value}, **sources)
+        macro = score(model, weights, data, domains, "validation")["macro"]
+        tried.append({"value": value, "nll": macro["nll"], "accuracy": macro["accuracy"]})
+    best = min(tried, key=lambda cell: cell["nll"])
+    card = {"chosen": {option: best["value"]}, "tried": tried}
+    (out / "choice.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+
+
+def sweep(
+    out: Path,
+    *,
+    method: str,
+    alphas: Sequence[float],
+    options: Mapping[str, Any],
+    data: Path,
+    domains: Sequence[str],
+    choice: Path | None = None,
+    **sources: Any,
+) -> None:
+    """Metrics on test images at every alpha, in `out/sweep.json`; an option chosen on validation images is kept fixed."""
+    chosen = json.loads((choice / "choice.json").read_text())["chosen"] if choice else {}
+    model = load(sources["base"] / "model")
+    points = []
+    for alpha in tqdm(alphas, desc="alpha"):
+        weights = merged_model(method, alpha, {**options, **chosen}, **sources)
+        points.append({"alpha": alpha, "metrics": score(model, weights, data, domains, "test")})
+    found = {"chosen": chosen, "points": points}
+    (out / "sweep.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
