@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gradmatch.task import Model
 
 INDEX = "model.safetensors.index.json"
+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 WANTED = (
@@ -109,8 +110,8 @@ def open_checkpoint(
     """Open any model as a lazy mapping name -> tensor.
 
     Args:
-        path: folder, safetensors file, hub id, PEFT adapter folder, state dict or module.
-        base: the model that an adapter is expanded on.
+        path: folder, safetensors file, hub id, PEFT adapter folder, folder of a delta, state dict or module.
+        base: the model that an adapter or a delta is expanded on.
         allow_pickle: read .bin / .pt files too, with weights_only.
 
     Raises:
@@ -132,6 +133,10 @@ def open_checkpoint(
         from gradmatch.inputs.adapters import open_adapter
 
         return open_adapter(folder, base)
+    from gradmatch.inputs.delta import is_delta, open_delta
+
+    if is_delta(folder):
+        return open_delta(folder, base)
     return _from_folder(folder, allow_pickle)
 
 
@@ -175,7 +180,7 @@ def _from_folder(path: Path, allow_pickle: bool) -> Checkpoint:
             "merge the unquantised model and quantise the result"
         )
     if (path / INDEX).is_file():
-        files = _indexed_files(path)
+        files = indexed_files(path)
     elif (path / "model.safetensors").is_file():
         files = [TensorFile(path / "model.safetensors")]
     else:
@@ -200,28 +205,28 @@ def _from_folder(path: Path, allow_pickle: bool) -> Checkpoint:
     return Checkpoint(FileStore(files), path=path, config=config, aliases=_stored_aliases(files))
 
 
-def _indexed_files(path: Path) -> list[TensorFile]:
-    """The shards that an index names, after checking that index and shards agree.
+def indexed_files(path: Path, index: str = INDEX) -> list[TensorFile]:
+    """The shards that a folder's index names, after checking that index and shards agree.
 
     Raises:
         ValueError: the index leaves its folder, or names other tensors than the shards hold.
         FileNotFoundError: a shard is missing.
     """
-    weight_map = read_json(path / INDEX).get("weight_map")
+    weight_map = read_json(path / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path / INDEX} has no weight_map from tensor to shard")
+        raise ValueError(f"{path / index} has no weight_map from tensor to shard")
     files: dict[str, TensorFile] = {}
     for shard in sorted({str(shard) for shard in weight_map.values()}):
         pure = PurePosixPath(shard)
         if pure.is_absolute() or ".." in pure.parts or "\\" in shard:
             raise ValueError(
-                f"{path / INDEX} points outside its folder: {shard!r}; do not trust this checkpoint"
+                f"{path / index} points outside its folder: {shard!r}; do not trust this checkpoint"
             )
         files[shard] = TensorFile(path / shard)
     for name, shard in weight_map.items():
         if name not in files[shard]:
             raise ValueError(
-                f"{path / INDEX} says that {shard} holds {name!r}, but it does not; fetch the checkpoint again"
+                f"{path / index} says that {shard} holds {name!r}, but it does not; fetch the checkpoint again"
             )
     for shard, file in files.items():
         unlisted = [name for name in file if weight_map.get(name) != shard]

@@ -62,7 +62,7 @@ def merge(
         batches: for batchnorm="recalibrate": what the module is run on.
         progress: show a progress bar.
         **options: of the rule and its transforms, and the policies of `gradmatch.plan.request.Request` (transforms, dtype, heads,
-            missing, missing_curvature, batchnorm, embeddings, precision, rounding, shard_bytes, ...).
+            missing, missing_curvature, batchnorm, embeddings, precision, rounding, form, shard_bytes, ...).
 
     Returns:
         The merged tensors in the base's dtypes, in memory or as an opened Checkpoint; both carry `.report`.
@@ -125,6 +125,10 @@ def prepare(
     files = align(inputs, request.embeddings)
     made = plan(inputs, request)
     made.files = files
+    if request.form == "delta":
+        from gradmatch.output.delta import as_delta
+
+        as_delta(made)
     return made
 
 
@@ -138,6 +142,8 @@ def execute(
 ) -> Mapping[str, Tensor]:
     """Carry out a plan; see `merge`."""
     if out is None:
+        if made.request.form == "delta":
+            raise ValueError("form='delta' is a form of files: pass out (in memory the result is exact as it is)")
         return _in_memory(made, batches, progress)
     return _to_folder(made, Path(out), overwrite, progress)
 
@@ -168,7 +174,7 @@ def _to_folder(made: Plan, out: Path, overwrite: bool, progress: bool) -> Checkp
     from gradmatch.engine.stream import stream
     from gradmatch.inputs.sources import identity
     from gradmatch.output.card import card_files
-    from gradmatch.output.verify import verify
+    from gradmatch.output.verify import verify, written
     from gradmatch.output.writer import FolderSink
 
     sink = FolderSink(out, made, identity(made), overwrite=overwrite)
@@ -179,7 +185,7 @@ def _to_folder(made: Plan, out: Path, overwrite: bool, progress: bool) -> Checkp
         report = make_report(made, stats)
         report.heads = task_heads(made)
         sink.complete(card_files(made, report))
-        verify(open_checkpoint(sink.folder), made)
+        verify(written(sink.folder, made), made)
         sink.publish()
     except OSError:
         sink.close_quietly()  # what was journalled stays for the next run
@@ -190,7 +196,7 @@ def _to_folder(made: Plan, out: Path, overwrite: bool, progress: bool) -> Checkp
     except BaseException:
         sink.close_quietly()
         raise
-    checkpoint = open_checkpoint(out)
+    checkpoint = open_checkpoint(out, base=made.inputs.base)
     tied = made.inputs.base.aliases.items()
     checkpoint.aliases |= {name: held for name, held in tied if held in checkpoint.store}  # as in memory
     checkpoint.report = report

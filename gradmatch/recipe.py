@@ -68,6 +68,7 @@ class Recipe(BaseModel):
     precision: str = "auto"
     rounding: str = "nearest"
     verify: str = "files"
+    form: str = "weights"
     shard_bytes: int = 5_000_000_000
     allow_mismatch: bool = False
     allow_pickle: bool = False

@@ -64,8 +64,11 @@ def inspect(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     info |= {f"tied {alias}": name for alias, name in checkpoint.aliases.items()}
     card = Path(path) / "gradmatch.json"
     if card.is_file():
-        made = json.loads(card.read_text(encoding="utf-8"))["recipe"]
+        content = json.loads(card.read_text(encoding="utf-8"))
+        made = content["recipe"]
         info["merged by"] = f"{made['method']}: {made['formula']}"
+        if "delta" in content:
+            info["delta of"] = f"{content['delta']['base'] or 'a model in memory'}, shown with it"
     tensors = {name: checkpoint.spec(name) for name in checkpoint.store}
     return _summary(
         "checkpoint", info, {name: (s.dtype, list(s.shape), s.nbytes) for name, s in tensors.items()}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from estimators.curvature import fingerprint
 from gradmatch.checkpoint import Checkpoint
+from gradmatch.output.delta import provenance
 
 if TYPE_CHECKING:
     from gradmatch.output.report import Report
@@ -28,6 +29,8 @@ def card_files(made: Plan, report: Report) -> dict[str, bytes]:
         "report": report.to_dict(),
         "versions": versions(),
     }
+    if made.request.form == "delta":
+        content["delta"] = provenance(made)
     files = {CARD: _json(content), "README.md": readme(content).encode()}
     for task, tensors in report.heads.items():
         from safetensors.torch import save
@@ -66,7 +69,7 @@ def recipe(made: Plan) -> dict[str, Any]:
         ],
         "policies": {
             key: getattr(request, key)
-            for key in ("heads", "embeddings", "missing", "missing_curvature", "batchnorm")
+            for key in ("heads", "embeddings", "missing", "missing_curvature", "batchnorm", "form")
         },
         "arithmetic": sorted({step.compute for step in made.steps}),
     }
@@ -97,7 +100,7 @@ def readme(content: Mapping[str, Any]) -> str:
     made, report = content["recipe"], content["report"]
     lines = [
         "---",
-        "library_name: transformers",
+        f"library_name: {'gradmatch' if 'delta' in content else 'transformers'}",
         "tags:",
         "- merge",
         "- gradmatch",
@@ -107,6 +110,12 @@ def readme(content: Mapping[str, Any]) -> str:
         "",
     ]
     lines += [f"`{made['method']}` ({made['source']}): {made['formula']}", ""]
+    if "delta" in content:
+        lines += [
+            "This folder holds merged - base, not the model: `gradmatch.open_checkpoint(folder, base=...)` adds the base, and "
+            "`gradmatch merge --base BASE --task FOLDER --method passthrough --dtype float32 -o OUT` writes whole weights.",
+            "",
+        ]
     lines += [f"Base: `{made['base']}`", "", "| task | weight | model | curvature (N) |", "|---|---|---|---|"]
     for task in made["tasks"]:
         known = f"{task['curvature']} ({task['num_examples']})" if task["curvature"] else "none"

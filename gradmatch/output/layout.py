@@ -33,10 +33,12 @@ class Layout:
             groups[-1].append(step)
             size += step.spec.nbytes
         total = len(groups)
+        stem = "delta" if plan.request.form == "delta" else "model"
+        self.index_name = f"{stem}.safetensors.index.json"
         names = (
-            ["model.safetensors"]
+            [f"{stem}.safetensors"]
             if total == 1
-            else [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
+            else [f"{stem}-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
         )
         self.shards: dict[str, list[Step]] = dict(zip(names, groups, strict=True))
         self._aliases = plan.inputs.base.aliases if plan.inputs.base.config is None else {}

@@ -129,7 +129,8 @@ def _judge(report: Report, plan: Plan) -> None:
     said = []
     if report.kept_update is not None and report.kept_update < KEPT_WARNING:
         said.append(
-            f"rounding kept {100 * report.kept_update:.0f} % of the update: use dtype='float32', or rounding='stochastic'"
+            f"rounding kept {100 * report.kept_update:.0f} % of the update: use dtype='float32', form='delta' (merged - base in "
+            "float32), or rounding='stochastic'"
         )
     if report.clamped_share is not None and report.clamped_share > CLAMP_WARNING:
         said.append(

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradmatch.checkpoint import INDEX
 from gradmatch.inputs.sources import check_apart
+from gradmatch.output.delta import difference
 from gradmatch.output.layout import Layout, carry_along
 from gradmatch.output.publishing import beside, check_absent, lock, place, recover, replace_folder, sync
 
@@ -91,6 +91,8 @@ class FolderSink:
 
         if self._failure:
             raise self._failure
+        if self.plan.request.form == "delta":
+            values = difference(self.plan, step, first, values)
         shard, start = self.layout.place[step.name]
         offset = start + first * values.element_size()
         data = values.contiguous().view(torch.uint8).numpy().data
@@ -120,10 +122,11 @@ class FolderSink:
         self._stop()
         if self._failure:
             raise self._failure
-        carried = carry_along(self.plan, self.folder)
+        whole = self.plan.request.form == "weights"
+        carried = carry_along(self.plan, self.folder) if whole else []
         files = dict(extra)
         if len(self.layout.shards) > 1:
-            files[INDEX] = self.layout.index()
+            files[self.layout.index_name] = self.layout.index()
         for name, content in files.items():
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "precision": ("auto", "float32", "float64"),
     "rounding": ("nearest", "stochastic"),
     "verify": ("files", "reload"),
+    "form": ("weights", "delta"),
 }
 
 
@@ -43,6 +44,7 @@ class Request:
         seed: of random transforms and stochastic rounding.
         head_names: patterns of tensors that count as heads, beside those that differ.
         missing, missing_curvature, heads, embeddings, batchnorm, precision, rounding, verify: see POLICIES.
+        form: of the output folder: whole weights, or merged - base in the dtype of the arithmetic (see `gradmatch.inputs.delta`).
         shard_bytes: largest size of an output file.
         notes: to be kept with the plan and the report (a translated recipe's differences).
     """
@@ -63,6 +65,7 @@ class Request:
     precision: str = "auto"
     rounding: str = "nearest"
     verify: str = "files"
+    form: str = "weights"
     shard_bytes: int = 5_000_000_000
     notes: Sequence[str] = ()
 
@@ -93,6 +96,8 @@ class Request:
             raise ValueError(
                 f"dtype is {self.dtype!r}{nearest(str(self.dtype), DTYPES)}; choose one of {', '.join(DTYPES)}"
             )
+        if self.form == "delta":
+            self._check_delta()
         for name, value in (("delta0", self.delta0), ("base_weight", self.base_weight)):
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value!r}; it must be a finite number of at least 0")
@@ -101,6 +106,23 @@ class Request:
         if self.shard_bytes < 1:
             raise ValueError(f"shard_bytes is {self.shard_bytes}; it must be at least 1")
         resolve_options(self)
+
+    def _check_delta(self) -> None:
+        """What a difference in the dtype of the arithmetic has no room for.
+
+        Raises:
+            ValueError: an output dtype, a reload, or statistics that the difference cannot hold.
+        """
+        for name, other, instead in (
+            ("dtype", None, "a delta is float32 (float64 with precision='float64')"),
+            ("verify", "files", "transformers loads whole weights alone"),
+        ):
+            if getattr(self, name) != other:
+                raise ValueError(f"form='delta' does not go with {name}={getattr(self, name)!r}: {instead}")
+        if self.batchnorm == "recalibrate":
+            raise ValueError(
+                "form='delta' does not go with batchnorm='recalibrate', whose statistics are measured on whole weights"
+            )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
