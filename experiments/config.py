@@ -44,6 +44,7 @@ class Study(Strict):
 # Each is a module with `Config` (a Study), `stages(config)`, `records(config, store)` and `report(records)`.
 EXPERIMENTS = {
     "adding": "experiments.studies.adding",
+    "curvature": "experiments.studies.curvature",
     "diagnosis": "experiments.studies.diagnosis",
     "forecast": "experiments.studies.forecast",
     "removal": "experiments.studies.removal",
