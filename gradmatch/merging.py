@@ -44,6 +44,9 @@ def merge(
     allow_pickle: bool = False,
     batches: Any = None,
     progress: bool = False,
+    weights: str | None = None,
+    data: Mapping[str, Any] | None = None,
+    products: Any = None,
     **options: Any,
 ) -> Mapping[str, Tensor]:
     """Merge fine-tuned models of one base.
@@ -61,6 +64,9 @@ def merge(
         allow_pickle: read .bin / .pt checkpoints (with weights_only).
         batches: for batchnorm="recalibrate": what the module is run on.
         progress: show a progress bar.
+        weights: "auto" chooses every task's weight by forecast (task_arithmetic and gradient_matching), from `data` or `products`.
+        data: task -> batches of examples with true labels, for weights="auto"; the models are then run, and held in memory.
+        products: in place of data: the file that `gradmatch forecast --save` wrote.
         **options: of the rule and its transforms, and the policies of `gradmatch.plan.request.Request` (transforms, dtype, heads,
             missing, missing_curvature, batchnorm, embeddings, precision, rounding, form, shard_bytes, ...).
 
@@ -75,6 +81,14 @@ def merge(
         BlockingIOError: another process is writing `out`.
         OSError: no space left.
     """
+    if weights is not None or data is not None or products is not None:
+        from gradmatch.diagnosis.choosing import merge_auto
+
+        return merge_auto(
+            base, tasks, weights, data, products, method=method, base_curvature=base_curvature, base_weight=base_weight,
+            delta0=delta0, out=out, overwrite=overwrite, allow_mismatch=allow_mismatch, allow_pickle=allow_pickle,
+            batches=batches, progress=progress, **options,
+        )  # fmt: skip
     if method == "greedy_soup":
         from gradmatch.soup import greedy_soup
 
