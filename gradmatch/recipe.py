@@ -6,6 +6,7 @@
     transforms: [dare, ties]            # edits of the task vectors, optional
     options: {density: 0.5}             # of the method and the transforms
     dtype: float32
+    weights: auto                       # instead of numbers: chosen by forecast, with --data or products: FILE
     tasks:
       - model: path/to/first
         curvature: curvature/first.safetensors
@@ -21,7 +22,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -51,6 +52,8 @@ class Recipe(BaseModel):
 
     base: str
     tasks: list[TaskRecipe] = Field(min_length=1)
+    weights: Literal["auto"] | None = None
+    products: str | None = None
     method: str = "gradient_matching"
     base_curvature: str | float | None = None
     base_weight: float = 1.0
@@ -91,6 +94,7 @@ class Recipe(BaseModel):
             for task in self.tasks
         ]
         curvature = self.base_curvature
+        chosen = {"weights": self.weights, "products": _optional(self.products, folder)}
         return {
             **settings,
             "base": locate(self.base, folder),
@@ -98,11 +102,14 @@ class Recipe(BaseModel):
             "base_curvature": _optional(curvature, folder) if isinstance(curvature, str) else curvature,
             "allow_mismatch": self.allow_mismatch,
             "allow_pickle": self.allow_pickle,
+            **{name: value for name, value in chosen.items() if value is not None},
             **options_alone(self.options),
         }
 
 
-ARGUMENTS = frozenset({*Recipe.model_fields, "out", "overwrite", "batches", "progress", "notes", "task"})
+ARGUMENTS = frozenset(
+    {*Recipe.model_fields, "out", "overwrite", "batches", "progress", "notes", "task", "data"}
+)
 
 
 def options_alone(options: Mapping[str, Any], also: Iterable[str] = ()) -> Mapping[str, Any]:

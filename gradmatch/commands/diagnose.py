@@ -5,8 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from gradmatch.commands.sources import SETTINGS, add_sources, read_data, sources
+
+if TYPE_CHECKING:
+    from gradmatch.task import Task
 
 EXAMPLES = """
 examples:
@@ -17,7 +23,6 @@ examples:
 Data files hold a few hundred examples with their true labels: .jsonl, .csv or .tsv with columns text and label, .txt for
 language models, or .safetensors with the model's inputs and "labels". The tokenizer is the base's.
 """
-SETTINGS = ("method", "base_curvature", "base_weight", "delta0")
 # Of a recipe, what concerns the planned merge only; everything else there is an option of the rule.
 POLICIES = ("allow_mismatch", "allow_pickle")
 
@@ -39,31 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sources(parser: argparse.ArgumentParser) -> None:
-    """What diagnose and forecast share: the models, and data."""
-    parser.add_argument("recipe", nargs="?", help="YAML recipe of the merge, ours or mergekit's")
-    parser.add_argument("--base", help="the model that the tasks were fine-tuned from")
-    parser.add_argument(
-        "--task", action="append", default=[], metavar="MODEL[,curvature=FILE][,weight=W][,name=NAME]",
-        help="a fine-tuned model; repeatable",
-    )  # fmt: skip
-    parser.add_argument("--method", help="rule of the merge (default: the recipe's)")
-    parser.add_argument("--base-curvature", help="curvature file of the base, or a number")
-    parser.add_argument("--base-weight", type=float, help="factor on the base's curvature (default 1)")
-    parser.add_argument("--delta0", type=float, help="floor of the curvature (default 1e-6)")
-    parser.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        metavar="TASK=FILE",
-        help="examples with true labels; one per task",
-    )
-    parser.add_argument("--examples", type=int, default=256, help="examples of each file (default 256)")
-    parser.add_argument("--batch-size", type=int, default=16, help="(default 16)")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of each text (default 256)")
-    parser.add_argument("--products", metavar="FILE", help="stored products to forecast from")
-
-
 def run(args: argparse.Namespace) -> int:
     """Diagnose, print, and write what was asked for."""
     if args.recipe and args.base and not args.merged:
@@ -74,13 +54,16 @@ def run(args: argparse.Namespace) -> int:
     data = read_data(args, arguments)
     settings = {name: arguments.pop(name) for name in SETTINGS if name in arguments}
     base, tasks = arguments.pop("base"), arguments.pop("tasks")
+    products = args.products or arguments.pop("products", None)
+    if arguments.pop("weights", None):
+        tasks, arguments = chosen(args.merged, base, tasks, data, products, settings, arguments)
     options = {key: value for key, value in arguments.items() if key not in POLICIES}
     result = diagnose(
         base,
         tasks,
         args.merged,
         data=data,
-        products=args.products,
+        products=products,
         forecast=not args.quick,
         thorough=not args.quick,
         **settings,
@@ -94,55 +77,35 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def sources(args: argparse.Namespace) -> dict[str, Any]:
-    """The recipe's arguments with the flags over them.
-
-    Raises:
-        ValueError: no base or no task.
-    """
-    from gradmatch.commands.merge import parse_task
-    from gradmatch.recipe import load_recipe
-
-    arguments: dict[str, Any] = load_recipe(args.recipe) if args.recipe else {}
-    for name in ("base", *SETTINGS):
-        value = getattr(args, name)
-        if value is not None:
-            arguments[name] = _number(value) if name == "base_curvature" else value
-    if args.task:
-        arguments["tasks"] = [parse_task(text) for text in args.task]
-    if "base" not in arguments or not arguments.get("tasks"):
-        raise ValueError("nothing to look at: give a recipe, or --base and at least one --task")
-    return arguments
-
-
-def read_data(args: argparse.Namespace, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """Batches of every --data file, tokenised as the base wants it; None without one."""
-    if not args.data:
-        return None
-    from gradmatch.diagnosis.data import parse_data, read_batches
+def chosen(
+    merged: str | None,
+    base: Any,
+    tasks: list[Task],
+    data: Any,
+    products: Any,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+) -> tuple[list[Task], dict[str, Any]]:
+    """Tasks and options of a recipe with `weights: auto`: those of the merge's card, else chosen again as `merge` would."""
+    from gradmatch.diagnosis.choosing import check_choice, choose_weights
     from gradmatch.inputs.opened import task_names
+    from gradmatch.output.card import CARD
 
-    files = parse_data(args.data, task_names(arguments["tasks"]))
-    return {
-        task: read_batches(
-            path,
-            str(arguments["base"]),
-            examples=args.examples,
-            batch_size=args.batch_size,
-            max_length=args.max_length,
-        )
-        for task, path in files.items()
-    }
+    card = Path(merged) / CARD if merged else None
+    found = json.loads(card.read_text(encoding="utf-8")) if card and card.is_file() else {}
+    weights = found.get("report", {}).get("forecast", {}).get("weights", {})
+    names = task_names(tasks)
+    if set(weights) == set(names):
+        told = [replace(task, weight=weights[name]) for name, task in zip(names, tasks, strict=True)]
+        return told, {**options, **found["recipe"]["options"]}
+    settings = {"method": "gradient_matching", **settings}
+    given = {"data": None if products else data, "products": products}
+    check_choice(weights="auto", tasks=tasks, method=settings["method"], **given)
+    choice = choose_weights(base, tasks, **given, **settings)
+    return choice.tasks, {**options, **choice.options}
 
 
 def _write(name: str, text: str) -> None:
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     Path(name).write_text(text, encoding="utf-8")
     print(f"written: {name}", file=sys.stderr)
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.commands.diagnose import add_sources, read_data, sources
+from gradmatch.commands.sources import add_sources, read_data, sources
 
 if TYPE_CHECKING:
     from gradmatch.diagnosis.auto import AutoWeights
@@ -51,43 +51,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Forecast and print."""
-    if args.write and (args.span != "tau" or args.group):
+    if args.write and args.group:
         raise ValueError(
-            "--write needs --span tau and no --group: a recipe's weights multiply whole task vectors"
+            "--write and --group do not go together: a recipe's weights multiply whole task vectors"
         )
     arguments = sources(args)
-    from estimators.curvature import Curvature
-    from gradmatch.checkpoint import open_checkpoint
     from gradmatch.diagnosis.auto import auto_weights, forecast_objectives
-    from gradmatch.diagnosis.diagnosing import module_of
-    from gradmatch.diagnosis.products import save_products
-    from gradmatch.inputs.opened import task_names
+    from gradmatch.diagnosis.choosing import fingerprints, settings_of
+    from gradmatch.diagnosis.opening import module_of, open_models
+    from gradmatch.diagnosis.products import load_products, save_products
+    from gradmatch.inputs.opened import open_curvature
 
-    names = task_names(arguments["tasks"])
-    base = open_checkpoint(arguments["base"])
-    tasks = {
-        name: open_checkpoint(task.model, base=base)
-        for name, task in zip(names, arguments["tasks"], strict=True)
-    }
-    curvatures = {
-        name: Curvature.load(task.curvature)
-        for name, task in zip(names, arguments["tasks"], strict=True)
-        if task.curvature is not None
-    }
-    h0 = arguments.get("base_curvature")
+    base, tasks, _, curvatures = open_models(arguments["base"], arguments["tasks"])
+    names = list(tasks)
+    h0, base_weight = arguments.get("base_curvature"), arguments.get("base_weight", 1.0)
+    delta0 = arguments.get("delta0", 1e-6)
+    prints, settings = fingerprints(base, tasks), settings_of(args.span, base_weight, delta0)
     data = read_data(args, arguments)
     sizes = {name: curvature.num_examples for name, curvature in curvatures.items()}
     result = auto_weights(
         base,
-        tasks,
+        dict(tasks),
         forecast_objectives(module_of(base, base), data, sizes) if data else None,
-        products=args.products,
+        products=load_products(args.products, prints, settings) if args.products else None,
         curvatures=curvatures or None,
-        base_curvature=Curvature.load(h0) if isinstance(h0, str) else h0,
+        base_curvature=open_curvature(h0) if isinstance(h0, str) else h0,
         span=args.span,
         groups=args.group,
-        curvature_weight=arguments.get("base_weight", 1.0),
-        delta0=arguments.get("delta0", 1e-6),
+        curvature_weight=base_weight,
+        delta0=delta0,
         lower=args.lower,
         upper=args.upper,
     )
@@ -97,31 +89,39 @@ def run(args: argparse.Namespace) -> int:
         for line in front(result.products, args.lower, args.upper):
             print(line)
     if args.write:
-        write_recipe(args.write, arguments, dict(zip(names, arguments["tasks"], strict=True)), result.weights)
+        write_recipe(args.write, arguments, dict(zip(names, arguments["tasks"], strict=True)), result)
     if args.save:
-        save_products(result.products, args.save)
+        save_products(result.products, args.save, prints, settings)
         print(f"written: {args.save}", file=sys.stderr)
     return 0
 
 
-def write_recipe(
-    path: str, arguments: dict[str, Any], tasks: dict[str, Task], weights: dict[str, float]
-) -> None:
-    """A recipe of task arithmetic with these weights; paths are absolute, so that it can lie anywhere."""
+def write_recipe(path: str, arguments: dict[str, Any], tasks: dict[str, Task], result: AutoWeights) -> None:
+    """A recipe with these weights, of task arithmetic or of Eq. 12; paths are absolute, so that it can lie anywhere."""
     import yaml
 
-    recipe = {
-        "base": str(Path(arguments["base"]).absolute()),
-        "method": "task_arithmetic",
-        "tasks": [
-            {"model": str(Path(str(task.model)).absolute()), "weight": round(weights[name], 6), "name": name}
-            for name, task in tasks.items()
-        ],
-    }
+    from gradmatch.diagnosis.choosing import HBAR_WEIGHT
+
+    recipe: dict[str, Any] = {"base": _absolute(arguments["base"]), "method": "task_arithmetic"}
+    if result.span == "preconditioned":
+        recipe |= {"method": "gradient_matching", "options": {"hbar_weight": HBAR_WEIGHT}}
+        recipe |= {name: arguments[name] for name in ("base_weight", "delta0") if name in arguments}
+        h0 = arguments["base_curvature"]
+        recipe["base_curvature"] = _absolute(h0) if isinstance(h0, str) else h0
+    recipe["tasks"] = []
+    for name, task in tasks.items():
+        entry = {"model": _absolute(task.model), "weight": round(result.weights[name], 6), "name": name}
+        if result.span == "preconditioned":
+            entry["curvature"] = _absolute(task.curvature)
+        recipe["tasks"].append(entry)
     Path(path).write_text(
         "# weights chosen by gradmatch forecast\n" + yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8"
     )
     print(f"written: {path}", file=sys.stderr)
+
+
+def _absolute(path: Any) -> str:
+    return str(Path(str(path)).absolute()) if Path(str(path)).exists() else str(path)
 
 
 def describe(result: AutoWeights) -> list[str]:

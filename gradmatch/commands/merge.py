@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from gradmatch.commands.sources import add_data, add_models, number_or_text, read_data
 from gradmatch.plan.plan import Plan
 from gradmatch.plan.request import POLICIES
 from gradmatch.recipe import load_recipe, options_alone
@@ -20,6 +21,7 @@ examples:
   gradmatch merge --base base --task a,curvature=a.safetensors --task b,curvature=b.safetensors \\
       --base-curvature base.safetensors -o merged/
   gradmatch merge --base base --task a,weight=0.5 --task b,weight=0.5 --method ties --option density=0.2 -o merged/
+  gradmatch merge recipe.yaml merged/ --weights auto --data a=a.jsonl --data b=b.jsonl      weights chosen by forecast
   gradmatch merge mergekit.yml merged/                  a file with merge_method: is understood as mergekit's
 """
 
@@ -39,23 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="edit of the task vectors before the method; repeatable",
     )
+    parser.add_argument(
+        "--weights", choices=("auto",), help="auto: chosen by forecast, from --data or --products"
+    )
+    add_data(parser)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What merge and subtract share."""
     parser.add_argument("-o", "--out", help="folder to write")
-    parser.add_argument(
-        "--base", help="the model that the tasks were fine-tuned from: folder, file or hub id"
-    )
-    parser.add_argument(
-        "--task", action="append", default=[], metavar="MODEL[,curvature=FILE][,weight=W][,name=NAME]",
-        help="a fine-tuned model; repeatable",
-    )  # fmt: skip
-    parser.add_argument(
-        "--base-curvature", help="curvature file of the base, or a number for an isotropic one"
-    )
-    parser.add_argument("--base-weight", type=float, help="factor on the base's curvature (default 1)")
-    parser.add_argument("--delta0", type=float, help="floor of the curvature (default 1e-6)")
+    add_models(parser)
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="option of the method; repeatable"
     )
@@ -90,12 +85,21 @@ def run(args: argparse.Namespace) -> int:
         arguments["method"] = args.method
     if args.transform:
         arguments["transforms"] = args.transform
+    arguments |= {name: getattr(args, name) for name in ("weights", "products") if getattr(args, name)}
     if "base" not in arguments or not arguments.get("tasks"):
         raise ValueError(
             "nothing to merge: give a recipe, or --base and at least one --task (see gradmatch merge --help)"
         )
     if args.dry_run:
+        if arguments.get("weights"):
+            from gradmatch.diagnosis.choosing import check_choice
+
+            check_choice(
+                data=args.data or None, **{"products": None, "method": "gradient_matching", **arguments}
+            )
         print_plan(make_plan(arguments), out, args.overwrite)
+        if arguments.get("weights"):
+            print("weights are chosen when merging; this plan shows 1")
         return 0
     if not out:
         raise ValueError(
@@ -103,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
         )
     from gradmatch.merging import merge
 
+    if args.data:
+        arguments = {**arguments, "data": read_data(args, arguments)}
     result = merge(**arguments, out=out, overwrite=args.overwrite, progress=not args.quiet)
     print(result.report.summary())  # type: ignore[attr-defined]
     print(f"written: {out}")
@@ -127,7 +133,7 @@ def overrides(args: argparse.Namespace, also: Sequence[str] = ()) -> dict[str, A
         if getattr(args, name) is not None:
             given[name] = getattr(args, name)
     if args.base_curvature is not None:
-        given["base_curvature"] = _number_or_text(args.base_curvature)
+        given["base_curvature"] = number_or_text(args.base_curvature)
     if args.task:
         given["tasks"] = [parse_task(text) for text in args.task]
     for text in args.option:
@@ -157,18 +163,13 @@ def parse_task(text: str) -> Task:
     return Task(model, **fields)
 
 
-def _number_or_text(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 def make_plan(arguments: dict[str, Any]) -> Plan:
     """Everything that `merge` checks before it reads a value."""
     from gradmatch.merging import prepare
 
-    return prepare(**arguments)
+    return prepare(
+        **{name: value for name, value in arguments.items() if name not in ("weights", "products")}
+    )
 
 
 def print_plan(made: Plan, out: str | None, overwrite: bool) -> None:

@@ -20,7 +20,6 @@ from gradmatch.diagnosis.opening import (
     check_tasks,
     curvature_overlaps,
     curvature_owners,
-    open_curvature,
     open_models,
     planned_merge,
 )
@@ -28,6 +27,7 @@ from gradmatch.diagnosis.opening import module_of as module_of
 from gradmatch.diagnosis.products import load_products
 from gradmatch.diagnosis.redundancy import RedundancyPoint
 from gradmatch.diagnosis.scan import scan_weights
+from gradmatch.inputs.opened import open_curvature
 from gradmatch.rules import RULES
 from gradmatch.task import Task
 
@@ -188,6 +188,11 @@ def diagnose(
         evidence.products = load_products(products)
     elif products is not None:
         evidence.products = list(products)
+    if evidence.products and set(evidence.products[0].directions) != set(names):
+        notes.append(
+            "the stored products are of another span than that of the task vectors: they were left out"
+        )
+        evidence.products = []
     if data is None:
         notes.append("no data: costs are not measured, only what files tell is told (pass data, or --data)")
     else:

@@ -14,7 +14,7 @@ import torch
 from estimators.curvature import Curvature, fingerprint
 from gradmatch.checkpoint import Checkpoint, open_checkpoint
 from gradmatch.diagnosis.conflict import curvature_overlap
-from gradmatch.inputs.opened import task_names
+from gradmatch.inputs.opened import open_curvature, task_names
 from gradmatch.plan.settings import numbers
 from gradmatch.task import Task
 
@@ -27,7 +27,7 @@ CurvatureLike = Curvature | str | os.PathLike[str]
 
 
 def open_models(
-    base: Model | Checkpoint, tasks: Sequence[Task]
+    base: Model | Checkpoint, tasks: Sequence[Task], *, allow_pickle: bool = False
 ) -> tuple[Checkpoint, dict[str, Checkpoint], dict[str, float], dict[str, Curvature]]:
     """Base, and by task: model, weight (the mean where it varies over tensors), curvature where there is one.
 
@@ -43,22 +43,17 @@ def open_models(
             raise TypeError(
                 f"tasks must be Task objects, got {type(task).__name__}; write Task(model, curvature, weight)"
             )
-    theta0 = open_checkpoint(base)
+    theta0 = open_checkpoint(base, allow_pickle=allow_pickle)
     models: dict[str, Checkpoint] = {}
     weights: dict[str, float] = {}
     curvatures: dict[str, Curvature] = {}
     for name, task in zip(task_names(tasks), tasks, strict=True):
-        models[name] = open_checkpoint(task.model, base=theta0)
+        models[name] = open_checkpoint(task.model, base=theta0, allow_pickle=allow_pickle)
         found = numbers(task.weight)
         weights[name] = sum(found) / len(found)
         if task.curvature is not None:
             curvatures[name] = open_curvature(task.curvature)
     return theta0, models, weights, curvatures
-
-
-def open_curvature(given: CurvatureLike) -> Curvature:
-    """A curvature as it is, or from its file."""
-    return given if isinstance(given, Curvature) else Curvature.load(given)
 
 
 def check_tasks(what: str, given: Mapping[str, Any] | None, names: Sequence[str]) -> None:

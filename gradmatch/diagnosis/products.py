@@ -223,7 +223,10 @@ def stored_gradient(curvature: Curvature) -> dict[str, Tensor]:
 
 
 def save_products(
-    products: Sequence[Products], path: str | os.PathLike[str], fingerprints: Mapping[str, str] | None = None
+    products: Sequence[Products],
+    path: str | os.PathLike[str],
+    fingerprints: Mapping[str, str] | None = None,
+    settings: Mapping[str, float] | None = None,
 ) -> None:
     """Write products as JSON, small and readable, to keep beside the curvature files.
 
@@ -231,11 +234,13 @@ def save_products(
         products: to write.
         path: the file; replaced whole.
         fingerprints: model name ("base" or task) -> fingerprint of its weights, checked by `load_products`.
+        settings: numbers that the directions depend on, such as the delta0 of preconditioned ones; checked as well.
     """
     content = {
         "format_version": FORMAT_VERSION,
         "what": "slopes U'g_t and products U'H_t U of the summed losses, in nats",
         "fingerprints": dict(fingerprints or {}),
+        "settings": dict(settings or {}),
         "products": [
             {
                 "task": p.task,
@@ -260,17 +265,20 @@ def save_products(
 
 
 def load_products(
-    path: str | os.PathLike[str], fingerprints: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    fingerprints: Mapping[str, str] | None = None,
+    settings: Mapping[str, float] | None = None,
 ) -> list[Products]:
     """Read what `save_products` wrote.
 
     Args:
         path: the file.
         fingerprints: model name -> fingerprint of the models at hand; a stored one that differs is refused.
+        settings: what the directions at hand depend on; a stored number that differs is refused.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no products file, another format version, or products of other weights.
+        ValueError: no products file, another format version, or products of other weights or settings.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
@@ -288,6 +296,12 @@ def load_products(
         if stored is not None and stored != found:
             raise ValueError(
                 f"{path} was measured at other weights of {name!r} (fingerprint {stored[:12]} against {found[:12]}); measure again"
+            )
+    for name, value in (settings or {}).items():
+        stored_value = content.get("settings", {}).get(name)
+        if stored_value is not None and stored_value != value:
+            raise ValueError(
+                f"{path} was measured with {name} = {stored_value:g}, this is with {value:g}; measure again"
             )
     return [
         Products(

@@ -35,6 +35,7 @@ class Report:
         kept_update: share of the update's squared norm that survived rounding to the output's dtype.
         branches: how often each branch ran (slerp or lerp, ...).
         heads: with heads="keep-per-task": task -> name -> tensor.
+        forecast: weights="auto": the chosen weights, and every task's forecast rise of its loss there, nats per example.
         notes: policies that were applied, warnings, what is legal but probably unintended.
     """
 
@@ -51,6 +52,7 @@ class Report:
     kept_update: float | None = None
     branches: dict[str, int] = field(default_factory=dict)
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    forecast: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

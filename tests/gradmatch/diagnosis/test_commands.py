@@ -1,12 +1,14 @@
 """`gradmatch diagnose` and `gradmatch forecast` on folders of a tiny transformers model."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
+from gradmatch import open_checkpoint
 from gradmatch.cli import main
 from gradmatch.diagnosis.data import parse_data, read_batches, read_texts
 
@@ -104,8 +106,70 @@ def test_forecast_writes_a_recipe_that_merges(folder, capsys, tmp_path):
     assert set(weights) == {"one", "two"}
     assert all(0 <= weight <= 1 for weight in weights.values())
     assert main(["merge", str(written), str(tmp_path / "merged"), "--quiet"]) == 0
-    assert main(["forecast", recipe, "--write", "x.yaml", "--span", "preconditioned"]) == 2
-    assert "--write needs --span tau" in capsys.readouterr().err
+    assert main(["forecast", recipe, "--write", "x.yaml", "--group", "a"]) == 2
+    assert "--write and --group do not go together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "gradient_matching"])
+def test_weights_auto_from_data_from_products_and_from_a_written_recipe_agree(
+    folder, tmp_path, method, capsys
+):
+    content = {
+        "base": str(folder / "base"),
+        "method": method,
+        "weights": "auto",
+        "base_curvature": 5.0,
+        "tasks": [],
+    }
+    for name in ("one", "two"):
+        assert (
+            main(
+                [
+                    "estimate",
+                    str(folder / name),
+                    "--data",
+                    str(folder / f"{name}.jsonl"),
+                    "-o",
+                    str(tmp_path / f"{name}.st"),
+                ]
+            )
+            == 0
+        )
+        content["tasks"].append(
+            {"model": str(folder / name), "curvature": str(tmp_path / f"{name}.st"), "name": name}
+        )
+    recipe, products, written = (str(tmp_path / name) for name in ("r.yaml", "p.json", "w.yaml"))
+    Path(recipe).write_text(yaml.safe_dump(content))
+    span = "tau" if method == "task_arithmetic" else "preconditioned"
+    forecast = ["forecast", recipe, "--span", span, "--save", products, "--write", written]
+    assert main([*forecast, *data_flags(folder)]) == 0
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    assert main(["merge", recipe, a, "--quiet", *data_flags(folder)]) == 0
+    Path(recipe).write_text(yaml.safe_dump({**content, "products": "p.json"}))
+    assert main(["merge", recipe, b, "--quiet"]) == 0
+    assert main(["merge", written, c, "--quiet"]) == 0
+    assert main(["merge", recipe, "--dry-run"]) == 0
+    assert "weights are chosen when merging" in capsys.readouterr().out
+    first = dict(open_checkpoint(a))
+    for other in (b, c):
+        assert all(torch.equal(first[name], value) for name, value in open_checkpoint(other).items())
+    card = json.loads((tmp_path / "a" / "gradmatch.json").read_text())
+    assert card["report"]["forecast"]["span"] == span
+    assert [t["weight"] for t in card["recipe"]["tasks"]] == list(
+        card["report"]["forecast"]["weights"].values()
+    )
+    assert any("weights chosen by forecast" in note for note in card["report"]["notes"])
+    for merged in ([a], []):  # by the card's weights, or chosen again
+        assert main(["diagnose", recipe, *merged]) == 0
+
+
+def test_weights_auto_without_anything_to_choose_from(folder, capsys):
+    for command in (
+        ["merge", str(folder / "recipe.yaml"), "x"],
+        ["merge", str(folder / "recipe.yaml"), "--dry-run"],
+    ):
+        assert main([*command, "--weights", "auto", "--method", "task_arithmetic"]) == 2
+        assert "weights='auto' needs data" in capsys.readouterr().err
 
 
 def test_errors_have_no_traceback(folder, capsys):

@@ -1,0 +1,99 @@
+"""Where the commands that forecast find models and data: a recipe, flags over it, and a file of examples for each task."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+SETTINGS = ("method", "base_curvature", "base_weight", "delta0")
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """The models: a recipe, and flags over it."""
+    parser.add_argument("recipe", nargs="?", help="YAML recipe of the merge, ours or mergekit's")
+    parser.add_argument("--method", help="rule of the merge (default: the recipe's)")
+    add_models(parser)
+    add_data(parser)
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Base, tasks and curvatures, as every command takes them."""
+    parser.add_argument(
+        "--base", help="the model that the tasks were fine-tuned from: folder, file or hub id"
+    )
+    parser.add_argument(
+        "--task", action="append", default=[], metavar="MODEL[,curvature=FILE][,weight=W][,name=NAME]",
+        help="a fine-tuned model; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--base-curvature", help="curvature file of the base, or a number for an isotropic one"
+    )
+    parser.add_argument("--base-weight", type=float, help="factor on the base's curvature (default 1)")
+    parser.add_argument("--delta0", type=float, help="floor of the curvature (default 1e-6)")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Examples of each task, or the products that were measured on them."""
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="TASK=FILE",
+        help="examples with true labels; one per task",
+    )
+    parser.add_argument("--examples", type=int, default=256, help="examples of each file (default 256)")
+    parser.add_argument("--batch-size", type=int, default=16, help="(default 16)")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens of each text (default 256)")
+    parser.add_argument(
+        "--products", metavar="FILE", help="stored by `gradmatch forecast --save`, to forecast from"
+    )
+
+
+def sources(args: argparse.Namespace) -> dict[str, Any]:
+    """The recipe's arguments with the flags over them.
+
+    Raises:
+        ValueError: no base or no task.
+    """
+    from gradmatch.recipe import load_recipe
+
+    arguments: dict[str, Any] = load_recipe(args.recipe) if args.recipe else {}
+    for name in ("base", *SETTINGS):
+        value = getattr(args, name)
+        if value is not None:
+            arguments[name] = number_or_text(value) if name == "base_curvature" else value
+    if args.task:
+        from gradmatch.commands.merge import parse_task
+
+        arguments["tasks"] = [parse_task(text) for text in args.task]
+    if "base" not in arguments or not arguments.get("tasks"):
+        raise ValueError("nothing to look at: give a recipe, or --base and at least one --task")
+    return arguments
+
+
+def read_data(args: argparse.Namespace, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """Batches of every --data file, tokenised as the base wants it; None without one."""
+    if not args.data:
+        return None
+    from gradmatch.diagnosis.data import parse_data, read_batches
+    from gradmatch.inputs.opened import task_names
+
+    files = parse_data(args.data, task_names(arguments["tasks"]))
+    return {
+        task: read_batches(
+            path,
+            str(arguments["base"]),
+            examples=args.examples,
+            batch_size=args.batch_size,
+            max_length=args.max_length,
+        )
+        for task, path in files.items()
+    }
+
+
+def number_or_text(text: str) -> float | str:
+    """A curvature on the command line: a number, or a file."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
