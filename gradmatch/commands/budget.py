@@ -73,7 +73,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Forecast, find the budget's alpha, print and write."""
     from gradmatch.commands.merge import parse_task
-    from gradmatch.removal import Problem, alpha_path, budget, path_table, removal_report, report_table
+    from gradmatch.removal import (
+        AlphaPath,
+        Problem,
+        alpha_path,
+        budget,
+        path_table,
+        removal_report,
+        report_table,
+    )
 
     if args.nats is not None and args.nats <= 0:
         raise ValueError(f"--nats must be positive, got {args.nats:g}")
@@ -81,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
         args.base, parse_task(args.task), args.base_curvature, method=args.method, base_weight=args.base_weight,
         delta0=args.delta0, keep=args.keep, guard=args.guard, retain=_objective(args, args.retain), remove=_objective(args, args.remove),
     )  # fmt: skip
-    path = alpha_path(problem, args.alphas)
+    points = AlphaPath(problem)
+    path = alpha_path(points, args.alphas)
     print(path_table(path))
     limit = problem.largest_alpha(args.share)
     if args.method == "removal":
@@ -92,7 +101,9 @@ def run(args: argparse.Namespace) -> int:
     }
     alpha = args.alphas[-1]
     if args.nats is not None:
-        found = budget(problem, args.nats, share=args.share, largest=max(args.alphas))
+        found = budget(
+            points, args.nats, share=args.share, largest=max(args.alphas), steps=max(4, len(args.alphas))
+        )
         print(
             f"budget of {args.nats:g} nats an example on what must stay: alpha = {found.alpha:.4g}, bound by {found.bound}"
         )

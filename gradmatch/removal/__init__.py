@@ -8,11 +8,11 @@ products wherever data is given, and every point says what it used.
     from gradmatch.removal import Problem, alpha_path, budget, path_table, removal_report
 """
 
-from gradmatch.removal.forecast import Point, alpha_path, path_table
+from gradmatch.removal.forecast import AlphaPath, Point, alpha_path, path_table
 from gradmatch.removal.limits import Budget, budget
 from gradmatch.removal.problem import Problem
 from gradmatch.removal.report import removal_report, report_table
 
 __all__ = [
-    "Budget", "Point", "Problem", "alpha_path", "budget", "path_table", "removal_report", "report_table",
+    "AlphaPath", "Budget", "Point", "Problem", "alpha_path", "budget", "path_table", "removal_report", "report_table",
 ]  # fmt: skip

@@ -86,11 +86,12 @@ class Expansion:
         return (self.objective.loss(there) - self.base_loss) / self.objective.num_examples
 
 
-class Path:
-    """Points of one problem's path, one alpha at a time; what the data says about the start is computed once."""
+class AlphaPath:
+    """Points of one problem's path, each alpha computed once; so is what the data says about the start."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
+        self._known: dict[float, Point] = {}
         self.base: dict[str, Tensor] = {}
         self.kept = self.gone = None
         if problem.retain is not None or problem.remove is not None:
@@ -104,6 +105,11 @@ class Path:
 
     def point(self, alpha: float) -> Point:
         """Forecast one alpha, and measure it where data is given."""
+        if alpha not in self._known:
+            self._known[alpha] = self._compute(alpha)
+        return self._known[alpha]
+
+    def _compute(self, alpha: float) -> Point:
         problem, moved = self.problem, {}
         collateral = forgetting = 0.0
         clamped = total = 0
@@ -133,8 +139,10 @@ class Path:
         return Expansion(objective, at, tau, objective.gradient(at), objective.loss(self.base))
 
 
-def alpha_path(problem: Problem, alphas: Sequence[float]) -> list[Point]:
+def alpha_path(problem: Problem | AlphaPath, alphas: Sequence[float]) -> list[Point]:
     """The path alpha -> forecast forgetting, forecast collateral, clamped share; with data also what was measured.
+
+    An `AlphaPath` instead of its problem keeps the points for a `budget` after it.
 
     Without data one pass over the files an alpha, tensor by tensor; with data also one forward-mode derivative and one
     forward pass over it, with the model in memory.
@@ -144,7 +152,7 @@ def alpha_path(problem: Problem, alphas: Sequence[float]) -> list[Point]:
     """
     if not alphas or not all(math.isfinite(alpha) and alpha >= 0 for alpha in alphas):
         raise ValueError(f"alphas must be finite and not negative, at least one; got {list(alphas)}")
-    path = Path(problem)
+    path = problem if isinstance(problem, AlphaPath) else AlphaPath(problem)
     return [path.point(alpha) for alpha in alphas]
 
 

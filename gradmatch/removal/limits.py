@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gradmatch.removal.forecast import Path, Point
+from gradmatch.removal.forecast import AlphaPath, Point
 from gradmatch.removal.problem import Problem
 
 BISECTIONS = 4
@@ -28,7 +28,7 @@ class Budget:
 
 
 def budget(
-    problem: Problem, nats: float, *, share: float = 0.01, largest: float = 2.0, steps: int = 8
+    problem: Problem | AlphaPath, nats: float, *, share: float = 0.01, largest: float = 2.0, steps: int = 8
 ) -> Budget:
     """The largest alpha whose collateral, forecast and (with retain data) measured, stays within `nats` per example.
 
@@ -36,7 +36,7 @@ def budget(
     last that fits and the first that does not, the interval is halved four times.
 
     Args:
-        problem: what to remove, from what, how; with `retain` where data is at hand.
+        problem: what to remove, from what, how; with `retain` where data is at hand. An `AlphaPath` keeps points it knows.
         nats: allowed rise of the loss on what must stay, nats per example.
         share: allowed share of clamped coordinates.
         largest: no alpha above this is tried.
@@ -48,11 +48,12 @@ def budget(
     if not (nats > 0 and largest > 0 and steps > 0):
         raise ValueError(f"nats, largest and steps must be positive, got {nats}, {largest} and {steps}")
     top, bound = largest, "largest"
-    if problem.method == "removal" and (limit := problem.largest_alpha(share)) < largest:
+    asked = problem.problem if isinstance(problem, AlphaPath) else problem
+    if asked.method == "removal" and (limit := asked.largest_alpha(share)) < largest:
         top, bound = limit, "clamped share"
     if top == 0.0:
         return Budget(0.0, nats, bound, ())
-    path = Path(problem)
+    path = problem if isinstance(problem, AlphaPath) else AlphaPath(problem)
     found, tried, fails = 0.0, [], None
     for step in range(1, steps + 1):
         point = path.point(top * step / steps)

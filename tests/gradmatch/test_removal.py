@@ -11,7 +11,7 @@ from torch import nn
 from estimators import Curvature
 from gradmatch import Task, subtract
 from gradmatch.diagnosis.objective import Objective
-from gradmatch.removal import Problem, alpha_path, budget, path_table, removal_report, report_table
+from gradmatch.removal import AlphaPath, Problem, alpha_path, budget, path_table, removal_report, report_table
 from gradmatch.removal.forecast import taylor
 
 ALPHAS = (0.0, 0.3, 1.0, 1.7)
@@ -175,6 +175,16 @@ def test_budget_is_kept_and_used(regression, with_data):
     at = {point.alpha: point for point in found.path}
     assert at[found.alpha].collateral <= nats
     assert list(at) == sorted(at)
+
+
+def test_budget_takes_over_the_points_of_a_path(regression, monkeypatch):
+    problem, _ = regression
+    path = AlphaPath(problem)
+    known = alpha_path(path, [0.25, 0.5, 0.75, 1.0])
+    nats = max(point.measured_collateral for point in known) + 1
+    monkeypatch.setattr(AlphaPath, "_compute", lambda *_: pytest.fail("computed again"))
+    found = budget(path, nats, share=0.99, largest=1.0, steps=4)
+    assert (found.alpha, found.path) == (1.0, tuple(known))
 
 
 def test_budget_listens_to_what_is_measured(regression, monkeypatch):
