@@ -62,7 +62,7 @@ def merge(
         overwrite: replace `out` where it exists.
         allow_mismatch: accept curvatures whose fingerprint is another model's.
         allow_pickle: read .bin / .pt checkpoints (with weights_only).
-        batches: for batchnorm="recalibrate": what the module is run on.
+        batches: for batchnorm="recalibrate": what the model is run on; it is then held in memory once.
         progress: show a progress bar.
         weights: "auto" chooses every task's weight by forecast (task_arithmetic and gradient_matching), from `data` or `products`.
         data: task -> batches of examples with true labels, for weights="auto"; the models are then run, and held in memory.
@@ -110,7 +110,7 @@ def merge(
     if made.request.batchnorm == "recalibrate":
         from gradmatch.output.batchnorm import check_batches
 
-        check_batches(made.inputs.base, batches, out)
+        check_batches(made.inputs.base, batches)
     return execute(made, out, overwrite=overwrite, batches=batches, progress=progress)
 
 
@@ -159,7 +159,7 @@ def execute(
         if made.request.form == "delta":
             raise ValueError("form='delta' is a form of files: pass out (in memory the result is exact as it is)")
         return _in_memory(made, batches, progress)
-    return _to_folder(made, Path(out), overwrite, progress)
+    return _to_folder(made, Path(out), overwrite, batches, progress)
 
 
 def _in_memory(made: Plan, batches: Any, progress: bool) -> Merged:
@@ -177,13 +177,13 @@ def _in_memory(made: Plan, batches: Any, progress: bool) -> Merged:
     if made.request.batchnorm == "recalibrate":
         from gradmatch.output.batchnorm import recalibrate
 
-        merged.update(recalibrate(made.inputs.base.module, merged, batches))
+        merged.update(recalibrate(made.inputs.base, merged, batches))
     merged.report = make_report(made, stats)
     merged.report.heads = task_heads(made)
     return merged
 
 
-def _to_folder(made: Plan, out: Path, overwrite: bool, progress: bool) -> Checkpoint:
+def _to_folder(made: Plan, out: Path, overwrite: bool, batches: Any, progress: bool) -> Checkpoint:
     """The result as a folder that appears whole."""
     from gradmatch.engine.stream import stream
     from gradmatch.inputs.sources import identity
@@ -196,6 +196,10 @@ def _to_folder(made: Plan, out: Path, overwrite: bool, progress: bool) -> Checkp
     try:
         with _bar(made, progress) as on_progress:
             stats = stream(made, sink, sink.stats, on_progress)
+        if made.request.batchnorm == "recalibrate":
+            from gradmatch.output.batchnorm import recalibrate_folder
+
+            recalibrate_folder(sink, batches)
         report = make_report(made, stats)
         report.heads = task_heads(made)
         sink.complete(card_files(made, report))

@@ -122,6 +122,8 @@ class FolderSink:
         self._stop()
         if self._failure:
             raise self._failure
+        for fd in self._fds.values():
+            os.fdatasync(fd)  # also what was written after its tensor had been journalled
         whole = self.plan.request.form == "weights"
         carried = carry_along(self.plan, self.folder) if whole else []
         files = dict(extra)

@@ -1,5 +1,6 @@
 """merge, subtract and analogy from outside: kinds of input, dtypes, ties, buffers, streaming to a folder."""
 
+import json
 import math
 import tracemalloc
 
@@ -398,12 +399,80 @@ def test_batchnorm_recalibrated_on_data(convnets):
     torch.testing.assert_close(pairs["1.running_var"], merged["1.running_var"])
 
 
+def test_batchnorm_recalibrated_in_a_folder_is_that_in_memory(convnets, tmp_path, monkeypatch):
+    base, *models = convnets
+    before = base[1].running_mean.clone()
+    batches = [torch.randn(16, 3, 6, 6) for _ in range(2)]
+    options = {"method": "averaging", "batchnorm": "recalibrate"}
+    memory = merge(base, tasks_of(models), batches=batches, **options)
+    folder = merge(base, tasks_of(models), batches=batches, out=tmp_path / "out", shard_bytes=500, **options)
+    assert all(torch.equal(folder[name], memory[name]) for name in memory)
+    assert torch.equal(base[1].running_mean, before)
+    with pytest.raises(ValueError, match="are empty"):
+        merge(base, tasks_of(models), batches=iter([]), out=tmp_path / "none", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_batchnorm_of_a_folder_recalibrated_by_transformers_and_resumed(tmp_path):
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=2
+    )
+    for name in ("base", "a", "b"):
+        model = ResNetForImageClassification(config).train()
+        model(torch.randn(8, 3, 32, 32))
+        model.save_pretrained(tmp_path / name)
+    batches = [{"pixel_values": torch.randn(8, 3, 32, 32), "labels": torch.zeros(8).long()} for _ in range(2)]
+    call = {"method": "averaging", "batchnorm": "recalibrate", "missing": "base"}
+
+    def interrupted():
+        yield batches[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(
+            tmp_path / "base",
+            tasks_of([tmp_path / "a", tmp_path / "b"]),
+            batches=interrupted(),
+            out=tmp_path / "out",
+            **call,
+        )
+    assert (tmp_path / "out.partial.journal").is_file()
+    done = merge(
+        tmp_path / "base",
+        tasks_of([tmp_path / "a", tmp_path / "b"]),
+        batches=batches,
+        out=tmp_path / "out",
+        **call,
+    )
+    loaded = ResNetForImageClassification.from_pretrained(tmp_path / "out").train()
+    seen = []
+    hook = loaded.resnet.embedder.embedder.normalization.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].mean((0, 2, 3)))
+    )
+    with torch.no_grad():
+        for batch in batches:
+            loaded(batch["pixel_values"])
+    hook.remove()
+    name = "resnet.embedder.embedder.normalization.running_mean"
+    torch.testing.assert_close(done[name], torch.stack(seen).mean(0))
+    memory = merge(tmp_path / "base", tasks_of([tmp_path / "a", tmp_path / "b"]), batches=batches, **call)
+    assert all(torch.equal(done[name], memory[name]) for name in done)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "hidden_sizes": [4, 16]}))
+    with pytest.raises(ValueError, match="ResNetForImageClassification does not take the merged tensors"):
+        merge(tmp_path / "base", tasks_of([tmp_path / "a", tmp_path / "b"]), batches=batches, **call)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
         ({}, "needs batches"),
         ({"batches": []}, "are empty"),
-        ({"batches": [torch.ones(1)], "out": "x"}, "works in memory"),
+        ({"batches": iter([])}, "are empty"),
+        ({"batches": [torch.full((2, 3, 6, 6), torch.nan)]}, r"'1.running_mean' is not finite"),
     ],
 )
 def test_recalibration_errors(convnets, options, text):
