@@ -157,7 +157,9 @@ def execute(
     """Carry out a plan; see `merge`."""
     if out is None:
         if made.request.form == "delta":
-            raise ValueError("form='delta' is a form of files: pass out (in memory the result is exact as it is)")
+            raise ValueError(
+                "form='delta' is a form of files: pass out (in memory the result is exact as it is)"
+            )
         return _in_memory(made, batches, progress)
     return _to_folder(made, Path(out), overwrite, batches, progress)
 
