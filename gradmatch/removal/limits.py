@@ -8,6 +8,7 @@ from gradmatch.removal.forecast import AlphaPath, Point
 from gradmatch.removal.problem import Problem
 
 BISECTIONS = 4
+MOST_BISECTIONS = 10  # while nothing fits yet
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def budget(
     """The largest alpha whose collateral, forecast and (with retain data) measured, stays within `nats` per example.
 
     Alphas are tried upwards in equal steps, so that a rise in between is not jumped over by more than one step; between the
-    last that fits and the first that does not, the interval is halved four times.
+    last that fits and the first that does not, the interval is halved four times; up to ten times while none fits.
 
     Args:
         problem: what to remove, from what, how; with `retain` where data is at hand. An `AlphaPath` keeps points it knows.
@@ -62,8 +63,10 @@ def budget(
             fails, bound = point.alpha, excess
             break
         found = point.alpha
-    for _ in range(BISECTIONS if fails is not None else 0):
+    for halving in range(MOST_BISECTIONS if fails is not None else 0):
         assert fails is not None
+        if halving >= BISECTIONS and found > 0:
+            break
         point = path.point((found + fails) / 2)
         tried.append(point)
         if (excess := _excess(point, nats)) is not None:
