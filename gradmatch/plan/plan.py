@@ -6,12 +6,19 @@ Everything that headers, configs and options can reveal as wrong is an error her
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.inputs.stores import SAFETENSORS_NAME, Spec
-from gradmatch.plan.policies import batchnorm_action, check_file_names, head_prefixes, tied_differently
+from gradmatch.plan.policies import (
+    batchnorm_action,
+    check_file_names,
+    head_prefixes,
+    idle_patterns,
+    tied_differently,
+)
 from gradmatch.plan.request import Edits, Request, nearest, resolve_options
 from gradmatch.plan.settings import FIRST, Depth, value_at
 from gradmatch.rules.linear import weight_sum
@@ -54,14 +61,16 @@ class Step:
 
     @property
     def along(self) -> str:
-        """"rows" or "columns" where the rule treats those of a tensor one by one, else ""."""
+        """Which vectors of a tensor the rule treats one by one: "rows", "columns", or "" where it treats the tensor as one."""
         chosen = self.options.get("along", "tensor")
         return "" if chosen == "tensor" else str(chosen)
 
     @property
     def whole(self) -> bool:
         """Whether the rule needs all of the tensor at once."""
-        return self.action == "matrix" or (self.along != "" and (self.along == "columns" or len(self.spec.shape) > 2))
+        return self.action == "matrix" or (
+            self.along != "" and (self.along == "columns" or len(self.spec.shape) > 2)
+        )
 
 
 @dataclass
@@ -171,6 +180,9 @@ def plan(inputs: Inputs, request: Request) -> Plan:
         elif step.action == "merge" and rule.linear is not None and not rule.gram:
             rule.linear(step.alpha, None, step.options)
     result.notes += request.notes
+    for note in idle_patterns(base, inputs.tasks, request, rule_options, chain):
+        result.notes.append(note)
+        warnings.warn(note, stacklevel=3)
     inputs.describe(result.notes, request)
     return result
 

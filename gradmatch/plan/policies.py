@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from gradmatch.plan.settings import FIRST, layer_of
+from gradmatch.plan.request import nearest
+from gradmatch.plan.settings import FIRST, idle, layer_of
 
 if TYPE_CHECKING:
     from gradmatch.checkpoint import Checkpoint
     from gradmatch.inputs.opened import OpenTask
-    from gradmatch.plan.request import Request
+    from gradmatch.plan.request import Edits, Request
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -111,6 +112,28 @@ def _widest(name: str, trunk: Sequence[str]) -> str:
         if not any(other.startswith(prefix + ".") for other in trunk):
             return prefix
     return name
+
+
+def idle_patterns(
+    base: Checkpoint, tasks: Sequence[OpenTask], request: Request, options: Mapping[str, Any], chain: Edits
+) -> Iterator[str]:
+    """What to say of name patterns that settle nothing: misspelt, made for another architecture, or behind a wider one."""
+    names = list(base)
+    settings: list[tuple[str, Any]] = [(f"the weight of {task.name}", task.weight) for task in tasks]
+    settings += [
+        (f"option {key} of {task.name}", value) for task in tasks for key, value in task.options.items()
+    ]
+    settings += list(options.items())
+    settings += [(f"{edit}: {key}", value) for edit, own in chain for key, value in own.items()]
+    settings += [("head_names", {pattern: None}) for pattern in request.head_names]
+    words = dict.fromkeys((*names, *(part for name in names for part in name.split("."))))
+    for what, setting in settings:
+        for pattern, matches in idle(setting, names):
+            if matches:
+                yield f"{what}: {pattern!r} is never used, patterns before it match all of its tensors; put it first"
+            else:
+                hint = nearest(pattern.strip("*."), words) or f"; names are such as {names[-1]!r}"
+                yield f"{what}: {pattern!r} matches no tensor{hint}"
 
 
 def tied_differently(base: Checkpoint, tasks: Sequence[OpenTask]) -> None:

@@ -44,9 +44,7 @@ def peak_bytes(made: Plan) -> int:
     workers = min(4, os.cpu_count() or 1)
     largest = BLOCK_BYTES
     for step in made.steps:
-        whole = step.whole or any(
-            TRANSFORMS[name].span(options) == "tensor" for name, options in step.edits
-        )
+        whole = step.whole or any(TRANSFORMS[name].span(options) == "tensor" for name, options in step.edits)
         largest = max(largest, step.spec.numel * 4 if whole else 0)
     buffers = 8 + 3 * len(made.inputs.tasks)
     return workers * largest * buffers

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 Setting = float | Sequence[Any] | Mapping[str, Any]
@@ -84,10 +85,7 @@ def value_at(setting: Setting | Any, name: str, depth: float | None, what: str =
     if isinstance(setting, Sequence) and setting:
         if all(isinstance(entry, Mapping) and "value" in entry for entry in setting):
             for entry in setting:
-                part = entry.get("filter")
-                if "layer" in entry and entry["layer"] != layer_of(name):
-                    continue
-                if part is None or part == "*" or part in name:
+                if _holds(entry, name):
                     return value_at(entry["value"], name, depth, what)
             raise ValueError(f"{what}: no filter matches tensor {name!r}; add a last entry without a filter")
         if all(isinstance(entry, (int, float)) and not isinstance(entry, bool) for entry in setting):
@@ -105,6 +103,32 @@ def value_at(setting: Setting | Any, name: str, depth: float | None, what: str =
     raise TypeError(
         f"{what}: {setting!r} is no number, list of numbers over the depth, table of patterns, or list of filters with values"
     )
+
+
+def idle(setting: Setting | Any, names: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Patterns and filters that decide no name's value; with each, whether it matches any at all (others come first then)."""
+    if isinstance(setting, Mapping):
+        tests = [(pattern, partial(fnmatch.fnmatchcase, pat=pattern)) for pattern in setting]
+        inner = list(setting.values())
+    elif isinstance(setting, Sequence) and all(isinstance(entry, Mapping) for entry in setting):
+        tests = [(entry.get("filter") or "*", partial(_holds, entry)) for entry in setting]
+        inner = [entry["value"] for entry in setting]
+    else:
+        return
+    found = [[name for name in names if test(name)] for _, test in tests]
+    taken: set[str] = set()
+    for (pattern, _), matches in zip(tests, found, strict=True):
+        if pattern != "*" and taken.issuperset(matches):
+            yield pattern, bool(matches)
+        taken.update(matches)
+    for value in inner:
+        yield from idle(value, names)
+
+
+def _holds(entry: Mapping[str, Any], name: str) -> bool:
+    """Whether a filter takes a name."""
+    part = entry.get("filter")
+    return (part in (None, "*") or part in name) and entry.get("layer", layer_of(name)) == layer_of(name)
 
 
 def numbers(setting: Setting | Any) -> list[float]:

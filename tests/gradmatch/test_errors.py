@@ -363,6 +363,47 @@ def test_tensors_that_cannot_be_read(value, text):
         open_checkpoint({"w": value})
 
 
+IDLE = [  # a weight, and what the plan says of it
+    ({"*layrs*": 0.7, "*": 0.3}, r"the weight of one: '\*layrs\*' matches no tensor \(did you mean 'layers'\?\)"),
+    ({"layers.0.v": 0.7, "*": 0.3}, r"'layers.0.v' matches no tensor \(did you mean 'layers.0.w'\?\)"),
+    ({"*zzz*": 0.7, "*": 0.3}, r"'\*zzz\*' matches no tensor; names are such as '"),
+    ([{"filter": "normm", "value": 0.7}, {"value": 0.3}], r"'normm' matches no tensor \(did you mean 'norm'\?\)"),
+    ({"*": 0.3, "*norm*": 0.7}, r"'\*norm\*' is never used, patterns before it match all of its tensors; put it first"),
+    ([{"value": 0.3}, {"filter": "norm", "value": 0.7}], r"'norm' is never used"),
+    ({"*": {"*layrs*": 1.0, "*": 0.5}}, r"'\*layrs\*' matches no tensor"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("weight", "text"), IDLE, ids=lambda value: str(value)[:50])
+def test_patterns_that_settle_nothing_are_named(weight, text):
+    with pytest.warns(UserWarning, match=text):
+        made = prepare(BASE, [Task(MODELS[0], weight=weight, name="one")], method="task_arithmetic")
+    assert len(made.notes) == 1
+
+
+def test_patterns_of_options_and_heads_that_settle_nothing():
+    tasks = [Task(MODELS[0], options={"density": {"*norn*": 0.5, "*": 1.0}}, name="one")]
+    with pytest.warns(UserWarning, match="matches no tensor") as found:
+        prepare(
+            BASE,
+            tasks,
+            method="ties",
+            scale={"*layrs*": 1.0, "*": 2.0},
+            trim="tensor",
+            heads="base",
+            head_names=["clasifier*"],
+        )
+    said = "\n".join(str(one.message) for one in found)
+    for text in ("option density of one: '*norn*'", "scale: '*layrs*'", "head_names: 'clasifier*'"):
+        assert text in said
+
+
+def test_patterns_that_all_settle_something_are_not_remarked(recwarn):
+    weight = {"*norm*": 0.5, "layers.0.*": [0, 1], "layers.*": 0.1, "*": 1.0}
+    assert prepare(BASE, [Task(MODELS[0], weight=weight)], method="task_arithmetic").notes == []
+    assert not recwarn.list
+
+
 def test_settings_errors():
     with pytest.raises(
         ValueError, match=r"no filter matches tensor 'a.b'; add a last entry without a filter"
