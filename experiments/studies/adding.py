@@ -1,6 +1,6 @@
 """Adding tasks (as the paper's Figure 1): does the gradient mismatch of a merge tell its test error?
 
-Every subset of two or more tasks of a sentiment config is merged by every rule. (With one task, task arithmetic at
+Every subset of two or more tasks of a sentiment config is merged by every rule that takes so many (SLERP takes two). (With one task, task arithmetic at
 alpha = 1 and gradient matching both return the fine-tune: there is nothing to compare.)
 """
 
@@ -20,7 +20,7 @@ from experiments.config import Study
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
 from experiments.studies import sentiment
-from experiments.studies.sentiment import Merge
+from experiments.studies.sentiment import Merge, takes
 from experiments.studies.sentiment_cells import MERGING, MISMATCH, SOURCES, choice_stage, slug
 
 CODE = (*SOURCES, *MERGING, *MISMATCH, "experiments.evaluate", "experiments.merging", "experiments.mismatch")
@@ -70,6 +70,8 @@ def cells(config: Config) -> tuple[dict[Cell, Stage], dict[Cell, Stage]]:
         for size in range(2, len(source.data.tasks) + 1):
             for subset in combinations(source.data.tasks, size):
                 for name, spec in config.merges.items():
+                    if not takes(spec.method, size):
+                        continue
                     cell = (seed, subset, name)
                     inputs: dict[str, Any] = made.sources(seed, subset)
                     settings = {**spec.model_dump(exclude={"choose"}), "delta0": source.delta0}

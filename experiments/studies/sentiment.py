@@ -20,6 +20,7 @@ from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record
 from experiments.studies.sentiment_cells import Cells
 from gradmatch.plan.plan import Request
+from gradmatch.rules import RULES
 
 
 class Data(Strict):
@@ -93,6 +94,12 @@ def check_merge(method: str, options: Mapping[str, Any]) -> None:
     )
 
 
+def takes(method: str, count: int) -> bool:
+    """Whether a rule merges so many models: SLERP takes two."""
+    fewest, most = RULES[method].models
+    return fewest <= count <= most
+
+
 class Config(Study):
     """Keys of a sentiment config."""
 
@@ -116,6 +123,12 @@ class Config(Study):
 
     @model_validator(mode="after")
     def _known_models(self) -> Config:
+        for name, spec in self.merges.items():
+            if not takes(spec.method, len(self.data.tasks)):
+                fewest, most = RULES[spec.method].models
+                raise ValueError(
+                    f"merge {name!r}: {spec.method} takes {fewest} to {most:g} models, but there are {len(self.data.tasks)} tasks"
+                )
         own = ["base", *self.data.tasks, "joint"]
         for model in self.merges:
             if model in own:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments.pipeline import Stage
+from gradmatch.rules import RULES
 
 if TYPE_CHECKING:
     from experiments.config import Training
@@ -125,8 +126,10 @@ class Cells:
                 config.mismatch_examples / 60,
             )
         self._mismatch(seed, "joint", self.trained[seed, "joint"])
-        sources = self.sources(seed, tasks)
         for name, spec in config.merges.items():
+            sources = self.sources(seed, tasks)
+            if "gram" in RULES[spec.method].needs:
+                sources["curvatures"] = {task: self._gram(seed, task) for task in tasks}
             settings = {
                 "method": spec.method,
                 "alpha": spec.alpha,
@@ -156,6 +159,25 @@ class Cells:
             self._mismatch(seed, name, self.merged[seed, name])
             if config.sweep and name in config.sweep.merges:
                 self._sweep(seed, name, config.sweep.alphas, settings, inputs)
+
+    def _gram(self, seed: int, task: str) -> Stage:
+        """Gram matrices of a task's inputs, from as many examples as its Fisher."""
+        fisher = self.config.fisher
+        settings = {"kind": "gram", "samples": 1, "trained_batch_size": self.config.task_training.batch_size}
+        return Stage(
+            f"sentiment/seed{seed}/gram-{task}",
+            "experiments.estimates:estimate_stage",
+            {
+                "domain": task,
+                "seed": seed,
+                "examples": fisher.examples,
+                "batch_size": fisher.batch_size,
+                **settings,
+            },
+            {"data": self.data, "model": self.trained[seed, task]},
+            (*SOURCES, "estimators"),
+            fisher.examples * 0.01,
+        )
 
     def sources(self, seed: int, tasks: Sequence[str]) -> dict[str, Any]:
         """What a merge of these tasks reads: `merging.merged_model`'s arguments."""

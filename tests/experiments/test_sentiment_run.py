@@ -95,15 +95,37 @@ def test_the_same_seed_gives_the_same_numbers(run, tmp_path, results):
 
 def test_a_merge_that_fails_loses_only_itself(run, results):
     run()
-    code, out, err = run(
-        "merges.R.method=regmean", "name=with_failure"
-    )  # needs Gram matrices, which nobody estimated
+    code, out, err = run(  # the words that no text holds have no curvature, and there is no floor
+        "merges.R.method=fisher", "merges.R.options.delta0=0", "name=with_failure"
+    )
     assert code == 1
     assert "merge-r failed" in err
     models = [record.get("model") for record in read_records(results / "with_failure.jsonl")]
     assert "GM" in models
     assert "R" not in models
     assert "GM " in out
+
+
+def test_regmean_has_its_gram_matrices_and_a_floor_is_chosen(run, results):
+    run()
+    chosen = "merges.M={method: measured, choose: {delta0: [1.0e+3, 1.0e+5]}}"
+    code, _, err = run("merges.R.method=regmean", chosen, "name=more")
+    assert code == 0, err
+    records = {record.get("model"): record for record in read_records(results / "more.jsonl")}
+    assert records["M"]["choice"]["chosen"]["delta0"] in (1e3, 1e5)
+    assert (
+        records["R"]["metrics"] != records["AM"]["metrics"]
+        or records["R"]["mismatch"] != records["AM"]["mismatch"]
+    )
+
+
+def test_a_rule_for_two_models_is_refused_for_three(tiny_config):
+    from experiments.config import ConfigError, load
+
+    load(tiny_config, ["merges.S.method=slerp"])
+    data = "data={source: vader, base: movies, tasks: [amazon, nyt, tweets]}"
+    with pytest.raises(ConfigError, match="merge 'S': slerp takes 2 to 2 models, but there are 3 tasks"):
+        load(tiny_config, ["merges.S.method=slerp", data])
 
 
 def test_dry_run_list_and_faults(tiny_config, tmp_path, capsys):
