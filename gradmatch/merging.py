@@ -143,6 +143,10 @@ def prepare(
         from gradmatch.output.delta import as_delta
 
         as_delta(made)
+    elif inputs.base.path and inputs.base.path.is_dir():
+        from gradmatch.output.layout import module_notes
+
+        made.notes += module_notes(inputs.base.path)
     return made
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradmatch.inputs.opened import CurvatureStore
 from gradmatch.output.card import versions
-from gradmatch.output.layout import CARRIED
+from gradmatch.output.layout import CARRIED, carried
 
 if TYPE_CHECKING:
     from gradmatch.inputs.opened import Inputs
@@ -69,6 +69,8 @@ def identity(made: Plan) -> str:
         for path in folder.iterdir()
         if path.suffix in CARRIED and path.is_file()
     ]
+    base = inputs.base.path
+    beside += [base / name for name in carried(base)] if base and base.is_dir() else []
     files = {}
     for path in {*weight_files(inputs), *beside}:
         found = path.stat()

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -314,3 +315,68 @@ def test_an_interrupted_call_keeps_what_it_has_done(models, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         merge(models / "m0", tasks(models), method="averaging", out=tmp_path / "out")
     assert count(tmp_path / "out.partial.journal") >= 10
+
+
+@pytest.fixture
+def sentence_transformer(models, tmp_path):
+    """A model with modules beside it, as sentence-transformers saves them, and what should not be carried along."""
+    base = shutil.copytree(models / "m0", tmp_path / "base")
+    paths = ["", "1_Pooling", "2_Dense"]
+    (base / "modules.json").write_text(json.dumps([{"idx": i, "path": path} for i, path in enumerate(paths)]))
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 50}')
+    (base / "2_Dense").mkdir()
+    save_file({"linear.weight": torch.eye(3)}, base / "2_Dense" / "model.safetensors")
+    (base / "2_Dense" / "pytorch_model.bin").write_bytes(b"pickle")
+    (base / "1_Pooling" / "run.py").write_text("raise SystemExit")
+    (tmp_path / "secret.json").write_text("{}")
+    (base / "1_Pooling" / "linked.json").symlink_to(tmp_path / "secret.json")
+    (base / "unlisted").mkdir()
+    (base / "unlisted" / "config.json").write_text("{}")
+    return base
+
+
+def test_modules_beside_the_model_are_carried_along(models, sentence_transformer, tmp_path):
+    done = merge(sentence_transformer, tasks(models), method="averaging", out=tmp_path / "out")
+    held = {path.relative_to(done.path).as_posix() for path in done.path.rglob("*") if path.is_file()}
+    assert held == {
+        "1_Pooling/config.json", "2_Dense/model.safetensors", "README.md", "config.json", "gradmatch.json", "model.safetensors",
+        "modules.json",
+    }  # fmt: skip
+    for name in ("1_Pooling/config.json", "2_Dense/model.safetensors"):
+        assert (done.path / name).read_bytes() == (sentence_transformer / name).read_bytes()
+    said = "\n".join(done.report.notes)
+    assert "2_Dense/model.safetensors: the base's, not merged" in said
+    for name in ("2_Dense/pytorch_model.bin", "1_Pooling/run.py", "1_Pooling/linked.json"):
+        assert f"{name}: not carried along" in said
+
+
+@pytest.mark.parametrize(
+    ("listed", "text"),
+    [
+        ([{"path": "../m1"}], r"points outside its folder: '\.\./m1'"),
+        ([{"path": "/etc"}], r"points outside its folder: '/etc'"),
+        ([{"path": "link"}], r"points outside its folder: 'link'"),
+        ([{"idx": 0}], r"is no list of modules with a path each"),
+        ("1_Pooling", r"is no list of modules"),
+    ],
+)
+def test_modules_outside_the_folder_are_found_in_the_plan(
+    models, sentence_transformer, tmp_path, listed, text
+):
+    (sentence_transformer / "link").symlink_to(models)
+    (sentence_transformer / "modules.json").write_text(json.dumps(listed))
+    with pytest.raises(ValueError, match=text):
+        prepare(sentence_transformer, tasks(models), method="averaging")
+
+
+def test_modules_of_a_hub_snapshot_may_be_links_to_its_blobs(models, sentence_transformer, tmp_path):
+    snapshot = tmp_path / "hub" / "snapshots" / "0a1b"
+    shutil.copytree(sentence_transformer, snapshot)
+    blob = tmp_path / "hub" / "blobs" / "x"
+    blob.parent.mkdir()
+    shutil.move(snapshot / "1_Pooling" / "config.json", blob)
+    (snapshot / "1_Pooling" / "config.json").symlink_to(blob)
+    done = merge(snapshot, tasks(models), method="averaging", out=tmp_path / "out")
+    assert not (done.path / "1_Pooling" / "config.json").is_symlink()
+    assert (done.path / "1_Pooling" / "config.json").read_bytes() == blob.read_bytes()
