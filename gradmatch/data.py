@@ -6,13 +6,14 @@ csv, tsv, json, jsonl, parquet and txt files are read by the `datasets` package,
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from gradmatch.names import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,9 +104,9 @@ def find_columns(
     """
     for given in (text, pair, label):
         if given is not None and given not in names:
-            close = difflib.get_close_matches(given, names, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names)}"
-            raise ValueError(f"the data has no column {given!r}; {hint}")
+            raise ValueError(
+                f"the data has no column {given!r}{nearest(given, names)}; there are: {', '.join(names)}"
+            )
     lower = {name.lower(): name for name in reversed(names)}
     if text is None:
         found = next((lower[name] for name in TEXT_NAMES if name in lower), None)
@@ -200,13 +201,8 @@ class TextBatches:
         for n, value in enumerate(values):
             if isinstance(value, str):
                 if value not in self.label_ids:
-                    close = difflib.get_close_matches(value, self.label_ids, 1)
-                    hint = (
-                        f"did you mean {close[0]!r}?"
-                        if close
-                        else f"the model knows: {', '.join(self.label_ids) or 'none'}"
-                    )
-                    raise ValueError(f"row {self.numbers[first + n]}: unknown label {value!r}; {hint}")
+                    hint = f"{nearest(value, self.label_ids)}; the model knows: {', '.join(self.label_ids) or 'none'}"
+                    raise ValueError(f"row {self.numbers[first + n]}: unknown label {value!r}{hint}")
                 value = self.label_ids[value]
             if value is None or isinstance(value, (list, dict)):
                 raise ValueError(

@@ -293,7 +293,7 @@ def subtract(
 
     tasks = [task] if isinstance(task, Task) else list(task)
     if method not in REMOVALS:
-        from gradmatch.plan.request import nearest
+        from gradmatch.names import nearest
 
         raise ValueError(
             f"{method!r} is no way to subtract{nearest(method, REMOVALS)}; choose one of {', '.join(REMOVALS)}"

@@ -26,7 +26,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gradmatch.plan.request import Request, nearest
+from gradmatch.names import nearest
+from gradmatch.plan.request import Request
 from gradmatch.task import Task
 from gradmatch.yamltext import load_yaml
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ from gradmatch.diagnosis.products import load_products
 from gradmatch.diagnosis.redundancy import RedundancyPoint
 from gradmatch.diagnosis.scan import scan_weights
 from gradmatch.inputs.opened import open_curvature
+from gradmatch.names import nearest
 from gradmatch.rules import RULES
 from gradmatch.task import Task
 
@@ -157,8 +157,7 @@ def diagnose(
         complete = len(curvatures) == len(names) and opened_h0 is not None
         method = "gradient_matching" if complete else "task_arithmetic"
     if method not in RULES:
-        close = difflib.get_close_matches(method, RULES, 1)
-        raise ValueError(f"unknown method {method!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        raise ValueError(f"unknown method {method!r}{nearest(method, RULES)}; known are {', '.join(RULES)}")
     check_tasks("data", data, names)
     check_tasks("num_examples", num_examples, names)
     alpha = effective_weights(method, weights, options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from estimators.curvature import Curvature, fingerprint
 from gradmatch.checkpoint import Checkpoint, open_checkpoint
 from gradmatch.diagnosis.conflict import curvature_overlap
 from gradmatch.inputs.opened import open_curvature, task_names
+from gradmatch.names import nearest
 from gradmatch.plan.settings import numbers
 from gradmatch.task import Task
 
@@ -64,9 +64,9 @@ def check_tasks(what: str, given: Mapping[str, Any] | None, names: Sequence[str]
     """
     for task in given or {}:
         if task not in names:
-            close = difflib.get_close_matches(task, names, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"the tasks are {', '.join(names)}"
-            raise ValueError(f"{what} names a task {task!r} that is not merged; {hint}")
+            raise ValueError(
+                f"{what} names a task {task!r} that is not merged{nearest(task, names)}; the tasks are {', '.join(names)}"
+            )
 
 
 def planned_merge(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from estimators.tensorfile import TensorFile
-from gradmatch.plan.request import nearest
+from gradmatch.names import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.inputs.stores import SAFETENSORS_NAME, Spec
+from gradmatch.names import nearest
 from gradmatch.plan.policies import (
     batchnorm_action,
     check_file_names,
@@ -19,7 +20,7 @@ from gradmatch.plan.policies import (
     idle_patterns,
     tied_differently,
 )
-from gradmatch.plan.request import Edits, Request, nearest, resolve_options
+from gradmatch.plan.request import Edits, Request, resolve_options
 from gradmatch.plan.settings import FIRST, Depth, value_at
 from gradmatch.rules.linear import weight_sum
 from gradmatch.transforms import check_options

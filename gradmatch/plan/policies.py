@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.plan.request import nearest
+from gradmatch.names import nearest
 from gradmatch.plan.settings import FIRST, idle, layer_of
 
 if TYPE_CHECKING:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gradmatch.names import nearest
 from gradmatch.plan.kinds import check_kind, leaves, plain
 from gradmatch.plan.settings import numbers
 from gradmatch.rules import RULES, Rule
@@ -123,12 +123,6 @@ class Request:
             raise ValueError(
                 "form='delta' does not go with batchnorm='recalibrate', whose statistics are measured on whole weights"
             )
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint " (did you mean 'x'?)" where something is close, else nothing."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def resolve_options(request: Request) -> tuple[dict[str, Any], Edits]:

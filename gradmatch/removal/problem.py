@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import torch
 
 from estimators.curvature import Curvature
 from gradmatch.checkpoint import open_checkpoint
+from gradmatch.names import nearest
 from gradmatch.rules.removal import GUARDS, ewr, fisher_negation, removal
 from gradmatch.subtraction import REMOVALS, largest_alpha
 from gradmatch.task import Task
@@ -75,9 +75,9 @@ class Problem:
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is read."""
         if self.method not in REMOVALS:
-            near = get_close_matches(self.method, REMOVALS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(REMOVALS)}"
-            raise ValueError(f"unknown way to remove {self.method!r}; {hint}")
+            raise ValueError(
+                f"unknown way to remove {self.method!r}{nearest(self.method, REMOVALS)}; known: {', '.join(REMOVALS)}"
+            )
         if self.guard not in GUARDS:
             raise ValueError(f"guard is {self.guard!r}; choose one of {', '.join(GUARDS)}")
         if self.task.curvature is None:

@@ -99,7 +99,7 @@ BAD = [
     ({"weights": "auto", "data": {}, "scale": 0.5}, "leave scale out"),
     ({"weights": "auto", "data": {}, "transforms": ["dare"]}, "leave transforms out"),
     ({"weights": "auto", "data": {}}, "none of 'one'"),
-    ({"weights": "auto", "data": {"on": []}}, "names a task 'on' .* did you mean 'one'"),
+    ({"weights": "auto", "data": {"on": []}}, "names a task 'on' .*did you mean 'one'"),
     ({"weights": "auto", "products": "/nowhere.json"}, "no products file /nowhere.json"),
 ]
 
