@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "list":
             print(list_configs(options.configs))
             return 0
+        if options.command == "claims":
+            return print_claims(options.configs / "claims.yaml", options.results, options.write)
         path = options.configs / "demo.yaml" if options.command == "demo" else options.config
         return run_config(path, options.overrides, options)
     except KeyboardInterrupt:
@@ -67,6 +69,19 @@ def run_config(path: Path, overrides: Sequence[str], options: argparse.Namespace
             print("\n".join(failure["traceback"] for failure in outcome.failed.values()), file=sys.stderr)
         print(f"error: {outcome.message()}", file=sys.stderr)
         return 1 if found else 2
+    return 0
+
+
+def print_claims(path: Path, results: Path, document: Path | None) -> int:
+    """Print the claims from records that exist, or write them into a document: then from the committed records alone."""
+    from experiments import config as configs
+    from experiments.records import write_atomically
+    from experiments.studies import claims
+
+    found = claims.read(configs.load(path), None if document else results)
+    if document:
+        write_atomically(document, claims.rewritten(document.read_text(encoding="utf-8"), found))
+    print(claims.report(found))
     return 0
 
 
@@ -112,6 +127,15 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="changes of the config, as data.test=100"
         )
+    claims = commands.add_parser(
+        "claims", parents=[common], help="the ten claims, from records that exist; nothing is run"
+    )
+    claims.add_argument(
+        "--write",
+        type=Path,
+        metavar="README.md",
+        help="put the table, from the committed records, between its markers",
+    )
     commands.add_parser(
         "list", parents=[common], help="list the configs with their cost and expected numbers"
     )

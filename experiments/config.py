@@ -44,6 +44,7 @@ class Study(Strict):
 # Each is a module with `Config` (a Study), `stages(config)`, `records(config, store)` and `report(records)`.
 EXPERIMENTS = {
     "adding": "experiments.studies.adding",
+    "claims": "experiments.studies.claims",
     "curvature": "experiments.studies.curvature",
     "diagnosis": "experiments.studies.diagnosis",
     "forecast": "experiments.studies.forecast",
@@ -55,12 +56,8 @@ EXPERIMENTS = {
 }
 
 
-def load(path: Path, overrides: Sequence[str] = (), *, quick: bool = False) -> Any:
-    """The checked config of a YAML file, with `a.b=value` overrides applied; quick: first those of its own list `quick`.
-
-    A config is named after its file; overrides add a short hash to the name, so that its records do not replace the
-    file's own. Raises ConfigError.
-    """
+def read(path: Path) -> dict[str, Any]:
+    """The keys of a config file, unchecked. Raises ConfigError where there is no file, or where it holds no keys."""
     if not path.is_file():
         near = get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
         raise ConfigError(
@@ -72,6 +69,16 @@ def load(path: Path, overrides: Sequence[str] = (), *, quick: bool = False) -> A
         raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of keys, but holds {type(content).__name__}")
+    return content
+
+
+def load(path: Path, overrides: Sequence[str] = (), *, quick: bool = False) -> Any:
+    """The checked config of a YAML file, with `a.b=value` overrides applied; quick: first those of its own list `quick`.
+
+    A config is named after its file; overrides add a short hash to the name, so that its records do not replace the
+    file's own. Raises ConfigError.
+    """
+    content = read(path)
     name = content.get("name") or path.stem
     small = content.pop("quick", ())
     if quick and not small:
@@ -93,7 +100,7 @@ def check(content: Mapping[str, Any], where: str) -> Any:
     experiment = content.get("experiment")
     if experiment not in EXPERIMENTS:
         raise ConfigError(
-            f"{where}: experiment: unknown {experiment!r}{_nearest(str(experiment), EXPERIMENTS)}"
+            f"{where}: experiment: unknown {experiment!r}{nearest(str(experiment), EXPERIMENTS)}"
         )
     model = study(experiment).Config
     try:
@@ -126,7 +133,7 @@ def _faults(error: ValidationError, model: type[BaseModel], where: str) -> Itera
         path = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
             known = list(_fields_at(model, fault["loc"][:-1]))
-            yield f"{where}: {path}: unknown key{_nearest(str(fault['loc'][-1]), known)}"
+            yield f"{where}: {path}: unknown key{nearest(str(fault['loc'][-1]), known)}"
         else:
             value = "" if fault["type"] in ("missing", "value_error") else f" (found {fault['input']!r})"
             yield f"{where}: {path + ': ' if path else ''}{fault['msg'].removeprefix('Value error, ')}{value}"
@@ -142,6 +149,7 @@ def _fields_at(model: Any, location: Sequence[int | str]) -> Mapping[str, Any]:
     return model.model_fields
 
 
-def _nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    """What to say after an unknown name: the nearest known one, or all of them."""
     near = get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

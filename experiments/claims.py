@@ -1,0 +1,327 @@
+"""The ten claims, each computed from the records of the studies: a row per part, with its threshold and its verdict.
+
+A part *holds* where the measured value meets the threshold (claims 5 and 8c: where the whole interval does), is *refuted*
+where it does not and the interval excludes it, and is *not shown* otherwise, or where nothing was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+
+from experiments.records import Record, of_kind
+
+HOLDS, REFUTED, NOT_SHOWN = "holds", "refuted", "not shown"
+FEWEST_SEEDS = 3
+SHOWN = {10: ("share of seeds <= 1e-3", "after three steps, largest", "after four steps, largest")}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One part of a claim. `source`: the study whose records it was computed from."""
+
+    claim: int
+    part: str
+    statement: str
+    threshold: str
+    measured: str
+    interval: str
+    seeds: int
+    verdict: str
+    source: str
+
+
+Evidence = Mapping[str, Sequence[Record]]
+
+
+def judge(
+    value: float, low: float, high: float, *, least: float | None = None, most: float | None = None
+) -> str:
+    """Verdict on `value >= least` or `value <= most`, with the interval from low to high."""
+    if least is not None:
+        return HOLDS if value >= least else REFUTED if high < least else NOT_SHOWN
+    assert most is not None
+    return HOLDS if value <= most else REFUTED if low > most else NOT_SHOWN
+
+
+def missing(claim: int, part: str, statement: str, threshold: str, source: str) -> Row:
+    """A part that no record tells of."""
+    return Row(claim, part, statement, threshold, "no records", "", 0, NOT_SHOWN, source)
+
+
+def theory(number: int, statement: str, threshold: str, evidence: Evidence) -> list[Row]:
+    """Claims 1 to 4 and the convex part of 10, which the theory study judges seed by seed."""
+    part = "convex" if number == 10 else ""
+    found = [record for record in of_kind(evidence.get("theory", ()), "claim") if record["claim"] == number]
+    if not found:
+        return [missing(number, part, statement, threshold, "theory")]
+    record = found[0]
+    values = {name: value for name, value in record["value"].items() if not name.startswith("interval")}
+    shown = SHOWN.get(number, tuple(values))
+    measured = "; ".join(f"{name} {values[name]:.2g}" for name in shown)
+    if number == 3:
+        measured = f"largest of {len(values)} cases {max(values.values()):.2g}"
+    low, high = (record["value"].get(f"interval {end}") for end in ("low", "high"))
+    interval = f"{low:.2f} to {high:.2f}" if low is not None else "all seeds"
+    verdict = HOLDS if record["holds"] else REFUTED
+    return [Row(number, part, statement, threshold, measured, interval, record["seeds"], verdict, "theory")]
+
+
+def exactness(evidence: Evidence) -> list[Row]:
+    """Claim 1."""
+    return theory(1, "Eq. 12 is the joint solution of ridge regression", "GM <= 1e-9, TA and FA >= 1e-2 of the distance", evidence)  # fmt: skip
+
+
+def identities(evidence: Evidence) -> list[Row]:
+    """Claim 2."""
+    return theory(2, "the gradient mismatch is the error of AM and TA (Eqs. 6, 10)", "<= 1e-8", evidence)
+
+
+def special_cases(evidence: Evidence) -> list[Row]:
+    """Claim 3."""
+    return theory(3, "TA, FA, AM and the MAP of Eq. 17 are cases of Eq. 12", "<= 1e-12", evidence)
+
+
+def closer(evidence: Evidence) -> list[Row]:
+    """Claim 4."""
+    return theory(
+        4, "GM is nearer to the joint model than TA, alpha = 1, convex", ">= 95 % of seeds", evidence
+    )
+
+
+def accuracy(evidence: Evidence) -> list[Row]:
+    """Claim 5: GM - TA over the tasks at alpha = 1, paired bootstrap, text and vision."""
+    statement, threshold = "GM beats TA at alpha = 1, mean over tasks", "interval above 0, >= 3 seeds"
+    rows = []
+    for part, sources in (("text", ("sentiment", "alpha")), ("vision", ("vision",))):
+        source = next((name for name in sources if _comparison(evidence, name)), sources[0])
+        found = _comparison(evidence, source)
+        if not found:
+            rows.append(missing(5, part, statement, threshold, source))
+            continue
+        value, low, high = (100 * found[key] for key in ("difference", "low", "high"))
+        enough = found["seeds"] >= FEWEST_SEEDS
+        verdict = REFUTED if high < 0 else HOLDS if low > 0 and enough else NOT_SHOWN
+        rows.append(
+            Row(5, part, statement, threshold, f"{value:+.1f} points", f"{low:+.1f} to {high:+.1f}",
+                found["seeds"], verdict, source)
+        )  # fmt: skip
+    return rows
+
+
+def _comparison(evidence: Evidence, source: str) -> Record | None:
+    """GM against TA over the tasks (over all domains, where older records hold no other)."""
+    for record in of_kind(evidence.get(source, ()), "comparison"):
+        if (record["ours"], record["theirs"]) == ("GM", "TA"):
+            return {**record, **record.get("tasks", {})}
+    return None
+
+
+def flat(evidence: Evidence) -> list[Row]:
+    """Claim 6: range of the tasks' mean accuracy over alpha, GM against TA; their best accuracies."""
+    about = ("accuracy is flat in alpha: range of GM / range of TA", "<= 1/3")
+    best = ("the gain is robustness: best GM - best TA over alpha", "at most 1 point apart")
+    curves = {
+        (record["model"], record["seed"]): [
+            100 * point["metrics"]["tasks"]["accuracy"] for point in record["points"]
+        ]
+        for record in of_kind(evidence.get("alpha", ()), "sweep")
+    }
+    seeds = sorted(seed for model, seed in curves if model == "GM" and ("TA", seed) in curves)
+    if not seeds:
+        return [missing(6, "range", *about, "alpha"), missing(6, "best", *best, "alpha")]
+    spread = {cell: max(curve) - min(curve) for cell, curve in curves.items()}
+    ratios = [spread["GM", seed] / spread["TA", seed] for seed in seeds]
+    gm, ta = (fmean(spread[model, seed] for seed in seeds) for model in ("GM", "TA"))
+    gaps = [max(curves["GM", seed]) - max(curves["TA", seed]) for seed in seeds]
+    count, gap = len(seeds), fmean(gaps)
+    distance = (min(map(abs, gaps)), max(map(abs, gaps)))
+    return [
+        Row(6, "range", *about, f"{gm / ta:.2f} ({gm:.1f} / {ta:.1f} points)", _seeds(ratios, ".2f"), count,
+            judge(gm / ta, min(ratios), max(ratios), most=1 / 3), "alpha"),
+        Row(6, "best", *best, f"{gap:+.1f} points", _seeds(gaps, "+.1f"), count,
+            judge(abs(gap), *distance, most=1.0), "alpha"),
+    ]  # fmt: skip
+
+
+def _seeds(values: Sequence[float], form: str) -> str:
+    return f"seeds {min(values):{form}} to {max(values):{form}}"
+
+
+def mismatch(evidence: Evidence) -> list[Row]:
+    """Claim 7: over subsets of equal size and methods, mismatch against error; whose mismatch is smaller."""
+    from experiments.studies.adding import correlations, smaller_share
+
+    about = ("the mismatch tells the test error (Spearman over merges of", ">= .6")
+    smaller = ("GM has a smaller mismatch than TA", ">= 90 % of subsets")
+    cells = of_kind(evidence.get("adding", ()), "subset")
+    if not cells:
+        return [missing(7, "rank", f"{about[0]} equal size)", about[1], "adding"), missing(7, "smaller", *smaller, "adding")]  # fmt: skip
+    seeds = len({record["seed"] for record in cells})
+    rows = []
+    for size, (rho, low, high, count) in correlations(cells).items():
+        rows.append(
+            Row(7, f"{size} tasks", f"{about[0]} {size} tasks)", about[1], f"{rho:.2f} ({count} merges)",
+                f"{low:.2f} to {high:.2f}", seeds, judge(rho, low, high, least=0.6), "adding")
+        )  # fmt: skip
+    share, low, high, count = smaller_share(cells)
+    rows.append(
+        Row(7, "smaller", *smaller, f"{100 * share:.0f} % of {count}", f"{100 * low:.0f} to {100 * high:.0f} %",
+            seeds, judge(share, low, high, least=0.9), "adding")
+    )  # fmt: skip
+    return rows
+
+
+def removal(evidence: Evidence) -> list[Row]:
+    """Claim 8: exact on ridge; nearer to retraining on classifiers; less toxic at equal perplexity."""
+    from experiments.studies.removal_proof import interval
+
+    proofs = of_kind(evidence.get("proof", ()), "proof")
+    exact = ("removal equals retraining on ridge regression (Eq. 13)", "GM <= 1e-9 of the distance, TA not")
+    rows = []
+    gm, ta = (_at_one(proofs, "ridge", edit, "distance") for edit in ("GM, full H", "TA"))
+    if gm and ta:
+        verdict = HOLDS if max(gm.values()) <= 1e-9 < min(ta.values()) else REFUTED
+        rows.append(
+            Row(8, "a", *exact, f"GM {max(gm.values()):.1g}, TA {min(ta.values()):.2g}", "all seeds", len(gm),
+                verdict, "proof")
+        )  # fmt: skip
+    else:
+        rows.append(missing(8, "a", *exact, "proof"))
+    for problem in ("logistic", "network", "encoder"):
+        for metric, name in (("distance", "distance of weights"), ("kl", "KL of predictions")):
+            part, nearer = (
+                f"b, {problem}",
+                (f"removal is nearer to retraining than negation: {name}", "GM - TA < 0"),
+            )
+            gm, ta = (_at_one(proofs, problem, edit, metric) for edit in ("GM", "TA"))
+            seeds = sorted(set(gm) & set(ta))
+            if not seeds:
+                rows.append(missing(8, part, *nearer, "proof"))
+                continue
+            mean, half = interval([gm[seed] - ta[seed] for seed in seeds])
+            low, high = mean - half, mean + half
+            verdict = HOLDS if mean < 0 else REFUTED if low > 0 else NOT_SHOWN
+            found = (f"{mean:+.2g}", f"{low:+.2g} to {high:+.2g}", len(seeds))
+            rows.append(Row(8, part, *nearer, *found, verdict, "proof"))
+    return [*rows, _toxicity(evidence)]
+
+
+def _at_one(proofs: Sequence[Record], problem: str, edit: str, metric: str) -> dict[int, float]:
+    """Seed -> metric of an edit at alpha = 1."""
+    return {
+        record["seed"]: record[metric]
+        for record in proofs
+        if (record["problem"], record["edit"], record["alpha"]) == (problem, edit, 1.0)
+    }
+
+
+def _toxicity(evidence: Evidence) -> Row:
+    about = ("GM is less toxic than TA at equal perplexity (area between the curves)", "interval above 0")
+    records = evidence.get("toxicity", ())
+    for record in of_kind(records, "area"):
+        if (record["ours"], record["theirs"], record["measure"]) == ("GM", "TA", "toxicity"):
+            value, low, high = (record[key] for key in ("difference", "low", "high"))
+            verdict = HOLDS if low > 0 else REFUTED if high < 0 else NOT_SHOWN
+            seeds = len({point["seed"] for point in of_kind(records, "point")})
+            return Row(
+                8, "c", *about, f"{value:+.4f}", f"{low:+.4f} to {high:+.4f}", seeds, verdict, "toxicity"
+            )
+    return missing(8, "c", *about, "toxicity")
+
+
+def cheap(evidence: Evidence) -> list[Row]:
+    """Claim 9: share of the GM - TA gain that cheap estimates keep; the bias of squared batch means."""
+    from experiments.studies.curvature import batch_bias, gain_kept
+
+    merges = of_kind(evidence.get("curvature", ()), "merge")
+    threshold = ">= 90 % of the gain over TA"
+    wanted: dict[str, Callable[[Record], bool]] = {
+        "Fisher": lambda spec: spec["kind"] == "fisher" and spec["examples"] >= 500,
+        "Adam": lambda spec: spec["kind"] == "adam",
+        "IVON": lambda spec: spec["kind"] == "ivon",
+    }
+    rows = []
+    for part, fits in wanted.items():
+        own = [record for record in merges if "spec" in record and fits(record["spec"])]
+        others = [record for record in own if record["estimate"] != record["full"]]
+        name = (others or own or [{"estimate": ""}])[0]["estimate"]
+        kept = gain_kept(merges, name) if own else None
+        statement = f"cheap curvature suffices: {part}" + (" of >= 500 examples" if part == "Fisher" else "")
+        if kept is None:
+            rows.append(missing(9, part, statement, threshold, "curvature"))
+            continue
+        value, low, high = kept
+        seeds = len({record["seed"] for record in own})
+        measured = f"{100 * value:.0f} % ({name})"
+        rows.append(
+            Row(9, part, statement, threshold, measured, f"seeds {100 * low:.0f} to {100 * high:.0f} %", seeds,
+                judge(value, low, high, least=0.9), "curvature")
+        )  # fmt: skip
+    about = ("squared batch means are 1/B of the Fisher", "B x ratio within 20 % of 1")
+    errors = of_kind(evidence.get("curvature", ()), "error")
+    bias = batch_bias(errors)
+    if bias is None:
+        return [*rows, missing(9, "batch bias", *about, "curvature")]
+    value, low, high, size, models = bias
+    inside = 0.8 <= value <= 1.2
+    verdict = HOLDS if inside else REFUTED if low > 1.2 or high < 0.8 else NOT_SHOWN
+    seeds = len({record["seed"] for record in errors})
+    measured, interval = f"{value:.2f} (B = {size})", f"{models} models {low:.2f} to {high:.2f}"
+    return [*rows, Row(9, "batch bias", *about, measured, interval, seeds, verdict, "curvature")]
+
+
+def refinement(evidence: Evidence) -> list[Row]:
+    """Claim 10: Newton steps from the merge towards the joint model."""
+    return theory(10, "re-linearised steps lead to theta*", "<= 1e-3 of the first distance after three, in every seed", evidence)  # fmt: skip
+
+
+CLAIMS = (exactness, identities, special_cases, closer, accuracy, flat, mismatch, removal, cheap, refinement)
+
+
+def rows(evidence: Evidence) -> list[Row]:
+    """Every part of every claim, in order."""
+    return [row for claim in CLAIMS for row in claim(evidence)]
+
+
+def verdict_of(parts: Sequence[str]) -> str:
+    """A claim's verdict from its parts': refuted where one is, holds where all do."""
+    return REFUTED if REFUTED in parts else HOLDS if set(parts) == {HOLDS} else NOT_SHOWN
+
+
+def summary(found: Sequence[Mapping[str, object]]) -> str:
+    """One sentence: which claims hold, which are refuted, which were not shown."""
+    claims = list(dict.fromkeys(row["claim"] for row in found))
+    verdicts = {n: verdict_of([str(row["verdict"]) for row in found if row["claim"] == n]) for n in claims}
+    parts = []
+    for verdict in (HOLDS, REFUTED, NOT_SHOWN):
+        own = [str(number) for number, judged in verdicts.items() if judged == verdict]
+        parts.append(f"{verdict}: {', '.join(own) or 'none'}")
+    return "Claims as a whole (a claim is refuted where one of its parts is): " + "; ".join(parts) + "."
+
+
+COLUMNS = ("claim", "statement", "threshold", "measured", "interval", "seeds", "verdict")
+
+
+def cells(row: Mapping[str, object]) -> list[str]:
+    """The row as text, for tables."""
+    part = f" {row['part']}" if row["part"] else ""
+    rest = [str(row[name]) for name in COLUMNS[1:]]
+    return [f"{row['claim']}{part}", *rest]
+
+
+def as_records(found: Sequence[Row]) -> list[Record]:
+    """Rows as records of kind `verdict`."""
+    return [{"kind": "verdict", **asdict(row)} for row in found]
+
+
+def markdown(found: Sequence[Mapping[str, object]], origins: Mapping[str, str]) -> str:
+    """The table in Markdown, which records each study was read from, and the summary."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    for row in found:
+        text = cells(row)
+        text[-1] = f"**{text[-1]}**"
+        lines.append("| " + " | ".join(text) + " |")
+    read = "; ".join(f"{name} from {where}" for name, where in origins.items())
+    return "\n".join([*lines, "", summary(found), f"Read: {read}."])

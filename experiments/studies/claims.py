@@ -1,0 +1,142 @@
+"""All evidence: the studies that the ten claims are computed from, run as one; see `experiments.claims`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from experiments import claims
+from experiments import config as configs
+from experiments.config import Study
+from experiments.pipeline import Stage, in_order, is_done
+from experiments.records import Record, of_kind, read_records, write_records
+
+COMMITTED = Path(__file__).parents[1] / "results"
+SOURCES = (
+    "theory",
+    "sentiment",
+    "vision",
+    "alpha",
+    "adding",
+    "proof",
+    "toxicity",
+    "curvature",
+    "refinement",
+)  # what `experiments.claims` asks for
+
+
+class Config(Study):
+    """Keys of the config: `evidence` says which config each part of the claims is computed from.
+
+    quick: each of those that has a quick variant is run in it.
+    """
+
+    experiment: Literal["claims"]
+    evidence: dict[str, Path] = Field(min_length=1)
+    small: bool = False
+
+    @field_validator("evidence")
+    @classmethod
+    def _known(cls, evidence: dict[str, Path]) -> dict[str, Path]:
+        for name in evidence:
+            if name not in SOURCES:
+                raise ValueError(f"no claim asks for {name!r}{configs.nearest(name, SOURCES)}")
+        return evidence
+
+
+def studies(config: Config) -> dict[str, Any]:
+    """The checked configs of the evidence, quick where that is asked for and where they have such a variant."""
+    return {
+        name: configs.load(path, quick=config.small and "quick" in configs.read(path))
+        for name, path in config.evidence.items()
+    }
+
+
+def stages(config: Config) -> list[Stage]:
+    """The stages of all the studies, each once."""
+    return in_order(
+        stage for own in studies(config).values() for stage in configs.study(own.experiment).stages(own)
+    )
+
+
+def records(config: Config, store: Path) -> list[Record]:
+    """A record per part of a claim. The studies' own records are written beside, as if each had been run alone.
+
+    A study whose stages are not all done is read from its file in the results, or as it was committed.
+    """
+    results, evidence, origins = store.parent, {}, {}
+    for name, own in studies(config).items():
+        study = configs.study(own.experiment)
+        made = study.records(own, store)
+        complete = all(is_done(stage, store) for stage in study.stages(own))
+        if complete and made:
+            write_records(results / f"{own.name}.jsonl", made)
+        elif file := find(own.name, results):
+            evidence[name], origins[name] = read_records(file), said(file, results)
+            continue
+        evidence[name], origins[name] = made, "this run" if complete else "what has been run of it"
+    return as_records(config.name, evidence, origins)
+
+
+def as_records(name: str, evidence: claims.Evidence, origins: Mapping[str, str]) -> list[Record]:
+    """The verdicts, then where the records came from."""
+    shared = {"experiment": "claims", "name": name}
+    found = [shared | record for record in claims.as_records(claims.rows(evidence))]
+    return [*found, {**shared, "kind": "origins", "origins": dict(origins)}]
+
+
+def find(name: str, results: Path | None) -> Path | None:
+    """The records of a study: its file in the results, else the committed one, else a committed variant (`name-*`)."""
+    for folder in (results, COMMITTED):
+        if folder and (folder / f"{name}.jsonl").is_file():
+            return folder / f"{name}.jsonl"
+    return next(iter(sorted(COMMITTED.glob(f"{name}-*.jsonl"))), None)
+
+
+def said(file: Path, results: Path | None) -> str:
+    """Which file that is, in words that are the same on every machine."""
+    return f"{'results' if file.parent == results else 'experiments/results'}/{file.name}"
+
+
+def read(config: Config, results: Path | None) -> list[Record]:
+    """The verdicts from files of records alone: nothing is run."""
+    evidence, origins = {}, {}
+    for name, own in studies(config).items():
+        file = find(own.name, results)
+        evidence[name] = read_records(file) if file else []
+        origins[name] = said(file, results) if file else "nothing"
+    return as_records(config.name, evidence, origins)
+
+
+def report(found: list[Record]) -> str:
+    """Each part of each claim in two lines, the summary, and where the numbers come from."""
+    lines = []
+    for row in of_kind(found, "verdict"):
+        label, statement, threshold, measured, interval, seeds, verdict = claims.cells(row)
+        lines.append(f"{label:<14} {verdict:<10} {statement}: {threshold}")
+        within = f" ({interval})" if interval else ""
+        lines.append(f"{'':<25} measured: {measured}{within}" + (f", {seeds} seeds" if row["seeds"] else ""))
+    origins = next(record["origins"] for record in of_kind(found, "origins"))
+    read_from = [f"  {name}: {where}" for name, where in origins.items()]
+    return "\n".join([*lines, "", claims.summary(of_kind(found, "verdict")), "Records:", *read_from])
+
+
+BEGIN, END = "<!-- claims: `python -m experiments claims --write README.md` -->", "<!-- end of claims -->"
+
+
+def block(found: list[Record]) -> str:
+    """The table in Markdown between its markers."""
+    origins = next(record["origins"] for record in of_kind(found, "origins"))
+    return f"{BEGIN}\n\n{claims.markdown(of_kind(found, 'verdict'), origins)}\n\n{END}"
+
+
+def rewritten(text: str, found: list[Record]) -> str:
+    """A document with the block between its markers replaced. Raises ValueError where it has no markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"no block to write into: it goes between {BEGIN!r} and {END!r}")
+    return before + block(found) + after
