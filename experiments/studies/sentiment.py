@@ -161,6 +161,9 @@ def records_of(cells: Cells, store: Path) -> list[Record]:
     for (ours, theirs), stage in cells.comparisons.items():
         if is_done(stage, store):
             result = _read(stage, store, "comparison.json")
+            tasks = cells.on_tasks[ours, theirs]
+            if is_done(tasks, store):
+                result["tasks"] = _read(tasks, store, "comparison.json")
             found.append(
                 {"kind": "comparison", "ours": ours, "theirs": theirs, **result, **_origin(stage, store)}
             )

@@ -37,12 +37,14 @@ class Cells:
         for seed in config.seeds:
             self._train(seed)
             self._merge(seed)
-        self.comparisons = {pair: self._compare(*pair) for pair in config.compare}
+        everywhere, tasks = config.data.domains, list(config.data.tasks)
+        self.comparisons = {pair: self._compare(*pair, "compare", everywhere) for pair in config.compare}
+        self.on_tasks = {pair: self._compare(*pair, "compare-tasks", tasks) for pair in config.compare}
 
     def all(self) -> list[Stage]:
         """Every stage; what they need comes with them."""
-        groups = (self.evaluations, self.mismatches, self.sweeps)
-        return [stage for group in groups for stage in group.values()] + list(self.comparisons.values())
+        groups = (self.evaluations, self.mismatches, self.sweeps, self.comparisons, self.on_tasks)
+        return [stage for group in groups for stage in group.values()]  # type: ignore[attr-defined]
 
     def _prepare(self) -> Stage:
         """The stage that reads the data."""
@@ -221,12 +223,12 @@ class Cells:
             config.mismatch_examples * len(config.data.tasks) / 60,
         )
 
-    def _compare(self, ours: str, theirs: str) -> Stage:
+    def _compare(self, ours: str, theirs: str, title: str, domains: list[str]) -> Stage:
         seeds = self.config.seeds
         return Stage(
-            f"sentiment/compare-{slug(ours)}-{slug(theirs)}",
+            f"sentiment/{title}-{slug(ours)}-{slug(theirs)}",
             "experiments.statistics:compare",
-            {"domains": self.config.data.domains},
+            {"domains": domains},
             {
                 "ours": {str(seed): self.evaluations[seed, ours] for seed in seeds},
                 "theirs": {str(seed): self.evaluations[seed, theirs] for seed in seeds},
