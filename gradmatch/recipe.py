@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from gradmatch.names import nearest
 from gradmatch.plan.request import Request
@@ -46,44 +47,22 @@ class TaskRecipe(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-class Recipe(BaseModel):
-    """A merge; the fields are the arguments of `gradmatch.merge`."""
+class Sources(BaseModel):
+    """What a recipe merges, and with which options of the method; the rest of its keys are the fields of `Request`."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     base: str
     tasks: list[TaskRecipe] = Field(min_length=1)
+    base_curvature: str | float | None = None
     weights: Literal["auto"] | None = None
     products: str | None = None
-    method: str = "gradient_matching"
-    base_curvature: str | float | None = None
-    base_weight: float = 1.0
-    delta0: float = 1e-6
     options: dict[str, Any] = Field(default_factory=dict)
-    transforms: list[str | dict[str, dict[str, Any]]] = Field(default_factory=list)
-    dtype: str | None = None
-    seed: int = 0
-    head_names: list[str] = Field(default_factory=list)
-    missing: str = "error"
-    missing_curvature: str = "error"
-    heads: str = "error"
-    embeddings: str = "error"
-    batchnorm: str = "error"
-    precision: str = "auto"
-    rounding: str = "nearest"
-    verify: str = "files"
-    form: str = "weights"
-    shard_bytes: int = 5_000_000_000
     allow_mismatch: bool = False
     allow_pickle: bool = False
 
     def arguments(self, folder: Path) -> dict[str, Any]:
         """Keyword arguments of `gradmatch.merge`, with paths taken from the recipe's folder."""
-        settings = {
-            name: getattr(self, name)
-            for name in Request.__dataclass_fields__
-            if name not in ("options", "notes")
-        }
         tasks = [
             Task(
                 locate(task.model, folder),
@@ -97,7 +76,7 @@ class Recipe(BaseModel):
         curvature = self.base_curvature
         chosen = {"weights": self.weights, "products": _optional(self.products, folder)}
         return {
-            **settings,
+            **{name: getattr(self, name) for name in SETTINGS},
             "base": locate(self.base, folder),
             "tasks": tasks,
             "base_curvature": _optional(curvature, folder) if isinstance(curvature, str) else curvature,
@@ -106,6 +85,15 @@ class Recipe(BaseModel):
             **{name: value for name, value in chosen.items() if value is not None},
             **options_alone(self.options),
         }
+
+
+KINDS = get_type_hints(Request)
+SETTINGS: dict[str, Any] = {  # name -> (kind, default)
+    one.name: (KINDS[one.name], one.default)
+    for one in fields(Request)
+    if one.name not in ("options", "notes")
+}
+Recipe: type[Sources] = create_model("Recipe", __base__=Sources, **SETTINGS)
 
 
 ARGUMENTS = frozenset(

@@ -9,7 +9,7 @@ from typing import Any
 from gradmatch.commands.sources import add_data, add_models, number_or_text, read_data
 from gradmatch.plan.plan import Plan
 from gradmatch.plan.request import POLICIES
-from gradmatch.recipe import load_recipe, options_alone
+from gradmatch.recipe import SETTINGS, load_recipe, options_alone
 from gradmatch.rules import RULES
 from gradmatch.task import Task
 from gradmatch.yamltext import load_yaml
@@ -118,19 +118,8 @@ def run(args: argparse.Namespace) -> int:
 def overrides(args: argparse.Namespace, also: Sequence[str] = ()) -> dict[str, Any]:
     """The flags that were given, as arguments of `merge`; `also` are flags that no --option may set."""
     given: dict[str, Any] = {}
-    names = (
-        "base",
-        "base_weight",
-        "delta0",
-        "dtype",
-        "seed",
-        "shard_bytes",
-        "allow_mismatch",
-        "allow_pickle",
-        *POLICIES,
-    )
-    for name in names:
-        if getattr(args, name) is not None:
+    for name in ("base", "allow_mismatch", "allow_pickle", *SETTINGS):
+        if name != "method" and getattr(args, name, None) is not None:
             given[name] = getattr(args, name)
     if args.base_curvature is not None:
         given["base_curvature"] = number_or_text(args.base_curvature)
