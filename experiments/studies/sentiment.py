@@ -23,14 +23,34 @@ from gradmatch.plan.plan import Request
 from gradmatch.rules import RULES
 
 
+class Corpus(Strict):
+    """Where the texts of one domain come from: a folder, a .jsonl file, `vader` or a hub name; see `experiments.tasks.corpora`.
+
+    Columns are of .jsonl files and the hub's data sets; `train` and `test` are its splits (or slices of them); labels from `positive_from` are positive.
+    """
+
+    path: str
+    subset: str | None = None
+    train: str = "train"
+    test: str | None = None
+    text: str = "text"
+    label: str = "label"
+    positive_from: float = 1
+
+
 class Data(Strict):
-    """Which texts: `vader` (four domains from PyPI), or a folder with one `<domain>.jsonl` of text, label, document."""
+    """Which texts: `vader` (four domains from PyPI), or a folder with one `<domain>.jsonl` of text, label, document.
+
+    `corpora` names a source per domain instead; `train`, `validation` and `test` are at most so many per domain.
+    """
 
     source: str = "vader"
+    corpora: dict[str, Corpus] = Field(default_factory=dict)
     base: str = "movies"
     tasks: tuple[str, ...] = ("amazon", "tweets", "nyt")
     max_length: int = Field(default=64, gt=2)
-    validation: int | None = Field(default=None, gt=0)  # at most so many per domain; None: all
+    train: int | None = Field(default=None, gt=0)
+    validation: int | None = Field(default=None, gt=0)
     test: int | None = Field(default=None, gt=0)
     split_seed: int = 0
 
@@ -40,6 +60,9 @@ class Data(Strict):
             raise ValueError(
                 "`base` and `tasks` must name one base domain and at least one task, all different"
             )
+        absent = [domain for domain in self.domains if domain not in self.corpora]
+        if self.corpora and absent:
+            raise ValueError(f"`corpora` has no {absent[0]!r}; it has {', '.join(self.corpora)}")
         return self
 
     @property
@@ -109,6 +132,9 @@ class Config(Study):
     data: Data = Data()
     base_training: Training
     task_training: Training
+    task_steps: dict[str, int] = Field(
+        default_factory=dict
+    )  # task -> steps, where they differ from task_training's
     joint_training: Training
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     fisher: Fisher = Fisher()
@@ -123,6 +149,11 @@ class Config(Study):
 
     @model_validator(mode="after")
     def _known_models(self) -> Config:
+        for task in self.task_steps:
+            if task not in self.data.tasks:
+                raise ValueError(
+                    f"`task_steps` names {task!r}, but the tasks are {', '.join(self.data.tasks)}"
+                )
         for name, spec in self.merges.items():
             if not takes(spec.method, len(self.data.tasks)):
                 fewest, most = RULES[spec.method].models

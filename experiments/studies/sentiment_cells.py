@@ -49,20 +49,30 @@ class Cells:
     def _prepare(self) -> Stage:
         """The stage that reads the data."""
         data = self.config.data
-        return Stage(
-            "sentiment/data",
-            "experiments.tasks.sentiment:prepare",
-            {
-                "source": data.source,
-                "domains": data.domains,
-                "encoder": self.config.encoder,
-                "max_length": data.max_length,
-                "limits": {"validation": data.validation, "test": data.test},
-                "split_seed": data.split_seed,
-            },
-            code=SOURCES,
-            seconds=10,
-        )
+        limits = {"validation": data.validation, "test": data.test}
+        settings: dict[str, Any] = {
+            "encoder": self.config.encoder,
+            "max_length": data.max_length,
+            "limits": limits if data.train is None else {**limits, "train": data.train},
+            "split_seed": data.split_seed,
+        }
+        if not data.corpora:
+            given = {"source": data.source, "domains": data.domains}
+            return Stage(
+                "sentiment/data",
+                "experiments.tasks.sentiment:prepare",
+                {**given, **settings},
+                code=SOURCES,
+                seconds=10,
+            )
+        given = {
+            "corpora": {
+                domain: data.corpora[domain].model_dump(exclude_defaults=True) for domain in data.domains
+            }
+        }
+        code = (*SOURCES, "experiments.tasks.sentiment")
+        corpora = "experiments.tasks.corpora:prepare_corpora"
+        return Stage("sentiment/data", corpora, {**given, **settings}, code=code, seconds=30)
 
     def _start(self) -> dict[str, Any]:
         """What the base is trained from, and its new head."""
@@ -72,7 +82,8 @@ class Cells:
         config, data = self.config, self.config.data
         base = self._finetune(seed, "base", [data.base], config.base_training, None)
         for task in data.tasks:
-            self._finetune(seed, task, [task], config.task_training, base)
+            steps = config.task_steps.get(task, config.task_training.steps)
+            self._finetune(seed, task, [task], config.task_training.model_copy(update={"steps": steps}), base)
         self._finetune(seed, "joint", list(data.tasks), config.joint_training, base)
 
     def _finetune(

@@ -1,0 +1,176 @@
+"""Sentiment corpora in the forms they are given away in: folders of their own, one domain of VADER's, or the hub's data sets.
+
+What each becomes is what `experiments.tasks.sentiment` splits and tokenises; a data set with a test split of its own keeps it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.tasks.sentiment import (
+    MIN_PER_SPLIT,
+    SPLITS,
+    VADER_FILES,
+    Example,
+    clean,
+    in_splits,
+    read_vader,
+    without_duplicates,
+)
+
+TEST = "test/"  # how the documents of a given test split begin
+RATING = re.compile(r"\[([+-]\d)\]")
+ENDINGS = {".neg": 0, ".pos": 1, ".0": 0, ".1": 1}  # of files with a text a line
+
+
+def read_corpus(
+    domain: str,
+    path: str,
+    subset: str | None = None,
+    train: str = "train",
+    test: str | None = None,
+    **columns: Any,
+) -> list[Example]:
+    """The examples of one domain from a folder, a .jsonl file, `vader`, or a hub name (subset, train, test: of the latter).
+
+    Raises FileNotFoundError, ValueError.
+    """
+    local = Path(path)
+    if path == "vader":
+        from experiments import assets
+
+        if domain not in VADER_FILES:
+            raise ValueError(f"vader has no domain {domain!r}; it has {', '.join(VADER_FILES)}")
+        return read_vader(assets.folder("sentiment"), domain)
+    if local.is_file():
+        rows = (json.loads(line) for line in local.read_text(encoding="utf-8").splitlines() if line.strip())
+        found = [_from_row(row, path, str(number), **columns) for number, row in enumerate(rows)]
+    elif local.is_dir():
+        found = list(_of_folder(local))
+    else:
+        found = list(_of_hub(path, subset, train, test, columns))
+    examples = [example for example in found if example.text]
+    if not examples:
+        raise ValueError(
+            f"{path} holds no text that can be read: zip files with neg/ and pos/ or with rated sentences, or pairs of files "
+            f"with a text a line that end in {', '.join(ENDINGS)}"
+        )
+    return examples
+
+
+def _of_folder(folder: Path) -> Iterator[Example]:
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".zip":
+            with zipfile.ZipFile(file) as archive:
+                for name in sorted(archive.namelist()):
+                    if name.endswith(".txt"):
+                        yield from _of_member(name, archive.read(name).decode("utf-8", errors="replace"))
+        elif file.suffix in ENDINGS:
+            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
+                yield Example(clean(line), ENDINGS[file.suffix], f"{file.name}/{number}")
+
+
+def _of_member(name: str, text: str) -> Iterator[Example]:
+    """A review in the folder of its class (Pang & Lee), or a product's sentences with their ratings (Hu & Liu)."""
+    folder = Path(name).parent.name
+    if folder in ("neg", "pos"):
+        yield Example(clean(text), int(folder == "pos"), name)
+        return
+    review = 0
+    for line in text.splitlines():
+        review += line.startswith("[t]")
+        rated, mark, sentence = line.partition("##")
+        rating = sum(map(int, RATING.findall(rated)))
+        if mark and rating:  # sentences with no opinion, or with opinions that cancel, are left out
+            yield Example(clean(sentence), int(rating > 0), f"{name}/{review}")
+
+
+def _of_hub(
+    name: str, subset: str | None, train: str, test: str | None, columns: Mapping[str, Any]
+) -> Iterator[Example]:
+    """The train split (or a slice of it, as `train[:5%]`), after the test split, whose documents say so.
+
+    Of a text that is in both, the first is kept: the test's.
+    """
+    for split, mark in ((test, TEST), (train, "")):
+        if split is not None:
+            for number, row in enumerate(_hub_rows(name, subset, split)):
+                yield _from_row(row, name, f"{mark}{split}/{number}", **columns)
+
+
+def _hub_rows(name: str, subset: str | None, split: str) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, subset, split=split)
+    except Exception as error:  # the hub's errors have many types
+        raise FileNotFoundError(
+            f"cannot load the texts {name!r}: no such file or folder, and no hub that has them is within reach "
+            f"({type(error).__name__}); `data.source: vader` stands in for them (vaderSentiment, four domains, which needs only PyPI)"
+        ) from error
+
+
+def _from_row(
+    row: Mapping[str, Any],
+    source: str,
+    document: str,
+    text: str = "text",
+    label: str = "label",
+    positive_from: float = 1,
+) -> Example:
+    missing = [column for column in (text, label) if column not in row]
+    if missing:
+        raise ValueError(f"{source} has no column {missing[0]!r}; it has {', '.join(map(str, row))}")
+    return Example(
+        clean(str(row[text])), int(float(row[label]) >= positive_from), str(row.get("document", document))
+    )
+
+
+def split_corpus(domain: str, examples: Sequence[Example], seed: int) -> dict[str, list[Example]]:
+    """As `in_splits`; where the corpus has a test split of its own, that is the test split and the rest is divided 9 : 1."""
+    given = [example for example in examples if example.document.startswith(TEST)]
+    if not given:
+        return in_splits(domain, examples, seed)
+    rest = in_splits(domain, [example for example in examples if not example.document.startswith(TEST)], seed)
+    found = {"train": rest["train"] + rest["test"], "validation": rest["validation"], "test": given}
+    if len(given) < MIN_PER_SPLIT:
+        raise ValueError(
+            f"domain {domain!r} has {len(given)} examples in its test split; {MIN_PER_SPLIT} are needed"
+        )
+    return found
+
+
+def prepare_corpora(
+    out: Path,
+    *,
+    corpora: Mapping[str, Mapping[str, Any]],
+    encoder: str,
+    max_length: int,
+    limits: Mapping[str, int | None],
+    split_seed: int,
+) -> None:
+    """Stage: as `experiments.tasks.sentiment.prepare`, from a corpus per domain (arguments of `read_corpus`)."""
+    from datasets import Dataset, disable_progress_bars
+
+    from experiments.models import load_tokenizer, locate
+
+    disable_progress_bars()
+    tokenizer = load_tokenizer(locate(encoder))
+    read = {domain: read_corpus(domain, **given) for domain, given in corpora.items()}
+    counts: dict[str, Any] = {}
+    for domain, examples in without_duplicates(read).items():
+        splits = split_corpus(domain, examples, split_seed)
+        for split in SPLITS:
+            chosen = splits[split][: limits.get(split)]
+            tokens = tokenizer([example.text for example in chosen], truncation=True, max_length=max_length)
+            labels = [example.label for example in chosen]
+            columns = {**tokens, "labels": labels, "document": [example.document for example in chosen]}
+            Dataset.from_dict(columns).save_to_disk(out / domain / split)
+            counts[f"{domain}/{split}"] = {"n": len(chosen), "labels": Counter(labels)}
+    (out / "counts.json").write_text(json.dumps(counts, indent=1, sort_keys=True), encoding="utf-8")

@@ -1,0 +1,109 @@
+"""Corpora in their own forms: each is read into texts, labels and documents, and split without leakage."""
+
+import json
+import zipfile
+
+import pytest
+
+from experiments.config import ConfigError, load
+from experiments.tasks.corpora import Example, prepare_corpora, read_corpus, split_corpus
+
+
+def zipped(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+
+
+def test_reviews_in_folders_of_their_class(tmp_path):
+    zipped(tmp_path / "movies.zip", {"r/neg/a.txt": "so\nbad", "r/pos/b.txt": "good", "r/README": "no text"})
+    assert read_corpus("imdb", str(tmp_path)) == [
+        Example("so bad", 0, "r/neg/a.txt"),
+        Example("good", 1, "r/pos/b.txt"),
+    ]
+
+
+def test_rated_sentences_of_a_products_reviews(tmp_path):
+    text = "* notes\n[t]title\nsize[+2], weight[-1]##small , but heavy\n##no opinion\n[t]\nprice[-3][u]##dear\nlens[+1], cap[-1]##both\n"
+    zipped(tmp_path / "products.zip", {"p/Camera.txt": text})
+    expected = [Example("small , but heavy", 1, "p/Camera.txt/1"), Example("dear", 0, "p/Camera.txt/2")]
+    assert read_corpus("amazon", str(tmp_path)) == expected
+
+
+@pytest.mark.parametrize(("negative", "positive"), [("x.neg", "x.pos"), ("s.0", "s.1")])
+def test_files_with_a_text_a_line(tmp_path, negative, positive):
+    (tmp_path / negative).write_text("bad &amp; worse\n\n")
+    (tmp_path / positive).write_text("good\n")
+    (tmp_path / "SOURCE.txt").write_text("where it is from")
+    found = read_corpus("rt", str(tmp_path))
+    assert found == [Example("bad & worse", 0, f"{negative}/0"), Example("good", 1, f"{positive}/0")]
+
+
+def test_json_lines_by_column(tmp_path):
+    path = tmp_path / "stars.jsonl"
+    path.write_text(
+        json.dumps({"review": "fine", "stars": 4}) + "\n" + json.dumps({"review": "poor", "stars": 2}) + "\n"
+    )
+    found = read_corpus("shop", str(path), text="review", label="stars", positive_from=4)
+    assert [(example.text, example.label) for example in found] == [("fine", 1), ("poor", 0)]
+    with pytest.raises(ValueError, match=r"stars.jsonl has no column 'text'; it has review, stars"):
+        read_corpus("shop", str(path))
+
+
+def test_the_hub_through_its_library(monkeypatch):
+    import datasets
+
+    splits = {"train[:5%]": [{"text": "a", "label": 1}], "test": [{"text": "b", "label": 0}]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split: splits[split])
+    found = read_corpus("imdb", "some/name", train="train[:5%]", test="test")
+    assert found == [Example("b", 0, "test/test/0"), Example("a", 1, "train[:5%]/0")]
+
+
+def test_without_network_it_says_what_stands_in():
+    with pytest.raises(
+        FileNotFoundError, match=r"cannot load the texts 'no/such-texts'.*vader.*stands in.*PyPI"
+    ):
+        read_corpus("imdb", "no/such-texts")
+
+
+def test_faults_of_sources(tmp_path):
+    with pytest.raises(ValueError, match="holds no text that can be read"):
+        read_corpus("imdb", str(tmp_path))
+    with pytest.raises(ValueError, match="vader has no domain 'imdb'; it has movies"):
+        read_corpus("imdb", "vader")
+
+
+def test_a_given_test_split_stays_one():
+    given = [Example(f"t{i}", i % 2, f"test/test/{i}") for i in range(12)]
+    train = [Example(f"x{i}", i % 2, f"train/{i}") for i in range(200)]
+    splits = split_corpus("imdb", given + train, 0)
+    assert splits["test"] == given
+    assert len(splits["train"]) + len(splits["validation"]) == 200
+    assert len(splits["validation"]) >= 10
+    with pytest.raises(ValueError, match="has 3 examples in its test split; 10 are needed"):
+        split_corpus("imdb", given[:3] + train, 0)
+    assert set(split_corpus("imdb", train, 0)) == {"train", "validation", "test"}
+
+
+def test_prepared_as_the_other_source(tmp_path, tiny_encoder, tiny_texts):
+    corpora = {domain: {"path": str(tiny_texts / f"{domain}.jsonl")} for domain in ("films", "books")}
+    prepare_corpora(
+        tmp_path / "out",
+        corpora=corpora,
+        encoder=str(tiny_encoder),
+        max_length=8,
+        limits={"train": 50, "test": 20},
+        split_seed=0,
+    )
+    counts = json.loads((tmp_path / "out" / "counts.json").read_text())
+    assert counts["films/train"]["n"] == 50
+    assert counts["books/test"]["n"] == 20
+    assert counts["films/validation"]["n"] >= 10
+
+
+def test_config_faults(tiny_config, tiny_texts):
+    films = f"data.corpora={{films: {{path: {tiny_texts}/films.jsonl}}}}"
+    with pytest.raises(ConfigError, match="`corpora` has no 'books'; it has films"):
+        load(tiny_config, [films])
+    with pytest.raises(ConfigError, match="`task_steps` names 'boks', but the tasks are books, songs"):
+        load(tiny_config, ["task_steps={boks: 3}"])
