@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmatch.engine.loop import Context
+    from gradmatch.engine.context import Context
     from gradmatch.plan.plan import Step
 
 

@@ -1,16 +1,19 @@
-"""The hot arithmetic, in place and in buffers that stay in cache. Tests hold each kernel equal to the readable rule."""
+"""The hot arithmetic on blocks that stay in cache, in place. Tests hold each kernel equal to the readable rule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-Load = Callable[
-    [Tensor], Tensor
-]  # given a scratch buffer, returns the values: in the buffer, or as a read-only view
+CACHE = (
+    32_768  # elements of a block: the eight or so buffers of a kernel fit into a core's second-level cache
+)
 
 
 class Buffers:
@@ -24,29 +27,42 @@ class Buffers:
         held = self._held.get((name, dtype))
         if held is None or held.numel() < count:
             held = self._held[name, dtype] = torch.empty(count, dtype=dtype)
-        return held[:count]
+        return held if held.numel() == count else held[:count]
 
 
-def linear_combination(out: Tensor, scratch: Tensor, terms: Sequence[tuple[float, Load]]) -> Tensor:
-    """sum_k c_k x_k into `out`; terms with c_k = 0 are not read."""
-    started = False
-    for coefficient, load in terms:
-        if coefficient == 0:
-            continue
-        values = load(scratch)
-        if not started and coefficient == 1:
+def in_cache(written: Tensor, *sources: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Cut flat tensors of one length into the same blocks of CACHE elements; None stays None."""
+    parts = [repeat(None) if source is None else torch.split(source, CACHE) for source in sources]
+    yield from zip(torch.split(written, CACHE), *parts, strict=False)  # None repeats for ever
+
+
+def stored(values: Tensor, buffer: Tensor) -> Tensor:
+    """Values in the buffer's dtype: as they are stored where that is it, else converted into the buffer."""
+    return values if values.dtype == buffer.dtype else buffer.copy_(values)
+
+
+def linear_combination(
+    out: Tensor, scratch: Tensor, coefficients: Sequence[float], x: Sequence[Tensor]
+) -> Tensor:
+    """sum_k c_k x_k into `out`.
+
+    out, scratch, x_k: (n,), x_k in any dtype.
+    """
+    if not x:
+        return out.zero_()
+    for position, (coefficient, values) in enumerate(zip(coefficients, x, strict=True)):
+        if position:
+            out.add_(stored(values, scratch), alpha=coefficient)
+        elif coefficient == 1:
             out.copy_(values)  # exact: a model at weight 1 returns itself, bit for bit
-        elif not started:
-            torch.mul(values, coefficient, out=out)
         else:
-            out.add_(values, alpha=coefficient)
-        started = True
-    return out if started else out.zero_()
+            torch.mul(stored(values, scratch), coefficient, out=out)
+    return out
 
 
 @dataclass
 class Eq12Health:
-    """Coordinates of one piece that the floor decides, were clamped, lack positive curvature; squared norms of the update."""
+    """Coordinates of one block that the floor decides, were clamped, lack positive curvature; squared norms of the update."""
 
     floored: int = 0
     clamped: int = 0
@@ -57,57 +73,62 @@ class Eq12Health:
 
 def eq12(
     buffers: Buffers,
-    theta0: Load,
-    h0: Load | float,
+    out: Tensor,
+    theta0: Tensor,
+    h0: Tensor | float,
     h0_scale: float,
     delta0: float,
-    tasks: Sequence[tuple[float, float, Load, Load | None]],
-    count: int,
-    dtype: torch.dtype,
+    tasks: Sequence[tuple[float, float, Tensor, Tensor | None]],
     keep: float | None = None,
     guard: str = "floor",
-) -> tuple[Tensor, Tensor, Eq12Health]:
-    """theta0 + (H0 + sum alpha_t H_t)^-1 sum alpha_t (H0 + H_t) tau_t, with H0 = h0_scale * h0 + delta0, H_t = N_t F_t.
+) -> Eq12Health:
+    """theta0 + (H0 + sum alpha_t H_t)^-1 sum alpha_t (H0 + H_t) tau_t into `out`, H0 = h0_scale * h0 + delta0, H_t = N_t F_t.
 
     Args:
         buffers: of the worker.
-        theta0: loads the base's values.
-        h0: loads the base's mean curvature, or a number.
+        out: (n,), in the dtype of the arithmetic; all others are (n,), as they are stored.
+        theta0: the base's values.
+        h0: the base's mean curvature, or a number.
         h0_scale: what it is multiplied by.
         delta0: the floor.
-        tasks: (alpha_t, N_t, load theta_t, load F_t or None where flat); alpha_t < 0 removes.
-        count: elements.
-        dtype: of the arithmetic.
+        tasks: (alpha_t, N_t, theta_t, F_t or None where flat); alpha_t < 0 removes.
         keep: the share of H0 that must remain of a removal, or None where nothing is guarded.
         guard: how it is kept, see `gradmatch.rules.removal`.
 
     Returns:
-        The merged values (a buffer), theta0 (a buffer or view), and the health of the piece.
+        The health of the block.
     """
-    base = theta0(buffers.get("theta0", count, dtype))
-    prior = buffers.get("h0", count, dtype)
-    if callable(h0):
-        torch.mul(h0(buffers.get("load", count, dtype)), h0_scale, out=prior)
-        prior.add_(delta0)
+    count, dtype = out.numel(), out.dtype
+    base = stored(theta0, buffers.get("theta0", count, dtype))
+    load, prior = buffers.get("load", count, dtype), buffers.get("h0", count, dtype)
+    if isinstance(h0, Tensor):
+        torch.add(torch.tensor(delta0, dtype=dtype), stored(h0, load), alpha=h0_scale, out=prior)
     else:
         prior.fill_(h0 * h0_scale + delta0)
-    h_bar = buffers.get("h_bar", count, dtype).copy_(prior)
-    numerator = buffers.get("numerator", count, dtype)
+    h_bar, numerator = buffers.get("h_bar", count, dtype), buffers.get("numerator", count, dtype)
     tau, weight = buffers.get("tau", count, dtype), buffers.get("weight", count, dtype)
-    drift = buffers.get("drift", count, dtype)  # sum_t alpha_t tau_t, for the guard
+    drift = (
+        buffers.get("drift", count, dtype) if keep is not None else tau
+    )  # sum_t alpha_t tau_t, for the guard
+    known = False
     for position, (alpha, examples, theta, mean) in enumerate(tasks):
-        torch.sub(theta(buffers.get("load", count, dtype)), base, out=tau)
+        torch.sub(stored(theta, load), base, out=tau)
         values = prior
         if mean is not None:
-            fisher = mean(buffers.get("load", count, dtype))
+            fisher = stored(mean, load)
             values = torch.add(prior, fisher, alpha=examples, out=weight)
-            h_bar.add_(fisher, alpha=alpha * examples)
-        if position == 0:
-            torch.mul(values, tau, out=numerator).mul_(alpha)
-        else:
+            torch.add(h_bar if known else prior, fisher, alpha=alpha * examples, out=h_bar)
+            known = True
+        if position:
             numerator.addcmul_(values, tau, value=alpha)
+        else:
+            torch.mul(values, tau, out=numerator)
+            if alpha != 1:
+                numerator.mul_(alpha)
         if keep is not None:
             torch.mul(tau, alpha, out=drift) if position == 0 else drift.add_(tau, alpha=alpha)
+    if not known:
+        h_bar.copy_(prior)
     health = Eq12Health()
     if keep is not None:
         flags = buffers.get("flags", count, torch.bool)
@@ -121,14 +142,17 @@ def eq12(
         torch.maximum(h_bar, weight, out=h_bar)
         if count and float(prior.min()) < 0:  # nothing that a guard could keep a share of
             health.cancelled = int((prior < 0).sum())
-    else:  # 0 and 1 as floats: comparing into booleans takes five times as long
-        below = torch.le(h_bar, 2 * delta0, out=buffers.get("load", count, dtype))
-        floored = int(below.sum())
+    else:
+        below = buffers.get(
+            "flags", count, torch.bool
+        ).numpy()  # numpy compares several times faster than torch
+        np.less_equal(h_bar.numpy(), 2 * delta0, out=below)
+        floored = int(np.count_nonzero(below))
         if floored or any(task[0] < 0 for task in tasks):
             size = torch.abs(prior, out=tau)
             for alpha, examples, _, mean in tasks:
                 if mean is not None:
-                    torch.abs(mean(buffers.get("load", count, dtype)), out=weight)
+                    torch.abs(stored(mean, load), out=weight)
                     size.add_(weight, alpha=abs(alpha) * examples)
             health.cancelled = cancelled(h_bar, size, delta0)
         health.floored = floored if delta0 else 0
@@ -137,7 +161,8 @@ def eq12(
     if keep is not None:
         torch.mul(update, update, out=weight)
         health.update_h0 = float(torch.dot(weight, prior))
-    return update.add_(base), base, health
+    torch.add(update, base, out=out)
+    return health
 
 
 def cancelled(h_bar: Tensor, size: Tensor, delta0: float) -> int:
@@ -149,96 +174,3 @@ def cancelled(h_bar: Tensor, size: Tensor, delta0: float) -> int:
     rounding = 8 * torch.finfo(h_bar.dtype).eps
     remainder = (h_bar <= 2 * delta0) & (h_bar < 0.1 * size) | (h_bar < rounding * size)
     return int((remainder | (h_bar < 0)).sum())
-
-
-@dataclass
-class TiesHealth:
-    """Counts over one piece: tasks in conflict, exact cancellations, and the sum of elected signs."""
-
-    conflicts: int = 0
-    cancelled: int = 0
-    signs: float = 0.0
-
-
-def ties(
-    buffers: Buffers,
-    theta0: Load,
-    theta: Sequence[Load],
-    thresholds: Sequence[float],
-    alpha: Sequence[float],
-    c: Sequence[float],
-    count: int,
-    dtype: torch.dtype,
-    majority: float,
-    *,
-    normalize: bool = True,
-) -> tuple[Tensor, Tensor, TiesHealth]:
-    """theta0 + sum_t c_t tau'_t with tau' by TIES: trim at the thresholds, elect, share among those who agree.
-
-    Args:
-        buffers: of the worker.
-        theta0: loads the base's values.
-        theta: load the tasks' values.
-        thresholds: entries with |tau_t| below are dropped.
-        alpha: weights that the election and the shares use.
-        c: coefficients of the sum.
-        count: elements.
-        dtype: of the arithmetic.
-        majority: sign that entries which cancel exactly take.
-        normalize: divide by the weights that agree.
-
-    Returns:
-        The merged values (a buffer), theta0 (a buffer or view), and the health of the piece.
-    """
-    base = theta0(buffers.get("theta0", count, dtype))
-    tau = buffers.get("tau_stack", len(theta) * count, dtype).view(len(theta), count)
-    load, total = buffers.get("load", count, dtype), buffers.get("numerator", count, dtype)
-    signs, opposing = buffers.get("h_bar", count, dtype), buffers.get("weight", count, dtype)
-    flags = buffers.get(
-        "tau", count, dtype
-    )  # 0 and 1 as floats: comparing into booleans takes five times as long
-    for row, values in enumerate(theta):
-        torch.sub(values(load), base, out=tau[row])
-        if thresholds[row] > 0:
-            torch.ops.aten.hardshrink.out(tau[row], _just_below(thresholds[row], dtype), out=tau[row])
-        torch.sign(tau[row], out=load)
-        if alpha[row] < 0:
-            load.neg_()
-        elif alpha[row] == 0:
-            load.zero_()
-        if row == 0:
-            torch.mul(tau[row], alpha[row], out=total)
-            signs.copy_(load)
-            torch.abs(load, out=opposing)
-        else:
-            total.add_(tau[row], alpha=alpha[row])
-            signs.add_(load)
-            opposing.add_(load.abs_())
-    health = TiesHealth()
-    torch.gt(opposing, signs.abs_(), out=flags)  # somebody pushes the other way
-    health.conflicts = int(flags.sum())
-    elected = total.sign_()
-    health.signs = float(elected.sum())
-    torch.eq(elected, 0, out=load)
-    if health.conflicts:
-        health.cancelled = int(flags.mul_(load).sum())
-    elected.add_(load, alpha=majority)
-    merged, agreeing = signs.zero_(), opposing.zero_()
-    for row in range(len(theta)):
-        torch.sign(tau[row], out=load)
-        direction = 1.0 if alpha[row] > 0 else -1.0
-        load.mul_(elected).mul_(direction).clamp_(min=0)  # 1 where it agrees, else 0
-        if alpha[row] == 0:
-            load.zero_()
-        merged.addcmul_(tau[row], load, value=c[row])
-        agreeing.add_(load, alpha=abs(alpha[row]))
-    if normalize:
-        torch.eq(agreeing, 0, out=flags)
-        merged.div_(agreeing.add_(flags))
-    return merged.add_(base), base, health
-
-
-def _just_below(threshold: float, dtype: torch.dtype) -> float:
-    """The largest value that a threshold excludes: hardshrink keeps what is beyond it, TIES what reaches it."""
-    value = torch.tensor(threshold, dtype=dtype)
-    return float(torch.nextafter(value, value.new_zeros(())))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from gradmatch.engine.loop import Context, Sink, run
+from gradmatch.engine.context import Context
+from gradmatch.engine.loop import Sink, run
 from gradmatch.engine.thresholds import global_thresholds
 
 if TYPE_CHECKING:

@@ -7,17 +7,21 @@ equal values fall into the window) a radix selection over the bits of |tau| find
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from gradmatch.engine.evaluate import task_vectors
-from gradmatch.engine.kernels import Buffers
-from gradmatch.engine.loop import Context, WorkerBuffers, loader, mapped, parallel, pieces, units
+from gradmatch.engine.context import Context, pieces, span
+from gradmatch.engine.kernels import Buffers, in_cache, stored
+from gradmatch.engine.passes import GRID
+from gradmatch.engine.stacked import task_vectors
+from gradmatch.engine.workers import WorkerBuffers, over_units, parallel, worker_count
 from gradmatch.inputs.stores import torch_dtype
 from gradmatch.transforms.ties import kept_count
 
@@ -25,11 +29,13 @@ if TYPE_CHECKING:
     from gradmatch.plan.plan import Step
 
 DIGIT = 16  # bits counted per pass of the radix selection
-SAMPLED, STRIDE = 16, 8  # one block in so many is sampled, and of it one value in so many
-WINDOW = 0.01  # relative half-width of the predicted window
+RUNS, RUN = 1024, 512  # runs of values that are sampled, evenly over the model, and values in a run
+SPREAD = 6.0  # standard errors of the sampled share on either side of the predicted window
 LIMIT = 4_000_000  # collected values, 16 MB of float32
 
 Target = tuple[int, int]  # task, rank from the largest
+Run = tuple["Step", int, int]
+Array = NDArray[Any]
 
 
 def global_thresholds(context: Context) -> dict[tuple[int, float], Tensor]:
@@ -70,18 +76,21 @@ def select(
 def magnitudes(
     context: Context, step: Step, first: int, last: int, position: int, buffers: Buffers, tasks: set[int]
 ) -> Iterator[tuple[int, Tensor]]:
-    """(task, |tau|) of a piece, after the edits before `position`; each tensor is valid until the next is asked for."""
-    dtype, count = torch_dtype(step.compute), last - first
-    if position:
-        _, tau = task_vectors(context, step, first, last, buffers, {}, edits=position)
-        yield from ((t, row.abs()) for t, row in zip(step.tasks, tau, strict=True) if t in tasks)
-        return
-    theta0 = loader(context.inputs.store, step.name, first, last, dtype)(buffers.get("theta0", count, dtype))
-    for t in step.tasks:
-        if t in tasks:
-            theta = loader(context.inputs.tasks[t].store, step.name, first, last, dtype)
-            tau = buffers.get("tau", count, dtype)
-            yield t, torch.sub(theta(buffers.get("load", count, dtype)), theta0, out=tau).abs_()
+    """(task, |tau|) block by block, after the edits before `position`; each tensor is valid until the next is asked for."""
+    dtype = torch_dtype(step.compute)
+    for start, stop in pieces(step, first, last):
+        if position:
+            _, tau = task_vectors(context, step, start, stop, buffers, {}, edits=position)
+            yield from ((t, row.abs()) for t, row in zip(step.tasks, tau, strict=True) if t in tasks)
+            continue
+        wanted = [t for t in step.tasks if t in tasks]
+        theta = [context.inputs.tasks[t].store.block(step.name, start, stop) for t in wanted]
+        for base, *models in in_cache(context.inputs.store.block(step.name, start, stop), *theta):
+            count = base.numel()
+            theta0 = stored(base, buffers.get("theta0", count, dtype))
+            load, tau = buffers.get("load", count, dtype), buffers.get("tau", count, dtype)
+            for t, values in zip(wanted, models, strict=True):
+                yield t, torch.sub(stored(values, load), theta0, out=tau).abs_()
 
 
 def predicted(
@@ -90,105 +99,119 @@ def predicted(
     """Ranks found by sampling a window first; those whose window missed are absent."""
     windows = _windows(context, steps, position, targets, sizes)
     above = dict.fromkeys(windows, 0)
-    inside: dict[Target, list[Tensor]] = {target: [] for target in windows}
+    inside: dict[Target, list[Array]] = {target: [] for target in windows}
     held = dict.fromkeys(windows, 0)
-    buffers = WorkerBuffers()
-    jobs = (
-        (None, partial(_count_unit, context, step, first, last, position, windows, buffers))
-        for step, first, last, _ in units(steps, context)
-    )
-    for _, counted in parallel(jobs):
+    for _, counted in over_units(context, steps, partial(_count_unit, context, position, windows)):
         for target, (over, values) in counted.items():
             above[target] += over
             if held[target] <= LIMIT:
                 inside[target].append(values)
-                held[target] += values.numel()
+                held[target] += len(values)
     found = {}
     for target in windows:
         rank = target[1] - above[target]
         if 1 <= rank <= held[target] <= LIMIT:
-            values = torch.cat(inside[target])
-            found[target] = float(values.kthvalue(values.numel() + 1 - rank).values)
+            values = np.concatenate(inside[target])
+            found[target] = float(np.partition(values, len(values) - rank)[len(values) - rank])
     return found
 
 
 def _windows(
     context: Context, steps: Sequence[Step], position: int, targets: Sequence[Target], sizes: Sequence[int]
 ) -> dict[Target, tuple[float, float]]:
-    """Where each threshold probably lies, from every STRIDE-th value of one block in SAMPLED."""
+    """Where each threshold probably lies: SPREAD standard errors around its place in a sample of runs of values.
+
+    The standard error is that of the share above the threshold, from how the runs differ in it: tensors have scales of their
+    own, so values side by side tell less than as many from everywhere.
+    """
     tasks = {t for t, _ in targets}
-    cells = [
-        (step, first, last) for step in steps for first, last in pieces(step, context, 0, step.spec.numel)
-    ]
-    buffers = WorkerBuffers()
+    total = sum(step.spec.numel for step in steps)
+    distance = max(RUN, total // RUNS)
+    runs, offset = [], 0
+    for step in steps:
+        for start in range(-offset % distance, step.spec.numel, distance):
+            begin = start - start % GRID if position and distance >= GRID else start  # where draws begin anew
+            runs.append((step, begin, min(begin + RUN, step.spec.numel)))
+        offset += step.spec.numel
+    worker = WorkerBuffers()
+    share = -(-len(runs) // (8 * worker_count()))
     jobs = (
-        (None, partial(_sample, context, step, first, last, position, tasks, buffers))
-        for step, first, last in cells[::SAMPLED]
+        (None, partial(_sample, context, runs[first : first + share], position, tasks, worker))
+        for first in range(0, len(runs), share)
     )
-    sample: dict[int, list[Tensor]] = {t: [] for t in tasks}
+    sample: dict[int, list[Array]] = {t: [] for t in tasks}
     for _, found in parallel(jobs):
-        for t, values in found.items():
+        for t, values in found:
             sample[t].append(values)
+    ordered = {t: np.sort(np.concatenate(arrays)) for t, arrays in sample.items() if arrays}
     windows = {}
     for t, rank in targets:
-        values = torch.cat(sample[t]) if sample[t] else torch.empty(0)
-        if not values.numel():
+        if t not in ordered:
             continue
-        place = min(values.numel(), max(1, round(rank / sizes[t] * values.numel())))
-        middle = float(values.kthvalue(values.numel() + 1 - place).values)
-        windows[t, rank] = (middle * (1 - WINDOW), middle * (1 + WINDOW))
+        values, kept = ordered[t], rank / sizes[t]
+        count = len(values)
+        middle = values[min(count - 1, max(0, count - round(kept * count)))]
+        lengths = np.array([len(run) for run in sample[t]])
+        over = np.add.reduceat(
+            np.concatenate(sample[t]) >= middle, lengths.cumsum() - lengths, dtype=np.int64
+        )
+        shares = over / lengths
+        error = SPREAD * max(float(shares.std()), 1 / RUN) / len(shares) ** 0.5
+        low, high = (count - (kept + side * error) * count for side in (1, -1))
+        bottom = values[int(low)] if low > 0 else 0.0
+        top = values[math.ceil(high)] if high < count - 1 else math.inf
+        windows[t, rank] = (float(bottom), float(top))
     return windows
 
 
 def _sample(
-    context: Context, step: Step, first: int, last: int, position: int, tasks: set[int], worker: WorkerBuffers
-) -> dict[int, Tensor]:
-    """Some magnitudes of a piece, by task."""
-    found = magnitudes(context, step, first, last, position, worker.get(), tasks)
-    return {t: values[::STRIDE].clone() for t, values in found}
+    context: Context, runs: Sequence[Run], position: int, tasks: set[int], worker: WorkerBuffers
+) -> list[tuple[int, Array]]:
+    """Magnitudes of some runs of values: (task, values) for each run."""
+    return [
+        (t, values.numpy().copy())
+        for step, first, last in runs
+        for t, values in _run_magnitudes(context, step, first, last, position, worker.get(), tasks)
+    ]
+
+
+def _run_magnitudes(
+    context: Context, step: Step, first: int, last: int, position: int, buffers: Buffers, tasks: set[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """`magnitudes` of a run; where a piece must be more than a block, of the piece that it begins in."""
+    if not position or span(step) == "block":
+        yield from magnitudes(context, step, first, last, position, buffers, tasks)
+        return
+    start, stop = next(piece for piece in pieces(step, 0, step.spec.numel) if piece[1] > first)
+    for t, values in magnitudes(context, step, start, stop, position, buffers, tasks):
+        yield t, values.reshape(-1)[first - start : last - start]
 
 
 def _count_unit(
     context: Context,
+    position: int,
+    windows: dict[Target, tuple[float, float]],
     step: Step,
     first: int,
     last: int,
-    position: int,
-    windows: dict[Target, tuple[float, float]],
-    worker: WorkerBuffers,
-) -> dict[Target, tuple[int, Tensor]]:
-    """What one unit has above each window, and the values inside."""
-    with mapped(context, step, first, last):
-        return _count_pieces(context, step, first, last, position, windows, worker.get())
-
-
-def _count_pieces(
-    context: Context,
-    step: Step,
-    first: int,
-    last: int,
-    position: int,
-    windows: dict[Target, tuple[float, float]],
     buffers: Buffers,
-) -> dict[Target, tuple[int, Tensor]]:
-    """The same, piece by piece."""
+) -> dict[Target, tuple[int, Array]]:
+    """How many values of one unit are above each window, and the values inside."""
     counts = {target: 0 for target in windows if target[0] in step.tasks}
-    values: dict[Target, list[Tensor]] = {target: [] for target in counts}
-    for start, stop in pieces(step, context, first, last):
-        for t, magnitude in magnitudes(context, step, start, stop, position, buffers, {t for t, _ in counts}):
-            for target in counts:
-                if target[0] == t:
-                    low, high = windows[target]
-                    array = (
-                        magnitude.numpy()
-                    )  # numpy compares and gathers several times faster than torch here
-                    over = array > high
-                    counts[target] += int(np.count_nonzero(over))
-                    values[target].append(torch.from_numpy(array[(array >= low) ^ over]))
-    empty = torch.empty(0, dtype=torch_dtype(step.compute))
-    return {
-        target: (counts[target], torch.cat(values[target]) if values[target] else empty) for target in counts
-    }
+    values: dict[Target, list[Array]] = {target: [] for target in counts}
+    for t, magnitude in magnitudes(context, step, first, last, position, buffers, {t for t, _ in counts}):
+        array = magnitude.numpy()  # numpy compares, counts and gathers several times faster than torch here
+        over = buffers.get("over", len(array), torch.bool).numpy()
+        inside = buffers.get("inside", len(array), torch.bool).numpy()
+        for target in counts:
+            if target[0] == t:
+                low, high = windows[target]
+                np.greater(array, high, out=over)
+                counts[target] += int(np.count_nonzero(over))
+                np.not_equal(np.greater_equal(array, low, out=inside), over, out=inside)
+                values[target].append(array[inside])
+    empty = np.empty(0, dtype=np.float64 if step.compute == "F64" else np.float32)
+    return {target: (counts[target], np.concatenate([*values[target], empty])) for target in counts}
 
 
 def radix(context: Context, steps: Sequence[Step], position: int, target: Target) -> float:
@@ -200,12 +223,11 @@ def radix(context: Context, steps: Sequence[Step], position: int, target: Target
     for low in range(width - DIGIT, -1, -DIGIT):
         counts = torch.zeros(1 << DIGIT, dtype=torch.int64)
         for step in steps:
-            for first, last in pieces(step, context, 0, step.spec.numel):
-                for _, values in magnitudes(context, step, first, last, position, buffers, {task}):
-                    digits = values.to(floats).view(integers) >> low
-                    if low < width - DIGIT:
-                        digits = digits[(digits >> DIGIT) == prefix]
-                    counts += torch.bincount(digits & ((1 << DIGIT) - 1), minlength=1 << DIGIT)
+            for _, values in magnitudes(context, step, 0, step.spec.numel, position, buffers, {task}):
+                digits = values.to(floats).view(integers) >> low
+                if low < width - DIGIT:
+                    digits = digits[(digits >> DIGIT) == prefix]
+                counts += torch.bincount(digits & ((1 << DIGIT) - 1), minlength=1 << DIGIT)
         from_top = counts.flip(0).cumsum(0)
         place = int(torch.searchsorted(from_top, rank))
         digit = (1 << DIGIT) - 1 - place

@@ -1,0 +1,86 @@
+"""What the pieces of one merge share: the plan, what passes over the whole model found, and how tensors are cut and read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gradmatch.engine.passes import GRID
+from gradmatch.inputs.opened import CurvatureStore, Inputs
+from gradmatch.transforms import TRANSFORMS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from estimators.tensorfile import TensorFile
+    from gradmatch.inputs.stores import Store
+    from gradmatch.plan.plan import Plan, Step
+
+BLOCK = (
+    GRID  # elements of a piece, where the rule is elementwise: what is read, looked up and written at a time
+)
+
+
+@dataclass
+class Context:
+    """The plan, and what passes over the whole model found before the pieces are merged."""
+
+    plan: Plan
+    thresholds: Mapping[tuple[int, float], Tensor] = field(default_factory=dict)  # (edit, density) -> (T,)
+    majority: float = 1.0
+    norms: Sequence[float] = ()
+
+    @property
+    def inputs(self) -> Inputs:
+        """The opened inputs."""
+        return self.plan.inputs
+
+
+def span(step: Step) -> str:
+    """How much of a tensor a piece must hold: "block", "rows" or "tensor"."""
+    if step.whole:
+        return "tensor"
+    spans = [TRANSFORMS[name].span(options) for name, options in step.edits] if step.action == "merge" else []
+    return "tensor" if "tensor" in spans else "rows" if "rows" in spans or step.along else "block"
+
+
+def pieces(step: Step, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Cut elements first to last of a tensor into pieces."""
+    kind = span(step)
+    size = BLOCK
+    if kind == "tensor":
+        size = max(1, step.spec.numel)
+    elif kind == "rows":
+        row = step.spec.shape[-1] if step.spec.shape else 1
+        size = max(1, BLOCK // max(1, row)) * max(1, row)
+    for start in range(first, last, size):
+        yield start, min(start + size, last)
+
+
+def byte_ranges(context: Context, step: Step, first: int, last: int) -> Iterator[tuple[TensorFile, int, int]]:
+    """The parts of files that elements first to last of a step will be read from."""
+    inputs = context.inputs
+    stores: list[tuple[Store, str | None]] = [(inputs.store, step.name)]
+    if step.action != "copy":
+        tasks = [inputs.tasks[t] for t in step.tasks]
+        stores += [(task.store, step.name) for task in tasks]
+        known = [store for task in tasks for store in (task.mean, task.gradient) if store is not None]
+        known += [inputs.base_curvature] if isinstance(inputs.base_curvature, CurvatureStore) else []
+        stores += [(store, store.key(step.name)) for store in known]
+    for store, name in stores:
+        for file, start, stop in store.files(name) if name is not None else ():
+            size = (stop - start) / max(1, step.spec.numel)
+            yield file, start + int(first * size), min(stop, start + int(last * size))
+
+
+def curvature(store: CurvatureStore | None, name: str, first: int, last: int) -> Tensor | None:
+    """Elements of a curvature block as they are stored; None where it is flat."""
+    key = store.key(name) if store is not None else None
+    return None if store is None or key is None else store.block(key, first, last)
+
+
+def add(total: dict[str, float], part: Mapping[str, float]) -> None:
+    """Add statistics."""
+    for key, value in part.items():
+        total[key] = total.get(key, 0.0) + value
