@@ -13,20 +13,14 @@ import torch
 from estimators import Curvature, estimate
 from experiments.diagnosis.cases import HEALTHY, Arguments, Case
 from experiments.diagnosis.confusion import diagnose_case
-from experiments.models import batches, load_classifier, load_split, subset
+from experiments.diagnosis.loading import Run, examples, load_run
 from gradmatch import Task, merge
-
-Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Encoders:
-    """A base, its fine-tunes, their curvatures and validation batches, by domain; `module` lends its structure."""
+class Encoders(Run):
+    """A sentiment run with validation batches, and a few training examples, by domain."""
 
-    module: Any
-    base: Weights
-    tasks: dict[str, Weights]
-    curvatures: dict[str, Curvature]
     data: dict[str, list[dict[str, torch.Tensor]]]
     train: dict[str, list[dict[str, torch.Tensor]]]
 
@@ -44,29 +38,18 @@ def diagnose_encoder(
     tasks: Mapping[str, Path],
     base_curvature: Path,
     curvatures: Mapping[str, Path],
-    examples: int,
+    count: int,
     seed: int,
 ) -> None:
     """Build each case from the fine-tunes of a sentiment run, diagnose it, and write `out/cases.json`."""
-    module = load_classifier(base / "model")
-
-    def chosen(domain: str, split: str, count: int) -> list[dict[str, torch.Tensor]]:
-        return [batch for _, batch in batches(subset(load_split(data, domain, split), count, seed), 32)]
-
+    run = load_run(base, tasks, base_curvature, curvatures)
     encoders = Encoders(
-        module,
-        {name: value.clone() for name, value in module.state_dict().items()},
-        {task: dict(load_classifier(folder / "model").state_dict()) for task, folder in tasks.items()},
-        {task: _curvature(folder) for task, folder in {**curvatures, "base": base_curvature}.items()},
-        {task: chosen(task, "validation", examples) for task in tasks},
-        {task: chosen(task, "train", 4) for task in tasks},
+        **vars(run),
+        data={task: examples(data, task, "validation", count, seed) for task in tasks},
+        train={task: examples(data, task, "train", 4, seed) for task in tasks},
     )
     rows = [diagnose_case(name, case, encoders) | {"variant": False} for name, case in CASES.items()]
     (out / "cases.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-
-
-def _curvature(folder: Path) -> Curvature:
-    return Curvature.load(folder / "curvature.safetensors")
 
 
 def merged_by(

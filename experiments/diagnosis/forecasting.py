@@ -14,15 +14,16 @@ import torch
 from tqdm import tqdm
 
 from estimators import Curvature, estimate
-from experiments.models import batches, load_classifier, load_split, subset
+from experiments.diagnosis.loading import Run, Weights, examples, fast, load_run
+from experiments.diagnosis.scores import correlations, scales
+from experiments.models import load_split
 from gradmatch import Task, merge
 from gradmatch.diagnosis.auto import make_directions
 from gradmatch.diagnosis.evidence import accuracy_of
-from gradmatch.diagnosis.forecast import Products, best_coefficients, spearman
+from gradmatch.diagnosis.forecast import Products, best_coefficients
 from gradmatch.diagnosis.objective import Objective
 from gradmatch.diagnosis.products import curvature_products, dot, measure_products, save_products
 
-Weights = Mapping[str, torch.Tensor]
 # The rules whose merges are forecast: name -> (method, options). Weights are those of the config.
 RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "FA": ("fisher", {}),
@@ -30,6 +31,7 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "GM, H0 x 0.1": ("gradient_matching", {"base_weight": 0.1}),
     "TIES": ("ties", {}),
 }
+UPPER = 2.0  # largest weight that is tried and chosen, as in `merge(..., weights="auto")`
 
 
 def forecast(
@@ -40,7 +42,8 @@ def forecast(
     tasks: Mapping[str, Path],
     base_curvature: Path,
     curvatures: Mapping[str, Path],
-    examples: int,
+    split: str,
+    count: int,
     kfac: int,
     test: int,
     grid: Sequence[float],
@@ -48,104 +51,129 @@ def forecast(
     seed: int,
     delta0: float,
 ) -> None:
-    """Measure products on validation examples, forecast merges, evaluate them on test examples, and try a grid of weights.
+    """Measure products on `count` examples of a split, forecast merges, evaluate them there and on test examples, try a grid.
 
     Writes `out/forecast.json` (everything that the report prints) and `out/products.json`.
     """
-    module = load_classifier(base / "model")
-    theta0 = {name: value.clone() for name, value in module.state_dict().items()}
-    thetas = {t: dict(load_classifier(folder / "model").state_dict()) for t, folder in tasks.items()}
-    fishers = {t: Curvature.load(folder / "curvature.safetensors") for t, folder in curvatures.items()}
-    h0 = Curvature.load(base_curvature / "curvature.safetensors")
-    held = {t: _objective(module, data, t, "validation", examples, seed) for t in tasks}
-    tested = {t: _objective(module, data, t, "test", test, seed) for t in tasks}
-
-    taus, places = make_directions(theta0, thetas)
-    terms, _ = make_directions(
-        theta0,
-        thetas,
-        span="preconditioned",
-        curvatures=fishers,
-        base_curvature=h0,
-        curvature_weight=0.1,
-        delta0=delta0,
-    )
-    merges = made_merges(theta0, thetas, fishers, h0, delta0)
-    directions: dict[str, Weights] = dict(taus)
-    directions |= {f"gm:{t}": terms[t] for t in tasks}
-    directions |= {name: _difference(theta, theta0, taus) for name, theta in merges.items()}
+    run = load_run(base, tasks, base_curvature, curvatures)
+    seen = {t: _objective(run, data, t, split, count, seed) for t in tasks}
+    tested = {t: _objective(run, data, t, "test", test, seed) for t in tasks}
+    directions, places = all_directions(run, delta0)
     start = time.perf_counter()
     exact = [
-        measure_products(t, held[t], thetas[t], directions, places[t]) for t in tqdm(tasks, desc="products")
+        measure_products(t, seen[t], run.tasks[t], directions, places[t])
+        for t in tqdm(tasks, desc="products")
     ]
     seconds = time.perf_counter() - start
     save_products(exact, out / "products.json")
-    factors = {t: kronecker(module, held[t], thetas[t], kfac) for t in tasks}
-    kron = [
-        curvature_products(t, factors[t], directions, places[t], gradient=held[t].gradient(thetas[t]))
-        for t in tasks
-    ]
-    diagonal = [
-        curvature_products(t, fishers[t], directions, places[t], gradient=held[t].gradient(thetas[t]))
-        for t in tasks
-    ]
+    gradients = {t: seen[t].gradient(run.tasks[t]) for t in tasks}
 
-    coordinates = {name: {name: 1.0} for name in merges} | random_weights(list(tasks), draws, seed)
-    best = {
-        "closed form, tau": best_coefficients(exact, free=list(tasks)).coefficients,
-        "closed form, preconditioned": best_coefficients(exact, free=[f"gm:{t}" for t in tasks]).coefficients,
-        "Kronecker, tau": best_coefficients(kron, free=list(tasks), upper=2.0).coefficients,
-        "diagonal, tau": best_coefficients(diagonal, free=list(tasks), upper=2.0).coefficients,
+    def from_files(files: Mapping[str, Curvature]) -> list[Products]:
+        return [curvature_products(t, files[t], directions, places[t], gradient=gradients[t]) for t in tasks]
+
+    products = {
+        "exact": exact,
+        "kronecker": from_files({t: kronecker(run, seen[t], t, kfac) for t in tasks}),
+        "diagonal": from_files(run.curvatures),
     }
-    coordinates |= best
-    own = {t: float(objective.losses(thetas[t]).mean()) for t, objective in tested.items()}
-    rows = []
-    for name, c in tqdm(coordinates.items(), desc="merges"):
-        theta = {**theta0, **_moved(theta0, directions, c)}
-        vector = np.array([c.get(d, 0.0) for d in directions])
-        for t, objective in tested.items():
-            losses, confusion = objective.evaluate(theta)
-            assert confusion is not None
-            rows.append(
-                {
-                    "merge": name,
-                    "task": t,
-                    "measured": float(losses.mean()) - own[t],
-                    "accuracy": accuracy_of(confusion),
-                    **{
-                        kind: _of(products, t).rise(vector) / _of(products, t).num_examples
-                        for kind, products in (("exact", exact), ("kronecker", kron), ("diagonal", diagonal))
-                    },
-                    "trusted": _of(exact, t).trusted(vector),
-                }
-            )
+    names = list(tasks)
+    best = {
+        "closed form, tau": best_coefficients(exact, free=names, upper=UPPER),
+        "closed form, preconditioned": best_coefficients(exact, free=[f"gm:{t}" for t in names], upper=UPPER),
+        "Kronecker, tau": best_coefficients(products["kronecker"], free=names, upper=UPPER),
+        "diagonal, tau": best_coefficients(products["diagonal"], free=names, upper=UPPER),
+    }
+    chosen = {name: found.coefficients for name, found in best.items()}
+    merges = {name: {name: 1.0} for name in RULES} | random_weights(names, draws, seed) | chosen
+    rows = evaluated(run, directions, merges, products, seen, tested)
     start = time.perf_counter()
-    tried = grid_search(theta0, directions, tested, list(tasks), grid)
+    tried = grid_search(run.base, directions, tested, names, grid)
+    factors = scales(products, rows)
+    for row in rows:
+        del row["coordinates"]
     content = {
         "rows": rows,
-        "weights": best,
+        "weights": chosen,
         "grid": tried,
         "grid_seconds": time.perf_counter() - start,
-        "products_seconds": seconds * len(tasks) / len(directions),  # of the task vectors alone
-        "correlations": correlations(rows),
-        "norms": {t: dot(u, u) ** 0.5 for t, u in taus.items()},
+        "products_seconds": seconds * len(names) / len(directions),  # the share of the task vectors alone
+        "scales": factors,
+        "correlations": correlations(rows, factors),
+        "norms": {t: dot(directions[t], directions[t]) ** 0.5 for t in names},
         "quadratic": {  # tau_t' H_t tau_t, nats
-            kind: {p.task: float(p.curvature[i, i]) for i, p in enumerate(products)}
-            for kind, products in (("exact", exact), ("kronecker", kron), ("diagonal", diagonal))
+            kind: {p.task: float(p.curvature[i, i]) for i, p in enumerate(each)}
+            for kind, each in products.items()
         },
     }
     (out / "forecast.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def kronecker(module: Any, objective: Objective, theta: Weights, examples: int) -> Curvature:
-    """Kronecker factors at a fine-tune, from the first `examples` of its training examples."""
-    module.load_state_dict(dict(theta))
-    raw, seen = [], 0
+def all_directions(run: Run, delta0: float) -> tuple[dict[str, Weights], dict[str, dict[str, float]]]:
+    """Task vectors, terms of Eq. 12 ("gm:<task>"), updates of the merges of RULES; and where every fine-tune is."""
+    taus, places = make_directions(run.base, run.tasks)
+    h0 = run.curvatures["base"]
+    curvatures = {t: run.curvatures[t] for t in run.tasks}
+    terms, _ = make_directions(
+        run.base,
+        run.tasks,
+        span="preconditioned",
+        curvatures=curvatures,
+        base_curvature=h0,
+        curvature_weight=0.1,
+        delta0=delta0,
+    )
+    directions: dict[str, Weights] = dict(taus)
+    directions |= {f"gm:{t}": terms[t] for t in run.tasks}
+    merges = made_merges(run.base, run.tasks, curvatures, h0, delta0)
+    directions |= {name: _difference(theta, run.base, taus) for name, theta in merges.items()}
+    return directions, places
+
+
+def evaluated(
+    run: Run,
+    directions: Mapping[str, Weights],
+    merges: Mapping[str, Mapping[str, float]],
+    products: Mapping[str, Sequence[Products]],
+    seen: Mapping[str, Objective],
+    tested: Mapping[str, Objective],
+) -> list[dict[str, Any]]:
+    """Forecast and measured rise of every task's loss at every merge, nats per example."""
+    with fast():
+        own = {t: [float(o[t].losses(run.tasks[t]).mean()) for o in (seen, tested)] for t in run.tasks}
+    rows = []
+    for name, c in tqdm(merges.items(), desc="merges"):
+        theta = {**run.base, **_moved(run.base, directions, c)}
+        vector = np.array([c.get(d, 0.0) for d in directions])
+        for position, t in enumerate(run.tasks):
+            with fast():
+                before = float(seen[t].losses(theta).mean())
+                losses, confusion = tested[t].evaluate(theta)
+            assert confusion is not None
+            told = {kind: each[position] for kind, each in products.items()}
+            rows.append(
+                {
+                    "merge": name,
+                    "task": t,
+                    "coordinates": vector.tolist(),
+                    "seen": before - own[t][0],
+                    "measured": float(losses.mean()) - own[t][1],
+                    "accuracy": accuracy_of(confusion),
+                    **{kind: p.rise(vector) / p.num_examples for kind, p in told.items()},
+                    "trusted": told["exact"].trusted(vector),
+                }
+            )
+    return rows
+
+
+def kronecker(run: Run, objective: Objective, task: str, count: int) -> Curvature:
+    """Kronecker factors at a fine-tune, from the first `count` of the examples that are seen."""
+    run.module.load_state_dict(run.tasks[task])
+    raw, read = [], 0
     for batch in objective.batches:
-        if seen < examples:
+        if read < count:
             raw.append({**batch.kwargs, "labels": batch.labels})
-            seen += batch.size
-    return estimate(module, raw, method="kfac", num_examples=objective.num_examples, progress=False)
+            read += batch.size
+    return estimate(run.module, raw, method="kfac", num_examples=objective.num_examples, progress=False)
 
 
 def made_merges(
@@ -193,38 +221,15 @@ def grid_search(
     for point in tqdm(list(product(grid, repeat=len(tasks))), desc="grid"):
         c = dict(zip(tasks, point, strict=True))
         theta = {**theta0, **_moved(theta0, directions, c)}
-        accuracies = [objective.accuracy(theta) or 0.0 for objective in objectives.values()]
+        with fast():
+            accuracies = [objective.accuracy(theta) or 0.0 for objective in objectives.values()]
         tried.append({"weights": c, "accuracy": sum(accuracies) / len(accuracies)})
     return tried
 
 
-def correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Spearman's rank correlation of forecast and measured rise over merges: the mean over tasks, and each task alone."""
-    found: dict[str, dict[str, float]] = {}
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    chosen = [row for row in rows if not row["merge"].startswith(("closed", "Kronecker", "diagonal"))]
-    names = list(dict.fromkeys(row["merge"] for row in chosen))
-    for kind in ("exact", "kronecker", "diagonal"):
-        by_task = {
-            t: spearman(
-                [row[kind] for row in chosen if row["task"] == t],
-                [row["measured"] for row in chosen if row["task"] == t],
-            )
-            for t in tasks
-        }
-        sums = [
-            [sum(row[key] for row in chosen if row["merge"] == name) for name in names]
-            for key in (kind, "measured")
-        ]
-        pooled = spearman([row[kind] for row in chosen], [row["measured"] for row in chosen])
-        found[kind] = {**by_task, "all tasks together": pooled, "mean of the tasks": spearman(*sums)}
-    return found
-
-
-def _objective(module: Any, data: Path, domain: str, split: str, examples: int, seed: int) -> Objective:
-    rows = load_split(data, domain, split)
-    chosen = [batch for _, batch in batches(subset(rows, examples, seed), 32)]
-    return Objective(module, chosen, num_examples=len(rows))
+def _objective(run: Run, data: Path, domain: str, split: str, count: int, seed: int) -> Objective:
+    chosen = examples(data, domain, split, count, seed)
+    return Objective(run.module, chosen, num_examples=len(load_split(data, domain, split)))
 
 
 def _difference(theta: Weights, theta0: Weights, like: Mapping[str, Weights]) -> dict[str, torch.Tensor]:

@@ -75,7 +75,7 @@ def encoder_cells(config: Config) -> dict[int, Stage]:
         seed: Stage(
             f"diagnosis/encoder-seed{seed}",
             "experiments.diagnosis.encoder:diagnose_encoder",
-            {"seed": seed, "examples": config.examples},
+            {"seed": seed, "count": config.examples},
             model_inputs(made, seed),
             CODE,
             600,

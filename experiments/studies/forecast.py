@@ -28,12 +28,14 @@ CODE = (
 class Config(Study):
     """Keys of the config.
 
-    `sentiment` is the config whose base, fine-tunes and curvatures are used; `grid` are the weights that the search tries
-    for each task; `kfac` are the examples of the Kronecker factors.
+    `sentiment` is the config whose base, fine-tunes and curvatures are used; `examples` of `split` are what the forecast
+    sees of each task, `kfac` of them make the Kronecker factors, and `test` examples are what merges are measured on; `grid`
+    are the weights that the search tries for each task.
     """
 
     experiment: Literal["forecast"]
     sentiment: Path
+    split: Literal["train", "validation"] = "train"
     examples: int = Field(default=256, gt=1)
     kfac: int = Field(default=128, gt=1)
     test: int = Field(default=300, gt=1)
@@ -57,7 +59,8 @@ def cells(config: Config) -> dict[int, Stage]:
     source = configs.load(config.sentiment)
     made = sentiment.Cells(source)
     tasks = source.data.tasks
-    settings = config.model_dump(include={"examples", "kfac", "test", "draws"}) | {"grid": list(config.grid)}
+    settings = config.model_dump(include={"split", "kfac", "test", "draws"})
+    settings |= {"count": config.examples, "grid": list(config.grid)}
     return {
         seed: Stage(
             f"forecast/seed{seed}",
@@ -87,29 +90,70 @@ def records(config: Config, store: Path) -> list[Record]:
     return found
 
 
+WHERE = {
+    "seen": "on the examples that it was made from",
+    "measured": "on test examples (last row: the measured rise on the forecast's examples, what a perfect forecast reaches)",
+}
+
+
 def report(found: list[Record]) -> str:
-    """Correlations, weights and accuracies, seed by seed."""
-    return "\n\n".join(_seed(record) for record in of_kind(found, "forecast"))
+    """Correlations, weights and accuracies: the mean over seeds, then seed by seed."""
+    rows = of_kind(found, "forecast")
+    if not rows:
+        return "no records"
+    return "\n\n".join([_over_seeds(rows), *(_seed(record) for record in rows)])
+
+
+def _over_seeds(rows: list[Record]) -> str:
+    lines = []
+    for target, where in WHERE.items():
+        lines.append(f"Rank correlation of forecast and measured rise {where}; mean over {len(rows)} seeds")
+        tables = [row["correlations"][target] for row in rows]
+        mean = {
+            kind: {key: fmean(table[kind][key] for table in tables) for key in tables[0][kind]}
+            for kind in tables[0]
+        }
+        lines += _table(mean)
+    lines.append("Macro accuracy on test examples, mean over seeds (and worst against the best of the grid)")
+    best = [max(point["accuracy"] for point in row["grid"]) for row in rows]
+    accuracies = [_accuracies(row["rows"]) for row in rows]
+    points = len(rows[0]["grid"])
+    lines.append(f"  {f'best of {points} merges, chosen on the same test examples':<56}{fmean(best):.3f}")
+    for name in (*rows[0]["weights"], *RULES):
+        if all(name in accuracy for accuracy in accuracies):
+            mine = [accuracy[name] for accuracy in accuracies]
+            worst = min(m - b for m, b in zip(mine, best, strict=True))
+            lines.append(f"  {name:<56}{fmean(mine):.3f}  ({worst:+.3f})")
+    return "\n".join(lines)
+
+
+RULES = ("AM", "FA", "GM", "GM, H0 x 0.1", "TIES", "TA 1")
+
+
+def _table(values: Mapping[str, Mapping[str, float]]) -> list[str]:
+    keys = list(next(iter(values.values())))
+    lines = [f"  {'forecast':<24}" + "".join(f"{key:>{max(len(key), 6) + 2}}" for key in keys)]
+    for kind, scores in values.items():
+        numbers = (f"{scores[key]:.3f}" if key == "error" else f"{scores[key]:.2f}" for key in keys)
+        lines.append(
+            f"  {kind:<24}"
+            + "".join(f"{n:>{max(len(k), 6) + 2}}" for n, k in zip(numbers, keys, strict=True))
+        )
+    return lines
 
 
 def _seed(record: Mapping[str, Any]) -> str:
-    lines = [f"Seed {record['seed']}: rank correlation of forecast and measured rise of the loss over merges"]
-    keys = list(record["correlations"]["exact"])
-    lines.append(f"{'curvature':<12}" + "".join(f"{key:>{len(key) + 3}}" for key in keys))
-    for kind, values in record["correlations"].items():
-        lines.append(f"{kind:<12}" + "".join(f"{values[key]:>{len(key) + 3}.2f}" for key in keys))
+    lines = [f"Seed {record['seed']}"]
+    for target, table in record["correlations"].items():
+        lines += [f" {WHERE[target]}", *_table(table)]
     best = max(record["grid"], key=lambda point: point["accuracy"])
     accuracy = _accuracies(record["rows"])
-    lines.append(f"Weights (macro accuracy on test examples; {len(record['grid'])} grid points took {record['grid_seconds']:.0f} s, "
-                 f"the products {record['products_seconds']:.0f} s)")  # fmt: skip
     lines.append(
-        f"  {'best of the grid, chosen on the same test examples':<52}{best['accuracy']:.3f}  {_text(best['weights'])}"
+        f" weights (the grid took {record['grid_seconds']:.0f} s, the products {record['products_seconds']:.0f} s)"
     )
+    lines.append(f"  {'best of the grid':<28}{best['accuracy']:.3f}  {_text(best['weights'])}")
     for name, weights in record["weights"].items():
-        lines.append(f"  {name:<52}{accuracy[name]:.3f}  {_text(weights)}")
-    for name in ("AM", "TA 1", "GM", "GM, H0 x 0.1"):
-        if name in accuracy:
-            lines.append(f"  {name:<52}{accuracy[name]:.3f}")
+        lines.append(f"  {name:<28}{accuracy[name]:.3f}  {_text(weights)}")
     return "\n".join(lines)
 
 

@@ -3,15 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from estimators import estimate
 from experiments import config as configs
-from experiments.diagnosis import encoder, forecasting, tiny
+from experiments.diagnosis import encoder, forecasting, scores, tiny
 from experiments.diagnosis.cases import CASES, HEALTHY, VARIANTS, reordered
 from experiments.diagnosis.confusion import diagnose_case, diagnose_cases
 from experiments.studies import diagnosis, forecast
+from gradmatch.diagnosis.forecast import Products
 
 QUICK = ("a lucky NaN", "permuted neurons", "curvature of the wrong model", "healthy: averaging")
 
@@ -46,7 +48,7 @@ def test_config_runs_every_case_on_other_seeds_than_the_rules_were_set_on():
     stages = diagnosis.cells(config)
     assert list(stages) == [*config.development, *config.seeds]
     assert all(stage.settings["cases"] == [*CASES, *VARIANTS] for stage in stages.values())
-    assert len(diagnosis.stages(config)) == len(stages) + 1  # the encoders of one seed
+    assert len(diagnosis.stages(config)) == len(stages) + 3  # the encoders of three seeds
     assert len(diagnosis.stages(configs.load(Path("configs/diagnosis.yaml"), ["sentiment=null"]))) == len(
         stages
     )
@@ -56,18 +58,18 @@ def test_config_runs_every_case_on_other_seeds_than_the_rules_were_set_on():
 
 def test_forecast_study_reads_the_models_of_a_sentiment_config():
     config = configs.load(Path("configs/forecast.yaml"))
-    (stage,) = forecast.stages(config)
+    stage = forecast.stages(config)[0]
     assert set(stage.inputs) == {"data", "base", "tasks", "base_curvature", "curvatures"}
     with pytest.raises(configs.ConfigError, match="no config of the sentiment experiment"):
         configs.load(Path("configs/forecast.yaml"), ["sentiment=configs/diagnosis.yaml"])
 
 
 def test_forecast_report_prints_correlations_and_weights():
-    row = {"merge": "AM", "task": "t", "accuracy": 0.5, "measured": 0.1, "exact": 0.1}
+    row = {"merge": "AM", "task": "t", "accuracy": 0.5}
     record = {
         "kind": "forecast",
         "seed": 0,
-        "correlations": {"exact": {"t": 0.9}},
+        "correlations": {where: {"exact": {"t": 0.9, "error": 0.01}} for where in ("seen", "measured")},
         "grid": [{"weights": {"t": 1.0}, "accuracy": 0.6}],
         "grid_seconds": 10.0,
         "products_seconds": 2.0,
@@ -77,6 +79,37 @@ def test_forecast_report_prints_correlations_and_weights():
     text = forecast.report([record])
     assert "0.600  t 1.00" in text
     assert "0.590  t 0.40" in text
+    assert "0.590  (-0.010)" in text
+    assert forecast.report([]) == "no records"
+
+
+def test_scores_leave_calibration_and_chosen_merges_out():
+    kinds = ("exact", "kronecker", "diagonal")
+    rows = []
+    for place, name in enumerate(("TA 0", "AM", "TA 1", "FA", "GM", "TIES", "closed form, tau")):
+        for task, factor in (("one", 2.0), ("two", -1.0)):
+            rise = 0.1 * place if name != "closed form, tau" else -9.0
+            row = {
+                "merge": name,
+                "task": task,
+                "coordinates": [place],
+                "seen": factor * rise,
+                "measured": rise,
+            }
+            rows.append({**row, **dict.fromkeys(kinds, rise)})
+    products = [
+        Products(task, ("u",), np.zeros(1), np.array([1.0]), np.zeros((1, 1)), num_examples=10)
+        for task in ("one", "two")
+    ]
+    factors = scores.scales(dict.fromkeys(kinds, products), rows)
+    assert factors["exact"] == pytest.approx(
+        {"one": 2.0, "two": -1.0}
+    )  # seen = factor * rise, forecast = place / 10
+    found = scores.correlations(rows, factors)
+    assert found["seen"]["exact, calibrated"]["error"] == pytest.approx(0.0, abs=1e-12)
+    assert found["seen"]["exact"]["two"] == pytest.approx(-1.0)
+    assert found["measured"]["exact"]["all pairs"] == pytest.approx(1.0)
+    assert found["measured"]["seen"]["one"] == pytest.approx(1.0)
 
 
 def test_unknown_case_is_an_error():
@@ -173,7 +206,8 @@ def folders(encoders, tmp_path_factory):
 
 def test_forecast_stage(folders, tmp_path):
     settings = {
-        "examples": 16,
+        "split": "train",
+        "count": 16,
         "kfac": 8,
         "test": 12,
         "grid": [0.0, 1.0],
@@ -183,7 +217,9 @@ def test_forecast_stage(folders, tmp_path):
     }
     forecasting.forecast(tmp_path, **folders, **settings)
     found = json.loads((tmp_path / "forecast.json").read_text())
-    assert set(found["correlations"]) == {"exact", "kronecker", "diagonal"}
+    kinds = {f"{kind}{how}" for kind in ("exact", "kronecker", "diagonal") for how in ("", ", calibrated")}
+    assert set(found["correlations"]["seen"]) == kinds
+    assert set(found["correlations"]["measured"]) == {*kinds, "seen"}
     assert len(found["grid"]) == 4
     assert set(found["weights"]["closed form, preconditioned"]) == {"gm:one", "gm:two"}
     assert {row["merge"] for row in found["rows"]} >= {
@@ -197,12 +233,12 @@ def test_forecast_stage(folders, tmp_path):
     own = [row for row in found["rows"] if row["merge"] == f"only {row['task']}"]
     assert all(abs(row["measured"]) < 1e-4 and abs(row["exact"]) < 1e-4 for row in own)
     assert found["quadratic"]["exact"]["one"] > 0
-    assert forecast.report([{"kind": "forecast", "seed": 0, **found}]).startswith("Seed 0")
+    assert forecast.report([{"kind": "forecast", "seed": 0, **found}]).startswith("Rank correlation")
 
 
 def test_encoder_stage(folders, tmp_path, monkeypatch):
     chosen = {name: encoder.CASES[name] for name in ("a lucky NaN", "vocabulary shifted by one")}
     monkeypatch.setattr(encoder, "CASES", chosen)
-    encoder.diagnose_encoder(tmp_path, **folders, examples=12, seed=0)
+    encoder.diagnose_encoder(tmp_path, **folders, count=12, seed=0)
     rows = json.loads((tmp_path / "cases.json").read_text())
     assert [row["found"] for row in rows] == ["not_finite", "vocabulary_shift"]
