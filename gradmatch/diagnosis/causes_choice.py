@@ -235,8 +235,8 @@ def _best_compromise(evidence: Evidence, a: str, b: str) -> tuple[float, dict[st
     """
     best, at_best = -math.inf, {a: math.inf, b: math.inf}
     for first, second in PAIR:
-        weights = evidence.at_coefficients({a: first, b: second})
-        rises = {t: evidence.rise({t: evidence.objectives[t].losses(weights)}, t) for t in (a, b)}
+        losses = evidence.pair_losses(a, b, first, second)
+        rises = {t: evidence.rise(losses, t) for t in (a, b)}
         kept = min(1 - rises[t] / evidence.task_gain(t) for t in (a, b))
         if kept > best:
             best, at_best = kept, rises

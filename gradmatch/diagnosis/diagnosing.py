@@ -19,6 +19,7 @@ from gradmatch.diagnosis.opening import (
     check_tasks,
     curvature_overlaps,
     curvature_owners,
+    linear_instead,
     open_models,
     planned_merge,
 )
@@ -183,6 +184,7 @@ def diagnose(
     )
     result = Diagnosis([], evidence)
     result.overlaps = curvature_overlaps(curvatures)
+    notes += linear_instead(getattr(theta if merged is None else merged, "report", None), theta)
     if isinstance(products, str | os.PathLike):
         evidence.products = load_products(products)
     elif products is not None:
@@ -201,6 +203,7 @@ def diagnose(
             if task in data:
                 evidence.objectives[task] = Objective(structure, data[task], sizes.get(task), likelihood)
         measure(result, forecast, thorough)
+        evidence.gradients.clear()  # as large as the models, and needed no more
     if not curvatures:
         notes.append(
             "no curvature: nothing is said of noise, floors and overlap (`gradmatch estimate` makes one)"

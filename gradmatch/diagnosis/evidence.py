@@ -62,6 +62,7 @@ class Evidence:
         path: share s -> task -> loss (nats per example) at theta0 + s (theta - theta0).
         batchnorm: layer -> shift of the merge; batchnorm_repair: statistics measured at the merge.
         notes: what could not be looked at, and why.
+        gradients: task -> grad l_t(theta_t) by parameter, where it was measured or stored.
     """
 
     base: Model
@@ -85,6 +86,8 @@ class Evidence:
     batchnorm: dict[str, float] = field(default_factory=dict)
     batchnorm_repair: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    gradients: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _pairs: dict[tuple[str, str, float, float], dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def measured(self) -> bool:
@@ -184,6 +187,14 @@ class Evidence:
                     value.add_(self.tasks[task][name].float(), alpha=abs(c) / total)
             result[name] = value
         return result
+
+    def pair_losses(self, a: str, b: str, first: float, second: float) -> dict[str, Tensor]:
+        """The losses of both tasks at theta0 + first tau_a + second tau_b, measured once."""
+        key = (a, b, first, second)
+        if key not in self._pairs:
+            weights = self.at_coefficients({a: first, b: second})
+            self._pairs[key] = {task: self.objectives[task].losses(weights) for task in (a, b)}
+        return self._pairs[key]
 
     def along_path(self, share: float) -> dict[str, Tensor]:
         """theta0 + s (theta - theta0)."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gradmatch.diagnosis.objective import Objective
 
 DROPS = (0.0, 0.5, 0.9, 0.99)
+FEW = 64  # examples of each task for redundancy curves: their shape is what is looked at
 
 
 def worse_than_base(evidence: Evidence) -> list[str]:
@@ -106,7 +107,7 @@ def measure_mismatch(evidence: Evidence) -> None:
         h0 = {name: base.total(name) * evidence.base_weight for name in base}
     if base is not None:
         delta0 = max(evidence.delta0, 1e-12)
-    stored = {task: found for task in evidence.objectives if (found := _gradient_of(evidence, task))}
+    stored = {task: _gradient_of(evidence, task) for task in evidence.objectives}
     assert evidence.merged is not None
     evidence.mismatch = gradient_mismatch(
         evidence.merged,
@@ -120,14 +121,20 @@ def measure_mismatch(evidence: Evidence) -> None:
     )
 
 
-def _gradient_of(evidence: Evidence, task: str) -> dict[str, Tensor] | None:
-    """The stored gradient of a task where its curvature is its own and covers every parameter of the module."""
-    curvature = evidence.curvatures.get(task)
-    if curvature is None or not curvature.has_gradient or evidence.fingerprints.get(task, task) != task:
-        return None
-    gradient = stored_gradient(curvature)
-    needed = {name for name, _ in evidence.objectives[task].module.named_parameters()}
-    return gradient if needed <= set(gradient) else None
+def _gradient_of(evidence: Evidence, task: str) -> dict[str, Tensor]:
+    """The gradient at a fine-tune, measured once.
+
+    The stored one of its curvature, where that is its own and covers every parameter of the module, saves the pass.
+    """
+    if task not in evidence.gradients:
+        objective, curvature = evidence.objectives[task], evidence.curvatures.get(task)
+        if curvature is not None and curvature.has_gradient and evidence.fingerprints.get(task, task) == task:
+            gradient = stored_gradient(curvature)
+            if {name for name, _ in objective.module.named_parameters()} <= set(gradient):
+                evidence.gradients[task] = gradient
+        if task not in evidence.gradients:
+            evidence.gradients[task] = objective.gradient(evidence.tasks[task])
+    return evidence.gradients[task]
 
 
 def _measure_batchnorm(evidence: Evidence) -> None:
@@ -143,7 +150,10 @@ def _measure_batchnorm(evidence: Evidence) -> None:
 
 def _measure_redundancy(result: Diagnosis) -> None:
     evidence = result.evidence
-    for task, objective in evidence.objectives.items():
+    if any(whole.first(FEW).seen < whole.seen for whole in evidence.objectives.values()):
+        evidence.notes.append(f"redundancy curves: on the first {FEW} or so examples of each task")
+    for task, whole in evidence.objectives.items():
+        objective = whole.first(FEW)
         tau = {
             name: value
             for name, value in task_vector(evidence.base, evidence.tasks[task]).items()
@@ -160,7 +170,7 @@ def _measure_barriers(result: Diagnosis) -> None:
     """Half-way between each two fine-tunes, the mean loss of both tasks against the mean of the ends."""
     evidence = result.evidence
     for a, b in combinations(evidence.objectives, 2):
-        middle = evidence.at_coefficients({a: 0.5, b: 0.5})
+        middle = evidence.pair_losses(a, b, 0.5, 0.5)
         ends = [sum(float(evidence.losses[m][t].mean()) for t in (a, b)) / 2 for m in (a, b)]
-        half = sum(float(evidence.objectives[t].losses(middle).mean()) for t in (a, b)) / 2
+        half = sum(float(losses.mean()) for losses in middle.values()) / 2
         result.barriers[a, b] = barrier_height([(0.0, ends[0]), (0.5, half), (1.0, ends[1])])

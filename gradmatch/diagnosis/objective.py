@@ -6,6 +6,7 @@ every merge. Losses are negative log-likelihoods in nats, summed over the task's
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,6 +66,17 @@ class Objective:
         self.scale = self.num_examples / self.seen
         self._likelihood = make_likelihood(likelihood)
         self._uniform: float | None = None  # known after the first evaluation
+
+    def first(self, count: int) -> Objective:
+        """The same loss on the first batches alone, as many as `count` examples fill: a cheaper, noisier one."""
+        fewer = copy.copy(self)
+        fewer.batches, fewer.seen = [], 0
+        for batch in self.batches:
+            if fewer.seen < count:
+                fewer.batches.append(batch)
+                fewer.seen += batch.size
+        fewer.scale = self.num_examples / fewer.seen
+        return fewer
 
     def evaluate(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
         """Losses (see `losses`) and confusion counts (see `confusion`) in one pass over the batches."""

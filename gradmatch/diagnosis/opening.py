@@ -6,21 +6,24 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from estimators.curvature import Curvature, fingerprint
-from gradmatch.checkpoint import Checkpoint, open_checkpoint
+from gradmatch.checkpoint import Checkpoint, open_checkpoint, read_json
 from gradmatch.diagnosis.conflict import curvature_overlap
 from gradmatch.inputs.opened import open_curvature, task_names
 from gradmatch.names import nearest
+from gradmatch.output.card import CARD
 from gradmatch.plan.settings import numbers
 from gradmatch.task import Task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from gradmatch.output.report import Report
     from gradmatch.task import Model
 
 CurvatureLike = Curvature | str | os.PathLike[str]
@@ -96,6 +99,21 @@ def planned_merge(
         except ValueError as error:
             notes.append(f"the merge itself was refused: {error}")
             return None
+
+
+def linear_instead(report: Report | None, merged: Any) -> list[str]:
+    """A note where SLERP interpolated linearly, as the report in memory or the folder's card tells; merges without one pass."""
+    branches = report.branches if report else {}
+    path = getattr(merged, "path", None)
+    if report is None and path is not None and (Path(path) / CARD).is_file():
+        branches = read_json(Path(path) / CARD).get("report", {}).get("branches") or {}
+    linear, total = branches.get("lerp", 0), sum(branches.values())
+    if not linear:
+        return []
+    return [
+        f"SLERP was LERP in {linear} of {total} tensors: models that are nearly parallel, as fine-tunes of one base are, have no "
+        "arc between them worth the name; there the merge is a plain weighted average"
+    ]
 
 
 def curvature_owners(

@@ -70,4 +70,8 @@ def redundancy_curve(
         dropped = drop(tau, share, rescale=rescale, seed=seed)
         return score({name: base[name] + value for name, value in dropped.items()})
 
-    return [RedundancyPoint(share, scored(share, False), scored(share, True)) for share in shares]
+    curve = []
+    for share in shares:
+        plain = scored(share, False)
+        curve.append(RedundancyPoint(share, plain, scored(share, True) if share else plain))
+    return curve

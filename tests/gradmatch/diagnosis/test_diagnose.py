@@ -192,6 +192,31 @@ def test_merged_from_a_folder(world, tmp_path):
     assert diagnose(module, tasks, tmp_path / "merged.safetensors", base_curvature=h0).healthy
 
 
+def test_slerp_that_was_lerp_is_told(world, tmp_path):
+    module, tasks, *_ = world
+    kept = {key: value.clone() for key, value in module.state_dict().items()}
+    near = [
+        Task({k: v + shift * 1e-3 * torch.randn_like(v) for k, v in kept.items()}, name=str(shift))
+        for shift in (1, 2)
+    ]
+    merge(kept, near, method="slerp", out=tmp_path / "merged")
+    for merged in (merge(kept, near, method="slerp"), str(tmp_path / "merged")):
+        result = diagnose(kept, near, merged, method="slerp")
+        assert [note for note in result.notes if note.startswith("SLERP was LERP in 4 of 4 tensors")]
+    assert not [note for note in diagnose(module, tasks).notes if "SLERP" in note]
+
+
+def test_redundancy_curves_of_many_examples_are_measured_on_a_few(world):
+    module, tasks, data, _ = world
+    many = {task: [*batches, *batches] for task, batches in data.items()}
+    assert not [note for note in diagnose(module, tasks, data=data).notes if "redundancy" in note]
+    result = diagnose(module, tasks, data=many)
+    assert "redundancy curves: on the first 64 or so examples of each task" in result.notes
+    x, y = (torch.cat(pair) for pair in zip(*data["first"], strict=True))
+    own = nn.functional.cross_entropy(tasks[0].model(x), y).item()
+    assert result.redundancy["first"][0].plain == pytest.approx(own, rel=1e-5)
+
+
 def test_errors_say_what_to_do(world):
     module, tasks, data, _ = world
     with pytest.raises(ValueError, match="no tasks"):

@@ -115,6 +115,16 @@ def test_weights_come_from_the_mapping_and_the_module_stays_as_it_is():
         assert torch.equal(value, before[name])
 
 
+def test_the_first_examples_stand_for_all():
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2)
+    batches = [(torch.randn(4, 3), torch.randint(2, (4,))) for _ in range(3)]
+    objective = Objective(module, batches, num_examples=60)
+    few = objective.first(5)
+    assert (few.seen, few.num_examples, few.scale, objective.seen) == (8, 60, 7.5, 12)
+    assert few.loss({}) == pytest.approx(60 * float(objective.losses({})[:8].mean()))
+
+
 def test_regression_has_no_classes():
     module = nn.Linear(2, 1)
     objective = Objective(module, [(torch.randn(3, 2), torch.randn(3, 1))])
