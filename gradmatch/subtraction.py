@@ -47,9 +47,9 @@ def largest_alpha(
     """
     import torch
 
-    from gradmatch.engine.evaluate import curvature_pair
+    from gradmatch.engine.context import Context, pieces
     from gradmatch.engine.kernels import Buffers
-    from gradmatch.engine.loop import Context, pieces
+    from gradmatch.engine.stacked import curvature_pair
 
     known = {key: options[key] for key in Request.__dataclass_fields__ if key in options and key != "options"}
     request = Request(**{**known, "method": "removal", "options": {"keep": keep}})
@@ -60,7 +60,7 @@ def largest_alpha(
     for step in made.steps:
         if step.action != "merge":
             continue
-        for first, last in pieces(step, context, 0, step.spec.numel):
+        for first, last in pieces(step, 0, step.spec.numel):
             h0, h = curvature_pair(context, step, first, last, buffers)
             ratio = ((1 - keep) * h0 / h).float()  # inf where the tasks know nothing
             bits = ratio.nan_to_num(nan=math.inf, posinf=math.inf).view(torch.int32) >> 16
