@@ -12,6 +12,7 @@ from experiments.pipeline import Stage
 from experiments.records import Record
 from experiments.studies import sentiment, sentiment_cells
 from experiments.studies.sentiment import report as report  # the same tables
+from gradmatch.rules import RULES
 
 FUNCTIONS = {  # what reads texts -> what reads images
     "experiments.finetune:finetune": "experiments.vision.training:finetune",
@@ -63,6 +64,15 @@ class Config(sentiment.Config):
     encoder: str = "dinov2"  # from its package, a folder, or a hub name
     data: Data = Data()  # type: ignore[assignment]
     probe: int = Field(default=1000, gt=0)
+
+    @model_validator(mode="after")
+    def _no_gram(self) -> Config:
+        for name, spec in self.merges.items():
+            if "gram" in RULES[spec.method].needs:
+                raise ValueError(
+                    f"merge {name!r}: {spec.method} needs Gram matrices, which this study does not estimate"
+                )
+        return self
 
 
 class Cells(sentiment_cells.Cells):

@@ -43,7 +43,7 @@ def new_classifier(encoder: str, pixels: int, num_labels: int) -> nn.Module:
 
     try:
         model = AutoModelForImageClassification.from_pretrained(
-            encoder, num_labels=num_labels, dtype=torch.float32
+            encoder, num_labels=num_labels, dtype=torch.float32, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError) as error:
         raise FileNotFoundError(

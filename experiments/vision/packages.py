@@ -41,6 +41,8 @@ IMAGES = {
         licence="MIT",
     ),
 }
+POSITIONS = "embeddings.position_embeddings"
+PATCHES = "embeddings.patch_embeddings.projection.weight"
 NEW_NAMES = {  # names in the file -> in Dinov2Model
     "attention.attention.query": "attention.q_proj",
     "attention.attention.key": "attention.k_proj",
@@ -61,18 +63,24 @@ def dinov2(pixels: int, num_labels: int) -> Any:
     """DINOv2-small with a new head, for square images of that many pixels a side (position embeddings interpolated once)."""
     from transformers import Dinov2Config, Dinov2ForImageClassification
 
-    shape: dict[str, Any] = {"hidden_size": 384, "num_attention_heads": 6, "use_mask_token": False}
     weights = read_onnx(next(folder("dinov2").glob("*.onnx")))
-    whole = Dinov2ForImageClassification(Dinov2Config(**shape, image_size=518))
-    own = set(whole.dinov2.state_dict())
-    if own != set(weights):  # transformers before 5 kept the names of the file
+    width, patch = weights["embeddings.cls_token"].shape[-1], weights[PATCHES].shape[-1]
+    count = weights[POSITIONS].shape[1] - 1
+    shape: dict[str, Any] = {
+        "hidden_size": width,
+        "num_attention_heads": width // 64,
+        "num_hidden_layers": sum(name.endswith("norm1.weight") for name in weights),
+        "patch_size": patch,
+        "use_mask_token": False,
+    }
+    whole = Dinov2ForImageClassification(Dinov2Config(**shape, image_size=patch * round(count**0.5)))
+    if set(whole.dinov2.state_dict()) != set(weights):  # transformers before 5 kept the names of the file
         weights = {_old_name(name): value for name, value in weights.items()}
     whole.dinov2.load_state_dict(weights)
     small = Dinov2ForImageClassification(Dinov2Config(**shape, image_size=pixels, num_labels=num_labels))
-    patches = torch.zeros(1, 1 + (pixels // 14) ** 2, 384)
+    patches = torch.zeros(1, 1 + (pixels // patch) ** 2, width)
     positions = whole.dinov2.embeddings.interpolate_pos_encoding(patches, pixels, pixels)
-    weights["embeddings.position_embeddings"] = positions.detach().clone()
-    small.dinov2.load_state_dict(weights)
+    small.dinov2.load_state_dict({**weights, POSITIONS: positions.detach().clone()})
     return small
 
 
@@ -103,7 +111,7 @@ def read_onnx(path: Path) -> dict[str, torch.Tensor]:
             found[biases[0].removesuffix("bias") + "weight"] = arrays[factors[0]].T
     first = next(value for name, value in arrays.items() if name.startswith("onnx::Concat"))
     rest = next(value for name, value in arrays.items() if name.startswith("onnx::Reshape"))
-    found["backbone.embeddings.position_embeddings"] = np.concatenate([first, rest], 1)
+    found[f"backbone.{POSITIONS}"] = np.concatenate([first, rest], 1)
     return {
         _new_name(name.removeprefix("backbone.")): torch.tensor(np.array(value))
         for name, value in found.items()
