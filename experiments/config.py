@@ -44,6 +44,7 @@ class Study(Strict):
 # Each is a module with `Config` (a Study), `stages(config)`, `records(config, store)` and `report(records)`.
 EXPERIMENTS = {
     "adding": "experiments.studies.adding",
+    "assumption": "experiments.studies.assumption",
     "claims": "experiments.studies.claims",
     "curvature": "experiments.studies.curvature",
     "diagnosis": "experiments.studies.diagnosis",

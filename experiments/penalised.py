@@ -1,0 +1,119 @@
+"""Stages: fine-tuning with the penalty that the paper assumes (Eq. 8), and how nearly a fine-tune satisfies it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from estimators import Curvature
+from experiments.finetune import QuietBar, uses_bfloat16
+from experiments.models import load_classifier, load_split, load_tokenizer
+
+
+def penalty(module: nn.Module, theta0: Mapping[str, Tensor], h0: Mapping[str, Tensor]) -> Tensor:
+    """1/2 ||theta - theta0||^2_{H0} = 1/2 sum_i H0_i (theta_i - theta0_i)^2 (Eq. 8), in nats of the summed loss, ()."""
+    parameters = dict(module.named_parameters())
+    terms = [(h0[name] * (parameters[name] - theta0[name]).square()).sum() for name in h0]
+    return torch.stack(terms).sum() / 2
+
+
+class PenalisedTrainer(Trainer):
+    """Trainer of l_t(theta) / N + penalty(theta) / N: Eq. 8, divided by N as every mean loss is."""
+
+    def __init__(self, *args: Any, h0: Mapping[str, Tensor], num_examples: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.h0, self.share = h0, 1 / num_examples  # of an example in the summed loss
+        parameters = dict(self.model.named_parameters())
+        self.theta0 = {name: parameters[name].detach().clone() for name in h0}
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The batch's mean loss plus the penalty's share of an example."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss = loss + self.share * penalty(model, self.theta0, self.h0)
+        return (loss, outputs) if return_outputs else loss
+
+
+def finetune_penalised(
+    out: Path,
+    *,
+    data: Path,
+    domain: str,
+    start: Path,
+    base_curvature: Path,
+    delta0: float,
+    precision: str,
+    seed: int,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    warmup_steps: int,
+    weight_decay: float,
+) -> None:
+    """As `experiments.finetune.finetune` from a run's folder (same order of batches, same schedule), with Eq. 8's penalty.
+
+    H0 = N0 F0 + delta0 is that of the base. Writes `out/model`.
+    """
+    set_seed(seed)
+    model, tokenizer = load_classifier(start / "model"), load_tokenizer(start / "model")
+    rows = load_split(data, domain, "train")
+    fisher = Curvature.load(base_curvature / "curvature.safetensors")
+    device = next(model.parameters()).device
+    arguments = TrainingArguments(
+        output_dir=str(out / "model"),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        bf16=uses_bfloat16(precision),
+        use_cpu=not torch.cuda.is_available(),
+        train_sampling_strategy="group_by_length",
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+    )
+    trainer = PenalisedTrainer(
+        model,
+        arguments,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        train_dataset=rows,
+        callbacks=[QuietBar()],
+        h0={name: (fisher.total(name) + delta0).to(device) for name in fisher},
+        num_examples=len(rows),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.save_model(str(out / "model"))
+    tokenizer.save_pretrained(out / "model")
+    (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
+
+
+def stationarity(
+    out: Path, *, base: Path, model: Path, base_curvature: Path, curvature: Path, delta0: float
+) -> None:
+    """How far a fine-tune is from Eq. 8's condition g_t + H0 tau_t = 0: `out/stationarity.json`, from measured gradients."""
+    theta0, theta = (dict(load_classifier(folder / "model").named_parameters()) for folder in (base, model))
+    fisher, own = (Curvature.load(folder / "curvature.safetensors") for folder in (base_curvature, curvature))
+    squares = dict.fromkeys(("gradient", "pull", "residual", "tau"), 0.0)
+    with torch.no_grad():
+        for name in fisher:
+            g, tau = own.gradient(name), theta[name] - theta0[name]
+            assert g is not None  # the curvature stage measures it
+            pull = (fisher.total(name) + delta0) * tau
+            for key, value in {"gradient": g, "pull": pull, "residual": g + pull, "tau": tau}.items():
+                squares[key] += float(value.double().square().sum())
+    norms = {key: value**0.5 for key, value in squares.items()}
+    card = {**norms, "relative": norms["residual"] / norms["gradient"]}
+    (out / "stationarity.json").write_text(json.dumps(card, indent=1), encoding="utf-8")

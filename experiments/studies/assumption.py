@@ -1,0 +1,271 @@
+"""The assumption behind Eq. 12: what closes the gap to the joint model, the penalty of Eq. 8 or the measured gradient?
+
+And does refinement go on from the merge without raising the objective of Eq. 9?
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from experiments import config as configs
+from experiments.config import Strict, Study
+from experiments.pipeline import Stage, card, is_done
+from experiments.records import Record, of_kind
+from experiments.studies import sentiment
+from experiments.studies.adding import CODE, check_source
+from experiments.studies.sentiment import Merge
+from experiments.studies.sentiment_cells import MERGING, MISMATCH, SOURCES, choice_stage, slug
+
+PLAIN = "plain"
+KEPT = ("key", "commit", "versions", "machine", "threads", "seconds", "finished")
+
+
+class Refinement(Strict):
+    """Newton steps from a merge by `method`, a run per damping."""
+
+    method: str = "gradient_matching"
+    examples: int = Field(default=128, gt=1)  # of each task
+    steps: int = Field(default=3, gt=0)
+    dampings: tuple[float, ...] = Field(default=(0.0,), min_length=1)
+
+
+class Config(Study):
+    """Keys of the config: `sentiment` is the config of the plain fine-tunes; `delta0` are the floors of H0 in the penalty."""
+
+    experiment: Literal["assumption"]
+    sentiment: Path
+    seeds: tuple[int, ...] = ()  # of that config; empty: all of them
+    delta0: tuple[float, ...] = Field(min_length=1)
+    merges: dict[str, Merge] = Field(min_length=1)
+    refine: Refinement | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> Config:
+        check_source(self.sentiment, self.seeds)
+        return self
+
+
+class Cells:
+    """The stages of one config, by (seed, how the tasks were fine-tuned, ...)."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.source = config, configs.load(config.sentiment)
+        self.made = sentiment.Cells(self.source)
+        self.seeds = config.seeds or self.source.seeds
+        self.stationarity: dict[tuple[int, str, str], Stage] = {}
+        self.merges: dict[tuple[int, str, str], Stage] = {}
+        self.choices: dict[tuple[int, str, str], Stage] = {}
+        self.refined: dict[tuple[int, float], Stage] = {}
+        self.references: dict[tuple[int, str], Stage] = {}
+        tasks = self.source.data.tasks
+        for seed in self.seeds:
+            sources = self.made.sources(seed, tasks)
+            self._merged(seed, PLAIN, sources, self.source.delta0)
+            for damping in config.refine.dampings if config.refine else ():
+                self.refined[seed, damping] = self._refine(seed, damping, sources)
+            self.references[seed, "joint"] = self.made.evaluations[seed, "joint"]
+        for seed in self.seeds:
+            for delta0 in config.delta0:
+                self._merged(seed, f"{delta0:g}", self._penalised(seed, delta0), delta0)
+
+    def _penalised(self, seed: int, delta0: float) -> dict[str, Any]:
+        """The sources of a merge of fine-tunes with the penalty."""
+        source, title = self.source, f"assumption/seed{seed}/delta0-{delta0:g}"
+        base, h0 = self.made.trained[seed, "base"], self.made.curvatures[seed, "base"]
+        sources: dict[str, Any] = {"base": base, "base_curvature": h0, "tasks": {}, "curvatures": {}}
+        for task in source.data.tasks:
+            training = source.task_training
+            steps = source.task_steps.get(task, training.steps)
+            tuned = Stage(
+                f"{title}/{task}",
+                "experiments.penalised:finetune_penalised",
+                {
+                    "domain": task,
+                    "delta0": delta0,
+                    "precision": source.precision,
+                    "seed": seed,
+                    **training.model_dump(),
+                    "steps": steps,
+                },
+                {"data": self.made.data, "start": base, "base_curvature": h0},
+                (*SOURCES, "experiments.finetune"),
+                2 + 1.2 * steps * training.batch_size * 0.0085,
+            )
+            sources["tasks"][task] = tuned
+            sources["curvatures"][task] = Stage(
+                f"{title}/curvature-{task}",
+                "experiments.estimation:curvature",
+                {"domain": task, "seed": seed, **source.fisher.model_dump()},
+                {"data": self.made.data, "model": tuned},
+                (*SOURCES, "estimators"),
+                source.fisher.examples * 0.03,
+            )
+        return sources
+
+    def _merged(self, seed: int, tuning: str, sources: dict[str, Any], delta0: float) -> None:
+        data, tasks = self.source.data, self.source.data.tasks
+        title = f"assumption/seed{seed}/{tuning}"
+        for task in tasks:
+            self.stationarity[seed, tuning, task] = Stage(
+                f"{title}/stationarity-{task}",
+                "experiments.penalised:stationarity",
+                {"delta0": delta0},
+                {
+                    "base": sources["base"],
+                    "model": sources["tasks"][task],
+                    "base_curvature": sources["base_curvature"],
+                    "curvature": sources["curvatures"][task],
+                },
+                (*SOURCES, "estimators.curvature"),
+                1,
+            )
+        for name, spec in self.config.merges.items():
+            settings = {**spec.model_dump(exclude={"choose"}), "delta0": delta0}
+            inputs = dict(sources)
+            if spec.choose:
+                inputs["choice"] = self.choices[seed, tuning, name] = choice_stage(
+                    f"{title}/choose-{slug(name)}",
+                    spec,
+                    self.source,
+                    settings,
+                    sources,
+                    self.made.data,
+                    tasks,
+                )
+            self.merges[seed, tuning, name] = Stage(
+                f"{title}/merge-{slug(name)}",
+                "experiments.cell:merge_and_measure",
+                {
+                    **settings,
+                    "domains": data.domains,
+                    "examples": self.source.mismatch_examples,
+                    "seed": seed,
+                },
+                {**inputs, "data": self.made.data, "gradients": {}},
+                CODE,
+                (data.test or 1000) * len(data.domains) / 230,
+            )
+
+    def _refine(self, seed: int, damping: float, sources: dict[str, Any]) -> Stage:
+        refine = self.config.refine
+        assert refine is not None
+        return Stage(
+            f"assumption/seed{seed}/refine-{damping:g}",
+            "experiments.refining:refine_stage",
+            {
+                **refine.model_dump(exclude={"dampings"}),
+                "damping": damping,
+                "delta0": self.source.delta0,
+                "seed": seed,
+            },
+            {**sources, "data": self.made.data},
+            (*SOURCES, *MERGING, *MISMATCH, "gradmatch.refine", "estimators", "experiments.merging"),
+            refine.steps * refine.examples * len(sources["tasks"]) / 8,
+        )
+
+    def all(self) -> list[Stage]:
+        """Every stage, a seed's plain fine-tunes first."""
+        groups = (self.merges, self.refined, self.stationarity, self.references)
+        return [stage for group in groups for stage in group.values()]
+
+
+def stages(config: Config) -> list[Stage]:
+    """The merges, what Eq. 8 leaves, the refinements; fine-tunes and curvatures come with them."""
+    return Cells(config).all()
+
+
+def records(config: Config, store: Path) -> list[Record]:
+    """One record per merge, per fine-tune's stationarity, per refinement; stages that failed are left out."""
+    cells = Cells(config)
+    tasks = list(cells.source.data.tasks)
+    found: list[Record] = []
+
+    def add(kind: str, stage: Stage, file: str, **own: Any) -> None:
+        if is_done(stage, store):
+            content = json.loads((stage.folder(store) / file).read_text(encoding="utf-8"))
+            origin = card(stage, store)
+            common = {"experiment": config.experiment, "name": config.name, "kind": kind, "tasks": tasks}
+            content = {"metrics": content} if file == "metrics.json" else content
+            found.append({**common, **own, **content} | {key: origin[key] for key in KEPT})
+
+    for (seed, tuning, name), stage in cells.merges.items():
+        chosen = cells.choices.get((seed, tuning, name))
+        choice = (
+            {"choice": json.loads((chosen.folder(store) / "choice.json").read_text())}
+            if chosen and is_done(chosen, store)
+            else {}
+        )
+        add("merge", stage, "metrics.json", seed=seed, tuning=tuning, merge=name, **choice)
+    for (seed, name), stage in cells.references.items():
+        add("reference", stage, "metrics.json", seed=seed, merge=name)
+    for (seed, tuning, task), stage in cells.stationarity.items():
+        add("stationarity", stage, "stationarity.json", seed=seed, tuning=tuning, task=task)
+    for (seed, damping), stage in cells.refined.items():
+        add("refinement", stage, "refined.json", seed=seed, damping=damping)
+    return found
+
+
+def report(found: list[Record]) -> str:
+    """A row per way of fine-tuning: what Eq. 8 leaves, and each merge on the tasks; then the refinements."""
+    from experiments.report import format_table
+
+    merges, left = of_kind(found, "merge"), of_kind(found, "stationarity")
+    names = list(dict.fromkeys(record["merge"] for record in merges))
+    rows = []
+    for tuning in dict.fromkeys(record["tuning"] for record in merges):
+        own = [record for record in left if record["tuning"] == tuning]
+        row = [tuning if tuning == PLAIN else f"delta0 = {tuning}"]
+        row.append(f"{fmean(record['relative'] for record in own):.2f}" if own else "")
+        for name in names:
+            cells = [record for record in merges if (record["tuning"], record["merge"]) == (tuning, name)]
+            row.append(_mean(cells, accuracy) if cells else "")
+        rows.append(row)
+    joint = of_kind(found, "reference")
+    header = ["fine-tuning", "|g + H0 tau| / |g|", *(f"{name}: accuracy %, NLL" for name in names)]
+    lines = [
+        format_table(header, rows),
+        "",
+        "Means of the tasks over seeds; 0 in the second column is Eq. 8's condition.",
+    ]
+    if joint:
+        lines.append(f"The joint model, trained without a penalty: {_mean(joint, accuracy)}.")
+    for damping in dict.fromkeys(record["damping"] for record in of_kind(found, "refinement")):
+        lines.append(
+            _refinement([r for r in of_kind(found, "refinement") if r["damping"] == damping], damping)
+        )
+    return "\n".join(lines)
+
+
+def accuracy(record: Record) -> tuple[float, float]:
+    """Accuracy in per cent and NLL of a record, mean of the tasks."""
+    metrics = [record["metrics"][task] for task in record["tasks"]]
+    return 100 * fmean(part["accuracy"] for part in metrics), fmean(part["nll"] for part in metrics)
+
+
+def _mean(cells: Sequence[Record], value: Callable[[Record], tuple[float, float]]) -> str:
+    first, second = (fmean(numbers) for numbers in zip(*map(value, cells), strict=True))
+    return f"{first:.1f}, {second:.3f}"
+
+
+def _refinement(runs: Sequence[Record], damping: float) -> str:
+    rises = sum(
+        after > before
+        for run in runs
+        for before, after in zip(run["values"], run["values"][1:], strict=False)
+    )
+    falls = fmean(run["values"][-1] / run["values"][0] for run in runs)
+    before, after = (
+        100 * fmean(run[key]["macro"]["accuracy"] for run in runs) for key in ("before", "after")
+    )
+    losses = [fmean(run[key]["macro"]["nll"] for run in runs) for key in ("before", "after")]
+    return (
+        f"Refinement, damping {damping:g}: {rises} rises of the objective in {sum(len(run['sizes']) for run in runs)} steps of "
+        f"{len(runs)} runs; it falls to {falls:.3f} of its first value; test accuracy {before:.1f} -> {after:.1f} %, "
+        f"NLL {losses[0]:.3f} -> {losses[1]:.3f}"
+    )

@@ -1,0 +1,69 @@
+"""The assumption of Eq. 8: fine-tuning with its penalty, what a fine-tune leaves of it, refinement, on the tiny world."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from experiments import config as configs
+from experiments.__main__ import main
+from experiments.penalised import penalty
+from experiments.records import of_kind, read_records
+
+
+@pytest.fixture
+def assumption_config(tiny_config):
+    """A config of the study beside the tiny sentiment config: no penalty to speak of, and one that holds all weights."""
+    content = {
+        "experiment": "assumption",
+        "sentiment": str(tiny_config),
+        "delta0": [1e-9, 1e7],
+        "merges": {
+            "GM": {"method": "gradient_matching"},
+            "Measured*": {"method": "measured", "choose": {"delta0": [1e3, 1e6]}},
+        },
+        "refine": {"examples": 16, "steps": 2, "dampings": [0.0]},
+    }
+    path = tiny_config.with_name("assumption.yaml")
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def test_a_run_tunes_merges_refines_and_says_what_eq_8_leaves(assumption_config, tmp_path, capsys):
+    code = main(["run", str(assumption_config), "--results", str(tmp_path), "--debug"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    records = read_records(tmp_path / "assumption.jsonl")
+    merges = {(record["tuning"], record["merge"]): record for record in of_kind(records, "merge")}
+    assert set(merges) == set(itertools.product(("plain", "1e-09", "1e+07"), ("GM", "Measured*")))
+    assert merges["plain", "Measured*"]["choice"]["chosen"]["delta0"] in (1e3, 1e6)
+    left = {(record["tuning"], record["task"]): record for record in of_kind(records, "stationarity")}
+    assert all(math.isfinite(record["relative"]) for record in left.values())
+    for task in ("books", "songs"):  # the stronger the penalty, the shorter the way
+        assert left["1e+07", task]["tau"] < 0.5 * left["plain", task]["tau"]
+    (refined,) = of_kind(records, "refinement")
+    assert all(after <= before for before, after in itertools.pairwise(refined["values"]))
+    assert [record["merge"] for record in of_kind(records, "reference")] == ["joint"]
+    assert "0 rises of the objective in" in captured.out
+    assert "delta0 = 1e+07" in captured.out
+
+
+def test_the_penalty_is_half_the_weighted_square():
+    module = nn.Linear(2, 1)
+    theta0 = {name: value.detach() - 2 for name, value in module.named_parameters()}
+    h0 = {"weight": torch.tensor([[1.0, 3.0]]), "bias": torch.tensor([0.5])}
+    found = penalty(module, theta0, h0)
+    assert float(found.detach()) == pytest.approx(0.5 * 4 * (1 + 3 + 0.5))
+    found.backward()
+    assert module.weight.grad.tolist() == [pytest.approx([2.0, 6.0])]
+
+
+def test_faults(assumption_config):
+    content = yaml.safe_load(assumption_config.read_text())
+    with pytest.raises(configs.ConfigError, match="has no seed 3"):
+        configs.check(content | {"seeds": [3]}, "assumption.yaml")
+    with pytest.raises(configs.ConfigError, match=r"refine.step: unknown key; did you mean 'steps'\?"):
+        configs.check(content | {"refine": {"step": 3}}, "assumption.yaml")
