@@ -10,7 +10,17 @@ from pathlib import Path
 from experiments.records import read_records
 
 COMMITTED = Path("experiments") / "results"
-FIGURES = {"removal": ("fig_removal",), "sentiment": ("table_sentiment", "fig_mismatch", "fig_alpha")}
+SENTIMENT = ("table_sentiment", "fig_mismatch", "fig_alpha")
+FIGURES = {  # experiment -> what is drawn of it
+    "adding": ("fig_adding",),
+    "claims": ("table_claims",),
+    "curvature": ("fig_curvature",),
+    "redundancy": ("fig_redundancy", "fig_cosines"),
+    "removal": ("fig_removal",),
+    "removal-proof": ("fig_proof",),
+    "sentiment": SENTIMENT,
+    "vision": SENTIMENT,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,13 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "records",
         nargs="*",
         type=Path,
-        help="JSON-line files (default: results/*.jsonl, else the committed ones)",
+        help="JSON-line files (default: the committed ones, and those of results/ in place of older ones of that name)",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("results") / "figures", help="folder (default: results/figures)"
     )
     options = parser.parse_args(arguments)
-    files = options.records or sorted(Path("results").glob("*.jsonl")) or sorted(COMMITTED.glob("*.jsonl"))
+    files = options.records or newest(Path("results"), COMMITTED)
     if not files:
         print("error: no records in results/: run `python -m experiments demo` first", file=sys.stderr)
         return 2
@@ -38,6 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def newest(*folders: Path) -> list[Path]:
+    """One file of records per name: the latest of the folders'."""
+    found: dict[str, Path] = {}
+    for file in (file for folder in folders for file in sorted(folder.glob("*.jsonl"))):
+        other = found.get(file.name)
+        if other is None or file.stat().st_mtime > other.stat().st_mtime:
+            found[file.name] = file
+    return [found[name] for name in sorted(found)]
 
 
 def draw_file(file: Path, out: Path) -> list[Path]:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments.records import Record, models_in_order, of_kind
-from paper_figures.style import look, save
+from paper_figures.style import look, plain_log, save
 
 
 def draw(records: Sequence[Record], folder: Path, name: str = "fig_mismatch") -> list[Path]:
@@ -29,10 +28,7 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_mismatch") ->
         y = [error(record) for record in points]
         axes.plot(x, y, linestyle="none", markersize=6, label=model, **styles[model])
     for axis in (axes.xaxis, axes.yaxis):
-        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-        axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(NullFormatter())
+        plain_log(axis)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.set_xlabel("gradient mismatch $\\|\\sum_t m_t\\|\\,/\\,n$ (training data)")
     axes.set_ylabel("test error on the tasks (%)")

@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 plt.rcParams.update(
     {
@@ -27,11 +28,22 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def look(names: list[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each name, by its position."""
+    """Colour and marker of each name, by its position; from the ninth on, the markers are hollow."""
     return {
         name: {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        | ({"markerfacecolor": "none"} if index >= len(COLOURS) else {})
         for index, name in enumerate(names)
     }
+
+
+def plain_log(axis: Any) -> None:
+    """A logarithmic axis with plain numbers at 1, 1.5, 2, 3, 5 and 7 of each decade that it shows."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    low, high = axis.get_view_interval()
+    steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high / low < 20 else (1.0, 3.0) if high / low < 300 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Any, folder: Path, name: str) -> list[Path]:

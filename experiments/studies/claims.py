@@ -24,7 +24,7 @@ SOURCES = (
     "proof",
     "toxicity",
     "curvature",
-    "refinement",
+    "assumption",
 )  # what `experiments.claims` asks for
 
 

@@ -65,6 +65,10 @@ def error(ratio):
     }
 
 
+def refined(*values):
+    return {"kind": "refinement", "seed": 0, "values": values}
+
+
 CASES = [
     (claims.exactness, {"theory": [theory(1, True, **{"GM, largest": 1e-15})]}, {"": HOLDS}),
     (claims.identities, {"theory": [theory(2, False, **{"Eq. 6, largest": 1.0})]}, {"": REFUTED}),
@@ -141,6 +145,8 @@ CASES = [
         {"theory": [theory(10, False, **dict.fromkeys(claims.SHOWN[10], 0.7))]},
         {"convex": REFUTED},
     ),
+    (claims.refinement, {"assumption": [refined(3.0, 2.0, 1.5), refined(3.0, 2.9)]}, {"network": HOLDS}),
+    (claims.refinement, {"assumption": [refined(3.0, 2.0, 2.5)]}, {"network": REFUTED, "convex": NOT_SHOWN}),
 ]  # fmt: skip
 
 

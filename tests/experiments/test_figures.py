@@ -1,13 +1,25 @@
 """Figures and tables: drawn from records alone."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
-from paper_figures import fig_alpha, fig_mismatch, table_sentiment
-from paper_figures.__main__ import main
+from paper_figures import (
+    fig_adding,
+    fig_alpha,
+    fig_cosines,
+    fig_curvature,
+    fig_mismatch,
+    fig_proof,
+    fig_redundancy,
+    style,
+    table_claims,
+    table_sentiment,
+)
+from paper_figures.__main__ import main, newest
 
 
 def record(model, role, seed=0, accuracy=0.8, mismatch=None):
@@ -82,10 +94,96 @@ def test_a_sweep_is_drawn_where_there_is_one(tmp_path):
     assert [path.name for path in fig_alpha.draw(sweeps, tmp_path)] == ["fig_alpha.png", "fig_alpha.svg"]
 
 
-@pytest.mark.parametrize("module", [fig_mismatch, table_sentiment])
+METRICS = {"macro": {"accuracy": 0.8}}
+OTHERS = {
+    fig_adding: [
+        {
+            "kind": "subset",
+            "model": model,
+            "tasks": tasks,
+            "seed": 0,
+            "metrics": METRICS,
+            "mismatch": {"per_example": x},
+        }
+        for model, x in (("TA", 2.0), ("GM", 1.0))
+        for tasks in (["a", "b"], ["a", "b", "c"])
+    ],
+    fig_curvature: [
+        {"kind": "merge", "estimate": name, "estimate_seconds": seconds, "metrics": METRICS}
+        for name, seconds in (("TA", 0), ("Adam", 0), ("100 examples", 8.0))
+    ],
+    fig_proof: [
+        {"kind": "proof", "problem": problem, "edit": edit, "seed": 0, "alpha": 1.0, "distance": 0.5}
+        | ({} if problem == "ridge" else {"kl": 0.1})
+        for problem in ("ridge", "network")
+        for edit in ("GM", "TA")
+    ],
+    fig_redundancy: [
+        {
+            "kind": "redundancy",
+            "source": "texts",
+            "task": "a",
+            "seed": seed,
+            "dropped": share,
+            "plain": 0.7,
+            "rescaled": 0.8,
+        }
+        for seed in (0, 1)
+        for share in (0.0, 0.9)
+    ],
+    fig_cosines: [
+        {
+            "kind": "cosines",
+            "source": source,
+            "seed": seed,
+            "tasks": ["a", "b"],
+            "cosines": [[1.0, 0.1], [0.1, 1.0]],
+        }
+        for source in ("texts", "images")
+        for seed in (0, 1)
+    ],
+    table_claims: [dict.fromkeys(table_claims.COLUMNS, "x") | {"kind": "verdict"}],
+}
+
+
+@pytest.mark.parametrize("module", OTHERS, ids=lambda module: module.__name__)
+def test_the_other_figures_are_drawn_from_records_and_are_the_same_again(module, tmp_path):
+    first, again = (module.draw(OTHERS[module], tmp_path / name) for name in ("a", "b"))
+    assert first
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
+
+
+@pytest.mark.parametrize("module", [fig_mismatch, table_sentiment, *OTHERS])
 def test_records_without_what_is_drawn(module, tmp_path):
-    with pytest.raises(ValueError, match="run a sentiment config first"):
+    with pytest.raises(ValueError, match=r"run .* first"):
         module.draw([{"kind": "comparison"}], tmp_path)
+
+
+def test_more_than_eight_names_still_look_different():
+    looks = style.look([f"model {i}" for i in range(12)])
+    assert len({tuple(sorted(look.items())) for look in looks.values()}) == 12
+
+
+def test_the_newest_file_of_a_name_is_drawn(tmp_path):
+    for age, folder in enumerate(("results", "committed")):
+        (tmp_path / folder).mkdir()
+        for name in ("a", folder):
+            file = tmp_path / folder / f"{name}.jsonl"
+            file.touch()
+            os.utime(file, (100 - age, 100 - age))
+    found = newest(tmp_path / "results", tmp_path / "committed")
+    assert [str(file.relative_to(tmp_path)) for file in found] == [
+        "results/a.jsonl",
+        "committed/committed.jsonl",
+        "results/results.jsonl",
+    ]
+
+
+def test_a_broken_line_is_skipped_with_a_count(tmp_path, capsys):
+    path = tmp_path / "demo.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in RECORDS) + "{half\n")
+    assert main([str(path), "--out", str(tmp_path / "figures")]) == 0
+    assert "skipped 1 broken line(s), number 6" in capsys.readouterr().err
 
 
 def test_faults_of_the_command(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,39 @@
+"""Figure: mismatch against test error as tasks are added (as the paper's Figure 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from experiments.records import Record, of_kind
+from paper_figures.style import look, plain_log, save
+
+
+def draw(records: Sequence[Record], folder: Path, name: str = "fig_adding") -> list[Path]:
+    """A panel per number of tasks, a marker per rule, a point per subset and seed.
+
+    Raises ValueError where no subset was measured.
+    """
+    cells = of_kind(records, "subset")
+    if not cells:
+        raise ValueError("no record of a subset: run an adding config first")
+    models = list(dict.fromkeys(record["model"] for record in cells))
+    styles = look(models)
+    sizes = sorted({len(record["tasks"]) for record in cells})
+    figure, panels = plt.subplots(
+        1, len(sizes), figsize=(3.2 * len(sizes), 3.0), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axes, size in zip(panels[0], sizes, strict=True):
+        for model in models:
+            own = [record for record in cells if (record["model"], len(record["tasks"])) == (model, size)]
+            x = [record["mismatch"]["per_example"] for record in own]
+            y = [100 * (1 - record["metrics"]["macro"]["accuracy"]) for record in own]
+            axes.plot(x, y, linestyle="none", markersize=5, label=model if own else None, **styles[model])
+        plain_log(axes.xaxis)
+        axes.set_title(f"{size} tasks")
+        axes.set_xlabel("gradient mismatch $\\|\\sum_t m_t\\|\\,/\\,n$")
+    panels[0][0].set_ylabel("test error on the tasks (%)")
+    panels[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return save(figure, folder, name)
