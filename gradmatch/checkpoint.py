@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from estimators.curvature import Sample, sample_file, sample_tensor
 from estimators.tensorfile import TensorFile
 from gradmatch.inputs.stores import FileStore, MemoryStore, Spec, Store, read
+from gradmatch.names import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -250,15 +251,18 @@ def _from_hub(name: str) -> Path:
     Raises:
         FileNotFoundError: neither a path nor a repository that can be reached.
     """
+    folder = Path(name).expanduser().parent
+    siblings = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    hint = nearest(Path(name).name, siblings)
     if not HUB_ID.match(name):
-        raise FileNotFoundError(f"no file or folder {name}")
+        raise FileNotFoundError(f"no file or folder {name}{hint}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(WANTED)))
     except Exception as error:  # the library's errors share no base class across versions
         raise FileNotFoundError(
-            f"no file or folder {name}, and no hub repository of that name could be fetched ({type(error).__name__}: {error})"
+            f"no file or folder {name}{hint}, and no hub repository of that name could be fetched ({type(error).__name__}: {error})"
         ) from error
 
 

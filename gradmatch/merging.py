@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -174,7 +174,7 @@ def _in_memory(made: Plan, batches: Any, progress: bool) -> Merged:
     from gradmatch.engine.stream import stream
 
     sink = MemorySink(made)
-    with _bar(made, progress) as on_progress:
+    with _bar(made, progress, ()) as on_progress:
         stats = stream(made, sink, {}, on_progress)
     aliases = made.inputs.base.aliases
     names = [name for name in made.inputs.base if aliases.get(name, name) in sink.tensors]
@@ -200,7 +200,7 @@ def _to_folder(made: Plan, out: Path, overwrite: bool, batches: Any, progress: b
     sink = FolderSink(out, made, identity(made), overwrite=overwrite)
     out = sink.out
     try:
-        with _bar(made, progress) as on_progress:
+        with _bar(made, progress, sink.stats) as on_progress:
             stats = stream(made, sink, sink.stats, on_progress)
         if made.request.batchnorm == "recalibrate":
             from gradmatch.output.batchnorm import recalibrate_folder
@@ -236,10 +236,11 @@ def task_heads(made: Plan) -> dict[str, dict[str, Tensor]]:
 
 
 class _bar:
-    """A progress bar over bytes read, or nothing."""
+    """A progress bar over bytes read, or nothing; it begins behind the tensors that an interrupted run has finished."""
 
-    def __init__(self, made: Plan, shown: bool) -> None:
+    def __init__(self, made: Plan, shown: bool, finished: Collection[str]) -> None:
         self._made, self._shown = made, shown
+        self._done = sum(step.bytes_read for step in made.steps if step.name in finished)
         self._tqdm: Any = None
 
     def __enter__(self) -> Callable[[int], None] | None:
@@ -248,7 +249,11 @@ class _bar:
         from tqdm import tqdm
 
         self._tqdm = tqdm(
-            total=self._made.bytes_read, unit="B", unit_scale=True, desc=self._made.request.method
+            total=self._made.bytes_read,
+            initial=self._done,
+            unit="B",
+            unit_scale=True,
+            desc=f"{self._made.request.method}{', resumed' if self._done else ''}",
         )
         update: Callable[[int], None] = self._tqdm.update
         return update

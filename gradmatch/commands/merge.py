@@ -143,7 +143,7 @@ def parse_task(text: str) -> Task:
     fields: dict[str, Any] = {}
     while pairs:
         pair = pairs.pop(0)
-        while pair.count("[") > pair.count("]") and pairs:  # weight=[0.1,0.9]
+        while pairs and any(pair.count(a) > pair.count(b) for a, b in ("[]", "{}")):  # weight=[0.1,0.9]
             pair += "," + pairs.pop(0)
         key, equals, value = pair.partition("=")
         if not equals or key not in ("curvature", "weight", "name"):

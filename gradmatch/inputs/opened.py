@@ -285,7 +285,8 @@ def _open_task(
             else "a curvature (`gradmatch estimate`)"
         )
         raise ValueError(
-            f"{request.method} needs {kind} for every task, {name} has none; pass Task(model, curvature=...)"
+            f"{request.method} needs {kind} for every task, {name} has none; pass Task(model, curvature=...) "
+            "(--task MODEL,curvature=FILE), or choose a method without, such as task_arithmetic"
         )
     curvature = open_curvature(task.curvature)
     if not allow_mismatch:

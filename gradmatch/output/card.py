@@ -48,7 +48,7 @@ def recipe(made: Plan) -> dict[str, Any]:
     return {
         "base": inputs.base.where,
         "method": request.method,
-        "formula": request.rule.formula,
+        "formula": request.formula,
         "source": request.rule.source,
         "base_curvature": _where(inputs.base_curvature),
         "base_weight": request.base_weight,

@@ -95,8 +95,8 @@ class Report:
 
 def make_report(plan: Plan, stats: Mapping[str, Mapping[str, float]]) -> Report:
     """Sum the tensors' statistics; warns where a share passes its limit."""
-    rule, request = plan.request.rule, plan.request
-    report = Report(request.method, rule.formula, notes=list(plan.notes))
+    request = plan.request
+    report = Report(request.method, request.formula, notes=list(plan.notes))
     for step in plan.steps:
         report.tensors[step.action] = report.tensors.get(step.action, 0) + 1
     total: dict[str, float] = {}

@@ -12,6 +12,7 @@ import os
 import queue
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from gradmatch.plan.plan import Plan, Step
 
 SYNC_BYTES = 64 << 20  # written between two syncs: what an interruption can lose
+SYNC_SECONDS = 2.0  # the same for rules that take longer than the disk
 
 
 class FolderSink:
@@ -202,18 +204,19 @@ class FolderSink:
         """Sync data, then journal, in batches, while the workers go on."""
         waiting: list[tuple[str, Mapping[str, float]]] = []
         nbytes = {step.name: step.spec.nbytes for step in self.plan.steps}
-        held = 0
+        held, synced = 0, time.monotonic()
         while True:
             item = self._queue.get()
             try:
                 if item is not None:
                     waiting.append(item)
                     held += nbytes.get(item[0], 0)
-                if waiting and (item is None or held >= SYNC_BYTES):
+                late = time.monotonic() - synced >= SYNC_SECONDS
+                if waiting and (item is None or held >= SYNC_BYTES or late):
                     for shard in {self.layout.place[name][0] for name, _ in waiting}:
                         os.fdatasync(self._fds[shard])
                     self._record(*({"tensor": name, "stats": stats} for name, stats in waiting))
-                    waiting, held = [], 0
+                    waiting, held, synced = [], 0, time.monotonic()
             except OSError as error:
                 self._failure = error
                 return

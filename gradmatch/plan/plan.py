@@ -260,6 +260,8 @@ def _prefix_hint(base: Checkpoint, task: Checkpoint) -> str:
             inner = {name.removeprefix(prefix) for name in longer if name.startswith(prefix)}
             if len(inner & shorter) > len(shorter) / 2:
                 return f"; names of {owner} begin with {prefix!r}: one of the two is a bare model, load both as the same class"
+    if not ours & theirs:
+        return "; in fact the two share no tensor at all: they are models of different architectures"
     return ""
 
 

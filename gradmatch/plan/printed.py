@@ -16,15 +16,19 @@ BLOCK_BYTES = 131_072 * 8  # one piece at the widest
 def describe(made: Plan, out: str | os.PathLike[str] | None = None) -> Iterator[str]:
     """Lines of the printed plan."""
     request, inputs = made.request, made.inputs
-    yield f"method {request.method}: {request.rule.formula}  ({request.rule.source})"
+    yield f"method {request.method}: {request.formula}  ({request.rule.source})"
     yield f"base {inputs.base.where}"
     for task in inputs.tasks:
         known = f", curvature N = {task.curvature.num_examples}" if task.curvature else ""
         yield f"task {task.name}: {task.checkpoint.where}, weight {task.weight}{known}"
+    settings = [_settings(step) for step in made.steps if step.action in ("merge", "matrix")]
+    usual = max(dict.fromkeys(settings), key=settings.count, default="")
+    if usual:
+        yield f"options {usual}"
     yield ""
     width = max((len(step.name) for step in made.steps), default=0)
     for step in made.steps:
-        yield f"{step.name:<{width}}  {_action(made, step)}"
+        yield f"{step.name:<{width}}  {_action(step, usual)}"
     yield ""
     yield from made.notes
     yield from (f"dropped: {name}" for name in made.dropped)
@@ -50,16 +54,21 @@ def peak_bytes(made: Plan) -> int:
     return workers * largest * buffers
 
 
-def _action(made: Plan, step: Step) -> str:
-    """One tensor's line."""
+def _settings(step: Step) -> str:
+    """Options of the rule and of the edits, as they hold for one tensor."""
+    options = {key: value for key, value in step.options.items() if value is not None}
+    parts = [str(options)] if options else []
+    return ", ".join([*parts, *(f"{name} {dict(own)}" for name, own in step.edits)])
+
+
+def _action(step: Step, usual: str) -> str:
+    """One tensor's line; its settings where they are not the usual ones."""
     dtypes = step.spec.dtype if step.spec.dtype == step.compute else f"{step.compute} -> {step.spec.dtype}"
     text = f"{step.action:<7} {dtypes:<12} {list(step.spec.shape)!s:<16} {_size(step.bytes_read):>9}"
     if step.action in ("merge", "matrix"):
         alpha = ", ".join(f"{weight:g}" for weight in step.alpha)
         text += f"  alpha [{alpha}]"
-        options = {key: value for key, value in step.options.items() if value is not None}
-        text += f" {options}" if options else ""
-        text += "".join(f" {name} {dict(options)}" for name, options in step.edits)
+        text += f"  {_settings(step)}" if _settings(step) != usual else ""
     return f"{text}  {step.why}".rstrip()
 
 

@@ -74,6 +74,16 @@ class Request:
         """The rule by its name."""
         return RULES[self.method]
 
+    @property
+    def formula(self) -> str:
+        """What is computed: the rule's formula, with the edits that come before it."""
+        edits = [entry if isinstance(entry, str) else next(iter(entry)) for entry in self.transforms]
+        return (
+            f"{self.rule.formula}; tau edited before by {', then '.join(edits)}"
+            if edits
+            else self.rule.formula
+        )
+
     def __post_init__(self) -> None:
         """Check every value.
 

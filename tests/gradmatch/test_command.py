@@ -136,6 +136,22 @@ def test_dry_run_prints_every_tensor_and_writes_nothing(files, tmp_path, capsys)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_prints_options_once_and_by_tensor_where_they_differ(files, capsys):
+    path = recipe(
+        files,
+        method="task_arithmetic",
+        transforms=["dare"],
+        options={"scale": [{"filter": "norm", "value": 0.5}, {"value": 0.9}]},
+    )
+    assert main(["merge", str(path), "--dry-run"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith(
+        "method task_arithmetic: theta0 + scale * sum_t alpha_t tau_t; tau edited before by dare"
+    )
+    assert len([line for line in printed if "'scale': 0.9" in line]) == 1
+    assert [line.split()[0] for line in printed if "'scale': 0.5" in line] == ["norm.bias"]
+
+
 def test_a_dry_run_and_help_import_no_torch(files):
     code = (
         "import sys; from gradmatch.cli import main\n"
@@ -313,6 +329,7 @@ def test_recipes_that_are_no_tables(tmp_path):
 def test_tasks_on_the_command_line():
     task = parse_task("a,weight=[0.1,0.9],name=x,curvature=c")
     assert (task.model, task.weight, task.name, task.curvature) == ("a", [0.1, 0.9], "x", "c")
+    assert parse_task("a,weight={'*mlp*': [0, 1], '*': 0.5},name=x").weight == {"*mlp*": [0, 1], "*": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -449,6 +449,19 @@ def test_quantised_weights_in_a_state_dict():
         merge(base, [Task({"w": torch.ones(4)})], method="averaging")
 
 
+def test_models_of_two_architectures():
+    with pytest.raises(
+        ValueError, match="share no tensor at all: they are models of different architectures"
+    ):
+        merge(BASE, [Task({"other": torch.ones(2)})], method="averaging")
+
+
+def test_a_path_that_is_not_there_names_its_neighbour(tmp_path):
+    (tmp_path / "movies").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*movie \(did you mean 'movies'\?\)"):
+        open_checkpoint(tmp_path / "movie")
+
+
 def test_names_that_differ_by_a_prefix():
     bare = {"embed.w": torch.ones(2), "norm.w": torch.ones(2)}
     headed = {f"bert.{name}": value for name, value in bare.items()} | {"head.w": torch.ones(2)}

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from gradmatch import Task, merge
 from gradmatch.merging import prepare
+from gradmatch.output import writer
 from gradmatch.output.verify import verify
 from gradmatch.output.writer import FolderSink
 
@@ -152,6 +153,35 @@ def test_a_resumed_run_does_not_compute_again_what_is_journalled(models, tmp_pat
     plainly = merge(models / "m0", tasks(models), method="averaging", out=tmp_path / "other")
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "other" / "model.safetensors").read_bytes()
     assert merged.report.to_dict() == plainly.report.to_dict()
+
+
+def test_a_slow_merge_is_journalled_by_time_and_its_bar_goes_on(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(writer, "SYNC_SECONDS", 0.0)
+    plain = FolderSink.finish
+
+    def finish(self, step, stats):
+        plain(self, step, stats)
+        if step.name == "layers.9.w":
+            raise KeyboardInterrupt
+
+    journalled = []
+    close = FolderSink.close
+
+    def closing(self):
+        deadline = time.monotonic() + 30
+        while not self._queue.empty() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        journalled.append(count(tmp_path / "out.partial.journal"))
+        close(self)
+
+    monkeypatch.setattr(FolderSink, "finish", finish)
+    monkeypatch.setattr(FolderSink, "close", closing)
+    with pytest.raises(KeyboardInterrupt):
+        merge(models / "m0", tasks(models), method="averaging", out=tmp_path / "out")
+    assert journalled[0] >= 8  # far below SYNC_BYTES
+    monkeypatch.setattr(FolderSink, "finish", plain)
+    merge(models / "m0", tasks(models), method="averaging", out=tmp_path / "out", progress=True)
+    assert "averaging, resumed: 100%" in capsys.readouterr().err
 
 
 def test_another_merge_starts_afresh(models, tmp_path):
