@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import yaml
@@ -49,6 +50,7 @@ EXPERIMENTS = {
     "curvature": "experiments.studies.curvature",
     "diagnosis": "experiments.studies.diagnosis",
     "forecast": "experiments.studies.forecast",
+    "redundancy": "experiments.studies.redundancy",
     "removal": "experiments.studies.removal",
     "removal-proof": "experiments.studies.removal_proof",
     "sentiment": "experiments.studies.sentiment",
@@ -147,6 +149,8 @@ def _fields_at(model: Any, location: Sequence[int | str]) -> Mapping[str, Any]:
             model = model.model_fields[str(part)].annotation
         else:
             model = model.__args__[-1]
+        if isinstance(model, UnionType):  # a part that may be absent: Sweep | None
+            model = model.__args__[0]
     return model.model_fields
 
 

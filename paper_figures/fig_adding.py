@@ -12,7 +12,7 @@ from paper_figures.style import look, plain_log, save
 
 
 def draw(records: Sequence[Record], folder: Path, name: str = "fig_adding") -> list[Path]:
-    """A panel per number of tasks, a marker per rule, a point per subset and seed.
+    """A panel per number of tasks, a marker per rule, a point per subset and seed; thin lines join those of one subset.
 
     Raises ValueError where no subset was measured.
     """
@@ -26,14 +26,23 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_adding") -> l
         1, len(sizes), figsize=(3.2 * len(sizes), 3.0), squeeze=False, sharey=True, layout="constrained"
     )
     for axes, size in zip(panels[0], sizes, strict=True):
+        of_size = [record for record in cells if len(record["tasks"]) == size]
+        for subset in dict.fromkeys((record["seed"], tuple(record["tasks"])) for record in of_size):
+            points = [point(r) for r in of_size if (r["seed"], tuple(r["tasks"])) == subset]
+            axes.plot(*zip(*sorted(points), strict=True), color="#bbbbbb", linewidth=0.7, zorder=1)
         for model in models:
             own = [record for record in cells if (record["model"], len(record["tasks"])) == (model, size)]
-            x = [record["mismatch"]["per_example"] for record in own]
-            y = [100 * (1 - record["metrics"]["macro"]["accuracy"]) for record in own]
-            axes.plot(x, y, linestyle="none", markersize=5, label=model if own else None, **styles[model])
+            for index, record in enumerate(own):
+                label = model if index == 0 else None
+                axes.plot(*point(record), linestyle="none", markersize=5, label=label, **styles[model])
         plain_log(axes.xaxis)
         axes.set_title(f"{size} tasks")
         axes.set_xlabel("gradient mismatch $\\|\\sum_t m_t\\|\\,/\\,n$")
     panels[0][0].set_ylabel("test error on the tasks (%)")
     panels[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return save(figure, folder, name)
+
+
+def point(record: Record) -> tuple[float, float]:
+    """Mismatch per training example, and test error in per cent."""
+    return record["mismatch"]["per_example"], 100 * (1 - record["metrics"]["macro"]["accuracy"])

@@ -1,4 +1,4 @@
-"""Figure: accuracy of the merge against the seconds that its curvature took, one marker per estimate."""
+"""Figure: what cheap curvature costs and what the merge loses by it, a row per estimate."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 
 from experiments.records import Record, of_kind
-from paper_figures.style import look, plain_log, save
+from paper_figures.style import COLOURS, save
 
 
 def draw(records: Sequence[Record], folder: Path, name: str = "fig_curvature") -> list[Path]:
-    """Mean over seeds, whiskers from the smallest to the largest; task arithmetic, which needs none, is the dashed line.
+    """Correlation of logarithms with the exact GGN, seconds, and the accuracy of the merge (a point per seed or model).
 
-    Raises ValueError where no merge was measured.
+    Raises ValueError where nothing was merged.
     """
-    merges = of_kind(records, "merge")
+    merges, wrong = of_kind(records, "merge"), of_kind(records, "error")
     if not merges:
-        raise ValueError("no record of a merge: run a curvature config first")
-    figure, axes = plt.subplots(figsize=(4.4, 3.2), layout="constrained")
-    names = [name for name in dict.fromkeys(record["estimate"] for record in merges) if name != "TA"]
-    styles = look(names)
-    for estimate in names:
-        own = [record for record in merges if record["estimate"] == estimate]
-        y = [accuracy(record) for record in own]
-        x = max(fmean(record["estimate_seconds"] for record in own), 0.1)  # optimizer states cost no pass
-        axes.vlines(x, min(y), max(y), color=styles[estimate]["color"], linewidth=0.8)
-        axes.plot(x, fmean(y), linestyle="none", label=estimate, **styles[estimate])
-    arithmetic = [accuracy(record) for record in merges if record["estimate"] == "TA"]
-    if arithmetic:
-        axes.axhline(fmean(arithmetic), color="#666666", linestyle="--", linewidth=1, label="TA")
-    plain_log(axes.xaxis)
-    axes.set_xlabel("seconds for all curvatures of one merge (0.1: none)")
-    axes.set_ylabel("accuracy on the tasks (%)")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
+        raise ValueError("no record of a merge by an estimate: run configs/curvature.yaml first")
+    names = list(dict.fromkeys(record["estimate"] for record in merges))
+    figure, panels = plt.subplots(1, 3, figsize=(7.0, 0.9 + 0.24 * len(names)), sharey=True)
+    columns = (
+        ("correlation of log F with\nthe exact GGN's", wrong, lambda record: record["log_correlation"]),
+        ("seconds for all four models", merges, lambda record: record["estimate_seconds"] or None),
+        ("merge: accuracy on the tasks (%)", merges, lambda r: 100 * r["metrics"]["macro"]["accuracy"]),
+    )
+    for axes, (title, rows, value) in zip(panels, columns, strict=True):
+        for place, estimate in enumerate(names):
+            found = [value(record) for record in rows if record["estimate"] == estimate]
+            points = [point for point in found if point is not None]
+            if points:
+                axes.plot(points, [place] * len(points), "o", color=COLOURS[6], markersize=3.5)
+                axes.plot([fmean(points)], [place], "|", color=COLOURS[0], markersize=11, markeredgewidth=1.6)
+        axes.set_xlabel(title)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+    panels[1].set_xscale("log")
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    figure.tight_layout()
     return save(figure, folder, name)
-
-
-def accuracy(record: Record) -> float:
-    """Mean accuracy on the tasks in per cent."""
-    return 100 * float(record["metrics"]["macro"]["accuracy"])
