@@ -25,14 +25,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from gradmatch.names import nearest
 from gradmatch.plan.request import Request
+from gradmatch.rules import RULES
 from gradmatch.task import Task
+from gradmatch.transforms import TRANSFORMS
 from gradmatch.yamltext import load_yaml
-
-Weight = float | list[Any] | dict[str, Any]
 
 
 class TaskRecipe(BaseModel):
@@ -40,9 +40,15 @@ class TaskRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_path(cls, given: Any) -> Any:
+        """A model by its path alone is a task of weight 1."""
+        return {"model": given} if isinstance(given, str) else given
+
     model: str
     curvature: str | None = None
-    weight: Weight = 1.0
+    weight: Any = 1.0  # Task and the plan say what it may be
     name: str = ""
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -96,6 +102,9 @@ SETTINGS: dict[str, Any] = {  # name -> (kind, default)
 Recipe: type[Sources] = create_model("Recipe", __base__=Sources, **SETTINGS)
 
 
+OPTIONS = frozenset(
+    option for known in (RULES, TRANSFORMS) for one in known.values() for option in one.options
+)
 ARGUMENTS = frozenset(
     {*Recipe.model_fields, "out", "overwrite", "batches", "progress", "notes", "task", "data"}
 )
@@ -127,7 +136,8 @@ def load_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"no recipe {path}")
     content = load_yaml(path.read_bytes(), str(path))
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, a recipe is a table of keys")
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise ValueError(f"{path} holds {found}, a recipe is a table of keys")
     if "merge_method" in content:
         from gradmatch.mergekit.translation import translate
 
@@ -149,9 +159,13 @@ def parse_recipe(content: Mapping[str, Any], folder: Path, where: str) -> dict[s
             key = ".".join(str(part) for part in problem["loc"])
             if problem["type"] == "extra_forbidden":
                 known = TaskRecipe.model_fields if problem["loc"][0] == "tasks" else Recipe.model_fields
-                lines.append(
-                    f"unknown key {key!r}{nearest(str(problem['loc'][-1]), known)}; known are {', '.join(known)}"
-                )
+                last = str(problem["loc"][-1])
+                if last in OPTIONS:
+                    lines.append(
+                        f"{key!r} is an option of the method or a transform: write options: {{{last}: ...}}"
+                    )
+                    continue
+                lines.append(f"unknown key {key!r}{nearest(last, known)}; known are {', '.join(known)}")
             else:
                 lines.append(f"{key}: {problem['msg']}")
         raise ValueError(f"{where}: " + "; ".join(lines)) from None

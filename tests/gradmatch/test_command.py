@@ -304,6 +304,12 @@ RECIPES = [
     ({"metod": "ties"}, r"unknown key 'metod' \(did you mean 'method'\?\)"),
     ({"tasks": [{"model": "one", "wieght": 1}]}, r"unknown key 'tasks.0.wieght' \(did you mean 'weight'\?\)"),
     ({"tasks": []}, "tasks: List should have at least 1 item"),
+    (
+        {"density": 0.3},
+        r"'density' is an option of the method or a transform: write options: \{density: \.\.\.\}",
+    ),
+    ({"tasks": [{"model": "one", "density": 0.3}]}, r"'tasks.0.density' is an option of the method"),
+    ({"tasks": [3]}, "tasks.0: "),
     ({"delta0": "much"}, "delta0: "),
     ({"options": {"method": "ties"}}, "'method' is no option of a method but a key"),
     ({"options": {"tasks": 3}}, "'tasks' is no option"),
@@ -324,6 +330,16 @@ def test_recipes_that_are_no_tables(tmp_path):
     (tmp_path / "a.yaml").write_text("[1, 2]")
     with pytest.raises(ValueError, match="holds a list, a recipe is a table"):
         load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("")
+    with pytest.raises(ValueError, match="holds nothing, a recipe is a table"):
+        load_recipe(tmp_path / "a.yaml")
+
+
+def test_a_task_may_be_a_path_alone_and_its_weight_is_checked_by_the_plan(files):
+    assert load_recipe(recipe(files, tasks=["one", {"model": "two"}]))["tasks"][0].model == str(files / "one")
+    wrong = load_recipe(recipe(files, tasks=[{"model": "one", "weight": "half"}], method="task_arithmetic"))
+    with pytest.raises(TypeError, match="the weight of one is 'half'; it must be a number"):
+        merge(**wrong)
 
 
 def test_tasks_on_the_command_line():
