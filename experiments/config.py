@@ -51,6 +51,7 @@ EXPERIMENTS = {
     "diagnosis": "experiments.studies.diagnosis",
     "forecast": "experiments.studies.forecast",
     "redundancy": "experiments.studies.redundancy",
+    "redundancy": "experiments.studies.redundancy",
     "removal": "experiments.studies.removal",
     "removal-proof": "experiments.studies.removal_proof",
     "sentiment": "experiments.studies.sentiment",

@@ -128,3 +128,16 @@ def test_faults(world, override, message):
 def test_a_hub_model_without_network_names_what_stands_in():
     with pytest.raises(FileNotFoundError, match="encoder=dinov2 stands in"):
         models.new_classifier("no/such-model", 8, 2)
+
+
+def test_redundancy_and_analogies_of_the_same_models(world, capsys):
+    analogy = {"source": "images", "a": "cups", "b": "hats", "c": "cups", "target": "cups on photographs"}
+    content = {"experiment": "redundancy", "sources": {"images": str(world / "tiny.yaml")}, "shares": [0.0, 0.9],
+               "analogies": {"cups outside": analogy}}  # fmt: skip
+    (world / "redundancy.yaml").write_text(yaml.safe_dump(content))
+    assert main(["run", str(world / "redundancy.yaml"), "--results", str(world / "results"), "--debug"]) == 0
+    assert "cups + w (hats - cups) on cups on photographs" in capsys.readouterr().out
+    found = read_records(world / "results" / "redundancy.jsonl")
+    assert {record["task"] for record in of_kind(found, "redundancy")} == {"cups", "hats"}
+    (points,) = (record["points"] for record in of_kind(found, "analogy"))
+    assert [point["weight"] for point in points] == [0.3, 0.6, 1.0]

@@ -1,0 +1,141 @@
+"""Stages: two sanity tests of task vectors (how much can be dropped, how orthogonal they are), and analogies between them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from gradmatch import analogy
+from gradmatch.diagnosis.redundancy import redundancy_curve
+from gradmatch.diagnosis.similarity import cosines, gram
+
+Weights = Mapping[str, Tensor]
+PHOTOGRAPHS = " on photographs"
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a trained stage's model."""
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def task_vector(base: Weights, tuned: Weights) -> dict[str, Tensor]:
+    """tau_t = theta_t - theta0, of floating-point tensors."""
+    return {name: tuned[name] - value for name, value in base.items() if value.is_floating_point()}
+
+
+def compare_vectors(out: Path, *, base: Path, tasks: Mapping[str, Path]) -> None:
+    """cos(tau_s, tau_t) of whole models and ||tau_t||, in `out/cosines.json`."""
+    theta0 = weights_of(base)
+    vectors = [task_vector(theta0, weights_of(folder)) for folder in tasks.values()]
+    total = sum(
+        (gram(torch.stack([vector[name].flatten() for vector in vectors])) for name in vectors[0]),
+        torch.zeros(len(vectors), len(vectors), dtype=torch.float64),
+    )
+    norms = dict(zip(tasks, total.diagonal().sqrt().tolist(), strict=True))
+    card = {"tasks": list(tasks), "cosines": cosines(total).tolist(), "norms": norms}
+    (out / "cosines.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+
+
+def drop(
+    out: Path,
+    *,
+    base: Path,
+    model: Path,
+    data: Path,
+    domain: str,
+    images: bool,
+    shares: Sequence[float],
+    seed: int,
+) -> None:
+    """Test accuracy of a fine-tune on its own task after dropping shares of its task vector: `out/curve.json`."""
+    score = scorer(base, data, domain, images)
+    theta0 = weights_of(base)
+    progress = tqdm(total=2 * len(shares), desc=f"dropping {domain}")
+
+    def counted(weights: Weights) -> float:
+        progress.update()
+        return score({**theta0, **weights})
+
+    curve = redundancy_curve(theta0, task_vector(theta0, weights_of(model)), counted, shares, seed=seed)
+    progress.close()
+    points = [{"dropped": point.dropped, "plain": point.plain, "rescaled": point.rescaled} for point in curve]
+    (out / "curve.json").write_text(json.dumps(points, indent=1), encoding="utf-8")
+
+
+def compare_analogy(
+    out: Path,
+    *,
+    base: Path,
+    a: Path,
+    b: Path,
+    c: Path,
+    data: Path,
+    target: str,
+    images: bool,
+    weights: Sequence[float],
+) -> None:
+    """Test accuracy on `target` of the base, of a, b and c alone, and of c + weight (b - a): `out/analogy.json`."""
+    score = scorer(base, data, target, images)
+    found = {"base": score(weights_of(base))}
+    found |= {name: score(weights_of(folder)) for name, folder in (("a", a), ("b", b), ("c", c))}
+    points = []
+    for weight in weights:
+        made = analogy(*(str(folder / "model") for folder in (base, a, b, c)), weight=weight)
+        points.append({"weight": weight, "accuracy": score(dict(made))})
+    (out / "analogy.json").write_text(
+        json.dumps({"alone": found, "points": points}, indent=1), encoding="utf-8"
+    )
+
+
+def scorer(base: Path, data: Path, domain: str, images: bool) -> Callable[[Weights], float]:
+    """Test accuracy on a domain as a function of the weights; an image set's name may end in ' on photographs'."""
+    if images:
+        from experiments.vision.models import Rows, classes_of, load, load_split
+        from experiments.vision.stages import predict
+
+        name = domain.removesuffix(PHOTOGRAPHS)
+        rows, own = load_split(data, name, "test"), classes_of(data, name)
+        if name != domain:
+            rows = Rows(on_photographs(rows.images), rows.labels)
+        model = load(base / "model")
+
+        def predicted() -> tuple[Any, Any]:
+            return predict(model, rows, own)
+    else:
+        from experiments import evaluate, models
+
+        texts = models.load_split(data, domain, "test")
+        model = models.load_classifier(base / "model")
+
+        def predicted() -> tuple[Any, Any]:
+            return evaluate.predict(model, texts)
+
+    def score(weights: Weights) -> float:
+        model.load_state_dict(dict(weights))
+        probabilities, labels = predicted()
+        return float((probabilities.argmax(-1) == labels).mean())
+
+    return score
+
+
+def on_photographs(images: Tensor, seed: int = 1) -> Tensor:
+    """|patch of a grey photograph - image|, as the set `photos` is made. (n, 1, P, P) bytes -> the same."""
+    from sklearn.datasets import load_sample_images
+
+    photos = [photo.mean(-1) for photo in load_sample_images().images]
+    generator = np.random.default_rng(seed)
+    side = images.shape[-1]
+    made = []
+    for image in images[:, 0].numpy():
+        photo = photos[generator.integers(len(photos))]
+        top, left = (generator.integers(0, extent - side) for extent in photo.shape)
+        made.append(np.abs(photo[top : top + side, left : left + side] - image))
+    return torch.tensor(np.stack(made).astype(np.uint8))[:, None]
