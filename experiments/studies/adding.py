@@ -146,6 +146,10 @@ def report(found: list[Record]) -> str:
             f"Spearman of mismatch/n and test error over all merges of {size} tasks: {rho:.2f} (95 % interval {low:.2f} to "
             f"{high:.2f}, subsets drawn again; {count} merges)"
         )
+    for size, (rho, least, count) in within_subsets(cells).items():
+        lines.append(
+            f"Spearman over the merges of one subset of {size} tasks: mean {rho:.2f}, smallest {least:.2f} ({count} subsets)"
+        )
     share, low, high, count = smaller_share(cells)
     ours, theirs = cells[0]["compare"]
     lines.append(
@@ -164,16 +168,33 @@ def correlations(cells: Sequence[Record]) -> dict[int, tuple[float, float, float
     """Size of subset -> Spearman's rho over its merges, its 95 % interval (seed and subset drawn again), their number."""
     from experiments.statistics import spearman_interval
 
+    groups = _points(cells)
+    return {size: (*spearman_interval(own), sum(map(len, own))) for size, own in groups.items()}
+
+
+def within_subsets(cells: Sequence[Record]) -> dict[int, tuple[float, float, int]]:
+    """Size of subset -> Spearman's rho over the merges of one subset and seed: mean, smallest, number of subsets.
+
+    Tasks differ in how hard they are, which the mismatch does not know; within a subset that plays no part.
+    """
+    from experiments.statistics import spearman
+
     found = {}
-    for size in sorted({len(record["tasks"]) for record in cells}):
-        groups: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
-        for record in cells:
-            if len(record["tasks"]) == size:
-                point = (record["mismatch"]["per_example"], error(record))
-                groups.setdefault((record["seed"], *record["tasks"]), []).append(point)
-        count = sum(map(len, groups.values()))
-        found[size] = (*spearman_interval(list(groups.values())), count)
+    for size, groups in _points(cells).items():
+        rhos = [rho for group in groups if (rho := spearman(*zip(*group, strict=True))) == rho]  # not NaN
+        if rhos:
+            found[size] = (fmean(rhos), min(rhos), len(rhos))
     return found
+
+
+def _points(cells: Sequence[Record]) -> dict[int, list[list[tuple[float, float]]]]:
+    """Size of subset -> for each subset and seed, (mismatch per example, error) of its merges."""
+    groups: dict[int, dict[tuple[Any, ...], list[tuple[float, float]]]] = {}
+    for record in cells:
+        point = (record["mismatch"]["per_example"], error(record))
+        of_size = groups.setdefault(len(record["tasks"]), {})
+        of_size.setdefault((record["seed"], *record["tasks"]), []).append(point)
+    return {size: list(groups[size].values()) for size in sorted(groups)}
 
 
 def smaller_share(cells: Sequence[Record]) -> tuple[float, float, float, int]:

@@ -88,6 +88,9 @@ def test_correlation_and_share_are_those_of_the_records():
     assert (size, count) == (2, 12)
     assert low <= rho <= high
     assert 0.6 < rho < 1
+    assert adding.within_subsets(cells) == {
+        2: (pytest.approx(0.75), 0.5, 4)
+    }  # 1 and .5: with seed 1, GM's is the largest
     share, low, high, subsets = adding.smaller_share(cells)
     assert (share, subsets) == (0.5, 4)  # with seed 1, GM's is the larger
     assert low < 0.5 < high
