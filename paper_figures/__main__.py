@@ -13,6 +13,7 @@ COMMITTED = Path("experiments") / "results"
 SENTIMENT = ("table_sentiment", "fig_mismatch", "fig_alpha")
 FIGURES = {  # experiment -> what is drawn of it
     "adding": ("fig_adding",),
+    "assumption": ("fig_assumption",),
     "claims": ("table_claims",),
     "curvature": ("fig_curvature",),
     "redundancy": ("fig_redundancy", "fig_cosines"),

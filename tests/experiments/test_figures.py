@@ -10,6 +10,7 @@ import pytest
 from paper_figures import (
     fig_adding,
     fig_alpha,
+    fig_assumption,
     fig_cosines,
     fig_curvature,
     fig_mismatch,
@@ -108,6 +109,21 @@ OTHERS = {
         for model, x in (("TA", 2.0), ("GM", 1.0))
         for tasks in (["a", "b"], ["a", "b", "c"])
     ],
+    fig_assumption: [
+        {
+            "kind": "merge",
+            "tuning": tuning,
+            "merge": rule,
+            "seed": seed,
+            "tasks": ["a"],
+            "metrics": {"a": {"accuracy": x}},
+        }
+        for seed in (0, 1)
+        for tuning, x in (("plain", 0.7), ("100", 0.6))
+        for rule in ("GM", "Measured*")
+    ]
+    + [{"kind": "reference", "tasks": ["a"], "metrics": {"a": {"accuracy": 0.8}}}]
+    + [{"kind": "refinement", "seed": 0, "damping": d, "values": [5.0, 3.0, 1 + d]} for d in (0.0, 1.0)],
     fig_curvature: [
         {"kind": "merge", "estimate": name, "estimate_seconds": seconds, "metrics": METRICS}
         for name, seconds in (("TA", 0), ("Adam", 0), ("100 examples", 8.0))
