@@ -290,7 +290,7 @@ CASES: dict[str, Case] = {
     "healthy: Fisher averaging": healthy("fisher", 1.0),
     "healthy: uneven weights": Case(HEALTHY, healthy_uneven),
 }
-# Other strengths and kinds, added after the rules were set, and never used to change them.
+# Other strengths and kinds, added after the first rules; rules that came later were set on the development seeds alone.
 VARIANTS: dict[str, Case] = {
     "weight x 3": Case("weight_too_large", one_weight_times(3), "reviews"),
     "a third of the neurons permuted": Case("permuted_neurons", lambda w: permuted_neurons(w, 1 / 3), "chat"),

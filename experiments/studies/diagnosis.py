@@ -136,7 +136,8 @@ def report(found: list[Record]) -> str:
             [r for r in cases if r["split"] == "development" and not r["variant"]],
         ),
         ("other seeds", [r for r in cases if r["split"] == "check" and not r["variant"]]),
-        ("variants added after the rules were set", [r for r in cases if r["variant"]]),
+        ("other strengths, same seeds", [r for r in cases if r["split"] == "development" and r["variant"]]),
+        ("other strengths, other seeds", [r for r in cases if r["split"] == "check" and r["variant"]]),
         ("fine-tuned encoders", [r for r in cases if r["split"] == "encoder"]),
     ]
     return "\n\n".join(

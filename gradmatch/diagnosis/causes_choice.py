@@ -43,7 +43,9 @@ def one_task_dominates(evidence: Evidence) -> list[Cause]:
         asked = _ratio(abs(evidence.alpha[task]), [abs(evidence.alpha[t]) for t in others])
         by_length = _ratio(norms[task], [norms[t] for t in others])
         size = max(by_weight, asked) * by_length
-        if size < DOMINANCE or max(by_weight, asked, by_length) < DOMINANCE / 2:
+        # Where losses are measured, they decide whether a smaller excess matters.
+        least = DOMINANCE / 2 if evidence.measured else DOMINANCE
+        if size < least or max(by_weight, asked, by_length) < DOMINANCE / 2:
             continue
         # As long as the others' share, or half-way there on a logarithmic scale: whichever saves more.
         repairs = [(1 / size, _measured_change(evidence, {task: used[task] * (1 / size - 1)}))]

@@ -9,7 +9,7 @@ import torch
 
 from gradmatch.diagnosis import health
 from gradmatch.diagnosis.causes import INPUT, Cause, Finder, priced
-from gradmatch.diagnosis.evidence import accuracy_of, best_relabelling
+from gradmatch.diagnosis.evidence import accuracy_of, accuracy_of_rows, best_relabelling
 from gradmatch.diagnosis.repairs import averaged, exact, planned_update, saving_of, saving_of_others
 
 if TYPE_CHECKING:
@@ -33,15 +33,21 @@ def relabelled(evidence: Evidence) -> list[Cause]:
         if own is None or len(own) < 2 or not others:
             continue
         pooled = torch.stack([evidence.confusions[m][task] for m in others]).sum(0)
-        renaming, renamed = best_relabelling(pooled)
-        plain, chance = accuracy_of(pooled), 1 / len(pooled)
-        # Renamed, the others must come at least half-way from chance to what the task's own model reaches, and most of that
-        # must be due to the renaming, beyond the noise of n examples (4 standard errors: the best of many renamings).
-        error = math.sqrt(0.25 / max(1.0, float(own.sum())))
-        reaches = renamed - chance > HALF * (accuracy_of(own) - chance)
+        renaming, _ = best_relabelling(pooled)
+        moved = [label for predicted, label in enumerate(renaming) if predicted != label]
+        if not moved:
+            continue
+        # On the examples of the renamed classes (the others are right or wrong either way), renamed predictions must come at least
+        # half-way from chance to what the task's own model reaches, and most of that must be due to the renaming, beyond
+        # the noise of n examples (4 standard errors: the best of many renamings).
+        plain, chance = accuracy_of_rows(pooled, moved), 1 / len(pooled)
+        renamed = accuracy_of_rows(pooled[:, [renaming.index(label) for label in range(len(pooled))]], moved)
+        error = math.sqrt(0.25 / max(1.0, float(own[moved].sum())))
+        reaches = renamed - chance > HALF * (accuracy_of_rows(own, moved) - chance)
         convincing = reaches and renamed - plain > max(HALF * (renamed - chance), 4 * error)
         agreed = all(best_relabelling(evidence.confusions[m][task])[0] == renaming for m in others)
-        fits_itself = accuracy_of(own) >= best_relabelling(own)[1] - error
+        noise = math.sqrt(0.25 / max(1.0, float(own.sum())))
+        fits_itself = accuracy_of(own) >= best_relabelling(own)[1] - noise
         others_fit = all(
             best_relabelling(evidence.confusions[m][m])[0] == list(range(len(own)))
             for m in others
@@ -53,7 +59,7 @@ def relabelled(evidence: Evidence) -> list[Cause]:
                 Cause(
                     "labels_swapped",
                     task,
-                    f"on the data of {task!r} the other models are right in {plain:.0%}, and in {renamed:.0%} after renaming classes {moves}",
+                    f"on the data of {task!r} in these classes the other models are right in {plain:.0%}, and in {renamed:.0%} after renaming {moves}",
                     f"rename the classes of {task!r} (permute the rows of its head, or map its labels and train again)",
                     INPUT,
                     *priced(saving_of_others(evidence, task)),

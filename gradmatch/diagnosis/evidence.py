@@ -215,6 +215,11 @@ def accuracy_of(confusion: Tensor) -> float:
     return float(confusion.diagonal().sum() / confusion.sum().clamp(min=1))
 
 
+def accuracy_of_rows(confusion: Tensor, labels: list[int]) -> float:
+    """Share of the examples with these labels that are on the diagonal of a confusion matrix (C, C), row = label."""
+    return float(confusion.diagonal()[labels].sum() / confusion[labels].sum().clamp(min=1))
+
+
 def best_relabelling(confusion: Tensor) -> tuple[list[int], float]:
     """The renaming of classes under which predictions agree best with the labels, and that accuracy.
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from estimators import Curvature
 from estimators.curvature import fingerprint, model_sampler
 from gradmatch import Task, diagnose
 from gradmatch.diagnosis.causes import BROKEN, CHOICE, INPUT, Cause, ranked
-from gradmatch.diagnosis.evidence import best_relabelling
+from gradmatch.diagnosis.causes_input import relabelled
+from gradmatch.diagnosis.evidence import accuracy_of_rows, best_relabelling
 
 DIM, WIDTH, CLASSES = 12, 24, 3
 
@@ -221,6 +223,40 @@ def test_labels_swapped_names_the_renaming():
     assert (first.name, first.subject) == ("labels_swapped", "b")
     assert "0 -> 1, 1 -> 2, 2 -> 0" in first.evidence
     assert first.source == "measured"
+
+
+def confusions_of(others_on_a, own):
+    """Evidence of tasks "a" (with these confusions) and "b" (which everybody gets right), as far as labels go."""
+    right = torch.eye(len(own), dtype=torch.long) * 50
+    return SimpleNamespace(
+        objectives=dict.fromkeys("ab"),
+        confusions={
+            "base": {"a": others_on_a, "b": right},
+            "b": {"a": others_on_a, "b": right},
+            "a": {"a": own, "b": right},
+        },
+        other_tasks=lambda task: [t for t in "ab" if t != task],
+        measured=False,
+    )
+
+
+def test_two_renamed_classes_are_judged_by_their_own_examples():
+    own = torch.tensor([[20, 4, 4, 4], [4, 20, 4, 4], [0, 0, 80, 20], [0, 0, 20, 80]])
+    swapped = own[:, [1, 0, 2, 3]]
+    # Over all examples the renaming gives .76 instead of .64; in the two classes, .63 instead of .13.
+    (cause,) = relabelled(confusions_of(swapped, own))
+    assert (cause.name, cause.subject) == ("labels_swapped", "a")
+    assert cause.numbers == pytest.approx({"plain": 8 / 64, "renamed": 40 / 64})
+    assert relabelled(confusions_of(own, own)) == []
+    few = torch.tensor([[2, 1, 0, 0], [1, 2, 0, 0], [0, 0, 80, 20], [0, 0, 20, 80]])
+    assert relabelled(confusions_of(few[:, [1, 0, 2, 3]], few)) == []  # six examples prove nothing
+
+
+def test_accuracy_of_rows():
+    confusion = torch.tensor([[3, 1], [2, 2]])
+    assert accuracy_of_rows(confusion, [0]) == 0.75
+    assert accuracy_of_rows(confusion, [0, 1]) == 0.625
+    assert accuracy_of_rows(torch.zeros(2, 2), [1]) == 0.0
 
 
 def test_a_merge_that_overflows_is_still_explained():
