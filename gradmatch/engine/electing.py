@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -123,6 +124,7 @@ def _any(buffers: Buffers, count: int, name: str, votes: Sequence[NDArray[np.uin
     return union
 
 
+@lru_cache(maxsize=256)
 def just_below(threshold: float, dtype: torch.dtype) -> float:
     """The largest value that a threshold excludes: hardshrink keeps what is beyond it, TIES what reaches it."""
     value = torch.tensor(threshold, dtype=dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import repeat
 from typing import Any
 
@@ -102,7 +103,7 @@ def eq12(
     base = stored(theta0, buffers.get("theta0", count, dtype))
     load, prior = buffers.get("load", count, dtype), buffers.get("h0", count, dtype)
     if isinstance(h0, Tensor):
-        torch.add(torch.tensor(delta0, dtype=dtype), stored(h0, load), alpha=h0_scale, out=prior)
+        torch.add(_number(delta0, dtype), stored(h0, load), alpha=h0_scale, out=prior)
     else:
         prior.fill_(h0 * h0_scale + delta0)
     h_bar, numerator = buffers.get("h_bar", count, dtype), buffers.get("numerator", count, dtype)
@@ -163,6 +164,12 @@ def eq12(
         health.update_h0 = float(torch.dot(weight, prior))
     torch.add(update, base, out=out)
     return health
+
+
+@lru_cache(maxsize=16)
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor, (), for operations that add a multiple of another to it."""
+    return torch.tensor(value, dtype=dtype)
 
 
 def cancelled(h_bar: Tensor, size: Tensor, delta0: float) -> int:
