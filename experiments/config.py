@@ -54,6 +54,7 @@ EXPERIMENTS = {
     "redundancy": "experiments.studies.redundancy",
     "removal": "experiments.studies.removal",
     "removal-proof": "experiments.studies.removal_proof",
+    "search": "experiments.studies.search",
     "sentiment": "experiments.studies.sentiment",
     "theory": "experiments.studies.theory",
     "vision": "experiments.studies.vision",

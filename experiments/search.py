@@ -1,0 +1,158 @@
+"""A merge's options searched on validation examples: an Optuna study that several workers and machines share.
+
+Workers meet in Optuna's storage: an SQLite file beside the stages, or, for many machines, what $GRADMATCH_STORAGE names
+(`postgresql://user:password@host/base`, `sqlite:///file`, `journal:file`). It is an environment variable, and not a key of
+the config, so that no password comes into a record. The trial of a worker that was killed is taken up by the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler, GridSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from experiments.merging import merged_model
+
+STORAGE = "GRADMATCH_STORAGE"
+Space = Mapping[str, Mapping[str, Any]]  # option -> {"values": [...]} or {"low": , "high": , "log": }
+Metrics = Mapping[str, Mapping[str, float]]
+
+
+def take_part(
+    out: Path,
+    *,
+    worker: int,
+    method: str,
+    options: Mapping[str, Any],
+    space: Space,
+    sampler: str,
+    trials: int,
+    seed: int,
+    data: Path,
+    images: bool,
+    domains: list[str],
+    delta0: float,
+    **sources: Any,
+) -> None:
+    """Stage: run trials until the study has `trials` that are complete, then write `out/search.json`.
+
+    The objective is the negative log-likelihood on validation examples, macro average over `domains`. All workers of a
+    search end with the same study; each writes what it saw, and the test metrics of the best.
+    """
+    score = scorer(sources["base"], data, domains, images)
+
+    def merged(chosen: Mapping[str, Any]) -> Any:
+        given = {**options, **chosen}
+        return merged_model(method, given.pop("alpha", 1.0), given, delta0=delta0, **sources)
+
+    def objective(chosen: Mapping[str, Any]) -> float:
+        return score(merged(chosen), "validation")["macro"]["nll"]
+
+    title = study_name({"space": space, "method": method, "options": options, "sampler": sampler, "seed": seed,
+                        "models": {name: str(value) for name, value in sources.items()}})  # fmt: skip
+    url = os.environ.get(STORAGE) or f"sqlite:///{out.parent / title}.sqlite"
+    study = run_trials(url, title, objective, space, sampler, trials, seed + 1000 * worker)
+    best = study.best_trial
+    card = {
+        "trials": [{"number": trial.number, "params": trial.params, "nll": trial.value} for trial in complete(study)],
+        "best": {"params": best.params, "nll": best.value, "test": score(merged(best.params), "test")},
+    }  # fmt: skip
+    (out / "search.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+
+
+def study_name(content: Mapping[str, Any]) -> str:
+    """A name that the same search has for every worker, and no other search."""
+    return "search-" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def run_trials(
+    url: str,
+    title: str,
+    objective: Callable[[Mapping[str, Any]], float],
+    space: Space,
+    sampler: str,
+    trials: int,
+    seed: int,
+) -> optuna.Study:
+    """Take part in a study until it has enough complete trials, or until its grid is used up.
+
+    With `grid`, points that somebody else runs are left to them while others are open, and are run again at the end:
+    whoever had them may be dead.
+    """
+    chosen: BaseSampler
+    if sampler == "grid":
+        # It numbers the points in an order that its seed shuffles: the same for every worker, or they mean other points.
+        chosen = GridSampler({name: list(spec["values"]) for name, spec in space.items()}, seed=0)
+    else:
+        chosen = TPESampler(seed=seed)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=open_storage(url), study_name=title, sampler=chosen, direction="minimize", load_if_exists=True
+    )
+    while len(complete(study)) < trials and not (
+        isinstance(chosen, GridSampler) and chosen.is_exhausted(study)
+    ):
+        study.optimize(lambda trial: objective(suggested(trial, space)), n_trials=1)
+    return study
+
+
+def open_storage(url: str) -> Any:
+    """Optuna's storage behind a URL; `journal:file` is its journal. Raises ConnectionError where it cannot be reached."""
+    if url.startswith("journal:"):
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        return JournalStorage(JournalFileBackend(url.removeprefix("journal:")))
+    try:
+        return optuna.storages.RDBStorage(url)
+    except Exception as error:  # drivers raise their own
+        where = url.split("://")[0]
+        raise ConnectionError(
+            f"cannot open the {where} storage that ${STORAGE} names: {type(error).__name__}; PostgreSQL needs a driver "
+            f"(pip install psycopg2-binary) and a server within reach; without ${STORAGE} an SQLite file is used"
+        ) from None  # the message of the driver may hold the password
+
+
+def suggested(trial: optuna.Trial, space: Space) -> dict[str, Any]:
+    """The trial's value of each option: one of its `values`, or a number between `low` and `high`."""
+    return {
+        name: trial.suggest_categorical(name, list(spec["values"]))
+        if spec.get("values")
+        else trial.suggest_float(name, spec["low"], spec["high"], log=spec["log"])
+        for name, spec in space.items()
+    }
+
+
+def complete(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that have a value."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def scorer(
+    base: Path, data: Path, domains: list[str], images: bool
+) -> Callable[[Mapping[str, Any], str], Metrics]:
+    """Metrics of weights on a split, per domain and averaged."""
+    if images:
+        from experiments.vision import models, stages
+
+        classifier = models.load(base / "model")
+        return lambda weights, split: stages.score(classifier, weights, data, domains, split)
+    from experiments.evaluate import measure, predict, with_averages
+    from experiments.models import load_classifier, load_split
+
+    model = load_classifier(base / "model")
+
+    def score(weights: Mapping[str, Any], split: str) -> Metrics:
+        model.load_state_dict(dict(weights))
+        return with_averages(
+            {name: measure(*predict(model, load_split(data, name, split))) for name in domains}
+        )
+
+    return score

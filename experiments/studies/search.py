@@ -1,0 +1,137 @@
+"""Search of a merge's options by Optuna, on the models of a sentiment or vision config; see `experiments.search`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from experiments import config as configs
+from experiments.config import Strict, Study
+from experiments.pipeline import Stage, card, is_done
+from experiments.records import Record, of_kind
+from experiments.studies.sentiment import check_merge
+from experiments.studies.sentiment_cells import MERGING, SOURCES
+
+CODE = (*SOURCES, *MERGING, "experiments.merging", "experiments.evaluate")
+
+
+class Range(Strict):
+    """What is tried for an option: `values`, or numbers from low to high, on a logarithmic scale where `log`."""
+
+    values: tuple[float, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _either(self) -> Range:
+        if bool(self.values) == (self.low is not None and self.high is not None):
+            raise ValueError("give either `values` or both `low` and `high`")
+        if (
+            self.low is not None
+            and self.high is not None
+            and not (self.low < self.high and (self.low > 0 or not self.log))
+        ):
+            raise ValueError("`low` must be below `high`, and positive where `log`")
+        return self
+
+
+class Config(Study):
+    """Keys of the config: `source` is the config whose models are used; `workers` share the study, each a stage."""
+
+    experiment: Literal["search"]
+    source: Path
+    seed: int = 0
+    method: str = "gradient_matching"
+    options: dict[str, Any] = Field(default_factory=dict)
+    space: dict[str, Range] = Field(min_length=1)  # `alpha` is the weight of every task
+    sampler: Literal["tpe", "grid"] = "tpe"
+    trials: int = Field(default=20, gt=0)
+    workers: int = Field(default=1, gt=0)
+
+    @model_validator(mode="after")
+    def _known(self) -> Config:
+        source = configs.load(self.source)
+        if source.experiment not in ("sentiment", "vision"):
+            raise ValueError(f"{self.source} is no config of the sentiment or vision experiment")
+        if self.seed not in source.seeds:
+            raise ValueError(
+                f"{self.source} has no seed {self.seed}; it has {', '.join(map(str, source.seeds))}"
+            )
+        for name, tried in self.space.items():
+            for value in tried.values or (tried.low, tried.high):
+                check_merge(self.method, {**self.options, name: value})
+            if self.sampler == "grid" and not tried.values:
+                raise ValueError(f"space.{name}: a grid needs `values`")
+        return self
+
+
+def stages(config: Config) -> list[Stage]:
+    """A stage per worker; the models they read come with them."""
+    source = configs.load(config.source)
+    made = configs.study(source.experiment).Cells(source)
+    data = source.data
+    seconds = config.trials * len(data.domains) * (data.validation or 500) / 220 / config.workers
+    return [
+        Stage(
+            f"search/{config.name}/worker{worker}",
+            "experiments.search:take_part",
+            {
+                "worker": worker,
+                "method": config.method,
+                "options": config.options,
+                "space": {name: tried.model_dump(mode="json") for name, tried in config.space.items()},
+                "sampler": config.sampler,
+                "trials": config.trials,
+                "seed": config.seed,
+                "images": source.experiment == "vision",
+                "domains": data.domains,
+                "delta0": source.delta0,
+            },
+            {**made.sources(config.seed, data.tasks), "data": made.data},
+            CODE,
+            seconds,
+        )
+        for worker in range(config.workers)
+    ]
+
+
+def records(config: Config, store: Path) -> list[Record]:
+    """What the worker that ended last saw: a record per trial, one of the best."""
+    done = [stage for stage in stages(config) if is_done(stage, store)]
+    if not done:
+        return []
+    last = max(done, key=lambda stage: str(card(stage, store)["finished"]))
+    origin = card(last, store)
+    found = json.loads((last.folder(store) / "search.json").read_text(encoding="utf-8"))
+    common = {
+        "experiment": config.experiment,
+        "name": config.name,
+        "seed": config.seed,
+        "method": config.method,
+    }
+    kept = {key: origin[key] for key in ("key", "commit", "versions", "machine", "seconds", "finished")}
+    trials = [common | {"kind": "trial"} | trial for trial in found["trials"]]
+    return [*trials, common | {"kind": "best"} | found["best"] | kept]
+
+
+def report(found: list[Record]) -> str:
+    """The five best trials, and the best on test examples."""
+    from experiments.report import format_table
+
+    trials = sorted(of_kind(found, "trial"), key=lambda trial: float(trial["nll"]))
+    names = list(trials[0]["params"])
+    rows = [
+        [str(t["number"]), *(f"{t['params'][name]:.4g}" for name in names), f"{t['nll']:.4f}"]
+        for t in trials[:5]
+    ]
+    best = of_kind(found, "best")[0]
+    macro = best["test"]["macro"]
+    table = format_table(["trial", *names, "validation NLL"], rows)
+    return (
+        f"The best of {len(trials)} trials of {best['method']}:\n\n{table}\n\n"
+        f"The best on test examples: accuracy {100 * macro['accuracy']:.1f} %, NLL {macro['nll']:.4f} (macro)."
+    )
