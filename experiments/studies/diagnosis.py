@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from experiments import config as configs
 from experiments.config import Study
@@ -33,6 +34,7 @@ class Config(Study):
     seeds: tuple[int, ...] = Field(default=(10, 11, 12), min_length=1)
     cases: tuple[str, ...] = ()
     sentiment: Path | None = None  # config of fine-tuned encoders that the faults are built into as well
+    encoders: tuple[int, ...] = ()  # seeds of those; none given: all
     examples: int = Field(default=96, gt=1)  # of each task, for those
 
     @field_validator("cases")
@@ -42,6 +44,25 @@ class Config(Study):
         if unknown:
             raise ValueError(f"unknown case {unknown[0]!r}; known: {', '.join(KNOWN)}")
         return cases
+
+    @model_validator(mode="after")
+    def _has_seeds(self) -> Config:
+        check_seeds(self.encoders, self.sentiment)
+        return self
+
+
+def check_seeds(seeds: Sequence[int], sentiment: Path | None) -> None:
+    """Compare seeds with those that a sentiment config trains models for.
+
+    Raises:
+        ValueError: one that it does not, or no such config.
+    """
+    if not seeds:
+        return
+    known = configs.load(sentiment).seeds if sentiment else ()
+    unknown = [seed for seed in seeds if seed not in known]
+    if unknown:
+        raise ValueError(f"no models of seed {unknown[0]}: {sentiment} has the seeds {list(known)}")
 
 
 def stages(config: Config) -> list[Stage]:
@@ -80,7 +101,7 @@ def encoder_cells(config: Config) -> dict[int, Stage]:
             CODE,
             600,
         )
-        for seed in source.seeds
+        for seed in config.encoders or source.seeds
     }
 
 

@@ -15,7 +15,7 @@ from experiments.config import Study
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
 from experiments.studies import sentiment
-from experiments.studies.diagnosis import model_inputs
+from experiments.studies.diagnosis import check_seeds, model_inputs
 
 CODE = (
     "experiments.diagnosis.forecasting",
@@ -41,11 +41,13 @@ class Config(Study):
     test: int = Field(default=300, gt=1)
     draws: int = Field(default=12, ge=0)
     grid: tuple[float, ...] = (0.1, 0.3, 0.5, 0.8, 1.1)
+    seeds: tuple[int, ...] = ()  # of the sentiment config's; none given: all
 
     @model_validator(mode="after")
     def _is_sentiment(self) -> Config:
         if configs.load(self.sentiment).experiment != "sentiment":
             raise ValueError(f"{self.sentiment} is no config of the sentiment experiment")
+        check_seeds(self.seeds, self.sentiment)
         return self
 
 
@@ -70,7 +72,7 @@ def cells(config: Config) -> dict[int, Stage]:
             (*CODE, "estimators"),
             len(config.grid) ** len(tasks) * config.test * len(tasks) / 220 + 200,
         )
-        for seed in source.seeds
+        for seed in config.seeds or source.seeds
     }
 
 
