@@ -51,7 +51,6 @@ EXPERIMENTS = {
     "diagnosis": "experiments.studies.diagnosis",
     "forecast": "experiments.studies.forecast",
     "redundancy": "experiments.studies.redundancy",
-    "redundancy": "experiments.studies.redundancy",
     "removal": "experiments.studies.removal",
     "removal-proof": "experiments.studies.removal_proof",
     "search": "experiments.studies.search",
