@@ -60,6 +60,15 @@ class Batch:
             first=self.first + self.stride * first,
         )
 
+    def values_per_row(self) -> int:
+        """Numbers that a row of its first input holds: tokens, or pixels."""
+        first = next(
+            value
+            for value in pytree.tree_leaves((_preferred(self.kwargs), self.args, self.kwargs))
+            if isinstance(value, Tensor) and value.dim() > 0
+        )
+        return max(1, first.numel() // self.size)
+
     def copied(self) -> Batch:
         """With inputs in memory of their own."""
         args, kwargs = pytree.tree_map(
@@ -184,14 +193,18 @@ def _forward_parameters(model: nn.Module) -> tuple[dict[str, inspect.Parameter],
     return parameters, takes_any
 
 
+def _preferred(kwargs: dict[str, Any]) -> list[Any]:
+    """What tells the size of a batch before all else."""
+    return [kwargs[key] for key in ("input_ids", "inputs_embeds", "pixel_values") if key in kwargs]
+
+
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> int:
     """Rows of the batch: the leading dimension of its first input (input_ids and pixel_values before others).
 
     Raises:
         ValueError: no tensor, or no rows.
     """
-    preferred = [kwargs[key] for key in ("input_ids", "inputs_embeds", "pixel_values") if key in kwargs]
-    for value in pytree.tree_leaves((preferred, args, kwargs)):
+    for value in pytree.tree_leaves((_preferred(kwargs), args, kwargs)):
         if isinstance(value, Tensor) and value.dim() > 0:
             if value.shape[0] == 0:
                 raise ValueError(f"batch {index} is empty: its first input has shape {list(value.shape)}")

@@ -14,6 +14,7 @@ from estimators import distributed, empirical_fisher, fisher, ggn, gram, hessian
 from estimators.convergence import Convergence
 from estimators.curvature import Curvature, check_num_examples, fingerprint, model_sampler
 from estimators.inference import make_likelihood
+from estimators.memory import LEAST_BYTES, parse_bytes
 from estimators.problem import Problem, prepared, trainable_parameters
 from estimators.resume import Journal, identity
 from estimators.running import Estimator, Loop, add_up_ranks, advice, count_examples, provenance, run
@@ -29,6 +30,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "kfac": kfac,
     "gram": gram,
 }
+PER_EXAMPLE = ("fisher", "empirical_fisher", "ggn")
 
 
 def estimate(
@@ -48,7 +50,7 @@ def estimate(
     labels: str = "auto",
     kfac_form: str = "expand",
     backend: str = "engine",
-    chunk: int | None = None,
+    chunk: int | str | None = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 60.0,
 ) -> Curvature:
@@ -78,8 +80,10 @@ def estimate(
             where it costs no more backward passes than the samples asked for ("ggn": up to 100 of them).
         kfac_form: "expand" or "reduce", for weights shared over positions; see `kfac.py`.
         backend: "engine", or "backpack" for plain nn.Sequential nets with method "ggn", "hessian" or "empirical_fisher".
-        chunk: work on at most so many rows of a batch at once, to save memory; the result stays the same (with
-            reduction="batch" it is the chunk whose gradient is squared).
+        chunk: work on parts of a batch, to save memory; the result stays the same (with reduction="batch" it is the
+            part whose gradient is squared). At most so many rows; or an amount of memory ("2GB") for the activations and
+            outputs of a part; or "auto", a quarter of what the sums take and at least 64 MiB (per-example methods on the
+            CPU, where such parts are as quick; elsewhere the whole batch); or None, the whole batch.
         checkpoint: file in which the sums are saved now and then; the same call after an interruption goes on from it.
         checkpoint_seconds: how often.
 
@@ -92,8 +96,6 @@ def estimate(
         TypeError: a batch, likelihood or num_examples of a wrong type.
     """
     check_options(method, samples, reduction, tolerance, labels, num_examples, seed)
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk is a number of rows, at least 1, got {chunk}")
     if isinstance(batches, (Tensor, Mapping)) or (
         isinstance(batches, tuple) and all(isinstance(value, Tensor) for value in batches)
     ):
@@ -108,6 +110,8 @@ def estimate(
         model, trainable_parameters(model), make_likelihood(likelihood), samples, seed, standard_error, gradient,
         reduction, labels, kfac_form,
     )  # fmt: skip
+    whole = reduction == "batch" or backend != "engine" or method not in PER_EXAMPLE
+    problem.chunk, problem.budget = read_chunk(chunk, problem, whole)
     estimator = ESTIMATORS[method]
     if backend == "backpack":
         from estimators import backpack
@@ -118,7 +122,7 @@ def estimate(
         Journal(checkpoint, identity(problem, method, print_of_weights, likelihood)) if checkpoint else None
     )
     convergence = Convergence()
-    loop = Loop(method, progress, tolerance, journal, checkpoint_seconds, chunk)
+    loop = Loop(method, progress, tolerance, journal, checkpoint_seconds)
     with prepared(model), problem.hooks:
         estimator.start(problem)
         loop.done = journal.load(problem, convergence) if journal else 0
@@ -142,6 +146,24 @@ def estimate(
     if journal:
         journal.remove()
     return curvature
+
+
+def read_chunk(
+    chunk: int | str | None, problem: Problem, whole: bool = False
+) -> tuple[int | None, int | None]:
+    """Rows and bytes of the parts in which batches are worked on; with `whole`, "auto" is the whole batch.
+
+    Raises:
+        ValueError: below one row or byte, or no amount of memory.
+    """
+    if chunk == "auto":
+        sums = sum(value.numel() * 4 for value in problem.parameters.values())
+        return None, None if whole or problem.device.type != "cpu" else max(sums // 4, LEAST_BYTES)
+    if isinstance(chunk, str):
+        return None, parse_bytes(chunk)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is a number of rows, at least 1, got {chunk}")
+    return chunk, None
 
 
 def size_of_training_set(batches: Iterable[Any], seen: int, stopped: bool) -> int:

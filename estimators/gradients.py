@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from estimators import kernel
 from estimators.products import Workspace, add_square_of_product, product
 
 PAIRS_UP_TO = 3  # positions; above, forming each gradient is cheaper than all pairs of positions (measured)
@@ -89,10 +90,12 @@ class Outer:
         return self.left.flatten(0, 1).t() @ self.right.flatten(0, 1)
 
     def add_squares(self, squares: Tensor, fourths: Tensor | None, space: Workspace) -> None:
-        """squares += sum_n G_n^2, in whichever of three ways is cheapest for this number of positions."""
+        """squares += sum_n G_n^2, in whichever way is cheapest for this number of positions."""
         positions = self.left.shape[1]
         if positions == 1:
             add_squared_products(self.left[:, 0], self.right[:, 0], squares, fourths, space)
+        elif fourths is None and kernel.add_squares(self.left, self.right, squares):
+            pass
         elif self.examples * squares.numel() * squares.element_size() <= SMALL_BYTES:
             Dense(self.dense(0, self.examples)).add_squares(squares, fourths, space)
         elif positions <= PAIRS_UP_TO and fourths is None:

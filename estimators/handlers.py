@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from estimators.gradients import Dense, Gradients, Outer, Patches, Rows
@@ -116,6 +118,44 @@ def _padded(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def positions(values: Tensor) -> Tensor:
     """(B, ..., D) -> (B, T, D)."""
     return values.reshape(values.shape[0], -1, values.shape[-1])
+
+
+def elementwise(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Gradients]:
+    """y = c(x) + sum_p p s_p(x), each p one number a feature: dp_n = sum_t g_nt s_p(x_nt). x, g (B, ..., D).
+
+    Whatever a model calls its RMSNorm (w xhat, (1 + w) xhat), its LayerNorm or its scales. c and s_p are what the layer
+    gives with its parameters set to zero and to one; `is_elementwise` has seen that this is all there is to it.
+    """
+    _, slopes = _affine(layer, x)
+    return {name: Dense(positions(slope.mul_(g)).sum(1)) for name, slope in slopes.items()}
+
+
+def is_elementwise(layer: nn.Module, x: Tensor, output: Tensor) -> bool:
+    """Whether `elementwise` holds for a layer: at its parameters, where it gave `output`, and at others drawn at random."""
+    values = dict(layer.named_parameters(recurse=False))
+    if x.shape != output.shape or {tuple(value.shape) for value in values.values()} != {x.shape[-1:]}:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    others = {n: torch.randn(v.shape, generator=generator).to(x) for n, v in values.items()}
+    constant, slopes = _affine(layer, x)
+    scale = 1e-3 if x.dtype == torch.float32 else 1e-8
+    for at, expected in ((values, output), (others, functional_call(layer, others, (x,)))):
+        found = constant + sum(value.to(x.dtype) * slopes[name] for name, value in at.items())
+        if not torch.allclose(
+            found, expected.to(x.dtype), rtol=scale, atol=scale * float(expected.abs().max())
+        ):
+            return False
+    return True
+
+
+def _affine(layer: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """A layer's output with its own parameters at zero, and how much setting each of them to one adds to it."""
+    zeros = {n: torch.zeros_like(v, dtype=x.dtype) for n, v in layer.named_parameters(recurse=False)}
+    constant = functional_call(layer, zeros, (x,))
+    slopes = {
+        n: functional_call(layer, {**zeros, n: torch.ones_like(v)}, (x,)) - constant for n, v in zeros.items()
+    }
+    return constant, slopes
 
 
 def _scale_and_shift(normal: Tensor, g: Tensor, trailing: int) -> dict[str, Gradients]:

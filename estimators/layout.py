@@ -41,9 +41,9 @@ def split(value: Tensor, layout: str, examples: int) -> Tensor:
     return unfold_rows(value, -1, examples).movedim(1, 0)
 
 
-def alike(value: Tensor, layouts: list[str], examples: int) -> bool:
+def alike(shape: torch.Size, layouts: list[str], examples: int) -> bool:
     """Whether all these layouts cut a tensor of this shape into the same examples."""
-    places = torch.arange(value.numel()).view(value.shape)
+    places = torch.arange(shape.numel()).view(shape)
     cuts = [split(places, layout, examples).flatten(1) for layout in layouts]
     return all(torch.equal(cut, cuts[0]) for cut in cuts)
 

@@ -60,7 +60,7 @@ class Engine:
         self.examples = 0
         self._leaves: list[Tensor] = []
         self._state = "idle"
-        self._consume: Callable[[Call], None] | None = None
+        self._consume: Callable[[Call, int, Tensor], None] | None = None
 
     @contextmanager
     def attached(self) -> Iterator[Engine]:
@@ -102,18 +102,15 @@ class Engine:
         self._run(seed, gather.take, keep)
         gather.finish()
 
-    def capture_gradients(self, seed: Seed) -> list[dict[int, Tensor]]:
-        """One backward pass that only notes the gradient at every output of every call, in the order of calls."""
-        for call in self.calls:
-            call.gradients = {}
-        self._run(seed, lambda call: None, True)
-        return [call.gradients for call in self.calls]
+    def watch(self, seed: Seed, arrived: Callable[[Call, int, Tensor], None], *, keep: bool) -> None:
+        """One backward pass that only tells which gradient arrives at which output (by its place) of which call."""
+        self._run(seed, arrived, keep)
 
     def forget(self) -> None:
         """Drop the graph and everything recorded."""
         self.calls, self._leaves = [], []
 
-    def _run(self, seed: Seed, consume: Callable[[Call], None], keep: bool) -> None:
+    def _run(self, seed: Seed, consume: Callable[[Call, int, Tensor], None], keep: bool) -> None:
         output, gradient = seed
         if not output.requires_grad:
             raise ValueError(
@@ -144,7 +141,12 @@ class Engine:
         first_run = self._state == "forward"  # else gradient checkpointing runs it again, for the same graph
         if first_run:
             args, kwargs = pytree.tree_map(detached, (args, kwargs))
-            call = Call(unit, args, kwargs, pytree.tree_map(detached, output) if self.capture else None)
+            call = Call(
+                unit,
+                args,
+                kwargs,
+                pytree.tree_map(detached, output) if self.capture and unit.reruns else None,
+            )
             self.calls.append(call)
         leaves, spec = pytree.tree_flatten(output)
         changed = False
@@ -174,9 +176,8 @@ class Engine:
         return value
 
     def _arrived(self, call: Call, place: int, gradient: Tensor) -> None:
-        call.gradients[place] = gradient.detach()
-        if call.unit.handler is not None and self._consume is not None:
-            self._consume(call)
+        if self._consume is not None:
+            self._consume(call, place, gradient.detach())
 
 
 class _Gather:
@@ -194,8 +195,11 @@ class _Gather:
         with torch.no_grad(), torch.autocast(self.device, enabled=False):
             yield
 
-    def take(self, call: Call) -> None:
-        """The gradient arrived at a layer's output."""
+    def take(self, call: Call, place: int, gradient: Tensor) -> None:
+        """The gradient arrived at an output: a layer is done with at once, the general path waits for its other outputs."""
+        call.gradients[place] = gradient
+        if call.unit.handler is None:
+            return
         with self._arithmetic():
             for name, gradients in layer_gradients(call, self.engine.examples).items():
                 self._add(call, name, gradients)

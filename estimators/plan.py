@@ -12,23 +12,47 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from estimators.batches import Batch
 from estimators.checks import check_determinism, check_independence, check_inputs_kept
 from estimators.general import Recorded, differentiable, input_layouts, per_example_gradients, reproduces
-from estimators.handlers import find_handler
+from estimators.handlers import elementwise, find_handler, is_elementwise
 from estimators.layout import LAYOUTS, WHOLE, alike, fits, split
+from estimators.memory import kept_storages, note
 from estimators.per_example import Engine
-from estimators.units import Call, Unit
+from estimators.units import Call, Unit, wide
 from estimators.uses import SeedOf, Stack, find_hidden_uses, find_uses
 
 log = logging.getLogger(__name__)
 PROBE_ROWS = 3
-Evidence = tuple[Call, list[dict[int, Tensor]]]
+
+
+@dataclass
+class Arrival:
+    """The gradient that arrived at an output in one probe.
+
+    Attributes:
+        shape: of it.
+        sizes: by layout that its shape allows, the largest absolute value for each example, (B,).
+        value: itself, where its module may have to run again.
+    """
+
+    shape: torch.Size
+    sizes: dict[str, Tensor]
+    value: Tensor | None
+
+    def reached(self) -> bool:
+        """Whether there was any gradient at all."""
+        return any(bool(size.any()) for size in self.sizes.values())
+
+
+Evidence = tuple[Call, list[dict[int, Arrival]]]
 
 
 @dataclass
@@ -39,11 +63,18 @@ class Plan:
         units: one per module that answers for parameters.
         rows: how many examples it was checked with; 1 means unchecked.
         unused: parameters that no call used; their curvature is zero.
+        value_bytes: memory of a forward and backward pass for each number of the input (token, pixel); 0 is unknown.
     """
 
     units: list[Unit]
     rows: int
     unused: list[str]
+    value_bytes: float = 0.0
+
+    def rows_within(self, budget: int, batch: Batch) -> int:
+        """How many rows like those of a batch can be worked on in so many bytes, at least one; all of them if unknown."""
+        each = self.value_bytes * batch.values_per_row()
+        return max(1, min(batch.size, int(budget / each))) if each else batch.size
 
     def general(self) -> list[str]:
         """Modules on the general path, each with how it runs."""
@@ -74,20 +105,20 @@ def make_plan(
     batch = given.copied()  # so that the user's tensors stay what they are
     uses, reference = find_uses(model, parameters, batch)
     check_inputs_kept(given, batch)
-    check_determinism(model, batch)
-    check_independence(model, batch)
+    check_determinism(model, batch, reference)
+    check_independence(model, batch, reference)
     unseen = {name: value for name, value in parameters.items() if name not in uses}
     if unseen:  # the whole model answers for what is used unseen
         uses |= {name: {("",)} for name in find_hidden_uses(model, unseen, batch, seed_of)}
     unused = sorted(set(parameters) - set(uses))
     if rows == 1:
-        return Plan([replace(unit, layout=WHOLE) for unit in _units(model, parameters, uses)], 1, unused)
+        return Plan([_unchecked(unit) for unit in _units(model, parameters, uses)], 1, unused)
     expand: dict[str, str] = {}
     while True:  # each round moves something one module up, so this ends
         units = [replace(unit, expand=expand.get(unit.name, "")) for unit in _units(model, parameters, uses)]
-        failed = _check(model, units, batch, seed_of, reference)
+        failed, size = _check(model, units, batch, seed_of, reference)
         if not failed:
-            return Plan(units, rows, unused)
+            return Plan(units, rows, unused, size / (rows * batch.values_per_row()))
         for unit in failed:
             if unit.name == "" and not differentiable(reference):
                 raise ValueError(
@@ -120,8 +151,13 @@ def _units(
     for top, own in owned.items():
         module = modules[top]
         direct = all("." not in local for local in own)
-        units.append(Unit(module, top, own, find_handler(module) if direct else None))
+        units.append(Unit(module, top, own, (find_handler(module) or elementwise) if direct else None))
     return units
+
+
+def _unchecked(unit: Unit) -> Unit:
+    """For a batch of one example: all is that example's, and only what needs no proof is taken for granted."""
+    return replace(unit, layout=WHOLE, handler=None if unit.reruns else unit.handler)
 
 
 def _local_name(module: nn.Module, parameter: nn.Parameter) -> str:
@@ -138,30 +174,59 @@ def _climb(uses: Mapping[str, set[Stack]], unit: Unit) -> dict[str, set[Stack]]:
     }
 
 
-def _check(model: nn.Module, units: list[Unit], batch: Batch, seed_of: SeedOf, reference: Any) -> list[Unit]:
-    """Find a layout for every unit; returns those for which there is none."""
-    evidence = _gather_evidence(model, units, batch, seed_of)
+def _check(
+    model: nn.Module, units: list[Unit], batch: Batch, seed_of: SeedOf, reference: Any
+) -> tuple[list[Unit], int]:
+    """Find a layout for every unit; returns those for which there is none, and the bytes that the pass took."""
+    evidence, size = _gather_evidence(model, units, batch, seed_of)
     failed = [unit for unit in units if not _settle(unit, evidence[unit.name], batch.size)]
-    return [unit for unit in failed if not _expands(model, unit, units, batch, seed_of, reference)]
+    return [unit for unit in failed if not _expands(model, unit, units, batch, seed_of, reference)], size
 
 
 def _gather_evidence(
     model: nn.Module, units: list[Unit], batch: Batch, seed_of: SeedOf
-) -> dict[str, list[Evidence]]:
-    """By unit, every call with the gradients at its outputs of the loss of example 0 alone, and of example 1 alone."""
+) -> tuple[dict[str, list[Evidence]], int]:
+    """By unit, every call with what arrives at its outputs from the loss of example 0 alone, and of example 1 alone.
+
+    Also the bytes that the pass keeps: what autograd saves, the units' inputs, and twice the outputs. Of a layer only
+    shapes and sizes are kept as evidence; of the general path the tensors themselves, to run its modules again.
+    """
     engine = Engine(units, capture=True)
     with engine.attached():
-        value, gradient = seed_of(engine.forward(model, batch), batch)
-        alone = []
+        with kept_storages(model) as kept:
+            value, gradient = seed_of(engine.forward(model, batch), batch)
+        for call in engine.calls:
+            note(kept, pytree.tree_leaves((call.args, call.kwargs)))
+            if not call.unit.reruns:
+                call.args, call.kwargs = pytree.tree_map(_shape_only, (call.args, call.kwargs))
+        alone: dict[int, list[dict[int, Arrival]]] = defaultdict(list)
+        only = torch.zeros_like(gradient)
         for example in range(2):
-            only = torch.zeros_like(gradient)
+            for call in engine.calls:
+                alone[id(call)].append({})
             only[example] = gradient[example]
-            alone.append(engine.capture_gradients((value, only)))
+            engine.watch((value, only), partial(_note_arrival, alone, batch.size), keep=example == 0)
+            only[example] = 0
         calls = engine.calls
     evidence: dict[str, list[Evidence]] = defaultdict(list)
-    for place, call in enumerate(calls):
-        evidence[call.unit.name].append((call, [found[place] for found in alone]))
-    return evidence
+    for call in calls:
+        evidence[call.unit.name].append((call, alone[id(call)]))
+    return evidence, sum(kept.values()) + 2 * value.numel() * value.element_size()
+
+
+def _note_arrival(
+    alone: Mapping[int, list[dict[int, Arrival]]], examples: int, call: Call, place: int, gradient: Tensor
+) -> None:
+    sizes = {
+        layout: torch.linalg.vector_norm(split(gradient, layout, examples).flatten(1), torch.inf, dim=1)
+        for layout in LAYOUTS
+        if fits(gradient, layout, examples) and gradient.numel()
+    }
+    alone[id(call)][-1][place] = Arrival(gradient.shape, sizes, gradient if call.unit.reruns else None)
+
+
+def _shape_only(value: Any) -> Any:
+    return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
 
 
 def _expands(
@@ -171,11 +236,11 @@ def _expands(
 
     Tried, and kept if the model's output stays what it was and the gradients then belong to their examples.
     """
-    if unit.handler is None:
+    if unit.reruns:
         return False
     for unit.expand in ("one", "new"):
         try:
-            evidence = _gather_evidence(model, units, batch, seed_of)
+            evidence, _ = _gather_evidence(model, units, batch, seed_of)
         except Exception as error:  # the model's own code met a shape that it did not expect
             log.debug("%s cannot be given to each example: %s", unit.name, error)
             continue
@@ -190,7 +255,8 @@ def _same_output(model: nn.Module, units: list[Unit], batch: Batch, reference: A
     with engine.attached():
         output = engine.forward(model, batch)
     return all(
-        mine.shape == value.shape and torch.allclose(mine, value, rtol=1e-3, atol=1e-6)
+        mine.shape == value.shape
+        and all(torch.allclose(m, v, rtol=1e-3, atol=1e-6) for m, v in zip(mine.detach(), value, strict=True))
         for (_, mine), (_, value) in zip(differentiable(output), differentiable(reference), strict=True)
     )
 
@@ -198,7 +264,7 @@ def _same_output(model: nn.Module, units: list[Unit], batch: Batch, reference: A
 def _settle(unit: Unit, evidence: list[Evidence], examples: int) -> bool:
     """Give the unit the first layout that all its calls confirm."""
     if not evidence:
-        return unit.handler is not None  # called where no gradient is recorded: it contributes nothing
+        return not unit.reruns  # called where no gradient is recorded: it contributes nothing
     places = sorted({place for _, found in evidence for gradients in found for place in gradients})
     layouts: dict[int, str] = {}
     for place in places:
@@ -208,28 +274,37 @@ def _settle(unit: Unit, evidence: list[Evidence], examples: int) -> bool:
             if all(_isolated(found, place, layout, examples) for _, found in evidence)
         ]
         arrived = [gradients[place] for _, found in evidence for gradients in found if place in gradients]
-        if not any(value.any() for value in arrived) and not all(
-            alike(v, possible, examples) for v in arrived
+        if not any(value.reached() for value in arrived) and not all(
+            alike(value.shape, possible, examples) for value in arrived
         ):
             possible = []  # no gradient, no evidence: taken where the shape leaves no choice
         layouts[place] = next(iter(possible), "")
     if not all(layouts.values()):
         return False
     unit.layout, unit.outputs = next(iter(layouts.values()), "rows"), layouts
+    if unit.handler is elementwise and not all(_is_elementwise(call) for call, _ in evidence):
+        unit.handler = None
     if unit.handler is not None:
         return all(_fits_input(call, unit.layout, examples) for call, _ in evidence)
     return bool(places) and _settle_general(unit, evidence, examples)
 
 
-def _isolated(found: list[dict[int, Tensor]], place: int, layout: str, examples: int) -> bool:
+def _is_elementwise(call: Call) -> bool:
+    """A module that was called with one tensor and returned one, which its parameters scale and shift by feature."""
+    if len(call.args) != 1 or call.kwargs or not isinstance(call.output, Tensor):
+        return False
+    with torch.no_grad():
+        return is_elementwise(call.unit.module, wide(call.args[0]), wide(call.output))
+
+
+def _isolated(found: list[dict[int, Arrival]], place: int, layout: str, examples: int) -> bool:
     """The loss of example e sends gradient to the rows of example e alone, at one output of a call."""
     for example, gradients in enumerate(found):
-        value = gradients.get(place)
-        if value is None:
+        if place not in gradients:
             continue
-        if not fits(value, layout, examples):
+        size = gradients[place].sizes.get(layout)
+        if size is None:
             return False
-        size = split(value, layout, examples).flatten(1).abs().amax(1)
         if float(size.sum() - size[example]) > 1e-6 * float(size[example]):
             return False
     return True
@@ -258,9 +333,10 @@ def _settle_general(unit: Unit, evidence: list[Evidence], examples: int) -> bool
     return True
 
 
-def sum_of(found: list[dict[int, Tensor]], place: int) -> Tensor:
+def sum_of(found: list[dict[int, Arrival]], place: int) -> Tensor:
     """The gradients of both probes at one output, added."""
-    values = [gradients[place] for gradients in found if place in gradients]
+    arrived = [gradients[place].value for gradients in found if place in gradients]
+    values = [value for value in arrived if value is not None]
     return torch.stack(values).sum(0)
 
 

@@ -17,6 +17,7 @@ from estimators.batches import Batch
 from estimators.handlers import find_handler, transposed_linear
 from estimators.inference import infer_likelihood
 from estimators.likelihood import Likelihood, Reading, Seed, find_logits
+from estimators.memory import parts
 from estimators.per_example import Engine
 from estimators.plan import Plan, make_plan
 from estimators.products import Workspace
@@ -36,6 +37,7 @@ class Problem:
         parameters: the trainable ones, by name; a tied one once.
         likelihood: None until the first batch tells.
         samples, seed, standard_error, gradient, reduction, labels, kfac_form: the user's options.
+        chunk, budget: rows, or bytes of working memory, of the parts in which batches are worked on; None is no limit.
         sums: named accumulators; everything in it adds up over batches and ranks.
         counts: examples, batches and predictions seen; units and examples behind the standard errors.
         label_kind: what `info["labels"]` will say; empty until it is settled.
@@ -55,6 +57,8 @@ class Problem:
     reduction: str = "example"
     labels: str = "auto"
     kfac_form: str = "expand"
+    chunk: int | None = None
+    budget: int | None = None
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     label_kind: str = ""
@@ -83,6 +87,19 @@ class Problem:
         """The engine, after `ensure_plan`."""
         assert self.engine is not None
         return self.engine
+
+    def parts(self, batch: Batch) -> Iterator[Batch]:
+        """A batch in the parts in which it is worked on.
+
+        Raises:
+            ValueError: from the model's plan.
+        """
+        rows = self.chunk or batch.size
+        if self.budget is not None and batch.size > 1:
+            self.ensure_plan(batch)
+            assert self.plan is not None
+            rows = self.plan.rows_within(self.budget, batch)
+        return parts(batch, rows)
 
     def forward(self, batch: Batch) -> Any:
         """Forward of one batch with the engine listening.

@@ -44,6 +44,9 @@ def signs(seed: int, draw: int, step: int, size: int, device: torch.device) -> T
     return torch.randint(0, 2, (size,), generator=generator).mul_(2).sub_(1).to(device, torch.float32)
 
 
+BLOCK = 2**20  # weights drawn from at a time: what a draw adds to memory stays small
+
+
 def draw_index(weights: Tensor, uniform: Tensor) -> Tensor:
     """Inverse of the cumulative distribution, in two levels: the block first, then the entry inside it.
 
@@ -58,6 +61,14 @@ def draw_index(weights: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         Class indices, (M,), int64.
     """
+    rows = max(1, BLOCK // weights.shape[1])
+    uniform = uniform.to(weights.device, torch.float64)
+    starts = range(0, max(1, len(weights)), rows)
+    return torch.cat([_draw_index(weights[n : n + rows], uniform[n : n + rows]) for n in starts])
+
+
+def _draw_index(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The same for so few rows that copies of them do not matter."""
     classes = weights.shape[1]
     width = max(1, math.isqrt(classes))
     blocks = classes // width
@@ -65,7 +76,7 @@ def draw_index(weights: Tensor, uniform: Tensor) -> Tensor:
     sums = weights[:, :whole].view(-1, blocks, width).sum(2, dtype=torch.float64)  # (M, blocks)
     if whole < classes:
         sums = torch.cat([sums, weights[:, whole:].sum(1, keepdim=True, dtype=torch.float64)], 1)
-    block, rest = _first_above(sums, uniform.to(weights.device, torch.float64) * sums.sum(1))
+    block, rest = _first_above(sums, uniform * sums.sum(1))
     columns = block[:, None] * width + torch.arange(width, device=weights.device)
     inside = weights.gather(1, columns.clamp_(max=classes - 1)).double()  # (M, width)
     if whole < classes:

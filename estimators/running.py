@@ -45,7 +45,6 @@ class Loop:
         progress: whether there is one.
         tolerance: relative error of the trace at which to stop, or None.
         journal: where the sums are saved every `seconds`, or None.
-        chunk: at most so many rows of a batch at once, or None.
         done: batches that an interrupted run had done.
     """
 
@@ -54,7 +53,6 @@ class Loop:
     tolerance: float | None
     journal: Journal | None
     seconds: float
-    chunk: int | None = None
     done: int = 0
 
 
@@ -73,9 +71,8 @@ def run(
                 if loop.journal and index + 1 == loop.done:
                     loop.journal.check(batch)
             elif mine:
-                step = loop.chunk or batch.size
-                for first in range(0, batch.size, step):
-                    estimator.step(problem, batch.rows(first, min(first + step, batch.size)))
+                for part in problem.parts(batch):
+                    estimator.step(problem, part)
                 problem.counts["examples"] += batch.size
                 if convergence.due(batch.size * problem.draws):
                     convergence.add(traces(problem))

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from estimators.general import Recorded
 from estimators.gradients import Dense, Gradients, Outer, Patches, Rows
-from estimators.handlers import Handler
+from estimators.handlers import Handler, elementwise
 from estimators.layout import WHOLE, unfold_rows
 
 
@@ -38,6 +38,11 @@ class Unit:
     inputs: list[str] | None = None
     outputs: dict[int, str] = field(default_factory=dict)
     vectorize: bool = False
+
+    @property
+    def reruns(self) -> bool:
+        """Whether the module itself is run again: always on the general path, and by the handler that probes scales."""
+        return self.handler is None or self.handler is elementwise
 
     def own(self) -> dict[str, nn.Parameter]:
         """The parameters themselves, by their names within the module."""

@@ -15,6 +15,7 @@ import copy
 import ctypes
 import gc
 import logging
+import os
 import statistics
 import sys
 import time
@@ -26,9 +27,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from estimators import estimate
+from estimators import estimate, kernel
 from estimators.batches import BatchReader
-from estimators.estimation import ESTIMATORS
+from estimators.estimation import ESTIMATORS, read_chunk
 from estimators.inference import make_likelihood
 from estimators.problem import Problem, prepared, trainable_parameters
 from experiments.bench import shapes
@@ -38,9 +39,17 @@ from experiments.bench.shapes import SHAPES, Shape
 Table = list[list[str]]
 
 
-def ours(shape: Shape, method: str = "empirical_fisher", *, results: bool = False, **options: Any) -> Step:
+def ours(
+    shape: Shape,
+    method: str = "empirical_fisher",
+    *,
+    chunk: int | str | None = "auto",
+    results: bool = False,
+    **options: Any,
+) -> Step:
     """One batch of a long run: the plan is made once, the sums stay; means are formed at the end, so only if asked for."""
     problem = Problem(shape.model, trainable_parameters(shape.model), make_likelihood("auto"), **options)
+    problem.chunk, problem.budget = read_chunk(chunk, problem, problem.reduction == "batch")
     ESTIMATORS[method].start(problem)
     reader = BatchReader(shape.model, torch.device("cpu"))
     state = {"batches": 0}
@@ -48,7 +57,8 @@ def ours(shape: Shape, method: str = "empirical_fisher", *, results: bool = Fals
     def step() -> Result:
         with prepared(shape.model):
             batch = reader(shape.batch, state["batches"], state["batches"] * shape.examples)
-            ESTIMATORS[method].step(problem, batch)
+            for part in problem.parts(batch):
+                ESTIMATORS[method].step(problem, part)
         state["batches"] += 1
         if not results:
             return {}
@@ -68,13 +78,31 @@ def ordinary(shape: Shape) -> Callable[[], None]:
     return step
 
 
+def with_kernel(shape: Shape) -> Step:
+    """Our Fisher with the optional compiled kernel."""
+    plain = ours(shape, "fisher", labels="sampled")
+
+    def step() -> Result:
+        os.environ["GRADMATCH_KERNEL"] = "1"
+        try:
+            if kernel.loaded() is None:
+                raise Unavailable("the kernel could not be compiled")
+            return plain()
+        finally:
+            del os.environ["GRADMATCH_KERNEL"]
+
+    return step
+
+
 OURS: dict[str, Callable[[Shape], Step]] = {
     "ours, Fisher (labels drawn)": lambda shape: ours(shape, "fisher", labels="sampled"),
+    "ours, Fisher, compiled kernel": with_kernel,
+    "ours, Fisher, whole batch": lambda shape: ours(shape, "fisher", labels="sampled", chunk=None),
     "ours, empirical Fisher": ours,
     "ours, Fisher of batches": lambda shape: ours(shape, "fisher", reduction="batch", labels="sampled"),
 }
 
-DRAWN = ("ours, Fisher (labels drawn)", "ours, Fisher of batches")  # random: no error to state
+DRAWN = tuple(name for name in OURS if "empirical" not in name)  # random: no error to state
 RESULTS: dict[str, Callable[[Shape], Step]] = {
     "ours, empirical Fisher": lambda shape: ours(shape, results=True)
 }

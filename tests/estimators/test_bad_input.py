@@ -147,6 +147,8 @@ CASES = {
     "samples no number": (mlp, [(X, Y)], {"samples": "2"}, TypeError, "samples must be a whole number, got '2'"),
     "seed no number": (mlp, [(X, Y)], {"seed": 1.5}, TypeError, "seed must be a whole number, got 1.5"),
     "chunk": (mlp, [(X, Y)], {"chunk": 0}, ValueError, "chunk is a number of rows, at least 1, got 0"),
+    "chunk of no memory": (mlp, [(X, Y)], {"chunk": "0 GB"}, ValueError, 'an amount of memory .*, got "?\'0 GB'),
+    "chunk of nonsense": (mlp, [(X, Y)], {"chunk": "half"}, ValueError, 'an amount of memory .*, got "?\'half'),
     "tolerance": (mlp, [(X, Y)], {"tolerance": 5}, ValueError, "relative error between 0 and 1"),
     "N": (mlp, [(X, Y)], {"num_examples": 0}, ValueError, "num_examples must be at least 1"),
     "N no number": (mlp, [(X, Y)], {"num_examples": 2.5}, TypeError, "must be a whole number"),

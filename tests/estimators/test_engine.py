@@ -392,3 +392,60 @@ def test_every_case_of_the_table_has_rows_of_unequal_length_or_is_plain():
     assert len(padded) > 15
     assert all(int(CASES[name][1]()["attention_mask"].sum()) < B * T for name in padded)
     assert ENCODER["pad_token_id"] == 1
+
+
+class Scaled(nn.Module):
+    """One parameter a feature, used in some way."""
+
+    def __init__(self, how, shape=(6,)):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.rand(shape) + 0.5), nn.Parameter(torch.randn(shape))
+        self.how = how
+
+    def forward(self, x):
+        normal = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.how(normal, self.scale, self.shift)
+
+
+SCALES = {  # how -> whether it is read off at zero and one
+    "rms norm with a shift": (lambda h, w, b: w * h + b, True),
+    "one more than the weight": (lambda h, w, b: (1 + w) * h + b * h.square(), True),
+    "two shifts": (lambda h, w, b: h + w - b, True),
+    "squared": (lambda h, w, b: w**2 * h + b, False),
+    "squared, and one of them at one": (lambda h, w, b: (w * 0 + 1) * h * b.abs() + w, False),
+    "product": (lambda h, w, b: w * b * h, False),
+    "mixed": (lambda h, w, b: h * w.sum() + b, False),
+    "reversed": (lambda h, w, b: h * w.flip(0) + b, False),
+}
+
+
+@pytest.mark.parametrize("positions", [(), (4,), (2, 3)], ids=str)
+@pytest.mark.parametrize("name", SCALES)
+def test_scales_of_any_name_are_found_by_what_they_do(name, positions):
+    torch.manual_seed(0)
+    how, simple = SCALES[name]
+    model = nn.Sequential(nn.Linear(5, 6), Scaled(how), nn.Tanh(), nn.Linear(6, 3)).double()
+    batch = {"input": torch.randn(B, *positions, 5).double(), "labels": torch.arange(B) % 3}
+    mean = tuple(range(1, 1 + len(positions)))
+    logits = lambda m, x: m(x).mean(mean) if mean else m(x)  # noqa: E731
+    loss = lambda m, row: F.cross_entropy(logits(m, row["input"]), row["labels"])  # noqa: E731
+    expected = oracle.mean_of_squares(oracle.per_example_gradients(model, batch, loss))
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return logits(self.inner, x)
+
+    found = estimate(Pooled(), [(batch["input"], batch["labels"])], method="empirical_fisher", progress=False)
+    assert ("general_path" not in found.info) == simple
+    assert oracle.relative_l1({key.removeprefix("inner."): found[key] for key in found}, expected) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "qwen2", "mistral"])
+def test_norms_of_language_models_need_no_general_path(name):
+    model, batch, _ = make(name)
+    info = estimate(model.float(), as_batches(batch), progress=False).info
+    assert "norm" not in info.get("general_path", "")

@@ -133,11 +133,12 @@ def test_batch_size_does_not_matter(name):
             torch.testing.assert_close(pieces.gradient(key), whole.gradient(key), rtol=1e-6, atol=1e-9)
 
 
-def test_chunks_change_memory_not_the_result():
+@pytest.mark.parametrize("chunk", ["auto", 2, "1 KB", "30KB", "2GB"])
+def test_chunks_change_memory_not_the_result(chunk):
     model, batch, _ = make("gpt2")
     whole, pieces = (
-        estimate(model, as_batches(batch), chunk=chunk, gradient=True, labels="sampled")
-        for chunk in (None, 2)
+        estimate(model, as_batches(batch), chunk=each, gradient=True, labels="sampled", progress=False)
+        for each in (None, chunk)
     )
     assert oracle.relative_l1(pieces, whole) < 1e-9
     assert pieces.info["examples_seen"] == "5"

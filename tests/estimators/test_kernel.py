@@ -1,0 +1,97 @@
+"""The optional compiled kernel: exact where it works, and not missed where it does not."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+
+from estimators import estimate, kernel
+from tests import oracle
+from tests.estimators.architectures import as_batches, make
+
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
+
+
+@pytest.fixture
+def asked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("GRADMATCH_KERNEL", "1")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernel._library.cache_clear()
+    yield tmp_path
+    kernel._library.cache_clear()
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("examples", [1, 5])
+@pytest.mark.parametrize("positions", [1, 2, 9])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (6, 32), (7, 33), (40, 75), (96, 64)])
+def test_squares_are_exact(asked_for, examples, positions, outputs, inputs):
+    torch.manual_seed(0)
+    left, right = torch.randn(examples, positions, outputs), torch.randn(examples, positions, inputs)
+    squares = torch.rand(outputs, inputs)
+    expected = squares.double() + torch.einsum("bto,bti->boi", left.double(), right.double()).square().sum(0)
+    assert kernel.add_squares(left, right, squares)
+    torch.testing.assert_close(squares.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("threads", [1, 2])
+def test_any_number_of_threads_gives_the_same_bytes(asked_for, threads):
+    torch.manual_seed(0)
+    left, right = torch.randn(9, 5, 100), torch.randn(9, 5, 130)
+    one, other = torch.zeros(100, 130), torch.zeros(100, 130)
+    before = torch.get_num_threads()
+    try:
+        kernel.add_squares(left, right, one)
+        torch.set_num_threads(threads)
+        kernel.add_squares(left, right, other)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, other)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("name", ["mlp on positions", "bert", "gpt2", "t5", "windows"])
+def test_estimates_with_the_kernel(asked_for, name):
+    model, batch, loss = make(name)
+    expected = oracle.mean_of_squares(oracle.per_example_gradients(model, batch, loss))
+    batch = {key: value.float() if value.is_floating_point() else value for key, value in batch.items()}
+    found = estimate(model.float(), as_batches(batch, 3), method="empirical_fisher", progress=False)
+    assert kernel.loaded() is not None
+    assert len(list(asked_for.glob("gradmatch/*"))) == 1  # the library, and nothing left beside it
+    assert oracle.relative_l1(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["double", "half", "strided sums"])
+def test_what_it_cannot_do_is_left_to_torch(asked_for, kind):
+    left, right, squares = torch.randn(2, 3, 4), torch.randn(2, 3, 5), torch.zeros(4, 5)
+    if kind == "strided sums":
+        squares = torch.zeros(5, 4).t()
+    else:
+        left, right = (
+            value.to(torch.float64 if kind == "double" else torch.bfloat16) for value in (left, right)
+        )
+    assert not kernel.add_squares(left, right, squares)
+    assert float(squares.abs().max()) == 0
+
+
+def test_it_is_not_used_unasked(monkeypatch):
+    monkeypatch.delenv("GRADMATCH_KERNEL", raising=False)
+    assert kernel.loaded() is None
+    monkeypatch.setenv("GRADMATCH_KERNEL", "0")
+    assert kernel.loaded() is None
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true"])
+def test_without_a_compiler_torch_does_the_work(asked_for, monkeypatch, caplog, compiler):
+    """None at all, one that complains, one that writes nothing."""
+    monkeypatch.setenv("CC", compiler)
+    model, batch, _ = make("bert")
+    with caplog.at_level(logging.WARNING):
+        found = estimate(model.float(), as_batches(batch), labels="sampled", progress=False)
+    assert sum("no kernel, torch does the work" in line for line in caplog.messages) == 1
+    monkeypatch.setenv("GRADMATCH_KERNEL", "0")
+    expected = estimate(model, as_batches(batch), labels="sampled", progress=False)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
