@@ -32,13 +32,17 @@ def line_chart(
     width: int = 304,
     height: int = 210,
     title: str = "",
+    x_range: Sequence[float] = (),
 ) -> str:
-    """Lines and dots over two axes with round ticks; points that are not finite are left out."""
+    """Lines and dots over two axes with round ticks; points that are not finite are left out.
+
+    `x_range` are values that the x axis covers in any case, so that charts side by side can be compared.
+    """
     points = [(x, y) for s in series for x, y in s.points if math.isfinite(x) and math.isfinite(y)]
     if not points:
         return ""
     left, right, top, bottom = 52, 10, 26 if title else 10, 38
-    xs, ys = ticks([x for x, _ in points]), ticks([*(y for _, y in points), 0.0])
+    xs, ys = ticks([*(x for x, _ in points), *x_range]), ticks([*(y for _, y in points), 0.0])
     x0, x1, y0, y1 = xs[0], xs[-1], ys[0], ys[-1]
 
     def px(x: float) -> float:

@@ -9,7 +9,7 @@ from html import escape
 from importlib import resources
 
 from gradmatch.diagnosis.charts import Series, heat_map, legend, line_chart, matrix, number
-from gradmatch.diagnosis.report import CauseReport, Report
+from gradmatch.diagnosis.report import SCALES, CauseReport, Report
 
 MOST_COLUMNS = 60  # of a heat map; more layers are told in bins
 RANKS = ("broken values", "not what it claims to be", "a choice")
@@ -139,6 +139,7 @@ def curves(report: Report) -> str:
                 "share of the merge's update",
                 "rise, nats per example",
                 title=row.task,
+                x_range=(0.0, SCALES[-1]),
             )
         )
     return (

@@ -192,6 +192,12 @@ def test_merged_from_a_folder(world, tmp_path):
     assert diagnose(module, tasks, tmp_path / "merged.safetensors", base_curvature=h0).healthy
 
 
+def test_charts_side_by_side_share_their_x_axis():
+    series = [charts.Series("s", [(0.2, 1.0), (0.6, 2.0)])]
+    assert ">1.5</text>" not in charts.line_chart(series, "x", "y")
+    assert ">1.5</text>" in charts.line_chart(series, "x", "y", x_range=(0.0, 1.5))
+
+
 def test_slerp_that_was_lerp_is_told(world, tmp_path):
     module, tasks, *_ = world
     kept = {key: value.clone() for key, value in module.state_dict().items()}
