@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -34,7 +34,7 @@ class Config(Study):
     experiment: Literal["redundancy"]
     sources: dict[str, Path] = Field(min_length=1)
     seeds: tuple[int, ...] = ()  # of those configs; empty: all of them
-    shares: tuple[float, ...] = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
+    shares: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
     analogies: dict[str, Analogy] = Field(default_factory=dict)
     weights: tuple[float, ...] = (0.3, 0.6, 1.0)
 
