@@ -1,0 +1,114 @@
+"""Which tensors of which models belong together, by name, shape and kind; what a model lacks, or has beyond the base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gradmatch.inputs.stores import Spec
+from gradmatch.plan.settings import FIRST
+
+if TYPE_CHECKING:
+    from gradmatch.checkpoint import Checkpoint
+    from gradmatch.inputs.opened import OpenTask
+    from gradmatch.plan.plan import Plan
+
+
+def participants(name: str, spec: Spec, result: Plan) -> tuple[int, ...]:
+    """Positions of the tasks that have this tensor in this shape.
+
+    Raises:
+        ValueError: a task lacks it and no policy was chosen, or its shape or kind differs.
+    """
+    tasks = []
+    for position, task in enumerate(result.inputs.tasks):
+        if name not in task.checkpoint:
+            if result.request.missing == "error":
+                raise ValueError(
+                    f"tensor {name!r} {spec} of the base is missing in {task.name} ({task.checkpoint.where}); "
+                    "pass missing='base' to let tasks without a tensor take no part in it"
+                    f"{_prefix_hint(result.inputs.base, task.checkpoint)}"
+                )
+            result.notes.append(f"{name}: missing in {task.name}, which takes no part in it")
+            continue
+        found = task.checkpoint.spec(name)
+        if found.shape != spec.shape:
+            raise ValueError(
+                f"tensor {name!r} has shape {list(spec.shape)} in the base and {list(found.shape)} in {task.name}; "
+                "only models of one architecture can be merged (heads='base' or 'keep-per-task' sets heads aside, "
+                "embeddings='intersect' or 'union' aligns vocabularies)"
+            )
+        if not found.floating:
+            raise ValueError(
+                f"tensor {name!r} is {spec.dtype} in the base and {found.dtype} in {task.name}; convert one of them"
+            )
+        tasks.append(position)
+    return tuple(tasks)
+
+
+def check_extra(result: Plan, heads: Sequence[str]) -> None:
+    """Tensors that a task has and the base lacks: heads, an untied copy of the embeddings, or an error.
+
+    Raises:
+        ValueError: extra tensors and no policy for them.
+    """
+    base = result.inputs.base
+    for position, task in enumerate(result.inputs.tasks):
+        extra = [name for name in task.checkpoint if name not in base]
+        tied = [name for name in extra if _is_tied(name, base, task.checkpoint)]
+        own_heads = [
+            name for name in task.checkpoint if any(name == h or name.startswith(h + ".") for h in heads)
+        ]
+        rest = [name for name in extra if name not in tied and name not in own_heads]
+        if rest and result.request.missing == "error":
+            raise ValueError(
+                f"{task.name} ({task.checkpoint.where}) holds {len(rest)} tensor(s) that the base lacks, first {rest[0]!r} "
+                f"{task.checkpoint.spec(rest[0])}; pass missing='base' to drop them, or heads='keep-per-task' if it is a head"
+                f"{_prefix_hint(base, task.checkpoint)}"
+            )
+        if tied:
+            result.notes.append(
+                f"{task.name}: {', '.join(tied)} left out: tied to a tensor of the base, as there"
+            )
+        result.dropped += [f"{task.name}: {name}" for name in rest]
+        if result.request.heads == "keep-per-task" and own_heads:
+            result.heads[position] = own_heads
+
+
+def check_kinds(name: str, spec: Spec, tasks: Sequence[OpenTask]) -> None:
+    """Integers of the base are copied.
+
+    Raises:
+        ValueError: a task has floats there: the base's are quantised weights, not a buffer.
+    """
+    for task in tasks:
+        if name in task.checkpoint and task.checkpoint.spec(name).floating:
+            raise ValueError(
+                f"tensor {name!r} is {spec.dtype} in the base and {task.checkpoint.spec(name).dtype} in {task.name}; quantised "
+                "weights cannot be merged: pass the unquantised base"
+            )
+
+
+def _prefix_hint(base: Checkpoint, task: Checkpoint) -> str:
+    """What to say where the names of two models differ by a prefix alone, as those of a bare model and one with a head do."""
+    ours, theirs = set(base), set(task)
+    for longer, shorter, owner in ((theirs, ours, "the task"), (ours, theirs, "the base")):
+        for prefix in sorted({name.partition(".")[0] + "." for name in longer}):
+            inner = {name.removeprefix(prefix) for name in longer if name.startswith(prefix)}
+            if len(inner & shorter) > len(shorter) / 2:
+                return f"; names of {owner} begin with {prefix!r}: one of the two is a bare model, load both as the same class"
+    if not ours & theirs:
+        return "; in fact the two share no tensor at all: they are models of different architectures"
+    return ""
+
+
+def _is_tied(name: str, base: Checkpoint, task: Checkpoint) -> bool:
+    """Whether a task's tensor is another name of one that the base has: by its memory, or an equal lm_head by the configs."""
+    held = task.aliases.get(name, name)
+    if any(task.aliases.get(other, other) == held for other in task if other != name and other in base):
+        return True
+    ties = all(model.config and model.config.get("tie_word_embeddings", True) for model in (base, task))
+    if not name.endswith("lm_head.weight") or not ties:
+        return False
+    sample = task.sample(name)
+    return any(task.sample(other) == sample for other in task if other in base and FIRST.search(other))
