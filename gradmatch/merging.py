@@ -93,8 +93,9 @@ def merge(
         from gradmatch.soup import greedy_soup
 
         return greedy_soup(
-            base, tasks, out=out, overwrite=overwrite, batches=batches, progress=progress, base_curvature=base_curvature,
-            base_weight=base_weight, delta0=delta0, allow_mismatch=allow_mismatch, allow_pickle=allow_pickle, **options,
+            merge, base, tasks, out=out, overwrite=overwrite, batches=batches, progress=progress,
+            base_curvature=base_curvature, base_weight=base_weight, delta0=delta0, allow_mismatch=allow_mismatch,
+            allow_pickle=allow_pickle, **options,
         )  # fmt: skip
     made = prepare(
         base,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def greedy_soup(
+    merge: Callable[..., Any],
     base: Model | Checkpoint,
     tasks: Sequence[Task],
     *,
@@ -24,6 +25,7 @@ def greedy_soup(
     """Wortsman et al. 2022: sort the models by score; add each to the average where that does not lower the score.
 
     Args:
+        merge: `gradmatch.merge`, which averages the candidates.
         base: as for `merge`; plays no role in the average.
         tasks: the candidates.
         score: state dict -> a number, larger is better (on held-out data).
@@ -42,7 +44,6 @@ def greedy_soup(
     import math
 
     from gradmatch.inputs.opened import task_names
-    from gradmatch.merging import merge
 
     if score is None:
         raise ValueError("greedy_soup needs score=..., a function of a state dict (larger is better)")
@@ -74,6 +75,6 @@ def greedy_soup(
             chosen, best = [*chosen, candidate], value
     note = f"greedy soup of {', '.join(names[i] for i in chosen)}: score {best:g}; alone {[round(a, 6) for a in alone]}"
     options |= {"out": out, "overwrite": overwrite, "notes": [note]}
-    result = merge(base, [tasks[i] for i in chosen], method="averaging", **options)
+    result: Mapping[str, Tensor] = merge(base, [tasks[i] for i in chosen], method="averaging", **options)
     result.report.method = "greedy_soup"  # type: ignore[attr-defined]
     return result

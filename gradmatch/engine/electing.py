@@ -68,7 +68,7 @@ def ties(
             continue
         torch.sub(stored(values, load), base, out=tau)
         if threshold > 0:
-            torch.ops.aten.hardshrink.out(tau, just_below(threshold, dtype), out=tau)
+            torch.hardshrink(tau, just_below(threshold, dtype), out=tau)
         if abs(w) not in votes:
             pair = [buffers.get(f"{way} {len(votes)}", count, torch.uint8).numpy() for way in ("up", "down")]
             votes[abs(w)] = (pair[0], pair[1])
