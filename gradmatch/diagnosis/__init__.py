@@ -2,7 +2,8 @@
 
 measures    mismatch  forecast (+ products, objective)  similarity  conflict  redundancy  barrier  health
 gathering   scan (weights alone)  evidence (weights, curvature, losses)  opening  measuring  diagnosing (everything)
-judging     causes (order)  causes_input  causes_choice
+judging     causes (order)  causes_models  causes_input  causes_choice  repairs
+choosing    auto (weights by forecast)  choosing (`merge(..., weights="auto")`)
 telling     text  report (JSON)  page (HTML)  charts (SVG)
 """
 
