@@ -141,3 +141,13 @@ def test_redundancy_and_analogies_of_the_same_models(world, capsys):
     assert {record["task"] for record in of_kind(found, "redundancy")} == {"cups", "hats"}
     (points,) = (record["points"] for record in of_kind(found, "analogy"))
     assert [point["weight"] for point in points] == [0.3, 0.6, 1.0]
+
+
+def test_light_modules_know_the_names_that_heavy_ones_use():
+    from experiments import redundancy
+    from experiments.studies import redundancy as redundancy_study
+    from experiments.studies import vision as vision_study
+    from experiments.vision import sets
+
+    assert tuple(sets.PACKAGED) == vision_study.PACKAGED
+    assert redundancy.PHOTOGRAPHS == redundancy_study.PHOTOGRAPHS
