@@ -57,8 +57,10 @@ def greedy_soup(
 
         check_absent(place(out), overwrite)
 
+    scoring = {key: value for key, value in options.items() if key != "form" or out is None}  # in memory
+
     def scored(chosen: Sequence[int]) -> float:
-        value = float(score(merge(base, [tasks[i] for i in chosen], method="averaging", **options)))
+        value = float(score(merge(base, [tasks[i] for i in chosen], method="averaging", **scoring)))
         if math.isnan(value):
             raise ValueError(
                 f"the score of {[names[i] for i in chosen]} is NaN; scores must be numbers that compare"

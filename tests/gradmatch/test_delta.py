@@ -196,6 +196,18 @@ def test_a_delta_on_a_base_in_memory_is_opened_with_it(models, tmp_path):
         open_checkpoint(tmp_path / "out")
 
 
+def test_a_soup_scores_whole_models_and_writes_a_delta(models, tmp_path):
+    call = {
+        "method": "greedy_soup",
+        "form": "delta",
+        "score": lambda state: -float(state["norm.weight"].norm()),
+    }
+    done = merge(models / "base", tasks(models), out=tmp_path / "out", **call)
+    assert (done.path / "delta.safetensors").is_file()
+    with pytest.raises(ValueError, match="pass out"):
+        merge(models / "base", tasks(models), **{**call, "score": pytest.fail})
+
+
 def test_by_command(models, tmp_path, capsys):
     words = [
         "merge",
