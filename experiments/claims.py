@@ -7,48 +7,16 @@ where it does not and the interval excludes it, and is *not shown* otherwise, or
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import fmean
 
 from experiments.records import Record, of_kind
+from experiments.verdicts import HOLDS, NOT_SHOWN, REFUTED, Row, judge, missing
 
-HOLDS, REFUTED, NOT_SHOWN = "holds", "refuted", "not shown"
 FEWEST_SEEDS = 3
 SHOWN = {10: ("share of seeds <= 1e-3", "after three steps, largest", "after four steps, largest")}
 
-
-@dataclass(frozen=True)
-class Row:
-    """One part of a claim. `source`: the study whose records it was computed from."""
-
-    claim: int
-    part: str
-    statement: str
-    threshold: str
-    measured: str
-    interval: str
-    seeds: int
-    verdict: str
-    source: str
-
-
 Evidence = Mapping[str, Sequence[Record]]
-
-
-def judge(
-    value: float, low: float, high: float, *, least: float | None = None, most: float | None = None
-) -> str:
-    """Verdict on `value >= least` or `value <= most`, with the interval from low to high."""
-    if least is not None:
-        return HOLDS if value >= least else REFUTED if high < least else NOT_SHOWN
-    assert most is not None
-    return HOLDS if value <= most else REFUTED if low > most else NOT_SHOWN
-
-
-def missing(claim: int, part: str, statement: str, threshold: str, source: str) -> Row:
-    """A part that no record tells of."""
-    return Row(claim, part, statement, threshold, "no records", "", 0, NOT_SHOWN, source)
 
 
 def theory(number: int, statement: str, threshold: str, evidence: Evidence) -> list[Row]:
@@ -295,45 +263,3 @@ CLAIMS = (exactness, identities, special_cases, closer, accuracy, flat, mismatch
 def rows(evidence: Evidence) -> list[Row]:
     """Every part of every claim, in order."""
     return [row for claim in CLAIMS for row in claim(evidence)]
-
-
-def verdict_of(parts: Sequence[str]) -> str:
-    """A claim's verdict from its parts': refuted where one is, holds where all do."""
-    return REFUTED if REFUTED in parts else HOLDS if set(parts) == {HOLDS} else NOT_SHOWN
-
-
-def summary(found: Sequence[Mapping[str, object]]) -> str:
-    """One sentence: which claims hold, which are refuted, which were not shown."""
-    claims = list(dict.fromkeys(row["claim"] for row in found))
-    verdicts = {n: verdict_of([str(row["verdict"]) for row in found if row["claim"] == n]) for n in claims}
-    parts = []
-    for verdict in (HOLDS, REFUTED, NOT_SHOWN):
-        own = [str(number) for number, judged in verdicts.items() if judged == verdict]
-        parts.append(f"{verdict}: {', '.join(own) or 'none'}")
-    return "Claims as a whole (a claim is refuted where one of its parts is): " + "; ".join(parts) + "."
-
-
-COLUMNS = ("claim", "statement", "threshold", "measured", "interval", "seeds", "verdict")
-
-
-def cells(row: Mapping[str, object]) -> list[str]:
-    """The row as text, for tables."""
-    part = f" {row['part']}" if row["part"] else ""
-    rest = [str(row[name]) for name in COLUMNS[1:]]
-    return [f"{row['claim']}{part}", *rest]
-
-
-def as_records(found: Sequence[Row]) -> list[Record]:
-    """Rows as records of kind `verdict`."""
-    return [{"kind": "verdict", **asdict(row)} for row in found]
-
-
-def markdown(found: Sequence[Mapping[str, object]], origins: Mapping[str, str]) -> str:
-    """The table in Markdown, which records each study was read from, and the summary."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    for row in found:
-        text = cells(row)
-        text[-1] = f"**{text[-1]}**"
-        lines.append("| " + " | ".join(text) + " |")
-    read = "; ".join(f"{name} from {where}" for name, where in origins.items())
-    return "\n".join([*lines, "", summary(found), f"Read: {read}."])

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from experiments import claims
+from experiments import claims, verdicts
 from experiments import config as configs
 from experiments.config import Study
 from experiments.pipeline import Stage, in_order, is_done
@@ -84,7 +84,7 @@ def records(config: Config, store: Path) -> list[Record]:
 def as_records(name: str, evidence: claims.Evidence, origins: Mapping[str, str]) -> list[Record]:
     """The verdicts, then where the records came from."""
     shared = {"experiment": "claims", "name": name}
-    found = [shared | record for record in claims.as_records(claims.rows(evidence))]
+    found = [shared | record for record in verdicts.as_records(claims.rows(evidence))]
     return [*found, {**shared, "kind": "origins", "origins": dict(origins)}]
 
 
@@ -115,13 +115,13 @@ def report(found: list[Record]) -> str:
     """Each part of each claim in two lines, the summary, and where the numbers come from."""
     lines = []
     for row in of_kind(found, "verdict"):
-        label, statement, threshold, measured, interval, seeds, verdict = claims.cells(row)
+        label, statement, threshold, measured, interval, seeds, verdict = verdicts.cells(row)
         lines.append(f"{label:<14} {verdict:<10} {statement}: {threshold}")
         within = f" ({interval})" if interval else ""
         lines.append(f"{'':<25} measured: {measured}{within}" + (f", {seeds} seeds" if row["seeds"] else ""))
     origins = next(record["origins"] for record in of_kind(found, "origins"))
     read_from = [f"  {name}: {where}" for name, where in origins.items()]
-    return "\n".join([*lines, "", claims.summary(of_kind(found, "verdict")), "Records:", *read_from])
+    return "\n".join([*lines, "", verdicts.summary(of_kind(found, "verdict")), "Records:", *read_from])
 
 
 BEGIN, END = "<!-- claims: `python -m experiments claims --write README.md` -->", "<!-- end of claims -->"
@@ -130,7 +130,7 @@ BEGIN, END = "<!-- claims: `python -m experiments claims --write README.md` -->"
 def block(found: list[Record]) -> str:
     """The table in Markdown between its markers."""
     origins = next(record["origins"] for record in of_kind(found, "origins"))
-    return f"{BEGIN}\n\n{claims.markdown(of_kind(found, 'verdict'), origins)}\n\n{END}"
+    return f"{BEGIN}\n\n{verdicts.markdown(of_kind(found, 'verdict'), origins)}\n\n{END}"
 
 
 def rewritten(text: str, found: list[Record]) -> str:

@@ -6,10 +6,10 @@ import pytest
 
 from experiments import claims
 from experiments.__main__ import main
-from experiments.claims import HOLDS, NOT_SHOWN, REFUTED
 from experiments.config import ConfigError, load
 from experiments.records import of_kind, write_records
 from experiments.studies import claims as study
+from experiments.verdicts import HOLDS, NOT_SHOWN, REFUTED, summary
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,7 +168,7 @@ def test_numbers_are_those_of_the_records():
 def test_the_whole_claim_and_the_summary():
     rows = [{"claim": 1, "verdict": HOLDS}, {"claim": 2, "verdict": HOLDS}, {"claim": 2, "verdict": NOT_SHOWN},
             {"claim": 3, "verdict": NOT_SHOWN}, {"claim": 3, "verdict": REFUTED}]  # fmt: skip
-    assert claims.summary(rows).endswith("holds: 1; refuted: 3; not shown: 2.")
+    assert summary(rows).endswith("holds: 1; refuted: 3; not shown: 2.")
 
 
 def test_every_claim_has_a_row_even_without_records():
