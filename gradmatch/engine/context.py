@@ -6,14 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from gradmatch.engine.passes import GRID
 from gradmatch.inputs.opened import CurvatureStore, Inputs
+from gradmatch.inputs.stores import FileStore
 from gradmatch.transforms import TRANSFORMS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from estimators.tensorfile import TensorFile
+    from gradmatch.engine.kernels import Buffers
     from gradmatch.inputs.stores import Store
     from gradmatch.plan.plan import Plan, Step
 
@@ -74,10 +78,24 @@ def byte_ranges(context: Context, step: Step, first: int, last: int) -> Iterator
             yield file, start + int(first * size), min(stop, start + int(last * size))
 
 
-def curvature(store: CurvatureStore | None, name: str, first: int, last: int) -> Tensor | None:
-    """Elements of a curvature block as they are stored; None where it is flat."""
+def fetch(buffers: Buffers, slot: str, store: Store, name: str, first: int, last: int) -> Tensor:
+    """Elements first to last as they are stored; valid until the same slot is filled again.
+
+    Files are read into a buffer: mapping and unmapping their pages costs more than the copy, and two threads cannot do it
+    at once. Other stores give their own view.
+    """
+    file = store.file(name) if isinstance(store, CurvatureStore) else store
+    if not isinstance(file, FileStore):
+        return store.block(name, first, last)
+    return file.read(name, first, last, buffers.get(f"read {slot}", 8 * (last - first), torch.uint8))
+
+
+def curvature(
+    buffers: Buffers, slot: str, store: CurvatureStore | None, name: str, first: int, last: int
+) -> Tensor | None:
+    """The same of a curvature block; None where it is flat."""
     key = store.key(name) if store is not None else None
-    return None if store is None or key is None else store.block(key, first, last)
+    return None if store is None or key is None else fetch(buffers, slot, store, key, first, last)
 
 
 def add(total: dict[str, float], part: Mapping[str, float]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from gradmatch.engine.context import Context, add, curvature
+from gradmatch.engine.context import Context, add, curvature, fetch
 from gradmatch.engine.electing import ties
 from gradmatch.engine.explain import not_positive
 from gradmatch.engine.kernels import Buffers, eq12, in_cache, linear_combination
@@ -90,11 +90,12 @@ def _linear(
     stores = [inputs.store, *(inputs.tasks[t].store for t in step.tasks)]
     c = [coefficients[0], *coefficients[1]]
     sources = [
-        store.block(step.name, first, last) if ck else None for ck, store in zip(c, stores, strict=True)
+        fetch(buffers, str(slot), store, step.name, first, last) if ck else None
+        for slot, (ck, store) in enumerate(zip(c, stores, strict=True))
     ]
     theta0 = sources[0]
     if theta0 is None and step.spec.dtype != step.compute and step.name in inputs.store:
-        theta0 = inputs.store.block(step.name, first, last)  # what rounding lost is told by it
+        theta0 = fetch(buffers, "0", inputs.store, step.name, first, last)  # what rounding lost is told by it
     c = [ck for ck in c if ck]
     for at, part, out, (base, *values) in _blocks(step, first, written, buffers, theta0, *sources):
         used = [x for x in values if x is not None]
@@ -110,15 +111,18 @@ def _eq12(
     tasks = [inputs.tasks[t] for t in step.tasks]
     alphas = [request.rule.fast * alpha for alpha in step.alpha]
     examples = [float(task.mean.num_examples) if task.mean else 0.0 for task in tasks]
-    h0, scale = prior_of(context, step, first, last)
-    sources = [inputs.store.block(step.name, first, last), h0 if isinstance(h0, Tensor) else None]
-    sources += [task.store.block(step.name, first, last) for task in tasks]
-    sources += [curvature(task.mean, step.name, first, last) for task in tasks]
+    h0, scale = prior_of(context, step, first, last, buffers)
+    theta0 = fetch(buffers, "theta0", inputs.store, step.name, first, last)
+    sources = [theta0, h0 if isinstance(h0, Tensor) else None]
+    sources += [fetch(buffers, f"{t}", task.store, step.name, first, last) for t, task in enumerate(tasks)]
+    sources += [
+        curvature(buffers, f"mean {t}", task.mean, step.name, first, last) for t, task in enumerate(tasks)
+    ]
     keep, guard = step.options.get("keep"), step.options.get("guard", "floor")
-    for at, part, out, (theta0, mean0, *values) in _blocks(step, first, written, buffers, *sources):
+    for at, part, out, (base, mean0, *values) in _blocks(step, first, written, buffers, *sources):
         thetas, means = values[: len(tasks)], values[len(tasks) :]
         health = eq12(
-            buffers, out, theta0, h0 if mean0 is None else mean0, scale, request.delta0,
+            buffers, out, base, h0 if mean0 is None else mean0, scale, request.delta0,
             list(zip(alphas, examples, thetas, means, strict=True)), keep, guard,
         )  # fmt: skip
         if health.cancelled:
@@ -126,7 +130,7 @@ def _eq12(
         add(stats, {"floored": health.floored, "update": health.update, "weights": out.numel()})
         if keep is not None:
             add(stats, {"clamped": health.clamped, "update_h0": health.update_h0})
-        yield at, part, out, theta0
+        yield at, part, out, base
 
 
 def _scale_of_ties(step: Step, c: list[float]) -> float | None:
@@ -159,7 +163,7 @@ def _ties(
     trimmed = options["trim"] == "global" and trims(options)
     thresholds = global_threshold(context, step, 0) if trimmed else [0.0] * len(step.tasks)
     stores = [inputs.store, *(inputs.tasks[t].store for t in step.tasks)]
-    sources = [store.block(step.name, first, last) for store in stores]
+    sources = [fetch(buffers, f"{t}", store, step.name, first, last) for t, store in enumerate(stores)]
     rest = coefficients[0] + sum(coefficients[1]) - 1  # of theta0, beyond one
     for at, part, out, (theta0, *theta) in _blocks(step, first, written, buffers, *sources):
         health = ties(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradmatch.engine.context import Context, add, curvature, pieces
+from gradmatch.engine.context import Context, add, curvature, fetch, pieces
 from gradmatch.engine.explain import not_positive
 from gradmatch.engine.kernels import Buffers, cancelled, stored
 from gradmatch.engine.passes import Block, Edit, uniform
@@ -32,14 +32,16 @@ def gram_matrix(context: Context, step: Step, buffers: Buffers, *, of_tau: bool)
     return matrix
 
 
-def prior_of(context: Context, step: Step, first: int, last: int) -> tuple[Tensor | float, float]:
+def prior_of(
+    context: Context, step: Step, first: int, last: int, buffers: Buffers
+) -> tuple[Tensor | float, float]:
     """(h0, scale): H0 = scale * h0 + delta0, with h0 the base's mean curvature as it is stored, or a number."""
     request, given = context.plan.request, context.inputs.base_curvature
     if given is None:
         return 0.0, 1.0
     if isinstance(given, float):
         return given, request.base_weight
-    h0 = curvature(given, step.name, first, last)
+    h0 = curvature(buffers, "h0", given, step.name, first, last)
     return (0.0 if h0 is None else h0), request.base_weight * given.num_examples
 
 
@@ -54,11 +56,13 @@ def task_vectors(
 ) -> tuple[Tensor, Tensor]:
     """theta0 (n,) and the edited task vectors (T, n) of a piece; `edits` limits how many transforms are applied."""
     inputs, dtype, count = context.inputs, torch_dtype(step.compute), last - first
-    theta0 = stored(inputs.store.block(step.name, first, last), buffers.get("theta0", count, dtype))
+    theta0 = stored(
+        fetch(buffers, "theta0", inputs.store, step.name, first, last), buffers.get("theta0", count, dtype)
+    )
     tau = buffers.get("tau_stack", len(step.tasks) * count, dtype).view(len(step.tasks), count)
     scratch = buffers.get("load", count, dtype)
     for row, t in enumerate(step.tasks):
-        theta = inputs.tasks[t].store.block(step.name, first, last)
+        theta = fetch(buffers, "theta", inputs.tasks[t].store, step.name, first, last)
         torch.sub(stored(theta, scratch), theta0, out=tau[row])
     chain = step.edits if edits is None else step.edits[:edits]
     if not chain:
@@ -120,7 +124,7 @@ def make_block(
     request, inputs = context.plan.request, context.inputs
     dtype, count, rows = torch_dtype(step.compute), last - first, len(step.tasks)
     theta0, tau = task_vectors(context, step, first, last, buffers, stats)
-    prior, scale = prior_of(context, step, first, last)
+    prior, scale = prior_of(context, step, first, last, buffers)
     load = buffers.get("load", count, dtype)
     mean0 = stored(prior, load) if isinstance(prior, Tensor) else tau.new_full((count,), prior)
     h0 = mean0 * scale + request.delta0
@@ -133,14 +137,14 @@ def make_block(
     counts = tau.new_ones(rows, 1)
     for row, t in enumerate(step.tasks):
         task = inputs.tasks[t]
-        mean = curvature(task.mean, step.name, first, last)
+        mean = curvature(buffers, "mean", task.mean, step.name, first, last)
         counts[row] = task.mean.num_examples if task.mean else 1
         if mean is None:
             h[row].zero_()
         else:
             torch.mul(stored(mean, load), counts[row], out=h[row])
         if g is not None:
-            gradient = curvature(task.gradient, step.name, first, last)
+            gradient = curvature(buffers, "mean", task.gradient, step.name, first, last)
             g[row].zero_() if gradient is None else g[row].copy_(gradient)
     norms = tau.new_tensor([context.norms[t] for t in step.tasks] if context.norms else [1.0] * rows).reshape(
         rows, 1
@@ -168,14 +172,14 @@ def curvature_pair(
 ) -> tuple[Tensor, Tensor]:
     """H0 and sum_t alpha_t H_t of a piece."""
     dtype, count = torch_dtype(step.compute), last - first
-    prior, scale = prior_of(context, step, first, last)
+    prior, scale = prior_of(context, step, first, last, buffers)
     h0 = buffers.get("h0", count, dtype)
     h0.copy_(prior) if isinstance(prior, Tensor) else h0.fill_(prior)
     h0.mul_(scale).add_(context.plan.request.delta0)
     h = buffers.get("h_bar", count, dtype).zero_()
     for t, alpha in zip(step.tasks, step.alpha, strict=True):
         store = context.inputs.tasks[t].mean
-        mean = curvature(store, step.name, first, last)
+        mean = curvature(buffers, "mean", store, step.name, first, last)
         if mean is not None and store is not None:
             h.add_(stored(mean, buffers.get("load", count, dtype)), alpha=alpha * store.num_examples)
     return h0, h

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradmatch.engine.context import Context, pieces, span
+from gradmatch.engine.context import Context, fetch, pieces, span
 from gradmatch.engine.kernels import Buffers, in_cache, stored
 from gradmatch.engine.passes import GRID
 from gradmatch.engine.stacked import task_vectors
@@ -84,8 +84,9 @@ def magnitudes(
             yield from ((t, row.abs()) for t, row in zip(step.tasks, tau, strict=True) if t in tasks)
             continue
         wanted = [t for t in step.tasks if t in tasks]
-        theta = [context.inputs.tasks[t].store.block(step.name, start, stop) for t in wanted]
-        for base, *models in in_cache(context.inputs.store.block(step.name, start, stop), *theta):
+        stores = [context.inputs.store, *(context.inputs.tasks[t].store for t in wanted)]
+        sources = [fetch(buffers, f"{t}", store, step.name, start, stop) for t, store in enumerate(stores)]
+        for base, *models in in_cache(*sources):
             count = base.numel()
             theta0 = stored(base, buffers.get("theta0", count, dtype))
             load, tau = buffers.get("load", count, dtype), buffers.get("tau", count, dtype)

@@ -83,6 +83,10 @@ class CurvatureStore:
             self._flat[name] = tensor.detach().to("cpu").reshape(-1)
         return self._flat[name][first:last]
 
+    def file(self, name: str) -> FileStore | None:
+        """The file whose blocks are this store's as they are, or None."""
+        return None if name in self.rows else self._file
+
     def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
         """Its byte range, for read-ahead."""
         return self._file.files(name) if self._file else ()

@@ -102,6 +102,17 @@ class FileStore:
         """A view of the file's pages."""
         return self._where[name].block(self.prefix + name, first, last)
 
+    def read(self, name: str, first: int, last: int, buffer: Tensor) -> Tensor:
+        """Elements first to last, flat, in the stored dtype, read into the front of `buffer` (bytes, uint8).
+
+        Raises:
+            ValueError: the file ended early.
+        """
+        info = self._where[name][self.prefix + name]
+        held = buffer[: (last - first) * ITEM_SIZE[info.dtype]]
+        self._where[name].read_into(self.prefix + name, held.numpy().data, first)
+        return held.view(torch_dtype(info.dtype))
+
     def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
         """The tensor's own byte range."""
         info = self._where[name][self.prefix + name]
