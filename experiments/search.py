@@ -55,8 +55,8 @@ def take_part(
     def objective(chosen: Mapping[str, Any]) -> float:
         return score(merged(chosen), "validation")["macro"]["nll"]
 
-    title = study_name({"space": space, "method": method, "options": options, "sampler": sampler, "seed": seed,
-                        "models": {name: str(value) for name, value in sources.items()}})  # fmt: skip
+    content = {"space": space, "method": method, "options": options, "sampler": sampler, "seed": seed}
+    title = study_name(content, sources)
     url = os.environ.get(STORAGE) or f"sqlite:///{out.parent / title}.sqlite"
     study = run_trials(url, title, objective, space, sampler, trials, seed + 1000 * worker)
     best = study.best_trial
@@ -67,9 +67,19 @@ def take_part(
     (out / "search.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
 
 
-def study_name(content: Mapping[str, Any]) -> str:
-    """A name that the same search has for every worker, and no other search."""
-    return "search-" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+def study_name(content: Mapping[str, Any], sources: Mapping[str, Any]) -> str:
+    """A name that the same search has for every worker on every machine, and no other search.
+
+    sources: folders of stages, or mappings of them; their names, not the places where they lie, are part of it.
+    """
+    models = {
+        name: {task: folder.name for task, folder in value.items()}
+        if isinstance(value, Mapping)
+        else value.name
+        for name, value in sources.items()
+    }
+    text = json.dumps([content, models], sort_keys=True)
+    return "search-" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def run_trials(

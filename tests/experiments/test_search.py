@@ -62,6 +62,15 @@ def test_two_living_workers_do_each_point_once_and_see_the_same_study(tmp_path):
     assert len(log.read_text().split()) == len(search.complete(study)) - 1
 
 
+def test_the_name_of_a_study_is_the_same_wherever_the_stages_lie():
+    def name(root, content="a", base="base-1"):
+        sources = {"base": Path(root) / base, "tasks": {"films": Path(root) / "films-2"}}
+        return search.study_name({"method": content}, sources)
+
+    assert name("/one") == name("/other/place")
+    assert len({name("/one"), name("/one", content="b"), name("/one", base="base-9")}) == 3
+
+
 def test_a_storage_out_of_reach_is_one_sentence_without_the_password():
     with pytest.raises(ConnectionError, match="cannot open the postgresql storage") as caught:
         search.open_storage("postgresql://me:secret@127.0.0.1:1/none")
