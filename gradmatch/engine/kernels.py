@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CACHE = (
-    32_768  # elements of a block: the eight or so buffers of a kernel fit into a core's second-level cache
-)
+# elements of a block: less would fit a core's cache better, but threads hand over the interpreter at every operation
+CACHE = 131_072
 
 
 class Buffers:

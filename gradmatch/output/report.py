@@ -33,7 +33,7 @@ class Report:
         moved: by tensor, the norm of the update, and its norm in H0 (square root of nats) for a removal.
         sign_conflict_share: TIES: share of weights that two tasks push in opposite directions.
         kept_update: share of the update's squared norm that survived rounding to the output's dtype; of large tensors, one block
-            of 65,536 in eight tells.
+            of 131,072 in eight tells.
         branches: how often each branch ran (slerp or lerp, ...).
         heads: with heads="keep-per-task": task -> name -> tensor.
         forecast: weights="auto": the chosen weights, and every task's forecast rise of its loss there, nats per example.
