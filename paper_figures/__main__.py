@@ -41,14 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not files:
         print("error: no records in results/: run `python -m experiments demo` first", file=sys.stderr)
         return 2
-    try:
-        for file in files:
+    failed = False
+    for file in files:
+        try:
             drawn = draw_file(file, options.out / file.stem)
+        except (ValueError, OSError) as error:  # the others are drawn all the same
+            print(f"error: {file}: {error}", file=sys.stderr)
+            failed = True
+        else:
             print(f"{file}: " + (", ".join(map(str, drawn)) if drawn else "no figure for these records"))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return 2 if failed else 0
 
 
 def newest(*folders: Path) -> list[Path]:

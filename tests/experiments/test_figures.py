@@ -211,6 +211,11 @@ def test_faults_of_the_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "other.jsonl").write_text('{"experiment": "other"}\n')
     assert main(["other.jsonl"]) == 0
     assert "no figure for these records" in capsys.readouterr().out
+    (tmp_path / "bad.jsonl").write_text('{"experiment": "sentiment"}\n')
+    assert main(["bad.jsonl", "other.jsonl"]) == 2
+    captured = capsys.readouterr()
+    assert "error: bad.jsonl: no record of an evaluation" in captured.err
+    assert "other.jsonl: no figure" in captured.out  # a bad file loses only itself
 
 
 def test_the_commands_start_without_heavy_libraries():
