@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from estimators.curvature import Curvature, check_num_examples, fingerprint, model_sampler
+from estimators.curvature import Curvature, check_num_examples
+from estimators.fingerprint import fingerprint, model_sampler
 from estimators.problem import trainable_parameters
 
 # The parameters that transformers' Trainer keeps out of weight decay, in a second group.

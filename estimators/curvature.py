@@ -8,14 +8,13 @@ the labels, the seed and a fingerprint of the weights it was taken at.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from estimators.fingerprint import Sample, fingerprint, model_sampler
 from estimators.tensorfile import TensorFile
 
 if TYPE_CHECKING:
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
 FORMAT_VERSION = "1"
 MEAN, STANDARD_ERROR, GRADIENT = "mean/", "standard_error/", "gradient/"
 FACTOR_A, FACTOR_B = "factor_a/", "factor_b/"
-EDGE = 64  # elements sampled at each end and in the middle of a tensor for the fingerprint
-
-Sample = tuple[tuple[int, ...], bytes]
 
 
 class Curvature(Mapping[str, "Tensor"]):
@@ -266,64 +262,6 @@ def check_num_examples(num_examples: int) -> None:
         raise TypeError(f"num_examples must be a whole number, got {num_examples!r}")
     if num_examples < 1:
         raise ValueError(f"num_examples must be at least 1, got {num_examples}")
-
-
-def fingerprint(names: Iterable[str], sample: Callable[[str], Sample]) -> str:
-    """Identify a model's weights cheaply: sha256 over sorted names, shapes and a few values of each tensor.
-
-    The values are rounded to bfloat16, so that float32 weights and their bfloat16 copy agree. 192 elements a tensor tell
-    any two fine-tunes apart and cost three small reads; this is a check against mistakes, not against forgery.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        shape, values = sample(name)
-        digest.update(json.dumps([name, list(shape)]).encode())
-        digest.update(values)
-    return digest.hexdigest()
-
-
-def edges(numel: int) -> list[tuple[int, int]]:
-    """The element ranges that a fingerprint samples: both ends and the middle, or everything where that is little."""
-    if numel <= 3 * EDGE:
-        return [(0, numel)]
-    middle = (numel - EDGE) // 2
-    return [(0, EDGE), (middle, middle + EDGE), (numel - EDGE, numel)]
-
-
-def sample_tensor(tensor: Tensor) -> Sample:
-    """Shape and sampled values, as bfloat16 bytes, of a tensor in memory."""
-    import torch
-
-    flat = tensor.detach().reshape(-1)
-    pieces = [flat[first:last] for first, last in edges(flat.numel())]
-    rounded = torch.cat(pieces).to("cpu", torch.bfloat16)
-    return tuple(tensor.shape), rounded.view(torch.int16).numpy().tobytes()
-
-
-def sample_file(file: TensorFile, name: str) -> Sample:
-    """Shape and sampled values, as bfloat16 bytes, of a tensor in a file; three small reads and no torch.
-
-    Raises:
-        KeyError: no such tensor.
-    """
-    import numpy as np
-
-    info = file[name]
-    raw = b"".join(bytes(file.read_bytes(name, first, last - first)) for first, last in edges(info.numel))
-    if info.dtype == "BF16":
-        return info.shape, raw
-    kinds = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
-    if info.dtype not in kinds:
-        return info.shape, raw  # integers: compared as they are stored
-    bits = np.frombuffer(raw, kinds[info.dtype]).astype(np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
-    return info.shape, rounded.astype("<u2").tobytes()
-
-
-def model_sampler(model: nn.Module | Mapping[str, Tensor]) -> Callable[[str], Sample]:
-    """A `sample` function for a module (all names of a tied parameter are known) or a state dict."""
-    tensors = model if isinstance(model, Mapping) else dict(model.named_parameters(remove_duplicate=False))
-    return lambda name: sample_tensor(tensors[name])
 
 
 def _checked(key: str, value: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -12,9 +11,11 @@ from torch import Tensor, nn
 
 from estimators import distributed, empirical_fisher, fisher, ggn, gram, hessian, kfac
 from estimators.convergence import Convergence
-from estimators.curvature import Curvature, check_num_examples, fingerprint, model_sampler
+from estimators.curvature import Curvature, check_num_examples
+from estimators.fingerprint import fingerprint, model_sampler
 from estimators.inference import make_likelihood
 from estimators.memory import LEAST_BYTES, parse_bytes
+from estimators.names import choose
 from estimators.problem import Problem, prepared, trainable_parameters
 from estimators.resume import Journal, identity
 from estimators.running import Estimator, Loop, add_up_ranks, advice, count_examples, provenance, run
@@ -224,16 +225,3 @@ def check_diagonal(method: str, **wanted: bool) -> None:
         raise ValueError(
             f"{asked[0]} is not available for method={method!r}; the diagonal estimators have it"
         )
-
-
-def choose(option: str, value: str, known: Iterable[str]) -> None:
-    """Refuse an unknown name and offer the nearest.
-
-    Raises:
-        ValueError: not among the known ones.
-    """
-    names = list(known)
-    if value not in names:
-        close = difflib.get_close_matches(str(value), names, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
-        raise ValueError(f"unknown {option} {value!r}; {hint}")

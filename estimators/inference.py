@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from estimators.batches import Batch
 from estimators.general import differentiable
 from estimators.likelihood import LOGITS, Categorical, Likelihood, OwnLikelihood, checked_logits, field_of
+from estimators.names import choose
 from estimators.values import Bernoulli, Gaussian, Own
 
 log = logging.getLogger(__name__)
@@ -48,10 +48,7 @@ def make_likelihood(given: str | Any) -> Likelihood | None:
         return given
     if isinstance(given, str):
         name = ALIASES.get(given, given)
-        if name not in LIKELIHOODS:
-            close = difflib.get_close_matches(name, LIKELIHOODS, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(LIKELIHOODS)}"
-            raise ValueError(f"unknown likelihood {given!r}{hint}")
+        choose("likelihood", name, LIKELIHOODS)
         if name == "auto":
             return None
         return {"bernoulli": Bernoulli, "regression": Gaussian}.get(name, lambda: Categorical(name))()

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from estimators.curvature import Curvature, fingerprint, model_sampler
+from estimators.curvature import Curvature
+from estimators.fingerprint import fingerprint, model_sampler
 
 
 def curvature_of_posterior(hess: Tensor, ess: float) -> Tensor:

@@ -32,14 +32,26 @@ class Workspace:
 
 @lru_cache(maxsize=1)
 def _onednn() -> Any:
-    """oneDNN's linear layer x w', or None where it is missing or no faster."""
+    """oneDNN's linear layer x w', or None where it is missing, no faster, or not what it was when this was written."""
     available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not available or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return None
+    return _private_operator() if _multiplies(_private_operator()) else None
+
+
+def _private_operator() -> Any:
+    """An operator that torch keeps to itself, and may take away or change."""
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def _multiplies(operator: Any) -> bool:
+    """Whether an operator gives x w' for strided x and w, called as `product` calls it."""
+    left, right = torch.arange(12.0).view(3, 4).t(), torch.arange(15.0).view(3, 5).t()
     try:
-        return torch.ops.mkldnn._linear_pointwise.default
-    except AttributeError:
-        return None
+        found = operator(left, right, None, "none", [], "")
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError):
+        return False
+    return isinstance(found, Tensor) and found.shape == (4, 5) and torch.allclose(found, left @ right.t())
 
 
 def product(left: Tensor, right: Tensor, space: Workspace) -> Tensor:

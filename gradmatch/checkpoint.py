@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from estimators.curvature import Sample, sample_file, sample_tensor
+from estimators.fingerprint import Sample, sample_file, sample_tensor
 from estimators.tensorfile import TensorFile
 from gradmatch.inputs.stores import FileStore, MemoryStore, Spec, Store, read
 from gradmatch.names import nearest

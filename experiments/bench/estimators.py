@@ -37,6 +37,7 @@ from experiments.bench.peers import PEERS, Result, Step, Unavailable, _rows, loo
 from experiments.bench.shapes import SHAPES, Shape
 
 Table = list[list[str]]
+TABLES = ("speed", "growth", "general", "largest", "variance")
 
 
 def ours(
@@ -188,6 +189,8 @@ def compare(shape: Shape, repeats: int, peers: bool) -> Table:
             )  # with the sums, as the ordinary step's has the gradients
             step = make(shape)
             error = error_of(RESULTS.get(name, make), small, exact) if name not in DRAWN else None
+            if name in OURS:
+                step()  # the plan is made once a run
         except Unavailable as reason:
             rows.append([shape.name, name, "cannot run", "", str(reason)])
             continue
@@ -233,15 +236,61 @@ def growth(repeats: int) -> Table:
     rows = []
     for name, shape in cases.items():
         shape.model.eval()
-        step, base = OURS["ours, Fisher (labels drawn)"](shape), ordinary(shape)
-        step()
-        base()
-        found = []
-        for _ in range(repeats):
+        steps = [OURS["ours, Fisher (labels drawn)"](shape), with_kernel(shape)]
+        rows.append([name, shape.name, *(f"{ratio:.2f}" for ratio in ratios_of(shape, steps, repeats))])
+    return rows
+
+
+def general(repeats: int) -> Table:
+    """What the general path costs the models that need it."""
+    rows = []
+    for make in shapes.GENERAL:
+        shape = make()
+        shape.model.eval()
+        plan = estimate(shape.model, [shape.batch], progress=False, labels="sampled").info
+        (ratio,) = ratios_of(shape, [OURS["ours, Fisher (labels drawn)"](shape)], repeats)
+        rows.append([shape.name, plan.get("general_path", "nothing"), f"{ratio:.2f}"])
+    return rows
+
+
+def ratios_of(shape: Shape, steps: list[Step], repeats: int) -> list[float]:
+    """Median time of each as a multiple of the ordinary step, taking turns with it."""
+    base = ordinary(shape)
+    found: list[list[float]] = [[] for _ in steps]
+    for turn in range(repeats + 1):
+        for step, ratios in zip(steps, found, strict=True):
             plain = seconds_of(base)
             shape.model.zero_grad(set_to_none=True)
-            found.append(seconds_of(step) / plain)
-        rows.append([name, shape.name, f"{statistics.median(found):.2f}"])
+            ratio = seconds_of(step) / plain
+            if turn:  # the first one plans
+                ratios.append(ratio)
+    return [statistics.median(ratios) for ratios in found]
+
+
+def largest(gibibytes: float) -> Table:
+    """The largest batch of BERT that fits: peaks at two batch sizes, and the straight line through them."""
+    sizes, rows = (8, 16), []
+    makers: dict[str, Callable[[Shape], Callable[[], Any]]] = {"ordinary step": ordinary, **OURS, **PEERS}
+    for name, make in makers.items():
+        try:
+            peaks = []
+            for examples in sizes:
+                shape = shapes.bert(examples, 64)
+                shape.model.eval()
+                make(shape)()
+                shape.model.zero_grad(set_to_none=True)
+                run = lambda make=make, shape=shape: make(shape)()  # noqa: E731
+                peaks.append(statistics.median(peak_without_gradients(shape, run) for _ in range(3)))
+        except Exception as failure:  # as in `compare`
+            rows.append([name, "", "", f"{type(failure).__name__}: {str(failure)[:80]}"])
+            continue
+        each = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
+        found = (
+            "no limit of its own"
+            if each < 2**18
+            else f"{int((gibibytes * 2**30 - peaks[0]) / each + sizes[0]):,}"
+        )
+        rows.append([name, *(f"{peak / 2**20:.0f} MiB" for peak in peaks), found])
     return rows
 
 
@@ -289,7 +338,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES), help=f"comma separated, of {', '.join(SHAPES)}")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--only-speed", action="store_true", help="leave out growth and variance")
+    parser.add_argument("--tables", default=",".join(TABLES), help=f"comma separated, of {', '.join(TABLES)}")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -297,7 +346,8 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     )
-    for name in tqdm(args.shapes.split(","), desc="shapes", file=sys.stderr):
+    tables = args.tables.split(",")
+    for name in tqdm(args.shapes.split(",") if "speed" in tables else (), desc="shapes", file=sys.stderr):
         shape = SHAPES[name]()
         rows = compare(shape, args.repeats, not args.no_peers)
         head = ["model, batch", "what", "time", "peak memory", "error, or why not"]
@@ -309,11 +359,16 @@ def main() -> None:
             ),
             flush=True,
         )
-    if not args.only_speed:
-        print(
-            show("Growth, Fisher with labels drawn", ["", "shape", "time ratio"], growth(args.repeats)),
-            flush=True,
-        )
+    if "growth" in tables:
+        head = ["", "shape", "time ratio", "with the kernel"]
+        print(show("Growth, Fisher with labels drawn", head, growth(args.repeats)), flush=True)
+    if "general" in tables:
+        head = ["model", "general path", "time ratio"]
+        print(show("Models on the general path", head, general(args.repeats)), flush=True)
+    if "largest" in tables:
+        head = ["BERT 6 x 384, 64 tokens", "peak of 8", "peak of 16", "largest batch in 4 GiB"]
+        print(show("Largest batch", head, largest(4.0)), flush=True)
+    if "variance" in tables:
         head = ["labels", "relative variance of the trace", "time", "variance x time"]
         print(show("Error bought by a second", head, variance(40)), flush=True)
 

@@ -116,3 +116,86 @@ SHAPES: dict[str, Callable[[], Shape]] = {
     "gpt2": gpt2,
     "short": lambda: bert(128, 8),
 }
+
+
+def llama(examples: int = 8, length: int = 128) -> Shape:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=8000, hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    ids = torch.randint(0, 8000, (examples, length))
+    model = transformers.LlamaForCausalLM(config)
+    return Shape(
+        f"Llama-like, {examples} x {length}",
+        model,
+        {"input_ids": ids, "labels": ids},
+        _causal,
+        examples,
+        1.15,
+    )
+
+
+def vit(examples: int = 16) -> Shape:
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536, image_size=112
+    )
+    batch = {"pixel_values": torch.randn(examples, 3, 112, 112), "labels": torch.arange(examples) % 2}
+    model = transformers.ViTForImageClassification(config)
+    return Shape(f"ViT-small/6, {examples}", model, batch, _pictures, examples, 1.15)
+
+
+def _pictures(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(pixel_values=batch["pixel_values"]).logits, batch["labels"], reduction="sum")
+
+
+def t5(examples: int = 8, length: int = 64) -> Shape:
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=8000, d_model=384, d_ff=1024, num_layers=4, num_heads=6, decoder_start_token_id=0
+    )
+    ids = torch.randint(1, 8000, (examples, length))
+    model = transformers.T5ForConditionalGeneration(config)
+    return Shape(
+        f"T5, {examples} x {length}", model, {"input_ids": ids, "labels": ids}, _pairs, examples, 1.15
+    )
+
+
+def _pairs(model: nn.Module, batch: Any) -> Tensor:
+    logits = model(input_ids=batch["input_ids"], labels=batch["labels"]).logits
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+
+
+class _Torch(nn.Module):
+    """torch.nn's own transformer layers, or its LSTM, over tokens."""
+
+    def __init__(self, kind: str, width: int = 256) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8000, width)
+        if kind == "LSTM":
+            self.body: nn.Module = nn.LSTM(width, width, 2, batch_first=True)
+        else:
+            self.body = nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True),
+                4,
+                enable_nested_tensor=False,
+            )
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found = self.body(self.embedding(ids))
+        return self.head((found[0] if isinstance(found, tuple) else found).mean(1))
+
+
+def _tokens(kind: str, examples: int = 16, length: int = 64) -> Shape:
+    batch = (torch.randint(0, 8000, (examples, length)), torch.arange(examples) % 2)
+    return Shape(f"torch.nn {kind}, {examples} x {length}", _Torch(kind), batch, _plain, examples, 1.15)
+
+
+GENERAL: tuple[Callable[[], Shape], ...] = (
+    llama, vit, t5, lambda: _tokens("MultiheadAttention"), lambda: _tokens("LSTM"),
+)  # fmt: skip

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from estimators.curvature import Curvature, fingerprint
+from estimators.curvature import Curvature
+from estimators.fingerprint import fingerprint
 from gradmatch.checkpoint import Checkpoint
 from gradmatch.diagnosis.auto import PLACE, auto_weights
 from gradmatch.diagnosis.forecast import BestWeights, Products, best_coefficients

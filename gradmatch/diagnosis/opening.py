@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from estimators.curvature import Curvature, fingerprint
+from estimators.curvature import Curvature
+from estimators.fingerprint import fingerprint
 from gradmatch.checkpoint import Checkpoint, open_checkpoint, read_json
 from gradmatch.diagnosis.conflict import curvature_overlap
 from gradmatch.inputs.opened import open_curvature, task_names

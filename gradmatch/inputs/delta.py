@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from estimators.curvature import fingerprint
+from estimators.fingerprint import fingerprint
 from estimators.tensorfile import TensorFile
 from gradmatch.checkpoint import Checkpoint, indexed_files, open_checkpoint, read_json
 from gradmatch.inputs.stores import FileStore, Spec, Store, torch_dtype

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from estimators.curvature import fingerprint
+from estimators.fingerprint import fingerprint
 from gradmatch.checkpoint import Checkpoint
 from gradmatch.output.delta import provenance
 
@@ -76,7 +76,7 @@ def recipe(made: Plan) -> dict[str, Any]:
 
 
 def input_fingerprints(made: Plan) -> dict[str, str]:
-    """Fingerprint of every model by its role (see `estimators.curvature.fingerprint`)."""
+    """Fingerprint of every model by its role (see `estimators.fingerprint.fingerprint`)."""
     models = {
         "base": made.inputs.base,
         **{f"task {task.name}": task.checkpoint for task in made.inputs.tasks},

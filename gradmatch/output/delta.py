@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from estimators.curvature import fingerprint
+from estimators.fingerprint import fingerprint
 from gradmatch.inputs.stores import Spec
 
 if TYPE_CHECKING:

@@ -8,13 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from estimators.curvature import (
-    Curvature,
-    fingerprint,
-    model_sampler,
-    sample_file,
-    sample_tensor,
-)
+from estimators.curvature import Curvature
+from estimators.fingerprint import fingerprint, model_sampler, sample_file, sample_tensor
 from estimators.tensorfile import TensorFile
 
 

@@ -449,3 +449,28 @@ def test_norms_of_language_models_need_no_general_path(name):
     model, batch, _ = make(name)
     info = estimate(model.float(), as_batches(batch), progress=False).info
     assert "norm" not in info.get("general_path", "")
+
+
+def swapped(left, right, *rest):
+    return right @ left.t()
+
+
+def refusing(*given):
+    raise RuntimeError("its signature changed")
+
+
+@pytest.mark.parametrize("operator", [None, swapped, refusing, lambda *given: given], ids=str)
+def test_a_private_operator_that_changed_is_not_used(operator, monkeypatch):
+    monkeypatch.setattr(products, "_private_operator", lambda: operator)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    products._onednn.cache_clear()
+    try:
+        assert products._onednn() is None
+        left, right = torch.randn(7, 5).t(), torch.randn(7, 3).t()
+        assert torch.equal(products.product(left, right, products.Workspace()), left @ right.t())
+    finally:
+        products._onednn.cache_clear()
+
+
+def test_an_operator_that_multiplies_is_recognised():
+    assert products._multiplies(lambda left, right, *rest: left @ right.t())

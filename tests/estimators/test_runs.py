@@ -259,6 +259,9 @@ OPTIONS = {
     "kfac": {"method": "kfac", "labels": "sampled"},
     "wrapped": {"method": "ggn", "wrap": True},
     "few": {"tolerance": 0.5, "step": 2},
+    "nothing for the second": {"labels": "sampled", "standard_error": True, "step": 57},
+    "nothing for the second, kfac": {"method": "kfac", "labels": "sampled", "step": 57},
+    "nothing for the second, hessian": {"method": "hessian", "step": 57},
 }
 
 
@@ -295,7 +298,8 @@ def torchrun(tmp_path_factory):
 def test_two_processes_give_the_numbers_of_one(torchrun, name):
     x, y = rows(57)
     options = {key: value for key, value in OPTIONS[name].items() if key not in ("sampler", "wrap", "step")}
-    alone = estimate(net(), pieces(x, y), progress=False, **options)
+    step = OPTIONS[name].get("step", 10)
+    alone = estimate(net(), pieces(x, y, step), progress=False, **options)
     found = Curvature.load(torchrun / f"{name}.safetensors")
     assert found.info["processes"] == "2"
     assert found.info["labels"] == alone.info["labels"]

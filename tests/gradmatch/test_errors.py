@@ -248,7 +248,7 @@ def test_overflow_is_told_from_bad_input():
 
 
 def test_curvature_of_another_model(tmp_path):
-    from estimators.curvature import fingerprint, model_sampler
+    from estimators.fingerprint import fingerprint, model_sampler
 
     mean = {name: torch.ones_like(t) for name, t in BASE.items()}
     own = Curvature.from_dict(mean, 5, {"fingerprint": fingerprint(mean, model_sampler(MODELS[0]))})

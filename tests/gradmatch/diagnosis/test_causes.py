@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from estimators import Curvature
-from estimators.curvature import fingerprint, model_sampler
+from estimators.fingerprint import fingerprint, model_sampler
 from gradmatch import Task, diagnose
 from gradmatch.diagnosis.causes import BROKEN, CHOICE, INPUT, Cause, ranked
 from gradmatch.diagnosis.causes_input import relabelled
