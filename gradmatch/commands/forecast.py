@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from gradmatch.diagnosis.choosing import fingerprints, settings_of
     from gradmatch.diagnosis.opening import module_of, open_models
     from gradmatch.diagnosis.products import load_products, save_products
-    from gradmatch.inputs.opened import open_curvature
+    from gradmatch.inputs.curvatures import open_curvature
 
     base, tasks, _, curvatures = open_models(arguments["base"], arguments["tasks"])
     names = list(tasks)

@@ -15,7 +15,7 @@ from gradmatch.diagnosis.forecast import BestWeights, Products, best_coefficient
 from gradmatch.diagnosis.objective import Objective
 from gradmatch.diagnosis.opening import check_tasks, module_of, open_models
 from gradmatch.diagnosis.products import load_products
-from gradmatch.inputs.opened import open_curvature
+from gradmatch.inputs.curvatures import open_curvature
 from gradmatch.task import Task
 
 if TYPE_CHECKING:

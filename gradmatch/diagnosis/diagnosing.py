@@ -27,7 +27,7 @@ from gradmatch.diagnosis.opening import module_of as module_of
 from gradmatch.diagnosis.products import load_products
 from gradmatch.diagnosis.redundancy import RedundancyPoint
 from gradmatch.diagnosis.scan import scan_weights
-from gradmatch.inputs.opened import open_curvature
+from gradmatch.inputs.curvatures import open_curvature
 from gradmatch.names import nearest
 from gradmatch.rules import RULES
 from gradmatch.task import Task

@@ -15,7 +15,8 @@ from estimators.curvature import Curvature
 from estimators.fingerprint import fingerprint
 from gradmatch.checkpoint import Checkpoint, open_checkpoint, read_json
 from gradmatch.diagnosis.conflict import curvature_overlap
-from gradmatch.inputs.opened import open_curvature, task_names
+from gradmatch.inputs.curvatures import open_curvature
+from gradmatch.inputs.opened import task_names
 from gradmatch.names import nearest
 from gradmatch.output.card import CARD
 from gradmatch.plan.settings import numbers

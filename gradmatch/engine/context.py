@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from gradmatch.engine.passes import GRID
-from gradmatch.inputs.opened import CurvatureStore, Inputs
+from gradmatch.inputs.curvatures import CurvatureStore
+from gradmatch.inputs.opened import Inputs
 from gradmatch.inputs.stores import FileStore
 from gradmatch.transforms import TRANSFORMS
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import warnings
@@ -13,17 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from estimators.curvature import FACTOR_A, GRADIENT, MEAN, Curvature
-from estimators.tensorfile import TensorFile
 from gradmatch.checkpoint import Checkpoint, open_checkpoint
-from gradmatch.inputs.stores import SAFETENSORS_NAME, FileStore, Spec, Store
+from gradmatch.inputs.curvatures import CurvatureStore, checked_aliases, open_curvature
+from gradmatch.inputs.stores import Spec, Store
 from gradmatch.plan.request import resolve_options
 from gradmatch.plan.settings import Setting
 from gradmatch.task import Task
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from gradmatch.inputs.vocab import Rows
     from gradmatch.plan.request import Request
     from gradmatch.task import Model
 
@@ -32,71 +28,6 @@ CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 
 
 UNNAMED = re.compile(r"task \d+")
-
-
-class CurvatureStore:
-    """Blocks of a curvature as a store: per-example means, gradients or input factors, of one file or in memory."""
-
-    def __init__(self, curvature: Curvature, prefix: str, aliases: Mapping[str, Sequence[str]]) -> None:
-        self.num_examples, self.path = curvature.num_examples, curvature.path
-        self._curvature, self._prefix, self._aliases = curvature, prefix, aliases
-        self._file = FileStore([TensorFile(curvature.path)], prefix) if curvature.path else None
-        self._flat: dict[str, Tensor] = {}
-        self.rows: Mapping[str, Rows] = {}
-
-    def key(self, name: str) -> str | None:
-        """The name under which a parameter is stored (a tied one may go by any of its names), or None."""
-        return next((known for known in (name, *self._aliases.get(name, ())) if known in self), None)
-
-    def __iter__(self) -> Any:
-        return iter(self._file if self._file else self._curvature)
-
-    def __contains__(self, name: object) -> bool:
-        if self._file:
-            return name in self._file
-        return isinstance(name, str) and self._tensor(name) is not None
-
-    def spec(self, name: str) -> Spec:
-        """Shape and dtype of a block."""
-        if self._file:
-            spec = self._file.spec(name)
-        else:
-            tensor = self._tensor(name)
-            assert tensor is not None
-            spec = Spec(SAFETENSORS_NAME[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
-        return self.rows[name].shape(spec) if name in self.rows else spec
-
-    def block(self, name: str, first: int, last: int) -> Tensor:
-        """Elements of a block, flat; rows of tokens that the model lacks are zero."""
-        if name in self.rows:
-            plain = copy.copy(self)
-            plain.rows = {}
-            values, absent, low = self.rows[name].gather(plain, name, first, last)
-            values[absent] = 0
-            start = first - low * values.shape[1]
-            return values.reshape(-1)[start : start + last - first]
-        if self._file:
-            return self._file.block(name, first, last)
-        if name not in self._flat:
-            tensor = self._tensor(name)
-            assert tensor is not None
-            self._flat[name] = tensor.detach().to("cpu").reshape(-1)
-        return self._flat[name][first:last]
-
-    def file(self, name: str) -> FileStore | None:
-        """The file whose blocks are this store's as they are, or None."""
-        return None if name in self.rows else self._file
-
-    def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
-        """Its byte range, for read-ahead."""
-        return self._file.files(name) if self._file else ()
-
-    def _tensor(self, name: str) -> Tensor | None:
-        if self._prefix == MEAN:
-            return self._curvature.mean(name) if name in self._curvature else None
-        if self._prefix == GRADIENT:
-            return self._curvature.gradient(name)
-        return self._curvature.factor_a(name)
 
 
 @dataclass
@@ -293,8 +224,7 @@ def _open_task(
             "(--task MODEL,curvature=FILE), or choose a method without, such as task_arithmetic"
         )
     curvature = open_curvature(task.curvature)
-    if not allow_mismatch:
-        curvature.check_model(checkpoint.sample, name)
+    aliases = checked_aliases(curvature, checkpoint, name, aliases, allow_mismatch)
     opened.curvature = curvature
     if "curvature" in needs:
         opened.mean = CurvatureStore(curvature, MEAN, aliases)
@@ -337,19 +267,6 @@ def _base_curvature(
             )
         return float(given)
     curvature = open_curvature(given)
-    if not allow_mismatch:
-        curvature.check_model(base.sample, "the base")
-    return CurvatureStore(curvature, MEAN, aliases)
-
-
-def open_curvature(curvature: Curvature | str | os.PathLike[str]) -> Curvature:
-    """A curvature as given, or loaded from its file.
-
-    Raises:
-        TypeError: neither a Curvature nor a path.
-    """
-    if isinstance(curvature, Curvature):
-        return curvature
-    if isinstance(curvature, (str, os.PathLike)):
-        return Curvature.load(curvature)
-    raise TypeError(f"a curvature is a Curvature or the path of its file, not {type(curvature).__name__}")
+    return CurvatureStore(
+        curvature, MEAN, checked_aliases(curvature, base, "the base", aliases, allow_mismatch)
+    )

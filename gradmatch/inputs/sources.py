@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.inputs.opened import CurvatureStore
+from gradmatch.inputs.curvatures import CurvatureStore
 from gradmatch.output.card import versions
 from gradmatch.output.layout import CARRIED, carried
 
