@@ -316,7 +316,9 @@ def _fits_input(call: Call, layout: str, examples: int) -> bool:
 
 def _settle_general(unit: Unit, evidence: list[Evidence], examples: int) -> bool:
     """Does the module reproduce its output example by example, and does it run under vmap?"""
-    unit.inputs, unit.vectorize = None, True
+    # under vmap a recurrent net falls apart into single steps, many times slower than one example after the other
+    recurrent = any(isinstance(module, nn.RNNBase) for module in unit.module.modules())
+    unit.inputs, unit.vectorize = None, not recurrent
     for call, found in evidence:
         inputs = input_layouts(call.args, call.kwargs, unit.layout, examples)
         if unit.inputs is not None and inputs != unit.inputs:
