@@ -7,10 +7,9 @@ from pathlib import Path
 from statistics import fmean
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments.records import Record, of_kind
-from paper_figures.style import look, save
+from paper_figures.style import look, plain_log, save
 
 
 def draw(records: Sequence[Record], folder: Path, name: str = "fig_removal") -> list[Path]:
@@ -42,10 +41,7 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_removal") -> 
                 axes.vlines(x, low, high, color=styles[label]["color"], linewidth=0.6, alpha=0.6)
                 if alpha:
                     axes.annotate(f"{alpha:g}", (x, y), (3, 3), textcoords="offset points", fontsize=6)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        plain_log(axes.xaxis)
         axes.set_xlabel("perplexity of text to keep")
         axes.set_ylabel(_title(quantity, str(points[0]["metrics"]["scorer"])))
     panels[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
