@@ -459,7 +459,11 @@ def refusing(*given):
     raise RuntimeError("its signature changed")
 
 
-@pytest.mark.parametrize("operator", [None, swapped, refusing, lambda *given: given], ids=str)
+@pytest.mark.parametrize(
+    "operator",
+    [None, swapped, refusing, lambda *given: given],
+    ids=["absent", "swapped", "refusing", "another type"],
+)
 def test_a_private_operator_that_changed_is_not_used(operator, monkeypatch):
     monkeypatch.setattr(products, "_private_operator", lambda: operator)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
