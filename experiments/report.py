@@ -72,7 +72,9 @@ def _sentiment_table(evaluations: Sequence[Record]) -> str:
         rows.append([model, *(format(value[0], form) if value else "" for value, form in values)])
     seeds = len({record["seed"] for record in evaluations})
     tests = sum(evaluations[0]["metrics"][domain]["n"] for domain in domains)
-    title = f"Test accuracy in %, {tests} examples, " + (f"mean of {seeds} seeds" if seeds > 1 else "one seed")
+    title = f"Test accuracy in %, {tests} examples, " + (
+        f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+    )
     notes = (
         "mismatch/n: norm of sum_t [grad l_t(theta) - grad l_t(theta_t)] over the tasks' training examples (Eq. 6), divided by their number.\n"
         "preconditioned: norm of H0^-1 times that sum (Eq. 10); compare it between rows only, since it is large where the base's\n"

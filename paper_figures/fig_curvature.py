@@ -24,8 +24,8 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_curvature") -
     figure, panels = plt.subplots(1, 3, figsize=(7.0, 0.9 + 0.24 * len(names)), sharey=True)
     columns = (
         ("correlation of log F with\nthe exact GGN's", wrong, lambda record: record["log_correlation"]),
-        ("seconds for all four models", merges, lambda record: record["estimate_seconds"] or None),
-        ("merge: accuracy on the tasks (%)", merges, lambda r: 100 * r["metrics"]["macro"]["accuracy"]),
+        ("seconds for all\nfour models", merges, lambda record: record["estimate_seconds"] or None),
+        ("merge: accuracy on\nthe tasks (%)", merges, lambda r: 100 * r["metrics"]["macro"]["accuracy"]),
     )
     for axes, (title, rows, value) in zip(panels, columns, strict=True):
         for place, estimate in enumerate(names):
