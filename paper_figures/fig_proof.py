@@ -47,6 +47,9 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_proof") -> li
             axes.plot(*x_y, linestyle="none", markersize=5, label=edit, **styles[edit])
         axes.set_xticks(range(len(problems)), problems)
         axes.set_ylabel(title)
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        if axes.get_ylim()[1] > 5:  # one method far off must not hide what the others differ by
+            axes.set_yscale("symlog", linthresh=2, linscale=2)
+            axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_ylim(bottom=0)
     panels[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
     return save(figure, folder, name)
