@@ -193,7 +193,7 @@ def test_merged_from_a_folder(world, tmp_path):
 
 
 def test_charts_side_by_side_share_their_x_axis():
-    series = [charts.Series("s", [(0.2, 10.0), (0.6, 20.0)])  # no mark of the y axis is at 1.5]
+    series = [charts.Series("s", [(0.2, 10.0), (0.6, 20.0)])]  # no mark of the y axis is at 1.5
     assert ">1.5</text>" not in charts.line_chart(series, "x", "y")
     assert ">1.5</text>" in charts.line_chart(series, "x", "y", x_range=(0.0, 1.5))
 
