@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from experiments.evaluate import measure, predict, with_averages
+from experiments.evaluate import predict, write_metrics
 from experiments.merging import merged_model
-from experiments.mismatch import mismatch_card, objective
+from experiments.mismatch import objective, write_mismatch
 from experiments.models import load_classifier, load_split
 
 
@@ -38,13 +36,9 @@ def merge_and_measure(
     theta = dict(merged_model(method, alpha, {**options, **chosen}, **sources))
     model = load_classifier(sources["base"] / "model")
     model.load_state_dict(theta)
-    metrics = {}
-    for domain in domains:
-        probabilities, labels = predict(model, load_split(data, domain, "test"), domain)
-        metrics[domain] = measure(probabilities, labels)
-        np.savez(out / f"{domain}.npz", probabilities=probabilities.astype(np.float32), labels=labels)
-    (out / "metrics.json").write_text(json.dumps(with_averages(metrics), indent=1), encoding="utf-8")
+    write_metrics(
+        out, {domain: predict(model, load_split(data, domain, "test"), domain) for domain in domains}
+    )
     if gradients:
         losses = {task: objective(data, sources["base"], task, examples, seed) for task in gradients}
-        card = mismatch_card(theta, losses, gradients, sources["base_curvature"], sources["delta0"])
-        (out / "mismatch.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+        write_mismatch(out, theta, losses, gradients, sources["base_curvature"], sources["delta0"])

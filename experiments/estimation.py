@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from estimators import estimate
 from experiments.models import batches, load_classifier, load_split, subset
@@ -27,13 +31,11 @@ def curvature(
     rows = load_split(data, domain, "train")
     seen = subset(rows, examples, seed)
     device = next(classifier.parameters()).device
-    found = estimate(
-        classifier,
-        [batch for _, batch in batches(seen, batch_size, device)],
-        method="fisher",
-        num_examples=len(rows),
-        samples=samples,
-        seed=seed,
-        gradient=True,
-    )
+    given = [batch for _, batch in batches(seen, batch_size, device)]
+    write_fisher(out, classifier, given, num_examples=len(rows), samples=samples, seed=seed)
+
+
+def write_fisher(out: Path, model: nn.Module, given: Sequence[Any], **options: Any) -> None:
+    """`out/curvature.safetensors` from batches: the Monte-Carlo Fisher and the measured gradient."""
+    found = estimate(model, given, method="fisher", gradient=True, **options)
     found.save(out / "curvature.safetensors")

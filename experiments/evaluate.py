@@ -20,11 +20,16 @@ Array = NDArray[np.float64]
 def evaluate(out: Path, *, data: Path, model: Path, domains: Sequence[str], split: str) -> None:
     """Evaluate a model folder: `out/metrics.json`, and `out/<domain>.npz` with the probabilities and labels."""
     classifier = load_classifier(model / "model")
-    metrics = {}
-    for domain in domains:
-        probabilities, labels = predict(classifier, load_split(data, domain, split), domain)
-        metrics[domain] = measure(probabilities, labels)
+    write_metrics(
+        out, {domain: predict(classifier, load_split(data, domain, split), domain) for domain in domains}
+    )
+
+
+def write_metrics(out: Path, predictions: Mapping[str, tuple[Array, NDArray[np.int64]]]) -> None:
+    """`out/metrics.json` and `out/<domain>.npz` from each domain's probabilities (n, classes) and labels (n,)."""
+    for domain, (probabilities, labels) in predictions.items():
         np.savez(out / f"{domain}.npz", probabilities=probabilities.astype(np.float32), labels=labels)
+    metrics = {domain: measure(*found) for domain, found in predictions.items()}
     (out / "metrics.json").write_text(json.dumps(with_averages(metrics), indent=1), encoding="utf-8")
 
 

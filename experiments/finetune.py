@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,32 @@ def finetune(
     source = start / "model" if isinstance(start, Path) else locate(start)
     model, tokenizer = load_classifier(source, num_labels), load_tokenizer(source)
     rows = concatenate_datasets([load_split(data, domain, "train") for domain in domains])
-    bfloat16 = uses_bfloat16(precision)
-    arguments = TrainingArguments(
-        output_dir=str(out / "model"),
+    arguments = training_arguments(
+        out / "model", precision=precision, seed=seed, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
+        warmup_steps=warmup_steps, weight_decay=weight_decay, train_sampling_strategy="group_by_length",
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, data_collator=DataCollatorWithPadding(tokenizer), train_dataset=rows)
+    losses = run(trainer)
+    save(trainer, tokenizer, out / "model")
+    torch.save(trainer.optimizer.state_dict(), out / "optimizer.pt")
+    write_card(out, len(rows), precision, losses)
+
+
+def training_arguments(
+    folder: Path,
+    *,
+    precision: str,
+    seed: int,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    warmup_steps: int,
+    weight_decay: float,
+    **more: Any,
+) -> TrainingArguments:
+    """What every fine-tuning here has in common: AdamW, warm-up, cosine decay, clipping at 1, nothing kept on the way."""
+    return TrainingArguments(
+        output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
@@ -50,28 +73,37 @@ def finetune(
         weight_decay=weight_decay,
         max_grad_norm=1.0,
         optim="adamw_torch_fused",
-        bf16=bfloat16,
+        bf16=uses_bfloat16(precision),
         use_cpu=not torch.cuda.is_available(),
-        train_sampling_strategy="group_by_length",
         dataloader_pin_memory=False,
         logging_steps=max(1, steps // 10),
         save_strategy="no",
         report_to="none",
         seed=seed,
+        **more,
     )
-    collator = DataCollatorWithPadding(tokenizer)
-    trainer = Trainer(model, arguments, data_collator=collator, train_dataset=rows, callbacks=[QuietBar()])
+
+
+def run(trainer: Trainer) -> list[dict[str, float]]:
+    """Train, with one quiet bar; returns the losses on the way."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(QuietBar())
     trainer.train()
-    trainer.save_model(str(out / "model"))
-    tokenizer.save_pretrained(out / "model")
-    torch.save(trainer.optimizer.state_dict(), out / "optimizer.pt")
-    (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
-    losses = [
-        {"step": log["step"], "loss": log["loss"]} for log in trainer.state.log_history if "loss" in log
-    ]
-    card = {"examples": len(rows), "precision": "bfloat16" if bfloat16 else "float32", "losses": losses}
+    return [{"step": log["step"], "loss": log["loss"]} for log in trainer.state.log_history if "loss" in log]
+
+
+def save(trainer: Trainer, tokenizer: Any, folder: Path) -> None:
+    """A model folder that `from_pretrained` loads."""
+    trainer.save_model(str(folder))
+    tokenizer.save_pretrained(folder)
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
+
+
+def write_card(out: Path, examples: int, precision: str, losses: Sequence[Mapping[str, float]]) -> None:
+    """`out/training.json`: how many examples, in which precision, and the losses on the way."""
+    used = "bfloat16" if uses_bfloat16(precision) else "float32"
+    card = {"examples": examples, "precision": used, "losses": list(losses)}
     (out / "training.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from experiments.models import load_classifier, load_split
 from gradmatch import Task, merge
 
 CURVATURE = "curvature.safetensors"
+Metrics = Mapping[str, Mapping[str, float]]
 
 
 def merge_stage(
@@ -71,16 +72,25 @@ def choose(
 
     Best: lowest negative log-likelihood, macro average over the domains. Test examples are never read.
     """
-    ((option, values),) = grid.items()
     model = load_classifier(sources["base"] / "model")
     rows = {domain: load_split(data, domain, "validation") for domain in domains}
+
+    def score(setting: Mapping[str, Any]) -> Metrics:
+        model.load_state_dict(dict(merged_model(method, alpha, {**options, **setting}, **sources)))
+        return with_averages({domain: measure(*predict(model, rows[domain])) for domain in domains})
+
+    write_choice(out, grid, score)
+
+
+def write_choice(
+    out: Path, grid: Mapping[str, Sequence[Any]], score: Callable[[Mapping[str, Any]], Metrics]
+) -> None:
+    """`out/choice.json`: every value of the grid's one option with its macro averages, and the lowest likelihood loss."""
+    ((option, values),) = grid.items()
     tried = []
     for value in tqdm(values, desc=f"choosing {option}"):
-        model.load_state_dict(dict(merged_model(method, alpha, {**options, option: value}, **sources)))
-        metrics = with_averages({domain: measure(*predict(model, rows[domain])) for domain in domains})
-        tried.append(
-            {"value": value, "nll": metrics["macro"]["nll"], "accuracy": metrics["macro"]["accuracy"]}
-        )
+        macro = score({option: value})["macro"]
+        tried.append({"value": value, "nll": macro["nll"], "accuracy": macro["accuracy"]})
     best = min(tried, key=lambda cell: cell["nll"])
     card = {"chosen": {option: best["value"]}, "tried": tried}
     (out / "choice.json").write_text(json.dumps(card, indent=1), encoding="utf-8")

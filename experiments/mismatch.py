@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +26,11 @@ def objective(data: Path, model: Path, domain: str, examples: int, seed: int) ->
 
 def task_gradient(out: Path, *, data: Path, model: Path, domain: str, examples: int, seed: int) -> None:
     """grad l_t(theta_t) of a fine-tuned model, which the mismatch of every merge is compared with."""
-    loss = objective(data, model, domain, examples, seed)
+    write_gradient(out, objective(data, model, domain, examples, seed))
+
+
+def write_gradient(out: Path, loss: Objective) -> None:
+    """`out/gradient.safetensors`: the gradient of a loss at its own module's weights."""
     save_file(loss.gradient(dict(loss.module.state_dict())), out / "gradient.safetensors")
 
 
@@ -49,18 +52,18 @@ def mismatch(
     """
     losses = {domain: objective(data, model, domain, examples, seed) for domain in gradients}
     theta = dict(next(iter(losses.values())).module.state_dict())
-    card = mismatch_card(theta, losses, gradients, base_curvature, delta0)
-    (out / "mismatch.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    write_mismatch(out, theta, losses, gradients, base_curvature, delta0)
 
 
-def mismatch_card(
+def write_mismatch(
+    out: Path,
     theta: Mapping[str, Tensor],
     losses: Mapping[str, Objective],
     gradients: Mapping[str, Path],
     base_curvature: Path,
     delta0: float,
-) -> dict[str, Any]:
-    """The norms of `mismatch` for weights theta by name; losses and gradients by task."""
+) -> None:
+    """The norms of `mismatch` for weights theta by name, in `out/mismatch.json`; losses and gradients by task."""
     h0 = Curvature.load(base_curvature / "curvature.safetensors")
     found = gradient_mismatch(
         theta,
@@ -72,10 +75,11 @@ def mismatch_card(
         h0={name: h0.total(name) for name in h0},
         delta0=delta0,
     )
-    return {
+    card = {
         "total": found.total_norm(),
         "per_example": found.per_example(),
         "preconditioned": found.preconditioned_norm(),
         "tasks": found.task_norms(),
         "layers": found.layers()["total"],
     }
+    (out / "mismatch.json").write_text(json.dumps(card, indent=1), encoding="utf-8")

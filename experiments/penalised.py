@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import DataCollatorWithPadding, Trainer, set_seed
 
 from estimators import Curvature
-from experiments.finetune import QuietBar, uses_bfloat16
+from experiments.finetune import run, save, training_arguments
 from experiments.models import load_classifier, load_split, load_tokenizer
 
 
@@ -65,39 +64,20 @@ def finetune_penalised(
     rows = load_split(data, domain, "train")
     fisher = Curvature.load(base_curvature / "curvature.safetensors")
     device = next(model.parameters()).device
-    arguments = TrainingArguments(
-        output_dir=str(out / "model"),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=warmup_steps,
-        weight_decay=weight_decay,
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        bf16=uses_bfloat16(precision),
-        use_cpu=not torch.cuda.is_available(),
-        train_sampling_strategy="group_by_length",
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-    )
+    arguments = training_arguments(
+        out / "model", precision=precision, seed=seed, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
+        warmup_steps=warmup_steps, weight_decay=weight_decay, train_sampling_strategy="group_by_length",
+    )  # fmt: skip
     trainer = PenalisedTrainer(
         model,
         arguments,
         data_collator=DataCollatorWithPadding(tokenizer),
         train_dataset=rows,
-        callbacks=[QuietBar()],
         h0={name: (fisher.total(name) + delta0).to(device) for name in fisher},
         num_examples=len(rows),
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    trainer.save_model(str(out / "model"))
-    tokenizer.save_pretrained(out / "model")
-    (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
+    run(trainer)
+    save(trainer, tokenizer, out / "model")
 
 
 def stationarity(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from experiments.evaluate import measure, predict, with_averages
-from experiments.merging import merged_model
+from experiments.merging import Metrics, merged_model
 from experiments.models import load_classifier, load_split
 
 
@@ -26,14 +26,24 @@ def sweep(
     **sources: Any,
 ) -> None:
     """Metrics at every alpha, in `out/sweep.json`. An option chosen on validation examples (at alpha = 1) is kept fixed."""
-    chosen = json.loads((choice / "choice.json").read_text())["chosen"] if choice else {}
     model = load_classifier(sources["base"] / "model")
     rows = {domain: load_split(data, domain, "test") for domain in domains}
-    points = []
-    for alpha in tqdm(alphas, desc="alpha"):
+
+    def score(alpha: float, chosen: Mapping[str, Any]) -> Metrics:
         model.load_state_dict(dict(merged_model(method, alpha, {**options, **chosen}, **sources)))
-        metrics = with_averages({domain: measure(*predict(model, rows[domain])) for domain in domains})
-        points.append({"alpha": alpha, "metrics": metrics})
-    (out / "sweep.json").write_text(
-        json.dumps({"chosen": chosen, "points": points}, indent=1), encoding="utf-8"
-    )
+        return with_averages({domain: measure(*predict(model, rows[domain])) for domain in domains})
+
+    write_sweep(out, alphas, choice, score)
+
+
+def write_sweep(
+    out: Path,
+    alphas: Sequence[float],
+    choice: Path | None,
+    score: Callable[[float, Mapping[str, Any]], Metrics],
+) -> None:
+    """`out/sweep.json`: score(alpha, chosen options) at every alpha; `choice` is the folder of a `choose` stage."""
+    chosen = json.loads((choice / "choice.json").read_text())["chosen"] if choice else {}
+    points = [{"alpha": alpha, "metrics": score(alpha, chosen)} for alpha in tqdm(alphas, desc="alpha")]
+    found = {"chosen": chosen, "points": points}
+    (out / "sweep.json").write_text(json.dumps(found, indent=1), encoding="utf-8")

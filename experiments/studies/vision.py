@@ -125,12 +125,16 @@ def on_images(stage: Stage, made: dict[int, Stage]) -> Stage:
             FUNCTIONS.get(stage.function, stage.function),
             stage.settings,
             inputs,
-            (*(module for module in stage.code if module not in sentiment_cells.SOURCES), *CODE)
-            if own
-            else stage.code,
+            (*_code(stage), *CODE) if own else stage.code,
             stage.seconds * SLOWER if own else stage.seconds,
         )
     return made[id(stage)]
+
+
+def _code(stage: Stage) -> list[str]:
+    """Modules of a stage on texts that decide its twin's result too: its own, whose pieces the twin calls, and what it reads."""
+    own = stage.function.split(":")[0]
+    return [module for module in (own, *stage.code) if module not in sentiment_cells.SOURCES]
 
 
 def stages(config: Config) -> list[Stage]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import nn
-from tqdm import tqdm
 
-from estimators import estimate
-from experiments.evaluate import measure, with_averages
-from experiments.merging import merged_model
-from experiments.mismatch import mismatch_card
+from experiments.estimation import write_fisher
+from experiments.evaluate import measure, with_averages, write_metrics
+from experiments.merging import Metrics, merged_model, write_choice
+from experiments.mismatch import write_gradient, write_mismatch
+from experiments.sweep import write_sweep
 from experiments.vision.models import Rows, classes_of, load, load_split
 from gradmatch.diagnosis.objective import Objective
-
-Metrics = dict[str, dict[str, float]]
 
 
 @torch.inference_mode()
@@ -38,12 +34,13 @@ def predict(model: nn.Module, rows: Rows, classes: slice) -> tuple[NDArray[Any],
 def evaluate(out: Path, *, data: Path, model: Path, domains: Sequence[str], split: str) -> None:
     """Evaluate a model folder: `out/metrics.json`, and `out/<set>.npz` with the probabilities and labels."""
     classifier = load(model / "model")
-    metrics = {}
-    for name in domains:
-        probabilities, labels = predict(classifier, load_split(data, name, split), classes_of(data, name))
-        metrics[name] = measure(probabilities, labels)
-        np.savez(out / f"{name}.npz", probabilities=probabilities.astype(np.float32), labels=labels)
-    (out / "metrics.json").write_text(json.dumps(with_averages(metrics), indent=1), encoding="utf-8")
+    write_metrics(
+        out,
+        {
+            name: predict(classifier, load_split(data, name, split), classes_of(data, name))
+            for name in domains
+        },
+    )
 
 
 def curvature(
@@ -60,17 +57,8 @@ def curvature(
     """Monte-Carlo Fisher with the measured gradient of the loss summed over a set's training images; see `estimation`."""
     classifier = load(model / "model", classes_of(data, domain))
     rows = load_split(data, domain, "train")
-    batches = list(rows.subset(examples, seed).batches(batch_size, next(classifier.parameters()).device))
-    found = estimate(
-        classifier,
-        batches,
-        method="fisher",
-        num_examples=len(rows),
-        samples=samples,
-        seed=seed,
-        gradient=True,
-    )
-    found.save(out / "curvature.safetensors")
+    given = list(rows.subset(examples, seed).batches(batch_size, next(classifier.parameters()).device))
+    write_fisher(out, classifier, given, num_examples=len(rows), samples=samples, seed=seed)
 
 
 def objective(data: Path, model: Path, domain: str, examples: int, seed: int) -> Objective:
@@ -83,8 +71,7 @@ def objective(data: Path, model: Path, domain: str, examples: int, seed: int) ->
 
 def task_gradient(out: Path, *, data: Path, model: Path, domain: str, examples: int, seed: int) -> None:
     """grad l_t(theta_t) of a fine-tuned model, which the mismatch of every merge is compared with."""
-    loss = objective(data, model, domain, examples, seed)
-    save_file(loss.gradient(dict(loss.module.state_dict())), out / "gradient.safetensors")
+    write_gradient(out, objective(data, model, domain, examples, seed))
 
 
 def mismatch(
@@ -101,8 +88,7 @@ def mismatch(
     """Norms of the gradient mismatch of one merged model, in `out/mismatch.json`; as on texts, all weights are 1."""
     losses = {name: objective(data, model, name, examples, seed) for name in gradients}
     theta = dict(next(iter(losses.values())).module.state_dict())
-    card = mismatch_card(theta, losses, gradients, base_curvature, delta0)
-    (out / "mismatch.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    write_mismatch(out, theta, losses, gradients, base_curvature, delta0)
 
 
 def score(
@@ -132,16 +118,13 @@ def choose(
 
     Best: lowest negative log-likelihood, macro average over the sets. Test images are never read.
     """
-    ((option, values),) = grid.items()
     model = load(sources["base"] / "model")
-    tried = []
-    for value in tqdm(values, desc=f"choosing {option}"):
-        weights = merged_model(method, alpha, {**options, option: value}, **sources)
-        macro = score(model, weights, data, domains, "validation")["macro"]
-        tried.append({"value": value, "nll": macro["nll"], "accuracy": macro["accuracy"]})
-    best = min(tried, key=lambda cell: cell["nll"])
-    card = {"chosen": {option: best["value"]}, "tried": tried}
-    (out / "choice.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+
+    def at(setting: Mapping[str, Any]) -> Metrics:
+        weights = merged_model(method, alpha, {**options, **setting}, **sources)
+        return score(model, weights, data, domains, "validation")
+
+    write_choice(out, grid, at)
 
 
 def sweep(
@@ -156,11 +139,10 @@ def sweep(
     **sources: Any,
 ) -> None:
     """Metrics on test images at every alpha, in `out/sweep.json`; an option chosen on validation images is kept fixed."""
-    chosen = json.loads((choice / "choice.json").read_text())["chosen"] if choice else {}
     model = load(sources["base"] / "model")
-    points = []
-    for alpha in tqdm(alphas, desc="alpha"):
+
+    def at(alpha: float, chosen: Mapping[str, Any]) -> Metrics:
         weights = merged_model(method, alpha, {**options, **chosen}, **sources)
-        points.append({"alpha": alpha, "metrics": score(model, weights, data, domains, "test")})
-    found = {"chosen": chosen, "points": points}
-    (out / "sweep.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        return score(model, weights, data, domains, "test")
+
+    write_sweep(out, alphas, choice, at)

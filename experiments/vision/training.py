@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import Trainer, set_seed
 
-from experiments.finetune import QuietBar, uses_bfloat16
+from experiments.finetune import run, training_arguments, write_card
 from experiments.vision.models import Rows, card, classes_of, load, load_split, new_classifier, save
 
 
@@ -46,61 +44,20 @@ def finetune(
         assert pixels is not None
         model = new_classifier(start, pixels, sum(own["classes"] for own in sets.values()))
         fit_head(model, data, domains, probe or 1000, seed)
-    losses = train(model, data, domains, out, bfloat16=uses_bfloat16(precision), seed=seed, steps=steps,
-                   learning_rate=learning_rate, batch_size=batch_size, warmup_steps=warmup_steps,
-                   weight_decay=weight_decay)  # fmt: skip
+    for parameter in model.get_submodule("classifier").parameters():
+        parameter.requires_grad_(False)
+    arguments = training_arguments(
+        out / "trainer", precision=precision, seed=seed, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
+        warmup_steps=warmup_steps, weight_decay=weight_decay,
+    )  # fmt: skip
+    rows = torch.utils.data.ConcatDataset([_in_common_head(data, name) for name in domains])
+    trainer = Trainer(model, arguments, train_dataset=rows, compute_loss_func=CommonHeadLoss(sets))
+    losses = run(trainer)
+    torch.save(trainer.optimizer.state_dict(), out / "optimizer.pt")
     if not isinstance(start, Path):
         fit_head(model, data, list(sets), probe or 1000, seed)
     save(model, out / "model")
-    examples = sum(sets[name]["train"] for name in domains)
-    precision = "bfloat16" if uses_bfloat16(precision) else "float32"
-    found = {"examples": examples, "precision": precision, "losses": losses}
-    (out / "training.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-
-
-def train(
-    model: nn.Module,
-    data: Path,
-    domains: Sequence[str],
-    out: Path,
-    *,
-    bfloat16: bool,
-    seed: int,
-    steps: int,
-    learning_rate: float,
-    batch_size: int,
-    warmup_steps: int,
-    weight_decay: float,
-) -> list[dict[str, float]]:
-    """AdamW with a cosine decay on everything but the head; returns the losses on the way."""
-    for parameter in model.get_submodule("classifier").parameters():
-        parameter.requires_grad_(False)
-    arguments = TrainingArguments(
-        output_dir=str(out / "trainer"),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=warmup_steps,
-        weight_decay=weight_decay,
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        bf16=bfloat16,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=False,
-        logging_steps=max(1, steps // 10),
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-    )
-    rows = torch.utils.data.ConcatDataset([_in_common_head(data, name) for name in domains])
-    loss = CommonHeadLoss(card(data))
-    trainer = Trainer(model, arguments, train_dataset=rows, compute_loss_func=loss, callbacks=[QuietBar()])
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    torch.save(trainer.optimizer.state_dict(), out / "optimizer.pt")
-    return [{"step": log["step"], "loss": log["loss"]} for log in trainer.state.log_history if "loss" in log]
+    write_card(out, sum(sets[name]["train"] for name in domains), precision, losses)
 
 
 def _in_common_head(data: Path, name: str) -> Rows:
