@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.evaluate import predict, write_metrics
-from experiments.merging import merged_model
+from experiments.merging import chosen_options, merged_model
 from experiments.mismatch import objective, write_mismatch
 from experiments.models import load_classifier, load_split
 
@@ -32,7 +31,7 @@ def merge_and_measure(
     sources: as `merging.merged_model` takes them; gradients: task -> folder of its own gradient, empty to leave the
     mismatch out; choice: folder of a `choose` stage.
     """
-    chosen = json.loads((choice / "choice.json").read_text())["chosen"] if choice else {}
+    chosen = chosen_options(choice)
     theta = dict(merged_model(method, alpha, {**options, **chosen}, **sources))
     model = load_classifier(sources["base"] / "model")
     model.load_state_dict(theta)

@@ -30,7 +30,7 @@ def merge_stage(
 
     sources: base, tasks, base_curvature, curvatures (folders of stages), delta0.
     """
-    chosen = json.loads((choice / "choice.json").read_text())["chosen"] if choice else {}
+    chosen = chosen_options(choice)
     merged_model(method, alpha, {**options, **chosen}, out=out / "model", **sources)
 
 
@@ -80,6 +80,14 @@ def choose(
         return with_averages({domain: measure(*predict(model, rows[domain])) for domain in domains})
 
     write_choice(out, grid, score)
+
+
+def chosen_options(choice: Path | None) -> dict[str, Any]:
+    """What a `choose` stage chose, by option; nothing where there is none."""
+    if choice is None:
+        return {}
+    found: dict[str, Any] = json.loads((choice / "choice.json").read_text(encoding="utf-8"))["chosen"]
+    return found
 
 
 def write_choice(

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.evaluate import measure, predict, with_averages
-from experiments.merging import Metrics, merged_model
+from experiments.merging import Metrics, chosen_options, merged_model
 from experiments.models import load_classifier, load_split
 
 
@@ -43,7 +43,7 @@ def write_sweep(
     score: Callable[[float, Mapping[str, Any]], Metrics],
 ) -> None:
     """`out/sweep.json`: score(alpha, chosen options) at every alpha; `choice` is the folder of a `choose` stage."""
-    chosen = json.loads((choice / "choice.json").read_text())["chosen"] if choice else {}
+    chosen = chosen_options(choice)
     points = [{"alpha": alpha, "metrics": score(alpha, chosen)} for alpha in tqdm(alphas, desc="alpha")]
     found = {"chosen": chosen, "points": points}
     (out / "sweep.json").write_text(json.dumps(found, indent=1), encoding="utf-8")

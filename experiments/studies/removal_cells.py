@@ -1,0 +1,174 @@
+"""The stages of a removal study: texts, models, curvatures, choices, and an evaluation at every point of every path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from experiments.pipeline import Stage
+
+if TYPE_CHECKING:
+    from experiments.studies.removal import Config, Forecast, Method
+
+SOURCES = ("experiments.removal.language", "experiments.tasks.texts", "experiments.assets")
+EDITING = (
+    "gradmatch.subtraction",
+    "gradmatch.merging",
+    "gradmatch.engine",
+    "gradmatch.rules",
+    "gradmatch.checkpoint",
+)
+
+
+class Cells:
+    """The stages of one config, by what they are of."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.data = Stage(
+            "removal/data",
+            "experiments.tasks.texts:prepare",
+            {
+                "remove": config.remove.model_dump(),
+                "keep": config.keep.model_dump(),
+                "prompts": {name: source.model_dump() for name, source in config.prompts.items()},
+                "limits": config.limits.model_dump(),
+                "split_seed": config.split_seed,
+            },
+            code=("experiments.assets",),
+            seconds=8,
+        )
+        self.base = Stage(
+            "removal/base",
+            "experiments.removal.language:save_base",
+            {"source": config.model},
+            code=("experiments.assets",),
+            seconds=30,
+        )
+        self.trained: dict[int, Stage] = {}
+        self.curvatures: dict[tuple[int, str], Stage] = {}
+        self.evaluations: dict[tuple[int, str, float], Stage] = {}
+        self.forecasts: dict[int, Stage] = {}
+        self.choices: dict[tuple[int, str], Stage] = {}
+        for seed in config.seeds:
+            self._prepare(seed)
+            self._evaluate(seed)
+
+    def all(self) -> list[Stage]:
+        """Every stage; what they need comes with them."""
+        return [*self.evaluations.values(), *self.forecasts.values()]
+
+    def _prepare(self, seed: int) -> None:
+        config = self.config
+        shared = {"max_length": config.max_length, "precision": config.precision, "seed": seed}
+        tokens = config.max_length * config.training.batch_size
+        self.trained[seed] = Stage(
+            f"removal/seed{seed}/task",
+            "experiments.removal.stages:finetune",
+            {**shared, **config.training.model_dump()},
+            {"data": self.data, "base": self.base},
+            SOURCES,
+            10 + config.training.steps * (0.4 + 0.001 * tokens),
+        )
+        for side, name, model in (("keep", "base", self.base), ("remove", "task", self.trained[seed])):
+            self.curvatures[seed, name] = Stage(
+                f"removal/seed{seed}/curvature-{name}",
+                "experiments.removal.stages:curvature",
+                {"side": side, **shared, **config.fisher.model_dump()},
+                {"data": self.data, "model": model},
+                (*SOURCES, "estimators"),
+                10 + config.fisher.examples * config.fisher.samples * config.max_length * 0.004,
+            )
+
+    def _evaluate(self, seed: int) -> None:
+        config = self.config
+        folders = {
+            "base": self.base,
+            "task": self.trained[seed],
+            "base_curvature": self.curvatures[seed, "base"],
+            "task_curvature": self.curvatures[seed, "task"],
+        }
+        shared = {
+            "max_length": config.max_length,
+            "batch_size": 32,
+            "precision": config.precision,
+            "generation": config.generation.model_dump(),
+            "scorer": config.scorer,
+            "seed": seed,
+        }
+        texts = 2 * (config.limits.test or 500)
+        prompts = sum(source.limit or 300 for source in config.prompts.values())
+        seconds = 6 + texts * config.max_length * 0.0006 + prompts * config.generation.tokens * 0.005
+
+        def point(
+            label: str, method: str, alpha: float, options: Mapping[str, Any], inputs: Mapping[str, Stage]
+        ) -> Stage:
+            return Stage(
+                f"removal/seed{seed}/evaluate-{label}-{alpha:g}",
+                f"{_module(inputs)}:evaluate",
+                {"method": method, "alpha": alpha, "options": dict(options), "split": "test", **shared},
+                {"data": self.data, **inputs},
+                (*SOURCES, "experiments.removal.scorers", *(EDITING if alpha else ())),
+                seconds,
+            )
+
+        self.evaluations[seed, "base", 0.0] = point("base", "removal", 0.0, {}, {"base": self.base})
+        for label, spec in config.methods.items():
+            inputs = dict(folders)
+            if spec.choose:
+                inputs["chosen"] = self.choices[seed, label] = self._choose(seed, label, folders, shared)
+            for alpha in spec.alphas:
+                self.evaluations[seed, label, alpha] = point(label, spec.method, alpha, spec.options, inputs)
+            if config.forecast and config.forecast.method == label:
+                self.forecasts[seed] = self._forecast(seed, spec, config.forecast, inputs)
+
+    def _choose(
+        self, seed: int, label: str, folders: Mapping[str, Stage], shared: Mapping[str, Any]
+    ) -> Stage:
+        """The choice of one method's option on validation data."""
+        config, spec, how = self.config, self.config.methods[label], self.config.choosing
+        assert how is not None  # the config was checked
+        alphas = list(spec.alphas[1::2] or spec.alphas)
+        grid = {option: list(values) for option, values in spec.choose.items()}
+        count = sum(map(len, grid.values())) * len(alphas) + 1
+        return Stage(
+            f"removal/seed{seed}/choose-{label}",
+            "experiments.removal.choosing:choose",
+            {
+                "method": spec.method,
+                "alphas": alphas,
+                "options": spec.options,
+                "grid": grid,
+                "prompts": config.prompts[how.prompts].model_dump(),
+                "count": how.count,
+                "nats": how.nats,
+                "split_seed": config.split_seed,
+                **shared,
+            },
+            {"data": self.data, **folders},
+            (*SOURCES, "experiments.removal.stages", "experiments.removal.scorers", *EDITING),
+            count * (12 + how.count * config.generation.tokens * 0.005),
+        )
+
+    def _forecast(self, seed: int, spec: Method, how: Forecast, inputs: Mapping[str, Stage]) -> Stage:
+        """The forecasts along one method's path."""
+        return Stage(
+            f"removal/seed{seed}/forecast",
+            f"{_module(inputs)}:forecast",
+            {
+                "method": spec.method,
+                "alphas": list(spec.alphas),
+                "options": spec.options,
+                "max_length": self.config.max_length,
+                "examples": how.examples,
+                "nats": how.nats,
+            },
+            {"data": self.data, **inputs},
+            (*SOURCES, *EDITING, "gradmatch.removal", "gradmatch.diagnosis"),
+            30 + 15 * len(spec.alphas),
+        )
+
+
+def _module(inputs: Mapping[str, Stage]) -> str:
+    """Where the stages live that take these inputs: with a chosen option, or without."""
+    return "experiments.removal.choosing" if "chosen" in inputs else "experiments.removal.stages"
