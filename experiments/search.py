@@ -125,8 +125,9 @@ def open_storage(url: str) -> Any:
     except Exception as error:  # drivers raise their own
         where = url.split("://")[0]
         raise ConnectionError(
-            f"cannot open the {where} storage that ${STORAGE} names: {type(error).__name__}; PostgreSQL needs a driver "
-            f"(pip install psycopg2-binary) and a server within reach; without ${STORAGE} an SQLite file is used"
+            f"cannot open the {where} storage that ${STORAGE} names: {type(error).__name__}; PostgreSQL needs a server within "
+            "reach and a driver (pip install 'psycopg[binary]'; with SQLAlchemy before 2.1, psycopg2-binary); "
+            f"without ${STORAGE} an SQLite file is used"
         ) from None  # the message of the driver may hold the password
 
 

@@ -21,14 +21,26 @@ SPACE = {"x": {"values": [-2.0, -1.0, 0.5, 1.0, 3.0]}}
 
 def start(url, sampler, trials, seed, seconds, log):
     command = [sys.executable, str(WORKER), url, sampler, str(trials), str(seed), str(seconds), str(log)]
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(WORKER.parents[2])})
+    return subprocess.Popen(
+        command,
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(
+                [str(WORKER.parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+            )
+        },
+    )
 
 
 def square(chosen):
     return chosen["x"] ** 2
 
 
-@pytest.mark.parametrize("kind", ["sqlite:///{}/study.db", "journal:{}/study.log"])
+# With a server at hand: GRADMATCH_TEST_STORAGE=postgresql://user:password@host/base (an empty one) tries that as well.
+SERVERS = [os.environ["GRADMATCH_TEST_STORAGE"]] if "GRADMATCH_TEST_STORAGE" in os.environ else []
+
+
+@pytest.mark.parametrize("kind", ["sqlite:///{}/study.db", "journal:{}/study.log", *SERVERS])
 def test_two_workers_share_a_grid_and_one_is_killed(tmp_path, kind):
     url, log = kind.format(tmp_path), [tmp_path / "a", tmp_path / "b"]
     search.run_trials(url, "shared", square, SPACE, "grid", 1, 0)  # the tables are there
