@@ -1,29 +1,22 @@
 """An optional compiled kernel that squares every example's gradient in registers; `GRADMATCH_KERNEL=1` asks for it.
 
-It needs a C compiler (`$CC`, or gcc) and takes a second, once a machine. It serves single-precision linear layers on the
-CPU and pays where examples are short: torch must write each example's gradient to memory before it can square it.
+It needs a C compiler and takes a second, once a machine (`estimators.native`). It serves single-precision linear layers on
+the CPU and pays where examples are short: torch must write each example's gradient to memory before it can square it.
 Whatever goes wrong, torch does the work as it does without.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import subprocess
-import tempfile
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from estimators import native
+
 SOURCE = Path(__file__).with_name("squares.c")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fopenmp")
 
 
 def add_squares(left: Tensor, right: Tensor, squares: Tensor) -> bool:
@@ -57,43 +50,4 @@ def panels(value: Tensor, width: int) -> Tensor:
 
 def loaded() -> ctypes.CDLL | None:
     """The kernel where it is asked for and can be had."""
-    return None if os.environ.get("GRADMATCH_KERNEL", "0") in ("", "0") else _library()
-
-
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | None:
-    """The kernel, compiled where it has not been yet; None where that fails, once with a warning that says why."""
-    try:
-        return ctypes.CDLL(str(compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        log.warning("GRADMATCH_KERNEL: no kernel, torch does the work: %s", detail)
-        return None
-
-
-def compiled() -> Path:
-    """The library of this source, compiler and processor, in the user's cache.
-
-    Raises:
-        OSError: no compiler, or no place to write.
-        subprocess.CalledProcessError: the compiler's complaint.
-    """
-    compiler = shlex.split(os.environ.get("CC", "gcc"))
-    identity = [
-        SOURCE.read_text(),
-        *compiler,
-        *FLAGS,
-        platform.machine(),
-        torch.backends.cpu.get_cpu_capability(),
-    ]
-    name = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gradmatch"
-    target = folder / f"squares-{name}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            made = Path(aside) / "squares.so"
-            command = [*compiler, *FLAGS, str(SOURCE), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            os.replace(made, target)
-    return target
+    return native.load(SOURCE, FLAGS) if native.asked() else None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from estimators.tensorfile import TensorFile
+    from gradmatch.engine.fused import Kernels
     from gradmatch.engine.kernels import Buffers
     from gradmatch.inputs.stores import Store
     from gradmatch.plan.plan import Plan, Step
@@ -35,6 +36,7 @@ class Context:
     thresholds: Mapping[tuple[int, float], Tensor] = field(default_factory=dict)  # (edit, density) -> (T,)
     majority: float = 1.0
     norms: Sequence[float] = ()
+    kernels: Kernels | None = None  # compiled ones, where they serve
 
     @property
     def inputs(self) -> Inputs:
@@ -50,10 +52,10 @@ def span(step: Step) -> str:
     return "tensor" if "tensor" in spans else "rows" if "rows" in spans or step.along else "block"
 
 
-def pieces(step: Step, first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Cut elements first to last of a tensor into pieces."""
+def pieces(step: Step, first: int, last: int, blocks: int = 1) -> Iterator[tuple[int, int]]:
+    """Cut elements first to last of a tensor into pieces: of so many blocks, where a block is enough."""
     kind = span(step)
-    size = BLOCK
+    size = blocks * BLOCK
     if kind == "tensor":
         size = max(1, step.spec.numel)
     elif kind == "rows":
@@ -79,14 +81,20 @@ def byte_ranges(context: Context, step: Step, first: int, last: int) -> Iterator
             yield file, start + int(first * size), min(stop, start + int(last * size))
 
 
+def plain_file(store: Store, name: str) -> FileStore | None:
+    """The files whose bytes are this tensor's as they are, or None."""
+    file = store.file(name) if isinstance(store, CurvatureStore) else store
+    return file if isinstance(file, FileStore) else None
+
+
 def fetch(buffers: Buffers, slot: str, store: Store, name: str, first: int, last: int) -> Tensor:
     """Elements first to last as they are stored; valid until the same slot is filled again.
 
     Files are read into a buffer: mapping and unmapping their pages costs more than the copy, and two threads cannot do it
     at once. Other stores give their own view.
     """
-    file = store.file(name) if isinstance(store, CurvatureStore) else store
-    if not isinstance(file, FileStore):
+    file = plain_file(store, name)
+    if file is None:
         return store.block(name, first, last)
     return file.read(name, first, last, buffers.get(f"read {slot}", 8 * (last - first), torch.uint8))
 

@@ -56,19 +56,31 @@ def evaluate(
     Yields (first element of the block, its part of `written`, merged values, theta0 as it is stored or None where there is
     none). The merged values are that part of `written` already where the dtype of the arithmetic is the output's.
     """
-    fast = context.plan.request.rule.fast and step.options.get("hbar_weight") is None
-    if step.action == "matrix":
+    path = path_of(context, step, coefficients)
+    if path == "matrix":
         yield first, written, solve_matrix(context, step, torch_dtype(step.compute)), None
-    elif step.along:
+    elif path == "along":
         yield first, written, *_along(context, step, first, written, buffers, stats)
-    elif coefficients is not None and (not step.edits or step.action == "average"):
+    elif path == "linear" and coefficients is not None:
         yield from _linear(context, step, first, written, coefficients, buffers)
-    elif coefficients is not None and (scale := _scale_of_ties(step, coefficients[1])) is not None:
-        yield from _ties(context, step, first, written, coefficients, scale, buffers, stats)
-    elif coefficients is None and fast and not step.edits:
+    elif path == "ties" and coefficients is not None:
+        yield from _ties(context, step, first, written, coefficients, buffers, stats)
+    elif path == "eq12":
         yield from _eq12(context, step, first, written, buffers, stats)
     else:
         yield first, written, *_readable(context, step, first, written, coefficients, buffers, stats)
+
+
+def path_of(context: Context, step: Step, coefficients: Coefficients | None) -> str:
+    """What computes a step: "matrix", "along", "linear", "ties" or "eq12" in place, or the "readable" rule."""
+    if step.action == "matrix" or step.along:
+        return "matrix" if step.action == "matrix" else "along"
+    if coefficients is None:
+        fast = context.plan.request.rule.fast and step.options.get("hbar_weight") is None
+        return "eq12" if fast and not step.edits else "readable"
+    if not step.edits or step.action == "average":
+        return "linear"
+    return "readable" if scale_of_ties(step, coefficients[1]) is None else "ties"
 
 
 def _blocks(
@@ -133,7 +145,7 @@ def _eq12(
         yield at, part, out, base
 
 
-def _scale_of_ties(step: Step, c: list[float]) -> float | None:
+def scale_of_ties(step: Step, c: list[float]) -> float | None:
     """k with c_t = k alpha_t, where TIES is the only edit and needs no more of a tensor than a block; else None."""
     if len(step.edits) != 1 or step.edits[0][0] != "ties" or len(step.tasks) > 255:  # votes are bytes
         return None
@@ -148,29 +160,36 @@ def _scale_of_ties(step: Step, c: list[float]) -> float | None:
     return k * options["scale"] if exact else None
 
 
+def ties_terms(context: Context, step: Step, coefficients: Coefficients) -> tuple[list[float], float, float]:
+    """(each task's threshold, scale of the sum, share of theta0 beyond one) where `path_of` says "ties"."""
+    options = step.edits[0][1]
+    trimmed = options["trim"] == "global" and trims(options)
+    thresholds = global_threshold(context, step, 0) if trimmed else [0.0] * len(step.tasks)
+    scale, rest = scale_of_ties(step, coefficients[1]), coefficients[0] + sum(coefficients[1]) - 1
+    assert scale is not None
+    return thresholds, scale, rest if abs(rest) > 1e-12 else 0.0
+
+
 def _ties(
     context: Context,
     step: Step,
     first: int,
     written: Tensor,
     coefficients: Coefficients,
-    scale: float,
     buffers: Buffers,
     stats: dict[str, float],
 ) -> Merged:
     """The in-place kernel for TIES by itself under a rule that adds task vectors."""
     inputs, last, options = context.inputs, first + written.numel(), step.edits[0][1]
-    trimmed = options["trim"] == "global" and trims(options)
-    thresholds = global_threshold(context, step, 0) if trimmed else [0.0] * len(step.tasks)
+    thresholds, scale, rest = ties_terms(context, step, coefficients)
     stores = [inputs.store, *(inputs.tasks[t].store for t in step.tasks)]
     sources = [fetch(buffers, f"{t}", store, step.name, first, last) for t, store in enumerate(stores)]
-    rest = coefficients[0] + sum(coefficients[1]) - 1  # of theta0, beyond one
     for at, part, out, (theta0, *theta) in _blocks(step, first, written, buffers, *sources):
         health = ties(
             buffers, out, theta0, theta, thresholds, step.alpha, scale, context.majority,
             normalize=options["normalize"],
         )  # fmt: skip
-        if abs(rest) > 1e-12:
+        if rest:
             out.add_(theta0, alpha=rest)
         add(stats, vars(health) | {"weights": out.numel()})
         yield at, part, out, theta0

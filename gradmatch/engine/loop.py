@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from gradmatch.engine import fused
 from gradmatch.engine.context import Context, add, pieces
 from gradmatch.engine.evaluate import evaluate, linear_terms
 from gradmatch.engine.rounding import converted, finish
@@ -90,8 +91,11 @@ def _merge_unit(
             sink.write(step, start, values if values.dtype == dtype else converted(step, values, dtype))
         return stats
     coefficients = linear_terms(context, step, buffers, stats)
-    for start, stop in pieces(step, first, last):
+    for start, stop in pieces(step, first, last, fused.PIECE if context.kernels else 1):
         written = buffers.get("written", stop - start, dtype)
+        if context.kernels and fused.merge(context, step, start, written, coefficients, buffers, stats):
+            sink.write(step, start, written)
+            continue
         for at, out, merged, theta0 in evaluate(context, step, start, written, coefficients, buffers, stats):
             finish(context, step, at, merged, theta0, out, buffers, stats)
         sink.write(step, start, written)

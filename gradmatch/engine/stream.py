@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from gradmatch.engine.context import Context
+from gradmatch.engine.fused import kernels_for
 from gradmatch.engine.loop import Sink, run
 from gradmatch.engine.thresholds import global_thresholds
 
@@ -20,7 +21,7 @@ def stream(
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Carry out a plan but for what is finished already; returns every tensor's statistics."""
-    context = Context(made)
+    context = Context(made, kernels=kernels_for(made))
     if any(name == "ties" for step in made.steps for name, _ in step.edits):
         context.thresholds = global_thresholds(context)
     if made.request.method == "matena_raffel":

@@ -113,6 +113,12 @@ class FileStore:
         self._where[name].read_into(self.prefix + name, held.numpy().data, first)
         return held.view(torch_dtype(info.dtype))
 
+    def place(self, name: str, first: int) -> tuple[int, int]:
+        """The file descriptor, and the byte in that file at which element `first` lies."""
+        file = self._where[name]
+        info = file[self.prefix + name]
+        return file.fileno(), info.start + first * ITEM_SIZE[info.dtype]
+
     def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
         """The tensor's own byte range."""
         info = self._where[name][self.prefix + name]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from estimators import estimate, kernel
+from estimators import estimate, kernel, native
 from tests import oracle
 from tests.estimators.architectures import as_batches, make
 
@@ -18,9 +18,9 @@ def asked_for(monkeypatch, tmp_path):
     monkeypatch.setenv("GRADMATCH_KERNEL", "1")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    kernel._library.cache_clear()
+    native.load.cache_clear()
     yield tmp_path
-    kernel._library.cache_clear()
+    native.load.cache_clear()
 
 
 @NEEDS_COMPILER

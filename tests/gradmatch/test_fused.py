@@ -1,0 +1,253 @@
+"""Compiled kernels give the bits that torch gives, and leave to it what they cannot do."""
+
+import shutil
+
+import pytest
+import torch
+
+from estimators import Curvature, native
+from gradmatch import Task, merge
+from gradmatch.engine import context, fused, kernels, rounding, workers
+from gradmatch.merging import prepare
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SIZE = 5003  # odd, and more than a chunk of the kernels
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    """A merge with and without kernels, with pieces, blocks and units of many sizes; returns both, and whether each piece was done by a kernel."""
+    if shutil.which("gcc") is None:
+        pytest.skip("no C compiler")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(kernels, "CACHE", 1000)
+    monkeypatch.setattr(rounding, "CACHE", 1000)
+    monkeypatch.setattr(fused, "CACHE", 1000)
+    monkeypatch.setattr(context, "BLOCK", 1000)
+    monkeypatch.setattr(workers, "UNIT", 4000)
+    done = {"merge": [], "windows": []}
+
+    def watched(name):
+        plain = getattr(fused, name)
+
+        def call(*args):
+            result = plain(*args)
+            done[name].append(bool(result))
+            return result
+
+        return call
+
+    for name in done:
+        monkeypatch.setattr(fused, name, watched(name))
+
+    def both(base, tasks, **options):
+        results = []
+        for asked in ("0", "1"):
+            monkeypatch.setenv("GRADMATCH_KERNEL", asked)
+            done["merge"].clear()
+            done["windows"].clear()
+            results.append(merge(base, tasks, allow_mismatch=True, **options))
+        assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+        return results, done
+
+    return both
+
+
+def models(dtype, count=3, seed=0):
+    """A base and fine-tunes of it: ties between tasks, untouched and cancelling entries included."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(SIZE, generator=generator)
+    tuned = [base + 0.1 * torch.randn(SIZE, generator=generator) for _ in range(count)]
+    for number, model in enumerate(tuned):
+        model[number::7] = base[number::7]
+    if count > 1:
+        tuned[1][3::11] = base[3::11] + 0.25
+        tuned[0][3::11] = base[3::11] - 0.25
+    return {"w": base.to(dtype), "few": base[:1].to(dtype)}, [
+        {"w": model.to(dtype), "few": model[:1].to(dtype)} for model in tuned
+    ]
+
+
+def reports_agree(results):
+    one, other = (result.report.to_dict() for result in results)
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        if isinstance(value, float):
+            assert other[key] == pytest.approx(value, rel=1e-4), key
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out", DTYPES)
+@pytest.mark.parametrize("weights", [(0.4, 0.4, 0.4), (0.3, -0.7, 1.1), (1.0, 0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("method", ["task_arithmetic", "averaging", "ties"])
+def test_same_bits(compare, method, weights, out, dtype):
+    base, tuned = models(DTYPES[dtype])
+    tasks = [Task(model, weight=weight) for model, weight in zip(tuned, weights, strict=True)]
+    results, done = compare(base, tasks, method=method, dtype=out)
+    assert done["merge"]
+    assert all(done["merge"])
+    assert all(done["windows"])
+    assert bool(done["windows"]) == (method == "ties")
+    reports_agree(results)
+
+
+def known(seed, num_examples, names=("w", "few"), dtype=torch.float32):
+    """A mean curvature with much that is next to nothing, and exact zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    mean = {
+        "w": torch.rand(SIZE, generator=generator).pow(8),
+        "few": torch.rand(1, generator=generator),
+    }
+    mean["w"][::3] = 0
+    return Curvature.from_dict({name: mean[name].to(dtype) for name in names}, num_examples=num_examples)
+
+
+EQ12 = {
+    "plain": {},
+    "weights below 0": {"weights": (1.0, -0.01, 0.5), "base_curvature": 5.0},
+    "one flat": {"flat": 1, "missing_curvature": "zero"},
+    "number": {"base_curvature": 0.3, "base_weight": 0.7},
+    "base flat": {"base_names": ("few",), "missing_curvature": "zero"},
+    "no floor": {"base_curvature": 0.3, "delta0": 0.0},
+    "half": {"curvature_dtype": torch.bfloat16},
+    "fisher": {"method": "fisher", "base_curvature": None},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", EQ12)
+def test_same_bits_of_eq12(compare, case, dtype):
+    options = {"method": "gradient_matching", **EQ12[case]}
+    weights, flat = options.pop("weights", (1.0, 0.4, 0.7)), options.pop("flat", None)
+    held, names = options.pop("curvature_dtype", torch.float32), options.pop("base_names", ("w", "few"))
+    options.setdefault("base_curvature", known(9, 50, names))
+    base, tuned = models(DTYPES[dtype])
+    tasks = [
+        Task(model, known(t, 10 + t, ("few",) if t == flat else ("w", "few"), held), weight)
+        for t, (model, weight) in enumerate(zip(tuned, weights, strict=True))
+    ]
+    results, done = compare(base, tasks, **options)
+    assert done["merge"]
+    assert all(done["merge"])
+    reports_agree(results)
+
+
+def test_same_bits_from_and_to_files(compare, tmp_path):
+    """Two shards, read by descriptor; one of the models lies in memory."""
+    base, tuned = models(torch.bfloat16)
+    for name, tensors in (("base", base), ("one", tuned[0])):
+        merge(tensors, [Task(tensors)], method="averaging", out=tmp_path / name, shard_bytes=9000)
+    tasks = [Task(tmp_path / "one", weight=0.3), Task(tuned[1], weight=0.9)]
+    for method in ("ties", "task_arithmetic"):
+        results, done = compare(tmp_path / "base", tasks, method=method)
+        assert all(done["merge"])
+        monolithic = merge(base, [Task(tuned[0], weight=0.3), tasks[1]], method=method)
+        assert all(torch.equal(results[1][key], monolithic[key]) for key in base)
+
+
+@pytest.mark.parametrize("case", ["no normalize", "two trims", "nine weights", "slerp", "removal", "double"])
+def test_what_they_cannot_do_is_left_to_torch(compare, case):
+    count = 9 if case == "nine weights" else 2
+    base, tuned = models(torch.float64 if case == "double" else torch.float32, count)
+    tasks = [Task(model, weight=0.1 + 0.1 * t) for t, model in enumerate(tuned)]
+    options = {
+        "no normalize": {"method": "ties", "normalize": False},
+        "two trims": {"method": "task_arithmetic", "transforms": [{"dare": {"density": 0.5}}, "ties"]},
+        "nine weights": {"method": "ties"},
+        "slerp": {"method": "slerp"},
+        "removal": {"method": "removal", "base_curvature": 0.3},
+        "double": {"method": "averaging"},
+    }[case]
+    if case == "removal":
+        tasks = [Task(model, known(t, 10), 0.1) for t, model in enumerate(tuned)]
+    _, done = compare(base, tasks, **options)
+    assert all(done["merge"]) == (case in ("no normalize", "slerp"))
+
+
+def test_infinite_values_that_all_share_stay(compare):
+    base, tuned = models(torch.bfloat16)
+    for model in (base, *tuned):
+        model["w"][4321] = -float("inf")
+    results, done = compare(base, [Task(model, weight=0.3) for model in tuned], method="task_arithmetic")
+    assert results[1]["w"][4321] == -float("inf")
+    assert False in done["merge"]  # that piece was torch's
+    assert True in done["merge"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "gradient_matching"])
+def test_errors_are_the_same(monkeypatch, method, value, dtype):
+    base, tuned = models(DTYPES[dtype])
+    tuned[1]["w"][2000] = value
+    tasks = [Task(model, known(t, 10), 0.3) for t, model in enumerate(tuned)]
+    said = []
+    for asked in ("0", "1"):
+        monkeypatch.setenv("GRADMATCH_KERNEL", asked)
+        with pytest.raises(ValueError, match="holds 1 NaN or infinite values in task 2") as error:
+            merge(base, tasks, method=method, base_curvature=known(9, 50), allow_mismatch=True)
+        said.append(str(error.value).split("(")[0])  # the blocks that are named differ
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("asked", ["0", "1"])
+def test_a_curvature_that_is_not_positive_is_refused(monkeypatch, asked):
+    monkeypatch.setenv("GRADMATCH_KERNEL", asked)
+    base, tuned = models(torch.float32, 1)
+    with pytest.raises(ValueError, match=r"H0 \+ sum alpha_t H_t is not positive"):
+        merge(base, [Task(tuned[0], known(0, 100), -1.0)], base_curvature=known(0, 10), allow_mismatch=True)
+
+
+@pytest.mark.parametrize("asked", ["0", "1"])
+def test_overflow_is_refused(monkeypatch, asked):
+    monkeypatch.setenv("GRADMATCH_KERNEL", asked)
+    base, tuned = models(torch.float32, 1)
+    tuned[0]["w"][7] = 1e6
+    with pytest.raises(ValueError, match=r"merged values reach 1e\+06, beyond what torch.float16 holds"):
+        merge(base, [Task(tuned[0])], method="averaging", dtype="float16")
+
+
+def test_a_file_that_shrinks_while_it_is_merged_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("GRADMATCH_KERNEL", "1")
+    base, tuned = models(torch.float32, 1)
+    merge(tuned[0], [Task(tuned[0])], method="averaging", out=tmp_path / "one")
+    plain = fused.merge
+
+    def cut(*args):
+        file = tmp_path / "one" / "model.safetensors"
+        with file.open("r+b") as opened:
+            opened.truncate(5000)
+        return plain(*args)
+
+    monkeypatch.setattr(fused, "merge", cut)
+    with pytest.raises(ValueError, match="the file changed since it was opened"):
+        merge(base, [Task(tmp_path / "one")], method="task_arithmetic")
+
+
+def test_they_serve_large_merges_unasked(monkeypatch):
+    base, tuned = models(torch.float32, 1)
+    made = prepare(base, [Task(tuned[0])], method="averaging")
+    monkeypatch.delenv("GRADMATCH_KERNEL", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    assert fused.kernels_for(made) is None
+    monkeypatch.setattr(fused, "LARGE", SIZE)
+    assert (fused.kernels_for(made) is not None) == (shutil.which("gcc") is not None)
+    monkeypatch.setenv("GRADMATCH_KERNEL", "0")
+    assert fused.kernels_for(made) is None
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_torch_does_the_work(monkeypatch, tmp_path, caplog, compiler):
+    base, tuned = models(torch.float32, 1)
+    expected = merge(base, [Task(tuned[0], weight=0.3)], method="task_arithmetic")
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("GRADMATCH_KERNEL", "1")
+    native.load.cache_clear()
+    try:
+        for _ in range(2):
+            found = merge(base, [Task(tuned[0], weight=0.3)], method="task_arithmetic")
+    finally:
+        native.load.cache_clear()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert sum("blocks.c: no kernel, torch does the work" in line for line in caplog.messages) == 1
