@@ -36,12 +36,15 @@ class Refinement(Strict):
 
 
 class Config(Study):
-    """Keys of the config: `sentiment` is the config of the plain fine-tunes; `delta0` are the floors of H0 in the penalty."""
+    """Keys of the config: `sentiment` is the config of the plain fine-tunes; `delta0` are the floors of H0 in the penalty.
+
+    Without any, nothing is fine-tuned with it.
+    """
 
     experiment: Literal["assumption"]
     sentiment: Path
     seeds: tuple[int, ...] = ()  # of that config; empty: all of them
-    delta0: tuple[float, ...] = Field(min_length=1)
+    delta0: tuple[float, ...] = ()
     merges: dict[str, Merge] = Field(min_length=1)
     refine: Refinement | None = None
 
