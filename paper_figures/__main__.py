@@ -16,6 +16,7 @@ FIGURES = {  # experiment -> what is drawn of it
     "assumption": ("fig_assumption",),
     "claims": ("table_claims",),
     "curvature": ("fig_curvature",),
+    "forecast": ("fig_forecast",),
     "redundancy": ("fig_redundancy", "fig_cosines"),
     "removal": ("fig_removal",),
     "removal-proof": ("fig_proof",),

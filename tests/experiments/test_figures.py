@@ -13,6 +13,7 @@ from paper_figures import (
     fig_assumption,
     fig_cosines,
     fig_curvature,
+    fig_forecast,
     fig_mismatch,
     fig_proof,
     fig_redundancy,
@@ -127,6 +128,17 @@ OTHERS = {
     fig_curvature: [
         {"kind": "merge", "estimate": name, "estimate_seconds": seconds, "metrics": METRICS}
         for name, seconds in (("TA", 0), ("Adam", 0), ("100 examples", 8.0))
+    ],
+    fig_forecast: [
+        {
+            "kind": "forecast",
+            "rows": [
+                {"task": task, "seen": x, **dict.fromkeys(fig_forecast.KINDS, x / 2)}
+                for task in ("a", "b")
+                for x in (0.1, 0.4)
+            ],
+            "correlations": {"seen": {kind: {"all pairs": 0.9} for kind in fig_forecast.KINDS}},
+        }
     ],
     fig_proof: [
         {"kind": "proof", "problem": problem, "edit": edit, "seed": 0, "alpha": 1.0, "distance": 0.5}
