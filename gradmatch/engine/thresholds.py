@@ -170,11 +170,18 @@ def _sample(
     context: Context, runs: Sequence[Run], position: int, tasks: set[int], worker: WorkerBuffers
 ) -> list[tuple[int, Array]]:
     """Magnitudes of some runs of values: (task, values) for each run."""
-    return [
-        (t, values.numpy().copy())
-        for step, first, last in runs
-        for t, values in _run_magnitudes(context, step, first, last, position, worker.get(), tasks)
-    ]
+    found: list[tuple[int, Array]] = []
+    for step, first, last in runs:
+        everything = [(t, 0.0, math.inf) for t in step.tasks if t in tasks]
+        counted = None if position else fused.windows(context, step, first, last, everything, worker.get())
+        if counted is None or any(
+            len(values) < last - first for _, values in counted
+        ):  # NaNs are in no window
+            magnitudes = _run_magnitudes(context, step, first, last, position, worker.get(), tasks)
+            found += [(t, values.numpy().copy()) for t, values in magnitudes]
+        else:
+            found += [(t, values) for (t, *_), (_, values) in zip(everything, counted, strict=True)]
+    return found
 
 
 def _run_magnitudes(

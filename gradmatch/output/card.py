@@ -6,6 +6,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,7 @@ def input_fingerprints(made: Plan) -> dict[str, str]:
     return {role: fingerprint(list(model.original), model.original.sample) for role, model in models.items()}
 
 
+@lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
     """Versions of what computed it."""
     found = {"python": platform.python_version()}
