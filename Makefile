@@ -41,7 +41,7 @@ bench-estimators: $(STAMP)  ## time and memory of the estimators against their p
 	$(BIN)/python -m experiments.bench.estimators
 
 bench-merge: $(STAMP)  ## time and memory of merging against plain file copies and mergekit
-	$(BIN)/python -m experiments.bench.merge
+	$(BIN)/python -m experiments.bench.merge $(if $(MERGEKIT),--mergekit $(MERGEKIT))
 
 clean:  ## remove the environment and everything generated
 	rm -rf $(VENV) results build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,14 +1,15 @@
 """Time and memory of merging, side by side with plain file copies (the floor) and, where it is there, mergekit.
 
-    make bench-merge                                    the table: 125M parameters, three fine-tunes
-    python -m experiments.bench.merge --growth          also 30M / 125M / 500M parameters and 2 / 4 / 8 models (40 GB of disk)
-    python -m experiments.bench.merge --mergekit PATH   PATH: the mergekit-yaml command of another environment
+    make bench-merge                                     everything (25 GB of disk, 20 minutes; without mergekit 15)
+    python -m experiments.bench.merge --parts warm       one table: warm, cold, growth (30M / 125M / 500M, 2 / 4 / 8 models)
+    python -m experiments.bench.merge --mergekit PATH    PATH: the mergekit-yaml command of another environment
 
 Every measurement is a process of its own; contenders alternate, and medians over the repeats are printed. *engine* is the
-call of `merge` in a process that has imported torch already, *command* the whole `gradmatch merge` from start to exit. The
-floor reads every input once and writes the output once by plain file copies, synced to disk as ours is. *cold* means that
-the inputs' pages were dropped from the page cache before. Anonymous memory of *engine* is counted above the process with
-torch imported, of whole commands it is all of it; mapped pages of the inputs, which the kernel can take back, stand beside it.
+call of `merge` in a process that has imported torch already, *torch* the same with the compiled kernels off
+(GRADMATCH_KERNEL=0), *command* the whole `gradmatch merge` from start to exit. The floor reads every input once and writes
+the output once by plain file copies, synced to disk as ours is. *cold* means that the inputs' pages were dropped from the
+page cache before. Anonymous memory of *engine* and *torch* is counted above the process with torch imported, of whole commands
+it is all of it; mapped pages of the inputs, which the kernel can take back, stand beside it.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-SIZES = {  # hidden, intermediate, layers, vocabulary: Llama-like
-    "30M": (384, 1024, 8, 20_000),
-    "125M": (768, 2048, 12, 32_000),
-    "500M": (1536, 4096, 14, 32_000),
-}
+from experiments.bench.llamas import SIZES, generate
+
 Measured = tuple[float, float, float, float]  # seconds, CPU seconds, peak anonymous MB, peak mapped MB
 METHODS = ("task_arithmetic", "ties", "gradient_matching")
+PARTS = ("warm", "cold", "growth")
+LONG = 20.0  # seconds: what takes longer runs once
 BLOCK = 1 << 20
 ROOT = Path(__file__).parents[2]
 
@@ -58,46 +60,41 @@ def main(argv: list[str] | None = None) -> None:
         "--folder", type=Path, default=ROOT / "results" / "bench-merge", help="for the generated models"
     )
     parser.add_argument("--mergekit", default=shutil.which("mergekit-yaml"), help="the mergekit-yaml command")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5, help="of warm runs; others run up to three times")
     parser.add_argument("--size", choices=SIZES, default="125M")
-    parser.add_argument("--growth", action="store_true", help="also the growth in size and number of models")
-    parser.add_argument(
-        "--cold", action="store_true", help="also with the inputs dropped from the page cache"
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--generate", action="store_true", help="only make the models")
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
-    records = []
+    groups = [group for part in args.parts for group in parts(part, args)]
+    inputs = [generate(args.folder, size, dtype, count + 1) for size, dtype, count, *_ in groups]
+    if args.generate:
+        return
     print(machine(), file=sys.stderr)
-    for dtype in ("float32", "bfloat16"):
-        inputs = generate(args.folder, args.size, dtype, 4)
-        records += compare(inputs, args.size, dtype, 3, args)
-    if args.growth:
-        for size in SIZES:
-            inputs = generate(args.folder, size, "float32", 4)
+    records = startup(inputs[0])
+    for (size, dtype, count, methods, names, cache, repeats), made in zip(groups, inputs, strict=True):
+        for method in methods:
+            told = {"size": size, "dtype": dtype, "models": count, "method": method, "cache": cache}
             records += compare(
-                inputs,
-                size,
-                "float32",
-                3,
-                args,
-                methods=("task_arithmetic", "gradient_matching"),
-                peers=False,
-            )
-        for count in (2, 4, 8):
-            inputs = generate(args.folder, "125M", "float32", count + 1)
-            records += compare(
-                inputs,
-                "125M",
-                "float32",
-                count,
-                args,
-                methods=("task_arithmetic", "gradient_matching"),
-                peers=False,
+                job_of(made, count, method, args.folder / "out"), names, cache, repeats, told, args
             )
     with (args.folder / "records.jsonl").open("a") as file:
         for record in records:
             file.write(json.dumps({**record, "machine": machine()}) + "\n")
     print(table(records))
+
+
+def parts(part: str, args: argparse.Namespace) -> list[tuple]:
+    """(size, dtype, fine-tunes, methods, contenders, cache, repeats) of the groups of one part."""
+    few = min(3, args.repeats)
+    if part == "growth":
+        plain = [method for method in METHODS if method != "ties"]
+        cases = [(size, 3) for size in SIZES] + [("125M", count) for count in (2, 4, 8)]
+        return [(size, "float32", count, plain, ("floor", "engine"), "warm", few) for size, count in cases]
+    dtypes = ("float32", "bfloat16")
+    if part == "cold":
+        return [(args.size, dtype, 3, METHODS, ("floor", "engine"), "cold", few) for dtype in dtypes]
+    return [(args.size, dtype, 3, METHODS, tuple(CONTENDERS), "warm", args.repeats) for dtype in dtypes]
 
 
 def machine() -> str:
@@ -109,108 +106,51 @@ def machine() -> str:
     return f"{len(names)} cores of {names[0] if names else 'unknown'}, load {os.getloadavg()[0]:.1f}"
 
 
-def generate(folder: Path, size: str, dtype: str, count: int) -> dict[str, list[str]]:
-    """Base and fine-tunes of a random Llama-like model with their curvature files; kept for the next run."""
-    import torch
-    from safetensors.torch import save_file
-
-    hidden, inner, layers, vocabulary = SIZES[size]
-    shapes = {
-        "model.embed_tokens.weight": (vocabulary, hidden),
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": (vocabulary, hidden),
+def job_of(inputs: dict, count: int, method: str, out: Path) -> dict:
+    """What the contenders are given."""
+    curvatures = inputs["curvatures"][: count + 1] if method == "gradient_matching" else []
+    return {
+        "models": inputs["models"][: count + 1],
+        "curvatures": curvatures,
+        "method": method,
+        "out": str(out),
     }
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        shapes |= {f"{prefix}self_attn.{letter}_proj.weight": (hidden, hidden) for letter in "qkvo"}
-        shapes |= {f"{prefix}mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
-        shapes[f"{prefix}mlp.down_proj.weight"] = (hidden, inner)
-        shapes |= {f"{prefix}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
-        "num_hidden_layers": layers, "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64,
-        "vocab_size": vocabulary, "tie_word_embeddings": False, "hidden_act": "silu", "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6, "dtype": dtype,
-    }  # fmt: skip
-    models, curvatures = [], []
-    for number in range(count):
-        target, known = folder / f"{size}-{dtype}-{number}", folder / f"{size}-{number}.curvature.safetensors"
-        models.append(str(target))
-        curvatures.append(str(known))
-        if not (target / "config.json").is_file():
-            generator = torch.Generator()
-            target.mkdir(exist_ok=True)
-            tensors = {}
-            for name, shape in shapes.items():
-                base = 0.02 * torch.randn(shape, generator=generator.manual_seed(hash_of(name)))
-                noise = (
-                    torch.randn(shape, generator=generator.manual_seed(hash_of(name) + number))
-                    if number
-                    else 0.0
-                )
-                tensors[name] = (base + 1e-3 * noise).to(getattr(torch, dtype))
-            save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-            (target / "config.json").write_text(json.dumps(config))
-        if not known.is_file():
-            generator = torch.Generator().manual_seed(1000 + number)
-            mean = {f"mean/{n}": 1e-5 * torch.rand(s, generator=generator).pow(4) for n, s in shapes.items()}
-            save_file(
-                mean, known, metadata={"format_version": "1", "num_examples": "10000", "estimator": "fisher"}
-            )
-    os.sync()
-    return {"models": models, "curvatures": curvatures}
-
-
-def hash_of(name: str) -> int:
-    import zlib
-
-    return zlib.crc32(name.encode())
 
 
 def compare(
-    inputs: dict, size: str, dtype: str, count: int, args, methods=METHODS, peers: bool = True
+    job: dict, names: Sequence[str], cache: str, repeats: int, told: dict, args: argparse.Namespace
 ) -> list[dict]:
     """Alternate the contenders; a record for each, with medians."""
+    skipped = () if args.mergekit and not job["curvatures"] else ("mergekit",)
+    used: dict[str, list[Measured]] = {name: [] for name in names if name not in skipped}
+    for _ in range(repeats):
+        for name, found in used.items():
+            if found and found[0][0] > LONG:
+                continue
+            drop(job) if cache == "cold" else warm_up(job)
+            shutil.rmtree(job["out"], ignore_errors=True)
+            found.append(CONTENDERS[name](job, args))
+    lowest = statistics.median(run[0] for run in used["floor"])
     records = []
-    for method in methods:
-        curved = method == "gradient_matching"
-        job = {
-            "models": inputs["models"][: count + 1],
-            "curvatures": inputs["curvatures"][: count + 1] if curved else [],
-            "method": method,
-            "out": str(args.folder / "out"),
-        }
-        contenders = {"floor": floor, "engine": engine}
-        if peers:
-            contenders["command"] = command
-            if args.mergekit and not curved:
-                contenders["mergekit"] = mergekit
-        for cache in ("warm", "cold") if args.cold else ("warm",):
-            seconds: dict[str, list[float]] = {name: [] for name in contenders}
-            used: dict[str, list[Measured]] = {name: [] for name in contenders}
-            warm_up(job)
-            for repeat in range(args.repeats):
-                for name, contender in contenders.items():
-                    if name == "mergekit" and (repeat or cache == "cold"):
-                        continue  # up to a minute a run: once tells enough
-                    if cache == "cold":
-                        drop(job)
-                    elif name == "mergekit" or repeat == 0:
-                        warm_up(job)
-                    shutil.rmtree(job["out"], ignore_errors=True)
-                    used[name].append(contender(job, args))
-                    seconds[name].append(used[name][-1][0])
-            lowest = statistics.median(seconds["floor"])
-            for name in (name for name in contenders if seconds[name]):
-                median = statistics.median(seconds[name])
-                _, cpu, anonymous, mapped = zip(*used[name], strict=True)
-                records.append({
-                    "size": size, "dtype": dtype, "models": count, "method": method, "cache": cache, "contender": name,
-                    "seconds": median, "all": seconds[name], "ratio": median / lowest, "cpu_seconds": statistics.median(cpu),
-                    "anonymous_mb": max(anonymous), "mapped_mb": max(mapped),
-                })  # fmt: skip
-                print(json.dumps(records[-1]), file=sys.stderr)
+    for name, found in used.items():
+        seconds, cpu, anonymous, mapped = (list(column) for column in zip(*found, strict=True))
+        median = statistics.median(seconds)
+        records.append({
+            **told, "contender": name, "seconds": median, "all": seconds, "ratio": median / lowest,
+            "cpu_seconds": statistics.median(cpu), "anonymous_mb": max(anonymous), "mapped_mb": max(mapped),
+        })  # fmt: skip
+        print(json.dumps(records[-1]), file=sys.stderr)
     return records
+
+
+def startup(inputs: dict) -> list[dict]:
+    """Seconds of `gradmatch --help` and of a dry run over the first models: the best of three."""
+    program = [sys.executable, "-m", "gradmatch.cli"]
+    dry = [*command_words(job_of(inputs, 3, "task_arithmetic", Path("nowhere"))), "--dry-run"]
+    return [
+        {"startup": name, "seconds": min(watched(words)[0] for _ in range(3))}
+        for name, words in (("--help", [*program, "--help"]), ("merge --dry-run", dry))
+    ]
 
 
 def files_of(job: dict) -> list[str]:
@@ -258,13 +198,18 @@ def floor(job: dict, args) -> Measured:
     return time.perf_counter() - start, time.process_time() - cpu, 0.0, 0.0
 
 
-def engine(job: dict, args) -> Measured:
-    _, _, anonymous, mapped, output = watched([sys.executable, "-c", ENGINE, json.dumps(job)])
+def engine(job: dict, args, kernel: str | None = None) -> Measured:
+    known = {} if kernel is None else {"GRADMATCH_KERNEL": kernel}
+    _, _, anonymous, mapped, output = watched([sys.executable, "-c", ENGINE, json.dumps(job)], known)
     told = json.loads(output.splitlines()[-1])
     return told["seconds"], told["cpu"], anonymous - told["before"], mapped
 
 
 def command(job: dict, args) -> Measured:
+    return watched(command_words(job))[:4]
+
+
+def command_words(job: dict) -> list[str]:
     words = [
         sys.executable,
         "-m",
@@ -282,7 +227,7 @@ def command(job: dict, args) -> Measured:
         words += ["--task", f"{model}{known},weight=0.4"]
     if job["curvatures"]:
         words += ["--base-curvature", job["curvatures"][0]]
-    return watched(words)[:4]
+    return words
 
 
 def mergekit(job: dict, args) -> Measured:
@@ -297,10 +242,15 @@ def mergekit(job: dict, args) -> Measured:
     return watched([args.mergekit, str(path), job["out"]])[:4]
 
 
-def watched(words: list[str]) -> tuple[float, float, float, float, str]:
+CONTENDERS: dict[str, Callable[..., Measured]] = {
+    "floor": floor, "engine": engine, "torch": partial(engine, kernel="0"), "command": command, "mergekit": mergekit,
+}  # fmt: skip
+
+
+def watched(words: list[str], more: dict[str, str] | None = None) -> tuple[float, float, float, float, str]:
     """Run a process to its end: what `Measured` holds, and its stdout."""
     start, cpu = time.perf_counter(), children_cpu()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **(more or {})}
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
     )
@@ -332,13 +282,14 @@ def table(records: list[dict]) -> str:
         "| parameters | dtype | fine-tunes | method | cache | contender | seconds | x floor | CPU seconds | anonymous MB | mapped MB |",
         "|" + "---|" * 11,
     ]
-    for r in records:
+    for r in (record for record in records if "contender" in record):
         memory = f"{r['anonymous_mb']:.0f} | {r['mapped_mb']:.0f}" if r["contender"] != "floor" else "- | -"
         lines.append(
             f"| {r['size']} | {r['dtype']} | {r['models']} | {r['method']} | {r['cache']} | {r['contender']} | {r['seconds']:.2f} "
             f"| {r['ratio']:.2f} | {r['cpu_seconds']:.2f} | {memory} |"
         )
-    return "\n".join(lines)
+    started = [f"`gradmatch {r['startup']}`: {r['seconds']:.2f} s" for r in records if "startup" in r]
+    return "\n".join([*lines, "", *started])
 
 
 if __name__ == "__main__":
