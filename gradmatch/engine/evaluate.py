@@ -58,7 +58,7 @@ def evaluate(
     """
     path = path_of(context, step, coefficients)
     if path == "matrix":
-        yield first, written, solve_matrix(context, step, torch_dtype(step.compute)), None
+        yield first, written, *solve_matrix(context, step, buffers, stats)
     elif path == "along":
         yield first, written, *_along(context, step, first, written, buffers, stats)
     elif path == "linear" and coefficients is not None:

@@ -53,7 +53,11 @@ def global_thresholds(context: Context) -> dict[tuple[int, float], Tensor]:
     thresholds: dict[tuple[int, float], Tensor] = {}
     context.thresholds = thresholds  # a later trim in a chain needs what was found for the earlier ones
     for position, shares in sorted(wanted.items()):
-        steps = [step for step in context.plan.steps if len(step.edits) > position and step.action == "merge"]
+        steps = [
+            step
+            for step in context.plan.steps
+            if len(step.edits) > position and step.action in ("merge", "matrix")
+        ]
         sizes = [sum(step.spec.numel for step in steps if t in step.tasks) for t in range(tasks)]
         targets = [
             (t, kept_count(share, sizes[t])) for share in sorted(shares) for t in range(tasks) if sizes[t]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from estimators.curvature import GRADIENT, MEAN, Curvature
+from estimators.curvature import FACTOR_A, FACTOR_B, GRADIENT, MEAN, Curvature
 from estimators.tensorfile import TensorFile
 from gradmatch.inputs.renamed import file_names
 from gradmatch.inputs.stores import SAFETENSORS_NAME, FileStore, Spec
@@ -81,7 +83,60 @@ class CurvatureStore:
             return self._curvature.mean(name) if name in self._curvature else None
         if self._prefix == GRADIENT:
             return self._curvature.gradient(name)
-        return self._curvature.factor_a(name)
+        factor = self._curvature.factor_a if self._prefix == FACTOR_A else self._curvature.factor_b
+        return factor(name)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The Kronecker factors of one curvature: the block of a linear layer's weight is A (x) B, with B = I where it is not stored."""
+
+    a: CurvatureStore
+    b: CurvatureStore
+
+    @classmethod
+    def of(cls, curvature: Curvature, aliases: Mapping[str, Sequence[str]]) -> Factors:
+        """Those of a curvature; possibly none at all."""
+        return cls(CurvatureStore(curvature, FACTOR_A, aliases), CurvatureStore(curvature, FACTOR_B, aliases))
+
+    def size(self, name: str, shape: Sequence[int], owner: str) -> int:
+        """Bytes of the factors of one tensor; 0 where it has none.
+
+        Raises:
+            ValueError: factors of a matrix of another shape.
+        """
+        key, other = self.a.key(name), self.b.key(name)
+        if key is None:
+            return 0
+        a, b = self.a.spec(key), None if other is None else self.b.spec(other)
+        out, width = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, 0)
+        ways = [(width, out), (out, width)] if len(shape) == 2 else [(width, out)]  # as in Conv1D
+        if not any(a.shape[0] == one and (b is None or b.shape[0] == two) for one, two in ways):
+            found = f"{list(a.shape)}" + ("" if b is None else f" and {list(b.shape)}")
+            raise ValueError(
+                f"the curvature of {owner} has factors {found} for {name!r}, whose shape is {list(shape)}; it belongs to another model"
+            )
+        return a.nbytes + (0 if b is None else b.nbytes)
+
+    def read(self, name: str) -> tuple[Tensor, Tensor | None] | None:
+        """A (in, in) and B (out, out) in float64, positive; None where the tensor has none."""
+        a = _square(self.a, name)
+        return None if a is None else (a, _square(self.b, name))
+
+
+def _square(store: CurvatureStore, name: str) -> Tensor | None:
+    """One factor in float64, or None; raised by the rounding error of its dtype, as small eigenvalues would else be negative."""
+    import torch
+
+    key = store.key(name)
+    if key is None:
+        return None
+    spec = store.spec(key)
+    stored = store.block(key, 0, spec.numel)
+    factor = stored.to(torch.float64).reshape(spec.shape)
+    return factor + torch.finfo(stored.dtype).eps * factor.trace() * torch.eye(
+        len(factor), dtype=factor.dtype
+    )
 
 
 def checked_aliases(

@@ -11,9 +11,9 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from estimators.curvature import FACTOR_A, GRADIENT, MEAN, Curvature
+from estimators.curvature import GRADIENT, MEAN, Curvature
 from gradmatch.checkpoint import Checkpoint, open_checkpoint
-from gradmatch.inputs.curvatures import CurvatureStore, checked_aliases, open_curvature
+from gradmatch.inputs.curvatures import CurvatureStore, Factors, checked_aliases, open_curvature
 from gradmatch.inputs.stores import Spec, Store
 from gradmatch.plan.request import resolve_options
 from gradmatch.plan.settings import Setting
@@ -41,7 +41,7 @@ class OpenTask:
     curvature: Curvature | None = None
     mean: CurvatureStore | None = None
     gradient: CurvatureStore | None = None
-    factor: CurvatureStore | None = None
+    factors: Factors | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -53,9 +53,15 @@ class Inputs:
     store: Store
     tasks: list[OpenTask]
     base_curvature: CurvatureStore | float | None = None
+    base_factors: Factors | None = None
 
-    def curvatures_of(self, name: str, tasks: Sequence[int], request: Request, spec: Spec) -> list[int]:
-        """Check that the curvatures which the rule needs are there for one tensor; returns their sizes in bytes.
+    def curvatures_of(
+        self, name: str, tasks: Sequence[int], request: Request, spec: Spec
+    ) -> tuple[list[int], bool]:
+        """Check that the curvatures which the rule needs are there for one tensor.
+
+        Returns:
+            Their sizes in bytes, and whether there are factors, so that the rule solves for the matrix.
 
         Raises:
             ValueError: a curvature lacks the tensor and no policy was chosen, or its shape differs.
@@ -87,13 +93,19 @@ class Inputs:
                     "it belongs to another model"
                 )
             sizes.append(found.nbytes)
-        if "gram" in needs and len(spec.shape) >= 2:
-            factors = [factor for t in tasks if (factor := self.tasks[t].factor) is not None]
-            keys = [factor.key(name) for factor in factors]
-            if all(keys):
-                sizes += [factor.spec(key).nbytes for factor, key in zip(factors, keys, strict=True) if key]
-                self.check_conv1d(name, spec, request)
-        return sizes
+        if not request.rule.matrix or len(spec.shape) < 2:
+            return sizes, False
+        factors = [(self.tasks[t].name, self.tasks[t].factors) for t in tasks]
+        if "base_curvature" in needs:
+            factors.append(("the base", self.base_factors))
+        held = [known.size(name, spec.shape, owner) for owner, known in factors if known is not None]
+        matrix = (
+            all(held) if "gram" in needs else any(held)
+        )  # without its diagonal, a layer needs all of them
+        if matrix:
+            sizes += held
+            self.check_conv1d(name, spec, request)
+        return sizes, matrix
 
     def is_conv1d(self, name: str) -> bool:
         """Whether a square matrix is stored [in, out], as GPT-2's Conv1D layers are (other shapes tell by themselves)."""
@@ -112,7 +124,7 @@ class Inputs:
         told = any(configs) or request.options.get("conv1d") is not None
         if square and CONV1D.search(name) and not told:
             raise ValueError(
-                f"regmean: {name!r} {list(spec.shape)} is stored [in, out] in GPT-2's Conv1D layers and [out, in] in nn.Linear, and "
+                f"{request.method}: {name!r} {list(spec.shape)} is stored [in, out] in GPT-2's Conv1D layers and [out, in] in nn.Linear, and "
                 "a state dict does not tell which; pass models or folders, or the option conv1d=True or False"
             )
 
@@ -173,8 +185,17 @@ def open_inputs(
     for name, task in zip(names, tasks, strict=True):
         checkpoint = open_checkpoint(task.model, base=opened_base, allow_pickle=allow_pickle)
         opened.append(_open_task(name, task, checkpoint, aliases, request, allow_mismatch))
-    h0 = _base_curvature(base_curvature, opened_base, aliases, request, allow_mismatch)
-    return Inputs(opened_base, opened_base.store, opened, h0)
+    h0, factors = _base_curvature(base_curvature, opened_base, aliases, request, allow_mismatch)
+    inputs = Inputs(opened_base, opened_base.store, opened, h0, factors)
+    owners = [*(task.factors for task in opened), factors]
+    if "factors" in request.rule.needs and not any(
+        known and any(name in known.a for name in known.a) for known in owners
+    ):
+        raise ValueError(
+            f"{request.method} needs curvatures with Kronecker factors, and none of these has any; estimate them with method='kfac' "
+            "(`gradmatch estimate --method kfac`), or use gradient_matching, which takes the diagonal"
+        )
+    return inputs
 
 
 def task_names(tasks: Sequence[Task]) -> list[str]:
@@ -235,11 +256,13 @@ def _open_task(
             )
         opened.gradient = CurvatureStore(curvature, GRADIENT, aliases)
     if "gram" in needs:
-        opened.factor = CurvatureStore(curvature, FACTOR_A, aliases)
-        if not any(key for key in checkpoint if opened.factor.key(key)):
+        opened.factors = Factors.of(curvature, aliases)
+        if not any(key for key in checkpoint if opened.factors.a.key(key)):
             raise ValueError(
                 f"the curvature of {name} holds no gram matrices; estimate it with method='gram'"
             )
+    elif request.rule.matrix:
+        opened.factors = Factors.of(curvature, aliases)
     return opened
 
 
@@ -249,10 +272,10 @@ def _base_curvature(
     aliases: Mapping[str, Sequence[str]],
     request: Request,
     allow_mismatch: bool,
-) -> CurvatureStore | float | None:
-    """H0 before its weight and floor: a curvature, an isotropic number, or None where the rule needs none."""
+) -> tuple[CurvatureStore | float | None, Factors | None]:
+    """H0 before its weight and floor: a curvature, an isotropic number, or None where the rule needs none; and its factors."""
     if "base_curvature" not in request.rule.needs:
-        return None
+        return None, None
     if given is None:
         raise ValueError(
             f"{request.method} needs the base's curvature; pass base_curvature=... (`gradmatch estimate` on the base makes one), "
@@ -265,8 +288,8 @@ def _base_curvature(
             raise ValueError(
                 f"base_curvature is {given}; an isotropic curvature is a finite number of at least 0"
             )
-        return float(given)
+        return float(given), None
     curvature = open_curvature(given)
-    return CurvatureStore(
-        curvature, MEAN, checked_aliases(curvature, base, "the base", aliases, allow_mismatch)
-    )
+    aliases = checked_aliases(curvature, base, "the base", aliases, allow_mismatch)
+    factors = Factors.of(curvature, aliases) if request.rule.matrix else None
+    return CurvatureStore(curvature, MEAN, aliases), factors

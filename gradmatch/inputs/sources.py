@@ -24,7 +24,10 @@ def stores(inputs: Inputs) -> Iterator[Store | CurvatureStore]:
     yield inputs.store
     for task in inputs.tasks:
         yield task.store
-        yield from (store for store in (task.mean, task.gradient, task.factor) if store is not None)
+        yield from (store for store in (task.mean, task.gradient) if store is not None)
+    for factors in (*(task.factors for task in inputs.tasks), inputs.base_factors):
+        if factors is not None:
+            yield from (factors.a, factors.b)
     if isinstance(inputs.base_curvature, CurvatureStore):
         yield inputs.base_curvature
 

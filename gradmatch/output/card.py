@@ -129,6 +129,7 @@ def readme(content: Mapping[str, Any]) -> str:
     ):  # fmt: skip
         if report[key] is not None:
             lines.append(f"- {label}: {report[key]:.6g}")
+    lines += [f"- {report['solved']}"] if report.get("solved") else []
     lines += [f"- {branch}: {count} tensors" for branch, count in report["branches"].items()]
     lines += [f"- {note}" for note in report["notes"]]
     lines += ["", "## Recipe", "", "```json", json.dumps(made, indent=2, default=str), "```", ""]

@@ -34,6 +34,8 @@ class Report:
         sign_conflict_share: TIES: share of weights that two tasks push in opposite directions.
         kept_update: share of the update's squared norm that survived rounding to the output's dtype; of large tensors, one block
             of 131,072 in eight tells.
+        solves: Kronecker merging: by matrix, the iterations of conjugate gradients and the residual that is left, as a share of
+            the right side's norm.
         branches: how often each branch ran (slerp or lerp, ...).
         heads: with heads="keep-per-task": task -> name -> tensor.
         forecast: weights="auto": the chosen weights, and every task's forecast rise of its loss there, nats per example.
@@ -51,6 +53,7 @@ class Report:
     moved: dict[str, dict[str, float]] = field(default_factory=dict)
     sign_conflict_share: float | None = None
     kept_update: float | None = None
+    solves: dict[str, dict[str, float]] = field(default_factory=dict)
     branches: dict[str, int] = field(default_factory=dict)
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     forecast: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +63,7 @@ class Report:
         """Everything but tensors, ready for JSON."""
         values = {key: value for key, value in vars(self).items() if key != "heads"}
         values["heads"] = {task: sorted(tensors) for task, tensors in self.heads.items()}
+        values["solved"] = self.solved() if self.solves else None
         values["largest_alpha"] = {str(share): alpha for share, alpha in self.largest_alpha.items()}
         return values
 
@@ -69,6 +73,15 @@ class Report:
         counts = ", ".join(f"{count} tensors: {action}" for action, count in self.tensors.items())
         numbers = "".join(f", {name}={value:.4g}" for name, value in known.items())
         return f"Report({self.method}, {counts}, {self.weights} weights{numbers}, {len(self.notes)} notes)"
+
+    def solved(self) -> str:
+        """What conjugate gradients left, in a line."""
+        most = max(int(solve["iterations"]) for solve in self.solves.values())
+        worst = max(self.solves, key=lambda name: self.solves[name]["residual"])
+        return (
+            f"{len(self.solves)} matrices solved in up to {most} iterations; the largest residual is "
+            f"{self.solves[worst]['residual']:.2g} of the right side ({worst})"
+        )
 
     def summary(self) -> str:
         """A few lines for a terminal."""
@@ -90,6 +103,7 @@ class Report:
             f"largest weight with less than {100 * s:g} % clamped: {a:.4g}"
             for s, a in self.largest_alpha.items()
         ]
+        lines += [self.solved()] if self.solves else []
         lines += [f"{branch}: {count} tensors" for branch, count in self.branches.items()]
         return "\n".join([*lines, *self.notes])
 
@@ -109,6 +123,8 @@ def make_report(plan: Plan, stats: Mapping[str, Mapping[str, float]]) -> Report:
                 report.branches[branch] = report.branches.get(branch, 0) + 1
         if "update" in values:
             report.moved[name] = {"norm": math.sqrt(values["update"])}
+        if "residual" in values:
+            report.solves[name] = {"iterations": values["iterations"], "residual": values["residual"]}
         if "clamped" in values:
             report.clamped[name] = values["clamped"] / max(1.0, values["weights"])
             report.moved[name]["norm_h0"] = math.sqrt(max(0.0, values["update_h0"]))
@@ -144,6 +160,15 @@ def _judge(report: Report, plan: Plan) -> None:
         report.notes.append(
             f"{report.branches['lerp']} of {sum(report.branches.values())} tensors were interpolated linearly "
             "(nearly parallel, as fine-tunes of one base are)"
+        )
+    options = {step.name: step.options for step in plan.steps}
+    left = [
+        name for name, solve in report.solves.items() if solve["residual"] > 2 * options[name]["tolerance"]
+    ]
+    if left:
+        said.append(
+            f"conjugate gradients did not reach their tolerance in {len(left)} of {len(report.solves)} matrices (first: {left[0]}): "
+            "what is left lies between task arithmetic and the solution; raise iterations or delta0"
         )
     for text in said:
         report.notes.append(text)

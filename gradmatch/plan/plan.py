@@ -38,7 +38,7 @@ class Step:
 
     Attributes:
         name: of the tensor in the output.
-        action: "merge", "copy" (from the base), "average" (BatchNorm statistics), "matrix" (RegMean).
+        action: "merge", "copy" (from the base), "average" (BatchNorm statistics), "matrix" (solved as a whole).
         spec: shape and output dtype.
         compute: dtype of the arithmetic, "F32" or "F64".
         why: for the printed plan.
@@ -171,8 +171,9 @@ def plan(inputs: Inputs, request: Request) -> Plan:
                 )
             )
             continue
-        known = inputs.curvatures_of(name, tasks, request, spec)
-        action, why = ("matrix", "gram matrices") if known and rule.matrix else ("merge", "")
+        known, matrix = inputs.curvatures_of(name, tasks, request, spec)
+        factors = "gram matrices" if "gram" in rule.needs else "Kronecker factors"
+        action, why = ("matrix", factors) if matrix else ("merge", "")
         nbytes = sum(s.nbytes for s in specs) + sum(known)
         result.steps.append(Step(name, action, out, compute, why, tasks, alpha, options, edits, nbytes))
     for step in result.steps:  # weights that cannot be normalised are found now

@@ -34,7 +34,7 @@ Linear = Callable[
 
 @dataclass(frozen=True)
 class Rule:
-    """One way to merge. Exactly one of `linear`, `elementwise` and `matrix` computes it.
+    """One way to merge, by exactly one of `linear` and `elementwise`; matrices whose factors are known by `matrix`.
 
     Attributes:
         formula: the effective formula, for cards and plans.
@@ -45,8 +45,8 @@ class Rule:
         fast: +1 or -1 where the in-place kernel of Eq. 12 computes it too (the sign of alpha), else 0.
         rows: (theta0, tau, alpha, options) -> merged, on matrices whose rows are the vectors that the option `along` names; for
             rules that can treat every row or column of a tensor by itself.
-        matrix: whether it solves per matrix, with everything else averaged (RegMean).
-        needs: of "curvature", "base_curvature", "gradient", "gram".
+        matrix: whether it solves for matrices whose factors are known (`gradmatch.engine.matrices`).
+        needs: of "curvature", "base_curvature", "gradient", "gram", "factors".
         options: name -> default.
         transforms: edits of the task vectors that belong to the rule.
         models: (fewest, most) tasks.
@@ -162,6 +162,11 @@ RULES: dict[str, Rule] = {
         "(sum_t alpha_t G_t)^-1 sum_t alpha_t G_t W_t for linear layers, mean elsewhere", "Jin et al. 2023",
         matrix=True, linear=lambda a, gram, o: (*weighted(a), ""), needs=frozenset({"gram"}),
         options={"off_diagonal": 0.9, "ridge": 1e-6, "conv1d": None}, lacks=NORMALIZES, relative=True,
+    ),
+    "kronecker": Rule(
+        EQ12 + "; H = N A (x) B for linear layers, diagonal elsewhere", "Tam et al. 2024 (MaTS), with H0",
+        elementwise=lambda b: gradient_matching(b.theta0, b.tau, b.alpha, b.h0, b.h), fast=1, matrix=True, needs=BOTH | {"factors"},
+        options={"iterations": 100, "tolerance": 1e-6, "conv1d": None}, divides=True,
     ),
     "slerp": Rule(
         "sin((1-t)O)/sin(O) theta_1 + sin(tO)/sin(O) theta_2", "Shoemake 1985", gram="theta", models=(2, 2),

@@ -1,0 +1,225 @@
+"""Kronecker merging: against dense systems in float64, and as the cases that it contains."""
+
+import pytest
+import torch
+from torch import nn
+
+from estimators import Curvature, estimate
+from gradmatch import Task, merge
+from gradmatch.rules.kronecker import Preconditioner, Product, kronecker
+from gradmatch.rules.regmean import regmean
+
+OUT, WIDTH = 5, 7
+EXACT = {"tolerance": 1e-13, "iterations": 500}
+
+
+def positive(size, seed, rank=None):
+    """A random second-moment matrix, float64."""
+    rows = torch.randn(rank or 3 * size, size, generator=torch.Generator().manual_seed(seed)).double()
+    return rows.T @ rows / len(rows)
+
+
+def known(seed, num_examples, transposed=False, with_b=True, rank=None):
+    """A KFAC curvature of {"w": matrix, "bias": vector}, and its dense H of the summed loss, on vec of W (out, in) by rows."""
+    a, b = positive(WIDTH, seed, rank), positive(OUT, seed + 50, rank)
+    diagonal = torch.outer(b.diagonal(), a.diagonal())
+    bias = torch.rand(OUT, generator=torch.Generator().manual_seed(seed)).double()
+    curvature = Curvature.from_dict(
+        {"w": diagonal.T.contiguous() if transposed else diagonal, "bias": bias}, num_examples,
+        factor_a={"w": a}, factor_b={"w": b} if with_b else None,
+    )  # fmt: skip
+    return curvature, num_examples * torch.kron(b if with_b else torch.eye(OUT).double(), a)
+
+
+def models(count, transposed=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (WIDTH, OUT) if transposed else (OUT, WIDTH)
+
+    def draw():
+        return {
+            "w": torch.randn(shape, generator=generator, dtype=torch.float64),
+            "bias": torch.randn(OUT, generator=generator, dtype=torch.float64),
+        }
+
+    base = draw()
+    return base, [{name: base[name] + 0.1 * value for name, value in draw().items()} for _ in range(count)]
+
+
+def dense(taus, alphas, h0, hs):
+    """x of Eq. 12 with full matrices."""
+    h_bar = h0 + sum(a * h for a, h in zip(alphas, hs, strict=True))
+    right = sum(a * (h0 + h) @ t.reshape(-1) for a, h, t in zip(alphas, hs, taus, strict=True))
+    return torch.linalg.solve(h_bar, right)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("base_kind", ["factors", "number", "diagonal"])
+@pytest.mark.parametrize(
+    "alphas", [(1.0,), (0.3,), (1.0, 1.0, 1.0), (0.7, 0.2, 1.3), (1.0, -0.001, 0.5)], ids=str
+)
+def test_merge_is_the_dense_solution(alphas, base_kind, transposed):
+    base, tuned = models(len(alphas), transposed)
+    curvatures, hs = zip(*(known(t, 10 + t, transposed) for t in range(len(alphas))), strict=True)
+    size, delta0 = OUT * WIDTH, 0.01
+    h0 = delta0 * torch.eye(size).double()
+    if base_kind == "number":
+        given, h0 = 0.4, h0 + 0.5 * 0.4 * torch.eye(size)
+    else:
+        given, full = known(99, 30, transposed)
+        if base_kind == "diagonal":
+            given = Curvature.from_dict({name: given.mean(name) for name in given}, 30)
+            full = full.diagonal().diag()
+        h0 = h0 + 0.5 * full
+    tasks = [Task(m, c, a) for m, c, a in zip(tuned, curvatures, alphas, strict=True)]
+    settings = {"base_curvature": given, "base_weight": 0.5, "delta0": delta0}
+    found = merge(base, tasks, method="kronecker", **settings, **EXACT)
+    side = (lambda w: w.T) if transposed else (lambda w: w)
+    taus = [side(model["w"] - base["w"]) for model in tuned]
+    expected = side(base["w"]) + dense(taus, alphas, h0, hs).reshape(OUT, WIDTH)
+    torch.testing.assert_close(side(found["w"]), expected, rtol=1e-9, atol=1e-9)
+    solve = found.report.solves["w"]
+    assert solve["residual"] < 1e-12
+    assert "1 matrices solved in up to" in found.report.summary()
+    diagonal = merge(base, tasks, method="gradient_matching", **settings)
+    torch.testing.assert_close(found["bias"], diagonal["bias"])
+    if alphas not in ((1.0,), (0.3,)):
+        assert float((found["w"] - diagonal["w"]).norm()) > 1e-3  # the diagonal is another merge
+
+
+def test_one_model_at_weight_one_needs_no_iteration():
+    base, tuned = models(1)
+    found = merge(base, [Task(tuned[0], known(0, 10)[0])], method="kronecker", base_curvature=known(9, 30)[0])
+    assert torch.equal(found["w"], tuned[0]["w"])
+    assert found.report.solves["w"]["iterations"] == 0
+
+
+def test_what_no_curvature_sees_is_task_arithmetic():
+    base, tuned = models(2)
+    zero = Curvature.from_dict(
+        {"w": torch.zeros(OUT, WIDTH), "bias": torch.zeros(OUT)}, 10,
+        factor_a={"w": torch.zeros(WIDTH, WIDTH)}, factor_b={"w": torch.zeros(OUT, OUT)},
+    )  # fmt: skip
+    tasks = [Task(model, zero, 0.7) for model in tuned]
+    found = merge(base, tasks, method="kronecker", base_curvature=0.0)
+    plain = merge(base, tasks, method="task_arithmetic")
+    torch.testing.assert_close(found["w"], plain["w"])
+
+
+def test_without_gradients_factors_and_a_base_it_is_regmean():
+    base, tuned = models(3)
+    alphas = (1.0, 0.5, 0.2)
+    curvatures = [known(t, 10 + t, with_b=False)[0] for t in range(3)]
+    tasks = [Task(m, c, a) for m, c, a in zip(tuned, curvatures, alphas, strict=True)]
+    found = merge(base, tasks, method="kronecker", base_curvature=0.0, delta0=0.0, **EXACT)
+    gram = torch.stack([curvature.factor_a("w") * curvature.num_examples for curvature in curvatures])
+    alpha = torch.tensor(alphas, dtype=torch.float64).reshape(3, 1, 1)
+    expected = regmean(torch.stack([model["w"] for model in tuned]), alpha, gram, 1.0, 0.0)
+    torch.testing.assert_close(found["w"], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_linear_regression_with_several_outputs_is_solved_exactly():
+    """Squared error of a linear layer has the curvature X'X (x) I, which factors: the merge is the joint solution."""
+    generator = torch.Generator().manual_seed(0)
+    sets = [
+        (
+            torch.randn(20, WIDTH, generator=generator).double(),
+            torch.randn(20, OUT, generator=generator).double(),
+        )
+        for _ in range(3)
+    ]
+    delta = 0.5  # H0 = delta I: the base is fine-tuned from 0 with weight decay delta
+    base = torch.randn(OUT, WIDTH, generator=generator).double()
+
+    def fit(parts):
+        left = sum((x.T @ x for x, _ in parts), delta * torch.eye(WIDTH).double())
+        right = sum((y.T @ x for x, y in parts), delta * base)
+        return torch.linalg.solve(left, right.T).T
+
+    tasks = []
+    for x, y in sets:
+        a = x.T @ x / 20
+        mean = {"w": a.diagonal().expand(OUT, WIDTH).contiguous()}
+        tasks.append(Task({"w": fit([(x, y)])}, Curvature.from_dict(mean, 20, factor_a={"w": a})))
+    found = merge({"w": base}, tasks, method="kronecker", base_curvature=delta, delta0=0.0, **EXACT)
+    joint = fit(sets)
+    torch.testing.assert_close(found["w"], joint, rtol=1e-9, atol=1e-9)
+    diagonal = merge({"w": base}, tasks, method="gradient_matching", base_curvature=delta, delta0=0.0)
+    assert float((diagonal["w"] - joint).norm()) > 0.01 * float((base - joint).norm())
+
+
+def test_a_single_product_is_solved_at_once():
+    tau = torch.randn(1, OUT, WIDTH, dtype=torch.float64)
+    h = Product(100.0, positive(WIDTH, 0), positive(OUT, 1))
+    found = kronecker(tau, [0.3], Product(diagonal=0.7), [h], tolerance=1e-10)
+    assert found.iterations <= 2
+    assert found.residual < 1e-10
+    w = torch.randn(OUT, WIDTH, dtype=torch.float64)
+    torch.testing.assert_close(Preconditioner([(1.0, h)])(h(w)), w)
+
+
+def test_iterations_that_do_not_suffice_are_told():
+    base, tuned = models(3)
+    tasks = [Task(m, known(t, 10 + t, rank=2)[0]) for t, m in enumerate(tuned)]
+    with pytest.warns(UserWarning, match="did not reach their tolerance in 1 of 1 matrices"):
+        found = merge(base, tasks, method="kronecker", base_curvature=known(9, 30, rank=2)[0], iterations=1)
+    assert found.report.solves["w"]["iterations"] == 1
+    assert found.report.to_dict()["solved"].startswith("1 matrices solved in up to 1 iterations")
+
+
+def test_transforms_come_before_it(tmp_path):
+    base, tuned = models(2)
+    tasks = [Task(m, known(t, 10 + t)[0]) for t, m in enumerate(tuned)]
+    edited = merge(base, [Task(m) for m in tuned[:1]], method="ties", density=0.3)
+    one = merge(
+        base, tasks[:1], method="kronecker", base_curvature=1.0, transforms=[{"ties": {"density": 0.3}}]
+    )
+    torch.testing.assert_close(one["w"], edited["w"])
+    out = merge(base, tasks, method="kronecker", base_curvature=1.0, out=tmp_path / "out")
+    assert "1 matrices solved in" in (out.path / "README.md").read_text()
+
+
+def test_a_network_with_estimated_factors():
+    """Files of `estimate(method="kfac")`: merged by gradient_matching as diagonals, by kronecker with their factors."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3))
+    tuned = [nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3)) for _ in range(2)]
+    data = [(torch.randn(40, 6), torch.randint(0, 3, (40,)))]
+    for model in tuned:
+        model.load_state_dict({k: v + 0.05 * torch.randn_like(v) for k, v in base.state_dict().items()})
+    h0, *h = (estimate(model, data, method="kfac", progress=False) for model in (base, *tuned))
+    tasks = [Task(model, curvature) for model, curvature in zip(tuned, h, strict=True)]
+    found = merge(base, tasks, method="kronecker", base_curvature=h0)
+    assert set(found.report.solves) == {"0.weight", "3.weight"}
+    assert all(solve["residual"] <= 2e-6 for solve in found.report.solves.values())
+    assert found.report.tensors == {"matrix": 2, "merge": 4}
+    diagonal = merge(base, tasks, method="gradient_matching", base_curvature=h0)
+    assert torch.equal(found["2.weight"], diagonal["2.weight"])
+    assert not torch.equal(found["0.weight"], diagonal["0.weight"])
+    means = [Curvature.from_dict(dict(curvature), curvature.num_examples) for curvature in (h0, *h)]
+    plain = [Task(model, mean) for model, mean in zip(tuned, means[1:], strict=True)]
+    expected = merge(base, plain, method="gradient_matching", base_curvature=means[0])
+    assert all(torch.equal(diagonal[name], expected[name]) for name in expected)
+
+
+def test_curvatures_without_factors_are_refused():
+    base, tuned = models(1)
+    mean = Curvature.from_dict({name: torch.ones_like(value) for name, value in base.items()}, 10)
+    with pytest.raises(ValueError, match=r"kronecker needs curvatures with Kronecker factors.*method='kfac'"):
+        merge(base, [Task(tuned[0], mean)], method="kronecker", base_curvature=1.0)
+
+
+def test_factors_of_another_shape_are_refused():
+    base, tuned = models(1)
+    other = Curvature.from_dict(
+        {name: torch.ones_like(value) for name, value in base.items()}, 10, factor_a={"w": torch.eye(4)}, factor_b={"w": torch.eye(5)}
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"factors \[4, 4\] and \[5, 5\] for 'w', whose shape is \[5, 7\]"):
+        merge(base, [Task(tuned[0], other)], method="kronecker", base_curvature=1.0)
+
+
+def test_a_system_that_is_not_positive_is_refused():
+    base, tuned = models(1)
+    with pytest.raises(ValueError, match="is not positive"):
+        merge(
+            base, [Task(tuned[0], known(0, 100)[0], -1.0)], method="kronecker", base_curvature=known(1, 10)[0]
+        )
