@@ -43,7 +43,7 @@ int values_of_step(void) { return STEP; }
 
 static int64_t size_of(int kind) { return kind == F32 ? 4 : 2; }
 
-static int finite(uint32_t bits) { return (bits & 0x7f800000u) != 0x7f800000u; }
+static int is_finite(uint32_t bits) { return (bits & 0x7f800000u) != 0x7f800000u; }
 
 /* n <= CHUNK values from place `at` on, as float32, in `held` or where they are; NULL where the file ends. */
 static const float *values(const source *from, ptrdiff_t at, ptrdiff_t n, ptrdiff_t count, float *held) {
@@ -63,8 +63,12 @@ static const float *values(const source *from, ptrdiff_t at, ptrdiff_t n, ptrdif
         uint32_t *wide = (uint32_t *)held;
         for (ptrdiff_t i = 0; i < n; i++) wide[i] = (uint32_t)bits[i] << 16;
     } else {
+#ifdef __FLT16_MAX__
         const _Float16 *half = (const _Float16 *)place;
         for (ptrdiff_t i = 0; i < n; i++) held[i] = half[i];
+#else /* a compiler without the type: torch does it */
+        return NULL;
+#endif
     }
     return held;
 }
@@ -90,24 +94,28 @@ static void store(target *to, const float *merged, const float *theta0, ptrdiff_
     float rounded[CHUNK];
     int bad = 0;
     if (to->kind == F32) {
-        for (ptrdiff_t i = 0; i < n; i++) bad |= !finite(bits[i]);
+        for (ptrdiff_t i = 0; i < n; i++) bad |= !is_finite(bits[i]);
         memcpy((float *)to->data + at, merged, n * sizeof(float));
     } else if (to->kind == BF16) {
         uint16_t *out = (uint16_t *)to->data + at;
         uint32_t *wide = (uint32_t *)rounded;
         for (ptrdiff_t i = 0; i < n; i++) {
             const uint32_t nearest = bits[i] + 0x7fff + (bits[i] >> 16 & 1);
-            bad |= !finite(bits[i]) | !finite(nearest);
+            bad |= !is_finite(bits[i]) | !is_finite(nearest);
             wide[i] = nearest & 0xffff0000u;
             out[i] = nearest >> 16;
         }
     } else {
+#ifdef __FLT16_MAX__
         _Float16 *out = (_Float16 *)to->data + at;
         for (ptrdiff_t i = 0; i < n; i++) {
             out[i] = (_Float16)merged[i];
             rounded[i] = out[i];
         }
-        for (ptrdiff_t i = 0; i < n; i++) bad |= !finite(bits[i]) | !finite(((uint32_t *)rounded)[i]);
+        for (ptrdiff_t i = 0; i < n; i++) bad |= !is_finite(bits[i]) | !is_finite(((uint32_t *)rounded)[i]);
+#else
+        bad = 1;
+#endif
     }
     to->bad |= bad;
     if (to->kind != F32 && theta0 && (to->first + at) / to->block % to->every == 0) {

@@ -44,14 +44,18 @@ def describe(made: Plan, out: str | os.PathLike[str] | None = None) -> Iterator[
 
 
 def peak_bytes(made: Plan) -> int:
-    """Anonymous memory of the engine: buffers of the workers, for pieces or, where a rule needs them, whole tensors."""
+    """Anonymous memory of the engine: buffers of the workers, for pieces or, where a rule needs them, whole tensors and factors."""
     workers = min(4, os.cpu_count() or 1)
-    largest = BLOCK_BYTES
+    largest, solving = BLOCK_BYTES, 0
     for step in made.steps:
         whole = step.whole or any(TRANSFORMS[name].span(options) == "tensor" for name, options in step.edits)
         largest = max(largest, step.spec.numel * 4 if whole else 0)
+        if step.action == "matrix":
+            solving = max(
+                solving, 4 * step.bytes_read
+            )  # everything in double precision, and as much made of it
     buffers = 8 + 3 * len(made.inputs.tasks)
-    return workers * largest * buffers
+    return workers * (largest * buffers + solving)
 
 
 def _settings(step: Step) -> str:

@@ -18,22 +18,28 @@ NEUTRAL = {
     "breadcrumbs": {"density": 1.0}, "breadcrumbs_ties": {"density": 1.0},
     "slerp": {"t": 0.3},
     "greedy_soup": {"score": lambda state: 0.0},
+    "kronecker": {"tolerance": 1e-13, "iterations": 1000},
 }  # fmt: skip
-SKIPPED_AT_NEUTRAL = set(NEUTRAL)
 INVARIANTS = ("single", "equal", "zero", "order")
 
 
-def gram_curvature(model, seed, num_examples, transposed=()):
-    """A curvature that holds second moments of every matrix's inputs."""
+def second_moments(width, generator):
+    x = torch.randn(20, width, generator=generator, dtype=torch.float64)
+    return x.T @ x / 20
+
+
+def gram_curvature(model, seed, num_examples, transposed=(), kfac=False):
+    """A curvature that holds second moments of every matrix's inputs; with kfac, of the gradients at its outputs too."""
     generator = torch.Generator().manual_seed(seed)
-    factors = {}
+    factors, outputs = {}, {}
     for name, value in model.items():
         if value.dim() >= 2:
             width = value.shape[0] if name in transposed else value[0].numel()
-            x = torch.randn(20, width, generator=generator, dtype=torch.float64)
-            factors[name] = x.T @ x / 20
+            factors[name] = second_moments(width, generator)
+            if kfac:
+                outputs[name] = second_moments(len(value), generator)
     mean = {name: torch.ones_like(value) for name, value in model.items()}
-    return Curvature.from_dict(mean, num_examples, factor_a=factors)
+    return Curvature.from_dict(mean, num_examples, factor_a=factors, factor_b=outputs)
 
 
 def arguments(method, count=3):
@@ -41,6 +47,9 @@ def arguments(method, count=3):
     base, base_curvature, models, curvatures = problem(count)
     if method == "regmean":
         curvatures = [gram_curvature(m, seed, 10) for seed, m in enumerate(models)]
+    if method == "kronecker":
+        curvatures = [gram_curvature(m, seed, 10, kfac=True) for seed, m in enumerate(models)]
+        base_curvature = gram_curvature(base, 99, 50, kfac=True)
     options = dict(NEUTRAL.get(method, {}))
     if "base_curvature" in RULES[method].needs:
         options["base_curvature"] = base_curvature
