@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from estimators.fingerprint import Sample, sample_file, sample_tensor
 from estimators.tensorfile import TensorFile
 from gradmatch.inputs.stores import FileStore, MemoryStore, Spec, Store, read
 from gradmatch.names import nearest
+from gradmatch.plan.settings import FIRST
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,7 +130,7 @@ def open_checkpoint(
     if folder.is_file():
         return _from_file(folder, allow_pickle)
     if not folder.is_dir():
-        folder = _from_hub(str(path))
+        folder = from_hub(str(path))
     if (folder / "adapter_config.json").is_file():
         from gradmatch.inputs.adapters import open_adapter
 
@@ -150,6 +151,11 @@ def _in_memory(model: Any) -> Checkpoint:
         raise TypeError(f"a model is a path, a hub id, a state dict or a module, not {type(model).__name__}")
     module = model
     store = MemoryStore(module.state_dict(), type(module).__name__)
+    if any(".lora_" in name or name.startswith("base_model.model.") for name in store):
+        raise ValueError(
+            f"{type(module).__name__} has adapters beside its weights: pass the folder that its save_pretrained writes, or the model "
+            "that its merge_and_unload() returns"
+        )
     owned: Any = getattr(module, "config", None)
     config = owned.to_dict() if hasattr(owned, "to_dict") else None
     return Checkpoint(store, config=config, aliases=store.aliases, module=module)
@@ -203,7 +209,9 @@ def _from_folder(path: Path, allow_pickle: bool) -> Checkpoint:
             )
         opened = _from_file(pickles[0], allow_pickle)
         return Checkpoint(opened.store, path=path, config=config, aliases=opened.aliases)
-    return Checkpoint(FileStore(files), path=path, config=config, aliases=_stored_aliases(files))
+    checkpoint = Checkpoint(FileStore(files), path=path, config=config, aliases=_stored_aliases(files))
+    checkpoint.aliases |= _tied_copy(checkpoint)
+    return checkpoint
 
 
 def indexed_files(path: Path, index: str = INDEX) -> list[TensorFile]:
@@ -245,8 +253,29 @@ def _stored_aliases(files: list[TensorFile]) -> dict[str, str]:
     return {key: value for key, value in pairs if value in names and key not in names}
 
 
-def _from_hub(name: str) -> Path:
-    """The local snapshot of a hub repository.
+def _tied_copy(checkpoint: Checkpoint) -> dict[str, str]:
+    """An lm_head that a folder stores beside the embedding which its config ties it to: equal values under two names."""
+    config = checkpoint.config or {}
+    heads = [name for name in checkpoint.store if name.endswith("lm_head.weight")]
+    if not config.get("tie_word_embeddings", bool(config)):
+        return {}
+    tied: dict[str, str] = {}
+    for head in heads:
+        sample, spec = checkpoint.sample(head), checkpoint.spec(head)
+        held = [
+            name
+            for name in checkpoint.store
+            if name != head
+            and FIRST.search(name)
+            and checkpoint.spec(name) == spec
+            and checkpoint.sample(name) == sample
+        ]
+        tied |= {head: held[0]} if held else {}
+    return tied
+
+
+def from_hub(name: str, patterns: Sequence[str] = WANTED) -> Path:
+    """The local snapshot of a hub repository, of the files that match `patterns`.
 
     Raises:
         FileNotFoundError: neither a path nor a repository that can be reached.
@@ -259,7 +288,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(WANTED)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # the library's errors share no base class across versions
         raise FileNotFoundError(
             f"no file or folder {name}{hint}, and no hub repository of that name could be fetched ({type(error).__name__}: {error})"

@@ -38,6 +38,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         description="Merge fine-tuned networks by their uncertainty, find out why a merge failed, remove what a model should not know.",
         epilog=EPILOG,
     )
+    parser.add_argument("--version", action=_Version)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     called = next((word for word in argv if word in COMMANDS), None)
@@ -49,6 +50,19 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         if name == called:
             import_module(module).add_arguments(sub)
     return parser
+
+
+class _Version(argparse.Action):
+    """`--version`, looked up when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="show the version")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"gradmatch {version('gradmatch')}")
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

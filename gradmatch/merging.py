@@ -294,8 +294,9 @@ def subtract(
     Raises:
         ValueError: as `merge`; also another method, a weight below 0, or a task with another tokenizer than the base.
     """
+    from gradmatch.plan.request import REMOVALS
     from gradmatch.removal.problem import check_tokenizers
-    from gradmatch.subtraction import REMOVALS, largest_alpha, scaled
+    from gradmatch.subtraction import largest_alpha, scaled
 
     tasks = [task] if isinstance(task, Task) else list(task)
     if method not in REMOVALS:

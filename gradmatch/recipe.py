@@ -102,6 +102,7 @@ SETTINGS: dict[str, Any] = {  # name -> (kind, default)
 Recipe: type[Sources] = create_model("Recipe", __base__=Sources, **SETTINGS)
 
 
+NEEDED = "a recipe needs `base: MODEL` and `tasks:`, a list of models or of {model: ..., curvature: ..., weight: ...}"
 OPTIONS = frozenset(
     option for known in (RULES, TRANSFORMS) for one in known.values() for option in one.options
 )
@@ -129,11 +130,17 @@ def load_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
+        IsADirectoryError: a folder.
         ValueError: not YAML, an unknown key (the nearest is named), a missing one, or a value of another kind.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"{path} is a folder, a recipe is a YAML file; models go with flags: --base MODEL --task MODEL"
+        )
     if not path.is_file():
-        raise FileNotFoundError(f"no recipe {path}")
+        beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"no recipe {path}{nearest(path.name, beside)}")
     content = load_yaml(path.read_bytes(), str(path))
     if not isinstance(content, Mapping):
         found = "nothing" if content is None else f"a {type(content).__name__}"
@@ -142,6 +149,10 @@ def load_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         from gradmatch.mergekit.translation import translate
 
         return translate(dict(content), path.parent, str(path))
+    if "experts" in content:
+        raise ValueError(
+            f"{path} describes a mixture of experts (mergekit-moe); merges alone are made here, from `method:` or `merge_method:`"
+        )
     return parse_recipe(content, path.parent, str(path))
 
 
@@ -166,8 +177,12 @@ def parse_recipe(content: Mapping[str, Any], folder: Path, where: str) -> dict[s
                     )
                     continue
                 lines.append(f"unknown key {key!r}{nearest(last, known)}; known are {', '.join(known)}")
+            elif problem["type"] == "missing":
+                lines.append(f"{key} is missing; {NEEDED}")
+            elif key == "tasks":
+                lines.append(f"tasks is {problem['input']!r}; {NEEDED}")
             else:
-                lines.append(f"{key}: {problem['msg']}")
+                lines.append(f"{key} is {problem['input']!r}: {problem['msg']}")
         raise ValueError(f"{where}: " + "; ".join(lines)) from None
 
 

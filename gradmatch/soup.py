@@ -46,7 +46,9 @@ def greedy_soup(
     from gradmatch.inputs.opened import task_names
 
     if score is None:
-        raise ValueError("greedy_soup needs score=..., a function of a state dict (larger is better)")
+        raise ValueError(
+            "greedy_soup needs score=..., a function of a state dict (larger is better), so it is called from Python"
+        )
     if not callable(score):
         raise TypeError(f"score must be a function of a state dict, not {type(score).__name__}")
     if not tasks:

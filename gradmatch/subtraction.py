@@ -13,7 +13,6 @@ from gradmatch.plan.request import Request
 from gradmatch.plan.settings import numbers, times
 from gradmatch.task import Task
 
-REMOVALS = ("removal", "negation", "ewr", "fisher_negation")
 SHARES = (0.001, 0.01, 0.1)
 BINS = 65_536  # by the upper 16 bits of a float32: bins 0.8 % wide
 

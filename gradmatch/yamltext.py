@@ -13,7 +13,22 @@ FLOAT = re.compile(
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2's floats."""
+    """PyYAML's safe loader with YAML 1.2's floats, which refuses a key given twice (PyYAML takes the last)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A table.
+
+        Raises:
+            yaml.constructor.ConstructorError: a key twice.
+        """
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
@@ -23,9 +38,14 @@ def load_yaml(text: str | bytes, where: str) -> Any:
     """The content of a YAML text; `where` names it in errors.
 
     Raises:
-        ValueError: no YAML, or no UTF-8.
+        ValueError: no YAML, a key given twice, several documents, or no UTF-8.
     """
     try:
-        return yaml.load(text, Loader)
+        documents = list(yaml.load_all(text, Loader))
+        if len(documents) > 1:
+            raise ValueError(
+                f"{where} holds {len(documents)} YAML documents (---), as recipes for mergekit-multi do; put each into a file of its own"
+            )
+        return documents[0] if documents else None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} is not YAML: {error}") from error

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradmatch.plan.request import REMOVALS
 from gradmatch.rules.removal import GUARDS
-from gradmatch.subtraction import REMOVALS
 
 if TYPE_CHECKING:
     from gradmatch.diagnosis.objective import Objective

@@ -201,8 +201,17 @@ def load(args: argparse.Namespace, task: str) -> tuple[Any, Any, str]:
     """Model (float32, on its device), tokenizer and task.
 
     Raises:
-        ValueError: an architecture that is neither a classifier nor a causal language model.
+        ValueError: a file, or an architecture that is neither a classifier nor a causal language model.
+        FileNotFoundError: neither a folder nor a hub repository.
     """
+    if Path(args.model).is_file():
+        raise ValueError(
+            f"{args.model} is a file; name the folder that save_pretrained wrote, with config and tokenizer"
+        )
+    if not Path(args.model).expanduser().is_dir():
+        from gradmatch.checkpoint import from_hub
+
+        from_hub(args.model, ("config.json",))  # says at once what transformers says after a minute
     import torch
     from transformers import (
         AutoConfig,

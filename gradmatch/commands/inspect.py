@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from estimators.curvature import MEAN
 from estimators.tensorfile import TensorFile
+from gradmatch.plan.printed import readable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,13 +26,18 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(content, indent=2))
         return 0
     print(f"{content['kind']} {args.path}")
+    errors = json.loads(content["info"].pop("relative_errors", "{}"))
     for key, value in content["info"].items():
         print(f"  {key}: {value}")
+    if errors:
+        print("  +-: relative error of a block's sum")
     width = max((len(name) for name in content["tensors"]), default=0)
     for name, (dtype, shape) in content["tensors"].items():
-        print(f"{name:<{width}}  {dtype:<5} {shape}")
+        error = errors.get(name.removeprefix(MEAN), None)
+        known = "" if error is None else f"  +- {100 * error:.2g} %"
+        print(f"{name:<{width}}  {dtype:<5} {shape!s:<16}{known}".rstrip())
     print(
-        f"{len(content['tensors'])} tensors, {content['parameters']:,} values, {content['bytes'] / 1e6:,.1f} MB"
+        f"{len(content['tensors'])} tensors, {content['parameters']:,} values, {readable(content['bytes'])}"
     )
     return 0
 

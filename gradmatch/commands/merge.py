@@ -26,6 +26,19 @@ examples:
 """
 
 
+MEANINGS = {  # of the policies, for --help
+    "missing": "tensors that a task lacks or has beyond the base: refuse, or go by the base",
+    "missing_curvature": "parameters without curvature: refuse, or take it as flat",
+    "heads": "heads that differ: refuse, the base's, or the base's with each task's saved beside",
+    "embeddings": "vocabularies that differ: refuse, the common tokens, or all of them",
+    "batchnorm": "BatchNorm statistics that differ: refuse, the base's, their mean, or measured anew",
+    "precision": "of the arithmetic; auto: float32, float64 where an input is",
+    "rounding": "to the output's dtype",
+    "verify": "of the written folder: its files, or also a reload by transformers",
+    "form": "whole weights, or merged - base in float32",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `gradmatch merge`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -57,7 +70,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="of the output: float32, bfloat16, ... (default: the base's)")
     for policy, choices in POLICIES.items():
         parser.add_argument(
-            f"--{policy.replace('_', '-')}", choices=choices, default=None, help=f"(default: {choices[0]})"
+            f"--{policy.replace('_', '-')}",
+            choices=choices,
+            default=None,
+            help=f"{MEANINGS[policy]} (default: {choices[0]})",
         )
     parser.add_argument("--seed", type=int, help="of random transforms and stochastic rounding (default 0)")
     parser.add_argument("--shard-bytes", type=int, help="largest size of an output file (default 5e9)")

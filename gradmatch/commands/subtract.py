@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from gradmatch.commands.merge import add_model_arguments, make_plan, overrides, print_plan
+from gradmatch.plan.request import REMOVALS
 from gradmatch.rules.removal import GUARDS
-from gradmatch.subtraction import REMOVALS, scaled
+from gradmatch.subtraction import scaled
 
 EXAMPLES = """
 examples:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -15,9 +14,10 @@ from estimators.curvature import GRADIENT, MEAN, Curvature
 from gradmatch.checkpoint import Checkpoint, open_checkpoint
 from gradmatch.inputs.curvatures import CurvatureStore, Factors, checked_aliases, open_curvature
 from gradmatch.inputs.stores import Spec, Store
-from gradmatch.plan.request import resolve_options
+from gradmatch.plan.request import REMOVALS, resolve_options
 from gradmatch.plan.settings import Setting
 from gradmatch.task import Task
+from gradmatch.warning import warn
 
 if TYPE_CHECKING:
     from gradmatch.plan.request import Request
@@ -133,7 +133,7 @@ class Inputs:
         weights = [task.weight for task in self.tasks]
         if request.method in ("averaging", "greedy_soup") and any(weight != weights[0] for weight in weights):
             notes.append(f"{request.method} ignores the weights {weights}; 'weighted' uses them")
-            warnings.warn(notes[-1], stacklevel=4)
+            warn(notes[-1])
         unnamed = [task.name for task in self.tasks if UNNAMED.fullmatch(task.name)]
         random = any("seed" in own for _, own in resolve_options(request)[1])
         if random and len(unnamed) > 1:
@@ -141,13 +141,13 @@ class Inputs:
                 "random draws follow the names of tasks, and these have none of their own, so their order matters: "
                 f"{', '.join(unnamed)}; pass Task(..., name=...)"
             )
-            warnings.warn(notes[-1], stacklevel=4)
+            warn(notes[-1])
         if request.method == "measured":
             notes.append(
                 "the measured gradient divided elementwise by a diagonal curvature explodes on networks (it is exact on "
                 "quadratics with full curvature): compare with gradient_matching, or solve in the subspace of the task vectors"
             )
-            warnings.warn(notes[-1], stacklevel=4)
+            warn(notes[-1])
 
 
 def open_inputs(
@@ -277,9 +277,10 @@ def _base_curvature(
     if "base_curvature" not in request.rule.needs:
         return None, None
     if given is None:
+        instead = "negation" if request.method in REMOVALS else "fisher"
         raise ValueError(
             f"{request.method} needs the base's curvature; pass base_curvature=... (`gradmatch estimate` on the base makes one), "
-            "or a number such as base_curvature=1.0 for an isotropic one, or use method='fisher', which needs none"
+            f"or a number such as base_curvature=1.0 for an isotropic one, or use method={instead!r}, which needs none"
         )
     if isinstance(given, Real):  # numpy's too
         given = float(given)

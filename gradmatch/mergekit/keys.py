@@ -10,7 +10,7 @@ from gradmatch.plan.kinds import leaves
 
 KEYS = (
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
-    "chat_template", "name",
+    "chat_template", "name", "random_seed",
 )  # fmt: skip
 METHODS = (
     "linear", "slerp", "nuslerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear",
@@ -38,7 +38,7 @@ def check_keys(content: Mapping[str, Any], where: str) -> str:
 
     Raises:
         ValueError: an unknown or missing key, method or parameter (the nearest is named), a value that is no list, table or
-            layer range where one belongs, or `rescale: false`, which we do not have.
+            layer range where one belongs, or DELLA with `rescale: false`, which we do not have.
     """
     _known(content, KEYS, "key", where)
     method = str(content["merge_method"])
@@ -93,9 +93,9 @@ def _check_parameters(entry: Mapping[str, Any], method: str, where: str) -> None
         tables = [one for one in setting if isinstance(one, Mapping)] if isinstance(setting, list) else []
         if any("value" not in one for one in tables):
             raise ValueError(f"{where}: {name} has a filter without a value: {setting!r}")
-    if method in RANDOM and parameters.get("rescale") is False:
+    if method.startswith("della") and parameters.get("rescale") is False:
         raise ValueError(
-            f"{where}: rescale: false is not supported; what stays is divided by its probability, so leave it out"
+            f"{where}: {method} with rescale: false is not supported; what stays is divided by its probability, so leave it out"
         )
 
 

@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gradmatch.checkpoint import Checkpoint, open_checkpoint
 from gradmatch.inputs.slices import Slice, stack
 from gradmatch.mergekit.keys import RANDOM, check_keys
 from gradmatch.plan.settings import numbers, times
 from gradmatch.recipe import locate
-from gradmatch.task import Task
+from gradmatch.task import Model, Task
 
 NORMALIZED = ("ties", "della")  # the methods where they normalise by default
 DEFAULTS = {"density": 1.0, "epsilon": 0.15, "gamma": 0.01}  # theirs, where none is given
@@ -34,7 +35,9 @@ def translate(content: dict[str, Any], folder: Path, where: str) -> dict[str, An
     """
     method = check_keys(content, where)
     entries, base = (_from_models if "models" in content else _from_slices)(content, folder, where)
-    settings = _tokenizer(content, where)
+    settings = _tokenizer(content, base, where)
+    if "random_seed" in content:
+        settings["seed"] = content["random_seed"]
     dtype = content.get("out_dtype") or content.get("dtype")
     if dtype:
         settings["dtype"] = str(dtype)
@@ -50,11 +53,11 @@ def _from_models(
 ) -> tuple[list[Entry], tuple[str, Any] | None]:
     """Whole models."""
     entries = [
-        (_name(e["model"]), locate(_name(e["model"]), folder), e.get("parameters") or {})
+        (_name(e["model"]), _model(_name(e["model"]), folder), e.get("parameters") or {})
         for e in content["models"]
     ]
     base = content.get("base_model")
-    return entries, None if base is None else (_name(base), locate(_name(base), folder))
+    return entries, None if base is None else (_name(base), _model(_name(base), folder))
 
 
 def _from_slices(
@@ -77,7 +80,7 @@ def _from_slices(
             )
         for position, source in enumerate(entry["sources"]):
             first, last = source["layer_range"]
-            stacks[position].append(Slice(locate(_name(source["model"]), folder), int(first), int(last)))
+            stacks[position].append(Slice(_model(_name(source["model"]), folder), int(first), int(last)))
             names[position].append(_name(source["model"]))
             parameters = {**(entry.get("parameters") or {}), **(source.get("parameters") or {})}
             if parameters and len(slices) > 1:
@@ -97,7 +100,7 @@ def _from_slices(
         return entries, None
     match = next((entry for entry in entries if entry[0] == _name(base)), None)
     if match is None:
-        layers = [Slice(locate(_name(base), folder), one.first, one.last) for one in stacks[0]]
+        layers = [Slice(_model(_name(base), folder), one.first, one.last) for one in stacks[0]]
         return entries, (_name(base), stack(layers))
     return entries, (match[0], match[1])
 
@@ -135,23 +138,33 @@ def _or_default(value: Any, default: Any, slices: int) -> Any:
 
 
 def _name(model: Any) -> str:
-    """A model reference: text, or their {"model": {"path": ...}} form; adapters as "base+lora" are refused.
+    """A model reference as text; their other form is {"model": {"path": ...}, "lora": {"path": ...}}.
 
     Raises:
         ValueError: a reference that is not understood.
     """
     if isinstance(model, Mapping):
+        adapter = model.get("lora")
         model = model.get("path", model.get("model"))
         model = model.get("path") if isinstance(model, Mapping) else model
+        if adapter:
+            return f"{_name(model)}+{_name(adapter)}"
     if not isinstance(model, str):
         raise ValueError(f"a model is a path or a hub id, not {model!r}")
-    if "+" in model:
-        raise ValueError(f"{model!r}: name the adapter's folder alone; it is expanded on the base_model")
     return model
 
 
-def _tokenizer(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Their tokenizer_source as our policy."""
+def _model(name: str, folder: Path) -> Model | Checkpoint:
+    """What a reference stands for: a folder or hub id, or for "model+adapter" the adapter expanded on that model."""
+    whole = locate(name, folder)
+    model, plus, adapter = name.partition("+")
+    if not plus or Path(whole).exists():
+        return whole
+    return open_checkpoint(locate(adapter, folder), base=open_checkpoint(locate(model, folder)))
+
+
+def _tokenizer(content: Mapping[str, Any], base: tuple[str, Any] | None, where: str) -> dict[str, Any]:
+    """Their tokenizer_source as our policy; a model is understood where it is the base."""
     if content.get("chat_template"):
         raise ValueError(
             f"{where}: chat_template is not supported; put the template into the output's tokenizer yourself"
@@ -162,11 +175,15 @@ def _tokenizer(content: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}: of `tokenizer` only `source` is supported, not {sorted(set(tokenizer) - {'source'})}"
         )
     source = content.get("tokenizer_source") or tokenizer.get("source")
-    if source in (None, "base"):
+    if isinstance(source, Mapping):
+        source = _name(source)
+    if source in (None, "base", base[0] if base else "base"):
         return {}
     if source == "union":
         return {"embeddings": "union"}
-    raise ValueError(f"{where}: tokenizer source {source!r} is not supported; use base or union")
+    raise ValueError(
+        f"{where}: tokenizer source {source!r} is not supported; use base, union or the base_model"
+    )
 
 
 def _method(
@@ -254,7 +271,8 @@ def _editing(
         replace(task, options=_own_options(taken.get(kind, ()), entry, value))
         for task, entry in zip(tasks, others, strict=True)
     ]
-    transforms: list[dict[str, Any]] = [{kind: {}}] if kind in taken else []
+    own = {"rescale": "none"} if kind == "dare" and shared.get("rescale") is False else {}
+    transforms: list[dict[str, Any]] = [{kind: own}] if kind in taken else []
     if kind == "ties":
         transforms = [{"ties": {"trim": "tensor", "normalize": normalize}}]
     elif method in ("dare_ties", "della", "breadcrumbs_ties"):
@@ -262,7 +280,7 @@ def _editing(
     elif normalize:
         options["normalize"] = True
     notes = []
-    if method in RANDOM:
+    if method in RANDOM and not own:
         notes.append(
             f"{method}: what stays is divided by its probability (unbiased, as published); mergekit restores the tensor's L1 norm"
         )

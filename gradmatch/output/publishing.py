@@ -45,6 +45,24 @@ def beside(out: Path) -> tuple[Path, Path, Path]:
     )
 
 
+def check_parent(out: Path) -> None:
+    """Refuse an output whose folder cannot be made or written in.
+
+    Raises:
+        NotADirectoryError: it would lie in a file.
+        PermissionError: nothing may be written there.
+    """
+    parent = next(path for path in out.parents if path.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(
+            f"{parent} is a file, so the output {out} cannot lie in it; choose another folder"
+        )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"nothing may be written in {parent}, where the output {out} would lie; choose another folder"
+        )
+
+
 def check_absent(out: Path, overwrite: bool) -> None:
     """Refuse to touch what is there and is no merge of ours.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from gradmatch.warning import warn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,9 +89,9 @@ class Report:
         lines = [f"{self.method}: {self.formula}"]
         lines.append(", ".join(f"{count} tensors: {action}" for action, count in self.tensors.items()))
         shares = {
-            "the floor delta0 decides": self.floor_share,
-            "clamped by the guard": self.clamped_share,
-            "in sign conflict": self.sign_conflict_share,
+            "have less curvature than the floor delta0, which decides there": self.floor_share,
+            "are clamped by the guard": self.clamped_share,
+            "are in sign conflict": self.sign_conflict_share,
         }
         lines += [
             f"{100 * share:.2f} % of the weights {what}"
@@ -172,4 +173,4 @@ def _judge(report: Report, plan: Plan) -> None:
         )
     for text in said:
         report.notes.append(text)
-        warnings.warn(text, stacklevel=4)
+        warn(text)

@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING
 from gradmatch.inputs.sources import check_apart
 from gradmatch.output.delta import difference
 from gradmatch.output.layout import Layout, carry_along
-from gradmatch.output.publishing import beside, check_absent, lock, place, recover, replace_folder, sync
+from gradmatch.output.publishing import (
+    beside,
+    check_absent,
+    check_parent,
+    lock,
+    place,
+    recover,
+    replace_folder,
+    sync,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +57,7 @@ class FolderSink:
     Raises:
         ValueError: `out` lies on an input.
         FileExistsError: `out` is there and holds something, or what stands there is no merge.
+        NotADirectoryError, PermissionError: `out` would lie in a file, or where nothing may be written.
         BlockingIOError: another process is writing it.
         OSError: no space for the whole output; nothing is left behind.
     """
@@ -55,6 +65,7 @@ class FolderSink:
     def __init__(self, out: Path, plan: Plan, identity: str, *, overwrite: bool = False) -> None:
         self.out, self.plan = place(out), plan
         check_apart(self.out, plan.inputs)  # before anything is created
+        check_parent(self.out)
         self.folder, self._journal_path, _ = beside(self.out)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self._journal = os.fdopen(lock(self.out), "r+b")
@@ -240,6 +251,7 @@ class FolderSink:
 def check_output(out: str | os.PathLike[str], plan: Plan, overwrite: bool) -> None:
     """All that `FolderSink` refuses before it begins, for a dry run; errors as there."""
     check_apart(place(out), plan.inputs)
+    check_parent(place(out))
     check_absent(place(out), overwrite)
 
 

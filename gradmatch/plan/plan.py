@@ -6,7 +6,6 @@ Everything that headers, configs and options can reveal as wrong is an error her
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,8 @@ from gradmatch.plan.policies import (
 from gradmatch.plan.request import Edits, Request, resolve_options
 from gradmatch.plan.settings import Depth, value_at
 from gradmatch.rules.linear import weight_sum
-from gradmatch.transforms import check_options
+from gradmatch.transforms import check_options, given_or_widest
+from gradmatch.warning import warn
 
 if TYPE_CHECKING:
     from gradmatch.inputs.opened import Inputs
@@ -184,7 +184,7 @@ def plan(inputs: Inputs, request: Request) -> Plan:
     result.notes += request.notes
     for note in idle_patterns(base, inputs.tasks, request, rule_options, chain):
         result.notes.append(note)
-        warnings.warn(note, stacklevel=3)
+        warn(note)
     inputs.describe(result.notes, request)
     return result
 
@@ -221,6 +221,8 @@ def _edit_options(
         values = tuple(value_at(task.options.get(key, shared), name, depth, key) for task in tasks)
         own = key in PER_TASK and any(key in task.options for task in tasks)
         found[key] = values if own else values[0]
+    if "epsilon" in found:
+        found["epsilon"] = given_or_widest(found["epsilon"], found["density"])
     return found
 
 

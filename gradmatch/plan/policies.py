@@ -92,7 +92,7 @@ def head_prefixes(base: Checkpoint, tasks: Sequence[OpenTask], request: Request)
                 where = list(base.spec(name).shape) if name in base else "absent"
                 raise ValueError(
                     f"head {name!r} differs: {where} in the base, {found} in the tasks; choose heads='keep-per-task' "
-                    "(saved beside the trunk) or heads='base'"
+                    "(saved beside the trunk) or heads='base'; if it is no head, these are models of different architectures"
                 )
         return []
     trunk = [name for name in names if layer_of(name) is not None or FIRST.search(name)]

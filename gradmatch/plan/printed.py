@@ -33,14 +33,14 @@ def describe(made: Plan, out: str | os.PathLike[str] | None = None) -> Iterator[
     yield from made.notes
     yield from (f"dropped: {name}" for name in made.dropped)
     yield (
-        f"reads {_size(made.bytes_read)}, writes {_size(made.bytes_written)}, "
-        f"peak memory about {_size(peak_bytes(made))} beside the interpreter and torch"
+        f"reads {readable(made.bytes_read)}, writes {readable(made.bytes_written)}, "
+        f"peak memory about {readable(peak_bytes(made))} beside the interpreter and torch"
     )
     if out is not None:
         parent = next(folder for folder in Path(out).resolve().parents if folder.exists())
         free = shutil.disk_usage(parent).free
         verdict = "enough" if free > made.bytes_written else "NOT ENOUGH"
-        yield f"free on the disk of {out}: {_size(free)}: {verdict}"
+        yield f"free on the disk of {out}: {readable(free)}: {verdict}"
 
 
 def peak_bytes(made: Plan) -> int:
@@ -68,7 +68,7 @@ def _settings(step: Step) -> str:
 def _action(step: Step, usual: str) -> str:
     """One tensor's line; its settings where they are not the usual ones."""
     dtypes = step.spec.dtype if step.spec.dtype == step.compute else f"{step.compute} -> {step.spec.dtype}"
-    text = f"{step.action:<7} {dtypes:<12} {list(step.spec.shape)!s:<16} {_size(step.bytes_read):>9}"
+    text = f"{step.action:<7} {dtypes:<12} {list(step.spec.shape)!s:<16} {readable(step.bytes_read):>9}"
     if step.action in ("merge", "matrix"):
         alpha = ", ".join(f"{weight:g}" for weight in step.alpha)
         text += f"  alpha [{alpha}]"
@@ -76,7 +76,7 @@ def _action(step: Step, usual: str) -> str:
     return f"{text}  {step.why}".rstrip()
 
 
-def _size(count: float) -> str:
+def readable(count: float) -> str:
     """Bytes in readable units."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:

@@ -17,6 +17,7 @@ from gradmatch.transforms import TRANSFORMS, check_options
 
 Edits = tuple[tuple[str, Mapping[str, Any]], ...]
 DTYPES = ("float64", "float32", "float16", "bfloat16")  # of an output; eight bits would cut large weights off
+REMOVALS = ("removal", "negation", "ewr", "fisher_negation")  # what takes a task away
 POLICIES: dict[str, tuple[str, ...]] = {
     "missing": ("error", "base"),
     "missing_curvature": ("error", "zero"),
@@ -40,7 +41,7 @@ class Request:
         delta0: floor added to it, in nats per squared unit of weight.
         options: of the rule and its transforms.
         transforms: edits of the task vectors before the rule, by name or as {name: options}.
-        dtype: of the output ("float32", "bfloat16", ...); None: the base's own, tensor by tensor.
+        dtype: of the output ("bfloat16", torch.bfloat16, ...); None: the base's own, tensor by tensor.
         seed: of random transforms and stochastic rounding.
         head_names: patterns of tensors that count as heads, beside those that differ.
         missing, missing_curvature, heads, embeddings, batchnorm, precision, rounding, verify: see POLICIES.
@@ -53,7 +54,7 @@ class Request:
     base_weight: float = 1.0
     delta0: float = 1e-6
     options: Mapping[str, Any] = field(default_factory=dict)
-    transforms: Sequence[str | Mapping[str, Mapping[str, Any]]] = ()
+    transforms: str | Sequence[str | Mapping[str, Mapping[str, Any]]] = ()
     dtype: str | None = None
     seed: int = 0
     head_names: Sequence[str] = ()
@@ -92,6 +93,10 @@ class Request:
         """
         for name in ("options", "delta0", "base_weight"):
             object.__setattr__(self, name, plain(getattr(self, name)))
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        if isinstance(self.transforms, str):
+            object.__setattr__(self, "transforms", (self.transforms,))
         if self.method not in RULES:
             raise ValueError(
                 f"unknown method {self.method!r}{nearest(self.method, RULES)}; known are {', '.join(RULES)}"
@@ -182,6 +187,8 @@ def resolve_options(request: Request) -> tuple[dict[str, Any], Edits]:
             if key in transform.options and key not in rule.options
         }
         defaults = {key: request.seed if key == "seed" else value for key, value in transform.options.items()}
+        if "epsilon" in defaults:
+            defaults["epsilon"] = None  # its default goes by the density: `given_or_widest`
         if name == "ties" and dropped:
             defaults["density"] = 1.0
             flat.pop("density", None)

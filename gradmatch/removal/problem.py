@@ -15,8 +15,9 @@ import torch
 from estimators.curvature import Curvature
 from gradmatch.checkpoint import open_checkpoint
 from gradmatch.names import nearest
+from gradmatch.plan.request import REMOVALS
 from gradmatch.rules.removal import GUARDS, ewr, fisher_negation, removal
-from gradmatch.subtraction import REMOVALS, largest_alpha
+from gradmatch.subtraction import largest_alpha
 from gradmatch.task import Task
 
 if TYPE_CHECKING:

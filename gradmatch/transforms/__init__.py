@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.names import nearest
 from gradmatch.plan.kinds import check_kind
 from gradmatch.plan.settings import numbers
 from gradmatch.transforms.breadcrumbs import breadcrumbs
 from gradmatch.transforms.dare import dare
-from gradmatch.transforms.della import della
+from gradmatch.transforms.della import della, widest
 from gradmatch.transforms.ties import kept_count, ties
 
 if TYPE_CHECKING:
@@ -109,6 +110,17 @@ TRANSFORMS: dict[str, Transform] = {
 }
 
 
+def given_or_widest(epsilon: Any, density: Any) -> Any:
+    """DELLA's epsilon, filled in where it was not given; a tuple, one value a task, where epsilon or density is one."""
+    if not isinstance(epsilon, tuple) and not isinstance(density, tuple):
+        return widest(density) if epsilon is None else epsilon
+    count = len(epsilon if isinstance(epsilon, tuple) else density)
+    pairs = zip(
+        *(one if isinstance(one, tuple) else (one,) * count for one in (epsilon, density)), strict=True
+    )
+    return tuple(widest(share) if width is None else width for width, share in pairs)
+
+
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Refuse values that no edit of this kind can take; `name` is the transform.
 
@@ -117,8 +129,15 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
             or an unknown choice.
         TypeError: a value of another kind than the default.
     """
+    choices = {"trim": ("global", "tensor"), "rescale": ("unbiased", "l1", "none")}
+    for option, allowed in choices.items():
+        if option in options and options[option] not in allowed:
+            raise ValueError(
+                f"{name}: {option} is {options[option]!r}{nearest(options[option], allowed)}; choose one of {', '.join(allowed)}"
+            )
     for option, value in options.items():
-        check_kind(f"{name}: {option}", value, TRANSFORMS[name].options[option])
+        if option != "epsilon" or value is not None:  # None: as the density allows
+            check_kind(f"{name}: {option}", value, TRANSFORMS[name].options[option])
     for density in numbers(options["density"]):
         if not 0 < density <= 1:
             raise ValueError(f"{name}: density is {density}; it is the share kept and must lie in (0, 1]")
@@ -133,7 +152,3 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name}: gamma is {gamma}; it is the share of outliers dropped and must lie in [0, 1)"
             )
-    choices = {"trim": ("global", "tensor"), "rescale": ("unbiased", "l1")}
-    for option, allowed in choices.items():
-        if option in options and options[option] not in allowed:
-            raise ValueError(f"{name}: {option} is {options[option]!r}; choose one of {list(allowed)}")

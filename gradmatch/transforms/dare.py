@@ -12,11 +12,13 @@ def dare(tau: Tensor, noise: Tensor, density: Tensor | float, rescale: str = "un
     """DARE (Yu et al. 2024): keep each entry with probability `density`, divide what stays by it.
 
     tau: (T, *s); noise: (T, *s), uniform in [0, 1); density: a number or (T, 1, ..., 1). Returns (T, *s), whose expectation is tau. rescale="l1" instead
-    restores each tensor's sum of |tau|, which follows the draw and is biased on small tensors.
+    restores each tensor's sum of |tau|, which follows the draw and is biased on small tensors; "none" leaves what stays as it is.
     """
     kept = tau * (noise < density)
     if rescale == "unbiased":
         return kept / density
+    if rescale == "none":
+        return kept
     return kept * l1_ratio(tau, kept)
 
 

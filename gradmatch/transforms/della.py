@@ -8,18 +8,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def widest(density: float) -> float:
+    """The default epsilon, 0.1, or what a density leaves room for, so that every probability lies in (0, 1]."""
+    return min(0.1, density, 2 * (1 - density))
+
+
 def keep_probability(tau: Tensor, density: Tensor | float, epsilon: Tensor | float) -> Tensor:
     """MAGPRUNE (Deep et al. 2024): within a row of n entries, density - epsilon/2 for the smallest |tau| to density + epsilon/2.
 
     tau: (T, *s), rows along the last axis. Returns (T, *s). The steps between neighbours in rank are equal and the mean
-    over a row is `density`; a row of length one has probability `density`.
+    over a row is `density`; a row of length one has probability `density`. At density 1 everything stays.
     """
     rows = (
         tau.abs() if tau.dim() > 1 else tau.abs().unsqueeze(-1)
     )  # a tensor without axes is a row of length one
     n = rows.shape[-1]
     rank = rows.argsort(dim=-1).argsort(dim=-1).to(tau.dtype).reshape(tau.shape)  # 0 for the smallest
-    return density + epsilon * ((rank + 0.5) / n - 0.5)
+    return density + epsilon * (density < 1) * ((rank + 0.5) / n - 0.5)
 
 
 def della(tau: Tensor, noise: Tensor, density: Tensor | float, epsilon: Tensor | float) -> Tensor:

@@ -219,3 +219,10 @@ def test_trained_single_tokens_are_refused_by_name(tmp_path):
     )
     with pytest.raises(ValueError, match=r"trains single tokens \('base_model.*trainable_tokens_delta'\)"):
         open_checkpoint(tmp_path / "adapter0", base=open_checkpoint(tmp_path / "base"))
+
+
+def test_a_module_with_adapters_is_refused_by_what_it_is():
+    tuned = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"PeftModel has adapters beside its weights: pass the folder"):
+        merge(llama(), [Task(tuned)], method="averaging")
+    assert merge(llama(), [Task(tuned.merge_and_unload())], method="averaging")

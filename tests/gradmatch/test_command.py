@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,23 @@ def test_inspect(files, capsys):
     assert main(["inspect", str(files / "one" / "model.safetensors")]) == 0
 
 
+def test_inspect_shows_each_blocks_error(tmp_path, capsys):
+    info = {"relative_errors": json.dumps({"w": 0.123})}
+    Curvature.from_dict({"w": torch.ones(2, 3), "b": torch.ones(2)}, 4, info).save(tmp_path / "c.safetensors")
+    assert main(["inspect", str(tmp_path / "c.safetensors")]) == 0
+    printed = capsys.readouterr().out
+    assert "relative_errors" not in printed
+    assert re.search(r"mean/w +F32 +\[2, 3\] +\+- 12 %", printed)
+    assert printed.endswith("2 tensors, 8 values, 32 B\n")
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith("gradmatch 0.")
+
+
 def test_inspect_of_a_merged_folder_says_how_it_was_made(files, tmp_path, capsys):
     main(["merge", str(recipe(files)), str(tmp_path / "out"), "--quiet"])
     main(["inspect", str(tmp_path / "out")])
@@ -303,14 +321,16 @@ def test_debug_shows_the_traceback():
 RECIPES = [
     ({"metod": "ties"}, r"unknown key 'metod' \(did you mean 'method'\?\)"),
     ({"tasks": [{"model": "one", "wieght": 1}]}, r"unknown key 'tasks.0.wieght' \(did you mean 'weight'\?\)"),
-    ({"tasks": []}, "tasks: List should have at least 1 item"),
+    ({"tasks": []}, r"tasks is \[\]; a recipe needs `base: MODEL` and `tasks:`, a list"),
+    ({"tasks": "one"}, r"tasks is 'one'; a recipe needs"),
+    ({"tasks": [{"curvature": "one"}]}, r"tasks.0.model is missing; a recipe needs"),
     (
         {"density": 0.3},
         r"'density' is an option of the method or a transform: write options: \{density: \.\.\.\}",
     ),
     ({"tasks": [{"model": "one", "density": 0.3}]}, r"'tasks.0.density' is an option of the method"),
-    ({"tasks": [3]}, "tasks.0: "),
-    ({"delta0": "much"}, "delta0: "),
+    ({"tasks": [3]}, "tasks.0 is 3: "),
+    ({"delta0": "much"}, "delta0 is 'much': "),
     ({"options": {"method": "ties"}}, "'method' is no option of a method but a key"),
     ({"options": {"tasks": 3}}, "'tasks' is no option"),
     ({"options": {"overwrite": True}}, "'overwrite' is no option"),
@@ -333,6 +353,19 @@ def test_recipes_that_are_no_tables(tmp_path):
     (tmp_path / "a.yaml").write_text("")
     with pytest.raises(ValueError, match="holds nothing, a recipe is a table"):
         load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("base: a\ntasks: [b]\nbase: c\n")
+    with pytest.raises(ValueError, match="the key 'base' is given twice"):
+        load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("base: a\n---\nbase: c\n")
+    with pytest.raises(ValueError, match=r"a.yaml holds 2 YAML documents"):
+        load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("base_model: a\nexperts: []\n")
+    with pytest.raises(ValueError, match="describes a mixture of experts"):
+        load_recipe(tmp_path / "a.yaml")
+    with pytest.raises(FileNotFoundError, match=r"no recipe .*a.yml \(did you mean 'a.yaml'\?\)"):
+        load_recipe(tmp_path / "a.yml")
+    with pytest.raises(IsADirectoryError, match="is a folder, a recipe is a YAML file"):
+        load_recipe(tmp_path)
 
 
 def test_a_task_may_be_a_path_alone_and_its_weight_is_checked_by_the_plan(files):

@@ -30,6 +30,16 @@ def reviews(tmp_path):
     return path
 
 
+def test_a_model_that_is_not_there_is_said_at_once(tmp_path, reviews, capsys):
+    save_classifier(tmp_path / "model")
+    for name, text in (
+        ("modl", "(did you mean 'model'?)"),
+        ("model/config.json", "is a file; name the folder"),
+    ):
+        assert run(tmp_path / name, "--data", reviews, "-o", tmp_path / "c.safetensors") == 2
+        assert text in capsys.readouterr().err
+
+
 def run(*words):
     return main(["estimate", *map(str, words)])
 

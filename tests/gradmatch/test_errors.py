@@ -25,7 +25,7 @@ REQUESTS = [  # keyword arguments of merge(BASE, PLAIN, ...), and what the error
     ({"method": "ties", "density": 0.0}, r"density is 0.0; it is the share kept and must lie in \(0, 1\]"),
     ({"method": "ties", "density": 1.5}, r"density is 1.5"),
     ({"method": "ties", "density": {"*mlp*": 2.0, "*": 0.1}}, r"density is 2.0"),
-    ({"method": "ties", "trim": "globl"}, r"trim is 'globl'; choose one of \['global', 'tensor'\]"),
+    ({"method": "ties", "trim": "globl"}, r"trim is 'globl' \(did you mean 'global'\?\); choose one of global, tensor"),
     ({"method": "dare", "rescale": "l2"}, r"rescale is 'l2'"),
     ({"method": "della", "density": 0.9, "epsilon": 0.4}, r"density 0.9 with epsilon 0.4 gives probabilities from 0.7 to 1.1"),
     ({"method": "breadcrumbs", "gamma": 1.0}, r"gamma is 1.0"),
@@ -58,7 +58,7 @@ KINDS = [  # options of another kind than their default's
     ({"method": "task_arithmetic", "normalize": "no"}, TypeError, r"normalize is 'no'; it must be true or false"),
     ({"method": "removal", "keep": "0.1", "base_curvature": 1.0}, TypeError, r"keep is '0.1'"),
     ({"method": "ties", "density": True}, TypeError, r"ties: density is True; it must be a number"),
-    ({"method": "ties", "trim": 1}, TypeError, r"trim is 1; it must be text"),
+    ({"method": "ties", "trim": 1}, ValueError, r"trim is 1; choose one of global, tensor"),
     ({"method": "dare", "seed": 1.7}, ValueError, r"seed is 1.7, it must be a whole number"),
     ({"method": "dare", "shard_bytes": "5"}, TypeError, r"shard_bytes is '5'"),
     ({"method": "della", "epsilon": math.nan}, ValueError, r"epsilon is nan, it must be a finite number"),
@@ -481,3 +481,10 @@ def test_copied_values_that_another_dtype_cannot_hold():
     base, model = {"w": torch.ones(2), "old": torch.tensor([1e38, 1.0])}, {"w": torch.zeros(2)}
     with pytest.raises(ValueError, match=r"old: values reach 1e\+38, beyond what torch.float16 holds"):
         merge(base, [Task(model)], method="averaging", missing="base", dtype="float16")
+
+
+@pytest.mark.parametrize(("method", "instead"), [("gradient_matching", "fisher"), ("removal", "negation")])
+def test_a_missing_base_curvature_names_a_method_of_the_same_purpose(method, instead):
+    base, _, models, curvatures = problem(1)
+    with pytest.raises(ValueError, match=rf"base_curvature=1.0 .*, or use method='{instead}'"):
+        merge(base, [Task(models[0], curvatures[0])], method=method)

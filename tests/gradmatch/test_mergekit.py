@@ -171,7 +171,7 @@ ERRORS = [
     ({"merge_method": "ties", "models": [{"model": "a", "parameters": 3}]}, "parameters is 3; it must be a table"),
     ({"merge_method": "ties", "models": [{"model": "a"}], "parameters": {"weight": [{"filter": 3, "value": 1}]}}, "weight: the filter 3 is no text"),
     ({"merge_method": "ties", "models": [{"model": "a"}], "parameters": {"weight": [{"filter": "mlp"}]}}, "weight has a filter without a value"),
-    ({"merge_method": "dare_ties", "models": [{"model": "a"}], "parameters": {"rescale": False}}, "rescale: false is not supported"),
+    ({"merge_method": "della", "models": [{"model": "a"}], "parameters": {"rescale": False}}, "della with rescale: false is not supported"),
     ({"merge_method": "ties", "models": [{"model": "a"}]}, "ties needs a base_model"),
     ({"merge_method": "slerp", "models": [{"model": "a"}, {"model": "b"}]}, "slerp takes two models, one of them the base_model"),
     ({"merge_method": "nuslerp", "models": [{"model": "a"}]}, "nuslerp takes two models beside the base, got 1"),
@@ -180,7 +180,6 @@ ERRORS = [
 
     ({"merge_method": "passthrough", "models": [{"model": "a"}, {"model": "b"}]}, "passthrough takes one source a slice, got 2"),
     ({"merge_method": "linear", "models": [{"model": 3}]}, "a model is a path or a hub id, not 3"),
-    ({"merge_method": "linear", "models": [{"model": "a+b"}]}, "name the adapter's folder alone"),
     ({"merge_method": "linear", "models": [{"model": "a"}], "chat_template": "x"}, "chat_template is not supported"),
     ({"merge_method": "linear", "models": [{"model": "a"}], "tokenizer": {"source": "base", "tokens": {}}}, r"only `source` is supported, not \['tokens'\]"),
     ({"merge_method": "linear", "models": [{"model": "a"}], "tokenizer_source": "b"}, "tokenizer source 'b' is not supported"),
@@ -203,6 +202,47 @@ def test_a_gradient_over_one_slice_among_several_is_refused(models, tmp_path):
             tmp_path,
             "r",
         )
+
+
+def test_a_seed_and_an_adapter_as_recipes_of_the_wild_have_them(models, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    tuned = get_peft_model(
+        LlamaForCausalLM.from_pretrained(models / "m0"),
+        LoraConfig(target_modules=["q_proj"], init_lora_weights=False),
+    )
+    tuned.save_pretrained(tmp_path / "adapter")
+    lora = {"model": {"path": str(models / "m0")}, "lora": {"path": "adapter"}}
+    found = []
+    for model in (f"{models / 'm0'}+adapter", lora):
+        content = {"merge_method": "linear", "models": [{"model": model}], "random_seed": 7}
+        arguments = translate(content, tmp_path, "r")
+        assert arguments["seed"] == 7
+        found.append(merge(**arguments))
+    expected = tuned.merge_and_unload().state_dict()
+    assert all(torch.equal(one[name], expected[name]) for one in found for name in expected)
+
+
+def test_dare_without_rescaling(models):
+    content = {
+        "merge_method": "dare_linear",
+        "base_model": str(models / "base"),
+        "models": [{"model": str(models / "m0"), "parameters": {"density": 0.5}}],
+        "parameters": {"rescale": False},
+    }
+    found = merge(**translate(content, models, "r"))
+    base, tuned = open_checkpoint(models / "base"), open_checkpoint(models / "m0")
+    for name in base:
+        assert torch.all(
+            (found[name] - base[name]).abs().le(1e-7) | (found[name] - tuned[name]).abs().le(1e-7)
+        )
+
+
+def test_the_base_model_as_tokenizer_source(tmp_path):
+    content = {"merge_method": "task_arithmetic", "base_model": "b", "models": [{"model": "a"}]}
+    for tokenizer in ({"tokenizer_source": "b"}, {"tokenizer": {"source": {"model": "b"}}}):
+        assert "embeddings" not in translate(content | tokenizer, tmp_path, "r")
 
 
 def test_tokenizer_source_union_is_our_policy(tmp_path):

@@ -609,6 +609,38 @@ def test_an_untied_copy_of_tied_embeddings_is_left_out(gpt2, tmp_path):
     assert "lm_head.weight left out: tied to a tensor of the base" in merged.report.notes[0]
 
 
+def test_a_base_that_stores_tied_embeddings_twice_is_tied(gpt2, tmp_path):
+    one = perturbed(gpt2, 1)
+    known = Curvature.from_dict({name: torch.rand_like(value) for name, value in one.named_parameters()}, 5)
+    one.save_pretrained(tmp_path / "one")
+    gpt2.save_pretrained(tmp_path / "base")
+    twice = {name: value.clone() for name, value in gpt2.state_dict().items()}
+    save_file(twice, tmp_path / "base" / "model.safetensors")
+    for task in (tmp_path / "one", one):
+        merged = merge(tmp_path / "base", [Task(task, known)], base_curvature=1.0)
+        assert set(merged) == set(twice)
+        torch.testing.assert_close(merged["lm_head.weight"], one.state_dict()["lm_head.weight"])
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    assert not open_checkpoint(tmp_path / "base").aliases
+
+
+def test_a_warning_names_the_line_that_called():
+    base, _, models, _ = problem(2)
+    tasks = [Task(models[0], weight=1.0), Task(models[1], weight=2.0)]
+    with pytest.warns(UserWarning, match="averaging ignores the weights") as found:
+        merge(base, tasks, method="averaging")
+    assert found[0].filename == __file__
+
+
+def test_the_output_dtype_may_be_torchs():
+    base, _, models, _ = problem(1)
+    assert {
+        value.dtype
+        for value in merge(base, tasks_of(models), method="averaging", dtype=torch.bfloat16).values()
+    } == {torch.bfloat16}
+
+
 def test_progress_counts_all_bytes(capsys):
     base, _, models, _ = problem(1)
     merge(base, tasks_of(models), method="averaging", progress=True)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from estimators import Curvature
 from gradmatch import Task, merge
 from gradmatch.merging import prepare
-from gradmatch.output.writer import FolderSink
+from gradmatch.output.writer import FolderSink, check_output
 
 
 @pytest.fixture
@@ -170,3 +170,16 @@ def test_a_damaged_line_ends_the_journal(models, tmp_path):
     again.finish(made.steps[1], {})
     again.close()
     assert json.loads(journal.read_bytes().splitlines()[-1])["tensor"] == made.steps[1].name
+
+
+def test_an_output_that_cannot_lie_there_is_found_in_the_dry_run_too(models, tmp_path, monkeypatch):
+    made = prepare(models / "base", [Task(models / "one")], method="averaging")
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file" / "out", tmp_path / "file" / "deeper" / "out"):
+        for attempt in (lambda out=out: to(out, models), lambda out=out: check_output(out, made, False)):
+            with pytest.raises(NotADirectoryError, match=r"file is a file, so the output .*out cannot lie"):
+                attempt()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(PermissionError, match=r"nothing may be written in .*, where the output .* would lie"):
+        to(tmp_path / "out", models)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "models"]

@@ -15,7 +15,7 @@ from gradmatch.merging import prepare
 from gradmatch.rules import gradient_matching, removal
 from gradmatch.transforms import breadcrumbs, dare, della
 from gradmatch.transforms import ties as readable_ties
-from gradmatch.transforms.della import keep_probability
+from gradmatch.transforms.della import keep_probability, widest
 from gradmatch.transforms.ties import elect, kept_count, share, trim
 from tests.gradmatch.cases import problem, state, tuned
 
@@ -90,7 +90,6 @@ def test_normalize_of_a_method_with_ties_is_that_of_ties(method, normalize):
     weights = (0.5, 2.0, 0.25)
     tasks = [Task(m, weight=w) for m, w in zip(models, weights, strict=True)]
     options = {} if normalize is None else {"normalize": normalize}
-    options |= {"epsilon": 0.0} if method == "della" else {}
     options |= {"gamma": 0.0} if method == "breadcrumbs_ties" else {}
     found = merge(base, tasks, method=method, density=1.0, **options)
     taus = [{name: m[name] - base[name] for name in base} for m in models]
@@ -113,6 +112,47 @@ def test_a_trim_that_drops_nothing_takes_no_pass(method, monkeypatch):
     base, _, models, _ = problem(2)
     monkeypatch.setattr(search, "select", lambda *_: pytest.fail("a pass over the model for no threshold"))
     assert set(merge(base, [Task(m) for m in models], method=method)) == set(base)
+
+
+@pytest.mark.parametrize("density", [0.01, 0.05, 0.5, 0.97, 1.0])
+def test_dellas_own_epsilon_fits_every_density(density):
+    probability = keep_probability(torch.arange(1.0, 8.0)[None], density, widest(density))
+    assert 0 < probability.min() <= probability.max() <= 1
+    assert torch.isclose(probability.mean(), torch.tensor(density))
+    base, _, models, _ = problem(2)
+    tasks = [Task(model, name=str(n)) for n, model in enumerate(models)]
+    assert set(merge(base, tasks, method="della", density=density)) == set(base)
+
+
+def test_della_drops_nothing_at_density_one_whatever_its_epsilon():
+    base, _, (model,), _ = problem(1)
+    for options in ({}, {"epsilon": 0.2}):
+        found = merge(base, [Task(model)], method="della_linear", density=1.0, **options)
+        assert all(torch.allclose(found[name], model[name], atol=1e-12) for name in base)
+
+
+def test_dellas_epsilon_of_tasks_with_densities_of_their_own():
+    base, _, models, _ = problem(2)
+    tasks = [
+        Task(models[0], name="a", options={"density": 0.98}),
+        Task(models[1], name="b", options={"epsilon": 0.2}),
+    ]
+    made = prepare(base, tasks, method="della_linear", density=0.5)
+    assert made.steps[0].edits[0][1]["epsilon"] == (pytest.approx(0.04), 0.2)
+
+
+def test_one_transform_needs_no_list():
+    base, _, models, _ = problem(2)
+    one = merge(base, [Task(m) for m in models], method="task_arithmetic", transforms="ties", density=0.4)
+    other = merge(base, [Task(m) for m in models], method="task_arithmetic", transforms=["ties"], density=0.4)
+    assert all(torch.equal(one[name], other[name]) for name in base)
+
+
+def test_dare_can_leave_what_stays_as_it_is():
+    base, _, (model,), _ = problem(1)
+    found = merge(base, [Task(model)], method="dare", density=0.5, rescale="none")
+    for name in base:
+        assert ((found[name] == base[name]) | torch.isclose(found[name], model[name])).all()
 
 
 def test_della_ranks_within_a_model_however_small_the_tensor():
