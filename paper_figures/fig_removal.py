@@ -42,6 +42,9 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_removal") -> 
                 if alpha:
                     axes.annotate(f"{alpha:g}", (x, y), (3, 3), textcoords="offset points", fontsize=6)
         plain_log(axes.xaxis)
+        if quantity == "perplexity_remove":
+            plain_log(axes.yaxis)
+            axes.axline((1, 1), (10, 10), color="#999999", linewidth=0.8, linestyle="--")  # nothing selective
         axes.set_xlabel("perplexity of text to keep")
         axes.set_ylabel(_title(quantity, str(points[0]["metrics"]["scorer"])))
     panels[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
