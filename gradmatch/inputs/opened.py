@@ -82,8 +82,8 @@ class Inputs:
             if store is None or key is None:
                 if request.missing_curvature == "error":
                     raise ValueError(
-                        f"the curvature of {owner} has no block for {name!r} (a buffer, or a parameter frozen while it was "
-                        "estimated); pass missing_curvature='zero' to treat it as flat there"
+                        f"the curvature of {owner} has no block for {name!r} (a buffer, a parameter frozen while it was "
+                        "estimated, or a second copy of a tied one); pass missing_curvature='zero' to treat it as flat there"
                     )
                 continue
             found = store.spec(key)
