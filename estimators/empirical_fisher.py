@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from estimators.batches import Batch
-from estimators.fisher import finish, start
+from estimators.fisher import accumulators, finish, start
 from estimators.problem import Problem
 from estimators.sinks import SquareSink
 
@@ -13,6 +13,7 @@ __all__ = ["finish", "start", "step"]
 def step(problem: Problem, batch: Batch) -> None:
     """Add one batch: squares and, where wanted, the sum of the same per-example gradients."""
     reading = problem.read(batch)
+    accumulators(problem)
     problem.label_kind = "true labels"
     sink = SquareSink(problem.sums, problem.space, spread=problem.standard_error, gradient=problem.gradient)
     problem.listening.backward(problem.known_likelihood.true(reading), sink)

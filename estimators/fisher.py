@@ -28,7 +28,11 @@ from estimators.sinks import (
 
 
 def start(problem: Problem) -> None:
-    """Make the accumulators."""
+    """Nothing yet: the accumulators come with the first batch, so that they and the plan never need memory together."""
+
+
+def accumulators(problem: Problem) -> None:
+    """Make them, unless they are there."""
     zeros(problem.parameters, DIAGONAL, problem.sums)
     if problem.standard_error:
         zeros(problem.parameters, SPREAD, problem.sums)
@@ -45,6 +49,7 @@ def step(problem: Problem, batch: Batch, limit: int | None = None) -> None:
         limit: the exact expectation is preferred up to so many columns; as many as draws were asked for by default.
     """
     reading = problem.read(batch)
+    accumulators(problem)
     sink = None
     for _, last, seed in seeds(problem, reading, batch, problem.samples if limit is None else limit):
         sink = sink or make_sink(problem)

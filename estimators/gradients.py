@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from estimators import kernel
-from estimators.products import Workspace, add_square_of_product, product
+from estimators.products import Workspace, add_product, add_square_of_product
 
 PAIRS_UP_TO = 3  # positions; above, forming each gradient is cheaper than all pairs of positions (measured)
 SMALL_BYTES = 2 * 2**20  # up to here, the gradients of all examples at once are the quickest
@@ -114,9 +114,9 @@ def add_squared_products(
 ) -> None:
     """(l r')^2 = l^2 (r^2)': with one position an example, the squares are one product of squares. (B, O), (B, I)."""
     left, right = left * left, right * right
-    squares.add_(product(left.t(), right.t(), space))
+    add_product(left.t(), right.t(), squares, space)
     if fourths is not None:
-        fourths.add_(product(left.square_().t(), right.square_().t(), space))
+        add_product(left.square_().t(), right.square_().t(), fourths, space)
 
 
 def add_pairs(left: Tensor, right: Tensor, squares: Tensor) -> None:

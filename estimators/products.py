@@ -54,10 +54,23 @@ def _multiplies(operator: Any) -> bool:
     return isinstance(found, Tensor) and found.shape == (4, 5) and torch.allclose(found, left @ right.t())
 
 
+def add_product(left: Tensor, right: Tensor, sums: Tensor, space: Workspace) -> None:
+    """sums += left right'. (O, T), (I, T), (O, I)."""
+    if _for_onednn(left) is None:
+        sums.addmm_(left, right.t())
+    else:
+        sums.add_(product(left, right, space))
+
+
+def _for_onednn(left: Tensor) -> Any:
+    """The operator for products of this tensor, or None."""
+    return _onednn() if left.dtype == torch.float32 and left.device.type == "cpu" else None
+
+
 def product(left: Tensor, right: Tensor, space: Workspace) -> Tensor:
     """left right', (O, T) and (I, T) of any strides -> (O, I), valid until the next call."""
-    linear = _onednn()
-    if linear is not None and left.dtype == torch.float32 and left.device.type == "cpu":
+    linear = _for_onednn(left)
+    if linear is not None:
         found: Tensor = linear(left, right, None, "none", [], "")
         return found
     return torch.mm(left, right.t(), out=space.take(left.shape[0], right.shape[0], left))

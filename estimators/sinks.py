@@ -22,8 +22,9 @@ DIAGONAL, SPREAD, GRADIENT = "diagonal/", "spread/", "gradient/"
 def zeros(parameters: Mapping[str, Tensor], prefix: str, sums: Sums) -> None:
     """Add accumulators of at least single precision for every parameter, unless they are there already."""
     for name, value in parameters.items():
-        kind = torch.float64 if value.dtype == torch.float64 else torch.float32
-        sums.setdefault(prefix + name, torch.zeros(value.shape, dtype=kind, device=value.device))
+        if prefix + name not in sums:
+            kind = torch.float64 if value.dtype == torch.float64 else torch.float32
+            sums[prefix + name] = torch.zeros(value.shape, dtype=kind, device=value.device)
 
 
 class SquareSink:
