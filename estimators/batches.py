@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -80,7 +81,7 @@ class Batch:
 class BatchReader:
     """Turns what an iterator yields into `Batch`es for one model.
 
-    Accepted: a mapping of tensors (HF style), `(inputs, targets)`, `(input, input, ..., targets)`, `(inputs,)`, or a
+    Accepted: a mapping of tensors or numpy arrays (HF style), `(inputs, targets)`, `(input, input, ..., targets)`, `(inputs,)`, or a
     bare tensor. `inputs` may itself be a mapping or a tuple.
     """
 
@@ -179,6 +180,8 @@ class BatchReader:
         return parameter is not None and parameter.default is inspect.Parameter.empty
 
     def _move(self, value: Any) -> Any:
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            value = torch.from_numpy(value)
         return value.detach().to(self.device) if isinstance(value, Tensor) else value
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from estimators import distributed, empirical_fisher, fisher, ggn, gram, hessian, kfac
@@ -94,7 +95,7 @@ def estimate(
     Raises:
         ValueError: options, batches or labels that make no sense, a model that mixes examples or has no trainable
             parameter; the message names the place.
-        TypeError: a batch, likelihood or num_examples of a wrong type.
+        TypeError: a batch, likelihood or num_examples of a wrong type, or a model that is itself compiled by torch.jit.
     """
     check_options(method, samples, reduction, tolerance, labels, num_examples, seed)
     if isinstance(batches, (Tensor, Mapping)) or (
@@ -107,6 +108,11 @@ def estimate(
     choose("backend", backend, ("engine", "backpack"))
     check_diagonal(method, standard_error=standard_error, gradient=gradient, tolerance=tolerance is not None)
     model = distributed.unwrap(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "the model is compiled by torch.jit, which takes no hooks: give the nn.Module that it was made from, or one that "
+            "calls it (the whole of it then takes the slower general path)"
+        )
     problem = Problem(
         model, trainable_parameters(model), make_likelihood(likelihood), samples, seed, standard_error, gradient,
         reduction, labels, kfac_form,

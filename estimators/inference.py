@@ -120,6 +120,11 @@ def _by_shape(logits: Tensor, labels: Tensor | None) -> Likelihood:
                     'all targets are 0.0 or 1.0 and are read as numbers (likelihood="regression"); for yes/no labels pass '
                     'likelihood="bernoulli"'
                 )
+            elif bool((labels >= 0).all()) and bool(((labels.sum(-1) - 1).abs() < 1e-3).all()):
+                log.warning(
+                    'all targets sum to 1 and are read as numbers (likelihood="regression"); for probabilities of classes pass '
+                    'likelihood="classification"'
+                )
             return Gaussian()
     elif logits.dim() > 3 and list(labels.shape) == [
         shape[0],

@@ -19,7 +19,7 @@ def from_laplace(laplace: Any, model: nn.Module | None = None) -> Curvature:
         model: whose parameter names to use; the fitted model's own by default.
 
     Raises:
-        ValueError: not fitted, not diagonal, or of another size than the model's trainable parameters.
+        ValueError: not fitted, not diagonal, of another size than the model's trainable parameters, or zero everywhere.
     """
     count = int(getattr(laplace, "n_data", 0))
     if count < 1:
@@ -38,6 +38,11 @@ def from_laplace(laplace: Any, model: nn.Module | None = None) -> Curvature:
     if flat.numel() != expected:
         raise ValueError(
             f"the Laplace approximation has {flat.numel()} numbers, the model {expected} trainable weights"
+        )
+    if not bool(flat.any()):
+        raise ValueError(
+            "the Laplace approximation has a curvature of exactly zero everywhere. laplace-torch 0.3 fits that for the last layer with "
+            "CurvlinopsEF, whose gradients do not reach it: fit with CurvlinopsGGN, or estimate the empirical Fisher here"
         )
     pieces = flat.split([value.numel() for value in parameters.values()])
     mean = {

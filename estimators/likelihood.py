@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from estimators.batches import Batch
 from estimators.randomness import draw_index
@@ -46,7 +47,7 @@ class Reading:
     Attributes:
         output: the tensor of the model's graph that seeds differentiate.
         view: the same values as (B, T, C): T predictions of C numbers for each example.
-        labels: (B, T) classes or (B, T, C) values, or None.
+        labels: (B, T) classes or (B, T, C) values (probabilities of classes, numbers), or None.
         valid: (B, T) bool, the predictions that count, or None for all.
         batch: where it came from, for messages.
     """
@@ -119,6 +120,8 @@ class Categorical:
                 'zero; pass likelihood="bernoulli" for a yes/no logit or "regression" for a number'
             )
         labels = batch.labels
+        if self.name == "classification" and labels is not None and labels.is_floating_point():
+            return Reading(logits, view, self._soft(labels, logits, batch).reshape(view.shape), None, batch)
         if self.name == "causal_lm" and labels is None:
             labels = batch.ids
         if self.name in ("masked_lm", "seq2seq") and labels is None:
@@ -150,11 +153,13 @@ class Categorical:
         return Reading(logits, view, labels, valid, batch)
 
     def true(self, reading: Reading) -> Seed:
-        """d/df [-log softmax(f)_y] = p - onehot(y).
+        """d/df [-log softmax(f)_y] = p - onehot(y); p - y for labels that are probabilities.
 
         Raises:
             ValueError: no labels, or one that is no class.
         """
+        if reading.labels is not None and reading.labels.is_floating_point():
+            return self._finish(reading, _probabilities(reading) - reading.labels)
         return self._seed(reading, _probabilities(reading), self._classes(reading))
 
     def sampled(self, reading: Reading, uniforms: Uniforms) -> Seed:
@@ -190,10 +195,27 @@ class Categorical:
 
     def log_prob(self, reading: Reading) -> Tensor:
         """sum_t log softmax(f_t)_{y_t} over the predictions that count, (B,)."""
-        classes = self._classes(reading)
         logits = reading.output.movedim(self.class_dim, -1).reshape(reading.view.shape)
+        if reading.labels is not None and reading.labels.is_floating_point():
+            return (torch.log_softmax(wide(logits), -1) * reading.labels).sum((1, 2))
+        classes = self._classes(reading)
         chosen = torch.log_softmax(wide(logits), -1).gather(-1, classes.clamp(min=0)[..., None])[..., 0]
         return (chosen if reading.valid is None else chosen.masked_fill(~reading.valid, 0)).sum(1)
+
+    def _soft(self, labels: Tensor, logits: Tensor, batch: Batch) -> Tensor:
+        """Labels that are probabilities of the classes, with the classes last."""
+        if labels.shape != logits.shape:
+            raise ValueError(
+                f"batch {batch.index}: {self.name} with logits {list(logits.shape)} needs whole-number labels, or probabilities in "
+                f"the logits' shape; got {labels.dtype} of shape {list(labels.shape)}"
+            )
+        soft = wide(labels).movedim(self.class_dim, -1)
+        if bool((soft < 0).any()) or bool(((soft.sum(-1) - 1).abs() > 1e-2).any()):
+            raise ValueError(
+                f"batch {batch.index}: labels that are probabilities must be at least 0 and sum to 1 over the classes; for independent "
+                'yes/no labels pass likelihood="bernoulli", for numbers "regression"'
+            )
+        return soft
 
     def _classes(self, reading: Reading) -> Tensor:
         labels, classes = reading.labels, reading.view.shape[2]
@@ -237,6 +259,11 @@ def checked_logits(output: Any, batch: Batch) -> Tensor:
         raise ValueError(
             f"batch {batch.index} has {batch.size} examples but the model returned logits of shape {list(logits.shape)}; "
             "the first dimension must be the example"
+            + (
+                ", and a single number is a loss, not a prediction: return the logits beside it"
+                if logits.dim() == 0
+                else ""
+            )
         )
     values = logits.detach()
     if not bool(torch.isfinite(values.sum())):  # minus infinity is legitimate: a class that is ruled out
@@ -250,7 +277,7 @@ def checked_logits(output: Any, batch: Batch) -> Tensor:
 
 
 def find_logits(output: Any) -> Tensor:
-    """A tensor itself; else `.logits` / ["logits"] (also "prediction_logits"); else the first floating tensor.
+    """A tensor itself; else `.logits` / ["logits"] (also "prediction_logits"); else the first floating tensor, however deep.
 
     Raises:
         TypeError: none of these.
@@ -261,8 +288,7 @@ def find_logits(output: Any) -> Tensor:
         value = field_of(output, key)
         if isinstance(value, Tensor):
             return value
-    leaves = list(output.values()) if isinstance(output, Mapping) else output
-    for value in leaves if isinstance(leaves, (list, tuple)) else ():
+    for value in pytree.tree_leaves(dict(output) if isinstance(output, Mapping) else output):
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
             return value
     raise TypeError(

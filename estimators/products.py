@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TILE_BYTES = 3 * 2**20  # of one piece of one example's gradient (measured: 2 to 4 MiB are equally good)
+# Of one piece of one example's gradient. Measured: with AVX-512 2 to 4 MiB are equally good; on a processor with AVX2 alone
+# and 512 KiB of second-level cache a core, 0.75 MiB takes 0.7 of the time of 3.
+TILE_BYTES = 3 * 2**20 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 3 * 2**18
 
 
 class Workspace:

@@ -187,6 +187,18 @@ CASES = {
     "all ignored by the Hessian": (
         mlp, [(X, torch.full((4,), -100))], {"method": "hessian", "likelihood": "classification"}, ValueError, "all labels are ignored",
     ),
+    "compiled": (
+        lambda: torch.jit.script(mlp()), [(X, Y)], {}, TypeError, "compiled by torch.jit, which takes no hooks",
+    ),
+    "a loss for logits": (
+        lambda: Returns(lambda h: h.sum()), [(X, Y)], {}, ValueError, "a single number is a loss, not a prediction",
+    ),
+    "soft labels of another shape": (
+        mlp, [(X, torch.rand(4, 2))], {"likelihood": "classification"}, ValueError, "or probabilities in the logits' shape",
+    ),
+    "soft labels that do not sum to one": (
+        mlp, [(X, torch.rand(4, 3))], {"likelihood": "classification"}, ValueError, "at least 0 and sum to 1 over the classes",
+    ),
     "undecidable": (mlp, [(X, torch.randn(4, 2))], {}, ValueError, "cannot tell the likelihood from logits of shape"),
     "undecidable without labels": (lambda: nn.Linear(4, 1), [X], {}, ValueError, "and no labels; pass likelihood="),
     "logits without classes": (
@@ -254,6 +266,11 @@ def test_a_second_output_is_pointed_out(named, caplog):
 def test_float_labels_of_zero_and_one_are_pointed_out(caplog):
     estimate(mlp(), [(X, torch.eye(3)[Y])], progress=False)
     assert 'for yes/no labels pass likelihood="bernoulli"' in caplog.text
+
+
+def test_float_labels_that_are_probabilities_are_pointed_out(caplog):
+    estimate(mlp(), [(X, torch.rand(4, 3).softmax(1))], progress=False)
+    assert 'for probabilities of classes pass likelihood="classification"' in caplog.text
 
 
 def test_columns_that_a_model_does_not_take_are_left_out(caplog):

@@ -235,16 +235,20 @@ WRAPPERS = {
     "output": lambda h: tf.modeling_outputs.SequenceClassifierOutput(logits=h),
     "object": Holder,
     "another name": lambda h: {"scores": h},
+    "nested": lambda h: {"parts": [{"scores": h}], "count": 3},
 }
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-@pytest.mark.parametrize("form", ["tuple", "list", "dict", "nested", "inputs in a tuple"])
+@pytest.mark.parametrize(
+    "form", ["tuple", "list", "dict", "nested", "inputs in a tuple", "numpy", "numpy labels"]
+)
 def test_forms_of_outputs_and_batches(name, form):
     model, batch = Outputs(WRAPPERS[name]), plain(4)
     x, y = batch["x"], batch["labels"]
     given = {
         "tuple": (x, y), "list": [x, y], "dict": {"x": x, "labels": y}, "nested": ({"x": x}, y), "inputs in a tuple": ((x,), y),
+        "numpy": {"x": x.numpy(), "labels": y.numpy()}, "numpy labels": (x, y.numpy()),
     }[form]  # fmt: skip
     loss = lambda m, row: F.cross_entropy(m.inner(row["x"]), row["labels"])  # noqa: E731
     expected = oracle.mean_of_squares(oracle.per_example_gradients(model, batch, loss))

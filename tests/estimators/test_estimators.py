@@ -550,3 +550,20 @@ def test_model_with_a_vocabulary_that_is_no_square_draws_every_token():
     assert model.config.vocab_size == V
     assert causal_loss(model, oracle.cut(batch, 0)) > 0
     assert set(language()) == set(batch)
+
+
+@pytest.mark.parametrize("method", ["empirical_fisher", "hessian", "fisher"])
+def test_probabilities_as_labels_of_a_classification(method):
+    """Soft labels are those of torch's cross_entropy; where labels are drawn from the model they do not matter."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    batch = {"x": torch.randn(5, 4).double(), "labels": torch.randn(5, 3).double().softmax(1)}
+    options = {"likelihood": "classification", "progress": False, "method": method}
+    found = estimate(model, [(batch["x"], batch["labels"])], **options)
+    if method == "empirical_fisher":
+        loss = lambda m, row: F.cross_entropy(m(row["x"]), row["labels"])  # noqa: E731
+        expected = oracle.mean_of_squares(oracle.per_example_gradients(model, batch, loss))
+        assert oracle.relative_l1(found, expected) < 1e-12
+    else:
+        hard = estimate(model, [(batch["x"], torch.arange(5) % 3)], **options)
+        assert oracle.relative_l1(found, hard) < 1e-12

@@ -310,3 +310,5 @@ def test_laplace_refuses():
         from_laplace(Diagonal(model, torch.eye(3)))
     with pytest.raises(ValueError, match="has 4 numbers, the model"):
         from_laplace(Diagonal(model, torch.rand(4)))
+    with pytest.raises(ValueError, match="a curvature of exactly zero everywhere"):
+        from_laplace(Diagonal(model, torch.zeros_like(h)))
