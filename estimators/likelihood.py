@@ -197,7 +197,8 @@ class Categorical:
         """sum_t log softmax(f_t)_{y_t} over the predictions that count, (B,)."""
         logits = reading.output.movedim(self.class_dim, -1).reshape(reading.view.shape)
         if reading.labels is not None and reading.labels.is_floating_point():
-            return (torch.log_softmax(wide(logits), -1) * reading.labels).sum((1, 2))
+            soft: Tensor = (torch.log_softmax(wide(logits), -1) * reading.labels).sum((1, 2))
+            return soft
         classes = self._classes(reading)
         chosen = torch.log_softmax(wide(logits), -1).gather(-1, classes.clamp(min=0)[..., None])[..., 0]
         return (chosen if reading.valid is None else chosen.masked_fill(~reading.valid, 0)).sum(1)

@@ -31,6 +31,7 @@ from estimators.gradients import (
     set_aside,
 )
 from estimators.likelihood import Seed
+from estimators.recurrent import recurrent_gradients
 from estimators.units import Call, Unit, detached, examples_first, layer_gradients, record, wide
 
 
@@ -227,6 +228,11 @@ class _Gather:
                 for local, value in sums.items():
                     self._add(call, unit.parameters[local], Dense(wide(value)[None]))
             return
+        if unit.unroll:
+            for local, gradients in recurrent_gradients(recorded, list(own)).items():
+                with self._arithmetic():
+                    self._add(call, unit.parameters[local], gradients)
+            return
         whole = self.sink.whole or any(self.expected[name] > 1 for name in unit.parameters.values())
         size = sum(value.numel() * 4 for value in own.values())
         step = recorded.examples if whole else max(1, CHUNK_BYTES // max(size, 1))
@@ -235,11 +241,11 @@ class _Gather:
             parts = per_example_gradients(recorded, own, first, last, unit.vectorize)
             with self._arithmetic():
                 for local, value in parts.items():
-                    gradients = Dense(wide(value))
+                    dense = Dense(wide(value))
                     if whole:
-                        self._add(call, unit.parameters[local], gradients)
+                        self._add(call, unit.parameters[local], dense)
                     else:
-                        self.sink.add(unit.parameters[local], gradients)
+                        self.sink.add(unit.parameters[local], dense)
 
     def _add(self, call: Call, name: str, gradients: Gradients) -> None:
         parts = self.pending[name]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from estimators.handlers import elementwise, find_handler, is_elementwise
 from estimators.layout import LAYOUTS, WHOLE, alike, fits, split
 from estimators.memory import kept_storages, note
 from estimators.per_example import Engine
+from estimators.recurrent import recurrent_gradients, unrollable
 from estimators.units import Call, Unit, wide
 from estimators.uses import SeedOf, Stack, find_hidden_uses, find_uses
 
@@ -78,9 +79,8 @@ class Plan:
 
     def general(self) -> list[str]:
         """Modules on the general path, each with how it runs."""
-        how = {True: "vmap", False: "one by one"}
         return [
-            f"{unit.name or 'whole model'} ({how[unit.vectorize]})"
+            f"{unit.name or 'whole model'} ({'unrolled' if unit.unroll else 'vmap' if unit.vectorize else 'one by one'})"
             for unit in self.units
             if unit.handler is None
         ]
@@ -318,7 +318,7 @@ def _settle_general(unit: Unit, evidence: list[Evidence], examples: int) -> bool
     """Does the module reproduce its output example by example, and does it run under vmap?"""
     # under vmap a recurrent net falls apart into single steps, many times slower than one example after the other
     recurrent = any(isinstance(module, nn.RNNBase) for module in unit.module.modules())
-    unit.inputs, unit.vectorize = None, not recurrent
+    unit.inputs, unit.vectorize, unit.unroll = None, not recurrent, recurrent
     for call, found in evidence:
         inputs = input_layouts(call.args, call.kwargs, unit.layout, examples)
         if unit.inputs is not None and inputs != unit.inputs:
@@ -331,7 +331,8 @@ def _settle_general(unit: Unit, evidence: list[Evidence], examples: int) -> bool
             continue
         if not reproduces(recorded, call.output, _tolerance(call.output)):
             return False
-        unit.vectorize = unit.vectorize and _agree(recorded, unit)
+        unit.vectorize = unit.vectorize and _agree(recorded, unit, _under_vmap)
+        unit.unroll = unit.unroll and unrollable(recorded) and _agree(recorded, unit, _unrolled)
     return True
 
 
@@ -342,17 +343,28 @@ def sum_of(found: list[dict[int, Arrival]], place: int) -> Tensor:
     return torch.stack(values).sum(0)
 
 
-def _agree(recorded: Recorded, unit: Unit) -> bool:
-    """vmap gives what single examples give."""
+def _under_vmap(recorded: Recorded, own: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return per_example_gradients(recorded, own, 0, 2, True)
+
+
+def _unrolled(recorded: Recorded, own: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: value.dense(0, 2) for name, value in recurrent_gradients(recorded, list(own)).items()}
+
+
+def _agree(
+    recorded: Recorded, unit: Unit, run: Callable[[Recorded, Mapping[str, nn.Parameter]], dict[str, Tensor]]
+) -> bool:
+    """Whether this way of running the unit for two examples at once gives what single examples give."""
     own = unit.own()
     slow = per_example_gradients(recorded, own, 0, 2, False)
     try:
-        fast = per_example_gradients(recorded, own, 0, 2, True)
-    except Exception as error:  # anything may go wrong in an arbitrary module under vmap
-        log.debug("%s does not run under vmap: %s", unit.name, error)
+        fast = run(recorded, own)
+    except Exception as error:  # anything may go wrong in an arbitrary module
+        log.debug("%s does not run for two examples at once: %s", unit.name, error)
         return False
     return all(
-        bool(((fast[name] - value).abs().max() <= 1e-3 * value.abs().max() + 1e-30).item())
+        fast[name].shape == value.shape
+        and bool(((fast[name] - value).abs().max() <= 1e-3 * value.abs().max() + 1e-30).item())
         for name, value in slow.items()
     )
 

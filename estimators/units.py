@@ -27,6 +27,7 @@ class Unit:
         expand: "" or how an output without examples gets them: "one" (its leading dimension is 1), "new" (it has none).
         inputs, outputs: general path: layouts of the leaves of its inputs ("": shared), and of its outputs by position.
         vectorize: general path: whether the module runs under vmap.
+        unroll: general path: whether it is a recurrent net that `recurrent.py` takes apart.
     """
 
     module: nn.Module
@@ -38,6 +39,7 @@ class Unit:
     inputs: list[str] | None = None
     outputs: dict[int, str] = field(default_factory=dict)
     vectorize: bool = False
+    unroll: bool = False
 
     @property
     def reruns(self) -> bool:
