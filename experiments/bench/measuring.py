@@ -170,7 +170,7 @@ def at_most(seconds: float) -> Iterator[None]:
     """Unavailable once the time is over; what runs is interrupted between two operations."""
 
     def ring(*_: Any) -> None:
-        raise Unavailable(f"a step takes more than {seconds:.0f} s")
+        raise Unavailable(f"its first steps take more than {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -96,7 +96,7 @@ GENERAL = {
     "gpt2": None,
     "vit": "vit.embeddings (",
     "nano gpt": "block.self_attn (",
-    "lstm": "rnn (one by one)",
+    "lstm": "rnn (unrolled)",
     "own parameters": "whole model (vmap)",
     "t5": "encoder (one by one)",
     "deberta": "deberta.encoder (",
