@@ -39,7 +39,7 @@ from experiments.bench.measuring import (
     seconds_of,
     with_kernel,
 )
-from experiments.bench.peers import PEERS, Step, Unavailable
+from experiments.bench.peers import PEERS, Step, TooSlow, Unavailable
 from experiments.bench.shapes import SHAPES, Shape
 
 Table = list[list[str]]
@@ -77,7 +77,8 @@ def compare(shape: Shape, repeats: int, seconds: float, peers: bool) -> Table:
             facts[name] = peak / base_peak, stated
         except Unavailable as reason:
             steps.pop(name, None)
-            rows.append([shape.name, name, "cannot run", "", str(reason)])
+            verdict = "not timed" if isinstance(reason, TooSlow) else "cannot run"
+            rows.append([shape.name, name, verdict, "", str(reason)])
         except Exception as failure:  # a peer may fail in any way; that is a finding
             steps.pop(name, None)
             text = str(failure).strip().splitlines() or [type(failure).__name__]

@@ -21,7 +21,7 @@ from estimators.batches import BatchReader
 from estimators.estimation import ESTIMATORS, read_chunk
 from estimators.inference import make_likelihood
 from estimators.problem import Problem, prepared, trainable_parameters
-from experiments.bench.peers import Result, Step, Unavailable, _rows, loop
+from experiments.bench.peers import Result, Step, TooSlow, Unavailable, _rows, loop
 from experiments.bench.shapes import Shape
 
 
@@ -167,10 +167,10 @@ def reference(small: Shape) -> Result:
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Unavailable once the time is over; what runs is interrupted between two operations."""
+    """TooSlow once the time is over; what runs is interrupted between two operations."""
 
     def ring(*_: Any) -> None:
-        raise Unavailable(f"its first steps take more than {seconds:.0f} s")
+        raise TooSlow(f"its first steps take more than {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -24,6 +24,10 @@ class Unavailable(Exception):
     """A library that is not installed, or cannot do this model; the message says why."""
 
 
+class TooSlow(Unavailable):
+    """A contender that was not ready within its time."""
+
+
 def _inputs(shape: Shape) -> tuple[Any, Tensor]:
     """Inputs without masks (all tokens are real here) and labels."""
     if isinstance(shape.batch, dict):
