@@ -17,7 +17,7 @@ from experiments.removal.tradeoff import Path as Curve
 from experiments.removal.tradeoff import area_between, mean_interval
 from experiments.studies.removal_cells import Cells
 from experiments.tasks.texts import Source
-from gradmatch.subtraction import REMOVALS
+from gradmatch.plan.request import REMOVALS
 
 
 class Limits(Strict):
