@@ -7,7 +7,7 @@ own environment:
     python -m venv .venv-peers && .venv-peers/bin/pip install -r experiments/bench/constraints-peers.txt
     PYTHONPATH=. .venv-peers/bin/python -m experiments.bench.estimators --out FOLDER
 
-Whole it takes about half an hour on two cores; `--tables` and `--shapes` choose pieces, and every table is written when it is done.
+`--tables` and `--shapes` choose pieces; every table is written when it is done.
 """
 
 from __future__ import annotations
