@@ -249,6 +249,94 @@ def base_curvature_of_a_task(world: World) -> Arguments:
     return merged_by(replace(world, curvatures=curvatures), "gradient_matching", thirds(world))
 
 
+def task_that_is_the_base(world: World) -> Arguments:
+    """A folder that was saved before training."""
+    return merged_by(changed(world, "reviews", dict(world.base)), "averaging")
+
+
+def the_same_task_twice(world: World) -> Arguments:
+    """One model under two names."""
+    return merged_by(changed(world, "chat", dict(world.tasks["news"])), "averaging")
+
+
+def task_times(factor: float) -> Callable[[World], Arguments]:
+    """Every weight of one task multiplied by a number."""
+
+    def build(world: World) -> Arguments:
+        theta = {n: v * factor if v.is_floating_point() else v for n, v in world.tasks["chat"].items()}
+        return merged_by(changed(world, "chat", theta, estimate_again=False), "averaging")
+
+    return build
+
+
+def transposed_hidden_layer(world: World) -> Arguments:
+    theta = dict(world.tasks["reviews"])
+    theta["hidden.weight"] = theta["hidden.weight"].T.contiguous()
+    return merged_by(changed(world, "reviews", theta), "averaging")
+
+
+def tokens_in_another_order(world: World) -> Arguments:
+    theta = dict(world.tasks["chat"])
+    order = torch.randperm(tiny.VOCABULARY, generator=torch.Generator().manual_seed(world.seed))
+    theta["embedding.weight"] = theta["embedding.weight"][order]
+    return merged_by(changed(world, "chat", theta, estimate_again=False), "averaging")
+
+
+def hidden_layer_of_noise(world: World) -> Arguments:
+    """One matrix of a task damaged on the way."""
+    theta = dict(world.tasks["news"])
+    theta["hidden.weight"] = _noise_like(theta["hidden.weight"], world.seed)
+    return merged_by(changed(world, "news", theta), "averaging")
+
+
+def merge_with_a_layer_of_noise(world: World) -> Arguments:
+    told = merged_by(world, "averaging")
+    told["merged"]["hidden.weight"] = _noise_like(told["merged"]["hidden.weight"], world.seed)
+    return told
+
+
+def _noise_like(value: torch.Tensor, seed: int) -> torch.Tensor:
+    return value.std() * torch.randn(value.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def zeroed_norm(world: World) -> Arguments:
+    theta = {**world.tasks["news"], "norm.weight": torch.zeros(tiny.WIDTH)}
+    return merged_by(changed(world, "news", theta), "averaging")
+
+
+def merge_that_overflows(world: World) -> Arguments:
+    """Every weight is finite, and what they give is not."""
+    told = merged_by(world, "averaging")
+    for name in ("hidden.weight", "head.weight"):
+        told["merged"][name] = told["merged"][name] * 1e30
+    return told
+
+
+def merge_of_early_checkpoints(world: World) -> Arguments:
+    """The folder is older than the models that the recipe names."""
+    told = merged_by(world, "averaging")
+    early = world
+    for task, data in world.train.items():
+        early = changed(
+            early, task, tiny.fine_tune(world.base, data, world.seed, steps=16), estimate_again=False
+        )
+    told["merged"] = merged_by(early, "averaging")["merged"]
+    return told
+
+
+def merge_by_an_older_recipe(world: World) -> Arguments:
+    told = merged_by(world, "task_arithmetic", dict.fromkeys(world.tasks, 0.4))
+    older = {"news": 0.2, "reviews": 0.6, "chat": 0.4}
+    told["merged"] = merged_by(world, "task_arithmetic", older)["merged"]
+    return told
+
+
+def diagnosed_on_another_base(world: World) -> Arguments:
+    told = merged_by(world, "averaging")
+    told["base"] = tiny.net_of(tiny.make_world(world.seed + 3000, names=()).base)
+    return told
+
+
 def infinite_in_the_merge(world: World) -> Arguments:
     told = merged_by(world, "averaging")
     told["merged"]["head.bias"] = told["merged"]["head.bias"] / 0.0
@@ -302,6 +390,19 @@ VARIANTS: dict[str, Case] = {
     "vocabulary shifted by five": Case("vocabulary_shift", vocabulary_shifted_by(5), "chat"),
     "over-trained less": Case("overtrained_task", overtrained_task(500, 3e-3), "news"),
     "every weight 1.2": Case("all_weights_too_large", every_weight(1.2), "merged"),
+    "task that is the base": Case("task_is_base", task_that_is_the_base, "reviews"),
+    "the same task twice": Case("same_model_twice", the_same_task_twice),
+    "task x 0.1": Case("rescaled_model", task_times(0.1), "chat"),
+    "transposed weight": Case("transposed_weight", transposed_hidden_layer, "reviews"),
+    "tokens in another order": Case("vocabulary_order", tokens_in_another_order, "chat"),
+    "layer of a task damaged": Case("other_base", hidden_layer_of_noise, "news"),
+    "layer of the merge damaged": Case("no_merge_of_these", merge_with_a_layer_of_noise, "merged"),
+    "norm zeroed": Case("zero_tensor", zeroed_norm, "news"),
+    "finite weights that overflow": Case("outputs_not_finite", merge_that_overflows, "merged"),
+    "merge of early checkpoints": Case("other_recipe", merge_of_early_checkpoints, "merged"),
+    "merge by an older recipe": Case("other_recipe", merge_by_an_older_recipe, "merged"),
+    "another base": Case("other_base", diagnosed_on_another_base, "base"),
+    "healthy: DARE, a tenth kept": healthy("dare", 1 / 3),
     "healthy: TIES": healthy("ties", 1.0),
     "healthy: Model Stock": healthy("model_stock"),
 }

@@ -7,7 +7,6 @@ of an earlier rank explains away later ones: a task of another base also looks o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -47,10 +46,13 @@ Finder = Callable[["Evidence"], list[Cause]]
 
 
 def ranked(causes: Sequence[Cause]) -> list[Cause]:
-    """By rank, then by cost (unknown costs last), then by name."""
-    return sorted(
-        causes, key=lambda c: (c.rank, -c.cost if c.cost is not None else math.inf, c.name, c.subject)
-    )
+    """By rank; then dear ones, those whose cost is not known, and those that cost nothing; then in the order in which they were found."""
+    return sorted(causes, key=lambda c: (c.rank, -_urgency(c.cost)))
+
+
+def _urgency(cost: float | None) -> float:
+    """A cost in nats; one that is not known counts as next to nothing, which is more than nothing."""
+    return 1e-9 if cost is None else cost
 
 
 def find_causes(evidence: Evidence) -> list[Cause]:

@@ -15,6 +15,8 @@ from gradmatch.diagnosis.evidence import Evidence, Saving
 from gradmatch.diagnosis.forecast import best_coefficients
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 # Of three nearly orthogonal vectors, one three times as long as each other holds 9 / 11 of the sum's energy.
@@ -30,15 +32,15 @@ PAIR = ((0.5, 0.5), (0.3, 0.3), (0.7, 0.3), (0.3, 0.7), (1.0, 1.0))
 
 def one_task_dominates(evidence: Evidence) -> list[Cause]:
     """One task's share of the update drowns the others': through its weight, or through the length of its task vector."""
-    tasks = evidence.scan.tasks
+    norms, used = evidence.scan.norms(), evidence.coefficients()
+    tasks = [task for task in evidence.scan.tasks if norms[task] > 0]  # one that is the base has no share
     if len(tasks) < 2 or evidence.scan.nonfinite:
         return []
-    norms, used = evidence.scan.norms(), evidence.coefficients()
     if evidence.merged is not None and evidence.scan.projection()[1] > HALF:
         used = evidence.alpha  # the span explains too little of the update to read weights off it
     causes = []
     for task in tasks:
-        others = evidence.other_tasks(task)
+        others = [other for other in tasks if other != task]
         by_weight = _ratio(abs(used[task]), [abs(used[t]) for t in others])
         asked = _ratio(abs(evidence.alpha[task]), [abs(evidence.alpha[t]) for t in others])
         by_length = _ratio(norms[task], [norms[t] for t in others])
@@ -66,7 +68,7 @@ def one_task_dominates(evidence: Evidence) -> list[Cause]:
                     CHOICE,
                     cost,
                     source,
-                    {"length_ratio": by_length, "size_ratio": size},
+                    {"length_ratio": by_length, "size_ratio": size, "factor": factor},
                 )
             )
         else:
@@ -80,14 +82,26 @@ def one_task_dominates(evidence: Evidence) -> list[Cause]:
                     CHOICE,
                     cost,
                     source,
-                    {"weight_ratio": ratio, "size_ratio": size},
+                    {"weight_ratio": ratio, "size_ratio": size, "factor": factor},
                 )
             )
     return causes
 
 
-def overshoot(evidence: Evidence) -> list[Cause]:
-    """The whole update is too long: some way before the merge, on the line from the base, every task together is better off."""
+def sizes(evidence: Evidence) -> list[Cause]:
+    """Updates that are too long: one task's, or the whole one where lowering that task does not mend it."""
+    dominating = one_task_dominates(evidence)
+    return [
+        *dominating,
+        *overshoot(evidence, {cause.subject: cause.numbers["factor"] for cause in dominating}),
+    ]
+
+
+def overshoot(evidence: Evidence, lowered: Mapping[str, float]) -> list[Cause]:
+    """The whole update is too long: some way before the merge, on the line from the base, every task together is better off.
+
+    `lowered`: task -> factor on its share that another cause asks for; what that mends already is not told twice.
+    """
     if not evidence.measured or not evidence.path:
         return []
     examples = {task: objective.num_examples for task, objective in evidence.objectives.items()}
@@ -100,6 +114,12 @@ def overshoot(evidence: Evidence) -> list[Cause]:
     saving = evidence.saving(evidence.along_path(share))
     if not evidence.matters(saving):
         return []
+    if lowered:
+        used = evidence.coefficients()
+        mended = evidence.with_changes({task: used[task] * (factor - 1) for task, factor in lowered.items()})
+        left = evidence.saving(evidence.along_path(share, mended), start=evidence.measure(mended))
+        if not evidence.matters(left):
+            return []
     return [
         Cause(
             "all_weights_too_large",
@@ -196,7 +216,7 @@ def tasks_conflict(evidence: Evidence) -> list[Cause]:
 
     Pairs that share a task are told as one cause, of the task that most of them share.
     """
-    known = [task for task in evidence.objectives if task in evidence.losses and evidence.task_gain(task) > 0]
+    known = [task for task in evidence.objectives if task in evidence.losses and evidence.gained(task)]
     found = {pair: _best_compromise(evidence, *pair) for pair in combinations(known, 2)}
     left = {pair: compromise for pair, compromise in found.items() if compromise[0] < NEXT_TO_NOTHING}
     causes = []
@@ -248,8 +268,7 @@ def _best_compromise(evidence: Evidence, a: str, b: str) -> tuple[float, dict[st
 
 
 CHOICE_FINDERS: tuple[Finder, ...] = (
-    one_task_dominates,
-    overshoot,
+    sizes,
     floor_decides,
     stale_batchnorm,
     tasks_conflict,

@@ -10,10 +10,11 @@ import torch
 from gradmatch.diagnosis import health
 from gradmatch.diagnosis.causes import INPUT, Cause, Finder, priced
 from gradmatch.diagnosis.evidence import accuracy_of, accuracy_of_rows, best_relabelling
-from gradmatch.diagnosis.repairs import averaged, exact, planned_update, saving_of, saving_of_others
+from gradmatch.diagnosis.repairs import averaged, exact, planned_update, restored, saving_of, saving_of_others
 
 if TYPE_CHECKING:
     from gradmatch.diagnosis.evidence import Evidence
+    from gradmatch.diagnosis.scan import TensorScan
 
 HALF = 0.5
 # Rounding noise with a tenth of the update's energy: signal to noise of 10.
@@ -22,6 +23,8 @@ ROUNDING_SHARE = 0.1
 NOISE = 0.5
 # Energy of an update outside anything that reweighting the task vectors can make.
 OUTSIDE = 0.5
+# Energy by which a sum of task vectors may differ from the recipe's: an error of a tenth of its length, far above rounding.
+OFF = 0.01
 
 
 def relabelled(evidence: Evidence) -> list[Cause]:
@@ -91,7 +94,11 @@ def curvature_of_another(evidence: Evidence) -> list[Cause]:
 
 
 def noisy_curvature(evidence: Evidence) -> list[Cause]:
-    """A curvature from too few examples to weigh anything with."""
+    """A curvature too noisy to weigh with: from a handful of examples, or of many with heavy tails where that costs something.
+
+    A few gradients dominate the Fisher of a confident model whatever their number; most of that noise scales a whole model alike, and
+    merges bear it. So there the losses decide; without them it is a note.
+    """
     causes = []
     given = dict(evidence.curvatures)
     base = evidence.base_curvature
@@ -99,20 +106,36 @@ def noisy_curvature(evidence: Evidence) -> list[Cause]:
         given["base"] = base
     for whose, curvature in given.items():
         noise = health.fisher_noise(curvature)
-        if noise is not None and noise >= NOISE:
-            seen = curvature.info.get("examples_seen", "?")
-            causes.append(
-                Cause(
-                    "noisy_curvature",
-                    whose,
-                    f"the curvature of {whose!r} comes from {seen} examples: its standard error is {noise:.0%} of its size",
-                    "estimate it from a few hundred examples or more (`gradmatch estimate --examples 500`)",
-                    INPUT,
-                    *priced(saving_of(evidence, averaged) if evidence.uses_curvature else None),
-                    {"noise": noise},
-                )
+        if noise is None or noise < NOISE:
+            continue
+        seen = curvature.info.get("examples_seen", "?")
+        saving = saving_of(evidence, averaged) if evidence.uses_curvature else None
+        text = f"the curvature of {whose!r} comes from {seen} examples: its standard error is {noise:.0%} of its size"
+        enough = 500
+        if seen.isdecimal() and (2 / max(1, int(seen))) ** 0.5 < NOISE:
+            if saving is None or not evidence.matters(saving):
+                if evidence.uses_curvature:
+                    evidence.notes.append(f"{text} (a few of them dominate it)")
+                continue
+            enough = max(enough, round_up(int(seen) * (noise / (NOISE / 2)) ** 2))
+        causes.append(
+            Cause(
+                "noisy_curvature",
+                whose,
+                text,
+                f"estimate it from about {enough:,} examples or more (`gradmatch estimate --examples {enough}`)",
+                INPUT,
+                *priced(saving),
+                {"noise": noise},
             )
+        )
     return causes
+
+
+def round_up(value: float) -> int:
+    """To one figure: 1,312 -> 2,000."""
+    power = int(10 ** math.floor(math.log10(value)))
+    return math.ceil(value / power) * power
 
 
 def rounded_away(evidence: Evidence) -> list[Cause]:
@@ -145,26 +168,84 @@ def rounded_away(evidence: Evidence) -> list[Cause]:
 
 
 def no_merge_of_these(evidence: Evidence) -> list[Cause]:
-    """A merged model whose update no weighting of these task vectors can make."""
+    """A merged model whose update no weighting of these task vectors can make, or which is not what the recipe gives."""
     if evidence.merged is None or "merged" in evidence.scan.nonfinite:
         return []
-    rounding = sum(t.rounding for t in evidence.scan.tensors.values())
-    outside = max(0.0, sum(t.outside for t in evidence.scan.tensors.values()) - rounding)
-    update = sum(t.delta_square for t in evidence.scan.tensors.values())
+    tensors = evidence.scan.tensors
+    rounding = sum(t.rounding for t in tensors.values())
+    outside = max(0.0, sum(t.outside for t in tensors.values()) - rounding)
+    update = sum(t.delta_square for t in tensors.values())
     if update == 0 or outside < OUTSIDE * update:
-        return []
+        return other_recipe(evidence)
+    layers = evidence.scan.groups()
+    stray = [
+        layer for layer, names in layers.items()
+        if sum(tensors[n].outside for n in names) > OUTSIDE * sum(tensors[n].delta_square for n in names) > 0
+    ]  # fmt: skip
+    confined = len(layers) > 1 and len(stray) <= len(layers) / 4
     return [
         Cause(
             "no_merge_of_these",
             "merged",
-            f"{outside / update:.0%} of the merge's update lies where no weighting of these task vectors reaches",
-            "check the paths: the merged model, the base and the tasks do not belong together",
+            f"{outside / update:.0%} of the merge's update lies where no weighting of these task vectors reaches"
+            + (f", all of it in {', '.join(stray[:3])}" if confined else ""),
+            f"merge again: {stray[0]} of the merged model is damaged, or comes from another model"
+            if confined
+            else "check the paths: the merged model, the base and the tasks do not belong together",
             INPUT,
-            None,
-            "",
-            {"outside": outside / update},
+            *priced(saving_of(evidence, exact) if evidence.exact else None),
+            {"outside": outside / update, "layers": float(len(stray))},
         )
     ]
+
+
+def other_recipe(evidence: Evidence) -> list[Cause]:
+    """A merge that is not sum_t alpha_t tau_t although its recipe says so: made by other weights, or of other versions of the models.
+
+    Tensors that a policy took from one model as they are (the base's, a task's) do not count.
+    """
+    if not evidence.exact:
+        return []
+    scan = evidence.scan
+    alpha = torch.tensor([evidence.alpha[task] for task in scan.tasks], dtype=torch.float64)
+    made = [name for name, t in scan.tensors.items() if t.products is not None and not _taken(t)]
+    off = sum(
+        t.delta_square - 2 * float(alpha @ t.products) + float(alpha @ t.gram @ alpha)
+        for t in (scan.tensors[name] for name in made)
+        if t.products is not None
+    )
+    update = sum(scan.tensors[name].delta_square for name in made)
+    planned = float(alpha @ scan.gram(made) @ alpha)
+    storage = sum(scan.tensors[name].storage for name in made)
+    if off <= OFF * max(update, planned) + 4 * storage:
+        return []
+    used, residual = scan.projection(made)
+    spanned = residual < max(OFF, 4 * storage / max(update, 1e-300))
+    listed = ", ".join(
+        f"{task} {used[task]:.3g} (recipe: {evidence.alpha[task]:.3g})" for task in scan.tasks[:6]
+    )
+    return [
+        Cause(
+            "other_recipe",
+            "merged",
+            f"the merge is of these models, with other weights than the recipe's: {listed}"
+            if spanned
+            else f"{residual:.0%} of the merge's update lies outside the span of the task vectors, where {evidence.method} cannot lead: "
+            "it was made of other versions of these models",
+            "merge again, or diagnose it with the recipe that it was made by",
+            INPUT,
+            *priced(saving_of(evidence, exact)),
+            {"off": off / max(update, planned), "residual": residual},
+        )
+    ]
+
+
+def _taken(tensor: TensorScan) -> bool:
+    """Whether the merge holds the base's tensor, or one task's, as it is."""
+    assert tensor.products is not None
+    gaps = tensor.delta_square - 2 * tensor.products + tensor.gram.diagonal()
+    nothing = 1e-9 * tensor.delta_square + 4 * tensor.storage
+    return tensor.delta_square == 0 or bool((gaps <= nothing).any())
 
 
 def zero_tensors(evidence: Evidence) -> list[Cause]:
@@ -173,11 +254,11 @@ def zero_tensors(evidence: Evidence) -> list[Cause]:
         Cause(
             "zero_tensor",
             model,
-            f"{len(names)} tensors of {model!r} are zero everywhere, {names[0]} among them; the base's are not",
+            f"{len(names)} tensor{'s' if len(names) > 1 else ''} of {model!r} {'are' if len(names) > 1 else 'is'} zero everywhere, "
+            f"{names[0]} among them; the base's {'are' if len(names) > 1 else 'is'} not",
             f"fetch or save {model!r} again",
             INPUT,
-            None,
-            "",
+            *priced(saving_of(evidence, restored, model, names)),
             {"tensors": float(len(names))},
         )
         for model, names in evidence.scan.zeros.items()

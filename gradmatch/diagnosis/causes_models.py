@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from gradmatch.diagnosis import similarity
 from gradmatch.diagnosis.causes import BROKEN, INPUT, Cause, Finder, priced
+from gradmatch.diagnosis.causes_places import displaced, layers_swapped, rows_moved, transposed
 from gradmatch.diagnosis.layers import layer_group
-from gradmatch.diagnosis.repairs import rolled, saving_of, without
+from gradmatch.diagnosis.repairs import replaced, saving_of, without
+from gradmatch.diagnosis.scan import KEPT
 
 if TYPE_CHECKING:
     from gradmatch.diagnosis.evidence import Evidence
+    from gradmatch.diagnosis.scan import TensorScan
 
 HALF = 0.5
-# At a cosine of 1/sqrt(2) as much of a tensor is new as is kept: below, it is nearer to an unrelated one than to the base.
-KEPT = math.sqrt(0.5)
 # A few layers may drift far in long training; only independent ones come near to orthogonal.
 UNRELATED = 0.25
+# A task vector nine tenths of which is a multiple of the base's own weights.
+MULTIPLE = 0.9
 
 
 def not_finite(evidence: Evidence) -> list[Cause]:
@@ -44,6 +48,24 @@ def not_finite(evidence: Evidence) -> list[Cause]:
     return causes
 
 
+def outputs_not_finite(evidence: Evidence) -> list[Cause]:
+    """Weights that are finite and outputs that are not: something overflows on the way."""
+    return [
+        Cause(
+            "outputs_not_finite",
+            model,
+            f"the weights of {model!r} are finite, but on the data of {task!r} its outputs are not",
+            "look for weights that are far too large (a wrong scale, a damaged layer), or compute in a wider dtype",
+            BROKEN,
+            math.inf,
+            "measured",
+        )
+        for model, losses in evidence.losses.items()
+        for task in [next((t for t, values in losses.items() if not bool(values.isfinite().all())), "")]
+        if task and model not in evidence.scan.nonfinite
+    ]
+
+
 def shapes_differ(evidence: Evidence) -> list[Cause]:
     """Tensors that a model lacks or has in another shape: another head, vocabulary or architecture."""
     causes = []
@@ -54,6 +76,8 @@ def shapes_differ(evidence: Evidence) -> list[Cause]:
         if shapes:
             name, (ours, theirs) = next(iter(shapes.items()))
             what = f"{name} is {list(theirs)} in {model!r} and {list(ours)} in the base"
+            if theirs == ours[::-1]:
+                what += " (it is transposed)"
         else:
             what = f"{model!r} lacks {missing[0]}"
         count = len(shapes) + len(missing)
@@ -72,85 +96,139 @@ def shapes_differ(evidence: Evidence) -> list[Cause]:
     return causes
 
 
-def rows_moved(evidence: Evidence) -> list[Cause]:
-    """Rows of a matrix that sit where others were: a shifted vocabulary (one offset), or permuted neurons."""
+def untouched(evidence: Evidence) -> list[Cause]:
+    """A task that is the base itself: it only waters the merge down."""
+    norms = evidence.scan.norms()
+    if not evidence.scan.tensors or not any(norms.values()):
+        return []  # of an experiment in which nothing was trained there is nothing to single out
+    return [
+        Cause(
+            "task_is_base",
+            task,
+            f"every trained weight of {task!r} equals the base's: its task vector is zero",
+            f"check the path of {task!r} (a folder that was saved before training, or an adapter that was never trained), or leave it out",
+            INPUT,
+        )
+        for task, norm in norms.items()
+        if norm == 0
+    ]
+
+
+def rescaled(evidence: Evidence) -> list[Cause]:
+    """Matrices of a task that are the base's times a number: a scale that was applied twice, or lost."""
     causes = []
     for position, task in enumerate(evidence.scan.tasks):
-        kinds: dict[str, list[tuple[str, int]]] = {}
+        factors = {}
         for name, tensor in evidence.scan.tensors.items():
-            moved = tensor.moved.get(position)
-            if moved and moved.suspects >= moved.rows / 4 and moved.elsewhere > HALF:
-                shifted = moved.offset != 0 and moved.offset_share > HALF
-                kinds.setdefault("vocabulary_shift" if shifted else "permuted_neurons", []).append(
-                    (name, moved.offset if shifted else moved.suspects)
-                )
-        for kind, tensors in kinds.items():
-            name, amount = tensors[0]
-            if kind == "vocabulary_shift":
-                rows = evidence.scan.tensors[name].moved[position].rows
-                offset = amount - rows if amount > rows / 2 else amount
-                saving = saving_of(evidence, rolled, task, name, offset)
-                text = f"most rows of {name} in {task!r} equal the base's rows {abs(offset)} place{'s' if abs(offset) > 1 else ''} {'later' if offset > 0 else 'earlier'}"
-                remedy = "align the vocabularies (map tokens by their text) before merging"
-            else:
-                saving = saving_of(evidence, without, task)
-                text = f"{amount} rows of {name} in {task!r} are closest to other rows of the base: its neurons are in another order"
-                remedy = f"permute the neurons of {task!r} back (match them to the base's) before merging, or leave it out"
-            causes.append(
-                Cause(
-                    kind,
-                    task,
-                    text,
-                    remedy,
-                    INPUT,
-                    *priced(saving),
-                    {"tensors": float(len(tensors)), "rows": float(amount)},
-                )
+            c = _factor(tensor, position)
+            if c is not None:
+                factors[name] = c
+        matrices = [name for name, tensor in evidence.scan.tensors.items() if any(tensor.rank)]
+        scaled = [name for name in matrices if name in factors]
+        if not scaled:
+            continue
+        name = max(scaled, key=lambda n: abs(math.log(abs(factors[n]))))
+        back = {n: evidence.tasks[task][n].float() / c for n, c in factors.items()}
+        causes.append(
+            Cause(
+                "rescaled_model" if len(scaled) > HALF * len(matrices) else "rescaled_layer",
+                task,
+                f"{len(scaled)} of {len(matrices)} matrices of {task!r} are the base's times a number, {name} times {factors[name]:.3g}: that is "
+                "nine tenths or more of their difference",
+                f"undo the scale (divide by {factors[name]:.3g}) before merging, or save {task!r} again",
+                INPUT,
+                *priced(saving_of(evidence, replaced, task, back)),
+                {"factor": factors[name], "tensors": float(len(scaled))},
             )
+        )
     return causes
 
 
+def _factor(tensor: TensorScan, position: int) -> float | None:
+    """c of theta_t = c theta0 + rest (least squares) where the rest is small and c far from 1; else None."""
+    if tensor.base_square == 0:
+        return None
+    c = 1 + float(tensor.base_dots[position]) / tensor.base_square
+    own = float(tensor.gram[position, position])  # ||tau||^2
+    rest = own - (c - 1) ** 2 * tensor.base_square
+    far = abs(c) > 1e-6 and not KEPT <= c <= 1 / KEPT  # a zero is told by zero_tensors
+    return c if far and rest <= (1 - MULTIPLE) * own else None
+
+
+def wrong_base(evidence: Evidence) -> bool:
+    """Whether all tasks share next to nothing with the base in most of their matrices, and much with one another."""
+    t = len(evidence.scan.tasks)
+    if t < 2:
+        return False
+    strange = weights = 0
+    for tensor in evidence.scan.tensors.values():
+        if not any(tensor.rank):
+            continue
+        weights += tensor.numel
+        # theta_s'theta_t = ||theta0||^2 + theta0'(tau_s + tau_t) + tau_s'tau_t
+        dots = tensor.base_square + tensor.base_dots[:, None] + tensor.base_dots[None, :] + tensor.gram
+        close = similarity.cosines(dots)
+        if float(tensor.cosine.max()) < KEPT and float(close.min()) >= KEPT:
+            strange += tensor.numel
+    return strange > HALF * weights
+
+
 def other_base(evidence: Evidence) -> list[Cause]:
-    """A model that was not fine-tuned from this base: its matrices are as good as orthogonal to the base's."""
+    """A model that was not fine-tuned from this base: its matrices are as good as orthogonal to the base's.
+
+    Where that holds of all tasks, while they are close to one another, it is the base that is wrong.
+    """
+    matrices = {name: t for name, t in evidence.scan.tensors.items() if any(t.rank)}
+    if wrong_base(evidence):
+        cosine = max(float(t.cosine.max()) for t in matrices.values())
+        return [
+            Cause(
+                "other_base",
+                "base",
+                f"none of the {len(evidence.scan.tasks)} tasks resembles the base given (the largest cosine of a matrix is {cosine:.2f}), while "
+                "they resemble one another: they were fine-tuned from another model",
+                "give the model that they were fine-tuned from as the base (the very checkpoint, not another size, seed or step)",
+                INPUT,
+                None,
+                "",
+                {"cosine": cosine},
+            )
+        ]
     causes = []
-    matrices = {name: t for name, t in evidence.scan.tensors.items() if t.rank[0] or any(t.rank)}
     for position, task in enumerate(evidence.scan.tasks):
-        far, near, weights, unrelated = [], 0, 0, 0
-        for name, tensor in matrices.items():
-            moved = tensor.moved.get(position)
-            if moved and moved.suspects >= moved.rows / 4 and moved.elsewhere > HALF:
-                continue  # the rows are the base's, in another order: told by rows_moved
-            weights += tensor.numel
-            cosine = float(tensor.cosine[position])
-            if cosine < KEPT:
-                far.append((cosine, name))
-                near += tensor.numel
-            if cosine < UNRELATED:
-                unrelated += tensor.numel
+        elsewhere = displaced(evidence, task)
+        judged = {n: t for n, t in matrices.items() if n not in elsewhere}
+        weights = sum(t.numel for t in judged.values())
+        # A long task vector bends a matrix away as well, but the base's weights are still in it: theta0'theta_t / ||theta0||^2 is near 1.
+        far = {
+            n: float(t.cosine[position])
+            for n, t in judged.items()
+            if float(t.cosine[position]) < KEPT
+            and 1 + float(t.base_dots[position]) / max(1e-300, t.base_square) < HALF
+        }
+        near = sum(judged[n].numel for n in far)
         whole = near > HALF * weights
-        permuted = any(
-            t.moved.get(position) and t.moved[position].elsewhere > HALF for t in matrices.values()
-        )
-        layers = [name for cosine, name in far if whole or cosine < UNRELATED]
-        if not layers or permuted:
+        layers = [n for n, cosine in far.items() if whole or cosine < UNRELATED]
+        if not layers or elsewhere:
             continue
         ratio = math.sqrt(
-            float(sum(matrices[n].gram[position, position] for n in layers))
-            / max(1e-300, sum(matrices[n].base_square for n in layers))
+            float(sum(judged[n].gram[position, position] for n in layers))
+            / max(1e-300, sum(judged[n].base_square for n in layers))
         )
-        cosine, name = min(far)
+        name = min(far, key=far.__getitem__)
         causes.append(
             Cause(
                 "other_base",
                 task,
                 f"{task!r} shares next to nothing with the base in {len(layers)} of {len(matrices)} matrices "
-                f"(cosine {cosine:.2f} in {name}; its task vector there is {ratio:.1f} times as long as the base's weights)",
+                f"(cosine {far[name]:.2f} in {name}; its task vector there is {ratio:.1f} times as long as the base's weights)",
                 f"fine-tune {task!r} from this very base (same seed of new layers), or leave it out"
                 if whole
-                else f"leave {layer_group(name)} of {task!r} out of the merge, or start all tasks from one initialisation of it",
+                else f"leave {layer_group(name)} of {task!r} out of the merge, start all tasks from one initialisation of it, or, where it "
+                f"should be the base's, save {task!r} again: it may be damaged",
                 INPUT,
                 *priced(saving_of(evidence, without, task)),
-                {"cosine": cosine, "share": near / max(1, weights), "length": ratio},
+                {"cosine": far[name], "share": near / max(1, weights), "length": ratio},
             )
         )
     return causes
@@ -202,7 +280,18 @@ def copied_layers(evidence: Evidence) -> list[Cause]:
     return causes
 
 
-MODEL_FINDERS: tuple[Finder, ...] = (not_finite, shapes_differ, rows_moved, other_base, copied_layers)
+MODEL_FINDERS: tuple[Finder, ...] = (
+    not_finite,
+    outputs_not_finite,
+    shapes_differ,
+    rows_moved,
+    transposed,
+    layers_swapped,
+    rescaled,
+    other_base,
+    untouched,
+    copied_layers,
+)
 
 
 def _wearer(evidence: Evidence, a: str, b: str, names: list[str]) -> tuple[str, str]:

@@ -37,8 +37,8 @@ def curvature_overlap(h_s: Tensor, h_t: Tensor) -> tuple[float, float, float]:
     return float((s * t).sqrt().sum()), float(s.sum()), float(t.sum())
 
 
-def outside_hull(delta: Tensor, taus: Tensor, alpha: Tensor) -> tuple[float, float]:
-    """Energy of an update that no reweighting of the task vectors makes: sum (|delta| - 2 sum_t |alpha_t tau_t|)_+^2.
+def outside_hull(delta: Tensor, taus: Tensor, reach: Tensor) -> float:
+    """Energy of an update that no reweighting of the task vectors makes: sum (|delta| - 2 sum_t reach_t |tau_t|)_+^2.
 
     Every elementwise merge (averaging, Fisher, gradient matching, TIES ...) keeps each weight between multiples of its
     task vectors; the factor 2 leaves room for rescaling.
@@ -46,11 +46,10 @@ def outside_hull(delta: Tensor, taus: Tensor, alpha: Tensor) -> tuple[float, flo
     Args:
         delta: (P,) merged minus base.
         taus: (T, P).
-        alpha: (T,) weights, at least 1/T in size are assumed.
+        reach: (T,) largest coefficients of the rule.
 
     Returns:
-        that energy and sum delta^2, to be added over tensors.
+        that energy, to be added over tensors.
     """
-    reach = 2 * (alpha.abs().clamp(min=1 / len(alpha))[:, None].to(taus) * taus.abs()).sum(0)
-    excess = (delta.abs() - reach).clamp(min=0)
-    return float(excess.double().square().sum()), float(delta.double().square().sum())
+    allowed = 2 * (reach.abs()[:, None].to(taus) * taus.abs()).sum(0)
+    return float((delta.abs() - allowed).clamp(min=0).double().square().sum())

@@ -25,6 +25,7 @@ from gradmatch.diagnosis.opening import (
 )
 from gradmatch.diagnosis.opening import module_of as module_of
 from gradmatch.diagnosis.products import load_products
+from gradmatch.diagnosis.recipes import effective_weights, in_span, reach_of
 from gradmatch.diagnosis.redundancy import RedundancyPoint
 from gradmatch.diagnosis.scan import scan_weights
 from gradmatch.inputs.curvatures import open_curvature
@@ -154,6 +155,7 @@ def diagnose(
     opened_h0 = (
         open_curvature(base_curvature) if isinstance(base_curvature, str | os.PathLike) else base_curvature
     )
+    told = method is not None
     if method is None:
         complete = len(curvatures) == len(names) and opened_h0 is not None
         method = "gradient_matching" if complete else "task_arithmetic"
@@ -173,8 +175,9 @@ def diagnose(
         tasks=dict(models),
         merged=theta,
         alpha=alpha,
-        scan=scan_weights(theta0, models, theta, [alpha[name] for name in names]),
+        scan=scan_weights(theta0, models, theta, reach_of(method, alpha, options)),
         method=method,
+        exact=told and in_span(method, tasks, options),
         delta0=delta0,
         base_weight=base_weight,
         curvatures=curvatures,
@@ -211,15 +214,3 @@ def diagnose(
     notes += worse_than_base(evidence)
     result.causes = find_causes(evidence)
     return result
-
-
-def effective_weights(
-    method: str, weights: Mapping[str, float], options: Mapping[str, Any]
-) -> dict[str, float]:
-    """alpha_t as the rule uses them: 1/T for averaging, normalised for weighted averages, times `scale` where it has one."""
-    if method in ("averaging", "greedy_soup", "model_stock"):
-        return dict.fromkeys(weights, 1 / len(weights))
-    if method in ("weighted", "linear") and options.get("normalize", True):
-        total = sum(weights.values()) or 1.0
-        return {task: weight / total for task, weight in weights.items()}
-    return {task: weight * float(options.get("scale", 1.0)) for task, weight in weights.items()}

@@ -49,7 +49,8 @@ class Evidence:
     Attributes:
         base: theta0; tasks: task -> theta_t; merged: theta or None.
         alpha: task -> weight asked for.
-        method: rule that made the merge, "" where not told; delta0 its floor, base_weight the factor on H0.
+        method: rule that made the merge; delta0 its floor, base_weight the factor on H0.
+        exact: whether the recipe's update is sum_t alpha_t tau_t to the last digit, so that the merge can be checked against it.
         curvatures: task -> Curvature, as far as given; base_curvature likewise, or a number.
         scan: the pass over the weights.
         fingerprints: (whose curvature) -> the model among those at hand that it was taken at, or "" for none of them.
@@ -63,6 +64,7 @@ class Evidence:
         batchnorm: layer -> shift of the merge; batchnorm_repair: statistics measured at the merge.
         notes: what could not be looked at, and why.
         gradients: task -> grad l_t(theta_t) by parameter, where it was measured or stored.
+        places: task -> its matrix -> the matrix of the base that it resembles instead of its own.
     """
 
     base: Model
@@ -73,6 +75,7 @@ class Evidence:
     method: str = ""
     delta0: float = 0.0
     base_weight: float = 1.0
+    exact: bool = False
     curvatures: dict[str, Curvature] = field(default_factory=dict)
     base_curvature: Curvature | float | None = None
     fingerprints: dict[str, str] = field(default_factory=dict)
@@ -87,6 +90,7 @@ class Evidence:
     batchnorm_repair: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     gradients: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    places: dict[str, dict[str, str]] = field(default_factory=dict)
     _pairs: dict[tuple[str, str, float, float], dict[str, Tensor]] = field(default_factory=dict)
 
     @property
@@ -117,6 +121,12 @@ class Evidence:
         start = min(float(self.losses["base"][task].mean()), self.uniform.get(task, math.inf))
         return start - float(self.losses[task][task].mean())
 
+    def gained(self, task: str) -> bool:
+        """Whether fine-tuning gained something that can be told from the noise of the examples seen, by three standard errors."""
+        difference = self.losses["base"][task] - self.losses[task][task]
+        error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
+        return self.task_gain(task) > max(0.0, STANDARD_ERRORS * error)
+
     def rise(self, losses: Mapping[str, Tensor], task: str) -> float:
         """(l_t(theta) - l_t(theta_t)) / N_t, nats per example, for the losses of some model."""
         return float(losses[task].mean() - self.losses[task][task].mean())
@@ -132,9 +142,14 @@ class Evidence:
         """Task -> (n,) losses of any weights, in nats."""
         return {task: objective.losses(weights) for task, objective in self.objectives.items()}
 
-    def saving(self, repaired: Model, tasks: Iterable[str] | None = None) -> Saving:
-        """What the tasks (None: all) would save if the merge were `repaired`: paired over examples, scaled to N."""
-        merged = self.losses["merged"]
+    def saving(
+        self, repaired: Model, tasks: Iterable[str] | None = None, start: Mapping[str, Tensor] | None = None
+    ) -> Saving:
+        """What the tasks (None: all) would save if the merge (or what has the losses `start`) were `repaired`.
+
+        Paired over examples, scaled to N.
+        """
+        merged = self.losses["merged"] if start is None else start
         nats = variance = 0.0
         for task in self.objectives if tasks is None else tasks:
             objective = self.objectives[task]
@@ -196,12 +211,13 @@ class Evidence:
             self._pairs[key] = {task: self.objectives[task].losses(weights) for task in (a, b)}
         return self._pairs[key]
 
-    def along_path(self, share: float) -> dict[str, Tensor]:
-        """theta0 + s (theta - theta0)."""
-        assert self.merged is not None
+    def along_path(self, share: float, end: Model | None = None) -> dict[str, Tensor]:
+        """theta0 + s (theta - theta0), theta the merge or another end."""
+        end = self.merged if end is None else end
+        assert end is not None
         return interpolate(
             {name: self.base[name].float() for name in self.base if name in self.scan.tensors},
-            {name: self.merged[name] for name in self.merged},
+            {name: end[name] for name in end},
             share,
         )
 

@@ -51,19 +51,18 @@ def floor_share(h: Tensor, delta0: float) -> tuple[int, int]:
 def fisher_noise(curvature: Curvature) -> float | None:
     """Relative standard error of an estimated diagonal: sqrt(sum se^2 / sum mean^2) over the tensors that carry one.
 
-    Without stored errors, from the number of examples: the square of a Gaussian gradient has relative deviation sqrt(2),
-    so sqrt(2 / n), a lower bound for the heavier tails of real ones. None where neither is known.
+    At least sqrt(2 / n) for n examples: the square of a Gaussian gradient has relative deviation sqrt(2), and real ones have heavier
+    tails, of which an error estimated from few examples knows nothing. None where neither is known.
     """
+    seen = curvature.info.get("examples_seen", "")
+    least = (2 / int(seen)) ** 0.5 if seen.isdecimal() and int(seen) > 0 else None
     square = error = 0.0
     for name in curvature:
         se = curvature.standard_error(name)
         if se is not None:
             square += float(curvature.mean(name).double().square().sum())
             error += float(se.double().square().sum())
-    if square > 0:
-        return float((error / square) ** 0.5)
-    seen = curvature.info.get("examples_seen", "")
-    return (2 / int(seen)) ** 0.5 if seen.isdecimal() and int(seen) > 0 else None
+    return max(least or 0.0, float((error / square) ** 0.5)) if square > 0 else least
 
 
 @contextmanager

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Weights = Mapping[str, "Tensor"]
+CHUNK = 2**18  # values of float64 at a time: 2 MB
 
 
 class OutputNotFiniteError(ValueError):
@@ -176,7 +177,7 @@ class Objective:
                     reading, tangent = self._jvp(weights, leaves, direction, index)
                     readings.append(reading)
                     products.append(tangent)
-                total += output_hessian(self._known_hessian(), readings[0], torch.stack(products)).cpu()
+                total += output_hessian(self._known_hessian(), readings[0], torch.stack(products))
         return total * self.scale
 
     def _jvp(
@@ -218,7 +219,7 @@ class Objective:
         placed = {name: weights[name].to(own[name]) for name in weights if name in own}
         batch = self.batches[index]
         output = functional_call(self.module, placed, batch.args, batch.kwargs)
-        if not bool(torch.isfinite(find_logits(output).detach()).all()):
+        if not _all_finite(find_logits(output).detach()):
             raise OutputNotFiniteError(
                 f"the outputs are NaN or infinite in batch {index}: these weights have no finite loss"
             )
@@ -254,6 +255,11 @@ class Objective:
                 module.training = training
 
 
+def _all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite: by their sum, which is one pass, and one by one where that overflows."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+
+
 def output_hessian(
     likelihood: Categorical | Bernoulli | Gaussian, reading: Reading, products: Tensor
 ) -> Tensor:
@@ -261,16 +267,23 @@ def output_hessian(
 
     products: (K, B, T, C), derivatives of the outputs along K directions. Returns (K, K) float64.
     """
-    products, outputs = products.double(), reading.view.double()
-    if isinstance(likelihood, Categorical):
-        p = outputs.softmax(-1)
-        products = (products - (p * products).sum(-1, keepdim=True)) * p.sqrt()
-    elif isinstance(likelihood, Bernoulli):
-        s = outputs.sigmoid()
-        products = products * (s * (1 - s)).sqrt()
-    else:
-        products = products / math.sqrt(likelihood.variance)
-    if reading.valid is not None:
-        products = products * reading.valid[..., None]
-    flat = products.flatten(1)
-    return flat @ flat.T
+    k, classes = len(products), reading.view.shape[2]
+    outputs, products = reading.view.reshape(-1, classes), products.reshape(k, -1, classes)
+    counted = (
+        torch.arange(len(outputs)) if reading.valid is None else reading.valid.flatten().nonzero()[:, 0].cpu()
+    )
+    total = torch.zeros(k, k, dtype=torch.float64)
+    # A few predictions at a time: with a vocabulary of 50,000 whole batches in float64 do not fit any cache.
+    for rows in torch.split(counted, max(1, CHUNK // (k * classes))):
+        v, output = products[:, rows].double(), outputs[rows].double()  # (K, R, C), (R, C)
+        if isinstance(likelihood, Categorical):
+            p = output.softmax(-1)
+            v = (v - (p * v).sum(-1, keepdim=True)) * p.sqrt()
+        elif isinstance(likelihood, Bernoulli):
+            s = output.sigmoid()
+            v = v * (s * (1 - s)).sqrt()
+        else:
+            v = v / math.sqrt(likelihood.variance)
+        flat = v.flatten(1)
+        total += (flat @ flat.T).cpu()
+    return total

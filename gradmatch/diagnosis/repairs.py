@@ -37,13 +37,29 @@ def without(evidence: Evidence, task: str, names: list[str] | None = None) -> di
     return {name: removed[name] if name in names else evidence.merged[name] for name in evidence.merged}
 
 
-def rolled(evidence: Evidence, task: str, name: str, offset: int) -> dict[str, Tensor]:
-    """The merge with a task's rows of one tensor put back by `offset`: theta + c_t (roll(theta_t) - theta_t)."""
+def restored(evidence: Evidence, model: str, names: list[str]) -> dict[str, Tensor]:
+    """The merge with some tensors of a model ("merged", or a task) as the base's: without that task's share, or the base's own."""
+    if model != "merged":
+        return without(evidence, model, [name for name in names if name in evidence.scan.tensors])
     assert evidence.merged is not None
-    theta = evidence.tasks[task][name].float()
+    return {name: evidence.base[name] if name in names else evidence.merged[name] for name in evidence.merged}
+
+
+def replaced(evidence: Evidence, task: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The merge with some tensors of a task replaced: theta + c_t (theta'_t - theta_t)."""
+    assert evidence.merged is not None
     c = evidence.coefficients()[task]
-    put_back = theta.roll(offset, 0) - theta
-    return {**evidence.merged, name: evidence.merged[name].float() + c * put_back}
+    changed = {
+        name: evidence.merged[name].float() + c * (value.float() - evidence.tasks[task][name].float())
+        for name, value in tensors.items()
+        if name in evidence.merged
+    }
+    return {**evidence.merged, **changed}
+
+
+def rolled(evidence: Evidence, task: str, name: str, offset: int) -> dict[str, Tensor]:
+    """The merge with a task's rows of one tensor put back by `offset`."""
+    return replaced(evidence, task, {name: evidence.tasks[task][name].roll(offset, 0)})
 
 
 def averaged(evidence: Evidence) -> dict[str, Tensor]:

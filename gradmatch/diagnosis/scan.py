@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Model = Mapping[str, "Tensor"]
+# At a cosine of 1/sqrt(2) as much is new as is kept: below, a tensor or row is nearer to an unrelated one than to the base's.
+KEPT = math.sqrt(0.5)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm: measured, not trained
 
 
@@ -26,7 +28,7 @@ class MovedRows:
     Attributes:
         suspects: how many rows kept less of themselves than they changed.
         rows: rows of the matrix.
-        elsewhere: share of the suspects looked up whose best match is another row and close to it.
+        elsewhere: other rows that the suspects looked up match closely, each counted once, as a share of those suspects.
         offset: the most frequent (match - row) among those, modulo the number of rows.
         offset_share: share of those that have it.
     """
@@ -44,28 +46,33 @@ class TensorScan:
 
     Attributes:
         numel: number of weights.
-        base_square: ||theta0||^2.
+        base_square: ||theta0||^2; base_dots: (T,) theta0'tau_t.
         gram: (T, T) tau_s'tau_t, units of weight squared.
         cosine: (T,) cosine of theta_t with theta0.
         rank: (T,) effective rank of tau_t.
         conflicts: (T, T) number of weights with opposite signs, moving: (T, T) number where both moved.
-        moved: task position -> MovedRows, for matrices whose rows changed place.
+        moved: task position -> MovedRows, for matrices whose rows changed place; transposed: positions of tasks whose (square)
+            matrix is nearer to the base's transposed one.
         products: (T,) tau_t'(merged - base) and delta_square ||merged - base||^2; rounding: expected energy of storing the
             merge in `grid`, the half precision that every merged value has while a fine-tune's have not ("": none).
-        outside: energy of the merge's update that no reweighting of the task vectors makes.
+        storage: expected rounding energy of the precision that the merge's values have, whatever the fine-tunes have.
+        outside: energy of the merge's update that no reweighting of the task vectors makes (0 where the rule has no bound).
     """
 
     numel: int
     base_square: float
+    base_dots: Tensor
     gram: Tensor
     cosine: Tensor
     rank: list[float]
     conflicts: Tensor
     moved_both: Tensor
     moved: dict[int, MovedRows] = field(default_factory=dict)
+    transposed: set[int] = field(default_factory=set)
     products: Tensor | None = None
     delta_square: float = 0.0
     rounding: float = 0.0
+    storage: float = 0.0
     grid: str = ""
     outside: float = 0.0
 
@@ -122,17 +129,18 @@ class Scan:
         moving = sum((t.moved_both for t in self.tensors.values()), zero)
         return against / moving.clamp(min=1)
 
-    def projection(self) -> tuple[dict[str, float], float]:
-        """Coordinates of the merge's update in span{tau} (least squares) and the share of its energy outside."""
+    def projection(self, names: Iterable[str] | None = None) -> tuple[dict[str, float], float]:
+        """Coordinates of the merge's update in span{tau} (least squares, over some tensors or all) and the share of its energy outside."""
+        chosen = [self.tensors[name] for name in (self.tensors if names is None else names)]
         zero = torch.zeros(len(self.tasks), dtype=torch.float64)
-        products = sum((t.products for t in self.tensors.values() if t.products is not None), zero)
-        square = sum(t.delta_square for t in self.tensors.values())
-        c, residual = similarity.projection(self.gram(), products, square)
+        products = sum((t.products for t in chosen if t.products is not None), zero)
+        square = sum(t.delta_square for t in chosen)
+        c, residual = similarity.projection(self.gram(names), products, square)
         return dict(zip(self.tasks, c.tolist(), strict=True)), residual
 
 
 def scan_weights(
-    base: Model, tasks: Mapping[str, Model], merged: Model | None, alpha: Sequence[float]
+    base: Model, tasks: Mapping[str, Model], merged: Model | None, reach: Sequence[float] | None
 ) -> Scan:
     """Read every tensor of every model once and note what it says.
 
@@ -140,7 +148,7 @@ def scan_weights(
         base: theta0.
         tasks: task -> theta_t.
         merged: theta, where there is one.
-        alpha: weights of the merge, in the order of the tasks; what its update is compared with.
+        reach: largest coefficient that the rule can give each task's entries, in the order of the tasks; None: no bound.
     """
     scan = Scan(list(tasks))
     models = {**tasks, **({} if merged is None else {"merged": merged})}
@@ -167,12 +175,12 @@ def scan_weights(
         if trained and theta0.numel() and same and finite:
             ours = held.get("merged")
             ours = ours if ours is not None and ours.shape == theta0.shape else None
-            scan.tensors[name] = scan_tensor(theta0, [held[task] for task in tasks], ours, alpha)
+            scan.tensors[name] = scan_tensor(theta0, [held[task] for task in tasks], ours, reach)
     return scan
 
 
 def scan_tensor(
-    theta0: Tensor, thetas: Sequence[Tensor], merged: Tensor | None, alpha: Sequence[float]
+    theta0: Tensor, thetas: Sequence[Tensor], merged: Tensor | None, reach: Sequence[float] | None
 ) -> TensorScan:
     """Everything about one tensor (see `TensorScan`). theta0, merged: (*s,); thetas: T of (*s,)."""
     before = theta0.float()
@@ -187,6 +195,7 @@ def scan_tensor(
     result = TensorScan(
         numel=theta0.numel(),
         base_square=float(before.double().square().sum()),
+        base_dots=taus.double() @ before.double().flatten(),
         gram=similarity.gram(taus),
         cosine=similarity.row_cosines(before.reshape(1, -1).expand(t, -1), after.flatten(1)),
         rank=[similarity.effective_rank(tau.view(theta0.shape)) if theta0.ndim > 1 else 0.0 for tau in taus],
@@ -198,16 +207,27 @@ def scan_tensor(
             found = find_moved_rows(before.flatten(1), after[i].flatten(1))
             if found is not None:
                 result.moved[i] = found
+            if turned(before, after[i], float(result.cosine[i])):
+                result.transposed.add(i)
     if merged is not None:
         delta = (merged.float() - before).flatten()
         result.products = taus.double() @ delta.double()
-        result.outside, result.delta_square = conflict.outside_hull(delta, taus, torch.tensor(alpha))
-        for dtype in (torch.bfloat16, torch.float16):
-            if health.on_grid(merged, dtype) and not all(health.on_grid(x, dtype) for x in after):
-                result.grid = str(dtype).removeprefix("torch.")
-                result.rounding = health.rounding_energy(merged, dtype)
-                break
+        result.delta_square = float(delta.double().square().sum())
+        if reach is not None:
+            result.outside = conflict.outside_hull(delta, taus, torch.tensor(reach))
+        grid = next((d for d in (torch.bfloat16, torch.float16) if health.on_grid(merged, d)), torch.float32)
+        result.storage = health.rounding_energy(merged, grid)
+        if grid != torch.float32 and not all(health.on_grid(x, grid) for x in after):
+            result.grid, result.rounding = str(grid).removeprefix("torch."), result.storage
     return result
+
+
+def turned(before: Tensor, after: Tensor, cosine: float) -> bool:
+    """Whether a square matrix kept less of itself than it changed, and is nearer to the base's transposed one. (R, R, ...) twice."""
+    if cosine >= KEPT or before.shape[0] != before.shape[1]:
+        return False
+    other = before.transpose(0, 1).reshape(1, -1)
+    return float(similarity.row_cosines(other, after.reshape(1, -1))) >= KEPT
 
 
 def find_moved_rows(before: Tensor, after: Tensor) -> MovedRows | None:
@@ -222,13 +242,13 @@ def find_moved_rows(before: Tensor, after: Tensor) -> MovedRows | None:
         return None
     # The best of R random directions in P dimensions has a cosine of about sqrt(2 ln R / P): a match must be closer.
     by_chance = math.sqrt(2 * math.log(len(before)) / before.shape[1])
-    elsewhere = (match != suspects) & (close >= min(0.99, max(math.sqrt(0.5), by_chance)))
+    elsewhere = (match != suspects) & (close >= min(0.99, max(KEPT, by_chance)))
     offsets = (match - suspects)[elsewhere] % len(before)
     offset, share = 0, 0.0
     if len(offsets):
         values, counts = torch.unique(offsets, return_counts=True)
         offset, share = int(values[counts.argmax()]), float(counts.max() / len(offsets))
     own = similarity.row_cosines(before, after)
-    return MovedRows(
-        int((own < math.sqrt(0.5)).sum()), len(before), float(elsewhere.float().mean()), offset, share
-    )
+    # Another order sends no two rows to one place; rows that a long update bent into its own direction all resemble the same few.
+    places = len(torch.unique(match[elsewhere]))
+    return MovedRows(int((own < KEPT).sum()), len(before), places / len(suspects), offset, share)

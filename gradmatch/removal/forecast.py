@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gradmatch.checkpoint import open_checkpoint
+from gradmatch.diagnosis.products import dot
 from gradmatch.removal.problem import Problem
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Expansion:
         at: the weights it is expanded at.
         tau: theta_t - theta0 where it is expanded at theta_t, else empty.
         gradient: of the summed loss there.
+        own: tau'H tau, the same for every alpha.
         base_loss: the summed loss at theta0.
     """
 
@@ -65,21 +67,17 @@ class Expansion:
     at: Mapping[str, Tensor]
     tau: Mapping[str, Tensor]
     gradient: Mapping[str, Tensor]
+    own: float
     base_loss: float
 
     def rise(self, moved: Mapping[str, Tensor]) -> float:
         """Forecast of l(theta0 + d) - l(theta0) by exact GGN products, nats per example.
 
-        g'd + 1/2 d'Hd at theta0; g'd + 1/2 (d - tau)'H(d - tau) - 1/2 tau'H tau = g'd + 1/2 d'Hd - d'H tau at theta_t.
+        g'd + 1/2 d'Hd at theta0; g'd + 1/2 (d - tau)'H(d - tau) - 1/2 tau'H tau at theta_t. One forward-mode derivative.
         """
-        slope = sum(
-            float((self.gradient[name].double() * d.double()).sum())
-            for name, d in moved.items()
-            if name in self.gradient
-        )
-        products = self.objective.ggn_products(self.at, [moved, self.tau] if self.tau else [moved])
-        bend = 0.5 * float(products[0, 0]) - (float(products[0, 1]) if self.tau else 0.0)
-        return (slope + bend) / self.objective.num_examples
+        away = {name: d - self.tau[name] if name in self.tau else d for name, d in moved.items()}
+        bend = 0.5 * (float(self.objective.ggn_products(self.at, [away])) - self.own)
+        return (dot(moved, self.gradient) + bend) / self.objective.num_examples
 
     def measured(self, there: Mapping[str, Tensor]) -> float:
         """l(there) - l(theta0), nats per example."""
@@ -115,9 +113,11 @@ class AlphaPath:
         clamped = total = 0
         for piece in problem.pieces():
             d = problem.displacement(piece, alpha)
-            collateral += taylor(d, piece.mean0, piece.gradient0)
-            forgetting += taylor(d - piece.tau, piece.mean, piece.gradient)
-            forgetting -= taylor(-piece.tau, piece.mean, piece.gradient)
+            if self.kept is None:
+                collateral += taylor(d, piece.mean0, piece.gradient0)
+            if self.gone is None:
+                forgetting += taylor(d - piece.tau, piece.mean, piece.gradient)
+                forgetting -= taylor(-piece.tau, piece.mean, piece.gradient)
             clamped += problem.clamped(piece, alpha)
             total += d.numel()
             if self.base:
@@ -136,7 +136,8 @@ class AlphaPath:
 
     def _expand(self, objective: Objective, tau: Mapping[str, Tensor]) -> Expansion:
         at = {name: value + tau[name] if name in tau else value for name, value in self.base.items()}
-        return Expansion(objective, at, tau, objective.gradient(at), objective.loss(self.base))
+        own = float(objective.ggn_products(at, [tau])) if tau else 0.0
+        return Expansion(objective, at, tau, objective.gradient(at), own, objective.loss(self.base))
 
 
 def alpha_path(problem: Problem | AlphaPath, alphas: Sequence[float]) -> list[Point]:
@@ -145,7 +146,7 @@ def alpha_path(problem: Problem | AlphaPath, alphas: Sequence[float]) -> list[Po
     An `AlphaPath` instead of its problem keeps the points for a `budget` after it.
 
     Without data one pass over the files an alpha, tensor by tensor; with data also one forward-mode derivative and one
-    forward pass over it, with the model in memory.
+    forward pass over each set of it, with the model in memory, after one backward pass over each to begin with.
 
     Raises:
         ValueError: no alpha, or one that is negative or no finite number.

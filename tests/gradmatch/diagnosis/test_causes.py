@@ -333,3 +333,69 @@ def test_best_relabelling(classes):
     renaming, accuracy = best_relabelling(confusion)
     assert renaming == order.tolist()
     assert accuracy >= 10 / 11
+
+
+def test_a_fisher_of_many_examples_with_heavy_tails_is_a_note_until_it_costs_something():
+    module, base, tasks, data = learned()
+    marks = {"examples_seen": "512"}
+
+    def noisy(theta):
+        mean = {n: torch.ones_like(v) for n, v in theta.items()}
+        curvature = Curvature.from_dict(mean, 300, marks)
+        curvature.standard_error = lambda name: 0.7 * mean[name]
+        return curvature
+
+    curvatures = {t: noisy(theta) for t, theta in tasks.items()}
+    options = {"curvatures": curvatures, "base_curvature": noisy(base), "method": "gradient_matching"}
+    result = told(base, tasks, None, **options)
+    assert result.healthy
+    assert any(
+        "standard error is 70% of its size (a few of them dominate it)" in note for note in result.notes
+    )
+    assert told(base, tasks, None, data=data, module=module, **options).healthy
+    plain = told(base, tasks, average(base, tasks), curvatures=curvatures)  # a rule that has no use for it
+    assert plain.healthy
+    assert not any("standard error" in note for note in plain.notes)
+    merged = average(base, tasks, dict.fromkeys(tasks, 6.0))  # far worse than averaging
+    result = told(base, tasks, merged, data=data, module=module, **options)
+    cause = next(c for c in result.causes if c.name == "noisy_curvature")
+    assert "from about 5,000 examples" in cause.remedy
+
+
+def test_weights_that_are_finite_and_outputs_that_are_not():
+    module, base, tasks, data = learned()
+    merged = average(base, tasks)
+    merged["2.weight"] = merged["2.weight"] * 1e30
+    merged["2.weight"] = merged["2.weight"].clamp(-3e38, 3e38) * 1e8
+    merged["2.weight"] = merged["2.weight"].clamp(-3e38, 3e38)
+    first = told(base, tasks, merged, data=data, module=module).causes[0]
+    assert (first.name, first.subject, first.cost) == ("outputs_not_finite", "merged", math.inf)
+
+
+def test_zeroed_weights_are_priced():
+    module, base, tasks, data = learned()
+    tasks["b"] = {**tasks["b"], "2.weight": torch.zeros(CLASSES, WIDTH)}
+    result = told(base, tasks, average(base, tasks), data=data, module=module)
+    cause = next(c for c in result.causes if c.name == "zero_tensor")
+    assert "1 tensor of 'b' is zero everywhere" in cause.evidence
+    assert cause.cost > 0
+    merged = {**average(base, tasks), "2.weight": torch.zeros(CLASSES, WIDTH)}
+    result = told(base, tasks, merged, data=data, module=module)
+    assert {c.subject for c in result.causes if c.name == "zero_tensor"} == {"b", "merged"}
+
+
+def test_one_weight_too_large_is_not_told_as_all_of_them():
+    module, base, tasks, data = learned()
+    weights = {"a": 1 / 3, "b": 9.0, "c": 1 / 3}
+    result = told(base, tasks, average(base, tasks, weights), data=data, module=module, weights=weights)
+    assert names_of(result)[0] == "weight_too_large"
+    assert "all_weights_too_large" not in names_of(result)
+
+
+def test_gains_that_are_noise_make_no_conflict():
+    module, base, _, data = learned()
+    few = {t: [(x[:12], y[:12])] for t, [(x, y)] in data.items()}
+    torch.manual_seed(3)
+    tasks = {t: {n: v + 0.02 * torch.randn_like(v) for n, v in base.items()} for t in "abc"}
+    result = told(base, tasks, average(base, tasks), data=few, module=module)
+    assert "tasks_conflict" not in names_of(result)

@@ -1,0 +1,161 @@
+"""Causes in weights that are the base's, in another place: rows moved, matrices transposed, layers exchanged."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import torch
+
+from gradmatch.diagnosis.causes import INPUT, Cause, priced
+from gradmatch.diagnosis.layers import layer_group
+from gradmatch.diagnosis.repairs import replaced, rolled, saving_of, without
+from gradmatch.diagnosis.scan import KEPT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradmatch.diagnosis.evidence import Evidence
+    from gradmatch.diagnosis.scan import TensorScan
+
+HALF = 0.5
+SAMPLE = 4096  # values of a matrix by which layers are told apart: cosines to within 1/64
+TOKENS = re.compile(r"embed|wte|lm_head|shared|tok", re.IGNORECASE)
+
+
+def rows_moved(evidence: Evidence) -> list[Cause]:
+    """Rows of a matrix that sit where others were: a vocabulary shifted by one offset or in another order, or permuted neurons."""
+    causes = []
+    for position, task in enumerate(evidence.scan.tasks):
+        kinds: dict[str, list[tuple[str, int]]] = {}
+        for name, tensor in evidence.scan.tensors.items():
+            if rows_elsewhere(tensor, position):
+                moved = tensor.moved[position]
+                shifted = moved.offset != 0 and moved.offset_share > HALF
+                tokens = _rows_are_tokens(evidence, name, moved.rows)
+                kind = "vocabulary_shift" if shifted else "vocabulary_order" if tokens else "permuted_neurons"
+                kinds.setdefault(kind, []).append((name, moved.offset if shifted else moved.suspects))
+        for kind, tensors in kinds.items():
+            name, amount = tensors[0]
+            if kind == "vocabulary_shift":
+                rows = evidence.scan.tensors[name].moved[position].rows
+                offset = amount - rows if amount > rows / 2 else amount
+                saving = saving_of(evidence, rolled, task, name, offset)
+                text = f"most rows of {name} in {task!r} equal the base's rows {abs(offset)} place{'s' if abs(offset) > 1 else ''} {'later' if offset > 0 else 'earlier'}"
+                remedy = "align the vocabularies (map tokens by their text) before merging"
+            elif kind == "vocabulary_order":
+                saving = saving_of(evidence, without, task)
+                text = f"{amount} rows of {name} in {task!r} are closest to other rows of the base: its tokens are numbered otherwise"
+                remedy = f"compare the tokenizers of {task!r} and the base, and put its rows in the base's order (map tokens by their text)"
+            else:
+                saving = saving_of(evidence, without, task)
+                text = f"{amount} rows of {name} in {task!r} are closest to other rows of the base: its neurons are in another order"
+                remedy = f"permute the neurons of {task!r} back (match them to the base's) before merging, or leave it out"
+            numbers = {"tensors": float(len(tensors)), "rows": float(amount)}
+            causes.append(Cause(kind, task, text, remedy, INPUT, *priced(saving), numbers))
+    return causes
+
+
+def rows_elsewhere(tensor: TensorScan, position: int) -> bool:
+    """Whether a task's matrix holds the base's rows in another order: a quarter of them moved, most of those to a place of their own."""
+    moved = tensor.moved.get(position)
+    return moved is not None and moved.suspects >= moved.rows / 4 and moved.elsewhere > HALF
+
+
+def transposed(evidence: Evidence) -> list[Cause]:
+    """Square matrices of a task that are the base's with rows and columns exchanged: another convention of storing them."""
+    causes = []
+    for position, task in enumerate(evidence.scan.tasks):
+        names = [name for name, tensor in evidence.scan.tensors.items() if position in tensor.transposed]
+        if names:
+            back = {name: evidence.tasks[task][name].transpose(0, 1) for name in names}
+            causes.append(
+                Cause(
+                    "transposed_weight",
+                    task,
+                    f"{_counted(names)} of {task!r} {'are' if len(names) > 1 else 'is'} nearer to the base's with rows and columns "
+                    f"exchanged: {names[0]}",
+                    "transpose before merging (Linear stores (out, in), Conv1D (in, out))",
+                    INPUT,
+                    *priced(saving_of(evidence, replaced, task, back)),
+                    {"tensors": float(len(names))},
+                )
+            )
+    return causes
+
+
+def layers_swapped(evidence: Evidence) -> list[Cause]:
+    """Matrices of a task that are the base's of another layer: layers exchanged, or numbered otherwise."""
+    causes = []
+    for task in evidence.scan.tasks:
+        found = places(evidence, task)
+        if not found:
+            continue
+        name, other = next(iter(found.items()))
+        layers = {layer_group(n) for n in found}
+        inside = [n for n in evidence.scan.tensors if layer_group(n) in layers]
+        causes.append(
+            Cause(
+                "layers_swapped",
+                task,
+                f"{_counted(list(found))} of {task!r} {'are' if len(found) > 1 else 'is'} nearer to the base's of another layer: {name} "
+                f"is its {other}",
+                f"rename the layers of {task!r} as the base numbers them, or leave them out",
+                INPUT,
+                *priced(saving_of(evidence, without, task, inside)),
+                {"tensors": float(len(found))},
+            )
+        )
+    return causes
+
+
+def places(evidence: Evidence, task: str) -> dict[str, str]:
+    """Matrix of a task that kept little of itself -> the matrix of the base that it resembles; each place once. Found once."""
+    if task in evidence.places:
+        return evidence.places[task]
+    position = evidence.scan.tasks.index(task)
+    far: dict[tuple[int, ...], list[str]] = {}
+    for name, tensor in evidence.scan.tensors.items():
+        if any(tensor.rank) and float(tensor.cosine[position]) < KEPT and not _explained(tensor, position):
+            far.setdefault(tuple(evidence.base[name].shape), []).append(name)
+    found: dict[str, str] = {}
+    for shape, names in far.items():
+        known = [name for name in evidence.scan.tensors if tuple(evidence.base[name].shape) == shape]
+        if len(known) < 2:
+            continue
+        old = torch.stack([_sampled(evidence.base[name]) for name in known])
+        new = torch.stack([_sampled(evidence.tasks[task][name]) for name in names])
+        close, match = (new @ old.T).max(1)
+        for name, cosine, index in zip(names, close.tolist(), match.tolist(), strict=True):
+            if cosine >= KEPT and known[index] not in (name, *found.values()):
+                found[name] = known[index]
+    evidence.places[task] = found
+    return found
+
+
+def displaced(evidence: Evidence, task: str) -> set[str]:
+    """Matrices of a task that are the base's in another place: they say nothing of where the task came from."""
+    position = evidence.scan.tasks.index(task)
+    moved = {name for name, tensor in evidence.scan.tensors.items() if _explained(tensor, position)}
+    return moved | set(places(evidence, task))
+
+
+def _explained(tensor: TensorScan, position: int) -> bool:
+    return rows_elsewhere(tensor, position) or position in tensor.transposed
+
+
+def _sampled(value: Tensor) -> Tensor:
+    """At most SAMPLE evenly spaced values as a unit vector."""
+    flat = value.flatten()
+    chosen = flat[:: max(1, flat.numel() // SAMPLE)].float()
+    return torch.nn.functional.normalize(chosen, dim=0)
+
+
+def _counted(names: list[str]) -> str:
+    return f"{len(names)} matri{'ces' if len(names) > 1 else 'x'}"
+
+
+def _rows_are_tokens(evidence: Evidence, name: str, rows: int) -> bool:
+    """Whether a matrix has a row for each token: as many as the configuration says, or named like one."""
+    config = getattr(evidence.base, "config", None) or {}
+    return config.get("vocab_size") == rows or bool(TOKENS.search(name))
