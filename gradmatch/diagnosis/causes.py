@@ -46,13 +46,8 @@ Finder = Callable[["Evidence"], list[Cause]]
 
 
 def ranked(causes: Sequence[Cause]) -> list[Cause]:
-    """By rank; then dear ones, those whose cost is not known, and those that cost nothing; then in the order in which they were found."""
-    return sorted(causes, key=lambda c: (c.rank, -_urgency(c.cost)))
-
-
-def _urgency(cost: float | None) -> float:
-    """A cost in nats; one that is not known counts as next to nothing, which is more than nothing."""
-    return 1e-9 if cost is None else cost
+    """By rank, then by cost; those that cost nothing, or nobody knows what, last and in the order in which they were found."""
+    return sorted(causes, key=lambda c: (c.rank, -(c.cost or 0.0)))
 
 
 def find_causes(evidence: Evidence) -> list[Cause]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 HALF = 0.5
 SAMPLE = 4096  # values of a matrix by which layers are told apart: cosines to within 1/64
-TOKENS = re.compile(r"embed|wte|lm_head|shared|tok", re.IGNORECASE)
+TOKENS = re.compile(r"embed|wte|lm_head|(^|\.)shared\.", re.IGNORECASE)
 
 
 def rows_moved(evidence: Evidence) -> list[Cause]:

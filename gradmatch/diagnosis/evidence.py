@@ -123,7 +123,9 @@ class Evidence:
 
     def gained(self, task: str) -> bool:
         """Whether fine-tuning gained something that can be told from the noise of the examples seen, by three standard errors."""
-        difference = self.losses["base"][task] - self.losses[task][task]
+        base, own = self.losses["base"][task], self.losses[task][task]
+        ignorant = self.uniform.get(task, math.inf) < float(base.mean())  # see task_gain
+        difference = -own if ignorant else base - own
         error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
         return self.task_gain(task) > max(0.0, STANDARD_ERRORS * error)
 

@@ -151,6 +151,21 @@ def test_with_data_a_quadratic_loss_rises_as_forecast(regression, method):
         assert (point.forgetting_by, point.collateral_by) == ("ggn", "ggn")
 
 
+def test_a_point_takes_one_derivative_of_each_data_set(regression, monkeypatch):
+    problem, _ = regression
+    path, asked = AlphaPath(problem), []
+    exact = Objective.ggn_products
+
+    def counted(self, weights, directions):
+        asked.append((self, len(directions)))
+        return exact(self, weights, directions)
+
+    monkeypatch.setattr(Objective, "ggn_products", counted)
+    path.point(0.5)
+    assert sorted(count for _, count in asked) == [1, 1]
+    assert {objective for objective, _ in asked} == {problem.retain, problem.remove}
+
+
 def test_measured_rise_is_the_loss(regression):
     problem, (x0, y0) = regression
     (piece,) = problem.pieces()

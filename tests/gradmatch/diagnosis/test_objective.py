@@ -1,11 +1,14 @@
 """Losses, gradients and exact GGN products against dense float64 oracles."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from estimators.inference import make_likelihood
+from gradmatch.diagnosis import objective as module_of_objective
 from gradmatch.diagnosis.objective import Objective, OutputNotFiniteError, output_hessian
 
 
@@ -218,3 +221,24 @@ def test_errors():
     with pytest.raises(ValueError, match="'poisson' has no known Hessian"):
         objective.ggn_products(weights, [weights])
     assert output_hessian.__doc__.startswith("sum over examples")
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 2**18])
+def test_products_are_taken_a_few_predictions_at_a_time_and_padding_not_at_all(monkeypatch, chunk):
+    monkeypatch.setattr(module_of_objective, "CHUNK", chunk)
+    outputs, products = torch.randn(2, 3, 7), torch.randn(2, 2, 3, 7)  # (B, T, C), (K, B, T, C)
+    valid = torch.tensor([[True, True, False], [True, False, False]])
+    outputs[~valid] = math.nan  # what stands there is looked at by nobody
+    reading = SimpleNamespace(view=outputs, valid=valid)
+    found = output_hessian(make_likelihood("token_classification"), reading, products)
+    rows = [
+        (softmax_lambda(f.double()), v.double())
+        for f, v in zip(outputs[valid], products[:, valid].transpose(0, 1), strict=True)
+    ]
+    torch.testing.assert_close(found, sum(v @ h @ v.T for h, v in rows))
+
+
+def test_values_whose_sum_overflows_are_finite_all_the_same():
+    assert module_of_objective._all_finite(torch.full((4,), 3e38))
+    assert not module_of_objective._all_finite(torch.tensor([1.0, math.nan]))
+    assert not module_of_objective._all_finite(torch.tensor([math.inf, -math.inf]))

@@ -61,7 +61,7 @@ def test_exchanged_layers_are_found_where_they_went():
 
 
 @pytest.mark.parametrize(
-    ("name", "cause"), [("embed.weight", "vocabulary_order"), ("lift.weight", "permuted_neurons")]
+    ("name", "cause"), [("embed.weight", "vocabulary_order"), ("token.weight", "permuted_neurons")]
 )
 def test_rows_in_another_order_are_tokens_or_neurons(name, cause):
     base, tasks = make()
