@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.plan.request import REMOVALS
 from gradmatch.plan.settings import numbers
 from gradmatch.rules import RULES
-from gradmatch.subtraction import REMOVALS
 from gradmatch.transforms import TRANSFORMS
 
 if TYPE_CHECKING:
