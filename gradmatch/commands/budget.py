@@ -87,8 +87,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--nats must be positive, got {args.nats:g}")
     problem = Problem(
         args.base, parse_task(args.task), args.base_curvature, method=args.method, base_weight=args.base_weight,
-        delta0=args.delta0, keep=args.keep, guard=args.guard, retain=_objective(args, args.retain), remove=_objective(args, args.remove),
+        delta0=args.delta0, keep=args.keep, guard=args.guard,
     )  # fmt: skip
+    # only now: reading the models takes seconds, and what is wrong with the rest is said before
+    problem = dataclasses.replace(
+        problem, retain=_objective(args, args.retain), remove=_objective(args, args.remove)
+    )
     points = AlphaPath(problem)
     path = alpha_path(points, args.alphas)
     print(path_table(path))

@@ -85,6 +85,8 @@ class Problem:
             raise ValueError(
                 f"task {self.task.name or 'to remove'!r} has no curvature; estimate it at its weights on what is to be removed"
             )
+        for curvature in (self.base_curvature, self.task.curvature):
+            opened(curvature)  # a file that is absent or is none: only its head is read
         check_tokenizers(self.base, self.task.model)
 
     def pieces(self) -> Iterator[Piece]:

@@ -98,3 +98,11 @@ def test_an_empty_retain_set(files, tmp_path, capsys):
 def test_a_task_without_curvature(files, capsys):
     assert call(files, task="toxic") == 2
     assert "has no curvature" in capsys.readouterr().err
+
+
+def test_a_curvature_that_is_not_there_is_said_before_any_model_is_read(files, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "gradmatch.commands.budget._objective", lambda *given: pytest.fail("a model was read")
+    )
+    assert call(files, task="toxic,curvature=absent.safetensors") == 2
+    assert "absent.safetensors" in capsys.readouterr().err
