@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from gradmatch.checkpoint import Checkpoint, open_checkpoint
     from gradmatch.diagnosis import Diagnosis, diagnose
     from gradmatch.inputs.heads import load_head
-    from gradmatch.merging import analogy, merge, subtract
+    from gradmatch.merging import merge
     from gradmatch.output.report import Report
     from gradmatch.rules import RULES
+    from gradmatch.subtraction import analogy, subtract
     from gradmatch.task import Task
     from gradmatch.transforms import TRANSFORMS
 
@@ -23,12 +24,12 @@ EXPORTS = {
     "Report": "gradmatch.output.report",
     "TRANSFORMS": "gradmatch.transforms",
     "Task": "gradmatch.task",
-    "analogy": "gradmatch.merging",
+    "analogy": "gradmatch.subtraction",
     "diagnose": "gradmatch.diagnosis",
     "load_head": "gradmatch.inputs.heads",
     "merge": "gradmatch.merging",
     "open_checkpoint": "gradmatch.checkpoint",
-    "subtract": "gradmatch.merging",
+    "subtract": "gradmatch.subtraction",
 }
 __all__ = [
     "RULES",

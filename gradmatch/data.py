@@ -220,15 +220,20 @@ def longest_input(tokenizer: Any, config: Any, asked: int | None = None) -> int:
     Raises:
         ValueError: more was asked for than the model takes.
     """
-    limits = [getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None)]
-    if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert") and limits[1]:
-        limits[1] -= 2  # their positions start at 2
-    known = [int(limit) for limit in limits if limit is not None and 0 < limit < 10**6]
+    known = token_limits(tokenizer, config)
     if asked is None:
         return min([*known, LONGEST_BY_DEFAULT])
     if known and asked > min(known):
         raise ValueError(f"--max-length {asked} is more than the model takes: {min(known)}")
     return asked
+
+
+def token_limits(tokenizer: Any, config: Any) -> list[int]:
+    """How many tokens the tokenizer and the model take, as far as they say."""
+    limits = [getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None)]
+    if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert") and limits[1]:
+        limits[1] -= 2  # their positions start at 2
+    return [int(limit) for limit in limits if limit is not None and 0 < limit < 10**6]
 
 
 def rows_with_text(table: Any, column: str) -> list[int]:

@@ -1,8 +1,7 @@
-"""The public calls: merge, subtract, analogy. Everything is planned and checked before the first value is read."""
+"""The public call: merge. Everything is planned and checked before the first value is read."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -262,99 +261,3 @@ class _bar:
     def __exit__(self, *_: object) -> None:
         if self._tqdm is not None:
             self._tqdm.close()
-
-
-def subtract(
-    base: Model | Checkpoint,
-    task: Task | Sequence[Task],
-    *,
-    base_curvature: CurvatureLike | float | None = None,
-    weight: float = 1.0,
-    keep: float = 0.1,
-    guard: str = "floor",
-    method: str = "removal",
-    **options: Any,
-) -> Mapping[str, Tensor]:
-    """Remove what one or several tasks taught: Eq. 13 of Daheim et al. 2024, theta0 - alpha (H0 - alpha H_t)^-1 (H0 + H_t) tau_t.
-
-    Args:
-        base: the model to remove from.
-        task: fine-tuned from the base on what is to go, with its curvature; one or several.
-        base_curvature: the base's curvature; must stay above the tasks'.
-        weight: alpha > 0, for all tasks, times each task's own weight.
-        keep: at least keep * H0 must remain of H0 - alpha H_t.
-        guard: how: "floor" floors it there; "scale" scales H_t down, which also bounds the step where the base knows next to
-            nothing (see `gradmatch.rules.removal.removal`).
-        method: "removal", or a baseline: "negation" (task arithmetic), "ewr", "fisher_negation".
-        **options: as for `merge` (out, delta0, base_weight, dtype, ...).
-
-    Returns:
-        As `merge`. The report holds the clamped share overall and per tensor, the largest weight for given shares, and what moved.
-
-    Raises:
-        ValueError: as `merge`; also another method, a weight below 0, or a task with another tokenizer than the base.
-    """
-    from gradmatch.plan.request import REMOVALS
-    from gradmatch.removal.problem import check_tokenizers
-    from gradmatch.subtraction import largest_alpha, scaled
-
-    tasks = [task] if isinstance(task, Task) else list(task)
-    if method not in REMOVALS:
-        from gradmatch.names import nearest
-
-        raise ValueError(
-            f"{method!r} is no way to subtract{nearest(method, REMOVALS)}; choose one of {', '.join(REMOVALS)}"
-        )
-    tasks = [scaled(one, weight) for one in tasks]
-    for one in tasks:
-        check_tokenizers(base, one.model)
-    own: dict[str, Any] = {"keep": keep, "guard": guard} if method == "removal" else {}
-    result = merge(base, tasks, method=method, base_curvature=base_curvature, **own, **options)
-    if method == "removal":
-        report: Report = result.report  # type: ignore[attr-defined]
-        limits = largest_alpha(base, tasks, base_curvature, keep=keep, **options)
-        report.largest_alpha = {
-            s: limit if math.isinf(limit) else weight * limit for s, limit in limits.items()
-        }
-        from gradmatch.output.card import rewrite_card
-
-        rewrite_card(result)
-    return result
-
-
-def analogy(
-    base: Model | Checkpoint,
-    a: Model | Task,
-    b: Model | Task,
-    c: Model | Task,
-    *,
-    method: str = "task_arithmetic",
-    weight: float = 1.0,
-    **options: Any,
-) -> Mapping[str, Tensor]:
-    """a is to b as c is to the result: theta_c + weight * (theta_b - theta_a), by tau = tau_c + weight * (tau_b - tau_a).
-
-    Args:
-        base: what all three were fine-tuned from.
-        a: the source without the wanted property.
-        b: the source with it.
-        c: where it is to be added.
-        method: "task_arithmetic", or a curvature rule such as "gradient_matching" (a, b, c are then Tasks with curvatures;
-            a enters with a negative weight).
-        weight: of the difference.
-        **options: as for `merge`.
-
-    Returns:
-        As `merge`.
-
-    Raises:
-        ValueError: as `merge`.
-    """
-    from gradmatch.subtraction import scaled
-
-    sign = {"a": -weight, "b": weight, "c": 1.0}
-    tasks = []
-    for letter, given in (("c", c), ("b", b), ("a", a)):
-        one = given if isinstance(given, Task) else Task(given, name=letter)
-        tasks.append(scaled(one, sign[letter], signed=True))
-    return merge(base, tasks, method=method, **options)

@@ -1,20 +1,138 @@
-"""What subtraction needs beside Eq. 13: scaled tasks, and the largest weight that the base's curvature allows."""
+"""The public calls that take away: subtract and analogy; and the largest weight that the base's curvature allows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gradmatch.inputs.opened import open_inputs
-from gradmatch.plan.plan import plan
-from gradmatch.plan.request import Request
+from gradmatch.merging import CurvatureLike, merge, prepare
+from gradmatch.names import nearest
+from gradmatch.output.card import rewrite_card
+from gradmatch.plan.request import REMOVALS
 from gradmatch.plan.settings import numbers, times
-from gradmatch.task import Task
+from gradmatch.task import Task, is_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradmatch.checkpoint import Checkpoint
+    from gradmatch.output.report import Report
+    from gradmatch.plan.plan import Plan
+    from gradmatch.task import Model
 
 SHARES = (0.001, 0.01, 0.1)
+RUNNING = ("out", "overwrite", "batches", "progress")  # arguments of `merge` that no plan depends on
 BINS = 65_536  # by the upper 16 bits of a float32: bins 0.8 % wide
+
+
+def subtract(
+    base: Model | Checkpoint,
+    task: Task | Model | Sequence[Task],
+    *,
+    base_curvature: CurvatureLike | float | None = None,
+    weight: float = 1.0,
+    keep: float = 0.1,
+    guard: str = "floor",
+    method: str = "removal",
+    **options: Any,
+) -> Mapping[str, Tensor]:
+    """Remove what one or several tasks taught: Eq. 13 of Daheim et al. 2024, theta0 - alpha (H0 - alpha H_t)^-1 (H0 + H_t) tau_t.
+
+    Args:
+        base: the model to remove from.
+        task: fine-tuned from the base on what is to go, with its curvature; one or several. Negation takes a bare model too.
+        base_curvature: the base's curvature; must stay above the tasks'.
+        weight: alpha > 0, for all tasks, times each task's own weight.
+        keep: at least keep * H0 must remain of H0 - alpha H_t.
+        guard: how: "floor" floors it there; "scale" scales H_t down, which also bounds the step where the base knows next to
+            nothing (see `gradmatch.rules.removal.removal`).
+        method: "removal", or a baseline: "negation" (task arithmetic), "ewr", "fisher_negation".
+        **options: as for `merge` (out, delta0, base_weight, dtype, ...).
+
+    Returns:
+        As `merge`. The report holds the clamped share overall and per tensor, the largest weight for given shares, and what moved.
+
+    Raises:
+        ValueError: as `merge`; also another method, a weight below 0, or a task with another tokenizer than the base.
+        TypeError: as `merge`; also a task that is none.
+    """
+    from gradmatch.removal.problem import check_tokenizers
+
+    if method not in REMOVALS:
+        raise ValueError(
+            f"{method!r} is no way to subtract{nearest(method, REMOVALS)}; choose one of {', '.join(REMOVALS)}"
+        )
+    tasks = [scaled(one, weight) for one in tasks_of(task)]
+    for one in tasks:
+        check_tokenizers(base, one.model)
+    own: dict[str, Any] = {"keep": keep, "guard": guard} if method == "removal" else {}
+    result = merge(base, tasks, method=method, base_curvature=base_curvature, **own, **options)
+    if method == "removal":
+        report: Report = result.report  # type: ignore[attr-defined]
+        planned = {key: value for key, value in options.items() if key not in RUNNING}
+        limits = largest_alpha(
+            prepare(base, tasks, method=method, base_curvature=base_curvature, **own, **planned)
+        )
+        report.largest_alpha = {
+            s: limit if math.isinf(limit) else weight * limit for s, limit in limits.items()
+        }
+        rewrite_card(result)
+    return result
+
+
+def analogy(
+    base: Model | Checkpoint,
+    a: Model | Task,
+    b: Model | Task,
+    c: Model | Task,
+    *,
+    method: str = "task_arithmetic",
+    weight: float = 1.0,
+    **options: Any,
+) -> Mapping[str, Tensor]:
+    """a is to b as c is to the result: theta_c + weight * (theta_b - theta_a), by tau = tau_c + weight * (tau_b - tau_a).
+
+    Args:
+        base: what all three were fine-tuned from.
+        a: the source without the wanted property.
+        b: the source with it.
+        c: where it is to be added.
+        method: "task_arithmetic", or a curvature rule such as "gradient_matching" (a, b, c are then Tasks with curvatures;
+            a enters with a negative weight).
+        weight: of the difference.
+        **options: as for `merge`.
+
+    Returns:
+        As `merge`.
+
+    Raises:
+        ValueError: as `merge`.
+    """
+    sign = {"a": -weight, "b": weight, "c": 1.0}
+    tasks = []
+    for letter, given in (("c", c), ("b", b), ("a", a)):
+        one = given if isinstance(given, Task) else Task(given, name=letter)
+        tasks.append(scaled(one, sign[letter], signed=True))
+    return merge(base, tasks, method=method, **options)
+
+
+def tasks_of(given: Model | Task | Sequence[Task]) -> list[Task]:
+    """One or several tasks as a list; a bare model is a task without curvature.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if isinstance(given, Task):
+        return [given]
+    if is_model(given):
+        return [Task(given)]
+    if not isinstance(given, Sequence) or not all(isinstance(one, Task) for one in given):
+        raise TypeError(
+            f"task is {type(given).__name__}; pass Task(model, curvature), or a list of them to remove several at once"
+        )
+    return list(given)
 
 
 def scaled(task: Task, factor: float, *, signed: bool = False) -> Task:
@@ -30,16 +148,8 @@ def scaled(task: Task, factor: float, *, signed: bool = False) -> Task:
     return replace(task, weight=times(task.weight, factor))
 
 
-def largest_alpha(
-    base: Any,
-    tasks: Sequence[Task],
-    base_curvature: Any,
-    *,
-    keep: float,
-    shares: Sequence[float] = SHARES,
-    **options: Any,
-) -> dict[float, float]:
-    """share -> the largest factor on all weights for which less than this share of the weights is clamped.
+def largest_alpha(made: Plan, shares: Sequence[float] = SHARES) -> dict[float, float]:
+    """share -> the largest factor on all weights of a removal for which less than this share of them is clamped.
 
     A weight is clamped when H0 - alpha H_t < keep H0, that is when alpha > (1 - keep) H0 / sum_t w_t H_t: the answer is a
     quantile of that ratio. Read from the curvatures alone, to within 0.8 % on the safe side; inf where nothing would be.
@@ -50,10 +160,6 @@ def largest_alpha(
     from gradmatch.engine.kernels import Buffers
     from gradmatch.engine.stacked import curvature_pair
 
-    known = {key: options[key] for key in Request.__dataclass_fields__ if key in options and key != "options"}
-    request = Request(**{**known, "method": "removal", "options": {"keep": keep}})
-    flags = {key: options[key] for key in ("allow_mismatch", "allow_pickle") if key in options}
-    made = plan(open_inputs(base, tasks, request, base_curvature=base_curvature, **flags), request)
     context, buffers = Context(made), Buffers()
     counts, total = torch.zeros(BINS, dtype=torch.int64), 0
     for step in made.steps:
@@ -61,8 +167,9 @@ def largest_alpha(
             continue
         for first, last in pieces(step, 0, step.spec.numel):
             h0, h = curvature_pair(context, step, first, last, buffers)
-            ratio = ((1 - keep) * h0 / h).float()  # inf where the tasks know nothing
-            bits = ratio.nan_to_num(nan=math.inf, posinf=math.inf).view(torch.int32) >> 16
+            ratio = ((1 - step.options["keep"]) * h0 / h).float().clamp_(min=0)
+            ratio[h <= 0] = math.inf  # a task that knows nothing, or a Hessian's negative entry, never clamps
+            bits = ratio.view(torch.int32) >> 16
             counts += torch.bincount(bits, minlength=BINS)
             total += last - first
     below = counts.cumsum(0)

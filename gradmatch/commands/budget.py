@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradmatch.plan.request import REMOVALS
+from gradmatch.plan.request import POLICIES, REMOVALS
 from gradmatch.rules.removal import GUARDS
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task", required=True, metavar="MODEL,curvature=FILE", help="fine-tuned from it on what is to go"
     )
     parser.add_argument(
-        "--base-curvature", required=True, help="curvature file of the base, on what must stay"
+        "--base-curvature", required=True, help="curvature file of the base, on what must stay, or a number"
     )
     parser.add_argument(
         "--method", choices=REMOVALS, default="removal", help="Eq. 13 (default), or a baseline"
@@ -67,12 +69,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--examples", type=int, default=32, help="examples of each file (default 32)")
     parser.add_argument("--batch-size", type=int, default=8, help="(default 8)")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of each text (default 256)")
+    parser.add_argument(
+        "--missing-curvature",
+        choices=POLICIES["missing_curvature"],
+        default="error",
+        help="parameters without curvature: refuse (default), or take it as flat",
+    )
+    parser.add_argument("--allow-mismatch", action="store_true", help="accept curvatures of other weights")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--report", metavar="FILE", help="write path, budget and removal report as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Forecast, find the budget's alpha, print and write."""
     from gradmatch.commands.merge import parse_task
+    from gradmatch.commands.sources import number_or_text
     from gradmatch.removal import (
         AlphaPath,
         Problem,
@@ -83,17 +94,17 @@ def run(args: argparse.Namespace) -> int:
         report_table,
     )
 
-    if args.nats is not None and args.nats <= 0:
-        raise ValueError(f"--nats must be positive, got {args.nats:g}")
+    check(args)
     problem = Problem(
-        args.base, parse_task(args.task), args.base_curvature, method=args.method, base_weight=args.base_weight,
-        delta0=args.delta0, keep=args.keep, guard=args.guard,
+        args.base, parse_task(args.task), number_or_text(args.base_curvature), method=args.method,
+        base_weight=args.base_weight, delta0=args.delta0, keep=args.keep, guard=args.guard,
+        missing_curvature=args.missing_curvature, allow_mismatch=args.allow_mismatch,
     )  # fmt: skip
-    # only now: reading the models takes seconds, and what is wrong with the rest is said before
-    problem = dataclasses.replace(
-        problem, retain=_objective(args, args.retain), remove=_objective(args, args.remove)
-    )
-    points = AlphaPath(problem)
+    _ = (
+        problem.plan
+    )  # only now: reading models and data takes seconds, and what is wrong with the rest is said before
+    problem = dataclasses.replace(problem, **objectives(args))
+    points = AlphaPath(problem, progress=not args.quiet)
     path = alpha_path(points, args.alphas)
     print(path_table(path))
     limit = problem.largest_alpha(args.share)
@@ -101,18 +112,20 @@ def run(args: argparse.Namespace) -> int:
         print(f"largest alpha with at most {100 * args.share:g} % clamped: {limit:.4g}")
     content: dict[str, object] = {
         "path": [dataclasses.asdict(point) for point in path],
-        "largest_alpha": limit,
+        "largest_alpha": limit if math.isfinite(limit) else None,  # JSON has no infinity
     }
     alpha = args.alphas[-1]
     if args.nats is not None:
-        found = budget(
-            points, args.nats, share=args.share, largest=max(args.alphas), steps=max(4, len(args.alphas))
-        )
+        found = budget(points, args.nats, share=args.share, largest=max(args.alphas), steps=args.alphas)
         print(
             f"budget of {args.nats:g} nats an example on what must stay: alpha = {found.alpha:.4g}, bound by {found.bound}"
         )
         content["budget"] = dataclasses.asdict(found)
         alpha = found.alpha
+        if alpha:
+            chosen = points.point(alpha)
+            content["chosen"] = dataclasses.asdict(chosen)
+            print(path_table([chosen]))
     report = removal_report(problem, alpha)
     print(report_table(report))
     if args.report:
@@ -120,20 +133,67 @@ def run(args: argparse.Namespace) -> int:
             json.dumps({**content, "report": report}, indent=1) + "\n", encoding="utf-8"
         )
         print(f"written: {args.report}", file=sys.stderr)
+    if alpha:
+        print(f"to remove it so: {subtraction(args, alpha)}")
+    else:
+        print("no alpha fits: raise --nats, or --base-weight for gentler steps")
     return 0
 
 
-def _objective(args: argparse.Namespace, file: str | None) -> Objective | None:
-    """The loss on a data file, with the base's module; None without one."""
-    if file is None:
-        return None
+def check(args: argparse.Namespace) -> None:
+    """What can be wrong before anything is opened.
+
+    Raises:
+        ValueError: numbers that make no sense.
+        FileNotFoundError: data that is not there, or no folder for the report.
+    """
+    from gradmatch.removal.forecast import check_alphas
+
+    check_alphas(args.alphas)
+    if args.nats is not None and not args.nats > 0:
+        raise ValueError(f"--nats must be positive, got {args.nats:g}")
+    if args.nats is not None and max(args.alphas) == 0:
+        raise ValueError("--alphas holds nothing above 0, so there is no budget to find")
+    if not 0 <= args.share <= 1:
+        raise ValueError(f"--share must lie in [0, 1], got {args.share:g}")
+    for option, least in (("examples", 1), ("batch_size", 1), ("max_length", 2)):
+        if getattr(args, option) < least:
+            raise ValueError(
+                f"--{option.replace('_', '-')} must be at least {least}, got {getattr(args, option)}"
+            )
+    for file in (args.retain, args.remove):
+        if file is not None and not Path(file).is_file():
+            raise FileNotFoundError(f"no data file {file}")
+    if args.report and not Path(args.report).absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder for --report {args.report}")
+
+
+def objectives(args: argparse.Namespace) -> dict[str, Objective]:
+    """The losses on the data files that were given, "retain" and "remove", with one module of the base's structure."""
+    files = {side: getattr(args, side) for side in ("retain", "remove") if getattr(args, side) is not None}
+    if not files:
+        return {}
     from gradmatch.checkpoint import open_checkpoint
     from gradmatch.diagnosis.data import read_batches
-    from gradmatch.diagnosis.diagnosing import module_of
     from gradmatch.diagnosis.objective import Objective
+    from gradmatch.diagnosis.opening import module_of
 
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"no data file {file}")
-    base = open_checkpoint(args.base)
     options = {"examples": args.examples, "batch_size": args.batch_size, "max_length": args.max_length}
-    return Objective(module_of(base, base), read_batches(Path(file), args.base, **options))
+    options["by_length"] = True
+    batches = {side: read_batches(Path(file), args.base, **options) for side, file in files.items()}
+    base = open_checkpoint(args.base)
+    module = module_of(base, base)
+    return {side: Objective(module, rows) for side, rows in batches.items()}
+
+
+def subtraction(args: argparse.Namespace, alpha: float) -> str:
+    """The `gradmatch subtract` that does what was forecast: the options that matter must be the same."""
+    words = ["gradmatch", "subtract", "--base", args.base, "--task", args.task]
+    words += ["--base-curvature", args.base_curvature, "--weight", f"{alpha:.6g}"]
+    defaults = {"method": "removal", "keep": 0.1, "guard": "floor", "base_weight": 1.0, "delta0": 1e-6}
+    defaults |= {"missing_curvature": "error"}
+    for name, default in defaults.items():
+        if getattr(args, name) != default:
+            words += [f"--{name.replace('_', '-')}", f"{getattr(args, name)}"]
+    words += ["--allow-mismatch"] if args.allow_mismatch else []
+    return shlex.join([*words, "-o", "OUT"])

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.out:
         raise ValueError("no output folder: name it with --out (or look first, with --dry-run)")
-    from gradmatch.merging import subtract
+    from gradmatch.subtraction import subtract
 
     arguments["task"] = arguments.pop("tasks")
     result = subtract(

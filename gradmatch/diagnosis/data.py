@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gradmatch.data import token_limits
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 TEXT_KEYS = ("text", "sentence", "review", "content", "input")
 LABEL_KEYS = ("label", "labels", "class", "target", "sentiment")
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".safetensors")
 
 
@@ -39,17 +42,24 @@ def parse_data(arguments: Sequence[str], tasks: Sequence[str]) -> dict[str, Path
 
 
 def read_batches(
-    path: Path, tokenizer_folder: str, *, examples: int = 256, batch_size: int = 16, max_length: int = 256
+    path: Path,
+    tokenizer_folder: str,
+    *,
+    examples: int = 256,
+    batch_size: int = 16,
+    max_length: int = 256,
+    by_length: bool = False,
 ) -> list[dict[str, Tensor]]:
     """The first `examples` rows of a file as tokenised, padded batches.
 
     Args:
-        path: .jsonl, .csv or .tsv with a text and a label each; .txt with a text a line (for language models); or
+        path: .jsonl, .csv or .tsv with a text and a label each (which a language model does not need); .txt with a text a line (for language models); or
             .safetensors with the model's inputs and "labels".
         tokenizer_folder: where the tokenizer is.
         examples: how many rows.
         batch_size: rows a batch.
-        max_length: tokens a text.
+        max_length: tokens a text; longer ones are cut, and to what the model takes.
+        by_length: texts of about one length in a batch, which spares padding and changes no sum over all of them.
 
     Raises:
         ValueError: another format, no text column, rows without labels, or an empty file.
@@ -58,12 +68,17 @@ def read_batches(
         from safetensors.torch import load_file
 
         return _split({name: value[:examples] for name, value in load_file(path).items()}, batch_size, path)
-    texts, labels = read_texts(path, examples)
+    config = _config(tokenizer_folder)
+    predicts_text = (getattr(config, "architectures", None) or [""])[0].endswith(LANGUAGE_MODELS)
+    texts, labels = read_texts(path, examples, labelled=not predicts_text)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    max_length = min([max_length, *token_limits(tokenizer, config)])
+    if by_length and labels is None:
+        texts = sorted(texts, key=len)
     batches = []
     for first in range(0, len(texts), batch_size):
         encoded = tokenizer(
@@ -83,8 +98,18 @@ def read_batches(
     return batches
 
 
-def read_texts(path: Path, examples: int) -> tuple[list[str], list[Any] | None]:
-    """Texts and labels of a file; labels are None for plain text.
+def _config(folder: str) -> Any:
+    """The model's configuration, or None where only a tokenizer is there."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError):
+        return None
+
+
+def read_texts(path: Path, examples: int, *, labelled: bool = True) -> tuple[list[str], list[Any] | None]:
+    """Texts and labels of a file; labels are None for plain text, and unless they are wanted.
 
     Raises:
         ValueError: see `read_batches`.
@@ -105,7 +130,7 @@ def read_texts(path: Path, examples: int) -> tuple[list[str], list[Any] | None]:
         raise ValueError(
             f"{path}: no text column among {', '.join(rows[0])}; name it {' or '.join(map(repr, TEXT_KEYS))}"
         )
-    if label is None:
+    if label is None or not labelled:
         return [str(row[text]) for row in rows], None
     return [str(row[text]) for row in rows], [
         _label(path, number, row.get(label)) for number, row in enumerate(rows, 1)

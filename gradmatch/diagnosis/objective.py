@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -180,6 +181,35 @@ class Objective:
                 total += output_hessian(self._known_hessian(), readings[0], torch.stack(products))
         return total * self.scale
 
+    def expand(self, weights: Weights, direction: Weights) -> tuple[float, float, float]:
+        """(l, g'u, u'Hu) of the summed loss at `weights` along u: its value, slope, and GGN curvature, exact.
+
+        One forward-mode derivative a batch gives all three, where slope and curvature apart take a backward pass more.
+
+        Args:
+            weights: by name.
+            direction: u by parameter name; a parameter that is absent does not move.
+
+        Returns:
+            Nats.
+
+        Raises:
+            ValueError: a likelihood whose output Hessian is not known.
+        """
+        leaves = self._leaves(weights)
+        loss = slope = bend = 0.0
+        with self._evaluating(), torch.no_grad():
+            for index in range(len(self.batches)):
+                reading, tangent = self._jvp(weights, leaves, direction, index)
+                with torch.enable_grad():
+                    outputs = reading.output.detach().requires_grad_(True)
+                    nll = -self._log_prob(replace(reading, output=outputs)).sum(dtype=torch.float64)
+                    (residual,) = torch.autograd.grad(nll, outputs)
+                loss += float(nll)
+                slope += float((self._as_viewed(residual, reading) * tangent).sum(dtype=torch.float64))
+                bend += float(output_hessian(self._known_hessian(), reading, tangent[None]))
+        return loss * self.scale, slope * self.scale, bend * self.scale
+
     def _jvp(
         self, weights: Weights, leaves: Weights, direction: Weights, index: int
     ) -> tuple[Reading, Tensor]:
@@ -196,12 +226,14 @@ class Objective:
 
         tangent = torch.func.jvp(outputs, (moving,), (tangents,))[1]
         self._known_hessian()
-        class_dim = getattr(self._likelihood, "class_dim", -1)
-        reading = rest[-1]
+        return rest[-1], self._as_viewed(tangent, rest[-1])
+
+    def _as_viewed(self, values: Tensor, reading: Reading) -> Tensor:
+        """Values in the outputs' shape, as (B, T, C)."""
         shape = reading.view.shape
-        return reading, tangent.movedim(class_dim, -1).reshape(shape) if shape[2] > 1 else tangent.reshape(
-            shape
-        )
+        if shape[2] == 1:
+            return values.reshape(shape)
+        return values.movedim(getattr(self._likelihood, "class_dim", -1), -1).reshape(shape)
 
     def _leaves(self, weights: Weights) -> dict[str, Tensor]:
         """The module's parameters (a tied one once) at the given values, detached."""

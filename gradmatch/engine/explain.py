@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def not_positive(step: Step, count: int, first: int, last: int) -> str:
-    """What to say where Hbar is not positive, and what to do."""
+    """What to say where Hbar, or the H0 that a removal is guarded by, is not positive, and what to do."""
+    if "keep" in step.options:
+        return (
+            f"{step.name!r}: at {count} weights (of elements {first} to {last}) the base's curvature H0 is negative, as a Hessian's "
+            "can be, so there is nothing of which a removal could keep a part; take a GGN or Fisher curvature of the base, or raise delta0"
+        )
     return (
         f"{step.name!r}: at {count} weights (of elements {first} to {last}) the curvature H0 + sum alpha_t H_t is not positive: a "
         "negative weight or a negative curvature (as a Hessian's) cancels it, so the merged loss has no minimum there; remove with "
@@ -59,8 +64,9 @@ def explain(context: Context, step: Step, first: int, last: int, merged: Tensor)
                 return f"{step.name!r} holds {bad} NaN or infinite values in {owner} (elements {first} to {last}); repair that input"
     bad = int((~merged.isfinite()).sum())
     if request.delta0 == 0 and "curvature" in request.rule.needs:
+        where = "in the base" if "keep" in step.options else "in any model"
         return (
-            f"{step.name!r}: {bad} weights have no curvature in any model and delta0 = 0, so Eq. 12 says nothing about them; "
+            f"{step.name!r}: {bad} weights have no curvature {where} and delta0 = 0, so {request.rule.source} says nothing about them; "
             "pass delta0 > 0 (it falls back to task arithmetic there)"
         )
     return f"{step.name!r}: {bad} merged values are NaN or infinite though every input is finite; the weights or scales overflow"

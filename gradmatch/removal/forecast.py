@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from gradmatch.checkpoint import open_checkpoint
-from gradmatch.diagnosis.products import dot
 from gradmatch.removal.problem import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmatch.diagnosis.objective import Objective
+
+SIDES = ("retain", "remove")
+DERIVATIVE = 3  # what a forward-mode derivative costs, in forward passes: counted by the progress bar
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,16 @@ class Point:
 
     Attributes:
         alpha: strength of the removal.
-        forgetting: forecast rise of the loss on what is removed.
-        collateral: forecast rise of the loss on what must stay.
+        forgetting: forecast rise of the loss on what is removed, or None where it was not asked for.
+        collateral: forecast rise of the loss on what must stay, or None where the measured one settled it.
         clamped: share of coordinates where the guard replaced H0 - alpha H_t by keep * H0 (0 for other methods).
         forgetting_by, collateral_by: what the forecast used, "ggn" or "diagonal".
         measured_forgetting, measured_collateral: the same rises measured on the data, or None without data.
     """
 
     alpha: float
-    forgetting: float
-    collateral: float
+    forgetting: float | None
+    collateral: float | None
     clamped: float
     forgetting_by: str
     collateral_by: str
@@ -45,39 +47,38 @@ def taylor(displacement: Tensor, h: Tensor, gradient: Tensor | None) -> float:
 
     All of one shape; nats in the loss's units.
     """
-    d = displacement.double()
-    slope = 0.0 if gradient is None else float((gradient.double() * d).sum())
-    return slope + 0.5 * float((h.double() * d.square()).sum())
+    import torch
+
+    d = displacement
+    slope = 0.0 if gradient is None else float((gradient * d).sum(dtype=torch.float64))
+    return slope + 0.5 * float((h * d).mul_(d).sum(dtype=torch.float64))
 
 
-@dataclass(frozen=True)
 class Expansion:
     """A loss around the weights that minimised it, from data: theta0 for what must stay, theta_t for what is to go.
 
-    Attributes:
+    Args:
         objective: the loss.
-        at: the weights it is expanded at.
+        base: theta0 by name.
         tau: theta_t - theta0 where it is expanded at theta_t, else empty.
-        gradient: of the summed loss there.
-        own: tau'H tau, the same for every alpha.
-        base_loss: the summed loss at theta0.
     """
 
-    objective: Objective
-    at: Mapping[str, Tensor]
-    tau: Mapping[str, Tensor]
-    gradient: Mapping[str, Tensor]
-    own: float
-    base_loss: float
+    def __init__(self, objective: Objective, base: Mapping[str, Tensor], tau: Mapping[str, Tensor]) -> None:
+        self.objective, self.tau = objective, tau
+        self.at = {name: value + tau[name] if name in tau else value for name, value in base.items()}
+        self.base_loss = objective.loss(base)
+        self._start = objective.expand(self.at, tau)[1:] if tau else (0.0, 0.0)
 
     def rise(self, moved: Mapping[str, Tensor]) -> float:
         """Forecast of l(theta0 + d) - l(theta0) by exact GGN products, nats per example.
 
-        g'd + 1/2 d'Hd at theta0; g'd + 1/2 (d - tau)'H(d - tau) - 1/2 tau'H tau at theta_t. One forward-mode derivative.
+        g'd + 1/2 d'Hd at theta0; g'd + 1/2 (d - tau)'H(d - tau) - 1/2 tau'H tau at theta_t. One forward-mode derivative,
+        along u = d - tau, so that g'd = g'u + g'tau.
         """
         away = {name: d - self.tau[name] if name in self.tau else d for name, d in moved.items()}
-        bend = 0.5 * (float(self.objective.ggn_products(self.at, [away])) - self.own)
-        return (dot(moved, self.gradient) + bend) / self.objective.num_examples
+        _, slope, bend = self.objective.expand(self.at, away)
+        slope0, bend0 = self._start
+        return (slope + slope0 + 0.5 * (bend - bend0)) / self.objective.num_examples
 
     def measured(self, there: Mapping[str, Tensor]) -> float:
         """l(there) - l(theta0), nats per example."""
@@ -85,59 +86,163 @@ class Expansion:
 
 
 class AlphaPath:
-    """Points of one problem's path, each alpha computed once; so is what the data says about the start."""
+    """Points of one problem's path, each number computed once; so is what the data says about the start.
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    Args:
+        problem: what is removed from what, and how; everything that its headers tell is checked first.
+        progress: show a progress bar, with the time that is left.
+
+    Raises:
+        ValueError: see `Problem.plan`; data on a module that does not have the tensors that move.
+    """
+
+    def __init__(self, problem: Problem, *, progress: bool = False) -> None:
+        self.problem, self.progress = problem, progress
+        self._bar: Any = None
         self._known: dict[float, Point] = {}
+        self._diagonal: dict[float, tuple[float, float, float]] = {}
+        self._forecast: dict[tuple[str, float], float] = {}
+        self._measured: dict[tuple[str, float], float] = {}
+        self._moved: tuple[float | None, dict[str, Tensor]] = (None, {})
+        self._sides: dict[str, Expansion] = {}
         self.base: dict[str, Tensor] = {}
-        self.kept = self.gone = None
-        if problem.retain is not None or problem.remove is not None:
-            self.base = {
-                n: value for n, value in open_checkpoint(problem.base).items() if value.is_floating_point()
-            }
-        if problem.retain is not None:
-            self.kept = self._expand(problem.retain, {})
-        if problem.remove is not None:
-            self.gone = self._expand(problem.remove, {piece.name: piece.tau for piece in problem.pieces()})
+        inputs = problem.plan.inputs
+        data = {"retain": problem.retain, "remove": problem.remove}
+        self._data = {side: objective for side, objective in data.items() if objective is not None}
+        if self._data:
+            self.base = {n: value for n, value in inputs.base.items() if value.is_floating_point()}
+        moving = {step.name for step in problem.plan.steps if step.action == "merge"}
+        for side, objective in self._data.items():
+            unknown = sorted(moving - {name for name, _ in objective.module.named_parameters()})
+            if unknown:
+                raise ValueError(
+                    f"the data to {side} runs through a {type(objective.module).__name__} without a parameter {unknown[0]!r}, which "
+                    "the removal moves; build the objective on the base's own module"
+                )
 
     def point(self, alpha: float) -> Point:
         """Forecast one alpha, and measure it where data is given."""
-        if alpha not in self._known:
-            self._known[alpha] = self._compute(alpha)
-        return self._known[alpha]
+        return self.points([alpha])[0]
 
-    def _compute(self, alpha: float) -> Point:
-        problem, moved = self.problem, {}
-        collateral = forgetting = 0.0
-        clamped = total = 0
-        for piece in problem.pieces():
-            d = problem.displacement(piece, alpha)
-            if self.kept is None:
-                collateral += taylor(d, piece.mean0, piece.gradient0)
-            if self.gone is None:
-                forgetting += taylor(d - piece.tau, piece.mean, piece.gradient)
-                forgetting -= taylor(-piece.tau, piece.mean, piece.gradient)
-            clamped += problem.clamped(piece, alpha)
-            total += d.numel()
-            if self.base:
-                moved[piece.name] = d
-        there = {name: value + moved[name] if name in moved else value for name, value in self.base.items()}
+    def points(self, alphas: Sequence[float]) -> list[Point]:
+        """Forecast every alpha, and measure it where data is given. Without data one pass over the files serves all."""
+        new = [alpha for alpha in dict.fromkeys(alphas) if alpha not in self._known]
+        with self.working(len(new), "path of alpha", SIDES):
+            if not self._data:
+                self._sweep(new)
+            for alpha in new:
+                numbers = {side: (self.forecast(side, alpha), self.measured(side, alpha)) for side in SIDES}
+                (kept, kept_measured), (gone, gone_measured) = numbers["retain"], numbers["remove"]
+                self._known[alpha] = self._point(alpha, gone, kept, gone_measured, kept_measured)
+        return [self._known[alpha] for alpha in alphas]
+
+    def excess(self, alpha: float, nats: float) -> tuple[Point, str | None]:
+        """Whether one alpha costs what must stay more than so many nats: the point, as far as that had to be known, and why.
+
+        The measured rise is asked first, which takes one forward pass; the forecast only where that fits. A number that is
+        not finite exceeds every budget.
+        """
+        measured = self.measured("retain", alpha)
+        bound = "measured collateral" if measured is not None and not measured <= nats else None
+        collateral = self._forecast.get(("retain", alpha)) if bound else self.forecast("retain", alpha)
+        if collateral is not None and not collateral <= nats:
+            bound = bound or "collateral"
+        forgetting = None if "remove" in self._data else self._of_diagonal(alpha)[1]
+        return self._known.get(alpha) or self._point(alpha, forgetting, collateral, None, measured), bound
+
+    def forecast(self, side: str, alpha: float) -> float:
+        """Forecast rise of one side's loss ("retain" or "remove"), nats per example: by its data, else by the diagonal."""
+        if side not in self._data:
+            return self._of_diagonal(alpha)[SIDES.index(side)]
+        if (side, alpha) not in self._forecast:
+            expansion = self._side(side)
+            self._forecast[side, alpha] = expansion.rise(self._displaced(alpha))
+            self._advance(DERIVATIVE)
+        return self._forecast[side, alpha]
+
+    def measured(self, side: str, alpha: float) -> float | None:
+        """Measured rise of one side's loss, nats per example, or None without data."""
+        if side not in self._data:
+            return None
+        if (side, alpha) not in self._measured:
+            expansion, moved = self._side(side), self._displaced(alpha)
+            there = {n: value + moved[n] if n in moved else value for n, value in self.base.items()}
+            self._measured[side, alpha] = expansion.measured(there)
+            self._advance(1)
+        return self._measured[side, alpha]
+
+    def _point(
+        self,
+        alpha: float,
+        forgetting: float | None,
+        collateral: float | None,
+        measured_forgetting: float | None,
+        measured_collateral: float | None,
+    ) -> Point:
+        by = {side: "ggn" if side in self._data else "diagonal" for side in SIDES}
+        clamped = self._of_diagonal(alpha)[2]
         return Point(
-            alpha,
-            self.gone.rise(moved) if self.gone else forgetting,
-            self.kept.rise(moved) if self.kept else collateral,
-            clamped / total,
-            "ggn" if self.gone else "diagonal",
-            "ggn" if self.kept else "diagonal",
-            self.gone.measured(there) if self.gone else None,
-            self.kept.measured(there) if self.kept else None,
-        )
+            alpha, forgetting, collateral, clamped, by["remove"], by["retain"], measured_forgetting, measured_collateral
+        )  # fmt: skip
 
-    def _expand(self, objective: Objective, tau: Mapping[str, Tensor]) -> Expansion:
-        at = {name: value + tau[name] if name in tau else value for name, value in self.base.items()}
-        own = float(objective.ggn_products(at, [tau])) if tau else 0.0
-        return Expansion(objective, at, tau, objective.gradient(at), own, objective.loss(self.base))
+    def _of_diagonal(self, alpha: float) -> tuple[float, float, float]:
+        """(collateral, forgetting, clamped share) by the diagonal curvatures."""
+        if alpha not in self._diagonal:
+            self._sweep([alpha])
+        return self._diagonal[alpha]
+
+    def _displaced(self, alpha: float) -> dict[str, Tensor]:
+        """theta(alpha) - theta0 by name; the last alpha's is kept."""
+        if self._moved[0] != alpha:
+            self._sweep([alpha])
+        return self._moved[1]
+
+    def _sweep(self, alphas: Sequence[float]) -> None:
+        """One pass over the files: the diagonal's numbers at every alpha, and with data the displacement of the last."""
+        problem = self.problem
+        self._moved = (None, {})  # freed before the next is made
+        moved: dict[str, Tensor] = {}
+        sums = {alpha: [0.0, 0.0, 0] for alpha in alphas}
+        total = 0
+        for piece in problem.pieces():
+            total += piece.tau.numel()
+            for alpha, found in sums.items():
+                d = problem.displacement(piece, alpha)
+                if "retain" not in self._data:
+                    found[0] += taylor(d, piece.mean0, piece.gradient0)
+                if "remove" not in self._data:
+                    found[1] += taylor(d - piece.tau, piece.mean, piece.gradient)
+                    found[1] -= taylor(-piece.tau, piece.mean, piece.gradient)
+                found[2] += problem.clamped(piece, alpha)
+                if self._data:
+                    moved[piece.name] = d
+        for alpha, (collateral, forgetting, clamped) in sums.items():
+            self._diagonal[alpha] = collateral, forgetting, clamped / total
+        self._moved = (alphas[-1] if alphas else None, moved)
+
+    def _side(self, side: str) -> Expansion:
+        """The expansion of one side's loss, made when it is first asked for."""
+        if side not in self._sides:
+            tau = {piece.name: piece.tau for piece in self.problem.pieces()} if side == "remove" else {}
+            self._sides[side] = Expansion(self._data[side], self.base, tau)
+        return self._sides[side]
+
+    @contextmanager
+    def working(self, points: int, title: str, sides: Sequence[str] = SIDES[:1]) -> Iterator[None]:
+        """A progress bar over the forward passes of so many points at most; nothing without data."""
+        passes = points * (1 + DERIVATIVE) * sum(side in self._data for side in sides)
+        if not (self.progress and passes):
+            yield
+            return
+        from tqdm import tqdm
+
+        with tqdm(total=passes, desc=title, unit="pass") as self._bar:
+            yield
+        self._bar = None
+
+    def _advance(self, passes: int) -> None:
+        if self._bar is not None:
+            self._bar.update(passes)
 
 
 def alpha_path(problem: Problem | AlphaPath, alphas: Sequence[float]) -> list[Point]:
@@ -145,23 +250,33 @@ def alpha_path(problem: Problem | AlphaPath, alphas: Sequence[float]) -> list[Po
 
     An `AlphaPath` instead of its problem keeps the points for a `budget` after it.
 
-    Without data one pass over the files an alpha, tensor by tensor; with data also one forward-mode derivative and one
-    forward pass over each set of it, with the model in memory, after one backward pass over each to begin with.
+    Without data one pass over the files, tensor by tensor. With data, for each alpha, one forward-mode derivative and one
+    forward pass over each set of it, with the model in memory four times.
+
+    Raises:
+        ValueError: no alpha, or one that is negative or no finite number.
+    """
+    check_alphas(alphas)
+    path = problem if isinstance(problem, AlphaPath) else AlphaPath(problem)
+    return path.points(alphas)
+
+
+def check_alphas(alphas: Sequence[float]) -> None:
+    """Refuse what is no path.
 
     Raises:
         ValueError: no alpha, or one that is negative or no finite number.
     """
     if not alphas or not all(math.isfinite(alpha) and alpha >= 0 for alpha in alphas):
         raise ValueError(f"alphas must be finite and not negative, at least one; got {list(alphas)}")
-    path = problem if isinstance(problem, AlphaPath) else AlphaPath(problem)
-    return [path.point(alpha) for alpha in alphas]
 
 
 def path_table(points: Sequence[Point]) -> str:
     """The path as text: one line an alpha; measured rises in brackets."""
 
-    def cell(value: float, by: str, measured: float | None) -> str:
-        return f"{value:12.4f}" + (f" [{measured:10.4f}]" if measured is not None else " " * 13) + f" {by:8}"
+    def cell(value: float | None, by: str, measured: float | None) -> str:
+        forecast = f"{'-':>12}" if value is None else f"{value:12.4f}"
+        return forecast + (f" [{measured:10.4f}]" if measured is not None else " " * 13) + f" {by:8}"
 
     lines = [
         f"{'alpha':>8} {'forgetting':>12}{'[measured]':>13} {'by':8} {'collateral':>12}{'[measured]':>13} {'by':8} clamped"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradmatch.removal.forecast import AlphaPath, Point
+from gradmatch.removal.forecast import AlphaPath, Point, check_alphas
 from gradmatch.removal.problem import Problem
 
 BISECTIONS = 4
@@ -19,7 +20,7 @@ class Budget:
         alpha: to be used; 0 where even the smallest tried costs too much.
         nats: the budget, nats per example on what must stay.
         bound: what stopped it: "collateral", "measured collateral", "clamped share", or "largest" (nothing did).
-        path: the points tried, by alpha.
+        path: the points tried, by alpha, each as far as it had to be known: data to be removed are not asked.
     """
 
     alpha: float
@@ -29,57 +30,62 @@ class Budget:
 
 
 def budget(
-    problem: Problem | AlphaPath, nats: float, *, share: float = 0.01, largest: float = 2.0, steps: int = 8
+    problem: Problem | AlphaPath,
+    nats: float,
+    *,
+    share: float = 0.01,
+    largest: float = 2.0,
+    steps: int | Sequence[float] = 8,
 ) -> Budget:
     """The largest alpha whose collateral, forecast and (with retain data) measured, stays within `nats` per example.
 
-    Alphas are tried upwards in equal steps, so that a rise in between is not jumped over by more than one step; between the
-    last that fits and the first that does not, the interval is halved four times; up to ten times while none fits.
+    Alphas are tried upwards, so that a rise in between is not jumped over by more than one step; between the last that fits
+    and the first that does not, the interval is halved four times; up to ten times while none fits.
 
     Args:
         problem: what to remove, from what, how; with `retain` where data is at hand. An `AlphaPath` keeps points it knows.
         nats: allowed rise of the loss on what must stay, nats per example.
         share: allowed share of clamped coordinates.
         largest: no alpha above this is tried.
-        steps: number of equal steps.
+        steps: number of equal steps; or the alphas to try, of which those within `share` and `largest` are, and then that limit.
 
     Raises:
-        ValueError: a budget that is not positive.
+        ValueError: numbers that are not positive, or alphas that are no path.
     """
-    if not (nats > 0 and largest > 0 and steps > 0):
-        raise ValueError(f"nats, largest and steps must be positive, got {nats}, {largest} and {steps}")
+    if not (nats > 0 and largest > 0 and share >= 0 and (not isinstance(steps, int) or steps > 0)):
+        raise ValueError(
+            f"nats, largest and steps must be positive and share at least 0, got {nats}, {largest}, {steps} and {share}"
+        )
+    if not isinstance(steps, int):
+        check_alphas(steps)
+    path = problem if isinstance(problem, AlphaPath) else AlphaPath(problem)
     top, bound = largest, "largest"
-    asked = problem.problem if isinstance(problem, AlphaPath) else problem
-    if asked.method == "removal" and (limit := asked.largest_alpha(share)) < largest:
+    if path.problem.method == "removal" and (limit := path.problem.largest_alpha(share)) < largest:
         top, bound = limit, "clamped share"
     if top == 0.0:
         return Budget(0.0, nats, bound, ())
-    path = problem if isinstance(problem, AlphaPath) else AlphaPath(problem)
+    if isinstance(steps, int):
+        grid = [top * step / steps for step in range(1, steps + 1)]
+    else:
+        grid = [*sorted({alpha for alpha in steps if 0 < alpha < top}), top]
     found, tried, fails = 0.0, [], None
-    for step in range(1, steps + 1):
-        point = path.point(top * step / steps)
-        tried.append(point)
-        if (excess := _excess(point, nats)) is not None:
-            fails, bound = point.alpha, excess
-            break
-        found = point.alpha
-    for halving in range(MOST_BISECTIONS if fails is not None else 0):
-        assert fails is not None
-        if halving >= BISECTIONS and found > 0:
-            break
-        point = path.point((found + fails) / 2)
-        tried.append(point)
-        if (excess := _excess(point, nats)) is not None:
-            fails, bound = point.alpha, excess
-        else:
-            found = point.alpha
+    with path.working(len(grid) + BISECTIONS, "budget"):
+        for alpha in grid:
+            point, excess = path.excess(alpha, nats)
+            tried.append(point)
+            if excess is not None:
+                fails, bound = alpha, excess
+                break
+            found = alpha
+        for halving in range(MOST_BISECTIONS if fails is not None else 0):
+            assert fails is not None
+            if halving >= BISECTIONS and found > 0:
+                break
+            middle = (found + fails) / 2
+            point, excess = path.excess(middle, nats)
+            tried.append(point)
+            if excess is not None:
+                fails, bound = middle, excess
+            else:
+                found = middle
     return Budget(found, nats, bound, tuple(sorted(tried, key=lambda point: point.alpha)))
-
-
-def _excess(point: Point, nats: float) -> str | None:
-    """Which rise exceeds the budget, or None. A number that is not finite exceeds it."""
-    if not point.collateral <= nats:
-        return "collateral"
-    if point.measured_collateral is not None and not point.measured_collateral <= nats:
-        return "measured collateral"
-    return None

@@ -36,7 +36,7 @@ def removal(
         left = h0 - removed
         return theta0 - (alpha * (h0 + h) * tau).sum(0) / left.maximum(left.new_tensor(keep) * h0)
     allowed = (1 - keep) * h0
-    share = (allowed / removed).nan_to_num(nan=1.0, posinf=1.0).clamp(max=1.0)
+    share = (allowed / removed).where(removed > allowed, removed.new_ones(()))
     return theta0 - (alpha * (h0 + share * h) * tau).sum(0) / (h0 - share * removed)
 
 

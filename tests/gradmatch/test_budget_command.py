@@ -1,6 +1,8 @@
 """`gradmatch budget` on a tiny language model in files: the path, the budget, the report, and bad input."""
 
 import json
+import math
+import shlex
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from estimators import estimate
 from gradmatch.cli import main
+from gradmatch.diagnosis.data import read_batches
 
 WORDS = ["<pad>", *["the", "cat", "sat", "on", "a", "mat", "you", "fool", "pig", "swine", "rain", "falls"]]
 
@@ -73,7 +76,31 @@ def test_with_data_the_budget_is_kept(files, tmp_path, capsys):
     assert tried[chosen]["measured_collateral"] <= 0.05
     assert content["report"]["alpha"] == chosen
     assert {point["collateral_by"] for point in content["path"]} == {"ggn"}
-    assert "budget of 0.05 nats" in capsys.readouterr().out
+    assert content["chosen"]["measured_forgetting"] > 0
+    out = capsys.readouterr()
+    assert "budget of 0.05 nats" in out.out
+    assert "pass/s" in out.err or "s/pass" in out.err
+
+
+def test_the_command_it_ends_with_removes_what_was_forecast(files, tmp_path, capsys):
+    options = [
+        "--guard",
+        "scale",
+        "--base-weight",
+        "10",
+        "--alphas",
+        "0.3",
+        "--report",
+        str(tmp_path / "r.json"),
+    ]
+    assert call(files, *options) == 0
+    command = capsys.readouterr().out.strip().splitlines()[-1].partition("gradmatch ")[2]
+    assert main([str(tmp_path / "cleaned") if word == "OUT" else word for word in shlex.split(command)]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())["report"]
+    card = json.loads((tmp_path / "cleaned" / "gradmatch.json").read_text())
+    moved = sum(tensor["norm_h0"] ** 2 for tensor in card["report"]["moved"].values())
+    assert math.sqrt(moved) == pytest.approx(report["total"]["h0_norm"], rel=1e-4)
+    assert card["report"]["clamped_share"] == pytest.approx(report["total"]["clamped"])
 
 
 @pytest.mark.parametrize(
@@ -81,12 +108,30 @@ def test_with_data_the_budget_is_kept(files, tmp_path, capsys):
     [
         (["--nats", "0"], "--nats must be positive, got 0"),
         (["--retain", "absent.txt"], "no data file absent.txt"),
+        (["--report", "absent/removal.json"], "no folder for --report absent/removal.json"),
+        (["--nats", "1", "--alphas", "0"], "--alphas holds nothing above 0"),
+        (["--share", "1.5"], "--share must lie in [0, 1]"),
+        (["--examples", "0"], "--examples must be at least 1"),
+        (["--max-length", "1"], "--max-length must be at least 2"),
+        (["--keep", "0"], "keep is 0, it must lie in (0, 1]"),
+        (["--delta0", "-1"], "delta0 is -1"),
+        (["--base-curvature", "-2"], "base_curvature is -2"),
         (["--alphas", "-1"], "alphas must be finite"),
     ],
 )
-def test_bad_input(files, capsys, more, message):
+def test_bad_input_is_refused_before_any_data_is_read(files, capsys, monkeypatch, more, message):
+    monkeypatch.setattr("gradmatch.commands.budget.objectives", lambda *_: pytest.fail("data was read"))
     assert call(files, *more) == 2
     assert message in capsys.readouterr().err
+
+
+def test_texts_are_cut_to_the_context_batched_by_length_and_need_no_labels(files, tmp_path):
+    texts = ["the cat", "rain falls on a mat", "you", " ".join(["fool"] * 40)]
+    rows = "".join(json.dumps({"text": text, "label": "toxic"}) + "\n" for text in texts)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    batches = read_batches(tmp_path / "rows.jsonl", str(files / "base"), batch_size=2, by_length=True)
+    assert [batch["input_ids"].shape for batch in batches] == [(2, 2), (2, 16)]
+    assert [int((batch["labels"] == -100).sum()) for batch in batches] == [1, 11]
 
 
 def test_an_empty_retain_set(files, tmp_path, capsys):
@@ -100,9 +145,7 @@ def test_a_task_without_curvature(files, capsys):
     assert "has no curvature" in capsys.readouterr().err
 
 
-def test_a_curvature_that_is_not_there_is_said_before_any_model_is_read(files, capsys, monkeypatch):
-    monkeypatch.setattr(
-        "gradmatch.commands.budget._objective", lambda *given: pytest.fail("a model was read")
-    )
+def test_a_curvature_that_is_not_there_is_said_before_any_data_is_read(files, capsys, monkeypatch):
+    monkeypatch.setattr("gradmatch.commands.budget.objectives", lambda *_: pytest.fail("data was read"))
     assert call(files, task="toxic,curvature=absent.safetensors") == 2
     assert "absent.safetensors" in capsys.readouterr().err

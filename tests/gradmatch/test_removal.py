@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,26 +145,123 @@ def regression():
 @pytest.mark.parametrize("method", METHODS)
 def test_with_data_a_quadratic_loss_rises_as_forecast(regression, method):
     problem, _ = regression
-    problem = Problem(**{**vars(problem), "method": method})
+    problem = replace(problem, method=method)
     for point in alpha_path(problem, ALPHAS):
         assert point.collateral == pytest.approx(point.measured_collateral, rel=1e-8, abs=1e-10)
         assert point.forgetting == pytest.approx(point.measured_forgetting, rel=1e-8, abs=1e-10)
         assert (point.forgetting_by, point.collateral_by) == ("ggn", "ggn")
 
 
-def test_a_point_takes_one_derivative_of_each_data_set(regression, monkeypatch):
+def counting(monkeypatch, name):
+    """The objectives that a method of theirs is called on, in order."""
+    asked, exact = [], getattr(Objective, name)
+    monkeypatch.setattr(Objective, name, lambda self, *given: asked.append(self) or exact(self, *given))
+    return asked
+
+
+def test_a_point_takes_one_derivative_and_one_pass_of_each_data_set(regression, monkeypatch):
     problem, _ = regression
-    path, asked = AlphaPath(problem), []
-    exact = Objective.ggn_products
-
-    def counted(self, weights, directions):
-        asked.append((self, len(directions)))
-        return exact(self, weights, directions)
-
-    monkeypatch.setattr(Objective, "ggn_products", counted)
+    path = AlphaPath(problem)
+    path.point(0.3)  # and what the data says about the start
+    derivatives, passes = counting(monkeypatch, "expand"), counting(monkeypatch, "loss")
     path.point(0.5)
-    assert sorted(count for _, count in asked) == [1, 1]
-    assert {objective for objective, _ in asked} == {problem.retain, problem.remove}
+    assert derivatives == passes == [problem.retain, problem.remove]
+
+
+def test_a_budget_asks_no_derivative_where_the_measured_rise_settles_it(regression, monkeypatch):
+    problem, _ = regression
+    path = AlphaPath(problem)
+    alpha_path(path, [1.0])
+    derivatives, passes = counting(monkeypatch, "expand"), counting(monkeypatch, "loss")
+    monkeypatch.setattr(problem.retain, "loss", lambda weights: passes.append(None) or math.inf)
+    found = budget(path, 1e-3, share=0.99, largest=0.5, steps=1)
+    assert (found.alpha, found.bound, derivatives) == (0.0, "measured collateral", [])
+    assert passes
+    assert {point.forgetting for point in found.path} == {None}
+    assert "-" in path_table(found.path).splitlines()[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_alpha_multiplies_the_weight_of_the_task(method):
+    problem, _ = random_problem(method=method)
+    halved = replace(problem, task=replace(problem.task, weight=0.5))
+    for one, other in zip(problem.pieces(), halved.pieces(), strict=True):
+        torch.testing.assert_close(problem.displacement(one, 0.4), halved.displacement(other, 0.8))
+        assert problem.clamped(one, 0.4) == halved.clamped(other, 0.8)
+    assert halved.largest_alpha(0.2) == pytest.approx(2 * problem.largest_alpha(0.2), rel=0.01)
+
+
+@pytest.mark.parametrize("guard", ["floor", "scale"])
+def test_a_negative_curvature_of_the_task_is_never_guarded(guard):
+    problem, (base, model, _, f, _) = random_problem(guard=guard)
+    hessian = {name: torch.where(value > value.median(), value, -value) for name, value in f.items()}
+    problem = replace(problem, task=Task(model, Curvature.from_dict(hessian, NT)))
+    shared = {"base_curvature": problem.base_curvature, "base_weight": BASE_WEIGHT, "delta0": DELTA0}
+    with pytest.warns(UserWarning, match="clamped"):
+        result = subtract(base, problem.task, weight=0.7, keep=KEEP, guard=guard, **shared)
+    for piece in problem.pieces():
+        torch.testing.assert_close(piece.theta0 + problem.displacement(piece, 0.7), result[piece.name])
+        negative = piece.h < 0
+        assert negative.any()
+        free = -0.7 * (piece.h0 + piece.h) * piece.tau / (piece.h0 - 0.7 * piece.h)
+        torch.testing.assert_close(problem.displacement(piece, 0.7)[negative], free[negative])
+    assert result.report.largest_alpha[0.1] > 0
+
+
+def test_a_negative_curvature_of_the_base_is_refused():
+    problem, (base, _, f0, *_) = random_problem()
+    hessian = Curvature.from_dict({name: -value for name, value in f0.items()}, N0)
+    with pytest.raises(ValueError, match="the base's curvature H0 is negative"):
+        subtract(base, problem.task, base_curvature=hessian)
+    with pytest.raises(ValueError, match="the base's curvature H0 is negative"):
+        alpha_path(replace(problem, base_curvature=hessian), [0.5])
+
+
+def test_a_base_that_knows_nothing_and_no_floor_is_refused():
+    problem, (base, *_) = random_problem()
+    with pytest.raises(ValueError, match=r"no curvature in the base and delta0 = 0, so Eq\. 13"):
+        subtract(base, problem.task, base_curvature=0.0, delta0=0.0)
+
+
+def test_an_isotropic_base_and_flat_tensors_go_along_as_in_subtract():
+    problem, (base, model, _, f, _) = random_problem()
+    part = Task(model, Curvature.from_dict({"layers.0.w": f["layers.0.w"]}, NT), name="part")
+    problem = replace(problem, task=part, base_curvature=2.0, missing_curvature="zero")
+    shared = {"base_curvature": 2.0, "base_weight": BASE_WEIGHT, "delta0": DELTA0}
+    with pytest.warns(UserWarning, match="clamped"):
+        result = subtract(base, part, weight=0.7, keep=KEEP, missing_curvature="zero", **shared)
+    for piece in problem.pieces():
+        torch.testing.assert_close(piece.theta0 + problem.displacement(piece, 0.7), result[piece.name])
+    with pytest.raises(ValueError, match="missing_curvature='zero'"):
+        alpha_path(replace(problem, missing_curvature="error"), [0.5])
+
+
+def test_what_is_subtracted_may_be_a_bare_model_or_a_list():
+    problem, (base, model, *_) = random_problem()
+    bare = subtract(base, model, method="negation", weight=0.5)
+    listed = subtract(base, [Task(model, weight=0.5)], method="negation")
+    for name, value in base.items():
+        torch.testing.assert_close(bare[name], value - 0.5 * (model[name] - value))
+        torch.testing.assert_close(listed[name], bare[name])
+    with pytest.raises(ValueError, match="needs a curvature"):
+        subtract(base, model, base_curvature=problem.base_curvature)
+    for odd in (3, [model], [problem.task, "toxic"]):
+        with pytest.raises(TypeError, match="pass Task"):
+            subtract(base, odd, base_curvature=problem.base_curvature)
+    with pytest.raises(TypeError, match="a budget is of one task"):
+        replace(problem, task=[problem.task])
+
+
+def test_data_on_another_module_is_refused(regression):
+    problem, _ = regression
+    other = nn.Sequential(nn.Linear(4, 1, bias=False)).double()
+    retain = Objective(
+        other, [(torch.zeros(2, 4).double(), torch.zeros(2, 1).double())], likelihood="regression"
+    )
+    with pytest.raises(
+        ValueError, match="the data to retain runs through a Sequential without a parameter 'weight'"
+    ):
+        AlphaPath(replace(problem, retain=retain))
 
 
 def test_measured_rise_is_the_loss(regression):
@@ -182,10 +280,10 @@ def test_measured_rise_is_the_loss(regression):
 def test_budget_is_kept_and_used(regression, with_data):
     problem, _ = regression
     if not with_data:
-        problem = Problem(**{**vars(problem), "retain": None, "remove": None})
+        problem = replace(problem, retain=None, remove=None)
     nats = alpha_path(problem, [0.6])[0].collateral
     found = budget(problem, nats, share=0.99, largest=1.0, steps=5)
-    assert found.bound == "collateral"
+    assert found.bound == ("measured collateral" if with_data else "collateral")
     assert 0.6 - 0.2 / 16 <= found.alpha <= 0.6 + 1e-9
     at = {point.alpha: point for point in found.path}
     assert at[found.alpha].collateral <= nats
@@ -197,7 +295,8 @@ def test_budget_takes_over_the_points_of_a_path(regression, monkeypatch):
     path = AlphaPath(problem)
     known = alpha_path(path, [0.25, 0.5, 0.75, 1.0])
     nats = max(point.measured_collateral for point in known) + 1
-    monkeypatch.setattr(AlphaPath, "_compute", lambda *_: pytest.fail("computed again"))
+    for name in ("expand", "loss"):
+        monkeypatch.setattr(Objective, name, lambda *_: pytest.fail("computed again"))
     found = budget(path, nats, share=0.99, largest=1.0, steps=4)
     assert (found.alpha, found.path) == (1.0, tuple(known))
 
@@ -296,10 +395,10 @@ def test_bad_problems(regression):
     with pytest.raises(ValueError, match="'toxic' has no curvature"):
         Problem(problem.base, Task(problem.task.model, name="toxic"), problem.base_curvature)
     wide = {**problem.task.model, "layers.1.w": torch.zeros(6)}
-    with pytest.raises(ValueError, match=r"\[5\] in the base and \[6\] in the task"):
+    with pytest.raises(ValueError, match=r"\[5\] in the base and \[6\] in task 1"):
         alpha_path(Problem(problem.base, Task(wide, problem.task.curvature), problem.base_curvature), [1.0])
     only = Curvature.from_dict({"layers.0.w": torch.ones(3, 4)}, 1)
-    with pytest.raises(ValueError, match=r"'layers.1.w' has a curvature of the base"):
+    with pytest.raises(ValueError, match=r"the curvature of task 1 has no block for 'layers.1.w'"):
         alpha_path(Problem(problem.base, Task(problem.task.model, only), problem.base_curvature), [1.0])
     with pytest.raises(ValueError, match="no batches"):
         Objective(nn.Linear(2, 1), [])  # an empty retain set
