@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.merging import CurvatureLike, merge, prepare
 from gradmatch.names import nearest
 from gradmatch.output.card import rewrite_card
+from gradmatch.plan.kinds import plain
 from gradmatch.plan.request import REMOVALS
 from gradmatch.plan.settings import numbers, times
 from gradmatch.task import Task, is_model
@@ -29,7 +30,7 @@ BINS = 65_536  # by the upper 16 bits of a float32: bins 0.8 % wide
 
 def subtract(
     base: Model | Checkpoint,
-    task: Task | Model | Sequence[Task],
+    task: Task | Model | Iterable[Task],
     *,
     base_curvature: CurvatureLike | float | None = None,
     weight: float = 1.0,
@@ -118,7 +119,7 @@ def analogy(
     return merge(base, tasks, method=method, **options)
 
 
-def tasks_of(given: Model | Task | Sequence[Task]) -> list[Task]:
+def tasks_of(given: Model | Task | Iterable[Task]) -> list[Task]:
     """One or several tasks as a list; a bare model is a task without curvature.
 
     Raises:
@@ -127,20 +128,28 @@ def tasks_of(given: Model | Task | Sequence[Task]) -> list[Task]:
     if isinstance(given, Task):
         return [given]
     if is_model(given):
-        return [Task(given)]
-    if not isinstance(given, Sequence) or not all(isinstance(one, Task) for one in given):
-        raise TypeError(
-            f"task is {type(given).__name__}; pass Task(model, curvature), or a list of them to remove several at once"
-        )
-    return list(given)
+        return [Task(given)]  # type: ignore[arg-type]
+    tasks: list[Any] = list(given) if isinstance(given, Iterable) else [given]
+    for one in tasks:
+        if not isinstance(one, Task):
+            raise TypeError(
+                f"what is removed is a Task(model, curvature), or a list of them, not {type(one).__name__}"
+            )
+    return tasks
 
 
-def scaled(task: Task, factor: float, *, signed: bool = False) -> Task:
+def scaled(task: Task, factor: Any, *, signed: bool = False) -> Task:
     """The task with its weight times a factor.
 
     Raises:
-        ValueError: a factor that is not finite; unless `signed`, a factor or weight below 0.
+        TypeError: a factor that is no number.
+        ValueError: one that is not finite; unless `signed`, a factor or weight below 0.
     """
+    factor = plain(factor)
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+        raise TypeError(
+            f"weight is {factor!r}; it must be a number (tasks' own weights may differ by tensor)"
+        )
     if not math.isfinite(factor) or (not signed and (factor < 0 or any(v < 0 for v in numbers(task.weight)))):
         raise ValueError(
             f"weight is {factor} and the task's own {task.weight}; both must be finite, and at least 0 to subtract"

@@ -103,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
     _ = (
         problem.plan
     )  # only now: reading models and data takes seconds, and what is wrong with the rest is said before
-    problem = dataclasses.replace(problem, **objectives(args))
+    data = objectives(args)
+    problem = dataclasses.replace(problem, retain=data.get("retain"), remove=data.get("remove"))
     points = AlphaPath(problem, progress=not args.quiet)
     path = alpha_path(points, args.alphas)
     print(path_table(path))
@@ -179,8 +180,9 @@ def objectives(args: argparse.Namespace) -> dict[str, Objective]:
     from gradmatch.diagnosis.opening import module_of
 
     options = {"examples": args.examples, "batch_size": args.batch_size, "max_length": args.max_length}
-    options["by_length"] = True
-    batches = {side: read_batches(Path(file), args.base, **options) for side, file in files.items()}
+    batches = {
+        side: read_batches(Path(file), args.base, by_length=True, **options) for side, file in files.items()
+    }
     base = open_checkpoint(args.base)
     module = module_of(base, base)
     return {side: Objective(module, rows) for side, rows in batches.items()}

@@ -235,6 +235,7 @@ def _open_task(
     if not needs & {"curvature", "gradient", "gram"}:
         return opened
     if task.curvature is None:
+        instead = "negation" if request.method in REMOVALS else "task_arithmetic"
         kind = (
             "gram matrices (`gradmatch estimate --method gram`)"
             if "gram" in needs
@@ -242,7 +243,7 @@ def _open_task(
         )
         raise ValueError(
             f"{request.method} needs {kind} for every task, {name} has none; pass Task(model, curvature=...) "
-            "(--task MODEL,curvature=FILE), or choose a method without, such as task_arithmetic"
+            f"(--task MODEL,curvature=FILE), or choose a method without, such as {instead}"
         )
     curvature = open_curvature(task.curvature)
     aliases = checked_aliases(curvature, checkpoint, name, aliases, allow_mismatch)

@@ -127,9 +127,9 @@ class AlphaPath:
     def points(self, alphas: Sequence[float]) -> list[Point]:
         """Forecast every alpha, and measure it where data is given. Without data one pass over the files serves all."""
         new = [alpha for alpha in dict.fromkeys(alphas) if alpha not in self._known]
-        with self.working(len(new), "path of alpha", SIDES):
-            if not self._data:
-                self._sweep(new)
+        if new and not self._data:
+            self._sweep(new)
+        with self.working(self.passes(new, SIDES), "path of alpha"):
             for alpha in new:
                 numbers = {side: (self.forecast(side, alpha), self.measured(side, alpha)) for side in SIDES}
                 (kept, kept_measured), (gone, gone_measured) = numbers["retain"], numbers["remove"]
@@ -227,10 +227,14 @@ class AlphaPath:
             self._sides[side] = Expansion(self._data[side], self.base, tau)
         return self._sides[side]
 
+    def passes(self, alphas: Sequence[float], sides: Sequence[str] = SIDES[:1]) -> int:
+        """Forward passes over data, counted so, that all numbers of these alphas still take on these sides."""
+        asked = [(side, alpha) for side in sides if side in self._data for alpha in alphas]
+        return sum(DERIVATIVE * (key not in self._forecast) + (key not in self._measured) for key in asked)
+
     @contextmanager
-    def working(self, points: int, title: str, sides: Sequence[str] = SIDES[:1]) -> Iterator[None]:
-        """A progress bar over the forward passes of so many points at most; nothing without data."""
-        passes = points * (1 + DERIVATIVE) * sum(side in self._data for side in sides)
+    def working(self, passes: int, title: str) -> Iterator[None]:
+        """A progress bar over so many passes at most."""
         if not (self.progress and passes):
             yield
             return
@@ -238,6 +242,7 @@ class AlphaPath:
 
         with tqdm(total=passes, desc=title, unit="pass") as self._bar:
             yield
+            self._bar.total = self._bar.n  # fewer may have been enough
         self._bar = None
 
     def _advance(self, passes: int) -> None:

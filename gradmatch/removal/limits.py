@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,7 +70,8 @@ def budget(
     else:
         grid = [*sorted({alpha for alpha in steps if 0 < alpha < top}), top]
     found, tried, fails = 0.0, [], None
-    with path.working(len(grid) + BISECTIONS, "budget"):
+    halvings = BISECTIONS * path.passes([math.nan])  # as many passes as an alpha that nobody knows
+    with path.working(path.passes(grid) + halvings, "budget"):
         for alpha in grid:
             point, excess = path.excess(alpha, nats)
             tried.append(point)

@@ -139,6 +139,10 @@ class Problem:
         (task,), prior = inputs.tasks, inputs.base_curvature
         assert task.mean is not None  # Eq. 13 needs both, so the plan has them
         assert prior is not None
+        measured = [
+            None if isinstance(given, (int, float)) else open_curvature(given)
+            for given in (self.base_curvature, self.task.curvature or 0.0)
+        ]
         scale0 = self.base_weight * (prior.num_examples if isinstance(prior, CurvatureStore) else 1)
         for step in self.plan.steps:
             if step.action != "merge":
@@ -151,7 +155,7 @@ class Problem:
                 raise ValueError(not_positive(step, int((h0 < 0).sum()), 0, h0.numel()))
             yield Piece(
                 step.name, theta0, tau, step.alpha[0], h0, task.mean.num_examples * mean, mean0,
-                mean, _gradient(self.base_curvature, prior, step.name), _gradient(task.curvature, task.mean, step.name),
+                mean, _gradient(measured[0], prior, step.name), _gradient(measured[1], task.mean, step.name),
             )  # fmt: skip
 
     def largest_alpha(self, share: float) -> float:
@@ -189,16 +193,11 @@ def _mean(curvature: CurvatureStore | float, step: Step, like: Tensor) -> Tensor
     return torch.zeros_like(like) if key is None else _whole(curvature, key, step)
 
 
-def _gradient(
-    curvature: Curvature | str | os.PathLike[str] | float | None, store: CurvatureStore | float, name: str
-) -> Tensor | None:
+def _gradient(curvature: Curvature | None, store: CurvatureStore | float, name: str) -> Tensor | None:
     """The measured gradient per example, or None."""
     key = store.key(name) if isinstance(store, CurvatureStore) else None
-    if key is None or curvature is None or isinstance(curvature, (int, float)):
-        return None
-    known = open_curvature(curvature)
-    gradient = known.gradient(key)
-    return None if gradient is None else gradient / known.num_examples
+    gradient = None if key is None or curvature is None else curvature.gradient(key)
+    return None if gradient is None or curvature is None else gradient / curvature.num_examples
 
 
 def check_tokenizers(base: Model | Checkpoint, model: Model) -> None:

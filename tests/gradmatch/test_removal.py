@@ -239,15 +239,18 @@ def test_an_isotropic_base_and_flat_tensors_go_along_as_in_subtract():
 def test_what_is_subtracted_may_be_a_bare_model_or_a_list():
     problem, (base, model, *_) = random_problem()
     bare = subtract(base, model, method="negation", weight=0.5)
-    listed = subtract(base, [Task(model, weight=0.5)], method="negation")
+    listed = subtract(base, iter([Task(model, weight=torch.tensor(0.5))]), method="negation")
     for name, value in base.items():
         torch.testing.assert_close(bare[name], value - 0.5 * (model[name] - value))
         torch.testing.assert_close(listed[name], bare[name])
-    with pytest.raises(ValueError, match="needs a curvature"):
+    with pytest.raises(ValueError, match=r"needs a curvature.*such as negation"):
         subtract(base, model, base_curvature=problem.base_curvature)
     for odd in (3, [model], [problem.task, "toxic"]):
-        with pytest.raises(TypeError, match="pass Task"):
+        with pytest.raises(TypeError, match=r"what is removed is a Task\(model, curvature\)"):
             subtract(base, odd, base_curvature=problem.base_curvature)
+    for weight in ("0.5", [0.5], None, True):
+        with pytest.raises(TypeError, match=r"weight is .* must be a number"):
+            subtract(base, model, method="negation", weight=weight)
     with pytest.raises(TypeError, match="a budget is of one task"):
         replace(problem, task=[problem.task])
 
