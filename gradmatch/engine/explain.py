@@ -17,8 +17,9 @@ def not_positive(step: Step, count: int, first: int, last: int) -> str:
     """What to say where Hbar, or the H0 that a removal is guarded by, is not positive, and what to do."""
     if "keep" in step.options:
         return (
-            f"{step.name!r}: at {count} weights (of elements {first} to {last}) the base's curvature H0 is negative, as a Hessian's "
-            "can be, so there is nothing of which a removal could keep a part; take a GGN or Fisher curvature of the base, or raise delta0"
+            f"{step.name!r}: at {count} weights (of elements {first} to {last}) the base's curvature H0 is not positive: it is "
+            "negative there, as a Hessian's can be, and method='removal' has nothing of which to keep a part; take a GGN or Fisher "
+            "curvature of the base, or raise delta0"
         )
     return (
         f"{step.name!r}: at {count} weights (of elements {first} to {last}) the curvature H0 + sum alpha_t H_t is not positive: a "

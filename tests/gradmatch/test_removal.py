@@ -211,9 +211,9 @@ def test_a_negative_curvature_of_the_task_is_never_guarded(guard):
 def test_a_negative_curvature_of_the_base_is_refused():
     problem, (base, _, f0, *_) = random_problem()
     hessian = Curvature.from_dict({name: -value for name, value in f0.items()}, N0)
-    with pytest.raises(ValueError, match="the base's curvature H0 is negative"):
+    with pytest.raises(ValueError, match="the base's curvature H0 is not positive"):
         subtract(base, problem.task, base_curvature=hessian)
-    with pytest.raises(ValueError, match="the base's curvature H0 is negative"):
+    with pytest.raises(ValueError, match="the base's curvature H0 is not positive"):
         alpha_path(replace(problem, base_curvature=hessian), [0.5])
 
 
