@@ -3,13 +3,15 @@
 For gradients that are means over batches of B examples, E[g_B^2] = gbar^2 + Var(g_n) / B, so near an optimum, where the
 mean gradient gbar is small, the Fisher is F ~ B v_hat with v_hat = exp_avg_sq / (1 - beta2^step), and H = N B v_hat.
 Far from an optimum gbar^2 is counted B-fold, and clipped gradients make everything smaller: it is an approximation.
+Decoupled weight decay (AdamW) leaves v alone. Adam's own is part of its gradient, g_B + wd theta, whose mean is zero at
+the regularised optimum, so that v is the Fisher there as well.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from estimators.curvature import Curvature, check_num_examples
+from estimators.distributed import unwrap
 from estimators.fingerprint import fingerprint, model_sampler
+from estimators.matching import Entry, name_states
 from estimators.problem import trainable_parameters
-
-# The parameters that transformers' Trainer keeps out of weight decay, in a second group.
-NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 
 
 def second_moment(exp_avg_sq: Tensor, step: float, beta2: float) -> Tensor:
@@ -42,27 +43,30 @@ def from_adam(
     Args:
         state: a live optimizer, its state_dict, or the `optimizer.pt` that transformers' Trainer writes beside a
             checkpoint (or the folder it is in); files are read with weights_only=True.
-        model: the model it trained; states are matched to its trainable parameters by identity or by order, and checked
-            by shape.
+        model: the model it trained; states are matched to its trainable parameters by identity, by the names that the
+            optimizer kept, or by order, and checked by shape. Parameters that are frozen are left out.
         num_examples: N, the size of the training set.
         batch_size: examples whose mean gradient made one step, all devices and accumulation steps together.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not Adam's state, amsgrad, 8-bit states, no step taken, a parameter without state, or parameters that
-            do not fit the model; each is named.
-        TypeError: num_examples or batch_size is no whole number.
+        ValueError: a file that cannot be read, not Adam's state, amsgrad, 8-bit states, no step taken, a parameter
+            without state, or parameters that do not fit the model, or in several ways; each is named.
+        TypeError: num_examples or batch_size is no whole number, or `state` is none of the above.
     """
     check_num_examples(num_examples)
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool):
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool):
         raise TypeError(f"batch_size must be a whole number, got {batch_size!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    model = unwrap(model)
     parameters = trainable_parameters(model)
     if isinstance(state, torch.optim.Optimizer):
         found = list(_live(state, parameters))
     else:
-        found = list(_stored(state if isinstance(state, Mapping) else _read(state), parameters))
+        stored = _checked_form(state) if isinstance(state, Mapping) else _read(state)
+        _check_some_moment(stored)
+        found = list(name_states(stored, model, parameters))
     mean = {name: batch_size * _moment(name, parameters[name], entry, group) for name, entry, group in found}
     missing = sorted(set(parameters) - set(mean))
     if missing:
@@ -81,93 +85,87 @@ def from_adam(
 
 
 def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    file = Path(path)
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"state must be an optimizer, its state_dict or a file, got {type(path).__name__}")
+    file = Path(path).expanduser()
     file = file / "optimizer.pt" if file.is_dir() else file
     if not file.exists():
         raise FileNotFoundError(f"no optimizer state at {file}")
-    loaded = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(loaded, Mapping) or not {"state", "param_groups"} <= set(loaded):
-        raise ValueError(f"{file} is no optimizer's state_dict: it lacks 'state' and 'param_groups'")
-    return loaded
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the unpickler trips over first
+        reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+        raise ValueError(
+            f"{file} cannot be read ({reason}): it is cut short, no file of torch.save, or holds more than tensors and numbers; "
+            "save optimizer.state_dict(), not the optimizer"
+        ) from error
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{file} holds a {type(loaded).__name__}, not an optimizer's state_dict")
+    return _checked_form(loaded, f"{file} is no")
 
 
-Entry = tuple[str, Mapping[str, Any], Mapping[str, Any]]  # name, state of the parameter, its group
+def _checked_form(state: Mapping[str, Any], what: str = "this is no") -> Mapping[str, Any]:
+    """A state_dict as torch's optimizers write it.
+
+    Raises:
+        ValueError: no such mapping; the part that looks like one is named.
+    """
+    if {"state", "param_groups"} <= set(state):
+        return state
+    inside = [
+        key
+        for key, value in state.items()
+        if isinstance(value, Mapping) and {"state", "param_groups"} <= set(value)
+    ]
+    hint = f"; its part {inside[0]!r} is one: give that" if inside else ""
+    raise ValueError(f"{what} optimizer's state_dict: it lacks 'state' and 'param_groups'{hint}")
+
+
+def _check_some_moment(state: Mapping[str, Any]) -> None:
+    """Refuse another optimizer's state before its numbers are given names.
+
+    Raises:
+        ValueError: quantised states, or none with a second moment.
+    """
+    entries = state["state"].values()
+    for number, entry in state["state"].items():
+        _check_precise(f"parameter {number}", entry)
+    if not any("exp_avg_sq" in entry for entry in entries):
+        held = ", ".join(sorted({str(key) for entry in entries for key in entry})) or "nothing"
+        raise ValueError(
+            f"the optimizer's state has no exp_avg_sq for any parameter (it holds {held}): only Adam and AdamW have one, "
+            "after a step"
+        )
+
+
+def _check_precise(name: str, entry: Mapping[str, Any]) -> None:
+    """Refuse the states of bitsandbytes.
+
+    Raises:
+        ValueError: they are.
+    """
+    if {"state1", "absmax2", "qmap2"} & set(entry):
+        raise ValueError(
+            f"the state of {name} is that of bitsandbytes, quantised to 8 bits; train with torch's own Adam or AdamW"
+        )
 
 
 def _live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Iterator[Entry]:
-    names = {id(value): name for name, value in parameters.items()}
-    for group in optimizer.param_groups:
-        for value in group["params"]:
-            if id(value) in names:
-                yield names[id(value)], optimizer.state.get(value, {}), group
-
-
-def _stored(state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> Iterator[Entry]:
-    """Names for the numbered states of a state_dict.
+    """States by the identity of their parameters.
 
     Raises:
-        ValueError: no way of ordering the model's parameters gives the shapes of the states, or several do.
+        ValueError: the optimizer holds none of the model's parameters.
     """
-    groups = state["param_groups"]
-    pairs = [(state["state"].get(number, {}), group) for group in groups for number in group["params"]]
-    shapes = [tuple(entry["exp_avg_sq"].shape) if "exp_avg_sq" in entry else None for entry, _ in pairs]
-    if len(pairs) != len(parameters):
+    names = {id(value): name for name, value in parameters.items()}
+    pairs = [(value, group) for group in optimizer.param_groups for value in group["params"]]
+    if not any(id(value) in names for value, _ in pairs):
         raise ValueError(
-            f"the optimizer has {len(pairs)} parameters, the model {len(parameters)} trainable ones"
+            f"the optimizer holds {len(pairs)} parameters, none of them this model's (a copy, or loaded again?): give the "
+            "model that it trains, or optimizer.state_dict(), whose states are matched by order"
         )
-    orders = _orders(groups, shapes, parameters)
-    fitting = [order for order in orders if _misfit(order, shapes, parameters) is None]
-    if not fitting:
-        wrong = _misfit(orders[0], shapes, parameters) or 0
-        raise ValueError(
-            f"the optimizer's states do not fit the model: its parameter {wrong} has shape {list(shapes[wrong] or ())}, the "
-            f"model's {orders[0][wrong]!r} has {list(parameters[orders[0][wrong]].shape)}"
-        )
-    for other in fitting[1:]:
-        one, two = next(pair for pair in zip(fitting[0], other, strict=True) if pair[0] != pair[1])
-        raise ValueError(
-            f"the optimizer's states fit the model in two ways: the same state could be that of {one!r} or of {two!r}. Give "
-            "the live optimizer, or train with optimizer = AdamW(model.named_parameters()), which keeps the names"
-        )
-    for name, (entry, group) in zip(fitting[0], pairs, strict=True):
-        yield name, entry, group
-
-
-def _misfit(order: list[str], shapes: list[Any], parameters: Mapping[str, nn.Parameter]) -> int | None:
-    """The first place at which a state has another shape than the parameter; None where all fit."""
-    wanted = [tuple(parameters[name].shape) for name in order]
-    places = enumerate(zip(shapes, wanted, strict=True))
-    return next((place for place, (has, wants) in places if has not in (None, wants)), None)
-
-
-def _orders(
-    groups: list[Mapping[str, Any]], shapes: list[Any], parameters: Mapping[str, nn.Parameter]
-) -> list[list[str]]:
-    """The distinct orders in which training code gives parameters to these groups.
-
-    Their own names, where the optimizer kept them. Else the model's order; with two groups also those that are decayed
-    first or last, by name or by dimension, provided that the groups have these sizes. Groups that differ
-    in their weight decay are such a split, if any has these sizes and shapes.
-    """
-    names = list(parameters)
-    named = [name for group in groups for name in group.get("param_names", [])]
-    if len(named) == len(names) and set(named) == set(names):
-        return [named]
-    sizes = [len(group["params"]) for group in groups]
-    splits: list[list[str]] = []
-    if len(sizes) == 2:
-        rules: tuple[Callable[[str], bool], ...] = (
-            lambda name: bool(NO_DECAY.search(name)),
-            lambda name: parameters[name].dim() < 2,
-        )
-        for rule in rules:
-            kept = [name for name in names if rule(name)]
-            decayed = [name for name in names if not rule(name)]
-            splits += [a + b for a, b in ((decayed, kept), (kept, decayed)) if len(a) == sizes[0]]
-    splits = [order for order in splits if _misfit(order, shapes, parameters) is None]
-    decays = {float(group.get("weight_decay", 0)) for group in groups}
-    orders = splits if splits and len(decays) == 2 else [*splits, names]
-    return [order for place, order in enumerate(orders) if order not in orders[:place]]
+    for value, group in pairs:
+        if id(value) in names:
+            yield names[id(value)], optimizer.state.get(value, {}), group
 
 
 def _moment(name: str, parameter: Tensor, entry: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
@@ -180,10 +178,7 @@ def _moment(name: str, parameter: Tensor, entry: Mapping[str, Any], group: Mappi
         raise ValueError(
             "amsgrad keeps a running maximum, not a mean of squares; curvature cannot be read off it"
         )
-    if "state1" in entry or "absmax2" in entry or "qmap2" in entry:
-        raise ValueError(
-            f"the state of {name!r} is quantised to 8 bits; train with torch's own Adam or AdamW"
-        )
+    _check_precise(repr(name), entry)
     if "exp_avg_sq" not in entry:
         held = ", ".join(sorted(entry)) or "nothing"
         raise ValueError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,7 @@ class Curvature(Mapping[str, "Tensor"]):
         info: Mapping[str, str],
     ) -> None:
         self._blocks = blocks
-        self.num_examples = num_examples
+        self.num_examples = int(num_examples)
         self.info: Mapping[str, str] = dict(info)
         self.path = blocks.path if isinstance(blocks, TensorFile) else None
 
@@ -258,7 +259,7 @@ def check_num_examples(num_examples: int) -> None:
         TypeError: not a whole number.
         ValueError: below 1.
     """
-    if not isinstance(num_examples, int) or isinstance(num_examples, bool):
+    if not isinstance(num_examples, Integral) or isinstance(num_examples, bool):
         raise TypeError(f"num_examples must be a whole number, got {num_examples!r}")
     if num_examples < 1:
         raise ValueError(f"num_examples must be at least 1, got {num_examples}")

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -135,6 +136,101 @@ def test_adam_with_named_parameters_needs_no_order():
         assert torch.equal(live[name], stored[name])
 
 
+def same(live, stored):
+    assert list(live) == list(stored)
+    assert all(torch.equal(live[name], stored[name]) for name in live)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_adam_leaves_out_what_is_frozen(named):
+    model = mlp()
+    model[2].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.named_parameters() if named else model.parameters())
+    model(torch.randn(4, 4)).sum().backward()
+    optimizer.step()
+    live = from_adam(optimizer, model, num_examples=5, batch_size=4)
+    same(live, from_adam(optimizer.state_dict(), model, num_examples=5, batch_size=4))
+    assert list(live) == [name for name, value in model.named_parameters() if value.requires_grad]
+
+
+def test_adam_of_groups_in_another_order():
+    """The head first, as in code that gives it a learning rate of its own."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    optimizer = torch.optim.AdamW(
+        [{"params": model[1].parameters()}, {"params": model[0].parameters(), "lr": 1e-5}]
+    )
+    train(model, optimizer)
+    live = from_adam(optimizer, model, num_examples=5, batch_size=4)
+    same(live, from_adam(optimizer.state_dict(), model, num_examples=5, batch_size=4))
+
+
+def test_adam_of_layers_backwards():
+    model = nn.Sequential(*(nn.Linear(n, n + 1) for n in range(4, 9)))
+    optimizer = torch.optim.AdamW([{"params": list(layer.parameters())} for layer in model][::-1])
+    model(torch.randn(4, 4)).square().sum().backward()
+    optimizer.step()
+    live = from_adam(optimizer, model, num_examples=5, batch_size=4)
+    same(live, from_adam(optimizer.state_dict(), model, num_examples=5, batch_size=4))
+
+
+def test_adam_refuses_groups_that_could_be_either():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.AdamW([{"params": layer.parameters()} for layer in model])
+    model(torch.randn(4, 4)).square().sum().backward()
+    optimizer.step()
+    with pytest.raises(
+        ValueError, match=r"two ways: the same state could be that of '0\.weight' or of '1\.weight'"
+    ):
+        from_adam(optimizer.state_dict(), model, num_examples=1, batch_size=1)
+
+
+def test_adam_of_a_wrapped_model_has_the_models_names():
+    model = mlp()
+    wrapped = nn.DataParallel(model)
+    optimizer = torch.optim.AdamW(wrapped.named_parameters())
+    train(model, optimizer)
+    live = from_adam(optimizer, wrapped, num_examples=5, batch_size=4)
+    same(live, from_adam(optimizer.state_dict(), model, num_examples=5, batch_size=4))
+    assert list(live) == [name for name, _ in model.named_parameters()]
+
+
+def test_adam_of_the_trainer_keeps_layer_norms_of_any_name_out_of_decay():
+    """CLIP's are called layer_norm1, which no pattern of the Trainer has; its class_embedding has one dimension and is decayed."""
+    config = tf.CLIPVisionConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=4,
+        patch_size=2,
+    )
+    model = tf.CLIPVisionModel(config)
+    args = tf.TrainingArguments("unused", report_to=[], use_cpu=True)
+    optimizer = tf.Trainer(model, args).create_optimizer()
+    assert sorted(len(group["params"]) for group in optimizer.param_groups)[0] > 0
+    model(torch.randn(2, 3, 4, 4)).last_hidden_state.square().sum().backward()
+    for value in model.parameters():
+        value.grad = torch.randn_like(value) if value.grad is None else value.grad
+    optimizer.step()
+    live = from_adam(optimizer, model, num_examples=5, batch_size=4)
+    same(live, from_adam(optimizer.state_dict(), model, num_examples=5, batch_size=4))
+
+
+def test_adams_own_weight_decay_is_part_of_its_gradient():
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), weight_decay=0.5)
+    before = model[0].weight.detach().clone()
+    train(model, optimizer, 1)
+    found = from_adam(optimizer, model, num_examples=5, batch_size=4)
+    torch.testing.assert_close(found["0.weight"], 4 * (model[0].weight.grad + 0.5 * before) ** 2)
+
+
+def test_numbers_of_numpy_are_whole_numbers():
+    model, optimizer = adam_state()
+    found = from_adam(optimizer, model, num_examples=np.int64(10), batch_size=np.int32(4))
+    assert type(found.num_examples) is int
+
+
 def adam_state(**changes):
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters(), **changes)
@@ -186,11 +282,40 @@ def live_of_another_shape():
     return model, optimizer
 
 
+def live_of_8_bits():
+    model, optimizer = adam_state()
+    optimizer.state[model[0].weight] = {"state1": torch.ones(2), "state2": torch.ones(2), "step": 1}
+    return model, optimizer
+
+
 ADAM_ERRORS = {
     "amsgrad": (lambda: adam_state(amsgrad=True), "amsgrad keeps a running maximum"),
     "8 bit": (
         lambda: edited(lambda s: s["state"].update({0: {"state1": 1, "qmap2": 2}})),
-        "quantised to 8 bits",
+        "parameter 0 is that of bitsandbytes, quantised to 8 bits",
+    ),
+    "8 bit, live": (live_of_8_bits, "the state of '0.weight' is that of bitsandbytes"),
+    "nothing stored": (
+        lambda: edited(lambda s: s["state"].clear()),
+        "has no exp_avg_sq for any parameter .it holds nothing",
+    ),
+    "sgd stored": (
+        lambda: (lambda model, optimizer: (model, optimizer.state_dict()))(*sgd()),
+        "has no exp_avg_sq for any parameter .it holds momentum_buffer",
+    ),
+    "one without": (
+        lambda: edited(lambda s: s["state"].pop(1)),
+        "state of '0.bias' has no exp_avg_sq .it holds nothing",
+    ),
+    "a training state": (
+        lambda: (lambda model, optimizer: (model, {"epoch": 1, "opt": optimizer.state_dict()}))(
+            *adam_state()
+        ),
+        "no optimizer's state_dict: it lacks 'state' and 'param_groups'; its part 'opt' is one",
+    ),
+    "a copy of the model": (
+        lambda: (lambda model, optimizer: (mlp(), optimizer))(*adam_state()),
+        "holds 5 parameters, none of them this model's",
     ),
     "sgd": (sgd, "has no exp_avg_sq .it holds momentum_buffer"),
     "untrained": (untrained, "has no exp_avg_sq .it holds nothing"),
@@ -198,7 +323,7 @@ ADAM_ERRORS = {
     "partly": (partly, "no state for '2.weight' .3 in all"),
     "another model": (
         other_model,
-        r"its parameter 3 has shape \[3, 6\], the model's '3.weight' has \[4, 6\]",
+        r"its parameter 3 has shape \[3, 6\], the model's '3.weight' has \[4, 6\]\. If it is the model",
     ),
     "smaller model": (smaller_model, "the optimizer has 5 parameters, the model 2 trainable ones"),
     "shape": (live_of_another_shape, r"the state of '0.weight' has shape \[2\], the parameter \[6, 4\]"),
@@ -220,6 +345,25 @@ def test_adam_refuses_files_and_numbers(tmp_path):
     torch.save({"weights": 1}, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match="lacks 'state' and 'param_groups'"):
         from_adam(tmp_path / "odd.pt", model, num_examples=10, batch_size=4)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="holds a list, not an optimizer's state_dict"):
+        from_adam(tmp_path / "list.pt", model, num_examples=10, batch_size=4)
+    torch.save(optimizer.state_dict(), tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    torch.save(optimizer, tmp_path / "pickle.pt")
+    contents = {
+        "cut": whole[:900],
+        "text": b"hello world",
+        "empty": b"",
+        "pickle": (tmp_path / "pickle.pt").read_bytes(),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} cannot be read \(.+\): it is cut short") as caught:
+            from_adam(tmp_path / name, model, num_examples=10, batch_size=4)
+        assert "weights_only" not in str(caught.value)  # nobody is told to unpickle
+    with pytest.raises(TypeError, match="must be an optimizer, its state_dict or a file, got NoneType"):
+        from_adam(None, model, num_examples=10, batch_size=4)
     with pytest.raises(TypeError, match="batch_size must be a whole number"):
         from_adam(optimizer, model, num_examples=10, batch_size=4.0)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
