@@ -94,7 +94,7 @@ class Outer:
         positions = self.left.shape[1]
         if positions == 1:
             add_squared_products(self.left[:, 0], self.right[:, 0], squares, fourths, space)
-        elif fourths is None and kernel.add_squares(self.left, self.right, squares):
+        elif fourths is None and kernel.add_squares(self.left, self.right, squares, space):
             pass
         elif self.examples * squares.numel() * squares.element_size() <= SMALL_BYTES:
             Dense(self.dense(0, self.examples)).add_squares(squares, fourths, space)

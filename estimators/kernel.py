@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from estimators import native
+from estimators.products import Workspace
 
 SOURCE = Path(__file__).with_name("squares.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp")
 
 
-def add_squares(left: Tensor, right: Tensor, squares: Tensor) -> bool:
+def add_squares(left: Tensor, right: Tensor, squares: Tensor, space: Workspace) -> bool:
     """squares += sum_n (sum_t left_nt right_nt')^2 if the kernel can; else False and nothing is done.
 
     left: (B, T, O), right: (B, T, I), squares: (O, I).
@@ -30,22 +31,12 @@ def add_squares(left: Tensor, right: Tensor, squares: Tensor) -> bool:
     library = loaded() if plain and squares.is_contiguous() else None
     if library is None:
         return False
-    examples, positions, outputs = left.shape
-    a = panels(left, library.rows_of_panel())
-    b = panels(right, library.columns_of_panel())
-    library.add_squares(
-        *(ctypes.c_void_p(value.data_ptr()) for value in (a, b, squares)),
-        *(ctypes.c_ssize_t(size) for size in (examples, positions, outputs, right.shape[2])),
-    )
+    left, right = left.contiguous(), right.contiguous()
+    sizes = [ctypes.c_ssize_t(size) for size in (*left.shape, right.shape[2])]
+    library.room.restype = ctypes.c_ssize_t
+    packed = space.take(1, library.room(*sizes), left)
+    library.add_squares(*(ctypes.c_void_p(value.data_ptr()) for value in (left, right, squares, packed)), *sizes)
     return True
-
-
-def panels(value: Tensor, width: int) -> Tensor:
-    """(B, T, D) -> (ceil(D / width), B T, width), zeros at the end: what a tile reads lies in one piece."""
-    count = -(-value.shape[2] // width)
-    flat, missing = value.flatten(0, 1), count * width - value.shape[2]
-    flat = torch.nn.functional.pad(flat, (0, missing)) if missing else flat
-    return flat.view(flat.shape[0], count, width).transpose(0, 1).contiguous()
 
 
 def loaded() -> ctypes.CDLL | None:

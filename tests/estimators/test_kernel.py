@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from estimators import estimate, kernel, native
+from estimators.products import Workspace
 from tests import oracle
 from tests.estimators.architectures import as_batches, make
 
@@ -32,7 +33,7 @@ def test_squares_are_exact(asked_for, examples, positions, outputs, inputs):
     left, right = torch.randn(examples, positions, outputs), torch.randn(examples, positions, inputs)
     squares = torch.rand(outputs, inputs)
     expected = squares.double() + torch.einsum("bto,bti->boi", left.double(), right.double()).square().sum(0)
-    assert kernel.add_squares(left, right, squares)
+    assert kernel.add_squares(left, right, squares, Workspace())
     torch.testing.assert_close(squares.double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -44,9 +45,9 @@ def test_any_number_of_threads_gives_the_same_bytes(asked_for, threads):
     one, other = torch.zeros(100, 130), torch.zeros(100, 130)
     before = torch.get_num_threads()
     try:
-        kernel.add_squares(left, right, one)
+        kernel.add_squares(left, right, one, Workspace())
         torch.set_num_threads(threads)
-        kernel.add_squares(left, right, other)
+        kernel.add_squares(left, right, other, Workspace())
     finally:
         torch.set_num_threads(before)
     assert torch.equal(one, other)
@@ -73,7 +74,7 @@ def test_what_it_cannot_do_is_left_to_torch(asked_for, kind):
         left, right = (
             value.to(torch.float64 if kind == "double" else torch.bfloat16) for value in (left, right)
         )
-    assert not kernel.add_squares(left, right, squares)
+    assert not kernel.add_squares(left, right, squares, Workspace())
     assert float(squares.abs().max()) == 0
 
 
