@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from estimators import kernel
-from estimators.products import Workspace, add_product, add_square_of_product
+from estimators.products import Workspace, add_product, add_square_of_product, add_squares_of_products
 
 PAIRS_UP_TO = 3  # positions; above, forming each gradient is cheaper than all pairs of positions (measured)
 SMALL_BYTES = 2 * 2**20  # up to here, the gradients of all examples at once are the quickest
@@ -101,12 +101,7 @@ class Outer:
         elif positions <= PAIRS_UP_TO and fourths is None:
             add_pairs(self.left, self.right, squares)
         else:
-            self._add_one_by_one(squares, fourths, space)
-
-    def _add_one_by_one(self, squares: Tensor, fourths: Tensor | None, space: Workspace) -> None:
-        """Each G_n in pieces that stay in cache until they are squared."""
-        for left, right in zip(self.left.unbind(), self.right.unbind(), strict=True):
-            add_square_of_product(left.t(), right.t(), squares, fourths, space)
+            add_squares_of_products(self.left, self.right, squares, fourths, space)
 
 
 def add_squared_products(
@@ -172,8 +167,8 @@ class Patches:
         """Example by example, the patches copied into one buffer."""
         flat, flat_fourths = squares.flatten(1), None if fourths is None else fourths.flatten(1)
         patches = self.windows.new_empty(self.windows.shape[1:])
-        matrix = patches.view(-1, self.left.shape[2])
-        for left, window in zip(self.left.unbind(), self.windows.unbind(), strict=True):
+        matrix = patches.view(1, -1, self.left.shape[2])
+        for left, window in zip(torch.split(self.left, 1), self.windows.unbind(), strict=True):
             patches.copy_(window)
             add_square_of_product(left, matrix, flat, flat_fourths, space)
 

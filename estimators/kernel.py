@@ -35,7 +35,9 @@ def add_squares(left: Tensor, right: Tensor, squares: Tensor, space: Workspace) 
     sizes = [ctypes.c_ssize_t(size) for size in (*left.shape, right.shape[2])]
     library.room.restype = ctypes.c_ssize_t
     packed = space.take(1, library.room(*sizes), left)
-    library.add_squares(*(ctypes.c_void_p(value.data_ptr()) for value in (left, right, squares, packed)), *sizes)
+    library.add_squares(
+        *(ctypes.c_void_p(value.data_ptr()) for value in (left, right, squares, packed)), *sizes
+    )
     return True
 
 
