@@ -36,7 +36,7 @@ from experiments.bench.measuring import (
     peak_of_ordinary,
     ratios,
     reference,
-    seconds_of,
+    repeated,
     with_kernel,
 )
 from experiments.bench.peers import PEERS, Step, TooSlow, Unavailable
@@ -186,10 +186,17 @@ def largest(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 def variance(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """How much error a second buys: variance over runs, each of 16 examples of a pool and draws of its own, times seconds.
 
-    Of the trace, var(tr) / tr^2, and of the whole diagonal, sum_i var_i / sum_i mean_i^2.
+    Of the trace, var(tr) / tr^2, and of the whole diagonal, sum_i var_i / sum_i mean_i^2. The output layer is scaled until the
+    logits are as far apart as a trained model's: where both labels are equally likely, their squares are the same and a draw
+    adds no error.
     """
-    runs, pool = 60, shapes.bert(256, 32, 128)
+    runs, pool, apart = 60, shapes.bert(256, 32, 128), 3.0
     pool.model.eval()
+    with torch.no_grad():
+        logits = pool.model(input_ids=pool.batch["input_ids"]).logits
+        gap = (logits[:, 1] - logits[:, 0]).std()
+        pool.model.classifier.weight.mul_(apart / gap)
+        pool.model.classifier.bias.copy_(-logits.mean(0) * apart / gap)
     options: dict[str, dict[str, Any]] = {
         "per example, 1 draw": {"labels": "sampled"},
         "per example, 4 draws": {"labels": "sampled", "samples": 4},
@@ -200,30 +207,30 @@ def variance(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     generator = torch.Generator().manual_seed(0)
     data = [torch.randint(0, 256, (16,), generator=generator) for _ in range(runs)]
     batches = [{key: value[index] for key, value in pool.batch.items()} for index in data]
-    rows: Table = []
-    first: list[float] = []
-    for name, given in options.items():
+    errors: dict[str, tuple[float, float]] = {}
+    for name, given in tqdm(options.items(), desc="variance", file=sys.stderr):
         traces, squares, total = [], 0.0, torch.zeros(pool.parameters(), dtype=torch.float64)
-        for seed, batch in enumerate(batches):
-            found = estimate(pool.model, [batch], seed=seed, progress=False, **given)
-            flat = torch.cat([value.flatten() for value in found.values()]).double()
+        for flat in repeated(pool.model, batches, 16, **given):
             traces.append(float(flat.sum()))
             squares += float(flat.square().sum())
             total += flat
         mean = float((total / runs).square().sum())
-        relative = [
+        errors[name] = (
             statistics.variance(traces) / statistics.mean(traces) ** 2,
             (squares - runs * mean) / (runs - 1) / mean,
-        ]
-        step = ours(shapes.Shape("", pool.model, batches[0], pool.loss, 16, 0.0), "fisher", **given)
-        step()
-        taken = statistics.median(seconds_of(step) for _ in range(15))
-        costs = [value * taken for value in relative]
-        first = first or costs
-        told = [f"{cost / one:.2f}" for cost, one in zip(costs, first, strict=True)]
-        rows.append(
-            [name, f"{taken * 1e3:.0f} ms", f"{relative[0]:.4f}", told[0], f"{relative[1]:.3f}", told[1]]
         )
+    one = shapes.Shape("", pool.model, batches[0], pool.loss, 16, 0.0)
+    steps = {name: ours(one, "fisher", **given) for name, given in options.items()}
+    for step in steps.values():
+        step()
+    times, plain = ratios(one, steps, args.repeats, args.seconds)
+    first = next(iter(options))
+    rows = []
+    for name, (trace, diagonal) in errors.items():
+        slower = times[name] / times[first]
+        told = [f"{error * slower / of:.2f}" for error, of in zip(errors[name], errors[first], strict=True)]
+        rows.append([name, f"{times[name]:.2f}", f"{trace:.4f}", told[0], f"{diagonal:.3f}", told[1]])
+    rows.insert(0, ["ordinary step", f"{plain * 1e3:.0f} ms", "", "", "", ""])
     head = ["labels", "time", "variance of the trace", "x time", "variance of the diagonal", "x time"]
     yield "variance", show("Error bought by a second", head, rows)
 

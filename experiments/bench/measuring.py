@@ -9,12 +9,13 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from estimators import kernel
 from estimators.batches import BatchReader
@@ -34,9 +35,7 @@ def ours(
     **options: Any,
 ) -> Step:
     """One batch of a long run: the plan is made once, the sums stay; means are formed at the end, so only if asked for."""
-    problem = Problem(shape.model, trainable_parameters(shape.model), make_likelihood("auto"), **options)
-    problem.chunk, problem.budget = read_chunk(chunk, problem, problem.reduction == "batch")
-    ESTIMATORS[method].start(problem)
+    problem = begun(shape.model, method, chunk, **options)
     reader = BatchReader(shape.model, torch.device("cpu"))
     state = {"batches": 0}
 
@@ -52,6 +51,28 @@ def ours(
         return {name: problem.sums["diagonal/" + name] / scale for name in problem.parameters}
 
     return step
+
+
+def begun(model: nn.Module, method: str, chunk: int | str | None, **options: Any) -> Problem:
+    """An estimate whose sums are zero."""
+    problem = Problem(model, trainable_parameters(model), make_likelihood("auto"), **options)
+    problem.chunk, problem.budget = read_chunk(chunk, problem, problem.reduction == "batch")
+    ESTIMATORS[method].start(problem)
+    return problem
+
+
+def repeated(model: nn.Module, batches: Sequence[Any], examples: int, **options: Any) -> Iterator[Tensor]:
+    """Fisher diagonals (P,), one from each batch alone, with labels drawn anew; the plan is made once for all of them."""
+    problem = begun(model, "fisher", None, **options)
+    reader = BatchReader(model, torch.device("cpu"))
+    for seed, batch in enumerate(batches):
+        problem.seed = seed
+        for value in problem.sums.values():
+            value.zero_()
+        with prepared(model):
+            ESTIMATORS["fisher"].step(problem, reader(batch, 0, 0))
+        values = [problem.sums["diagonal/" + name].flatten() for name in problem.parameters]
+        yield torch.cat(values).double() / (examples * problem.draws)
 
 
 def with_kernel(shape: Shape) -> Step:
