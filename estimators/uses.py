@@ -26,13 +26,14 @@ def find_uses(
     watch = _Watch({id(value): name for name, value in parameters.items()})
     with watch.stacked(model), watch, torch.no_grad():
         output = model(*batch.args, **batch.kwargs)
-    modules = dict(model.named_modules())
-    uses = {}
-    for name, stacks in watch.uses.items():
-        holders = {
-            top for top, module in modules.items() if any(v is parameters[name] for v in module.parameters())
-        }
-        uses[name] = {_upto(stack, holders) for stack in stacks}
+    holders: dict[int, set[str]] = defaultdict(set)
+    for name, module in model.named_modules():
+        for value in module.parameters():
+            holders[id(value)].add(name)
+    uses = {
+        name: {_upto(stack, holders[id(parameters[name])]) for stack in stacks}
+        for name, stacks in watch.uses.items()
+    }
     return uses, output
 
 
