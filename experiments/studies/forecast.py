@@ -121,12 +121,24 @@ def _over_seeds(rows: list[Record]) -> str:
     accuracies = [_accuracies(row["rows"]) for row in rows]
     points = len(rows[0]["grid"])
     lines.append(f"  {f'best of {points} merges, chosen on the same test examples':<56}{fmean(best):.3f}")
+    lines.append(
+        f"  {'the same, chosen on one half and scored on the other':<56}{fmean(_crossed(row) for row in rows):.3f}"
+    )
     for name in (*rows[0]["weights"], *RULES):
         if all(name in accuracy for accuracy in accuracies):
             mine = [accuracy[name] for accuracy in accuracies]
             worst = min(m - b for m, b in zip(mine, best, strict=True))
             lines.append(f"  {name:<56}{fmean(mine):.3f}  ({worst:+.3f})")
     return "\n".join(lines)
+
+
+def _crossed(row: Mapping[str, Any]) -> float:
+    """Accuracy of the grid's best merge of one half of the test examples on the other half, both ways."""
+    found = []
+    for chosen, scored in ((0, 1), (1, 0)):
+        best = max(row["grid"], key=lambda point: point["halves"][chosen])
+        found.append(best["halves"][scored])
+    return fmean(found)
 
 
 RULES = ("AM", "FA", "GM", "GM, H0 x 0.1", "TIES", "TA 1")

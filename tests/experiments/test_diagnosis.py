@@ -74,7 +74,10 @@ def test_forecast_report_prints_correlations_and_weights():
         "kind": "forecast",
         "seed": 0,
         "correlations": {where: {"exact": {"t": 0.9, "error": 0.01}} for where in ("seen", "measured")},
-        "grid": [{"weights": {"t": 1.0}, "accuracy": 0.6}],
+        "grid": [
+            {"weights": {"t": 1.0}, "accuracy": 0.6, "halves": [0.7, 0.5]},
+            {"weights": {"t": 0.5}, "accuracy": 0.54, "halves": [0.5, 0.58]},
+        ],
         "grid_seconds": 10.0,
         "products_seconds": 2.0,
         "weights": {"closed form, tau": {"t": 0.4}},
@@ -82,6 +85,8 @@ def test_forecast_report_prints_correlations_and_weights():
     }
     text = forecast.report([record])
     assert "0.600  t 1.00" in text
+    assert "scored on the other" in text
+    assert f"{0.5:.3f}\n" in text.split("scored on the other")[1][:20]
     assert "0.590  t 0.40" in text
     assert "0.590  (-0.010)" in text
     assert forecast.report([]) == "no records"
@@ -225,6 +230,7 @@ def test_forecast_stage(folders, tmp_path):
     assert set(found["correlations"]["seen"]) == kinds
     assert set(found["correlations"]["measured"]) == {*kinds, "seen"}
     assert len(found["grid"]) == 4
+    assert all(sum(point["halves"]) / 2 == pytest.approx(point["accuracy"]) for point in found["grid"])
     assert set(found["weights"]["closed form, preconditioned"]) == {"gm:one", "gm:two"}
     assert {row["merge"] for row in found["rows"]} >= {
         "AM",
