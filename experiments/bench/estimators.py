@@ -37,6 +37,7 @@ from experiments.bench.measuring import (
     ratios,
     reference,
     repeated,
+    times_of_matrix,
     with_kernel,
 )
 from experiments.bench.peers import PEERS, Step, TooSlow, Unavailable
@@ -235,8 +236,23 @@ def variance(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     yield "variance", show("Error bought by a second", head, rows)
 
 
+def matrices(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """One weight matrix alone: squares of its per-example gradients, as multiples of its ordinary gradient."""
+    sizes = [(128, 8, 384, 384), (128, 8, 1536, 384), (128, 8, 384, 1536), (16, 64, 384, 384), (16, 64, 1536, 384),
+             (16, 64, 384, 1536), (4, 64, 3072, 768)]  # fmt: skip
+    rows = []
+    for examples, positions, outputs, inputs in sizes:
+        left, right = torch.randn(examples, positions, outputs), torch.randn(examples, positions, inputs)
+        plain, mine, kernels = times_of_matrix(left, right, 2 * args.repeats)
+        name = f"{examples} x {positions}, {outputs} x {inputs}"
+        rows.append([name, f"{plain * 1e3:.1f} ms", f"{mine / plain:.2f}", f"{kernels / plain:.2f}"])
+    head = ["examples x tokens, matrix", "ordinary gradient", "ours", "ours, compiled kernel"]
+    yield "matrices", show("One weight matrix at a time", head, rows)
+
+
 TABLES: dict[str, Callable[[argparse.Namespace], Iterator[tuple[str, str]]]] = {
     "speed": speed, "growth": growth, "general": general, "largest": largest, "variance": variance,
+    "matrices": matrices,
 }  # fmt: skip
 
 

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from estimators import kernel
 from estimators.batches import BatchReader
 from estimators.estimation import ESTIMATORS, read_chunk
+from estimators.gradients import Outer
 from estimators.inference import make_likelihood
 from estimators.problem import Problem, prepared, trainable_parameters
+from estimators.products import Workspace
 from experiments.bench.peers import Result, Step, TooSlow, Unavailable, _rows, loop
 from experiments.bench.shapes import Shape
 
@@ -80,15 +82,40 @@ def with_kernel(shape: Shape) -> Step:
     plain = ours(shape, "fisher", labels="sampled")
 
     def step() -> Result:
-        os.environ["GRADMATCH_KERNEL"] = "1"
-        try:
-            if kernel.loaded() is None:
-                raise Unavailable("the kernel could not be compiled")
+        with compiled():
             return plain()
-        finally:
-            del os.environ["GRADMATCH_KERNEL"]
 
     return step
+
+
+def times_of_matrix(left: Tensor, right: Tensor, repeats: int) -> list[float]:
+    """Median seconds, in turns: a matrix's ordinary gradient, squares of its per-example gradients, those by the kernel."""
+    gradients, space = Outer(left, right), Workspace()
+    squares = torch.zeros(left.shape[2], right.shape[2])
+
+    def by_kernel() -> None:
+        with compiled():
+            kernel.add_squares(left, right, squares, space)
+
+    steps: list[Callable[[], object]] = [
+        gradients.total,
+        lambda: gradients.add_squares(squares, None, space),
+        by_kernel,
+    ]
+    rounds = [[seconds_of(step) for step in steps] for _ in range(repeats + 1)]
+    return [statistics.median(each) for each in zip(*rounds[1:], strict=True)]
+
+
+@contextmanager
+def compiled() -> Iterator[None]:
+    """The kernel asked for meanwhile."""
+    os.environ["GRADMATCH_KERNEL"] = "1"
+    try:
+        if kernel.loaded() is None:
+            raise Unavailable("the kernel could not be compiled")
+        yield
+    finally:
+        del os.environ["GRADMATCH_KERNEL"]
 
 
 def ordinary(shape: Shape) -> Callable[[], None]:
