@@ -1,5 +1,6 @@
 """The README's examples run as they stand: the Python block, and the command line on tiny models."""
 
+import json
 import os
 import re
 import shlex
@@ -7,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from gradmatch.cli import main
 
@@ -79,3 +88,45 @@ def test_the_command_line_examples(readers_folder, capsys):
         assert main(arguments) == 0, line
         assert ("--dry-run" in arguments) <= (not os.path.exists("merged"))
     assert BertForSequenceClassification.from_pretrained("merged").config.num_hidden_layers == 1
+
+
+def write_language_model(folder, start=None):
+    """A tiny language model with its tokenizer; `start`: the weights it was fine-tuned from."""
+    core = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(["<pad>", *WORDS])}, unk_token="<pad>")
+    )
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(WORDS) + 1, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=16, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=None,
+        )
+    )  # fmt: skip
+    if start is not None:
+        model.load_state_dict({name: value + 0.1 * torch.randn_like(value) for name, value in start.items()})
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>").save_pretrained(folder)
+    return model.state_dict()
+
+
+def test_the_removal_of_what_a_model_should_not_know(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_language_model("TOXIC", write_language_model("MODEL"))
+    for kind, words in (("clean", WORDS[:4]), ("toxic", WORDS[4:])):
+        text = "".join(f"{' '.join(words[i:] + words[:i])}\n" for i in range(4))
+        for name in (kind, f"{kind}-heldout"):
+            Path(f"{name}.txt").write_text(text, encoding="utf-8")
+    *estimates, budget, subtract = blocks("sh")[1].splitlines()
+    for line in (*estimates, budget):
+        assert main(shlex.split(line)[1:]) == 0, line
+    told = shlex.split(capsys.readouterr().out.strip().splitlines()[-1].partition(": ")[2])
+    alpha = json.loads(Path("removal.json").read_text())["budget"]["alpha"]
+    assert 0 < alpha <= 1
+    asked = shlex.split(subtract.replace("ALPHA", f"{alpha:.6g}"))
+    assert main(asked[1:]) == 0
+    assert LlamaForCausalLM.from_pretrained("cleaned").config.num_hidden_layers == 1
+    options = [dict(zip(words[2:-1:2], words[3::2], strict=True)) for words in (asked, told)]
+    assert options[0].pop("-o") == "cleaned"
+    assert options[1].pop("-o") == "OUT"
+    assert options[0] == options[1]

@@ -196,6 +196,7 @@ def subtraction(args: argparse.Namespace, alpha: float) -> str:
     defaults |= {"missing_curvature": "error"}
     for name, default in defaults.items():
         if getattr(args, name) != default:
-            words += [f"--{name.replace('_', '-')}", f"{getattr(args, name)}"]
+            value = getattr(args, name)
+            words += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else f"{value:g}"]
     words += ["--allow-mismatch"] if args.allow_mismatch else []
     return shlex.join([*words, "-o", "OUT"])

@@ -79,6 +79,21 @@ def test_ggn_products_equal_the_dense_ggn(name, batch, lam, likelihood):
     torch.testing.assert_close(objective.ggn_products(weights, directions), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("name", "batch", "lam", "likelihood"), CASES, ids=[case[0] for case in CASES])
+def test_an_expansion_is_the_loss_its_slope_and_the_dense_ggn(name, batch, lam, likelihood):
+    module = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+    batches = [batch(), batch()]
+    objective = Objective(module, batches, num_examples=50, likelihood=likelihood)
+    weights, u = weights_of(module), direction(module, 1)
+    step = 1e-5
+    ahead, behind = ({n: w + s * u[n] for n, w in weights.items()} for s in (step, -step))
+    loss, slope, bend = objective.expand(weights, u)
+    assert loss == pytest.approx(objective.loss(weights), rel=1e-12)
+    assert slope == pytest.approx((objective.loss(ahead) - objective.loss(behind)) / (2 * step), rel=1e-6)
+    v = flat(u, module)
+    assert bend == pytest.approx(float(50 / 10 * v @ dense_ggn(module, weights, batches, lam) @ v), rel=1e-10)
+
+
 def test_loss_and_gradient_equal_slow_loops():
     module = nn.Linear(3, 4).double()
     x, y = torch.randn(7, 3).double(), torch.randint(4, (7,))
