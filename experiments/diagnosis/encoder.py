@@ -16,6 +16,8 @@ from experiments.diagnosis.confusion import diagnose_case
 from experiments.diagnosis.loading import Run, examples, load_run
 from gradmatch import Task, merge
 
+FIRST = "first"  # stands for the name of a world's first task
+
 
 @dataclass(frozen=True)
 class Encoders(Run):
@@ -48,7 +50,11 @@ def diagnose_encoder(
         data={task: examples(data, task, "validation", count, seed) for task in tasks},
         train={task: examples(data, task, "train", 4, seed) for task in tasks},
     )
-    rows = [diagnose_case(name, case, encoders) | {"variant": False} for name, case in CASES.items()]
+    rows = [
+        diagnose_case(name, replace(case, subject=case.subject and encoders.first), encoders)
+        | {"variant": False}
+        for name, case in CASES.items()
+    ]
     (out / "cases.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
@@ -175,6 +181,29 @@ def every_weight_too_large(world: Encoders) -> Arguments:
     return merged_by(world, "task_arithmetic", 1.6)
 
 
+def every_weight_too_small(world: Encoders) -> Arguments:
+    return merged_by(world, "task_arithmetic", 0.1)
+
+
+def layers_exchanged(world: Encoders) -> Arguments:
+    """The first two layers in the other order."""
+    theta = dict(world.tasks[world.first])
+    for name in [name for name in theta if ".layer.0." in name]:
+        other = name.replace(".layer.0.", ".layer.1.")
+        theta[name], theta[other] = theta[other], theta[name]
+    return merged_by(changed(world, theta), "averaging")
+
+
+def the_same_task_twice(world: Encoders) -> Arguments:
+    return merged_by(changed(world, world.tasks[list(world.tasks)[1]]), "averaging")
+
+
+def merge_by_an_older_recipe(world: Encoders) -> Arguments:
+    told = merged_by(world, "task_arithmetic", 0.4)
+    older = dict.fromkeys(world.tasks, 0.4) | {world.first: 0.6}
+    return told | {"merged": merged_by(world, "task_arithmetic", older)["merged"]}
+
+
 def floor_above_the_curvature(world: Encoders) -> Arguments:
     return merged_by(world, "gradient_matching", 1.6, delta0=1e9)
 
@@ -184,17 +213,21 @@ def healthy(method: str, weight: float = 1.0, **options: Any) -> Case:
 
 
 CASES: Mapping[str, Case] = {
-    "weight x 5": Case("weight_too_large", one_weight_times_five),
-    "permuted neurons": Case("permuted_neurons", permuted_neurons),
-    "a lucky NaN": Case("not_finite", a_lucky_nan),
+    "weight x 5": Case("weight_too_large", one_weight_times_five, FIRST),
+    "permuted neurons": Case("permuted_neurons", permuted_neurons, FIRST),
+    "a lucky NaN": Case("not_finite", a_lucky_nan, FIRST),
     "bf16 of tiny deltas": Case("rounded_away", bfloat16_of_tiny_deltas),
-    "labels swapped": Case("labels_swapped", labels_swapped),
-    "Fisher of 4 examples": Case("noisy_curvature", fisher_of_four_examples),
-    "curvature of the wrong model": Case("curvature_of_another_model", curvature_of_the_wrong_model),
-    "head of another task": Case("head_of_another_task", head_of_another_task),
-    "vocabulary shifted by one": Case("vocabulary_shift", vocabulary_shifted),
+    "labels swapped": Case("labels_swapped", labels_swapped, FIRST),
+    "Fisher of 4 examples": Case("noisy_curvature", fisher_of_four_examples, FIRST),
+    "curvature of the wrong model": Case("curvature_of_another_model", curvature_of_the_wrong_model, FIRST),
+    "head of another task": Case("head_of_another_task", head_of_another_task, FIRST),
+    "vocabulary shifted by one": Case("vocabulary_shift", vocabulary_shifted, FIRST),
     "every weight too large": Case("all_weights_too_large", every_weight_too_large),
     "floor above the curvature": Case("floor_decides", floor_above_the_curvature),
+    "layers exchanged": Case("layers_swapped", layers_exchanged, FIRST),
+    "the same task twice": Case("same_model_twice", the_same_task_twice, FIRST),
+    "merge by an older recipe": Case("other_recipe", merge_by_an_older_recipe),
+    "every weight too small": Case("all_weights_too_small", every_weight_too_small),
     "healthy: averaging": healthy("averaging"),
     "healthy: task arithmetic 0.4": healthy("task_arithmetic", 0.4),
     "healthy: gradient matching 0.4": healthy("gradient_matching", 0.4),

@@ -31,10 +31,11 @@ class Config(Study):
 
     experiment: Literal["diagnosis"]
     development: tuple[int, ...] = (0, 1, 2)
-    seeds: tuple[int, ...] = Field(default=(10, 11, 12), min_length=1)
+    seeds: tuple[int, ...] = (10, 11, 12)
     cases: tuple[str, ...] = ()
     sentiment: Path | None = None  # config of fine-tuned encoders that the faults are built into as well
     encoders: tuple[int, ...] = ()  # seeds of those; none given: all
+    development_encoders: tuple[int, ...] = (0,)  # of those, the ones that the rules were looked at on
     examples: int = Field(default=96, gt=1)  # of each task, for those
 
     @field_validator("cases")
@@ -47,6 +48,8 @@ class Config(Study):
 
     @model_validator(mode="after")
     def _has_seeds(self) -> Config:
+        if not (self.development or self.seeds or self.sentiment):
+            raise ValueError("no seeds and no sentiment config: there is nothing to diagnose")
         check_seeds(self.encoders, self.sentiment)
         return self
 
@@ -124,7 +127,10 @@ def records(config: Config, store: Path) -> list[Record]:
         (seed, "check" if seed not in config.development else "development", s)
         for seed, s in cells(config).items()
     ]
-    real = [(seed, "encoder", stage) for seed, stage in encoder_cells(config).items()]
+    real = [
+        (seed, "encoder development" if seed in config.development_encoders else "encoder", stage)
+        for seed, stage in encoder_cells(config).items()
+    ]
     for seed, split, stage in [*tiny, *real]:
         if is_done(stage, store):
             origin = {
@@ -159,7 +165,8 @@ def report(found: list[Record]) -> str:
         ("other seeds", [r for r in cases if r["split"] == "check" and not r["variant"]]),
         ("other strengths, same seeds", [r for r in cases if r["split"] == "development" and r["variant"]]),
         ("other strengths, other seeds", [r for r in cases if r["split"] == "check" and r["variant"]]),
-        ("fine-tuned encoders", [r for r in cases if r["split"] == "encoder"]),
+        ("fine-tuned encoders, looked at", [r for r in cases if r["split"] == "encoder development"]),
+        ("fine-tuned encoders, other seeds", [r for r in cases if r["split"] == "encoder"]),
     ]
     return "\n\n".join(
         f"{what} ({', '.join(str(seed) for seed in sorted({row['seed'] for row in rows}))})\n{confusion_table(rows)}"

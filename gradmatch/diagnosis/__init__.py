@@ -2,7 +2,7 @@
 
 measures    mismatch  forecast (+ products, objective)  similarity  conflict  redundancy  barrier  health
 gathering   scan (weights alone)  evidence (weights, curvature, losses)  opening  measuring  diagnosing (everything)
-judging     causes (order)  causes_models  causes_places  causes_input  causes_choice  recipes (what rules make of weights)  repairs
+judging     causes (order)  causes_broken  causes_models  causes_places  causes_input  causes_sizes  causes_choice  recipes (what rules make of weights)  repairs
 choosing    auto (weights by forecast)  choosing (`merge(..., weights="auto")`)
 telling     text  report (JSON)  page (HTML)  charts (SVG)
 """

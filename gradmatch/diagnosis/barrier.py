@@ -14,13 +14,18 @@ POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-    """(1 - s) start + s end over the floating tensors of both; others are taken from `end`. Extrapolates outside [0, 1]."""
-    return {
-        name: torch.lerp(start[name].to(value), value, share)
-        if value.is_floating_point() and name in start
-        else value
-        for name, value in end.items()
-    }
+    """(1 - s) start + s end over the floating tensors of both; others are taken from `end`. Extrapolates outside [0, 1].
+
+    In float32 or more: half precision would round points between its own.
+    """
+
+    def between(name: str, value: Tensor) -> Tensor:
+        if not value.is_floating_point() or name not in start:
+            return value
+        wide = torch.promote_types(torch.promote_types(start[name].dtype, value.dtype), torch.float32)
+        return torch.lerp(start[name].to(wide), value.to(wide), share)
+
+    return {name: between(name, value) for name, value in end.items()}
 
 
 def path_losses(

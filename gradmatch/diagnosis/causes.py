@@ -52,13 +52,14 @@ def ranked(causes: Sequence[Cause]) -> list[Cause]:
 
 def find_causes(evidence: Evidence) -> list[Cause]:
     """Ask every finder, and rank what they say. A merge without a finding is healthy as far as can be seen."""
+    from gradmatch.diagnosis.causes_broken import BROKEN_FINDERS
     from gradmatch.diagnosis.causes_choice import CHOICE_FINDERS
     from gradmatch.diagnosis.causes_input import INPUT_FINDERS
     from gradmatch.diagnosis.causes_models import MODEL_FINDERS
+    from gradmatch.diagnosis.causes_sizes import SIZE_FINDERS, undershoot
 
-    return ranked(
-        [cause for finder in (*MODEL_FINDERS, *INPUT_FINDERS, *CHOICE_FINDERS) for cause in finder(evidence)]
-    )
+    finders = (*BROKEN_FINDERS, *MODEL_FINDERS, *INPUT_FINDERS, *SIZE_FINDERS, *CHOICE_FINDERS)
+    return ranked([cause for finder in finders for cause in finder(evidence)]) or undershoot(evidence)
 
 
 def priced(saving: Saving | None) -> tuple[float | None, str]:

@@ -1,4 +1,4 @@
-"""Causes in the models: values that are broken, weights that are not what they claim to be."""
+"""Causes in the models: weights that are not what they claim to be."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from gradmatch.diagnosis import similarity
-from gradmatch.diagnosis.causes import BROKEN, INPUT, Cause, Finder, priced
+from gradmatch.diagnosis.causes import INPUT, Cause, Finder, priced
 from gradmatch.diagnosis.causes_places import displaced, layers_swapped, rows_moved, transposed
 from gradmatch.diagnosis.layers import layer_group
 from gradmatch.diagnosis.repairs import replaced, saving_of, without
@@ -21,79 +21,6 @@ HALF = 0.5
 UNRELATED = 0.25
 # A task vector nine tenths of which is a multiple of the base's own weights.
 MULTIPLE = 0.9
-
-
-def not_finite(evidence: Evidence) -> list[Cause]:
-    """NaN or infinite weights; the merge's own are told only where no input explains them."""
-    found = evidence.scan.nonfinite
-    blamed = [model for model in found if model != "merged"] or list(found)
-    causes = []
-    for model in blamed:
-        tensor, count = max(found[model].items(), key=lambda item: item[1])
-        total = sum(found[model].values())
-        causes.append(
-            Cause(
-                "not_finite",
-                model,
-                f"{total} weights of {model!r} are NaN or infinite, {count} of them in {tensor}",
-                f"fetch or train {model!r} again; everything merged with these values is NaN as well"
-                if model != "merged"
-                else "merge again: the inputs are finite, so the rule or the output's dtype overflowed",
-                BROKEN,
-                math.inf,
-                "measured",
-                {"count": float(total), "tensors": float(len(found[model]))},
-            )
-        )
-    return causes
-
-
-def outputs_not_finite(evidence: Evidence) -> list[Cause]:
-    """Weights that are finite and outputs that are not: something overflows on the way."""
-    return [
-        Cause(
-            "outputs_not_finite",
-            model,
-            f"the weights of {model!r} are finite, but on the data of {task!r} its outputs are not",
-            "look for weights that are far too large (a wrong scale, a damaged layer), or compute in a wider dtype",
-            BROKEN,
-            math.inf,
-            "measured",
-        )
-        for model, losses in evidence.losses.items()
-        for task in [next((t for t, values in losses.items() if not bool(values.isfinite().all())), "")]
-        if task and model not in evidence.scan.nonfinite
-    ]
-
-
-def shapes_differ(evidence: Evidence) -> list[Cause]:
-    """Tensors that a model lacks or has in another shape: another head, vocabulary or architecture."""
-    causes = []
-    for model, shapes in evidence.scan.shapes.items():
-        missing = evidence.scan.missing[model]
-        if not shapes and not missing:
-            continue
-        if shapes:
-            name, (ours, theirs) = next(iter(shapes.items()))
-            what = f"{name} is {list(theirs)} in {model!r} and {list(ours)} in the base"
-            if theirs == ours[::-1]:
-                what += " (it is transposed)"
-        else:
-            what = f"{model!r} lacks {missing[0]}"
-        count = len(shapes) + len(missing)
-        causes.append(
-            Cause(
-                "shapes_differ",
-                model,
-                f"{what}; {count} tensors cannot be merged",
-                "carry such layers beside the trunk (a head or vocabulary policy of the merge), or take a fine-tune of this base",
-                BROKEN,
-                None,
-                "",
-                {"shapes": float(len(shapes)), "missing": float(len(missing))},
-            )
-        )
-    return causes
 
 
 def untouched(evidence: Evidence) -> list[Cause]:
@@ -281,9 +208,6 @@ def copied_layers(evidence: Evidence) -> list[Cause]:
 
 
 MODEL_FINDERS: tuple[Finder, ...] = (
-    not_finite,
-    outputs_not_finite,
-    shapes_differ,
     rows_moved,
     transposed,
     layers_swapped,

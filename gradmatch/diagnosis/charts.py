@@ -160,10 +160,11 @@ def matrix(
         )
         for j, value in enumerate(values[i]):
             fill = "#f2f4f6" if i == j else diverging(value, low, middle, high)
+            told = f"{value:.3f}" if math.isfinite(value) else "not known"
             parts.append(
-                f'<rect x="{label + j * cell}" y="{y}" width="{cell - 1}" height="{cell - 1}" fill="{fill}"><title>{escape(names[i])}, {escape(names[j])}: {value:.3f}</title></rect>'
+                f'<rect x="{label + j * cell}" y="{y}" width="{cell - 1}" height="{cell - 1}" fill="{fill}"><title>{escape(names[i])}, {escape(names[j])}: {told}</title></rect>'
             )
-            if cell >= 30 and i != j:
+            if cell >= 30 and i != j and math.isfinite(value):
                 parts.append(
                     f'<text x="{label + j * cell + cell / 2:.0f}" y="{y + cell / 2 + 4:.0f}" text-anchor="middle" class="v">{value:.2f}</text>'
                 )

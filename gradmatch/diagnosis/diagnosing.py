@@ -13,14 +13,14 @@ from gradmatch.diagnosis.causes import Cause, find_causes
 from gradmatch.diagnosis.evidence import Evidence
 from gradmatch.diagnosis.forecast import Products
 from gradmatch.diagnosis.measuring import measure, worse_than_base
-from gradmatch.diagnosis.objective import Objective
 from gradmatch.diagnosis.opening import (
     CurvatureLike,
     check_tasks,
-    curvature_overlaps,
+    compared_curvatures,
     curvature_owners,
     linear_instead,
     open_models,
+    open_objectives,
     planned_merge,
 )
 from gradmatch.diagnosis.opening import module_of as module_of
@@ -30,6 +30,7 @@ from gradmatch.diagnosis.redundancy import RedundancyPoint
 from gradmatch.diagnosis.scan import scan_weights
 from gradmatch.inputs.curvatures import open_curvature
 from gradmatch.names import nearest
+from gradmatch.plan.request import POLICIES
 from gradmatch.rules import RULES
 from gradmatch.task import Task
 
@@ -49,6 +50,7 @@ class Diagnosis:
         redundancy: task -> its redundancy curve, loss in nats per example.
         barriers: (task, task) -> height of the loss between the two fine-tunes, nats per example of both.
         overlaps: (task, task) -> overlap of their curvatures in [0, 1].
+        weighted_conflicts: (task, task) -> share of their curvature on weights that they moved in opposite directions.
     """
 
     causes: list[Cause]
@@ -56,6 +58,7 @@ class Diagnosis:
     redundancy: dict[str, list[RedundancyPoint]] = field(default_factory=dict)
     barriers: dict[tuple[str, str], float] = field(default_factory=dict)
     overlaps: dict[tuple[str, str], float] = field(default_factory=dict)
+    weighted_conflicts: dict[tuple[str, str], float] = field(default_factory=dict)
 
     @property
     def healthy(self) -> bool:
@@ -165,9 +168,19 @@ def diagnose(
     check_tasks("num_examples", num_examples, names)
     alpha = effective_weights(method, weights, options)
     notes: list[str] = []
+    sizes = {**{t: c.num_examples for t, c in curvatures.items()}, **(num_examples or {})}
+    objectives = open_objectives(
+        {task: data[task] for task in names if task in data} if data else {},
+        sizes,
+        base,
+        theta0,
+        module,
+        likelihood,
+    )  # before any weight is read: data that cannot be used is told at once
     theta: Mapping[str, Tensor] | None
+    refusal = ""
     if merged is None:
-        theta = planned_merge(base, tasks, method, base_curvature, base_weight, delta0, options, notes)
+        theta, refusal = planned_merge(base, tasks, method, base_curvature, base_weight, delta0, options)
     else:
         theta = open_checkpoint(merged, base=theta0)
     evidence = Evidence(
@@ -177,16 +190,19 @@ def diagnose(
         alpha=alpha,
         scan=scan_weights(theta0, models, theta, reach_of(method, alpha, options)),
         method=method,
+        refusal=refusal,
+        policies={name: options[name] for name in POLICIES if name in options},
         exact=told and in_span(method, tasks, options),
         delta0=delta0,
         base_weight=base_weight,
         curvatures=curvatures,
         base_curvature=opened_h0,
+        objectives=objectives,
         fingerprints=curvature_owners(theta0, models, curvatures, opened_h0),
         notes=notes,
     )
     result = Diagnosis([], evidence)
-    result.overlaps = curvature_overlaps(curvatures)
+    result.overlaps, result.weighted_conflicts = compared_curvatures(theta0, models, curvatures)
     notes += linear_instead(getattr(theta if merged is None else merged, "report", None), theta)
     if isinstance(products, str | os.PathLike):
         evidence.products = load_products(products)
@@ -197,14 +213,9 @@ def diagnose(
             "the stored products are of another span than that of the task vectors: they were left out"
         )
         evidence.products = []
-    if data is None:
+    if not objectives:
         notes.append("no data: costs are not measured, only what files tell is told (pass data, or --data)")
     else:
-        structure = module or module_of(base, theta0)
-        sizes = {**{t: c.num_examples for t, c in curvatures.items()}, **(num_examples or {})}
-        for task in names:
-            if task in data:
-                evidence.objectives[task] = Objective(structure, data[task], sizes.get(task), likelihood)
         measure(result, forecast, thorough)
         evidence.gradients.clear()  # as large as the models, and needed no more
     if not curvatures:

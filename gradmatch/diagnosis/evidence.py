@@ -50,6 +50,8 @@ class Evidence:
         base: theta0; tasks: task -> theta_t; merged: theta or None.
         alpha: task -> weight asked for.
         method: rule that made the merge; delta0 its floor, base_weight the factor on H0.
+        refusal: why the merge cannot be made, or "".
+        policies: what the recipe chose for tensors that cannot simply be merged: heads, embeddings, missing.
         exact: whether the recipe's update is sum_t alpha_t tau_t to the last digit, so that the merge can be checked against it.
         curvatures: task -> Curvature, as far as given; base_curvature likewise, or a number.
         scan: the pass over the weights.
@@ -75,6 +77,8 @@ class Evidence:
     method: str = ""
     delta0: float = 0.0
     base_weight: float = 1.0
+    refusal: str = ""
+    policies: Mapping[str, str] = field(default_factory=dict)
     exact: bool = False
     curvatures: dict[str, Curvature] = field(default_factory=dict)
     base_curvature: Curvature | float | None = None

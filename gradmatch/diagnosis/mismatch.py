@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gradmatch.diagnosis.barrier import interpolate
 from gradmatch.diagnosis.layers import group_norms, total_norm
 
 if TYPE_CHECKING:
@@ -218,7 +219,4 @@ def path_mismatch(
     points: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
 ) -> list[tuple[float, Mismatch]]:
     """The mismatch at theta0 + s (theta - theta0) for each s in `points`: where on the way from the base it grows."""
-    return [
-        (share, measure({name: torch.lerp(base[name], merged[name], share) for name in merged}))
-        for share in points
-    ]
+    return [(share, measure(interpolate(base, merged, share))) for share in points]

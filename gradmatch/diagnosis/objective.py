@@ -62,7 +62,7 @@ class Objective:
         reader = BatchReader(module, device)
         self.batches = [reader(raw, index) for index, raw in enumerate(batches)]
         if not self.batches:
-            raise ValueError("no batches: the loss needs at least one")
+            raise ValueError("no batches: the loss needs at least one (an iterator that was used up before?)")
         self.seen = sum(batch.size for batch in self.batches)
         self.num_examples = num_examples or self.seen
         self.scale = self.num_examples / self.seen

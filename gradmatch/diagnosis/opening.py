@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ import torch
 from estimators.curvature import Curvature
 from estimators.fingerprint import fingerprint
 from gradmatch.checkpoint import Checkpoint, open_checkpoint, read_json
-from gradmatch.diagnosis.conflict import curvature_overlap
+from gradmatch.diagnosis.conflict import curvature_overlap, sign_conflict
+from gradmatch.diagnosis.objective import Objective
 from gradmatch.inputs.curvatures import open_curvature
 from gradmatch.inputs.opened import task_names
 from gradmatch.names import nearest
@@ -74,6 +75,42 @@ def check_tasks(what: str, given: Mapping[str, Any] | None, names: Sequence[str]
             )
 
 
+def open_objectives(
+    data: Mapping[str, Iterable[Any]],
+    sizes: Mapping[str, int],
+    base: Model | Checkpoint,
+    theta0: Checkpoint,
+    module: nn.Module | None,
+    likelihood: str | Any,
+) -> dict[str, Objective]:
+    """Task -> its loss on data; one example batch of each is run at the base, so that data which does not fit is told early.
+
+    Raises:
+        ValueError: no batches, or a module whose parameters are not the base's.
+        TypeError: batches that are none.
+    """
+    if not data:
+        return {}
+    structure = module or module_of(base, theta0)
+    parameters = [name for name, _ in structure.named_parameters()]
+    lacking = [name for name in parameters if name not in theta0]
+    if len(lacking) == len(parameters):
+        raise ValueError(
+            f"the module to run data through has no parameter of the base: {lacking[0]!r} and the others are not among "
+            f"{next(iter(theta0), 'nothing')!r}, ...; pass module= of the architecture that the weights belong to"
+        )
+    objectives = {}
+    for task, batches in data.items():
+        try:
+            objectives[task] = Objective(structure, batches, sizes.get(task), likelihood)
+            objectives[task].first(1).losses(theta0)
+        except TypeError as error:
+            raise TypeError(f"data of {task!r}: {error}") from error
+        except (ValueError, RuntimeError, IndexError) as error:  # torch's own, of inputs that do not fit
+            raise ValueError(f"data of {task!r}: {error}") from error
+    return objectives
+
+
 def planned_merge(
     base: Model | Checkpoint,
     tasks: Sequence[Task],
@@ -82,9 +119,8 @@ def planned_merge(
     base_weight: float,
     delta0: float,
     options: Mapping[str, Any],
-    notes: list[str],
-) -> Mapping[str, Tensor] | None:
-    """The merge as it would come out, in memory; None, with a note, where `merge` refuses."""
+) -> tuple[Mapping[str, Tensor] | None, str]:
+    """The merge as it would come out, in memory; or None, and why `merge` refuses."""
     from gradmatch.merging import merge
 
     arguments: dict[str, Any] = {
@@ -97,10 +133,9 @@ def planned_merge(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return merge(base, tasks, method=method, **arguments)
+            return merge(base, tasks, method=method, **arguments), ""
         except ValueError as error:
-            notes.append(f"the merge itself was refused: {error}")
-            return None
+            return None, str(error)
 
 
 def linear_instead(report: Report | None, merged: Any) -> list[str]:
@@ -146,17 +181,37 @@ def _print_of(model: Checkpoint, curvature: Curvature) -> str | None:
         return None
 
 
-def curvature_overlaps(curvatures: Mapping[str, Curvature]) -> dict[tuple[str, str], float]:
-    """(task, task) -> sum sqrt(h_s h_t) / sqrt(sum h_s sum h_t) over the parameters of both, in [0, 1]."""
-    overlaps = {}
-    for a, b in combinations(curvatures, 2):
-        both = s = t = 0.0
-        for name in curvatures[a]:
-            if name in curvatures[b]:
-                part = curvature_overlap(curvatures[a].mean(name), curvatures[b].mean(name))
-                both, s, t = both + part[0], s + part[1], t + part[2]
-        overlaps[a, b] = both / (s * t) ** 0.5 if s * t > 0 else 0.0
-    return overlaps
+def compared_curvatures(
+    base: Checkpoint, models: Mapping[str, Checkpoint], curvatures: Mapping[str, Curvature]
+) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float]]:
+    """Pairs of tasks by what their curvatures share, over the parameters of both.
+
+    Returns:
+        (task, task) -> sum sqrt(h_s h_t) / sqrt(sum h_s sum h_t) in [0, 1], and (task, task) -> sum w [opposite signs] / sum w [both
+        moved] with w = h_s + h_t of the summed losses (0.5 for unrelated tasks; no entry where no such weight moved).
+    """
+    pairs = list(combinations(curvatures, 2))
+    shared = {pair: [0.0, 0.0, 0.0] for pair in pairs}
+    signs = {pair: [0.0, 0.0] for pair in pairs}
+    for name in dict.fromkeys(name for curvature in curvatures.values() for name in curvature):
+        h = {task: curvature.total(name) for task, curvature in curvatures.items() if name in curvature}
+        tau = {}
+        if name in base:
+            theta0 = base[name].float()
+            held = [
+                task for task in h if name in models[task] and models[task].spec(name).shape == theta0.shape
+            ]
+            tau = {task: models[task][name].float() - theta0 for task in held}
+        for a, b in pairs:
+            if a in h and b in h:
+                for place, part in enumerate(curvature_overlap(h[a], h[b])):
+                    shared[a, b][place] += part
+                if a in tau and b in tau and h[a].numel() == h[b].numel() == tau[a].numel():
+                    weight = (h[a] + h[b]).clamp(min=0).view(tau[a].shape)
+                    for place, part in enumerate(sign_conflict(tau[a], tau[b], weight)):
+                        signs[a, b][place] += part
+    overlaps = {pair: both / (s * t) ** 0.5 if s * t > 0 else 0.0 for pair, (both, s, t) in shared.items()}
+    return overlaps, {pair: against / moving for pair, (against, moving) in signs.items() if moving > 0}
 
 
 def module_of(base: Model | Checkpoint, opened: Checkpoint) -> nn.Module:

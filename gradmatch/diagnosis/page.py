@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 
@@ -39,19 +39,22 @@ def page(report: Report) -> str:
 
 def header(report: Report) -> str:
     """Verdict in a sentence, and what was merged."""
+    verdict = escape(report.verdict)
     if report.causes:
-        first = report.causes[0]
-        count = len(report.causes)
-        what = f"<b>{escape(first.name.replace('_', ' '))}</b> ({escape(first.subject)})"
-        verdict = f"One cause found: {what}." if count == 1 else f"{count} causes found. The first is {what}."
-    else:
-        verdict = "Nothing wrong was found with this merge."
+        name = escape(report.causes[0].name.replace("_", " "))
+        verdict = verdict.replace(name, f"<b>{name}</b>", 1)
     tasks = ", ".join(f"{escape(t.name)} &times; {number(t.weight)}" for t in report.tasks[:12])
     more = f" and {len(report.tasks) - 12} more" if len(report.tasks) > 12 else ""
-    mark = "ok" if report.healthy else "ill"
+    measured = {row.task for row in report.losses if row.model == "merged"}
+    mark = "ill" if report.causes else "ok" if len(measured) == len(report.tasks) else "part"
+    looked = "".join(
+        f'<p class="sub"><b>{what}</b> {escape("; ".join(told))}.</p>'
+        for what, told in (("Looked at", report.looked_at), ("Not looked at", report.not_looked_at))
+        if told
+    )
     return (
         f'<header><p class="kicker">Diagnosis of a merge</p><h1 class="{mark}">{verdict}</h1>'
-        f'<p class="sub">{escape(report.method.replace("_", " "))} of {tasks}{more}</p></header>'
+        f'<p class="sub">{escape(report.method.replace("_", " "))} of {tasks}{more}</p>{looked}</header>'
     )
 
 
@@ -174,8 +177,19 @@ def vectors(report: Report) -> str:
             "<div class=row><figure><figcaption>Cosine: 0 is unrelated, negative pulls apart</figcaption>"
             f"{matrix(names, report.cosines, low=-1.0, middle=0.0, high=1.0)}</figure>"
             "<figure><figcaption>Weights moved in opposite directions: 0.5 is chance</figcaption>"
-            f"{matrix(names, report.conflicts, low=0.0, middle=0.5, high=1.0)}</figure></div>"
+            f"{matrix(names, report.conflicts, low=0.0, middle=0.5, high=1.0)}</figure>"
         )
+        if report.weighted_conflicts:
+            parts.append(
+                "<figure><figcaption>The same, weights counted by their curvature</figcaption>"
+                f"{matrix(names, square(names, report.weighted_conflicts), low=0.0, middle=0.5, high=1.0)}</figure>"
+            )
+        if report.overlaps:
+            parts.append(
+                "<figure><figcaption>Overlap of curvatures: 1 where the same weights matter</figcaption>"
+                f"{matrix(names, square(names, report.overlaps), low=-1.0, middle=0.0, high=1.0)}</figure>"
+            )
+        parts.append("</div>")
     if report.layers:
         columns = [layer.layer for layer in report.layers]
         values = [[layer.shares[i] for layer in report.layers] for i in range(len(names))]
@@ -185,6 +199,15 @@ def vectors(report: Report) -> str:
             f"<div class=wide>{heat_map(names, short_names(binned), summed)}</div></figure>"
         )
     return "".join([*parts, "</section>"])
+
+
+def square(names: Sequence[str], pairs: Mapping[str, float]) -> list[list[float]]:
+    """'a | b' -> value as a symmetric matrix; NaN where it is not known."""
+
+    def value(a: str, b: str) -> float:
+        return pairs.get(f"{a} | {b}", pairs.get(f"{b} | {a}", math.nan))
+
+    return [[value(a, b) for b in names] for a in names]
 
 
 def redundancy(report: Report) -> str:

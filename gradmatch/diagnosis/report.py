@@ -11,6 +11,8 @@ from gradmatch.diagnosis.evidence import accuracy_of
 from gradmatch.diagnosis.health import fisher_noise
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gradmatch.diagnosis.diagnosing import Diagnosis
     from gradmatch.diagnosis.evidence import Evidence
 
@@ -108,6 +110,9 @@ class Report(Part):
     gradmatch_version: str
     method: str
     healthy: bool
+    verdict: str = Field(description="one sentence: that nothing was found, and in what")
+    looked_at: list[str]
+    not_looked_at: list[str]
     causes: list[CauseReport]
     notes: list[str]
     tasks: list[TaskReport]
@@ -121,6 +126,9 @@ class Report(Part):
     cosines: list[list[float]]
     conflicts: list[list[float]] = Field(
         description="share of weights that both tasks moved in opposite directions"
+    )
+    weighted_conflicts: dict[str, float] = Field(
+        description="'a | b' -> the same, each weight counted by the sum of both tasks' curvatures"
     )
     overlaps: dict[str, float] = Field(description="'a | b' -> overlap of their curvatures")
     path: list[tuple[float, dict[str, float]]] = Field(
@@ -144,10 +152,14 @@ def report_of(diagnosis: Diagnosis) -> Report:
     evidence = diagnosis.evidence
     scan = evidence.scan
     residual = None if evidence.merged is None or not scan.tensors else scan.projection()[1]
+    seen, unseen = looked(evidence)
     return Report(
         gradmatch_version=release,
         method=evidence.method,
         healthy=diagnosis.healthy,
+        verdict=verdict(diagnosis),
+        looked_at=seen,
+        not_looked_at=unseen,
         causes=[CauseReport(**vars(cause)) for cause in diagnosis.causes],
         notes=evidence.notes,
         tasks=_tasks(evidence),
@@ -164,6 +176,7 @@ def report_of(diagnosis: Diagnosis) -> Report:
         layers=_layers(evidence),
         cosines=scan.cosines().tolist(),
         conflicts=scan.conflict_rates().tolist(),
+        weighted_conflicts={" | ".join(pair): rate for pair, rate in diagnosis.weighted_conflicts.items()},
         overlaps={" | ".join(pair): value for pair, value in diagnosis.overlaps.items()},
         path=sorted(evidence.path.items()),
         barriers={" | ".join(pair): value for pair, value in diagnosis.barriers.items()},
@@ -173,6 +186,56 @@ def report_of(diagnosis: Diagnosis) -> Report:
         },
         batchnorm=evidence.batchnorm,
     )
+
+
+def verdict(diagnosis: Diagnosis) -> str:
+    """The finding in a sentence; where nothing was found, it says in what."""
+    evidence = diagnosis.evidence
+    if diagnosis.causes:
+        first, count = diagnosis.causes[0], len(diagnosis.causes)
+        what = f"{first.name.replace('_', ' ')} ({first.subject})"
+        return f"One cause found: {what}." if count == 1 else f"{count} causes found. The first is {what}."
+    known = [task for task in evidence.tasks if task in evidence.losses.get("merged", {})]
+    if not known:
+        return "Nothing wrong was found in the weights; what the merge does to the losses was not looked at."
+    if len(known) < len(evidence.tasks):
+        return f"Nothing wrong was found with this merge, as far as the losses of {_listed(known)} tell."
+    return "Nothing wrong was found with this merge."
+
+
+def looked(evidence: Evidence) -> tuple[list[str], list[str]]:
+    """What the causes were looked for in, and what they were not."""
+    count = len(evidence.tasks)
+    models = ["the base", "1 task" if count == 1 else f"{count} tasks"]
+    seen, unseen = [], []
+    if evidence.merged is None:
+        unseen.append("the merge")
+    else:
+        models.append("the merge")
+    seen.append(f"the weights of {', '.join(models[:-1])} and {models[-1]}")
+    held = list(evidence.curvatures)
+    if evidence.base_curvature is not None and not isinstance(evidence.base_curvature, int | float):
+        held.insert(0, "the base")
+    if held:
+        seen.append(f"the curvature of {_listed(held)}")
+    else:
+        unseen.append("curvature (none given)")
+    known = [task for task in evidence.tasks if task in evidence.losses.get("merged", {})]
+    if known:
+        seen.append(f"the losses of {_listed(known)}")
+    for why, chosen in (
+        ("no data", [task for task in evidence.tasks if task not in evidence.objectives]),
+        ("they cannot be measured", [task for task in evidence.objectives if task not in known]),
+    ):
+        if chosen:
+            unseen.append(f"the losses of {_listed(chosen)} ({why}), and with them what anything costs")
+    return seen, unseen
+
+
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    """Names with commas, the first few of many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _tasks(evidence: Evidence) -> list[TaskReport]:

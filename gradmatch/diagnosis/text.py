@@ -18,6 +18,7 @@ def describe(diagnosis: Diagnosis) -> str:
     """Ranked causes, losses with forecasts, and notes, as plain text."""
     from gradmatch.diagnosis.report import report_of
 
+    report = report_of(diagnosis)
     lines = []
     if diagnosis.causes:
         count = len(diagnosis.causes)
@@ -25,8 +26,10 @@ def describe(diagnosis: Diagnosis) -> str:
         for place, cause in enumerate(diagnosis.causes, 1):
             lines += cause_lines(place, cause)
     else:
-        lines.append("Nothing wrong was found with this merge.")
-    report = report_of(diagnosis)
+        lines.append(report.verdict)
+    for what, told in (("Looked at", report.looked_at), ("Not looked at", report.not_looked_at)):
+        if told:
+            lines += textwrap.wrap(f"{what}: {'; '.join(told)}.", WIDTH)
     lines += loss_table(report)
     if report.mismatch:
         m = report.mismatch
@@ -59,10 +62,8 @@ def loss_table(report: Report) -> list[str]:
         return []
     forecasts = {row.task: row for row in report.forecasts}
     width = max(len(task.name) for task in report.tasks) + 2
-    lines = [
-        "",
-        f"{'task':<{width}}{'base':>8}{'own':>8}{'merge':>8}{'accuracy':>10}{'forecast':>10}{'best weight':>13}",
-    ]
+    extra = f"{'forecast':>10}{'best weight':>13}" if forecasts else ""
+    lines = ["", f"{'task':<{width}}{'base':>8}{'own':>8}{'merge':>8}{'accuracy':>10}{extra}"]
     for task in report.tasks:
         name = task.name
         if ("base", name) not in nll:
@@ -77,7 +78,6 @@ def loss_table(report: Report) -> list[str]:
             mark = " " if found.trusted else "?"
             row += f"{nll[name, name] + found.forecast:>9.3f}{mark}{found.best_weight:>13.2f}"
         lines.append(row)
-    lines.append(
-        "(nats per example; forecast: from exact curvature at the fine-tunes, '?' where it is out of its region)"
-    )
+    told = "; forecast: from exact curvature at the fine-tunes, '?' where it is out of its region"
+    lines.append(f"(nats per example{told if forecasts else ''})")
     return lines

@@ -1,0 +1,117 @@
+"""Causes without which nothing else means anything: values that are broken, tensors that do not fit, a merge that is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from gradmatch.diagnosis.causes import BROKEN, Cause, Finder
+from gradmatch.inputs.vocab import EMBEDDINGS
+from gradmatch.plan.settings import FIRST, layer_of
+
+if TYPE_CHECKING:
+    from gradmatch.diagnosis.evidence import Evidence
+
+
+def not_finite(evidence: Evidence) -> list[Cause]:
+    """NaN or infinite weights; the merge's own are told only where no input explains them."""
+    found = evidence.scan.nonfinite
+    blamed = [model for model in found if model != "merged"] or list(found)
+    causes = []
+    for model in blamed:
+        tensor, count = max(found[model].items(), key=lambda item: item[1])
+        total = sum(found[model].values())
+        causes.append(
+            Cause(
+                "not_finite",
+                model,
+                f"{total} weight{'s' if total > 1 else ''} of {model!r} {'are' if total > 1 else 'is'} NaN or infinite, {count} of them in "
+                f"{tensor}",
+                f"fetch or train {model!r} again; everything merged with these values is NaN as well"
+                if model != "merged"
+                else "merge again: the inputs are finite, so the rule or the output's dtype overflowed",
+                BROKEN,
+                math.inf,
+                "measured",
+                {"count": float(total), "tensors": float(len(found[model]))},
+            )
+        )
+    return causes
+
+
+def outputs_not_finite(evidence: Evidence) -> list[Cause]:
+    """Weights that are finite and outputs that are not: something overflows on the way."""
+    return [
+        Cause(
+            "outputs_not_finite",
+            model,
+            f"the weights of {model!r} are finite, but on the data of {task!r} its outputs are not",
+            "look for weights that are far too large (a wrong scale, a damaged layer), or compute in a wider dtype",
+            BROKEN,
+            math.inf,
+            "measured",
+        )
+        for model, losses in evidence.losses.items()
+        for task in [next((t for t, values in losses.items() if not bool(values.isfinite().all())), "")]
+        if task and model not in evidence.scan.nonfinite
+    ]
+
+
+def shapes_differ(evidence: Evidence) -> list[Cause]:
+    """Tensors that a model lacks or has in another shape: another head, vocabulary or architecture."""
+    causes = []
+    for model in evidence.scan.shapes:
+        shapes, missing = unmerged(evidence, model)
+        if not shapes and not missing:
+            continue
+        if shapes:
+            name, (ours, theirs) = next(iter(shapes.items()))
+            what = f"{name} is {list(theirs)} in {model!r} and {list(ours)} in the base"
+            if theirs == ours[::-1]:
+                what += " (it is transposed)"
+        else:
+            what = f"{model!r} lacks {missing[0]}"
+        count = len(shapes) + len(missing)
+        causes.append(
+            Cause(
+                "shapes_differ",
+                model,
+                f"{what}; {count} tensors cannot be merged",
+                "carry such layers beside the trunk (a head or vocabulary policy of the merge), or take a fine-tune of this base",
+                BROKEN,
+                None,
+                "",
+                {"shapes": float(len(shapes)), "missing": float(len(missing))},
+            )
+        )
+    return causes
+
+
+def unmerged(
+    evidence: Evidence, model: str
+) -> tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...]]], list[str]]:
+    """Shapes that differ and tensors that are missing, but for those that the recipe has a policy for."""
+
+    def covered(name: str) -> bool:
+        kind = "embeddings" if EMBEDDINGS.search(name) or FIRST.search(name) else "heads"
+        inside = kind == "heads" and layer_of(name) is not None
+        return not inside and evidence.policies.get(kind, "error") != "error"
+
+    shapes = {name: found for name, found in evidence.scan.shapes[model].items() if not covered(name)}
+    kept = evidence.policies.get("missing", "error") != "error"
+    missing = [] if kept else [name for name in evidence.scan.missing[model] if not covered(name)]
+    return shapes, missing
+
+
+def refused(evidence: Evidence) -> list[Cause]:
+    """A merge that the rule itself refuses; a note where shapes or values that are told already explain it."""
+    if not evidence.refusal:
+        return []
+    text = f"the merge itself was refused: {evidence.refusal}"
+    if evidence.scan.nonfinite or any(any(unmerged(evidence, model)) for model in evidence.scan.shapes):
+        evidence.notes.append(text)
+        return []
+    return [Cause("merge_refused", "merged", text, "do what the message says", BROKEN)]
+
+
+BROKEN_FINDERS: tuple[Finder, ...] = (not_finite, outputs_not_finite, shapes_differ, refused)

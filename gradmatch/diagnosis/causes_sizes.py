@@ -1,0 +1,188 @@
+"""Causes in the sizes of the update: one task's share, the whole of it, too long or too short."""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import TYPE_CHECKING
+
+from gradmatch.diagnosis.causes import CHOICE, Cause, Finder
+from gradmatch.diagnosis.forecast import best_coefficients
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gradmatch.diagnosis.evidence import Evidence, Saving
+
+# Of three nearly orthogonal vectors, one three times as long as each other holds 9 / 11 of the sum's energy.
+DOMINANCE = 3.0
+HALF = 0.5
+# On a parabola through the base and its best point, a merge half-way to it keeps three quarters of what can be had: the least shortfall
+# that counts (SHARE_OF_GAIN), and twice the update is where that is made good.
+BEYOND = 2.0
+
+
+def one_task_dominates(evidence: Evidence) -> list[Cause]:
+    """One task's share of the update drowns the others': through its weight, or through the length of its task vector."""
+    norms, used = evidence.scan.norms(), evidence.coefficients()
+    tasks = [task for task in evidence.scan.tasks if norms[task] > 0]  # one that is the base has no share
+    if len(tasks) < 2 or evidence.scan.nonfinite:
+        return []
+    if evidence.merged is not None and evidence.scan.projection()[1] > HALF:
+        used = evidence.alpha  # the span explains too little of the update to read weights off it
+    causes = []
+    for task in tasks:
+        others = [other for other in tasks if other != task]
+        by_weight = _ratio(abs(used[task]), [abs(used[t]) for t in others])
+        asked = _ratio(abs(evidence.alpha[task]), [abs(evidence.alpha[t]) for t in others])
+        by_length = _ratio(norms[task], [norms[t] for t in others])
+        size = max(by_weight, asked) * by_length
+        # Where losses are measured, they decide whether a smaller excess matters.
+        least = DOMINANCE / 2 if evidence.measured else DOMINANCE
+        if size < least or max(by_weight, asked, by_length) < DOMINANCE / 2:
+            continue
+        # As long as the others' share, or half-way there on a logarithmic scale: whichever saves more.
+        repairs = [(1 / size, _measured_change(evidence, {task: used[task] * (1 / size - 1)}))]
+        if evidence.measured:
+            middle = size**-0.5
+            repairs.append((middle, _measured_change(evidence, {task: used[task] * (middle - 1)})))
+        factor, saving = max(repairs, key=lambda r: r[1].nats if r[1] else 0.0)
+        if saving is not None and not evidence.matters(saving):
+            continue
+        cost, source = _price(evidence, saving, {**used, task: used[task] * factor})
+        if by_length > max(by_weight, asked):
+            causes.append(
+                Cause(
+                    "overtrained_task",
+                    task,
+                    f"the task vector of {task!r} is {by_length:.1f} times as long as the others' (norm {norms[task]:.3g})",
+                    f"give {task!r} about {factor:.2g} of its weight, or stop its fine-tuning earlier",
+                    CHOICE,
+                    cost,
+                    source,
+                    {"length_ratio": by_length, "size_ratio": size, "factor": factor},
+                )
+            )
+        else:
+            ratio = max(by_weight, asked)
+            causes.append(
+                Cause(
+                    "weight_too_large",
+                    task,
+                    f"{task!r} has {ratio:.1f} times the weight of the other tasks (coefficient {used[task]:.2f} in the merge)",
+                    f"lower its weight to about {evidence.alpha[task] * factor:.2g}" + _auto(evidence, task),
+                    CHOICE,
+                    cost,
+                    source,
+                    {"weight_ratio": ratio, "size_ratio": size, "factor": factor},
+                )
+            )
+    return causes
+
+
+def sizes(evidence: Evidence) -> list[Cause]:
+    """Updates that are too long: one task's, or the whole one where lowering that task does not mend it."""
+    dominating = one_task_dominates(evidence)
+    return [
+        *dominating,
+        *overshoot(evidence, {cause.subject: cause.numbers["factor"] for cause in dominating}),
+    ]
+
+
+def overshoot(evidence: Evidence, lowered: Mapping[str, float]) -> list[Cause]:
+    """The whole update is too long: some way before the merge, on the line from the base, every task together is better off.
+
+    `lowered`: task -> factor on its share that another cause asks for; what that mends already is not told twice.
+    """
+    if not evidence.measured or not evidence.path:
+        return []
+    examples = {task: objective.num_examples for task, objective in evidence.objectives.items()}
+    totals = {
+        s: sum(losses[t] * n for t, n in examples.items()) for s, losses in evidence.path.items() if 0 < s < 1
+    }
+    if not totals:
+        return []
+    share = min(totals, key=totals.__getitem__)
+    saving = evidence.saving(evidence.along_path(share))
+    if not evidence.matters(saving):
+        return []
+    if lowered:
+        used = evidence.coefficients()
+        mended = evidence.with_changes({task: used[task] * (factor - 1) for task, factor in lowered.items()})
+        left = evidence.saving(evidence.along_path(share, mended), start=evidence.measure(mended))
+        if not evidence.matters(left):
+            return []
+    return [
+        Cause(
+            "all_weights_too_large",
+            "merged",
+            f"at {share:.0%} of the way from the base to the merge the tasks lose {saving.nats:.0f} nats less than at the merge",
+            f"multiply every weight by about {share:g} (or average: 1/{len(evidence.tasks)} each)",
+            CHOICE,
+            saving.nats,
+            "measured",
+            {"share": share},
+        )
+    ]
+
+
+def undershoot(evidence: Evidence) -> list[Cause]:
+    """The whole update is too short: beyond the merge, on the line from the base, every task together is better off.
+
+    Asked only where nothing else was found: many faults are milder at other weights.
+    """
+    if not evidence.measured:
+        return []
+    saving = evidence.saving(evidence.along_path(BEYOND))
+    if not evidence.matters(saving):
+        return []
+    return [
+        Cause(
+            "all_weights_too_small",
+            "merged",
+            f"at {BEYOND:g} times the merge's update the tasks lose {saving.nats:.0f} nats less than at the merge",
+            f"multiply every weight by about {BEYOND:g}{_auto(evidence, *evidence.tasks)}",
+            CHOICE,
+            saving.nats,
+            "measured",
+            {"factor": BEYOND},
+        )
+    ]
+
+
+SIZE_FINDERS: tuple[Finder, ...] = (sizes,)
+
+
+def _ratio(value: float, others: list[float]) -> float:
+    """How many times the median of the others; inf where they are all zero."""
+    middle = median(others)
+    return value / middle if middle > 0 else (math.inf if value > 0 else 1.0)
+
+
+def _measured_change(evidence: Evidence, changes: dict[str, float]) -> Saving | None:
+    return evidence.saving(evidence.with_changes(changes)) if evidence.measured else None
+
+
+def _price(evidence: Evidence, saving: Saving | None, repaired: dict[str, float]) -> tuple[float | None, str]:
+    """Measured where there is data, forecast where there are products."""
+    if saving is not None:
+        return saving.nats, "measured"
+    if evidence.products:
+        import numpy as np
+
+        used = evidence.coefficients()
+
+        def rise(c: dict[str, float]) -> float:
+            return sum(p.rise(np.array([c[d] for d in p.directions])) for p in evidence.products)
+
+        return max(0.0, rise(used) - rise(repaired)), "forecast"
+    return None, ""
+
+
+def _auto(evidence: Evidence, *tasks: str) -> str:
+    """What the forecast would choose."""
+    if not evidence.products:
+        return ""
+    best = best_coefficients(evidence.products).coefficients
+    found = ", ".join(f"{best[task]:.2g}" for task in tasks)
+    return f" (the forecast's best {'are' if len(tasks) > 1 else 'is'} {found})"
