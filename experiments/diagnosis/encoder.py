@@ -182,7 +182,7 @@ def every_weight_too_large(world: Encoders) -> Arguments:
 
 
 def every_weight_too_small(world: Encoders) -> Arguments:
-    return merged_by(world, "task_arithmetic", 0.1)
+    return merged_by(world, "task_arithmetic", 0.05)
 
 
 def layers_exchanged(world: Encoders) -> Arguments:

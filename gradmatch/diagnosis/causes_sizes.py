@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 # Of three nearly orthogonal vectors, one three times as long as each other holds 9 / 11 of the sum's energy.
 DOMINANCE = 3.0
 HALF = 0.5
-# On a parabola through the base and its best point, a merge half-way to it keeps three quarters of what can be had: the least shortfall
-# that counts (SHARE_OF_GAIN), and twice the update is where that is made good.
-BEYOND = 2.0
+BEYOND = (2.0, 4.0, 8.0)  # multiples of the update that are tried
 
 
 def one_task_dominates(evidence: Evidence) -> list[Cause]:
@@ -133,19 +131,20 @@ def undershoot(evidence: Evidence) -> list[Cause]:
     """
     if not evidence.measured:
         return []
-    saving = evidence.saving(evidence.along_path(BEYOND))
+    savings = {factor: evidence.saving(evidence.along_path(factor)) for factor in BEYOND}
+    factor, saving = max(savings.items(), key=lambda item: item[1].nats)
     if not evidence.matters(saving):
         return []
     return [
         Cause(
             "all_weights_too_small",
             "merged",
-            f"at {BEYOND:g} times the merge's update the tasks lose {saving.nats:.0f} nats less than at the merge",
-            f"multiply every weight by about {BEYOND:g}{_auto(evidence, *evidence.tasks)}",
+            f"at {factor:g} times the merge's update the tasks lose {saving.nats:.0f} nats less than at the merge",
+            f"multiply every weight by about {factor:g}{_auto(evidence, *evidence.tasks)}",
             CHOICE,
             saving.nats,
             "measured",
-            {"factor": BEYOND},
+            {"factor": factor},
         )
     ]
 

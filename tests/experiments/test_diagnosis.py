@@ -36,6 +36,9 @@ def test_table_counts_right_wrong_and_false_alarms(stage):
     rows.append({**rows[-2], "seed": 1, "found": "weight_too_large", "right": False})
     text = diagnosis.report(rows)
     assert "other seeds (0, 1)" in text
+    encoders = [{**rows[0], "split": split, "variant": False} for split in ("encoder", "encoder development")]
+    assert "encoders, looked at (0)" in diagnosis.report(encoders)
+    assert "encoders, other seeds (0)" in diagnosis.report(encoders)
     assert "a lucky NaN" in text
     assert "1/2    other_base" in text
     assert "true cause first in 3 of 4 failures (75%)" in text
@@ -52,6 +55,12 @@ def test_config_runs_every_case_on_other_seeds_than_the_rules_were_set_on():
     assert len(diagnosis.stages(configs.load(Path("configs/diagnosis.yaml"), ["sentiment=null"]))) == len(
         stages
     )
+    alone = configs.load(Path("configs/diagnosis.yaml"), ["development=[]", "seeds=[]", "encoders=[1]"])
+    assert [stage.name for stage in diagnosis.stages(alone)] == ["diagnosis/encoder-seed1"]
+    with pytest.raises(configs.ConfigError, match="nothing to diagnose"):
+        configs.load(Path("configs/diagnosis.yaml"), ["development=[]", "seeds=[]", "sentiment=null"])
+    failures = [case for case in encoder.CASES.values() if case.expected != HEALTHY]
+    assert len({case.expected for case in failures}) >= 12
     failures = [case for case in CASES.values() if case.expected != HEALTHY]
     assert len({case.expected for case in failures}) >= 12
 
@@ -170,6 +179,9 @@ def encoders():
         "vocabulary shifted by one",
         "curvature of the wrong model",
         "head of another task",
+        "layers exchanged",
+        "the same task twice",
+        "merge by an older recipe",
     ],
 )
 def test_faults_of_encoders_are_found_in_their_weights(encoders, name):
@@ -252,3 +264,4 @@ def test_encoder_stage(folders, tmp_path, monkeypatch):
     encoder.diagnose_encoder(tmp_path, **folders, count=12, seed=0)
     rows = json.loads((tmp_path / "cases.json").read_text())
     assert [row["found"] for row in rows] == ["not_finite", "vocabulary_shift"]
+    assert [row["right_subject"] for row in rows] == [True, True]  # "one", the first task

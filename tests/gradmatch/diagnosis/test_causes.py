@@ -283,6 +283,23 @@ def test_every_weight_too_large_and_its_price():
     assert not healthy.notes[:-1]  # but that there is no curvature
 
 
+def test_every_weight_too_small_and_its_price():
+    module, base, tasks, data = learned()
+    weights = dict.fromkeys(tasks, 0.02)
+    merged = average(base, tasks, weights)
+    result = told(base, tasks, merged, data=data, module=module, weights=weights)
+    assert names_of(result) == ["all_weights_too_small"]
+    more = average(base, tasks, dict.fromkeys(tasks, 0.16))  # of twice, four times and eight times the best
+    loss = {
+        name: sum(float(o.losses(theta).mean()) * 300 for o in result.evidence.objectives.values())
+        for name, theta in (("merged", merged), ("more", more))
+    }
+    assert result.causes[0].cost == pytest.approx(loss["merged"] - loss["more"], rel=1e-3)
+    assert "multiply every weight by about 8 (the forecast's best are " in result.causes[0].remedy
+    broken = {**merged, "2.bias": torch.full_like(merged["2.bias"], math.nan)}
+    assert names_of(told(base, tasks, broken, data=data, module=module)) == ["not_finite"]
+
+
 def test_stale_batchnorm_without_data_is_silent_and_with_data_priced():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(DIM, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
