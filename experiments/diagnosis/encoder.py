@@ -76,6 +76,7 @@ def merged_by(
         "data": world.data,
         "thorough": False,
         "forecast": False,
+        "mismatch": False,  # a third of the time, and no cause rests on it
         **told,
     }
 

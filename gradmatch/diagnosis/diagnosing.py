@@ -122,6 +122,7 @@ def diagnose(
     likelihood: str | Any = "auto",
     products: Sequence[Products] | str | os.PathLike[str] | None = None,
     forecast: bool = True,
+    mismatch: bool = True,
     thorough: bool = True,
     **options: Any,
 ) -> Diagnosis:
@@ -145,6 +146,7 @@ def diagnose(
         likelihood: as `estimators.estimate` takes it.
         products: stored forecast products (file or list); measured from data where absent.
         forecast: measure products (T^2 forward-mode passes over the data).
+        mismatch: measure the gradient mismatch (2 T backward passes over the data); no cause rests on it.
         thorough: also the path from the base, redundancy curves and barriers (about 10 T more forward passes).
         **options: of the rule, for a planned merge.
 
@@ -153,6 +155,7 @@ def diagnose(
         TypeError: tasks that are no Tasks.
         FileNotFoundError: an input that is not there.
     """
+    tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
     theta0, models, weights, curvatures = open_models(base, tasks)
     names = list(models)
     opened_h0 = (
@@ -216,7 +219,7 @@ def diagnose(
     if not objectives:
         notes.append("no data: costs are not measured, only what files tell is told (pass data, or --data)")
     else:
-        measure(result, forecast, thorough)
+        measure(result, forecast, mismatch, thorough)
         evidence.gradients.clear()  # as large as the models, and needed no more
     if not curvatures:
         notes.append(

@@ -39,7 +39,7 @@ def worse_than_base(evidence: Evidence) -> list[str]:
     return found
 
 
-def measure(result: Diagnosis, forecast: bool, thorough: bool) -> None:
+def measure(result: Diagnosis, forecast: bool, mismatch: bool, thorough: bool) -> None:
     """Losses, mismatch, products, paths: everything that needs data."""
     evidence = result.evidence
     broken = {model for model, found in evidence.scan.nonfinite.items() if found}
@@ -79,7 +79,7 @@ def measure(result: Diagnosis, forecast: bool, thorough: bool) -> None:
         return
     if overflowing:
         evidence.notes.append("the merge's outputs are not finite: no mismatch was measured")
-    elif complete:
+    elif complete and mismatch:
         measure_mismatch(evidence)
     _measure_batchnorm(evidence)
     for share in POINTS[1:-1] if thorough else (0.5,):
