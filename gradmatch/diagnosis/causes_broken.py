@@ -77,7 +77,9 @@ def shapes_differ(evidence: Evidence) -> list[Cause]:
                 "shapes_differ",
                 model,
                 f"{what}; {count} tensors cannot be merged",
-                "carry such layers beside the trunk (a head or vocabulary policy of the merge), or take a fine-tune of this base",
+                "check the path of the merged model: it is no merge of these models"
+                if model == "merged"
+                else "carry such layers beside the trunk (a head or vocabulary policy of the merge), or take a fine-tune of this base",
                 BROKEN,
                 None,
                 "",

@@ -171,6 +171,9 @@ def no_merge_of_these(evidence: Evidence) -> list[Cause]:
     """A merged model whose update no weighting of these task vectors can make, or which is not what the recipe gives."""
     if evidence.merged is None or "merged" in evidence.scan.nonfinite:
         return []
+    unmixed = one_model(evidence)
+    if unmixed:
+        return unmixed
     tensors = evidence.scan.tensors
     rounding = sum(t.rounding for t in tensors.values())
     outside = max(0.0, sum(t.outside for t in tensors.values()) - rounding)
@@ -195,6 +198,42 @@ def no_merge_of_these(evidence: Evidence) -> list[Cause]:
             INPUT,
             *priced(saving_of(evidence, exact) if evidence.exact else None),
             {"outside": outside / update, "layers": float(len(stray))},
+        )
+    ]
+
+
+def one_model(evidence: Evidence) -> list[Cause]:
+    """A merged model that is the base, or one of several tasks, as it is: the wrong folder, or a merge that was never written there.
+
+    Soups may choose one model; a recipe whose other weights are zero asks for one.
+    """
+    scan = evidence.scan
+    known = [t for t in scan.tensors.values() if t.products is not None]
+    moved = [task for task, norm in scan.norms().items() if norm > 0 and evidence.alpha[task] != 0]
+    if not known or not moved or evidence.method == "greedy_soup":
+        return []
+    storage = 4 * sum(t.storage for t in known)
+    gram = scan.gram()
+    if storage > min(float(gram[p, p]) for p in map(scan.tasks.index, moved)):
+        return []  # in this precision everything may look like the base: see rounded_away
+    gaps = {"base": sum(t.delta_square for t in known)}
+    for p, task in enumerate(scan.tasks):
+        apart = [float(gram[p, p] - 2 * gram[p, q] + gram[q, q]) for q in map(scan.tasks.index, moved)]
+        if task in moved and max(apart) > storage + 1e-9 * float(gram[p, p]):
+            products = sum(float(t.products[p]) for t in known if t.products is not None)
+            gaps[task] = gaps["base"] - 2 * products + float(gram[p, p])
+    model = min(gaps, key=gaps.__getitem__)
+    least = 0.0 if model == "base" else storage + 1e-9 * gaps["base"]
+    if gaps[model] > least:
+        return []
+    return [
+        Cause(
+            "merge_is_one_model",
+            model,
+            f"every weight of the merge equals {model!r}'s: nothing of {', '.join(repr(t) for t in moved if t != model)} is in it",
+            f"check the path of the merged model (it may be the folder of {model!r}), and merge again",
+            INPUT,
+            *priced(saving_of(evidence, exact) if evidence.exact else None),
         )
     ]
 

@@ -44,6 +44,9 @@ def measure(result: Diagnosis, forecast: bool, mismatch: bool, thorough: bool) -
     evidence = result.evidence
     broken = {model for model, found in evidence.scan.nonfinite.items() if found}
     broken |= {model for model, shapes in evidence.scan.shapes.items() if shapes}
+    module = next(iter(evidence.objectives.values())).module
+    needed = {name for name, _ in module.named_parameters() if name in evidence.base}
+    broken |= {model for model, missing in evidence.scan.missing.items() if needed & set(missing)}
     if "base" in broken or broken & set(evidence.tasks):
         evidence.notes.append(f"losses were not measured: {', '.join(sorted(broken))} cannot be run")
         return

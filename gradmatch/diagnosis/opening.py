@@ -101,13 +101,21 @@ def open_objectives(
         )
     objectives = {}
     for task, batches in data.items():
+        if isinstance(batches, Mapping | torch.Tensor | str):
+            raise TypeError(
+                f"data of {task!r} is a {type(batches).__name__}; give a list (or any iterable) of batches, [batch] for a single one"
+            )
         try:
             objectives[task] = Objective(structure, batches, sizes.get(task), likelihood)
             objectives[task].first(1).losses(theta0)
         except TypeError as error:
             raise TypeError(f"data of {task!r}: {error}") from error
-        except (ValueError, RuntimeError, IndexError) as error:  # torch's own, of inputs that do not fit
+        except ValueError as error:
             raise ValueError(f"data of {task!r}: {error}") from error
+        except (RuntimeError, IndexError) as error:  # torch's own
+            raise ValueError(
+                f"data of {task!r}: the module cannot be run on its first batch ({error}); these may be inputs of another model or tokenizer"
+            ) from error
     return objectives
 
 

@@ -160,6 +160,30 @@ def test_a_folder_that_is_no_merge_of_these():
     assert names_of(told(base, tasks, others["a"])) == ["no_merge_of_these"]
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merge_that_is_one_of_the_models(method, dtype):
+    _, base, tasks = make(scale=1.0)
+    models = {t: {n: v.to(dtype) for n, v in theta.items()} for t, theta in {**tasks, "base": base}.items()}
+    given = {t: models[t] for t in "abc"}
+    for model in ("base", "b"):
+        (cause,) = told(models["base"], given, models[model], method=method).causes
+        assert (cause.name, cause.subject) == ("merge_is_one_model", model)
+    assert told(models["base"], given, models["b"], method="greedy_soup").healthy
+    twins = {"a": models["b"], "b": models["b"]}
+    assert names_of(told(models["base"], twins, models["b"], method="averaging")) == ["same_model_twice"]
+
+
+def test_a_merged_model_of_another_architecture_has_no_losses():
+    module, base, tasks, data = learned()
+    other = {"encoder.weight": torch.randn(4, 4)}
+    result = told(base, tasks, other, data=data, module=module)
+    assert (result.causes[0].name, result.causes[0].subject) == ("shapes_differ", "merged")
+    assert "check the path" in result.causes[0].remedy
+    assert not result.evidence.measured
+    assert len(result.causes) == 1
+
+
 def test_zero_tensor():
     _, base, tasks = make()
     tasks["b"]["2.bias"] = torch.zeros(CLASSES)
@@ -315,7 +339,7 @@ def test_stale_batchnorm_without_data_is_silent_and_with_data_priced():
         t: {n: v + 1e-3 * torch.randn_like(v) if v.is_floating_point() else v for n, v in base.items()}
         for t in "abc"
     }
-    merged = dict(base)
+    merged = average(base, tasks)
     merged["1.running_mean"], merged["1.running_var"] = torch.zeros(WIDTH), torch.ones(WIDTH)
     data = {t: [(x, y)] for t in tasks}
     result = told(base, tasks, merged, data=data, module=net)

@@ -33,8 +33,13 @@ def test_iterators_are_read_once(world):
     ("batches", "error", "message"),
     [
         (iter(()), ValueError, r"data of 'a': no batches.*used up before"),
-        ([(torch.full((2, 4), 25), torch.zeros(2).long())], ValueError, "data of 'a': .*index out of range"),
+        (
+            [(torch.full((2, 4), 25), torch.zeros(2).long())],
+            ValueError,
+            "data of 'a': the module cannot be run.*index out of range",
+        ),
         ([(torch.zeros(2, 5).long(), torch.zeros(2).long())], ValueError, "data of 'a': .*shapes"),
+        ({"input": torch.zeros(2, 4).long()}, TypeError, r"data of 'a' is a dict; give a list .*\[batch\]"),
         (["good", "bad"], TypeError, "data of 'a': batch 0 is a str"),
         ([(torch.zeros(2, 4).long(), None)], ValueError, "data of 'a': "),
     ],
@@ -50,6 +55,18 @@ def test_data_that_cannot_be_used_is_told_before_any_weight_is_read(
     module, tasks, _ = world
     with pytest.raises(error, match=message):
         diagnose(module, tasks, method="averaging", data={"a": batches})
+
+
+def test_one_task_may_stand_alone(world):
+    module, tasks, _ = world
+    assert diagnose(module, tasks[0], method="averaging").healthy
+
+
+def test_the_mismatch_can_be_left_out(world):
+    module, tasks, data = world
+    quick = {"method": "averaging", "data": data, "thorough": False}
+    assert diagnose(module, tasks, **quick).evidence.mismatch is not None
+    assert diagnose(module, tasks, mismatch=False, **quick).evidence.mismatch is None
 
 
 def test_one_iterator_for_two_tasks(world):
