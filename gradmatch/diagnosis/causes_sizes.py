@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gradmatch.diagnosis.causes import CHOICE, Cause, Finder
 from gradmatch.diagnosis.causes_input import one_model
+from gradmatch.diagnosis.evidence import SHARE_OF_GAIN
 from gradmatch.diagnosis.forecast import best_coefficients
 
 if TYPE_CHECKING:
@@ -130,8 +131,8 @@ def undershoot(evidence: Evidence) -> list[Cause]:
 
     Asked only where nothing else was found: many faults are milder at other weights.
     """
-    if not evidence.measured:
-        return []
+    if not evidence.measured or evidence.cost() < SHARE_OF_GAIN * evidence.gain():
+        return []  # as good as the fine-tunes: beyond them lies more training, not a better merge
     savings = {factor: evidence.saving(evidence.along_path(factor)) for factor in BEYOND}
     factor, saving = max(savings.items(), key=lambda item: item[1].nats)
     if not evidence.matters(saving):

@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -149,9 +150,11 @@ def test_thousands_of_tensors_stay_below_five_megabytes():
 
 def test_one_model_only(world):
     module, tasks, data, _ = world
-    result = diagnose(module, tasks[:1], method="task_arithmetic", data={"first": data["first"]})
-    assert result.healthy
-    assert result.evidence.coefficients() == pytest.approx({"first": 0.5}, abs=1e-5)
+    half = diagnose(module, tasks[:1], method="task_arithmetic", data={"first": data["first"]})
+    assert half.evidence.coefficients() == pytest.approx({"first": 0.5}, abs=1e-5)
+    assert [cause.name for cause in half.causes] == ["all_weights_too_small"]
+    whole = replace(tasks[0], weight=1.0)
+    assert diagnose(module, [whole], method="task_arithmetic", data={"first": data["first"]}).healthy
 
 
 def test_data_for_some_tasks_only(world):
