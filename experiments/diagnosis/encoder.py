@@ -182,10 +182,6 @@ def every_weight_too_large(world: Encoders) -> Arguments:
     return merged_by(world, "task_arithmetic", 1.6)
 
 
-def every_weight_too_small(world: Encoders) -> Arguments:
-    return merged_by(world, "task_arithmetic", 0.05)
-
-
 def layers_exchanged(world: Encoders) -> Arguments:
     """The first two layers in the other order."""
     theta = dict(world.tasks[world.first])
@@ -228,7 +224,6 @@ CASES: Mapping[str, Case] = {
     "layers exchanged": Case("layers_swapped", layers_exchanged, FIRST),
     "the same task twice": Case("same_model_twice", the_same_task_twice, FIRST),
     "merge by an older recipe": Case("other_recipe", merge_by_an_older_recipe),
-    "every weight too small": Case("all_weights_too_small", every_weight_too_small),
     "healthy: averaging": healthy("averaging"),
     "healthy: task arithmetic 0.4": healthy("task_arithmetic", 0.4),
     "healthy: gradient matching 0.4": healthy("gradient_matching", 0.4),

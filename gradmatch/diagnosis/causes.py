@@ -59,7 +59,10 @@ def find_causes(evidence: Evidence) -> list[Cause]:
     from gradmatch.diagnosis.causes_sizes import SIZE_FINDERS, undershoot
 
     finders = (*BROKEN_FINDERS, *MODEL_FINDERS, *INPUT_FINDERS, *SIZE_FINDERS, *CHOICE_FINDERS)
-    return ranked([cause for finder in finders for cause in finder(evidence)]) or undershoot(evidence)
+    causes = ranked([cause for finder in finders for cause in finder(evidence)])
+    if not causes:
+        evidence.notes.extend(undershoot(evidence))
+    return causes
 
 
 def priced(saving: Saving | None) -> tuple[float | None, str]:

@@ -307,21 +307,22 @@ def test_every_weight_too_large_and_its_price():
     assert not healthy.notes[:-1]  # but that there is no curvature
 
 
-def test_every_weight_too_small_and_its_price():
+def test_every_weight_too_small_is_a_note():
     module, base, tasks, data = learned()
     weights = dict.fromkeys(tasks, 0.02)
     merged = average(base, tasks, weights)
     result = told(base, tasks, merged, data=data, module=module, weights=weights)
-    assert names_of(result) == ["all_weights_too_small"]
-    more = average(base, tasks, dict.fromkeys(tasks, 0.16))  # of twice, four times and eight times the best
-    loss = {
-        name: sum(float(o.losses(theta).mean()) * 300 for o in result.evidence.objectives.values())
-        for name, theta in (("merged", merged), ("more", more))
-    }
-    assert result.causes[0].cost == pytest.approx(loss["merged"] - loss["more"], rel=1e-3)
-    assert "multiply every weight by about 8 (the forecast's best are " in result.causes[0].remedy
-    broken = {**merged, "2.bias": torch.full_like(merged["2.bias"], math.nan)}
-    assert names_of(told(base, tasks, broken, data=data, module=module)) == ["not_finite"]
+    assert result.healthy
+    losses = [
+        o.losses(average(base, tasks, dict.fromkeys(tasks, 0.16)))
+        for o in result.evidence.objectives.values()
+    ]
+    saved = result.evidence.losses["merged"].values()
+    nats = sum(float(was.sum() - now.sum()) for was, now in zip(saved, losses, strict=True))
+    (note,) = [note for note in result.notes if "too small" in note]
+    assert (
+        f"at 8 times the merge's update the tasks lose {nats:.0f} nats less (the forecast's best are " in note
+    )
 
 
 def test_stale_batchnorm_without_data_is_silent_and_with_data_priced():
