@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from estimators.curvature import Curvature, check_num_examples
+from estimators.curvature import Curvature, check_count
 from estimators.distributed import unwrap
 from estimators.fingerprint import fingerprint, model_sampler
 from estimators.matching import Entry, name_states
@@ -54,11 +53,8 @@ def from_adam(
             without state, or parameters that do not fit the model, or in several ways; each is named.
         TypeError: num_examples or batch_size is no whole number, or `state` is none of the above.
     """
-    check_num_examples(num_examples)
-    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool):
-        raise TypeError(f"batch_size must be a whole number, got {batch_size!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_count("num_examples", num_examples)
+    check_count("batch_size", batch_size)
     model = unwrap(model)
     parameters = trainable_parameters(model)
     if isinstance(state, torch.optim.Optimizer):

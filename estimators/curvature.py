@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from estimators.fingerprint import Sample, fingerprint, model_sampler
 from estimators.tensorfile import TensorFile
@@ -79,7 +79,7 @@ class Curvature(Mapping[str, "Tensor"]):
             ValueError: nothing given, N < 1, a value that is not finite, or shapes that disagree; the tensor is named.
             TypeError: N is not a whole number.
         """
-        check_num_examples(num_examples)
+        check_count("num_examples", num_examples)
         if not mean:
             raise ValueError("a Curvature needs at least one parameter; `mean` is empty")
         blocks: dict[str, Tensor] = {}
@@ -252,17 +252,17 @@ class Curvature(Mapping[str, "Tensor"]):
         return self._blocks[key]
 
 
-def check_num_examples(num_examples: int) -> None:
-    """Refuse an N that no summed loss can have.
+def check_count(name: str, value: Any) -> None:
+    """Refuse what is no number of examples.
 
     Raises:
         TypeError: not a whole number.
         ValueError: below 1.
     """
-    if not isinstance(num_examples, Integral) or isinstance(num_examples, bool):
-        raise TypeError(f"num_examples must be a whole number, got {num_examples!r}")
-    if num_examples < 1:
-        raise ValueError(f"num_examples must be at least 1, got {num_examples}")
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if int(value) < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _checked(key: str, value: Tensor) -> Tensor:

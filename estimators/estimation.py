@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from estimators import distributed, empirical_fisher, fisher, ggn, gram, hessian, kfac
 from estimators.convergence import Convergence
-from estimators.curvature import Curvature, check_num_examples
+from estimators.curvature import Curvature, check_count
 from estimators.fingerprint import fingerprint, model_sampler
 from estimators.inference import make_likelihood
 from estimators.memory import LEAST_BYTES, parse_bytes
@@ -212,7 +212,7 @@ def check_options(
     if tolerance is not None and not 0 < tolerance < 1:
         raise ValueError(f"tolerance is a relative error between 0 and 1, got {tolerance}")
     if num_examples is not None:
-        check_num_examples(num_examples)
+        check_count("num_examples", num_examples)
     if reduction == "batch" and (method != "fisher" or labels == "exact"):
         raise ValueError(
             'reduction="batch" is right only for method="fisher" with sampled labels: with any other labels the square of '
