@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from estimators.curvature import Curvature, check_count
+from estimators.blocks import check_count
+from estimators.curvature import Curvature
 from estimators.distributed import unwrap
 from estimators.fingerprint import fingerprint, model_sampler
 from estimators.matching import Entry, name_states
@@ -60,6 +61,10 @@ def from_adam(
     if isinstance(state, torch.optim.Optimizer):
         found = list(_live(state, parameters))
     else:
+        if not isinstance(state, (Mapping, str, os.PathLike)):
+            raise TypeError(
+                f"state must be an optimizer, its state_dict or a file, got {type(state).__name__}"
+            )
         stored = _checked_form(state) if isinstance(state, Mapping) else _read(state)
         _check_some_moment(stored)
         found = list(name_states(stored, model, parameters))
@@ -81,8 +86,6 @@ def from_adam(
 
 
 def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"state must be an optimizer, its state_dict or a file, got {type(path).__name__}")
     file = Path(path).expanduser()
     file = file / "optimizer.pt" if file.is_dir() else file
     if not file.exists():

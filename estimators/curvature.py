@@ -11,10 +11,21 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from estimators.blocks import (
+    FACTOR_A,
+    FACTOR_B,
+    GRADIENT,
+    MEAN,
+    STANDARD_ERROR,
+    apart,
+    check_count,
+    check_kind,
+    check_stored,
+    checked,
+)
 from estimators.fingerprint import Sample, fingerprint, model_sampler
 from estimators.tensorfile import TensorFile
 
@@ -22,8 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FORMAT_VERSION = "1"
-MEAN, STANDARD_ERROR, GRADIENT = "mean/", "standard_error/", "gradient/"
-FACTOR_A, FACTOR_B = "factor_a/", "factor_b/"
+__all__ = ["FACTOR_A", "FACTOR_B", "GRADIENT", "MEAN", "STANDARD_ERROR", "Curvature"]
 
 
 class Curvature(Mapping[str, "Tensor"]):
@@ -77,7 +87,7 @@ class Curvature(Mapping[str, "Tensor"]):
 
         Raises:
             ValueError: nothing given, N < 1, a value that is not finite, or shapes that disagree; the tensor is named.
-            TypeError: N is not a whole number.
+            TypeError: N is not a whole number, or a block no tensor of real numbers.
         """
         check_count("num_examples", num_examples)
         if not mean:
@@ -85,18 +95,20 @@ class Curvature(Mapping[str, "Tensor"]):
         blocks: dict[str, Tensor] = {}
         for prefix, part in ((MEAN, mean), (STANDARD_ERROR, standard_error), (GRADIENT, gradient)):
             for name, value in (part or {}).items():
+                check_kind(prefix, name, value)
                 if name not in mean or value.shape != mean[name].shape:
                     expected = list(mean[name].shape) if name in mean else "no mean at all"
                     raise ValueError(f"{prefix}{name} has shape {list(value.shape)}, its mean has {expected}")
-                blocks[prefix + name] = _checked(prefix + name, value)
+                blocks[prefix + name] = checked(prefix + name, value)
         for prefix, part in ((FACTOR_A, factor_a), (FACTOR_B, factor_b)):
             for name, value in (part or {}).items():
                 if name not in mean or value.dim() != 2 or value.shape[0] != value.shape[1]:
                     raise ValueError(
                         f"{prefix}{name} of shape {list(value.shape)} is no square factor of a known mean"
                     )
-                blocks[prefix + name] = _checked(prefix + name, value)
-        return cls(blocks, num_examples, {"estimator": "given", **(info or {})})
+                blocks[prefix + name] = checked(prefix + name, value)
+        notes = {key: str(value) for key, value in (info or {}).items()}
+        return cls(blocks, num_examples, {"estimator": "given", **notes})
 
     @classmethod
     def load(
@@ -115,8 +127,13 @@ class Curvature(Mapping[str, "Tensor"]):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: truncated or corrupt, no curvature file, or taken at other weights than `model`.
+            ValueError: truncated or corrupt, no curvature file, blocks that do not fit together, or taken at other
+                weights than `model`.
         """
+        path = Path(path).expanduser()
+        if not path.is_file():
+            hint = "it is a folder: name the file in it" if path.is_dir() else "it must be a local file"
+            raise FileNotFoundError(f"no curvature file {path}; {hint}")
         file = TensorFile(path)
         metadata = dict(file.metadata)
         version = metadata.pop("format_version", None)
@@ -132,24 +149,27 @@ class Curvature(Mapping[str, "Tensor"]):
         text = metadata.pop("num_examples")
         if not text.isdecimal() or int(text) < 1:
             raise ValueError(f"{path}: num_examples is {text!r}, it must be a whole number of at least 1")
+        check_stored(file)
         curvature = cls(file, int(text), metadata)
         if model is not None and not allow_mismatch:
             curvature.check_model(model_sampler(model), "the given model")
         return curvature
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file whole or not at all: aside, synced, then renamed over `path`.
+        """Write the file whole or not at all: aside, synced, then renamed over `path` (or over the file that it links to).
 
         Raises:
-            OSError: no space or no permission; `path` is left as it was.
+            OSError: no space, no permission or a folder; `path` is left as it was.
         """
         from safetensors.torch import save_file
 
-        target = Path(path)
+        target = Path(path).expanduser().resolve()
+        if target.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; name the file to write in it")
         target.parent.mkdir(parents=True, exist_ok=True)
         metadata = {**self.info, "format_version": FORMAT_VERSION, "num_examples": str(self.num_examples)}
-        blocks = {key: self._block(key).contiguous() for key in self._blocks}
-        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        blocks = apart({key: self._block(key).contiguous() for key in self._blocks})
+        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=".curvature.")
         os.close(handle)
         try:
             save_file(blocks, aside, metadata=metadata)
@@ -248,21 +268,9 @@ class Curvature(Mapping[str, "Tensor"]):
         if key not in self._blocks:
             raise KeyError(key)
         if isinstance(self._blocks, TensorFile):
-            return self._blocks.read(key)
+            value = self._blocks.read(key)
+            return value.float() if value.itemsize < 4 else value  # written by others in half precision
         return self._blocks[key]
-
-
-def check_count(name: str, value: Any) -> None:
-    """Refuse what is no number of examples.
-
-    Raises:
-        TypeError: not a whole number.
-        ValueError: below 1.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if int(value) < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _checked(key: str, value: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from estimators import distributed, empirical_fisher, fisher, ggn, gram, hessian, kfac
+from estimators.blocks import check_count
 from estimators.convergence import Convergence
-from estimators.curvature import Curvature, check_count
+from estimators.curvature import Curvature
 from estimators.fingerprint import fingerprint, model_sampler
 from estimators.inference import make_likelihood
 from estimators.memory import LEAST_BYTES, parse_bytes
@@ -126,7 +127,9 @@ def estimate(
         estimator = backpack.for_method(problem, method)
     print_of_weights = fingerprint(problem.parameters, model_sampler(model))
     journal = (
-        Journal(checkpoint, identity(problem, method, print_of_weights, likelihood)) if checkpoint else None
+        Journal(checkpoint, identity(problem, method, print_of_weights, likelihood, backend))
+        if checkpoint
+        else None
     )
     convergence = Convergence()
     loop = Loop(method, progress, tolerance, journal, checkpoint_seconds)

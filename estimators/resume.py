@@ -138,12 +138,15 @@ def digest(batch: Batch) -> str:
     return hashed.hexdigest()
 
 
-def identity(problem: Problem, method: str, fingerprint: str, likelihood: Any) -> dict[str, str]:
+def identity(
+    problem: Problem, method: str, fingerprint: str, likelihood: Any, backend: str = "engine"
+) -> dict[str, str]:
     """What two runs must share for one to continue the other."""
     return {
         "method": method,
+        "backend": backend,
         "model fingerprint": fingerprint,
-        "likelihood": likelihood if isinstance(likelihood, str) else type(likelihood).__name__,
+        "likelihood": likelihood if isinstance(likelihood, str) else described(likelihood),
         **{
             option: str(getattr(problem, option))
             for option in (
@@ -157,3 +160,13 @@ def identity(problem: Problem, method: str, fingerprint: str, likelihood: Any) -
             )
         },
     }
+
+
+def described(likelihood: Any) -> str:
+    """A likelihood given as an object: its class and its numbers, such as the variance of the noise."""
+    plain = {
+        key: value
+        for key, value in getattr(likelihood, "__dict__", {}).items()
+        if isinstance(value, (int, float, str))
+    }
+    return " ".join([type(likelihood).__name__, *(f"{key}={plain[key]}" for key in sorted(plain))])

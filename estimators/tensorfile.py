@@ -70,12 +70,18 @@ class TensorFile(Mapping[str, TensorInfo]):
         ValueError: the file is truncated or its header is corrupt (what, where, and both values are named).
     """
 
+    _fd: int | None = None
+    _map: mmap.mmap | None = None
+    _bytes: torch.Tensor | None = None
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._fd: int | None = None
-        self._map: mmap.mmap | None = None
-        self._bytes: torch.Tensor | None = None
         self.path = Path(path)
+        self._version = _version(os.stat(self.path)) if self.path.is_file() else None
         self.metadata, self._tensors = read_header(self.path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without descriptor and map, which are this object's alone: a copy opens its own."""
+        return {key: value for key, value in vars(self).items() if key not in ("_fd", "_map", "_bytes")}
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._tensors[name]
@@ -87,9 +93,17 @@ class TensorFile(Mapping[str, TensorInfo]):
         return len(self._tensors)
 
     def fileno(self) -> int:
-        """The file descriptor that reads go through; opened on first use and kept until `close`."""
+        """The file descriptor that reads go through; opened on first use and kept until `close`.
+
+        Raises:
+            ValueError: another file lies there than when the header was read, so the byte ranges are not its own.
+        """
         if self._fd is None:
-            self._fd = os.open(self.path, os.O_RDONLY)
+            fd = os.open(self.path, os.O_RDONLY)
+            if _version(os.fstat(fd)) != self._version:
+                os.close(fd)
+                raise ValueError(f"{self.path}: the file changed since its header was read; open it again")
+            self._fd = fd
         return self._fd
 
     def close(self) -> None:
@@ -200,6 +214,11 @@ class TensorFile(Mapping[str, TensorInfo]):
             flat = tensor.view(-1).view(torch.uint8)
             self.read_into(name, flat.numpy().data)
         return tensor
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    """What tells one writing of a file from the next."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:

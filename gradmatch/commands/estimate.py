@@ -110,7 +110,9 @@ def check(args: argparse.Namespace) -> None:
     """What can be wrong before anything is loaded.
 
     Raises:
-        ValueError: neither or both of --data and --adam, numbers or combinations that make no sense, an unknown method.
+        ValueError: neither or both of --data and --adam, numbers or combinations that make no sense, an unknown method, an
+            output of another kind.
+        IsADirectoryError: the output is a folder.
         FileExistsError: the output is there already.
     """
     if bool(args.data) == bool(args.adam):
@@ -123,6 +125,13 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+    if Path(args.out).suffix != ".safetensors":
+        raise ValueError(
+            f"-o {args.out}: curvature files are in the format safetensors and are known by their ending; name it "
+            f"{Path(args.out).with_suffix('.safetensors')}"
+        )
+    if Path(args.out).is_dir():
+        raise IsADirectoryError(f"-o {args.out} is a folder; name the file to write in it")
     if Path(args.out).exists() and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it")
     if args.data:

@@ -3,6 +3,7 @@
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -60,6 +61,7 @@ def test_loading_reads_only_the_header(curvature, tmp_path):
     path = tmp_path / "c.safetensors"
     curvature.save(path)
     loaded = Curvature.load(path)
+    loaded.mean("0.bias")
     assert "0.weight" in loaded
     assert "nonsense" not in loaded
     with path.open("rb+") as file:  # every value is gone: only a read of a block can notice
@@ -100,6 +102,12 @@ BAD_DICTS = {
         ValueError,
         r"gradient/w has shape \[3\], its mean has \[2\]",
     ),
+    "array": (lambda: Curvature.from_dict({"w": np.ones(2)}, 5), TypeError, "mean/w is a ndarray, it must be a dense"),
+    "complex": (
+        lambda: Curvature.from_dict({"w": torch.ones(2, dtype=torch.complex64)}, 5), TypeError, "is a torch.strided torch.complex64",
+    ),
+    "sparse": (lambda: Curvature.from_dict({"w": torch.eye(2).to_sparse()}, 5), TypeError, "mean/w is a torch.sparse_coo"),
+    "number as a name": (lambda: Curvature.from_dict({3: torch.ones(2)}, 5), TypeError, "names of parameters, got 3"),
     "stray": (
         lambda: Curvature.from_dict({"w": torch.ones(2)}, 5, standard_error={"v": torch.ones(2)}),
         ValueError,
@@ -129,6 +137,66 @@ def test_bad_files_are_refused(case, tmp_path):
     save_file({"mean/w": torch.ones(2)}, tmp_path / "c.safetensors", metadata=metadata)
     with pytest.raises(ValueError, match=message):
         Curvature.load(tmp_path / "c.safetensors")
+
+
+GOOD = {"format_version": "1", "num_examples": "5"}
+BAD_BLOCKS = {
+    "no mean": ({"w": torch.ones(2)}, "without a single mean: its names begin with 'mean/'"),
+    "integers": ({"mean/w": torch.arange(2)}, "mean/w is I64, a curvature is of floating-point numbers"),
+    "shape": ({"mean/w": torch.ones(2), "gradient/w": torch.ones(3)}, r"gradient/w has shape \[3\], its mean has \[2\]"),
+    "no mean of it": ({"mean/w": torch.ones(2), "standard_error/v": torch.ones(2)}, "its mean has no mean at all"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_BLOCKS)
+def test_blocks_that_do_not_fit_are_refused_on_opening(case, tmp_path):
+    tensors, message = BAD_BLOCKS[case]
+    save_file(tensors, tmp_path / "c.safetensors", metadata=GOOD)
+    with pytest.raises(ValueError, match=message):
+        Curvature.load(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_of_other_writers_is_widened(dtype, tmp_path):
+    """A total of 60,000 examples is beyond float16."""
+    stored = torch.tensor([3.0, 5.0], dtype=dtype)
+    save_file({"mean/w": stored}, tmp_path / "c.safetensors", metadata={**GOOD, "num_examples": "60000"})
+    total = Curvature.load(tmp_path / "c.safetensors").total("w")
+    assert total.dtype == torch.float32
+    assert total.tolist() == [180000.0, 300000.0]
+
+
+def test_blocks_that_share_memory_are_saved(tmp_path):
+    """A tied weight under both its names, and slices of one vector that overlap."""
+    one, flat = torch.rand(3, 4), torch.rand(6)
+    mean = {"a": one, "b": one, "c": flat[:4], "d": flat[2:]}
+    Curvature.from_dict(mean, 5).save(tmp_path / "c.safetensors")
+    loaded = Curvature.load(tmp_path / "c.safetensors")
+    assert all(torch.equal(loaded[name], value) for name, value in mean.items())
+
+
+def test_provenance_that_is_no_text_becomes_text(tmp_path):
+    Curvature.from_dict({"w": torch.ones(2)}, 5, {"seed": 3}).save(tmp_path / "c.safetensors")
+    assert Curvature.load(tmp_path / "c.safetensors").info["seed"] == "3"
+
+
+def test_paths_of_a_home_a_link_and_a_folder(curvature, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    curvature.save("~/c.safetensors")
+    assert len(Curvature.load("~/c.safetensors")) == 4
+    (tmp_path / "link").symlink_to(tmp_path / "c.safetensors")
+    Curvature.from_dict({"w": torch.ones(2)}, 5).save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert list(Curvature.load(tmp_path / "c.safetensors")) == ["w"]
+    with pytest.raises(IsADirectoryError, match="is a folder; name the file to write in it"):
+        curvature.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match="it is a folder: name the file in it"):
+        Curvature.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no curvature file some/set; it must be a local file"):
+        Curvature.load("some/set")
+    longest = tmp_path / ("x" * 255)
+    curvature.save(longest)
+    assert len(Curvature.load(longest)) == 4
 
 
 def test_another_models_curvature_is_refused_with_an_override(curvature, model, tmp_path):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from estimators import Curvature, distributed, estimate
 from estimators.convergence import GROUPS, Convergence, relative_error
+from estimators.values import Gaussian
 from tests import oracle
 from tests.estimators.architectures import as_batches, make, plain
 
@@ -221,9 +222,41 @@ def test_a_journal_of_another_run_is_refused(tmp_path):
         other[0].weight[0, 0] += 1
     with pytest.raises(ValueError, match="its model fingerprint is"):
         estimate(other, pieces(x, y), checkpoint=journal, progress=False)
+    with pytest.raises(ValueError, match="its backend is engine, here it is backpack"):
+        estimate(
+            net(), pieces(x, y), method="ggn", backend="backpack", checkpoint=of_ggn(tmp_path), progress=False
+        )
     journal.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="holds no interrupted estimate"):
         estimate(net(), pieces(x, y), checkpoint=journal, progress=False)
+
+
+def of_ggn(folder):
+    x, y = rows(60)
+    path = folder / "ggn.partial"
+    with pytest.raises(Interrupted):
+        estimate(
+            net(),
+            stopping(pieces(x, y), 4),
+            method="ggn",
+            checkpoint=path,
+            checkpoint_seconds=0,
+            progress=False,
+        )
+    return path
+
+
+def test_a_run_with_another_noise_variance_does_not_go_on(tmp_path):
+    model, journal = torch.nn.Linear(3, 1), tmp_path / "run.partial"
+    batches = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(4)]
+    options = {"checkpoint": journal, "checkpoint_seconds": 0, "progress": False}
+    with pytest.raises(Interrupted):
+        estimate(model, stopping(batches, 2), likelihood=Gaussian(1.0), **options)
+    with pytest.raises(
+        ValueError, match=r"its likelihood is Gaussian variance=1\.0, here it is Gaussian variance=2\.0"
+    ):
+        estimate(model, batches, likelihood=Gaussian(2.0), **options)
+    assert len(estimate(model, batches, likelihood=Gaussian(1.0), **options)) == 2
 
 
 # Several processes

@@ -1,6 +1,8 @@
 """The safetensors reader: what it reads equals what was written; what is broken is refused by name."""
 
+import copy
 import json
+import pickle
 import struct
 
 import pytest
@@ -67,10 +69,31 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_a_file_cut_after_its_header_was_read(path):
     file = TensorFile(path)
+    file.fileno()
     with path.open("rb+") as handle:
         handle.truncate(file["f.double"].start + 4)
     with pytest.raises(ValueError, match=r"'f\.double' ends after .* of 32 bytes"):
         file.read("f.double")
+
+
+def test_a_file_replaced_after_its_header_was_read(path):
+    """Its byte ranges are another file's: without the check other tensors' values came out."""
+    file = TensorFile(path)
+    save_file({"a.weight": torch.full((50,), 7.0), "z": torch.ones(60)}, path)
+    with pytest.raises(ValueError, match="changed since its header was read; open it again"):
+        file.read("a.weight")
+    assert torch.equal(TensorFile(path).read("z"), torch.ones(60))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda file: pickle.loads(pickle.dumps(file))])
+def test_a_copy_has_a_descriptor_of_its_own(path, copied):
+    file = TensorFile(path)
+    file.read("a.weight")
+    file.block("b.half")
+    other = copied(file)
+    assert torch.equal(other.read("a.weight"), TENSORS["a.weight"])
+    del other
+    assert torch.equal(file.read("a.weight"), TENSORS["a.weight"])
 
 
 BROKEN = {

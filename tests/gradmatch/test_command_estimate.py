@@ -130,6 +130,21 @@ def test_errors_are_one_line_and_code_2(tmp_path, capsys, words, message):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("curv.txt", "known by their ending; name it"),
+        ("curv", "curv.safetensors"),
+        ("folder.safetensors", "is a folder; name the file to write in it"),
+    ],
+)
+def test_the_output_is_a_safetensors_file(tmp_path, capsys, name, message):
+    (tmp_path / "folder.safetensors").mkdir()
+    assert run("model", "-o", tmp_path / name, "--data", "x.csv") == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.safetensors"]
+
+
 def test_rows_without_text_are_left_out_aloud_and_others_keep_their_numbers(tmp_path, capsys, caplog):
     save_classifier(tmp_path / "model")
     data, out = tmp_path / "reviews.csv", tmp_path / "c.safetensors"
