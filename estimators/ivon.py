@@ -6,13 +6,17 @@ H = ess * hess is the curvature of the summed loss, delta = ess * weight_decay t
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from estimators.curvature import Curvature
+from estimators.distributed import unwrap
 from estimators.fingerprint import fingerprint, model_sampler
+
+log = logging.getLogger(__name__)
 
 
 def curvature_of_posterior(hess: Tensor, ess: float) -> Tensor:
@@ -20,11 +24,20 @@ def curvature_of_posterior(hess: Tensor, ess: float) -> Tensor:
     return ess * hess
 
 
+def initial_share(optimizer: Any) -> float:
+    """beta2^steps, the weight of hess_init in the running mean of the Hessian; the largest of the groups, 0 where unknown."""
+    steps = getattr(optimizer, "current_step", None)
+    if steps is None:
+        return 0.0
+    return max(float(group.get("beta2", 0.0)) ** int(steps) for group in optimizer.param_groups)
+
+
 def from_ivon(optimizer: Any, model: nn.Module) -> Curvature:
     """Curvature of the summed loss from a live IVON optimizer.
 
     IVON keeps one flat Hessian per group, over its parameters in order; parameters are matched to the model by identity.
-    N is the effective sample size `ess`; `info["delta"]` is the prior's precision ess * weight_decay.
+    N is the effective sample size `ess`; `info["delta"]` is the prior's precision ess * weight_decay, `info["initial_share"]`
+    how much the Hessian's initial value still weighs, beta2^steps, above a tenth of which a warning says so.
 
     Raises:
         TypeError: no IVON optimizer.
@@ -39,6 +52,7 @@ def from_ivon(optimizer: Any, model: nn.Module) -> Curvature:
     sizes = sorted({float(group["ess"]) for group in groups})
     if len(sizes) > 1:
         raise ValueError(f"the groups have different effective sample sizes {sizes}; a summed loss has one")
+    model = unwrap(model)
     names = {id(value): name for name, value in model.named_parameters()}
     num_examples = max(1, round(sizes[0]))
     mean: dict[str, Tensor] = {}
@@ -68,8 +82,15 @@ def from_ivon(optimizer: Any, model: nn.Module) -> Curvature:
             "requires_grad to False on it to leave it out"
         )
     delta = sorted({sizes[0] * float(group["weight_decay"]) for group in groups})
+    share = initial_share(optimizer)
+    if share > 0.1:
+        log.warning(
+            "IVON's Hessian is to %.0f %% still its initial value %g (beta2 and the number of steps say so): train longer, or with a "
+            "smaller beta2", 100 * share, float(groups[0].get("hess_init", float("nan"))),
+        )  # fmt: skip
     info = {
         "estimator": "ivon",
+        "initial_share": f"{share:.4g}",
         "labels": "true labels",
         "delta": ", ".join(f"{value:.6g}" for value in delta),
         "fingerprint": fingerprint(mean, model_sampler(model)),

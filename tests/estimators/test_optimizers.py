@@ -395,6 +395,19 @@ def test_ivon_is_its_posterior_precision_without_the_prior():
     assert float(found.info["delta"]) == pytest.approx(0.5)
 
 
+def test_ivon_tells_how_much_of_its_hessian_is_the_start(caplog):
+    model, optimizer = ivon_after(3)
+    with caplog.at_level("WARNING"):
+        found = from_ivon(optimizer, torch.compile(model, backend="eager"))
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    assert float(found.info["initial_share"]) == pytest.approx(0.9**3, rel=1e-3)
+    assert "to 73 % still its initial value 1" in caplog.text
+    caplog.clear()
+    model, optimizer = ivon_after(30)
+    from_ivon(optimizer, model)
+    assert not caplog.records
+
+
 def test_ivon_refuses():
     model, optimizer = ivon_after(0)
     with pytest.raises(ValueError, match=r"still at its initial value 1\.0"):
