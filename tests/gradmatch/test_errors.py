@@ -329,12 +329,15 @@ def test_one_name_in_two_shards(tmp_path):
 def test_truncated_shard_and_shrunk_file(tmp_path):
     folder = write_folder(tmp_path / "m", {"w": torch.ones(1000)})
     whole = (folder / "model.safetensors").read_bytes()
-    checkpoint = open_checkpoint(folder)
+    unread, read = open_checkpoint(folder), open_checkpoint(folder)
+    assert float(read["w"].sum()) == 1000
     (folder / "model.safetensors").write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="cut short"):
         open_checkpoint(folder)
+    with pytest.raises(ValueError, match="changed since its header was read"):
+        unread["w"]
     with pytest.raises(ValueError, match="has shrunk"):
-        checkpoint["w"]
+        read["w"]
 
 
 def test_pickles_are_refused_unless_asked(tmp_path):

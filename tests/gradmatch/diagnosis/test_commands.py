@@ -130,13 +130,13 @@ def test_weights_auto_from_data_from_products_and_from_a_written_recipe_agree(
                     "--data",
                     str(folder / f"{name}.jsonl"),
                     "-o",
-                    str(tmp_path / f"{name}.st"),
+                    str(tmp_path / f"{name}.safetensors"),
                 ]
             )
             == 0
         )
         content["tasks"].append(
-            {"model": str(folder / name), "curvature": str(tmp_path / f"{name}.st"), "name": name}
+            {"model": str(folder / name), "curvature": str(tmp_path / f"{name}.safetensors"), "name": name}
         )
     recipe, products, written = (str(tmp_path / name) for name in ("r.yaml", "p.json", "w.yaml"))
     Path(recipe).write_text(yaml.safe_dump(content))
