@@ -85,7 +85,7 @@ def estimate(
         backend: "engine", or "backpack" for plain nn.Sequential nets with method "ggn", "hessian" or "empirical_fisher".
         chunk: work on parts of a batch, to save memory; the result stays the same (with reduction="batch" it is the
             part whose gradient is squared). At most so many rows; or an amount of memory ("2GB") for the activations and
-            outputs of a part; or "auto", a quarter of what the sums take and at least 128 MiB (per-example methods on the
+            outputs of a part; or "auto", half of what the sums take and at least 128 MiB (per-example methods on the
             CPU, where such parts are as quick; elsewhere the whole batch); or None, the whole batch.
         checkpoint: file in which the sums are saved now and then; the same call after an interruption goes on from it.
         checkpoint_seconds: how often.
@@ -168,7 +168,7 @@ def read_chunk(
     """
     if chunk == "auto":
         sums = sum(value.numel() * 4 for value in problem.parameters.values())
-        return None, None if whole or problem.device.type != "cpu" else max(sums // 4, LEAST_BYTES)
+        return None, None if whole or problem.device.type != "cpu" else max(sums // 2, LEAST_BYTES)
     if isinstance(chunk, str):
         return None, parse_bytes(chunk)
     if chunk is not None and chunk < 1:
