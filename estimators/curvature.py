@@ -271,16 +271,3 @@ class Curvature(Mapping[str, "Tensor"]):
             value = self._blocks.read(key)
             return value.float() if value.itemsize < 4 else value  # written by others in half precision
         return self._blocks[key]
-
-
-def _checked(key: str, value: Tensor) -> Tensor:
-    """A finite floating tensor of at least single precision, detached."""
-    import torch
-
-    value = value.detach()
-    if value.dtype not in (torch.float32, torch.float64):
-        value = value.to(torch.float32)
-    bad = int((~torch.isfinite(value)).sum())
-    if bad:
-        raise ValueError(f"{key}: {bad} of {value.numel()} values are NaN or infinite")
-    return value
