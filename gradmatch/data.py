@@ -26,6 +26,7 @@ READERS = {
 }  # fmt: skip
 TEXT_NAMES = ("text", "sentence", "review", "content", "prompt", "premise", "question", "sentence1")
 LABEL_NAMES = ("label", "labels", "sentiment", "target", "class")
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")  # how the architectures that predict text end
 LONGEST_BY_DEFAULT = 512  # tokens, where neither the tokenizer nor the model sets a limit
 IGNORED = -100
 

@@ -100,9 +100,7 @@ def run(args: argparse.Namespace) -> int:
         base_weight=args.base_weight, delta0=args.delta0, keep=args.keep, guard=args.guard,
         missing_curvature=args.missing_curvature, allow_mismatch=args.allow_mismatch,
     )  # fmt: skip
-    _ = (
-        problem.plan
-    )  # only now: reading models and data takes seconds, and what is wrong with the rest is said before
+    _ = problem.plan  # reading models and data takes seconds: what is wrong with the rest is said before
     data = objectives(args)
     problem = dataclasses.replace(problem, retain=data.get("retain"), remove=data.get("remove"))
     points = AlphaPath(problem, progress=not args.quiet)
@@ -192,11 +190,11 @@ def subtraction(args: argparse.Namespace, alpha: float) -> str:
     """The `gradmatch subtract` that does what was forecast: the options that matter must be the same."""
     words = ["gradmatch", "subtract", "--base", args.base, "--task", args.task]
     words += ["--base-curvature", args.base_curvature, "--weight", f"{alpha:.6g}"]
-    defaults = {"method": "removal", "keep": 0.1, "guard": "floor", "base_weight": 1.0, "delta0": 1e-6}
-    defaults |= {"missing_curvature": "error"}
-    for name, default in defaults.items():
-        if getattr(args, name) != default:
-            value = getattr(args, name)
+    own = argparse.ArgumentParser()
+    add_arguments(own)
+    for name in ("method", "keep", "guard", "base_weight", "delta0", "missing_curvature"):
+        value = getattr(args, name)
+        if value != own.get_default(name):
             words += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else f"{value:g}"]
     words += ["--allow-mismatch"] if args.allow_mismatch else []
     return shlex.join([*words, "-o", "OUT"])

@@ -244,11 +244,13 @@ def task_of(config: Any, model: str) -> str:
     Raises:
         ValueError: neither a classifier nor a causal language model.
     """
+    from gradmatch.data import LANGUAGE_MODELS
+
     architectures = getattr(config, "architectures", None) or []
     for name in architectures:
         if name.endswith("ForSequenceClassification"):
             return "classification"
-        if name.endswith(("ForCausalLM", "LMHeadModel")):
+        if name.endswith(LANGUAGE_MODELS):
             return "causal_lm"
     raise ValueError(
         f"{model} is saved as {', '.join(architectures) or 'no architecture'}: pass --task classification or causal_lm, or use "

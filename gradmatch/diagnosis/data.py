@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gradmatch.data import token_limits
+from gradmatch.data import LANGUAGE_MODELS, token_limits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TEXT_KEYS = ("text", "sentence", "review", "content", "input")
 LABEL_KEYS = ("label", "labels", "class", "target", "sentiment")
-LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".safetensors")
 
 

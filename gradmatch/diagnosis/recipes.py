@@ -84,10 +84,6 @@ def in_span(method: str, tasks: Sequence[Task], options: Mapping[str, Any]) -> b
 def _number(value: Any, default: Any) -> Any:
     """One number for a setting that varies over tensors: their mean. Switches stay as they are."""
     found = numbers(value)
-    return (
-        default
-        if isinstance(value, Mapping | list | tuple) and not found
-        else sum(found) / len(found)
-        if found
-        else value
-    )
+    if found:
+        return sum(found) / len(found)
+    return default if isinstance(value, Mapping | list | tuple) else value
