@@ -53,7 +53,7 @@ def run_config(path: Path, overrides: Sequence[str], options: argparse.Namespace
     if options.dry_run:
         print(pipeline.plan(stages, store))
         return 0
-    outcome = pipeline.run(stages, store, options.workers)
+    outcome = pipeline.run(stages, store, options.workers or config.workers)
     found = study.records(config, store)
     if found:
         file = options.results / f"{config.name}.jsonl"
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "--results", type=Path, default=RESULTS, help="folder of stages and records (default: results)"
     )
     common.add_argument(
-        "--workers", type=int, default=1, help="processes that share the work (default: 1, with all cores)"
+        "--workers", type=int, help="processes that share the work and the cores (default: what the config says, else 1)"
     )
     common.add_argument(
         "--dry-run", action="store_true", help="list the stages, which are cached, and the minutes left"

@@ -35,10 +35,14 @@ class Training(Strict):
 
 
 class Study(Strict):
-    """What every experiment's config holds. `name` decides the file of its records; empty: the config file's name."""
+    """What every experiment's config holds. `name` decides the file of its records; empty: the config file's name.
+
+    workers: processes that share its stages, unless the command says otherwise.
+    """
 
     experiment: str
     name: str = ""
+    workers: int = Field(default=1, gt=0)
     wandb: bool = False
 
 

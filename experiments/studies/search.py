@@ -40,7 +40,7 @@ class Range(Strict):
 
 
 class Config(Study):
-    """Keys of the config: `source` is the config whose models are used; `workers` share the study, each a stage."""
+    """Keys of the config: `source` is the config whose models are used; the study is shared by a stage for each of `workers`."""
 
     experiment: Literal["search"]
     source: Path
@@ -50,7 +50,6 @@ class Config(Study):
     space: dict[str, Range] = Field(min_length=1)  # `alpha` is the weight of every task
     sampler: Literal["tpe", "grid"] = "tpe"
     trials: int = Field(default=20, gt=0)
-    workers: int = Field(default=1, gt=0)
 
     @model_validator(mode="after")
     def _known(self) -> Config:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiments import pipeline
+from experiments.__main__ import main
 from experiments.pipeline import Stage, code_digest, in_order, is_done, plan, run
 
 HERE = Path(__file__).parent
@@ -124,6 +125,16 @@ def test_a_killed_run_is_taken_up_by_the_next(tmp_path, log):
         assert run([again], tmp_path).ran == ["slow"]
     assert (again.folder(tmp_path) / "number").read_text() == "1"
     assert not list(tmp_path.glob("slow-*.partial"))
+
+
+@pytest.mark.parametrize(("words", "workers"), [((), 3), (("--workers", "1"), 1)])
+def test_the_config_says_how_many_workers_and_the_command_overrides_it(tmp_path, monkeypatch, words, workers):
+    path = tmp_path / "some.yaml"
+    path.write_text("{experiment: theory, seeds: 2, workers: 3}")
+    asked = []
+    monkeypatch.setattr(pipeline, "run", lambda stages, store, count: asked.append(count) or run(stages, store))
+    assert main(["run", str(path), "--results", str(tmp_path), *words]) == 0
+    assert asked == [workers]
 
 
 def test_two_workers_run_each_stage_once(tmp_path, log):

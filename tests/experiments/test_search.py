@@ -110,7 +110,7 @@ def test_a_search_finds_what_the_grid_of_the_config_finds(
     search_config, tiny_config, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.delenv(search.STORAGE, raising=False)
-    common = ["--results", str(tmp_path), "--debug"]
+    common = ["--results", str(tmp_path), "--debug", "--workers", "1"]
     assert main(["run", str(search_config), *common]) == 0, capsys.readouterr().err
     assert "The best of 4 trials of gradient_matching" in capsys.readouterr().out
     found = read_records(tmp_path / "search.jsonl")
