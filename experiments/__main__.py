@@ -107,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
         "--results", type=Path, default=RESULTS, help="folder of stages and records (default: results)"
     )
     common.add_argument(
-        "--workers", type=int, help="processes that share the work and the cores (default: what the config says, else 1)"
+        "--workers",
+        type=int,
+        help="processes that share the work and the cores (default: what the config says, else 1)",
     )
     common.add_argument(
         "--dry-run", action="store_true", help="list the stages, which are cached, and the minutes left"

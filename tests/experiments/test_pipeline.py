@@ -132,7 +132,9 @@ def test_the_config_says_how_many_workers_and_the_command_overrides_it(tmp_path,
     path = tmp_path / "some.yaml"
     path.write_text("{experiment: theory, seeds: 2, workers: 3}")
     asked = []
-    monkeypatch.setattr(pipeline, "run", lambda stages, store, count: asked.append(count) or run(stages, store))
+    monkeypatch.setattr(
+        pipeline, "run", lambda stages, store, count: asked.append(count) or run(stages, store)
+    )
     assert main(["run", str(path), "--results", str(tmp_path), *words]) == 0
     assert asked == [workers]
 
