@@ -98,28 +98,59 @@ def _choices(evaluations: Sequence[Record]) -> str:
 
 
 def _sweeps(records: Sequence[Record]) -> str:
-    """Range and best of the tasks' mean accuracy over alpha, of each swept merge."""
+    """Range and best of the tasks' mean accuracy over alpha, of each swept merge; where it was forecast to be best."""
     sweeps = of_kind(records, "sweep")
     lines = []
     for model in dict.fromkeys(record["model"] for record in sweeps):
-        curve = accuracy_over_alpha([record for record in sweeps if record["model"] == model])
+        own = [record for record in sweeps if record["model"] == model]
+        curve = accuracy_over_alpha(own)
         best = max(curve, key=lambda alpha: curve[alpha])
-        lines.append(
+        line = (
             f"  {model:<6} {min(curve.values()):.1f} to {max(curve.values()):.1f} (range {max(curve.values()) - min(curve.values()):.1f}), "
             f"best {curve[best]:.1f} at alpha = {best:g}"
         )
+        if "forecast" in own[0]["points"][0]:
+            told = over_alpha(own, lambda point: point["forecast"]["mean"])
+            guess = min(told, key=lambda alpha: told[alpha])
+            line += f"; forecast to be best at {guess:g}: {curve[guess]:.1f}"
+        lines.append(line)
     if not lines:
         return ""
     alphas = [point["alpha"] for point in sweeps[0]["points"]]
     head = f"Mean accuracy on the tasks (%) over alpha from {min(alphas):g} to {max(alphas):g}:"
+    correlation = forecast_correlation(sweeps)
+    if correlation is not None:
+        lines.append(
+            f"Over merges and alphas the forecast loss, which needs no test data, ranks the test losses with a Spearman correlation of "
+            f"{correlation:.2f} (mean over seeds)."
+        )
     return "\n".join([head, *lines])
+
+
+def forecast_correlation(sweeps: Sequence[Record]) -> float | None:
+    """Spearman's rho between forecast and measured mean loss on the tasks, over merges and alphas; mean over seeds."""
+    from experiments.statistics import spearman
+
+    rhos = []
+    for seed in dict.fromkeys(record["seed"] for record in sweeps):
+        points = [point for record in sweeps if record["seed"] == seed for point in record["points"]]
+        known = [point for point in points if "forecast" in point]
+        if len(known) > 2:
+            measured = [point["metrics"]["tasks"]["nll"] for point in known]
+            rhos.append(spearman([point["forecast"]["mean"] for point in known], measured))
+    return fmean(rhos) if rhos and not any(map(math.isnan, rhos)) else None
 
 
 def accuracy_over_alpha(sweeps: Sequence[Record]) -> dict[float, float]:
     """alpha -> mean accuracy on the tasks in per cent, mean over seeds."""
+    return over_alpha(sweeps, lambda point: 100 * point["metrics"]["tasks"]["accuracy"])
+
+
+def over_alpha(sweeps: Sequence[Record], value: Callable[[Record], float]) -> dict[float, float]:
+    """alpha -> a value of the sweeps' points there, mean over seeds."""
     alphas = [point["alpha"] for point in sweeps[0]["points"]]
     return {
-        alpha: fmean(100 * record["points"][index]["metrics"]["tasks"]["accuracy"] for record in sweeps)
+        alpha: fmean(value(record["points"][index]) for record in sweeps)
         for index, alpha in enumerate(alphas)
     }
 

@@ -1,44 +1,60 @@
-"""Figure: accuracy of each merge over the weight alpha: how much the choice of alpha matters."""
+"""Figure: accuracy of each merge over the weight alpha, and its loss against the forecast: how much the choice of alpha matters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 
 from experiments.records import Record, mean_over_seeds, of_kind
 from paper_figures.style import look, save
 
+Point = dict[str, Any]
+
 
 def draw(records: Sequence[Record], folder: Path, name: str = "fig_alpha") -> list[Path]:
     """Mean accuracy on the tasks over alpha: a line per merge (mean over seeds), a band of one standard deviation.
 
+    Where the sweeps were forecast, beside it the mean loss on the tasks: measured (lines) and forecast (crosses).
     Draws nothing, and returns no path, where no merge was swept.
     """
     sweeps = of_kind(records, "sweep")
     if not sweeps:
         return []
+    forecast = all("forecast" in point for record in sweeps for point in record["points"])
+    figure, panels = plt.subplots(1, 1 + forecast, figsize=(4.2 * (1 + forecast), 3.0), squeeze=False)
+    accuracy, *rest = panels[0]
     models = list(dict.fromkeys(record["model"] for record in sweeps))
     styles = look(models)
-    figure, axes = plt.subplots(figsize=(4.2, 3.0))
     for index, model in enumerate(models):
         own = [record for record in sweeps if record["model"] == model]
-        alphas = [point["alpha"] for point in own[0]["points"]]
-        found = [mean_over_seeds(own, lambda record, i=i: accuracy(record, i)) for i in range(len(alphas))]
-        curve = [value for value in found if value is not None]
-        means, spread = [mean for mean, _ in curve], [deviation for _, deviation in curve]
-        dashes = ("-", "--", "-.", ":")[index % 4]
-        axes.plot(alphas, means, linestyle=dashes, markersize=4, label=model, **styles[model])
+        style = {**styles[model], "linestyle": ("-", "--", "-.", ":")[index % 4], "markersize": 4}
+        alphas, means, spread = curve(own, lambda point: 100 * point["metrics"]["tasks"]["accuracy"])
+        accuracy.plot(alphas, means, label=model, **style)
         if any(spread):
-            low, high = ([m + sign * s for m, s in curve] for sign in (-1, 1))
-            axes.fill_between(alphas, low, high, color=styles[model]["color"], alpha=0.15, linewidth=0)
-    axes.set_xlabel("weight $\\alpha$ of every task")
-    axes.set_ylabel("accuracy on the tasks (%)")
-    axes.legend()
+            low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+            accuracy.fill_between(alphas, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        for loss in rest:
+            loss.plot(*curve(own, lambda point: point["metrics"]["tasks"]["nll"])[:2], label=model, **style)
+            told = {**style, "linestyle": "", "marker": "x", "label": "forecast" if not index else None}
+            loss.plot(*curve(own, lambda point: point["forecast"]["mean"])[:2], **told)
+    accuracy.set_ylabel("accuracy on the tasks (%)")
+    for loss in rest:
+        loss.set_yscale("log")
+        loss.set_ylabel("loss on the tasks (nats)")
+    for axes in panels[0]:
+        axes.set_xlabel("weight $\\alpha$ of every task")
+        axes.legend()
     return save(figure, folder, name)
 
 
-def accuracy(record: Record, index: int) -> float:
-    """Mean accuracy on the tasks in per cent at the index-th alpha."""
-    return 100 * float(record["points"][index]["metrics"]["tasks"]["accuracy"])
+def curve(
+    own: Sequence[Record], value: Callable[[Point], float]
+) -> tuple[list[float], list[float], list[float]]:
+    """Alphas, and at each the mean and the standard deviation over seeds of a value of the points."""
+    alphas = [point["alpha"] for point in own[0]["points"]]
+    found = [mean_over_seeds(own, lambda record, i=i: value(record["points"][i])) for i in range(len(alphas))]
+    known = [(alpha, *pair) for alpha, pair in zip(alphas, found, strict=True) if pair is not None]
+    return [a for a, _, _ in known], [m for _, m, _ in known], [s for _, _, s in known]

@@ -102,10 +102,14 @@ class Merge(Strict):
 
 
 class Sweep(Strict):
-    """Merges evaluated at many weights alpha: how robust each is."""
+    """Merges evaluated at many weights alpha: how robust each is.
+
+    forecast: each task's loss is forecast as well, from so many of its training examples; 0: it is not.
+    """
 
     merges: tuple[str, ...] = Field(min_length=1)
     alphas: tuple[float, ...] = Field(min_length=2)
+    forecast: int = Field(default=0, ge=0)
 
 
 def check_merge(method: str, options: Mapping[str, Any]) -> None:

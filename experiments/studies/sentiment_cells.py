@@ -10,7 +10,7 @@ from gradmatch.rules import RULES
 
 if TYPE_CHECKING:
     from experiments.config import Training
-    from experiments.studies.sentiment import Config, Merge
+    from experiments.studies.sentiment import Config, Merge, Sweep
 
 SOURCES = ("experiments.models", "experiments.assets")
 MERGING = (  # what decides a merge's numbers; not the command line, cards, or writers
@@ -171,7 +171,7 @@ class Cells:
             self._evaluate(seed, name, self.merged[seed, name])
             self._mismatch(seed, name, self.merged[seed, name])
             if config.sweep and name in config.sweep.merges:
-                self._sweep(seed, name, config.sweep.alphas, settings, inputs)
+                self._sweep(seed, name, config.sweep, settings, inputs)
 
     def _gram(self, seed: int, task: str) -> Stage:
         """Gram matrices of a task's inputs, from as many examples as its Fisher."""
@@ -202,20 +202,30 @@ class Cells:
         }
 
     def _sweep(
-        self, seed: int, name: str, alphas: Sequence[float], settings: dict[str, Any], inputs: dict[str, Any]
+        self, seed: int, name: str, spec: Sweep, settings: dict[str, Any], inputs: dict[str, Any]
     ) -> None:
         data = self.config.data
+        told = {"forecast": spec.forecast, "seed": seed} if spec.forecast else {}
+        examples = (data.test or 1000) * len(data.domains) + 3 * spec.forecast * len(data.tasks)
         self.sweeps[seed, name] = Stage(
             f"sentiment/seed{seed}/sweep-{slug(name)}",
             "experiments.sweep:sweep",
             {
                 **{key: value for key, value in settings.items() if key != "alpha"},
-                "alphas": list(alphas),
+                "alphas": list(spec.alphas),
                 "domains": data.domains,
+                **told,
             },
             {**inputs, "data": self.data},
-            (*SOURCES, *MERGING, "experiments.evaluate", "experiments.merging"),
-            len(alphas) * (data.test or 1000) * len(data.domains) / 230,
+            (
+                *SOURCES,
+                *MERGING,
+                *MISMATCH,
+                "experiments.evaluate",
+                "experiments.merging",
+                "experiments.mismatch",
+            ),
+            len(spec.alphas) * examples / 230,
         )
 
     def _mismatch(self, seed: int, name: str, model: Stage) -> None:

@@ -135,14 +135,20 @@ def sweep(
     options: Mapping[str, Any],
     data: Path,
     domains: Sequence[str],
+    seed: int = 0,
+    forecast: int = 0,
     choice: Path | None = None,
     **sources: Any,
 ) -> None:
-    """Metrics on test images at every alpha, in `out/sweep.json`; an option chosen on validation images is kept fixed."""
+    """Metrics on test images, and forecasts from training images, at every alpha: see `experiments.sweep`."""
     model = load(sources["base"] / "model")
-
-    def at(alpha: float, chosen: Mapping[str, Any]) -> Metrics:
-        weights = merged_model(method, alpha, {**options, **chosen}, **sources)
-        return score(model, weights, data, domains, "test")
-
-    write_sweep(out, alphas, choice, at)
+    tasks = sources["tasks"] if forecast else {}
+    losses = {task: objective(data, folder, task, forecast, seed) for task, folder in tasks.items()}
+    write_sweep(
+        out,
+        alphas,
+        choice,
+        lambda alpha, chosen: dict(merged_model(method, alpha, {**options, **chosen}, **sources)),
+        lambda weights: score(model, weights, data, domains, "test"),
+        losses,
+    )

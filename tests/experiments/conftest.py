@@ -89,7 +89,7 @@ def tiny_config(tmp_path, tiny_encoder, tiny_texts):
             "GM": {"method": "gradient_matching"},
             "GM*": {"method": "gradient_matching", "choose": {"base_weight": [0.1, 1.0]}},
         },
-        "sweep": {"merges": ["TA", "GM*"], "alphas": [0.5, 1.0]},
+        "sweep": {"merges": ["TA", "GM*"], "alphas": [0.5, 1.0], "forecast": 32},
         "compare": [["GM", "TA"]],
     }
     folder = tmp_path / "configs"

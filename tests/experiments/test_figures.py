@@ -94,6 +94,12 @@ def test_a_sweep_is_drawn_where_there_is_one(tmp_path):
     ]
     assert fig_alpha.draw(RECORDS, tmp_path) == []
     assert [path.name for path in fig_alpha.draw(sweeps, tmp_path)] == ["fig_alpha.png", "fig_alpha.svg"]
+    assert "nats" not in (tmp_path / "fig_alpha.svg").read_text()
+    for point in points:  # shared by the sweeps
+        point["metrics"]["tasks"]["nll"] = point["alpha"]
+        point["forecast"] = {"mean": 2 * point["alpha"]}
+    fig_alpha.draw(sweeps, tmp_path)
+    assert "loss on the tasks (nats)" in (tmp_path / "fig_alpha.svg").read_text()
 
 
 METRICS = {"macro": {"accuracy": 0.8}}

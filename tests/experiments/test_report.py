@@ -107,6 +107,19 @@ def test_a_sweep_tells_its_range_and_best_alpha():
     )
     assert "over alpha from 0.1 to 2" in text
     assert "GM     60.0 to 90.0 (range 30.0), best 90.0 at alpha = 1" in text
+    assert "forecast" not in text
+
+
+def test_a_sweep_that_was_forecast_tells_where_and_how_well():
+    points = [
+        {"alpha": a, "metrics": {"tasks": {"accuracy": x, "nll": nll}}, "forecast": {"mean": told}}
+        for a, x, nll, told in ((0.1, 0.7, 0.5, 0.6), (1.0, 0.9, 0.3, 0.7), (2.0, 0.6, 0.9, 4.0))
+    ]
+    text = sentiment_report(
+        [*records(0.85, 0.75, 0.05, 0.15), {"kind": "sweep", "model": "GM", "seed": 0, "points": points}]
+    )
+    assert "best 90.0 at alpha = 1; forecast to be best at 0.1: 70.0" in text
+    assert "Spearman correlation of 0.50 (mean over seeds)" in text
 
 
 def test_a_choice_at_the_end_of_its_grid_is_told():

@@ -47,6 +47,8 @@ def test_a_run_gives_records_a_table_and_a_model(run, results):
     by_model = {record["model"]: record for record in of_kind(records, "evaluation")}
     for sweep in of_kind(records, "sweep"):  # alpha = 1 is the merge itself
         assert sweep["points"][1]["metrics"] == by_model[sweep["model"]]["metrics"]
+        for point in sweep["points"]:
+            assert set(point["forecast"]) == {"books", "songs", "mean"}
     chosen = next(record["choice"] for record in records if record.get("model") == "GM*")
     best = min(chosen["tried"], key=lambda cell: cell["nll"])
     assert chosen["chosen"] == {"base_weight": best["value"]}
@@ -54,6 +56,8 @@ def test_a_run_gives_records_a_table_and_a_model(run, results):
     assert "points of macro accuracy" in out
     assert "Spearman" in out
     assert "over alpha from 0.5 to 1" in out
+    assert "forecast to be best at" in out
+    assert "Over merges and alphas the forecast loss" in out
     merged = next(record["folder"] for record in records if record.get("model") == "GM")
     assert merged in out
     model = AutoModelForSequenceClassification.from_pretrained(merged)
