@@ -209,16 +209,13 @@ def continuations(
 
 def _sample(model: Any, tokenizer: Any, inputs: Any, tokens: int, top_p: float) -> Sequence[str | None]:
     """Continuations of one padded batch, without the prompts; None for each where the model gives no probabilities."""
-    nothing = [None] * len(inputs["input_ids"])
-    if not torch.isfinite(model(**inputs).logits[:, -1]).all():
-        return nothing
+    from experiments.removal.sampling import NotFiniteError, Nucleus
+
     try:
         ids = model.generate(
-            **inputs, max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0, top_p=top_p,
-            pad_token_id=tokenizer.pad_token_id,
+            **inputs, max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            logits_processor=[Nucleus(top_p)], pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
-    except RuntimeError as error:  # from the draw of a token: the logits became NaN or infinite on the way
-        if "probability tensor" not in str(error):
-            raise
-        return nothing
+    except NotFiniteError:
+        return [None] * len(inputs["input_ids"])
     return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -277,9 +277,12 @@ def evaluate(
 def edit(
     model: nn.Module, method: str, alpha: float, options: Mapping[str, Any], **folders: Path
 ) -> dict[str, Any]:
-    """Put the edited weights into the model; what the report says about the guard."""
-    task = Task(str(folders["task"] / "model"), str(folders["task_curvature"] / CURVATURE), name="remove")
-    h0 = str(folders["base_curvature"] / CURVATURE)
+    """Put the edited weights into the model; what the report says about the guard. Negation needs no curvature."""
+    own, h0 = (
+        str(folders[name] / CURVATURE) if name in folders else None
+        for name in ("task_curvature", "base_curvature")
+    )
+    task = Task(str(folders["task"] / "model"), own, name="remove")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*clamped.*")  # recorded instead
         edited: Any = subtract(

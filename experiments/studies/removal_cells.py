@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from experiments.pipeline import Stage
+from gradmatch.rules import RULES
 
 if TYPE_CHECKING:
     from experiments.studies.removal import Config, Forecast, Method
 
-SOURCES = ("experiments.removal.language", "experiments.tasks.texts", "experiments.assets")
+SOURCES = (
+    "experiments.removal.language",
+    "experiments.removal.sampling",
+    "experiments.tasks.texts",
+    "experiments.assets",
+)
 EDITING = (
     "gradmatch.subtraction",
     "gradmatch.merging",
@@ -82,9 +88,9 @@ class Cells:
 
     def _evaluate(self, seed: int) -> None:
         config = self.config
+        models = {"base": self.base, "task": self.trained[seed]}
         folders = {
-            "base": self.base,
-            "task": self.trained[seed],
+            **models,
             "base_curvature": self.curvatures[seed, "base"],
             "task_curvature": self.curvatures[seed, "task"],
         }
@@ -114,13 +120,13 @@ class Cells:
 
         self.evaluations[seed, "base", 0.0] = point("base", "removal", 0.0, {}, {"base": self.base})
         for label, spec in config.methods.items():
-            inputs = dict(folders)
+            inputs = dict(folders if RULES[spec.method].needs else models)
             if spec.choose:
-                inputs["chosen"] = self.choices[seed, label] = self._choose(seed, label, folders, shared)
+                inputs["chosen"] = self.choices[seed, label] = self._choose(seed, label, inputs, shared)
             for alpha in spec.alphas:
                 self.evaluations[seed, label, alpha] = point(label, spec.method, alpha, spec.options, inputs)
             if config.forecast and config.forecast.method == label:
-                self.forecasts[seed] = self._forecast(seed, spec, config.forecast, inputs)
+                self.forecasts[seed] = self._forecast(seed, spec, config.forecast, {**folders, **inputs})
 
     def _choose(
         self, seed: int, label: str, folders: Mapping[str, Stage], shared: Mapping[str, Any]
