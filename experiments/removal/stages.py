@@ -44,7 +44,8 @@ def finetune(
 ) -> None:
     """Fine-tune the base on the training texts to remove: `out/model`, and `out/training.json` (losses, precision).
 
-    AdamW (0.9, 0.999), linear warm-up, cosine decay, no dropout, clipping at 1; weights and AdamW stay float32.
+    AdamW (0.9, 0.999), linear warm-up, cosine decay, no dropout, clipping at 1; weights and AdamW stay float32. By hand, not by
+    Trainer: the batches are those of every other stage here, whose labels leave out contexts, and no checkpoint is wanted.
     """
     from transformers import get_cosine_schedule_with_warmup
 
