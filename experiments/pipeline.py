@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -219,8 +220,17 @@ def work(stages: Sequence[Stage], store: Path, threads: int | None = None) -> No
 
 
 def _helper(stages: Sequence[Stage], store: Path, threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):  # the first process says it
         work(stages, store, threads)
+
+
+def _end_with_parent() -> None:
+    """A run that is killed has no chance to end its helpers: they watch it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a helper has one
+    parent.join()
+    os._exit(1)
 
 
 def _limit_threads(threads: int) -> None:

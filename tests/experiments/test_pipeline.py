@@ -104,16 +104,28 @@ def test_an_interrupted_stage_leaves_nothing(tmp_path, log):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("stop")] == []
 
 
-def test_a_killed_run_is_taken_up_by_the_next(tmp_path, log):
-    target = stage("slow", "slow", log, seconds=60.0)
+def start(stages, store, workers=1):
+    """A process that runs the stages."""
+    made = ", ".join(f"Stage({one.name!r}, {one.function!r}, {one.settings!r})" for one in stages)
     code = (
         "from experiments.pipeline import Stage, run; from pathlib import Path; "
-        f"run([Stage('slow', 'stage_functions:slow', {target.settings!r})], Path({str(tmp_path)!r}))"
+        f"run([{made}], Path({str(store)!r}), {workers})"
     )
-    process = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 30
-    while not log.read_text() and time.monotonic() < deadline:
+    return subprocess.Popen([sys.executable, "-c", code])
+
+
+def wait_for(condition, seconds=60):
+    """Until a condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_killed_run_is_taken_up_by_the_next(tmp_path, log):
+    target = stage("slow", "slow", log, seconds=60.0)
+    process = start([target], tmp_path)
+    wait_for(log.read_text)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not is_done(target, tmp_path)
@@ -125,6 +137,21 @@ def test_a_killed_run_is_taken_up_by_the_next(tmp_path, log):
         assert run([again], tmp_path).ran == ["slow"]
     assert (again.folder(tmp_path) / "number").read_text() == "1"
     assert not list(tmp_path.glob("slow-*.partial"))
+
+
+def test_a_killed_run_takes_its_helpers_along(tmp_path, log):
+    targets = [stage("slow", name, log, seconds=600.0) for name in ("one", "two")]
+    process = start(targets, tmp_path, workers=2)
+    wait_for(lambda: len(log.read_text().split()) == 2)
+
+    def is_free(target):
+        with pipeline._lock(target, tmp_path) as mine:
+            return mine
+
+    assert not any(map(is_free, targets))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: all(map(is_free, targets)))
 
 
 @pytest.mark.parametrize(("words", "workers"), [((), 3), (("--workers", "1"), 1)])
