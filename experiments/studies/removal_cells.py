@@ -61,8 +61,8 @@ class Cells:
             self._evaluate(seed)
 
     def all(self) -> list[Stage]:
-        """Every stage; what they need comes with them."""
-        return [*self.evaluations.values(), *self.forecasts.values()]
+        """Every stage, the longest first, so that no worker is left with it; what they need comes with them."""
+        return [*self.forecasts.values(), *self.evaluations.values()]
 
     def _prepare(self, seed: int) -> None:
         config = self.config
