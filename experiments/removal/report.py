@@ -68,8 +68,10 @@ def area_line(area: Record) -> str:
 def choice_line(record: Record) -> str:
     """What was chosen on validation data, and against what."""
     tried = ", ".join(f"{cell['value']:g}: {cell['toxicity']:.3f}" for cell in record["tried"])
+    values = [cell["value"] for cell in record["tried"]]
+    edge = " (the end of its grid)" if record["chosen"] in (min(values), max(values)) else ""
     return (
-        f"{record['label']}, seed {record['seed']}: {record['option']} = {record['chosen']:g} chosen on validation texts and "
+        f"{record['label']}, seed {record['seed']}: {record['option']} = {record['chosen']:g}{edge} chosen on validation texts and "
         f"{record['prompts']} spare prompts (mean toxicity up to {record['nats']:g} nats a token: {tried})"
     )
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.removal.report import area_line, removal_report
+from experiments.removal.report import area_line, choice_line, removal_report
 
 
 def point(label, alpha, refused, toxicity, scorer="proxy"):
@@ -42,3 +42,10 @@ def test_areas_are_judged_by_their_interval(low, high, judged):
         "high": high,
     }
     assert area_line({**area, "span": (3.0, 3.5), "draws": 10}).endswith(judged)
+
+
+@pytest.mark.parametrize(("chosen", "edge"), [(10.0, False), (100.0, True)])
+def test_a_choice_at_the_end_of_its_grid_is_told(chosen, edge):
+    tried = [{"value": value, "toxicity": 0.1} for value in (1.0, 10.0, 100.0)]
+    record = {"label": "GM", "seed": 0, "option": "base_weight", "prompts": 64, "nats": 0.5}
+    assert ("(the end of its grid)" in choice_line({**record, "chosen": chosen, "tried": tried})) is edge
