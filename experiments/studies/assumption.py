@@ -131,16 +131,18 @@ class Cells:
         for name, spec in self.config.merges.items():
             settings = {**spec.model_dump(exclude={"choose"}), "delta0": delta0}
             inputs = dict(sources)
+            tried = spec if spec.choose else spec.model_copy(update={"choose": {"alpha": (spec.alpha,)}})
+            self.choices[seed, tuning, name] = choice_stage(  # its likelihood says which fine-tuning is best
+                f"{title}/choose-{slug(name)}",
+                tried,
+                self.source,
+                settings,
+                sources,
+                self.made.data,
+                tasks,
+            )
             if spec.choose:
-                inputs["choice"] = self.choices[seed, tuning, name] = choice_stage(
-                    f"{title}/choose-{slug(name)}",
-                    spec,
-                    self.source,
-                    settings,
-                    sources,
-                    self.made.data,
-                    tasks,
-                )
+                inputs["choice"] = self.choices[seed, tuning, name]
             self.merges[seed, tuning, name] = Stage(
                 f"{title}/merge-{slug(name)}",
                 "experiments.cell:merge_and_measure",
@@ -174,7 +176,7 @@ class Cells:
 
     def all(self) -> list[Stage]:
         """Every stage, a seed's plain fine-tunes first."""
-        groups = (self.merges, self.refined, self.stationarity, self.references)
+        groups = (self.merges, self.choices, self.refined, self.stationarity, self.references)
         return [stage for group in groups for stage in group.values()]
 
 
@@ -198,12 +200,9 @@ def records(config: Config, store: Path) -> list[Record]:
             found.append({**common, **own, **content} | {key: origin[key] for key in KEPT})
 
     for (seed, tuning, name), stage in cells.merges.items():
-        chosen = cells.choices.get((seed, tuning, name))
-        choice = (
-            {"choice": json.loads((chosen.folder(store) / "choice.json").read_text())}
-            if chosen and is_done(chosen, store)
-            else {}
-        )
+        tried, choice = cells.choices[seed, tuning, name], {}
+        if is_done(tried, store):
+            choice = {"choice": json.loads((tried.folder(store) / "choice.json").read_text(encoding="utf-8"))}
         add("merge", stage, "metrics.json", seed=seed, tuning=tuning, merge=name, **choice)
     for (seed, name), stage in cells.references.items():
         add("reference", stage, "metrics.json", seed=seed, merge=name)
@@ -229,6 +228,9 @@ def report(found: list[Record]) -> str:
             cells = [record for record in merges if (record["tuning"], record["merge"]) == (tuning, name)]
             row.append(_mean(cells, accuracy) if cells else "")
         rows.append(row)
+    best = [best_tunings(merges, name) for name in names]
+    if all(best):
+        rows.append(["chosen on validation data", "", *(_mean(cells, accuracy) for cells in best)])
     joint = of_kind(found, "reference")
     header = ["fine-tuning", "|g + H0 tau| / |g|", *(f"{name}: accuracy %, NLL" for name in names)]
     lines = [
@@ -236,6 +238,9 @@ def report(found: list[Record]) -> str:
         "",
         "Means of the tasks over seeds; 0 in the second column is Eq. 8's condition.",
     ]
+    for name, cells in zip(names, best, strict=True):
+        if cells:
+            lines.append(f"{name}: by validation loss, a seed each, {', '.join(c['tuning'] for c in cells)}.")
     if joint:
         lines.append(f"The joint model, trained without a penalty: {_mean(joint, accuracy)}.")
     for damping in dict.fromkeys(record["damping"] for record in of_kind(found, "refinement")):
@@ -243,6 +248,23 @@ def report(found: list[Record]) -> str:
             _refinement([r for r in of_kind(found, "refinement") if r["damping"] == damping], damping)
         )
     return "\n".join(lines)
+
+
+def best_tunings(merges: Sequence[Record], name: str) -> list[Record]:
+    """One merge by each seed's best way of fine-tuning: the lowest negative log-likelihood on validation examples.
+
+    None of them where a seed lacks a way that another has, or its validation loss.
+    """
+    own = [record for record in merges if record["merge"] == name and "choice" in record]
+    seeds, tunings = (dict.fromkeys(record[key] for record in merges) for key in ("seed", "tuning"))
+    if len(own) < len(seeds) * len(tunings):
+        return []
+    return [min((record for record in own if record["seed"] == seed), key=validation_loss) for seed in seeds]
+
+
+def validation_loss(record: Record) -> float:
+    """Macro average of the chosen option, nats."""
+    return min(float(tried["nll"]) for tried in record["choice"]["tried"])
 
 
 def accuracy(record: Record) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from experiments import config as configs
 from experiments.__main__ import main
 from experiments.penalised import penalty
 from experiments.records import of_kind, read_records
+from experiments.studies.assumption import best_tunings, validation_loss
 
 
 @pytest.fixture
@@ -40,6 +41,19 @@ def test_a_run_tunes_merges_refines_and_says_what_eq_8_leaves(assumption_config,
     merges = {(record["tuning"], record["merge"]): record for record in of_kind(records, "merge")}
     assert set(merges) == set(itertools.product(("plain", "1e-09", "1e+07"), ("GM", "Measured*")))
     assert merges["plain", "Measured*"]["choice"]["chosen"]["delta0"] in (1e3, 1e6)
+    for name in ("GM", "Measured*"):  # one seed: the report's last row is one of the others
+        (best,) = best_tunings(of_kind(records, "merge"), name)
+        losses = {tuning: validation_loss(merges[tuning, name]) for tuning in ("plain", "1e-09", "1e+07")}
+        assert losses[best["tuning"]] == min(losses.values())
+        assert f"{name}: by validation loss, a seed each, {best['tuning']}." in captured.out
+    assert (
+        best_tunings(
+            [r for r in of_kind(records, "merge") if r["tuning"] != "plain"]
+            + [{**merges["plain", "GM"], "seed": 1}],
+            "GM",
+        )
+        == []
+    )  # a seed that lacks the others
     left = {(record["tuning"], record["task"]): record for record in of_kind(records, "stationarity")}
     assert all(math.isfinite(record["relative"]) for record in left.values())
     for task in ("books", "songs"):  # the stronger the penalty, the shorter the way
