@@ -100,6 +100,13 @@ def list_configs(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--configs", type=Path, default=CONFIGS, help="folder of configs (default: configs)")
@@ -108,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     common.add_argument(
         "--workers",
-        type=int,
+        type=_positive,
         help="processes that share the work and the cores (default: what the config says, else 1)",
     )
     common.add_argument(

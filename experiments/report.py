@@ -90,7 +90,7 @@ def _choices(evaluations: Sequence[Record]) -> str:
     for record in evaluations:
         for option, value in record.get("choice", {}).get("chosen", {}).items():
             tried = [cell["value"] for cell in record["choice"]["tried"]]
-            edge = " (the end of its grid)" if value in (min(tried), max(tried)) else ""
+            edge = " (the end of its grid)" if len(tried) > 1 and value in (min(tried), max(tried)) else ""
             chosen.setdefault(f"{record['model']}: {option}", []).append(f"{value:g}{edge}")
     return "\n".join(
         f"chosen on validation data, {name} = {', '.join(values)}" for name, values in chosen.items()
@@ -109,10 +109,11 @@ def _sweeps(records: Sequence[Record]) -> str:
             f"  {model:<6} {min(curve.values()):.1f} to {max(curve.values()):.1f} (range {max(curve.values()) - min(curve.values()):.1f}), "
             f"best {curve[best]:.1f} at alpha = {best:g}"
         )
-        if "forecast" in own[0]["points"][0]:
-            told = over_alpha(own, lambda point: point["forecast"]["mean"])
-            guess = min(told, key=lambda alpha: told[alpha])
-            line += f"; forecast to be best at {guess:g}: {curve[guess]:.1f}"
+        if all("forecast" in record["points"][0] for record in own):
+            guesses = [min(record["points"], key=lambda point: point["forecast"]["mean"]) for record in own]
+            chosen = fmean(100 * point["metrics"]["tasks"]["accuracy"] for point in guesses)
+            where = ", ".join(f"{point['alpha']:g}" for point in guesses)
+            line += f"; at the alpha of each seed's lowest forecast ({where}): {chosen:.1f}"
         lines.append(line)
     if not lines:
         return ""
@@ -143,14 +144,9 @@ def forecast_correlation(sweeps: Sequence[Record]) -> float | None:
 
 def accuracy_over_alpha(sweeps: Sequence[Record]) -> dict[float, float]:
     """alpha -> mean accuracy on the tasks in per cent, mean over seeds."""
-    return over_alpha(sweeps, lambda point: 100 * point["metrics"]["tasks"]["accuracy"])
-
-
-def over_alpha(sweeps: Sequence[Record], value: Callable[[Record], float]) -> dict[float, float]:
-    """alpha -> a value of the sweeps' points there, mean over seeds."""
     alphas = [point["alpha"] for point in sweeps[0]["points"]]
     return {
-        alpha: fmean(value(record["points"][index]) for record in sweeps)
+        alpha: fmean(100 * record["points"][index]["metrics"]["tasks"]["accuracy"] for record in sweeps)
         for index, alpha in enumerate(alphas)
     }
 

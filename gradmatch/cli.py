@@ -66,7 +66,7 @@ class _Version(argparse.Action):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for an error that names what to do, 130 when interrupted."""
+    """Run a command; returns the exit code: 0, 1 where the answer is no, 2 for an error that names what to do, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = build_parser(argv).parse_args(argv)
     warnings.showwarning = _show_warning

@@ -51,6 +51,8 @@ def read_table(source: str | os.PathLike[str], *, split: str = "train") -> Any:
         ) from error
     path = Path(source)
     if path.is_file():
+        if not path.stat().st_size:
+            raise ValueError(f"{source} holds no rows: the file is empty")
         try:
             table = datasets.load_dataset(**_local(path), split="train")
         except datasets.exceptions.DatasetGenerationError as error:

@@ -42,7 +42,7 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_alpha") -> li
             loss.plot(*curve(own, lambda point: point["forecast"]["mean"])[:2], **told)
     accuracy.set_ylabel("accuracy on the tasks (%)")
     for loss in rest:
-        loss.set_yscale("log")
+        loss.set_yscale("symlog", linthresh=0.2)  # a quadratic may foresee less than nothing
         loss.set_ylabel("loss on the tasks (nats)")
     for axes in panels[0]:
         axes.set_xlabel("weight $\\alpha$ of every task")

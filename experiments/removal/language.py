@@ -172,7 +172,8 @@ def continuations(
 ) -> list[str | None]:
     """One sampled continuation a prompt (nucleus sampling, temperature 1), the same for the same seed.
 
-    None where the model gives no probabilities (NaN or infinite logits): a refusal that the caller records.
+    None for a batch with a row for which the model gives no probabilities (NaN or infinite logits): a refusal that the
+    caller records.
 
     Raises:
         ValueError: a prompt that, with the tokens asked for, is longer than the model's context.
@@ -208,7 +209,7 @@ def continuations(
 
 
 def _sample(model: Any, tokenizer: Any, inputs: Any, tokens: int, top_p: float) -> Sequence[str | None]:
-    """Continuations of one padded batch, without the prompts; None for each where the model gives no probabilities."""
+    """Continuations of one padded batch, without the prompts; None for all where the model gives no probabilities for one."""
     from experiments.removal.sampling import NotFiniteError, Nucleus
 
     try:

@@ -69,7 +69,9 @@ def choice_line(record: Record) -> str:
     """What was chosen on validation data, and against what."""
     tried = ", ".join(f"{cell['value']:g}: {cell['toxicity']:.3f}" for cell in record["tried"])
     values = [cell["value"] for cell in record["tried"]]
-    edge = " (the end of its grid)" if record["chosen"] in (min(values), max(values)) else ""
+    edge = (
+        " (the end of its grid)" if len(values) > 1 and record["chosen"] in (min(values), max(values)) else ""
+    )
     return (
         f"{record['label']}, seed {record['seed']}: {record['option']} = {record['chosen']:g}{edge} chosen on validation texts and "
         f"{record['prompts']} spare prompts (mean toxicity up to {record['nats']:g} nats a token: {tried})"

@@ -6,24 +6,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from experiments.pipeline import Stage
+from experiments.studies.sentiment_cells import MERGING
 from gradmatch.rules import RULES
 
 if TYPE_CHECKING:
     from experiments.studies.removal import Config, Forecast, Method
 
-SOURCES = (
-    "experiments.removal.language",
-    "experiments.removal.sampling",
-    "experiments.tasks.texts",
-    "experiments.assets",
-)
-EDITING = (
-    "gradmatch.subtraction",
-    "gradmatch.merging",
-    "gradmatch.engine",
-    "gradmatch.rules",
-    "gradmatch.checkpoint",
-)
+READING = ("experiments.tasks.texts", "experiments.tasks.sentiment", "experiments.assets")
+SOURCES = (*READING, "experiments.removal.language", "experiments.finetune")
+WRITING = ("experiments.removal.sampling", "experiments.removal.scorers")  # continuations and their scores
+EDITING = (*MERGING, "gradmatch.subtraction", "gradmatch.checkpoint")
 
 
 class Cells:
@@ -41,7 +33,7 @@ class Cells:
                 "limits": config.limits.model_dump(),
                 "split_seed": config.split_seed,
             },
-            code=("experiments.assets",),
+            code=READING,
             seconds=8,
         )
         self.base = Stage(
@@ -74,7 +66,7 @@ class Cells:
             {**shared, **config.training.model_dump()},
             {"data": self.data, "base": self.base},
             SOURCES,
-            10 + config.training.steps * (0.4 + 0.001 * tokens),
+            10 + config.training.steps * tokens * 0.0067,
         )
         for side, name, model in (("keep", "base", self.base), ("remove", "task", self.trained[seed])):
             self.curvatures[seed, name] = Stage(
@@ -83,7 +75,7 @@ class Cells:
                 {"side": side, **shared, **config.fisher.model_dump()},
                 {"data": self.data, "model": model},
                 (*SOURCES, "estimators"),
-                10 + config.fisher.examples * config.fisher.samples * config.max_length * 0.004,
+                10 + config.fisher.examples * config.fisher.samples * config.max_length * 0.009,
             )
 
     def _evaluate(self, seed: int) -> None:
@@ -104,7 +96,7 @@ class Cells:
         }
         texts = 2 * (config.limits.test or 500)
         prompts = sum(source.limit or 300 for source in config.prompts.values())
-        seconds = 6 + texts * config.max_length * 0.0006 + prompts * config.generation.tokens * 0.005
+        seconds = 6 + texts * config.max_length * 0.0025 + prompts * config.generation.tokens * 0.009
 
         def point(
             label: str, method: str, alpha: float, options: Mapping[str, Any], inputs: Mapping[str, Stage]
@@ -114,7 +106,7 @@ class Cells:
                 f"{_module(inputs)}:evaluate",
                 {"method": method, "alpha": alpha, "options": dict(options), "split": "test", **shared},
                 {"data": self.data, **inputs},
-                (*SOURCES, "experiments.removal.scorers", *(EDITING if alpha else ())),
+                (*SOURCES, *WRITING, *(EDITING if alpha else ())),
                 seconds,
             )
 
@@ -152,8 +144,14 @@ class Cells:
                 **shared,
             },
             {"data": self.data, **folders},
-            (*SOURCES, "experiments.removal.stages", "experiments.removal.scorers", *EDITING),
-            count * (12 + how.count * config.generation.tokens * 0.005),
+            (
+                *SOURCES,
+                *WRITING,
+                *EDITING,
+                "experiments.removal.stages",
+                "experiments.removal.tradeoff",
+            ),
+            count * (14 + how.count * config.generation.tokens * 0.009),
         )
 
     def _forecast(self, seed: int, spec: Method, how: Forecast, inputs: Mapping[str, Stage]) -> Stage:
@@ -171,7 +169,7 @@ class Cells:
             },
             {"data": self.data, **inputs},
             (*SOURCES, *EDITING, "gradmatch.removal", "gradmatch.diagnosis"),
-            30 + 15 * len(spec.alphas),
+            30 + 26 * len(spec.alphas),
         )
 
 

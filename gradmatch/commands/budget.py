@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from gradmatch.plan.request import POLICIES, REMOVALS
 from gradmatch.rules.removal import GUARDS
+from gradmatch.warning import warn
 
 if TYPE_CHECKING:
     from gradmatch.diagnosis.objective import Objective
@@ -113,7 +114,9 @@ def run(args: argparse.Namespace) -> int:
         "path": [dataclasses.asdict(point) for point in path],
         "largest_alpha": limit if math.isfinite(limit) else None,  # JSON has no infinity
     }
-    alpha = args.alphas[-1]
+    if problem.retain is not None or problem.remove is not None:
+        content["data"] = {side: used(getattr(args, side), objective) for side, objective in data.items()}
+    alpha = max(args.alphas)
     if args.nats is not None:
         found = budget(points, args.nats, share=args.share, largest=max(args.alphas), steps=args.alphas)
         print(
@@ -132,18 +135,40 @@ def run(args: argparse.Namespace) -> int:
             json.dumps({**content, "report": report}, indent=1) + "\n", encoding="utf-8"
         )
         print(f"written: {args.report}", file=sys.stderr)
-    if alpha:
-        print(f"to remove it so: {subtraction(args, alpha)}")
-    else:
+    return verdict(args, alpha, moved=report["total"]["norm"] > 0)
+
+
+def verdict(args: argparse.Namespace, alpha: float, *, moved: bool) -> int:
+    """Print the command that removes what was budgeted, or why there is none; the exit code, 1 where nothing fits."""
+    if alpha and not moved:
+        print("the task's weights are the base's: there is nothing to remove")
+        return 1
+    if args.nats is None:
+        print("no budget was given: with --nats the largest alpha within it, and the command that removes so")
+        return 0
+    if not alpha:
         print("no alpha fits: raise --nats, or --base-weight for gentler steps")
+        return 1
+    if args.retain is None:
+        warn(
+            "the collateral was not measured: without --retain it is the diagonal's forecast, which was hundreds to thousands of "
+            "times too small on a language model"
+        )
+    print(f"to remove it so: {subtraction(args, alpha)}")
     return 0
+
+
+def used(file: str, objective: Objective) -> dict[str, object]:
+    """Which examples the numbers come from, printed and for the report."""
+    print(f"{objective.seen} examples of {file}")
+    return {"file": file, "examples": objective.seen}
 
 
 def check(args: argparse.Namespace) -> None:
     """What can be wrong before anything is opened.
 
     Raises:
-        ValueError: numbers that make no sense.
+        ValueError: numbers that make no sense, or one file for both sides.
         FileNotFoundError: data that is not there, or no folder for the report.
     """
     from gradmatch.removal.forecast import check_alphas
@@ -163,6 +188,8 @@ def check(args: argparse.Namespace) -> None:
     for file in (args.retain, args.remove):
         if file is not None and not Path(file).is_file():
             raise FileNotFoundError(f"no data file {file}")
+    if args.retain is not None and args.remove is not None and Path(args.retain).samefile(args.remove):
+        raise ValueError(f"--retain and --remove are the same file {args.retain}: what must stay cannot go")
     if args.report and not Path(args.report).absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder for --report {args.report}")
 

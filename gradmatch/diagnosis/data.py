@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradmatch.data import LANGUAGE_MODELS, token_limits
+from gradmatch.warning import warn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,7 @@ def read_batches(
         by_length: texts of about one length in a batch, which spares padding and changes no sum over all of them.
 
     Raises:
-        ValueError: another format, no text column, rows without labels, or an empty file.
+        ValueError: another format, no text column, rows without labels, an empty file, or one that is not UTF-8.
     """
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -78,7 +79,7 @@ def read_batches(
     max_length = min([max_length, *token_limits(tokenizer, config)])
     if by_length and labels is None:
         texts = sorted(texts, key=len)
-    batches = []
+    batches, cut = [], 0
     for first in range(0, len(texts), batch_size):
         encoded = tokenizer(
             texts[first : first + batch_size],
@@ -88,12 +89,15 @@ def read_batches(
             return_tensors="pt",
         )
         batch = dict(encoded)
+        cut += int((batch["attention_mask"].sum(-1) >= max_length).sum())
         batch["labels"] = (
             batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
             if labels is None
             else torch.tensor(labels[first : first + batch_size])
         )
         batches.append(batch)
+    if cut:
+        warn(f"{path}: {cut} of {len(texts)} texts were as long as {max_length} tokens or longer, and cut")
     return batches
 
 
@@ -116,7 +120,7 @@ def read_texts(path: Path, examples: int, *, labelled: bool = True) -> tuple[lis
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: unknown format {path.suffix!r}; known: {', '.join(FORMATS)}")
     if path.suffix == ".txt":
-        texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:examples]
+        texts = [line for line in _content(path).splitlines() if line.strip()][:examples]
         if not texts:
             raise ValueError(f"{path} holds no text")
         return texts, None
@@ -136,8 +140,15 @@ def read_texts(path: Path, examples: int, *, labelled: bool = True) -> tuple[lis
     ]
 
 
+def _content(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}): convert it, as by iconv") from error
+
+
 def _rows(path: Path) -> list[Mapping[str, Any]]:
-    content = path.read_text(encoding="utf-8")
+    content = _content(path)
     if path.suffix in (".csv", ".tsv"):
         return list(csv.DictReader(content.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
     try:

@@ -30,10 +30,14 @@ def interrupt(out: Path, **ignored: object) -> None:
     raise KeyboardInterrupt
 
 
-def slow(out: Path, *, seconds: float, log: str, name: str) -> None:
-    """Take a while."""
+def slow(out: Path, *, seconds: float, log: str, name: str, stop: str = "") -> None:
+    """Take a while, or until there is a file `stop`."""
     with Path(log).open("a") as file:
         file.write(name + "\n")
     (out / "number").write_text("half")
-    time.sleep(seconds)
+    ends = time.monotonic() + seconds
+    while stop and not Path(stop).exists() and time.monotonic() < ends:
+        time.sleep(0.1)
+    if not stop:
+        time.sleep(seconds)
     (out / "number").write_text("1")

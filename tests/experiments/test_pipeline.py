@@ -140,18 +140,23 @@ def test_a_killed_run_is_taken_up_by_the_next(tmp_path, log):
 
 
 def test_a_killed_run_takes_its_helpers_along(tmp_path, log):
-    targets = [stage("slow", name, log, seconds=600.0) for name in ("one", "two")]
+    targets = [
+        stage("slow", name, log, seconds=600.0, stop=str(tmp_path / "stop")) for name in ("one", "two")
+    ]
     process = start(targets, tmp_path, workers=2)
-    wait_for(lambda: len(log.read_text().split()) == 2)
 
     def is_free(target):
         with pipeline._lock(target, tmp_path) as mine:
             return mine
 
-    assert not any(map(is_free, targets))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    wait_for(lambda: all(map(is_free, targets)))
+    try:
+        wait_for(lambda: len(log.read_text().split()) == 2)
+        assert not any(map(is_free, targets))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        wait_for(lambda: all(map(is_free, targets)))
+    finally:
+        (tmp_path / "stop").touch()
 
 
 @pytest.mark.parametrize(("words", "workers"), [((), 3), (("--workers", "1"), 1)])
@@ -164,6 +169,8 @@ def test_the_config_says_how_many_workers_and_the_command_overrides_it(tmp_path,
     )
     assert main(["run", str(path), "--results", str(tmp_path), *words]) == 0
     assert asked == [workers]
+    with pytest.raises(SystemExit):
+        main(["run", str(path), "--workers", "0"])
 
 
 def test_two_workers_run_each_stage_once(tmp_path, log):

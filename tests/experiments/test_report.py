@@ -118,7 +118,7 @@ def test_a_sweep_that_was_forecast_tells_where_and_how_well():
     text = sentiment_report(
         [*records(0.85, 0.75, 0.05, 0.15), {"kind": "sweep", "model": "GM", "seed": 0, "points": points}]
     )
-    assert "best 90.0 at alpha = 1; forecast to be best at 0.1: 70.0" in text
+    assert "best 90.0 at alpha = 1; at the alpha of each seed's lowest forecast (0.1): 70.0" in text
     assert "Spearman correlation of 0.50 (mean over seeds)" in text
 
 

@@ -56,7 +56,7 @@ def test_a_run_gives_records_a_table_and_a_model(run, results):
     assert "points of macro accuracy" in out
     assert "Spearman" in out
     assert "over alpha from 0.5 to 1" in out
-    assert "forecast to be best at" in out
+    assert "at the alpha of each seed's lowest forecast" in out
     assert "Over merges and alphas the forecast loss" in out
     merged = next(record["folder"] for record in records if record.get("model") == "GM")
     assert merged in out

@@ -59,6 +59,8 @@ def test_without_data_the_path_is_diagonal(files, capsys):
     assert out.count("diagonal") == 4
     assert "largest alpha with at most 1 % clamped" in out
     assert "H0 norm" in out
+    assert "no budget was given" in out
+    assert "gradmatch subtract" not in out
 
 
 def test_with_data_the_budget_is_kept(files, tmp_path, capsys):
@@ -77,7 +79,9 @@ def test_with_data_the_budget_is_kept(files, tmp_path, capsys):
     assert content["report"]["alpha"] == chosen
     assert {point["collateral_by"] for point in content["path"]} == {"ggn"}
     assert content["chosen"]["measured_forgetting"] > 0
+    assert content["data"]["retain"] == {"file": str(files / "clean.txt"), "examples": 6}
     out = capsys.readouterr()
+    assert f"4 examples of {files / 'toxic.txt'}" in out.out
     assert "budget of 0.05 nats" in out.out
     assert "pass/s" in out.err or "s/pass" in out.err
 
@@ -90,17 +94,29 @@ def test_the_command_it_ends_with_removes_what_was_forecast(files, tmp_path, cap
         "10",
         "--alphas",
         "0.3",
+        "--nats",
+        "100",
         "--report",
         str(tmp_path / "r.json"),
     ]
     assert call(files, *options) == 0
-    command = capsys.readouterr().out.strip().splitlines()[-1].partition("gradmatch ")[2]
+    printed = capsys.readouterr()
+    assert "the collateral was not measured" in printed.err
+    command = printed.out.strip().splitlines()[-1].partition("gradmatch ")[2]
     assert main([str(tmp_path / "cleaned") if word == "OUT" else word for word in shlex.split(command)]) == 0
     report = json.loads((tmp_path / "r.json").read_text())["report"]
     card = json.loads((tmp_path / "cleaned" / "gradmatch.json").read_text())
     moved = sum(tensor["norm_h0"] ** 2 for tensor in card["report"]["moved"].values())
     assert math.sqrt(moved) == pytest.approx(report["total"]["h0_norm"], rel=1e-4)
     assert card["report"]["clamped_share"] == pytest.approx(report["total"]["clamped"])
+
+
+def test_what_cannot_be_removed_is_told_and_ends_with_1(files, capsys):
+    retain = ["--retain", str(files / "clean.txt")]
+    assert call(files, *retain, "--nats", "1e-9", "--share", "0.5", "--alphas", "0.5") == 1
+    assert "no alpha fits" in capsys.readouterr().out
+    assert call(files, "--nats", "1", task="base,curvature={}/clean.safetensors") == 1
+    assert "there is nothing to remove" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -125,11 +141,24 @@ def test_bad_input_is_refused_before_any_data_is_read(files, capsys, monkeypatch
     assert message in capsys.readouterr().err
 
 
+def test_one_file_for_both_sides_is_refused(files, capsys):
+    clean = str(files / "clean.txt")
+    assert call(files, "--retain", clean, "--remove", clean) == 2
+    assert f"--retain and --remove are the same file {clean}" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_utf_8_is_named(files, tmp_path, capsys):
+    (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+    assert call(files, "--retain", str(tmp_path / "latin.txt")) == 2
+    assert "latin.txt is no UTF-8 text" in capsys.readouterr().err
+
+
 def test_texts_are_cut_to_the_context_batched_by_length_and_need_no_labels(files, tmp_path):
     texts = ["the cat", "rain falls on a mat", "you", " ".join(["fool"] * 40)]
     rows = "".join(json.dumps({"text": text, "label": "toxic"}) + "\n" for text in texts)
     (tmp_path / "rows.jsonl").write_text(rows)
-    batches = read_batches(tmp_path / "rows.jsonl", str(files / "base"), batch_size=2, by_length=True)
+    with pytest.warns(UserWarning, match="1 of 4 texts were as long as 16 tokens or longer, and cut"):
+        batches = read_batches(tmp_path / "rows.jsonl", str(files / "base"), batch_size=2, by_length=True)
     assert [batch["input_ids"].shape for batch in batches] == [(2, 2), (2, 16)]
     assert [int((batch["labels"] == -100).sum()) for batch in batches] == [1, 11]
 

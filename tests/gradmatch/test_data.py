@@ -121,6 +121,11 @@ def test_errors_of_files(tmp_path):
     empty.write_text("text,label\n")
     with pytest.raises(ValueError, match="holds no rows"):
         read_table(empty)
+    for kind in ("txt", "csv", "jsonl"):
+        nothing = tmp_path / f"nothing.{kind}"
+        nothing.touch()
+        with pytest.raises(ValueError, match=rf"nothing\.{kind} holds no rows: the file is empty"):
+            read_table(nothing)
     broken = tmp_path / "rows.jsonl"
     broken.write_text('{"text": "good"}\n{"text": ')
     with pytest.raises(ValueError, match=r"rows\.jsonl cannot be read"):

@@ -44,8 +44,11 @@ def test_areas_are_judged_by_their_interval(low, high, judged):
     assert area_line({**area, "span": (3.0, 3.5), "draws": 10}).endswith(judged)
 
 
-@pytest.mark.parametrize(("chosen", "edge"), [(10.0, False), (100.0, True)])
-def test_a_choice_at_the_end_of_its_grid_is_told(chosen, edge):
-    tried = [{"value": value, "toxicity": 0.1} for value in (1.0, 10.0, 100.0)]
+@pytest.mark.parametrize(
+    ("chosen", "values", "edge"),
+    [(10.0, (1.0, 10.0, 100.0), False), (100.0, (1.0, 10.0, 100.0), True), (1.0, (1.0,), False)],
+)
+def test_a_choice_at_the_end_of_its_grid_is_told(chosen, values, edge):
+    tried = [{"value": value, "toxicity": 0.1} for value in values]
     record = {"label": "GM", "seed": 0, "option": "base_weight", "prompts": 64, "nats": 0.5}
     assert ("(the end of its grid)" in choice_line({**record, "chosen": chosen, "tried": tried})) is edge

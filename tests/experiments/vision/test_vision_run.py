@@ -46,7 +46,7 @@ def world(tmp_path_factory):
             "GM": {"method": "gradient_matching"},
             "GM*": {"method": "gradient_matching", "choose": {"base_weight": [0.1, 1.0]}},
         },
-        "sweep": {"merges": ["GM*"], "alphas": [0.5, 1.0]},
+        "sweep": {"merges": ["GM*"], "alphas": [0.5, 1.0], "forecast": 8},
         "compare": [["GM", "TA"]],
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
@@ -66,6 +66,7 @@ def test_a_run_gives_the_records_of_the_sentiment_study(world, capsys):
     assert comparison["tasks"]["low"] <= comparison["tasks"]["difference"] <= comparison["tasks"]["high"]
     (sweep,) = of_kind(records, "sweep")
     assert sweep["points"][1]["metrics"] == found["GM*"]["metrics"]  # alpha = 1 is the merge itself
+    assert all(math.isfinite(point["forecast"]["mean"]) for point in sweep["points"])
     data = next((world / "results" / "stages" / "vision").glob("data-*"))
     assert models.classes_of(data, "hats") == slice(5, 9)
     head = {
