@@ -175,9 +175,18 @@ class Cells:
         )
 
     def all(self) -> list[Stage]:
-        """Every stage, a seed's plain fine-tunes first."""
-        groups = (self.merges, self.choices, self.refined, self.stationarity, self.references)
-        return [stage for group in groups for stage in group.values()]
+        """Every stage: the plain fine-tunes of all seeds, then one seed's penalised ones after another's."""
+        ordered = [
+            ((False, seed), stage)
+            for group in (self.references, self.refined)
+            for (seed, _), stage in group.items()  # type: ignore[attr-defined]
+        ]
+        ordered += [
+            ((tuning != PLAIN, seed), stage)
+            for group in (self.merges, self.choices, self.stationarity)
+            for (seed, tuning, _), stage in group.items()
+        ]
+        return [stage for _, stage in sorted(ordered, key=lambda item: item[0])]
 
 
 def stages(config: Config) -> list[Stage]:
