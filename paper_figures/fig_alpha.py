@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from experiments.records import Record, mean_over_seeds, of_kind
-from paper_figures.style import look, save
+from paper_figures.style import look, plain_log, save
 
 Point = dict[str, Any]
 
@@ -37,16 +37,19 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_alpha") -> li
             low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
             accuracy.fill_between(alphas, low, high, color=style["color"], alpha=0.15, linewidth=0)
         for loss in rest:
-            loss.plot(*curve(own, lambda point: point["metrics"]["tasks"]["nll"])[:2], label=model, **style)
-            told = {**style, "linestyle": "", "marker": "x", "label": "forecast" if not index else None}
+            loss.plot(*curve(own, lambda point: point["metrics"]["tasks"]["nll"])[:2], **style)
+            told = {"marker": "x", "linestyle": "", "color": style["color"], "markersize": 4}
             loss.plot(*curve(own, lambda point: point["forecast"]["mean"])[:2], **told)
     accuracy.set_ylabel("accuracy on the tasks (%)")
     for loss in rest:
-        loss.set_yscale("symlog", linthresh=0.2)  # a quadratic may foresee less than nothing
+        if min(loss.dataLim.y0, loss.dataLim.y1) > 0:  # a quadratic may foresee less than nothing
+            plain_log(loss.yaxis)
         loss.set_ylabel("loss on the tasks (nats)")
+        lines = [plt.Line2D([], [], color="#666666", **own) for own in ({}, {"marker": "x", "linestyle": ""})]
+        loss.legend(lines, ["measured, test examples", "forecast, training examples"])
+    accuracy.legend()
     for axes in panels[0]:
         axes.set_xlabel("weight $\\alpha$ of every task")
-        axes.legend()
     return save(figure, folder, name)
 
 
