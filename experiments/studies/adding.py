@@ -21,7 +21,15 @@ from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
 from experiments.studies import sentiment
 from experiments.studies.sentiment import Merge, takes
-from experiments.studies.sentiment_cells import MERGING, MISMATCH, SOURCES, choice_stage, slug
+from experiments.studies.sentiment_cells import (
+    DIFFERENTIATED,
+    EVALUATED,
+    MERGING,
+    MISMATCH,
+    SOURCES,
+    choice_stage,
+    slug,
+)
 
 CODE = (*SOURCES, *MERGING, *MISMATCH, "experiments.evaluate", "experiments.merging", "experiments.mismatch")
 Cell = tuple[int, tuple[str, ...], str]  # seed, subset of tasks, merge
@@ -95,7 +103,10 @@ def cells(config: Config) -> tuple[dict[Cell, Stage], dict[Cell, Stage]]:
                             "gradients": {task: made.gradients[seed, task] for task in subset},
                         },
                         CODE,
-                        size * ((source.data.test or 1000) / 230 + source.mismatch_examples / 60),
+                        size
+                        * (
+                            (source.data.test or 1000) / EVALUATED + source.mismatch_examples / DIFFERENTIATED
+                        ),
                     )
     return measured, choices
 

@@ -20,7 +20,16 @@ from experiments.records import Record, of_kind
 from experiments.studies import sentiment
 from experiments.studies.adding import CODE, check_source
 from experiments.studies.sentiment import Merge
-from experiments.studies.sentiment_cells import MERGING, MISMATCH, SOURCES, choice_stage, slug
+from experiments.studies.sentiment_cells import (
+    EVALUATED,
+    MERGING,
+    MISMATCH,
+    SOURCES,
+    SQUARED,
+    TRAINED,
+    choice_stage,
+    slug,
+)
 
 PLAIN = "plain"
 KEPT = ("key", "commit", "versions", "machine", "threads", "seconds", "finished")
@@ -98,7 +107,7 @@ class Cells:
                 },
                 {"data": self.made.data, "start": base, "base_curvature": h0},
                 (*SOURCES, "experiments.finetune"),
-                2 + 1.2 * steps * training.batch_size * 0.0085,
+                2 + 1.2 * steps * training.batch_size / TRAINED,
             )
             sources["tasks"][task] = tuned
             sources["curvatures"][task] = Stage(
@@ -107,7 +116,7 @@ class Cells:
                 {"domain": task, "seed": seed, **source.fisher.model_dump()},
                 {"data": self.made.data, "model": tuned},
                 (*SOURCES, "estimators"),
-                source.fisher.examples * 0.03,
+                source.fisher.examples / SQUARED,
             )
         return sources
 
@@ -154,7 +163,7 @@ class Cells:
                 },
                 {**inputs, "data": self.made.data, "gradients": {}},
                 CODE,
-                (data.test or 1000) * len(data.domains) / 230,
+                (data.test or 1000) * len(data.domains) / EVALUATED,
             )
 
     def _refine(self, seed: int, damping: float, sources: dict[str, Any]) -> Stage:

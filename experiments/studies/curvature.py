@@ -16,7 +16,7 @@ from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
 from experiments.studies import sentiment
 from experiments.studies.adding import CODE, check_source
-from experiments.studies.sentiment_cells import SOURCES, slug
+from experiments.studies.sentiment_cells import EVALUATED, SOURCES, SQUARED, slug
 
 Cell = tuple[int, str, str]  # seed, estimate, model
 
@@ -100,7 +100,7 @@ class Cells:
             },
             {"data": self.made.data, "model": self.made.trained[seed, model]},
             (*SOURCES, "estimators"),
-            1 if spec.kind == "adam" else 1 + spec.examples * spec.samples * 0.017,
+            1 if spec.kind == "adam" else 1 + spec.examples * spec.samples / SQUARED,
         )
 
     def _merge(self, seed: int, name: str, method: str, inputs: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ class Cells:
             },
             {**inputs, "data": self.made.data, "gradients": {}},
             CODE,
-            (data.test or 1000) * len(data.tasks) / 230,
+            (data.test or 1000) * len(data.tasks) / EVALUATED,
         )
 
     def all(self) -> list[Stage]:

@@ -16,6 +16,7 @@ from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
 from experiments.studies import sentiment
 from experiments.studies.diagnosis import check_seeds, model_inputs
+from experiments.studies.sentiment_cells import EVALUATED
 
 CODE = (
     "experiments.diagnosis.forecasting",
@@ -70,7 +71,7 @@ def cells(config: Config) -> dict[int, Stage]:
             {**settings, "seed": seed, "delta0": source.delta0},
             model_inputs(made, seed),
             (*CODE, "estimators"),
-            len(config.grid) ** len(tasks) * config.test * len(tasks) / 220 + 200,
+            len(config.grid) ** len(tasks) * config.test * len(tasks) / EVALUATED + 200,
         )
         for seed in config.seeds or source.seeds
     }

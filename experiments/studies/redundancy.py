@@ -13,6 +13,7 @@ from experiments import config as configs
 from experiments.config import Strict, Study
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
+from experiments.studies.sentiment_cells import EVALUATED
 
 CODE = ("gradmatch.diagnosis.redundancy", "gradmatch.diagnosis.similarity")
 PHOTOGRAPHS = " on photographs"
@@ -76,7 +77,7 @@ class Cells:
             for seed in (seed for seed in source.seeds if not config.seeds or seed in config.seeds):
                 base = made.trained[seed, "base"]
                 tasks = {task: made.trained[seed, task] for task in source.data.tasks}
-                seconds = (source.data.test or 1000) / 230
+                seconds = (source.data.test or 1000) / EVALUATED
                 title = f"redundancy/{name}/seed{seed}"
                 self.cosines[name, seed] = Stage(
                     f"{title}/cosines",

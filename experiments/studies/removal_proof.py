@@ -17,6 +17,7 @@ from pydantic import Field
 from experiments.config import Strict, Study, Training
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
+from experiments.studies.sentiment_cells import SQUARED, TRAINED
 
 EDITING = ("gradmatch.subtraction", "gradmatch.merging", "gradmatch.engine", "gradmatch.rules")
 MODELS = ("experiments.models", "experiments.assets")
@@ -116,7 +117,7 @@ def _encoder(spec: Encoder, seed: int, alphas: list[float]) -> Stage:
             **new,
         }
         inputs = {"data": data, **({"start": start} if start else {})}
-        seconds = 2 + training.steps * training.batch_size * 0.0085
+        seconds = 2 + training.steps * training.batch_size / TRAINED
         return Stage(
             f"proof/seed{seed}/{name}", "experiments.finetune:finetune", settings, inputs, MODELS, seconds
         )
@@ -135,7 +136,7 @@ def _encoder(spec: Encoder, seed: int, alphas: list[float]) -> Stage:
             {"domains": list(domains), "seed": seed, "examples": spec.examples},
             {"data": data, "model": models[name]},
             (*MODELS, "estimators"),
-            spec.examples * 0.03,
+            spec.examples / SQUARED,
         )
         for name, domains in (("base", [*spec.keep, spec.remove]), ("task", [spec.remove]))
     }

@@ -13,7 +13,7 @@ from experiments.config import Strict, Study
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
 from experiments.studies.sentiment import check_merge
-from experiments.studies.sentiment_cells import MERGING, SOURCES
+from experiments.studies.sentiment_cells import EVALUATED, MERGING, SOURCES
 
 CODE = (*SOURCES, *MERGING, "experiments.merging", "experiments.evaluate")
 
@@ -73,7 +73,7 @@ def stages(config: Config) -> list[Stage]:
     source = configs.load(config.source)
     made = configs.study(source.experiment).Cells(source)
     data = source.data
-    seconds = config.trials * len(data.domains) * (data.validation or 500) / 220 / config.workers
+    seconds = config.trials * len(data.domains) * (data.validation or 500) / EVALUATED / config.workers
     return [
         Stage(
             f"search/{config.name}/worker{worker}",
