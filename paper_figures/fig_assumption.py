@@ -40,7 +40,7 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_assumption") 
     left.set_xticks(range(len(tunings)), ["plain", *(f"$\\delta_0$ = {t}" for t in tunings[1:])])
     left.set_xlabel("fine-tuning: without penalty, and with Eq. 8's")
     left.set_ylabel("accuracy on the tasks (%)")
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, loc="lower right")
     for index, damping in enumerate(dict.fromkeys(r["damping"] for r in of_kind(records, "refinement"))):
         for run in (r for r in of_kind(records, "refinement") if r["damping"] == damping):
             style = {"color": COLOURS[index], "linestyle": ("-", "--", "-.", ":")[index % 4]}
