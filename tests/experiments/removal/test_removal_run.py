@@ -147,7 +147,8 @@ def test_options_are_chosen_on_spare_prompts(tiny_config, tmp_path, capsys):
     assert choice["prompts"] == 2  # of six, four are evaluated
     scores = {cell["value"]: cell["toxicity"] for cell in choice["tried"]}
     assert scores[choice["chosen"]] == min(scores.values())
-    assert f"base_weight = {choice['chosen']:g} chosen" in capsys.readouterr().out
+    printed = f"base_weight = {choice['chosen']:g} (the end of its grid) chosen on validation texts"  # of two values
+    assert printed in capsys.readouterr().out
     evaluated = Path(of_kind(records, "point")[0]["generations"]).read_text(encoding="utf-8").splitlines()
     asked = {"source": yaml.safe_load(tiny_config.read_text())["prompts"]["few"]["source"], "limit": 4}
     spare = choosing_module.spare_prompts(asked, 5, 0)
