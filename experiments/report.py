@@ -90,11 +90,16 @@ def _choices(evaluations: Sequence[Record]) -> str:
     for record in evaluations:
         for option, value in record.get("choice", {}).get("chosen", {}).items():
             tried = [cell["value"] for cell in record["choice"]["tried"]]
-            edge = " (the end of its grid)" if len(tried) > 1 and value in (min(tried), max(tried)) else ""
-            chosen.setdefault(f"{record['model']}: {option}", []).append(f"{value:g}{edge}")
+            chosen.setdefault(f"{record['model']}: {option}", []).append(chosen_value(value, tried))
     return "\n".join(
         f"chosen on validation data, {name} = {', '.join(values)}" for name, values in chosen.items()
     )
+
+
+def chosen_value(value: float, tried: Sequence[float]) -> str:
+    """A value that was chosen among those tried; told where it is the end of their grid, beyond which a better one may lie."""
+    edge = len(tried) > 1 and value in (min(tried), max(tried))
+    return f"{value:g} (the end of its grid)" if edge else f"{value:g}"
 
 
 def _sweeps(records: Sequence[Record]) -> str:

@@ -46,28 +46,28 @@ def sweep(
         model.load_state_dict(dict(weights))
         return with_averages({domain: measure(*predict(model, rows[domain])) for domain in domains})
 
-    def merged(alpha: float, chosen: Mapping[str, Any]) -> Weights:
-        return dict(merged_model(method, alpha, {**options, **chosen}, **sources))
-
-    write_sweep(out, alphas, choice, merged, score, losses)
+    write_sweep(out, method, alphas, options, choice, score, losses, **sources)
 
 
 def write_sweep(
     out: Path,
+    method: str,
     alphas: Sequence[float],
+    options: Mapping[str, Any],
     choice: Path | None,
-    merged: Callable[[float, Mapping[str, Any]], Weights],
     score: Callable[[Weights], Metrics],
     losses: Mapping[str, Objective],
+    **sources: Any,
 ) -> None:
-    """`out/sweep.json`: the metrics, and the forecast by `losses`, of merged(alpha, chosen options) at every alpha.
+    """`out/sweep.json`: the metrics, and the forecast by `losses`, of the merge at every alpha.
 
     choice: the folder of a `choose` stage. losses: by task, each on the module of its fine-tune; none: no forecast.
+    sources: as `merging.merged_model` takes them.
     """
     chosen = chosen_options(choice)
     points = []
     for alpha in tqdm(alphas, desc="alpha"):
-        weights = merged(alpha, chosen)
+        weights = dict(merged_model(method, alpha, {**options, **chosen}, **sources))
         told = {"forecast": forecast_losses(weights, losses)} if losses else {}
         points.append({"alpha": alpha, "metrics": score(weights), **told})
     found = {"chosen": chosen, "points": points}

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments.records import Record, of_kind
+from experiments.report import chosen_value
 
 PROXY = (
     "The scorer `proxy` is a linear classifier of words: it counts profanity. It does not see insults without bad words, "
@@ -68,12 +69,9 @@ def area_line(area: Record) -> str:
 def choice_line(record: Record) -> str:
     """What was chosen on validation data, and against what."""
     tried = ", ".join(f"{cell['value']:g}: {cell['toxicity']:.3f}" for cell in record["tried"])
-    values = [cell["value"] for cell in record["tried"]]
-    edge = (
-        " (the end of its grid)" if len(values) > 1 and record["chosen"] in (min(values), max(values)) else ""
-    )
+    chosen = chosen_value(record["chosen"], [cell["value"] for cell in record["tried"]])
     return (
-        f"{record['label']}, seed {record['seed']}: {record['option']} = {record['chosen']:g}{edge} chosen on validation texts and "
+        f"{record['label']}, seed {record['seed']}: {record['option']} = {chosen} chosen on validation texts and "
         f"{record['prompts']} spare prompts (mean toxicity up to {record['nats']:g} nats a token: {tried})"
     )
 

@@ -144,11 +144,8 @@ def sweep(
     model = load(sources["base"] / "model")
     tasks = sources["tasks"] if forecast else {}
     losses = {task: objective(data, folder, task, forecast, seed) for task, folder in tasks.items()}
-    write_sweep(
-        out,
-        alphas,
-        choice,
-        lambda alpha, chosen: dict(merged_model(method, alpha, {**options, **chosen}, **sources)),
-        lambda weights: score(model, weights, data, domains, "test"),
-        losses,
-    )
+
+    def at(weights: Mapping[str, Any]) -> Metrics:
+        return score(model, weights, data, domains, "test")
+
+    write_sweep(out, method, alphas, options, choice, at, losses, **sources)

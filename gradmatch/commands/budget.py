@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         "path": [dataclasses.asdict(point) for point in path],
         "largest_alpha": limit if math.isfinite(limit) else None,  # JSON has no infinity
     }
-    if problem.retain is not None or problem.remove is not None:
+    if data:
         content["data"] = {side: used(getattr(args, side), objective) for side, objective in data.items()}
     alpha = max(args.alphas)
     if args.nats is not None:

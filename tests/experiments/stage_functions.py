@@ -30,14 +30,18 @@ def interrupt(out: Path, **ignored: object) -> None:
     raise KeyboardInterrupt
 
 
-def slow(out: Path, *, seconds: float, log: str, name: str, stop: str = "") -> None:
-    """Take a while, or until there is a file `stop`."""
+def slow(out: Path, *, seconds: float, log: str, name: str) -> None:
+    """Take a while."""
     with Path(log).open("a") as file:
         file.write(name + "\n")
     (out / "number").write_text("half")
-    ends = time.monotonic() + seconds
-    while stop and not Path(stop).exists() and time.monotonic() < ends:
-        time.sleep(0.1)
-    if not stop:
-        time.sleep(seconds)
+    time.sleep(seconds)
     (out / "number").write_text("1")
+
+
+def wait(out: Path, *, stop: str, log: str, name: str) -> None:
+    """Until there is a file `stop`."""
+    with Path(log).open("a") as file:
+        file.write(name + "\n")
+    while not Path(stop).exists():
+        time.sleep(0.1)

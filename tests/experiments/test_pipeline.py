@@ -140,9 +140,7 @@ def test_a_killed_run_is_taken_up_by_the_next(tmp_path, log):
 
 
 def test_a_killed_run_takes_its_helpers_along(tmp_path, log):
-    targets = [
-        stage("slow", name, log, seconds=600.0, stop=str(tmp_path / "stop")) for name in ("one", "two")
-    ]
+    targets = [stage("wait", name, log, stop=str(tmp_path / "stop")) for name in ("one", "two")]
     process = start(targets, tmp_path, workers=2)
 
     def is_free(target):

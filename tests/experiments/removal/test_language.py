@@ -58,6 +58,23 @@ def test_nan_weights_are_a_recorded_refusal(loaded):
     assert language.continuations(model, tokenizer, ["a", "bc"], seed=0, **shared) == [None, None]
 
 
+def test_logits_that_break_on_the_way_are_refused_too(loaded, monkeypatch):
+    model, tokenizer = loaded
+    given, plain = [], model.forward
+
+    def forward(*args, **kwargs):
+        outputs = plain(*args, **kwargs)
+        given.append(outputs)
+        if len(given) == 2:
+            outputs.logits.fill_(float("nan"))
+        return outputs
+
+    monkeypatch.setattr(model, "forward", forward)
+    shared = {"tokens": 3, "top_p": 0.9, "precision": "float32"}
+    assert language.continuations(model, tokenizer, ["a"], seed=0, **shared) == [None]
+    assert len(given) == 2
+
+
 def test_an_error_of_generation_that_is_no_refusal_is_raised(loaded, monkeypatch):
     model, tokenizer = loaded
 
