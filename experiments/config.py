@@ -1,4 +1,4 @@
-"""Configs: a YAML file per experiment, checked whole before anything runs, changed by `key=value` on the command line."""
+"""Configs: a YAML file per experiment, checked whole before anything runs, changed by `key=value` or `~key` on the command line."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, overrides: Sequence[str] = (), *, quick: bool = False) -> Any:
-    """The checked config of a YAML file, with `a.b=value` overrides applied; quick: first those of its own list `quick`.
+    """The checked config of a YAML file, with overrides applied: `a.b=value` sets a key, `~a.b` takes it out.
+
+    quick: first those of the config's own list `quick`.
 
     A config is named after its file; overrides add a short hash to the name, so that its records do not replace the
     file's own. Raises ConfigError.
@@ -123,17 +125,26 @@ def study(experiment: str) -> Any:
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
-    """Set `a.b=value` in nested mappings; the value is read as YAML."""
+    """Set `a.b=value` in nested mappings, the value read as YAML; `~a.b` deletes a key."""
     key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"cannot read {override!r}: overrides are written key=value, as data.test=100")
+    deletes = key.startswith("~") and not equals
+    key = key.removeprefix("~") if deletes else key
+    if not key or not (equals or deletes):
+        raise ConfigError(
+            f"cannot read {override!r}: overrides are written key=value, as data.test=100, or ~key to leave a key out"
+        )
     *parents, last = key.split(".")
     here: Any = content
     for parent in parents:
         here = here.setdefault(parent, {})
         if not isinstance(here, dict):
             raise ConfigError(f"{override!r}: {parent} is no mapping, so it has no key {last!r}")
-    here[last] = yaml.safe_load(value)
+    if not deletes:
+        here[last] = yaml.safe_load(value)
+    elif last not in here:
+        raise ConfigError(f"{override!r}: there is no key {last!r} to leave out{nearest(last, here)}")
+    else:
+        del here[last]
 
 
 def _faults(error: ValidationError, model: type[BaseModel], where: str) -> Iterator[str]:

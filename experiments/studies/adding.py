@@ -36,26 +36,27 @@ Cell = tuple[int, tuple[str, ...], str]  # seed, subset of tasks, merge
 
 
 class Config(Study):
-    """Keys of the config: `sentiment` is the config whose models, curvatures and data are used."""
+    """Keys of the config: `sentiment` is the config whose models, curvatures and data are used (quick_models: its quick variant)."""
 
     experiment: Literal["adding"]
     sentiment: Path
+    quick_models: bool = False
     seeds: tuple[int, ...] = ()  # of that config; empty: all of them
     merges: dict[str, Merge] = Field(min_length=2)
     compare: tuple[str, str]  # of these two, which has the smaller mismatch
 
     @model_validator(mode="after")
     def _known(self) -> Config:
-        check_source(self.sentiment, self.seeds)
+        check_source(self.sentiment, self.seeds, self.quick_models)
         for name in self.compare:
             if name not in self.merges:
                 raise ValueError(f"`compare` names {name!r}, but the merges are {', '.join(self.merges)}")
         return self
 
 
-def check_source(path: Path, seeds: Sequence[int]) -> None:
+def check_source(path: Path, seeds: Sequence[int], quick: bool) -> None:
     """Refuse a config that is no sentiment config, or seeds that it does not have. Raises ValueError."""
-    source = configs.load(path)
+    source = configs.load(path, quick=quick)
     if source.experiment != "sentiment":
         raise ValueError(f"{path} is no config of the sentiment experiment")
     absent = [seed for seed in seeds if seed not in source.seeds]
@@ -70,7 +71,7 @@ def stages(config: Config) -> list[Stage]:
 
 def cells(config: Config) -> tuple[dict[Cell, Stage], dict[Cell, Stage]]:
     """The measured merges, and the choices of those that choose an option."""
-    source = configs.load(config.sentiment)
+    source = configs.load(config.sentiment, quick=config.quick_models)
     made = sentiment.Cells(source)
     measured: dict[Cell, Stage] = {}
     choices: dict[Cell, Stage] = {}

@@ -45,13 +45,14 @@ class Refinement(Strict):
 
 
 class Config(Study):
-    """Keys of the config: `sentiment` is the config of the plain fine-tunes; `delta0` are the floors of H0 in the penalty.
+    """Keys of the config: `sentiment` is the config of the plain fine-tunes (quick_models: its quick variant).
 
-    Without any, nothing is fine-tuned with it.
+    delta0: the floors of H0 in the penalty; without any, nothing is fine-tuned with it.
     """
 
     experiment: Literal["assumption"]
     sentiment: Path
+    quick_models: bool = False
     seeds: tuple[int, ...] = ()  # of that config; empty: all of them
     delta0: tuple[float, ...] = ()
     merges: dict[str, Merge] = Field(min_length=1)
@@ -59,7 +60,7 @@ class Config(Study):
 
     @model_validator(mode="after")
     def _known(self) -> Config:
-        check_source(self.sentiment, self.seeds)
+        check_source(self.sentiment, self.seeds, self.quick_models)
         return self
 
 
@@ -67,7 +68,8 @@ class Cells:
     """The stages of one config, by (seed, how the tasks were fine-tuned, ...)."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.source = config, configs.load(config.sentiment)
+        self.config = config
+        self.source = configs.load(config.sentiment, quick=config.quick_models)
         self.made = sentiment.Cells(self.source)
         self.seeds = config.seeds or self.source.seeds
         self.stationarity: dict[tuple[int, str, str], Stage] = {}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from experiments import claims, verdicts
 from experiments import config as configs
@@ -31,11 +31,13 @@ SOURCES = (
 class Config(Study):
     """Keys of the config: `evidence` says which config each part of the claims is computed from.
 
-    quick: each of those that has a quick variant is run in it.
+    parts: overrides for some of them, which leave out what no claim asks for; their records are named `<config>-claims`.
+    small: each of those that has a quick variant is run in it, and `parts` is not needed.
     """
 
     experiment: Literal["claims"]
     evidence: dict[str, Path] = Field(min_length=1)
+    parts: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     small: bool = False
 
     @field_validator("evidence")
@@ -46,13 +48,27 @@ class Config(Study):
                 raise ValueError(f"no claim asks for {name!r}{configs.nearest(name, SOURCES)}")
         return evidence
 
+    @model_validator(mode="after")
+    def _parts_of_something(self) -> Config:
+        for name in self.parts:
+            if name not in self.evidence:
+                raise ValueError(
+                    f"`parts` changes {name!r}, which is no evidence{configs.nearest(name, self.evidence)}"
+                )
+        return self
+
 
 def studies(config: Config) -> dict[str, Any]:
     """The checked configs of the evidence, quick where that is asked for and where they have such a variant."""
-    return {
-        name: configs.load(path, quick=config.small and "quick" in configs.read(path))
-        for name, path in config.evidence.items()
-    }
+    found = {}
+    for name, path in config.evidence.items():
+        if config.small:
+            found[name] = configs.load(path, quick="quick" in configs.read(path))
+        elif name in config.parts:
+            found[name] = configs.load(path, [*config.parts[name], f"name={path.stem}-claims"])
+        else:
+            found[name] = configs.load(path)
+    return found
 
 
 def stages(config: Config) -> list[Stage]:
@@ -89,11 +105,12 @@ def as_records(name: str, evidence: claims.Evidence, origins: Mapping[str, str])
 
 
 def find(name: str, results: Path | None) -> Path | None:
-    """The records of a study: its file in the results, else the committed one, else a committed variant (`name-*`)."""
+    """The records of a study: its file in the results, else the committed one; for a part of a config, else all of it."""
     for folder in (results, COMMITTED):
-        if folder and (folder / f"{name}.jsonl").is_file():
-            return folder / f"{name}.jsonl"
-    return next(iter(sorted(COMMITTED.glob(f"{name}-*.jsonl"))), None)
+        for known in dict.fromkeys((name, name.removesuffix("-claims"))):
+            if folder and (folder / f"{known}.jsonl").is_file():
+                return folder / f"{known}.jsonl"
+    return None
 
 
 def said(file: Path, results: Path | None) -> str:

@@ -31,7 +31,7 @@ class Estimate(Strict):
 
 
 class Config(Study):
-    """Keys of the config: `sentiment` is the config whose models and data are used.
+    """Keys of the config: `sentiment` is the config whose models and data are used (quick_models: its quick variant).
 
     Every estimate is compared with `reference` on the tasks of `reference_seeds`; `full` is the estimate whose gain over
     task arithmetic counts as all of it.
@@ -39,6 +39,7 @@ class Config(Study):
 
     experiment: Literal["curvature"]
     sentiment: Path
+    quick_models: bool = False
     seeds: tuple[int, ...] = ()  # of that config; empty: all of them
     estimates: dict[str, Estimate] = Field(min_length=1)
     full: str
@@ -47,7 +48,7 @@ class Config(Study):
 
     @model_validator(mode="after")
     def _known(self) -> Config:
-        check_source(self.sentiment, (*self.seeds, *self.reference_seeds))
+        check_source(self.sentiment, (*self.seeds, *self.reference_seeds), self.quick_models)
         if self.full not in self.estimates:
             raise ValueError(f"`full` is {self.full!r}, but the estimates are {', '.join(self.estimates)}")
         return self
@@ -57,7 +58,7 @@ class Cells:
     """The stages of one config: estimates and references by (seed, estimate, model), merges by (seed, estimate or TA)."""
 
     def __init__(self, config: Config) -> None:
-        self.source = configs.load(config.sentiment)
+        self.source = configs.load(config.sentiment, quick=config.quick_models)
         self.made = sentiment.Cells(self.source)
         self.seeds = config.seeds or self.source.seeds
         tasks = self.source.data.tasks

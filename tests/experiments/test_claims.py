@@ -218,6 +218,25 @@ def test_a_half_run_study_is_read_from_its_file(evidence, tmp_path):
     assert of_kind(found, "origins")[0]["origins"] == {"theory": "what has been run of it"}
 
 
+def test_evidence_can_be_a_part_of_a_config(evidence, tmp_path):
+    results = tmp_path / "results"
+    parts = load(evidence, ["parts={theory: [seeds=2]}"])
+    own = study.studies(parts)["theory"]
+    assert (own.seeds, own.name) == (2, "theory-claims")
+    assert (
+        study.find(own.name, results) == study.COMMITTED / "theory.jsonl"
+    )  # all of it holds the part as well
+    write_records(results / "theory.jsonl", [theory(1, True)])
+    write_records(results / "theory-claims.jsonl", [theory(1, True)])
+    assert study.find(own.name, results) == results / "theory-claims.jsonl"
+    quick = load(evidence, ["parts={theory: [seeds=5]}"], quick=True)
+    assert study.studies(quick)["theory"].seeds == 2  # the quick variant leaves out enough
+    with pytest.raises(
+        ConfigError, match="`parts` changes 'theorie', which is no evidence; did you mean 'theory'"
+    ):
+        load(evidence, ["parts={theorie: [seeds=2]}"])
+
+
 def test_faults(evidence, tmp_path, capsys):
     with pytest.raises(ConfigError, match="no claim asks for 'theorie'; did you mean 'theory'"):
         load(evidence, ["evidence={theorie: configs/theory.yaml}"])

@@ -80,6 +80,8 @@ def test_faults(tmp_path, text, message):
     ("override", "message"),
     [
         ("seeds", "cannot read 'seeds': overrides are written key=value"),
+        ("~", "cannot read '~': overrides are written key=value"),
+        ("~compar", "'~compar': there is no key 'compar' to leave out; did you mean 'compare'"),
         ("seeds.first=1", "seeds is no mapping"),
         ("sedes=[1]", "did you mean 'seeds'"),
     ],
@@ -88,6 +90,12 @@ def test_bad_overrides(small, override, message):
     small.write_text(SMALL + "seeds: [0]\n")
     with pytest.raises(ConfigError, match=message):
         load(small, [override])
+
+
+def test_a_key_can_be_left_out(small):
+    config = load(small, ["~compare", "~merges.GM"])
+    assert config.compare == ()
+    assert set(config.merges) == {"TA"}
 
 
 def test_a_missing_file_names_the_nearest(small):
