@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -117,6 +118,12 @@ def check(content: Mapping[str, Any], where: str) -> Any:
         return model.model_validate(content)
     except ValidationError as error:
         raise ConfigError("\n".join(_faults(error, model, where))) from error
+
+
+def digest(config: Study) -> str:
+    """Hash of the keys that decide a config's numbers: its records carry it, so that they are known after the config changed."""
+    content = config.model_dump(mode="json", exclude_defaults=True, exclude={"name", "workers", "wandb"})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def study(experiment: str) -> Any:

@@ -65,12 +65,13 @@ def _sentiment_table(evaluations: Sequence[Record]) -> str:
         ("mismatch/n", mismatch("per_example"), ".3f"),
         ("preconditioned", mismatch("preconditioned"), ".3g"),
     ]
+    seeds = len({record["seed"] for record in evaluations})
     rows = []
     for model in models_in_order(evaluations):
         of_model = [record for record in evaluations if record["model"] == model]
         values = [(mean_over_seeds(of_model, value), form) for _, value, form in columns]
-        rows.append([model, *(format(value[0], form) if value else "" for value, form in values)])
-    seeds = len({record["seed"] for record in evaluations})
+        name = model if len(of_model) == seeds else f"{model} ({len(of_model)} of {seeds} seeds)"
+        rows.append([name, *(format(value[0], form) if value else "" for value, form in values)])
     tests = sum(evaluations[0]["metrics"][domain]["n"] for domain in domains)
     title = f"Test accuracy in %, {tests} examples, " + (
         f"mean of {seeds} seeds" if seeds > 1 else "one seed"

@@ -1,13 +1,15 @@
-"""Stage and formulas: paired bootstrap of a difference of accuracy, rank correlation, interval of a share."""
+"""Stages and formulas: paired bootstrap of accuracies, distances of weights, rank correlation, intervals."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 
 Array = NDArray[np.float64]
 
@@ -24,7 +26,35 @@ def compare(
 
     ours, theirs: seed -> folder of an evaluation. Writes `out/comparison.json`.
     """
-    differences = [
+    differences = correct_less(ours, theirs, domains)
+    low, high = paired_bootstrap(differences, draws)
+    by_seed = np.mean([part.mean(1) for part in differences], axis=0)
+    card = {
+        "difference": float(by_seed.mean()),
+        "low": low,
+        "high": high,
+        "seeds": len(ours),
+        "by_seed": dict(zip(ours, by_seed.tolist(), strict=True)),
+        "draws": draws,
+    }
+    (out / "comparison.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+
+
+def distance(out: Path, *, model: Path, base: Path, joint: Path) -> None:
+    """||theta - theta_joint||, and as a share of ||theta_0 - theta_joint||: `out/distance.json`."""
+    theta, start, target = (
+        load_file(folder / "model" / "model.safetensors") for folder in (model, base, joint)
+    )
+    left, whole = (
+        sum(float((weights[name] - target[name]).double().square().sum()) for name in target) ** 0.5
+        for weights in (theta, start)
+    )
+    (out / "distance.json").write_text(json.dumps({"distance": left, "relative": left / whole}))
+
+
+def correct_less(ours: Mapping[Any, Path], theirs: Mapping[Any, Path], domains: Sequence[str]) -> list[Array]:
+    """Per domain (seeds, n_d): 1 where only ours is right, -1 where only theirs is; folders of evaluations by seed."""
+    return [
         np.stack(
             [
                 _correct(ours[seed] / f"{domain}.npz") - _correct(theirs[seed] / f"{domain}.npz")
@@ -33,10 +63,6 @@ def compare(
         )
         for domain in domains
     ]
-    low, high = paired_bootstrap(differences, draws)
-    mean = float(np.mean([part.mean() for part in differences]))
-    card = {"difference": mean, "low": low, "high": high, "seeds": len(ours), "draws": draws}
-    (out / "comparison.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
 
 
 def paired_bootstrap(differences: Sequence[Array], draws: int, seed: int = 0) -> tuple[float, float]:
@@ -44,6 +70,40 @@ def paired_bootstrap(differences: Sequence[Array], draws: int, seed: int = 0) ->
 
     differences: per domain (seeds, n_d). The same seeds are drawn for every domain of a draw.
     """
+    low, high = np.quantile(_drawn_means(differences, draws, seed), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def bootstrap_ratio(
+    above: Sequence[Array], below: Sequence[Array], draws: int = 4000, seed: int = 0
+) -> tuple[float, float, float]:
+    """mean(above) / mean(below) and its 95 % interval; both as in `paired_bootstrap`, the same draws for both.
+
+    NaN where the mean below is 0. The interval is wide, up to infinite, where that mean may be 0.
+    """
+    value = (
+        sum(part.mean() for part in above) / whole
+        if (whole := sum(part.mean() for part in below))
+        else np.nan
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = _drawn_means(above, draws, seed) / _drawn_means(below, draws, seed)
+    low, high = np.nanquantile(ratios, [0.025, 0.975], method="nearest")
+    return float(value), float(low), float(high)
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of the 95 % interval of Student's t; infinitely wide for one value."""
+    from scipy.stats import t
+
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), float("inf")
+    return float(np.mean(values)), float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+
+
+def _drawn_means(differences: Sequence[Array], draws: int, seed: int) -> Array:
+    """(draws,) of the mean under a draw of seeds and examples; equal shapes and seed give equal draws."""
     generator = np.random.default_rng(seed)
     seeds = len(differences[0])
     drawn = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds  # (draws, seeds)
@@ -52,8 +112,7 @@ def paired_bootstrap(differences: Sequence[Array], draws: int, seed: int = 0) ->
         n = part.shape[1]
         counts = generator.multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, n)
         total += (drawn * (counts @ part.T / n)).sum(-1)
-    low, high = np.quantile(total / len(differences), [0.025, 0.975])
-    return float(low), float(high)
+    return total / len(differences)
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
@@ -62,19 +121,6 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return float("nan")
     return float(np.corrcoef(first, second)[0, 1])
-
-
-def spearman_interval(
-    groups: Sequence[Sequence[tuple[float, float]]], draws: int = 4000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Spearman's rho over all points (x, y), and its 95 % interval by drawing whole groups of points again."""
-    arrays = [np.asarray(points, dtype=float) for points in groups]
-    rho = spearman(*np.concatenate(arrays).T)
-    generator = np.random.default_rng(seed)
-    drawn = generator.integers(len(arrays), size=(draws, len(arrays)))
-    found = [spearman(*np.concatenate([arrays[index] for index in row]).T) for row in drawn]
-    low, high = np.nanquantile(found, [0.025, 0.975])
-    return rho, float(low), float(high)
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:

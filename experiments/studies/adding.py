@@ -155,8 +155,8 @@ def report(found: list[Record]) -> str:
     lines = [format_table(["merge", "mismatch/n", "test error %", "merges"], rows), ""]
     for size, (rho, low, high, count) in correlations(cells).items():
         lines.append(
-            f"Spearman of mismatch/n and test error over all merges of {size} tasks: {rho:.2f} (95 % interval {low:.2f} to "
-            f"{high:.2f}, subsets drawn again; {count} merges)"
+            f"Spearman of mismatch/n and test error over all merges of {size} tasks: {rho:.2f} (seeds {low:.2f} to "
+            f"{high:.2f}; {count} merges)"
         )
     for size, (rho, least, count) in within_subsets(cells).items():
         lines.append(
@@ -173,15 +173,20 @@ def report(found: list[Record]) -> str:
 
 def error(record: Record) -> float:
     """Test error in per cent, each task of the subset alike."""
-    return 100 * (1 - float(record["metrics"]["macro"]["accuracy"]))
+    return round(100 * (1 - float(record["metrics"]["macro"]["accuracy"])), 9)  # equal errors are equal ranks
 
 
 def correlations(cells: Sequence[Record]) -> dict[int, tuple[float, float, float, int]]:
-    """Size of subset -> Spearman's rho over its merges, its 95 % interval (seed and subset drawn again), their number."""
-    from experiments.statistics import spearman_interval
-
-    groups = _points(cells)
-    return {size: (*spearman_interval(own), sum(map(len, own))) for size, own in groups.items()}
+    """Size of subset -> Spearman's rho over its merges, smallest and largest of a seed, number of merges."""
+    found = {}
+    for size, groups in _points(cells).items():
+        by_seed: dict[Any, list[tuple[float, float]]] = {}
+        for (seed, *_), points in groups.items():
+            by_seed.setdefault(seed, []).extend(points)
+        rhos = [_rho(points) for points in by_seed.values()]
+        everything = [point for points in by_seed.values() for point in points]
+        found[size] = (_rho(everything), min(rhos), max(rhos), len(everything))
+    return found
 
 
 def within_subsets(cells: Sequence[Record]) -> dict[int, tuple[float, float, int]]:
@@ -189,24 +194,28 @@ def within_subsets(cells: Sequence[Record]) -> dict[int, tuple[float, float, int
 
     Tasks differ in how hard they are, which the mismatch does not know; within a subset that plays no part.
     """
-    from experiments.statistics import spearman
-
     found = {}
     for size, groups in _points(cells).items():
-        rhos = [rho for group in groups if (rho := spearman(*zip(*group, strict=True))) == rho]  # not NaN
+        rhos = [rho for group in groups.values() if (rho := _rho(group)) == rho]  # not NaN
         if rhos:
             found[size] = (fmean(rhos), min(rhos), len(rhos))
     return found
 
 
-def _points(cells: Sequence[Record]) -> dict[int, list[list[tuple[float, float]]]]:
-    """Size of subset -> for each subset and seed, (mismatch per example, error) of its merges."""
+def _rho(points: Sequence[tuple[float, float]]) -> float:
+    from experiments.statistics import spearman
+
+    return spearman(*zip(*points, strict=True))
+
+
+def _points(cells: Sequence[Record]) -> dict[int, dict[tuple[Any, ...], list[tuple[float, float]]]]:
+    """Size of subset -> (seed, tasks) -> (mismatch per example, error) of its merges."""
     groups: dict[int, dict[tuple[Any, ...], list[tuple[float, float]]]] = {}
     for record in cells:
         point = (record["mismatch"]["per_example"], error(record))
         of_size = groups.setdefault(len(record["tasks"]), {})
         of_size.setdefault((record["seed"], *record["tasks"]), []).append(point)
-    return {size: list(groups[size].values()) for size in sorted(groups)}
+    return dict(sorted(groups.items()))
 
 
 def smaller_share(cells: Sequence[Record]) -> tuple[float, float, float, int]:

@@ -86,12 +86,12 @@ def records(config: Config, store: Path) -> list[Record]:
     results, evidence, origins = store.parent, {}, {}
     for name, own in studies(config).items():
         study = configs.study(own.experiment)
-        made = study.records(own, store)
+        made = [record | {"config": configs.digest(own)} for record in study.records(own, store)]
         complete = all(is_done(stage, store) for stage in study.stages(own))
         if complete and made:
             write_records(results / f"{own.name}.jsonl", made)
         elif file := find(own.name, results):
-            evidence[name], origins[name] = read_records(file), said(file, results)
+            evidence[name], origins[name] = _read(file, results, own, config.evidence[name])
             continue
         evidence[name], origins[name] = made, "this run" if complete else "what has been run of it"
     return as_records(config.name, evidence, origins)
@@ -113,9 +113,17 @@ def find(name: str, results: Path | None) -> Path | None:
     return None
 
 
-def said(file: Path, results: Path | None) -> str:
-    """Which file that is, in words that are the same on every machine."""
-    return f"{'results' if file.parent == results else 'experiments/results'}/{file.name}"
+def _read(file: Path, results: Path | None, own: Study, path: Path) -> tuple[list[Record], str]:
+    """The records of a file, and which one it is in words that are the same on every machine.
+
+    Told, too, where they are neither of the config as it is evidence nor of all of it.
+    """
+    found = read_records(file)
+    known = {configs.digest(own), configs.digest(configs.load(path))}
+    changed = (
+        "" if {record.get("config") for record in found} <= known else " (of a config that has changed since)"
+    )
+    return found, f"{'results' if file.parent == results else 'experiments/results'}/{file.name}{changed}"
 
 
 def read(config: Config, results: Path | None) -> list[Record]:
@@ -123,8 +131,9 @@ def read(config: Config, results: Path | None) -> list[Record]:
     evidence, origins = {}, {}
     for name, own in studies(config).items():
         file = find(own.name, results)
-        evidence[name] = read_records(file) if file else []
-        origins[name] = said(file, results) if file else "nothing"
+        evidence[name], origins[name] = (
+            _read(file, results, own, config.evidence[name]) if file else ([], "nothing")
+        )
     return as_records(config.name, evidence, origins)
 
 

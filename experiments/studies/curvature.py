@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from experiments import config as configs
 from experiments.config import Strict, Study
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
+from experiments.statistics import bootstrap_ratio, correct_less, t_interval
 from experiments.studies import sentiment
 from experiments.studies.adding import CODE, check_source
 from experiments.studies.sentiment_cells import EVALUATED, SOURCES, SQUARED, slug
@@ -33,8 +34,8 @@ class Estimate(Strict):
 class Config(Study):
     """Keys of the config: `sentiment` is the config whose models and data are used (quick_models: its quick variant).
 
-    Every estimate is compared with `reference` on the tasks of `reference_seeds`; `full` is the estimate whose gain over
-    task arithmetic counts as all of it.
+    Every estimate is compared with `reference` on the tasks of `reference_seeds`, and squared batch means with the squares of
+    the same examples one by one; `full` is the estimate whose gain over task arithmetic counts as all of it.
     """
 
     experiment: Literal["curvature"]
@@ -55,7 +56,7 @@ class Config(Study):
 
 
 class Cells:
-    """The stages of one config: estimates and references by (seed, estimate, model), merges by (seed, estimate or TA)."""
+    """The stages of one config: estimates, errors and biases by (seed, estimate, model), merges by (seed, estimate or TA)."""
 
     def __init__(self, config: Config) -> None:
         self.source = configs.load(config.sentiment, quick=config.quick_models)
@@ -64,6 +65,7 @@ class Cells:
         tasks = self.source.data.tasks
         self.estimates: dict[Cell, Stage] = {}
         self.errors: dict[Cell, Stage] = {}
+        self.biases: dict[Cell, Stage] = {}
         self.merges: dict[tuple[int, str], Stage] = {}
         for seed in self.seeds:
             self._merge(seed, "TA", "task_arithmetic", self.made.sources(seed, tasks))
@@ -75,17 +77,28 @@ class Cells:
                     "curvatures": {task: self.estimates[seed, name, task] for task in tasks},
                 }
                 self._merge(seed, name, "gradient_matching", inputs)
+                if spec.kind == "batch means":
+                    single = Estimate(kind="empirical", examples=spec.examples)
+                    for task in tasks:
+                        one_by_one = self._estimate(seed, f"{name} one by one", task, single)
+                        self.biases[seed, name, task] = self._error(
+                            f"curvature/seed{seed}/bias-{slug(name)}-{task}",
+                            self.estimates[seed, name, task],
+                            one_by_one,
+                        )
         for seed in (seed for seed in config.reference_seeds if seed in self.seeds):
             for task in tasks:
                 reference = self._estimate(seed, "reference", task, config.reference)
                 for name in config.estimates:
-                    self.errors[seed, name, task] = Stage(
+                    self.errors[seed, name, task] = self._error(
                         f"curvature/seed{seed}/error-{slug(name)}-{task}",
-                        "experiments.estimates:compare_estimate",
-                        {},
-                        {"estimate": self.estimates[seed, name, task], "reference": reference},
-                        seconds=1,
+                        self.estimates[seed, name, task],
+                        reference,
                     )
+
+    def _error(self, title: str, estimate: Stage, reference: Stage) -> Stage:
+        inputs = {"estimate": estimate, "reference": reference}
+        return Stage(title, "experiments.estimates:compare_estimate", {}, inputs, seconds=1)
 
     def _estimate(self, seed: int, name: str, model: str, spec: Estimate) -> Stage:
         data = self.source.data
@@ -123,7 +136,7 @@ class Cells:
 
     def all(self) -> list[Stage]:
         """Every stage."""
-        return [*self.merges.values(), *self.errors.values()]
+        return [*self.merges.values(), *self.errors.values(), *self.biases.values()]
 
 
 def stages(config: Config) -> list[Stage]:
@@ -132,7 +145,7 @@ def stages(config: Config) -> list[Stage]:
 
 
 def records(config: Config, store: Path) -> list[Record]:
-    """One record per merge and seed (with the seconds of its estimates), one per error of a task's estimate."""
+    """One record per merge and seed (with the seconds of its estimates), per estimate's share of the gain, per error and bias."""
     cells = Cells(config)
     kept = ("key", "commit", "versions", "machine", "threads", "finished")
     common = {"experiment": config.experiment, "name": config.name, "full": config.full}
@@ -146,15 +159,43 @@ def records(config: Config, store: Path) -> list[Record]:
                 | {"estimate_seconds": _seconds(cells, seed, name, store), "seconds": origin["seconds"]}
                 | {key: origin[key] for key in kept}
             )  # fmt: skip
-    for (seed, name, task), stage in cells.errors.items():
-        if is_done(stage, store):
-            origin = card(stage, store)
-            found.append(
-                common | {"kind": "error", "seed": seed, "estimate": name, "task": task, **_read(stage, store, "error.json")}
-                | {"spec": config.estimates[name].model_dump(), "reference": config.reference.model_dump()}
-                | {"seconds": origin["seconds"]} | {key: origin[key] for key in kept}
-            )  # fmt: skip
+    found += [common | {"kind": "gain", **gain} for gain in _gains(config, cells, store)]
+    for kind, stages_ in (("error", cells.errors), ("bias", cells.biases)):
+        for (seed, name, task), stage in stages_.items():
+            if is_done(stage, store):
+                origin = card(stage, store)
+                found.append(
+                    common | {"kind": kind, "seed": seed, "estimate": name, "task": task, **_read(stage, store, "error.json")}
+                    | {"spec": config.estimates[name].model_dump()}
+                    | ({"reference": config.reference.model_dump()} if kind == "error" else {})
+                    | {"seconds": origin["seconds"]} | {key: origin[key] for key in kept}
+                )  # fmt: skip
     return found
+
+
+def _gains(config: Config, cells: Cells, store: Path) -> Iterator[dict[str, Any]]:
+    """Per estimate, (accuracy - TA) / (accuracy of the full estimate - TA) over its seeds, with its bootstrap interval."""
+    tasks = cells.source.data.tasks
+    for name, spec in config.estimates.items():
+        wanted = ("TA", config.full, name)
+        seeds = [
+            seed for seed in cells.seeds if all(is_done(cells.merges[seed, other], store) for other in wanted)
+        ]
+        if not seeds:
+            continue
+        base, full, own = (
+            {seed: cells.merges[seed, other].folder(store) for seed in seeds} for other in wanted
+        )
+        kept, low, high = bootstrap_ratio(correct_less(own, base, tasks), correct_less(full, base, tasks))
+        if kept == kept:  # not NaN: the full estimate gains something
+            yield {
+                "estimate": name,
+                "spec": spec.model_dump(),
+                "seeds": seeds,
+                "kept": kept,
+                "low": low,
+                "high": high,
+            }
 
 
 def _seconds(cells: Cells, seed: int, name: str, store: Path) -> float:
@@ -182,52 +223,35 @@ def report(found: list[Record]) -> str:
         ]
         mine = [record for record in merges if record["estimate"] == name]
         seconds = fmean(record["estimate_seconds"] for record in mine)
-        gain = gain_kept(merges, name) if name != "TA" else None
-        share = f"{100 * gain[0]:.0f} ({100 * gain[1]:.0f} to {100 * gain[2]:.0f})" if gain else ""
+        gain = next((gain for gain in of_kind(found, "gain") if gain["estimate"] == name), None)
+        share = (
+            f"{100 * gain['kept']:.0f} ({100 * gain['low']:.0f} to {100 * gain['high']:.0f})" if gain else ""
+        )
         accuracy = f"{100 * fmean(record['metrics']['macro']['accuracy'] for record in mine):.1f}"
         rows.append([name, *values, f"{seconds:.0f}", accuracy, share])
     header = ["estimate", "rel. error", "log corr.", "trace ratio", "seconds", "accuracy %", "gain kept %"]
     notes = [
-        "gain kept: (accuracy - TA) / (accuracy of the full estimate - TA), mean over seeds, smallest and largest seed in brackets;",
+        "gain kept: (accuracy - TA) / (accuracy of the full estimate - TA), over seeds and tasks, 95 % paired bootstrap interval;",
         "relative error, correlation of logarithms and ratio of traces against the reference, mean over its models.",
     ]
-    bias = batch_bias(wrong)
+    bias = batch_bias(found)
     if bias:
         ratio, low, high, size, models = bias
         notes.append(
-            f"squared batch means x B / reference: trace ratio {ratio:.2f} (from {low:.2f} to {high:.2f} over {models} models), B = {size}"
+            f"squared batch means x B / squares one by one: trace ratio {ratio:.2f} (95 % interval {low:.2f} to {high:.2f}, {models} models), B = {size}"
         )
     return "\n".join([format_table(header, rows), "", *notes])
 
 
-def gain_kept(merges: Sequence[Record], name: str) -> tuple[float, float, float] | None:
-    """(accuracy - TA) / (accuracy of the full estimate - TA): of the seeds' means, then the smallest and largest of a seed.
+def batch_bias(found: Sequence[Record]) -> tuple[float, float, float, int, int] | None:
+    """Squared batch means x B / the same examples' squares one by one, by their traces: 1 is the claimed 1/B.
 
-    None where some seed lacks one of the three.
+    Mean over models with its 95 % interval (Student's t), B, and the number of models; None without records.
     """
-    accuracy = {
-        (record["seed"], record["estimate"]): record["metrics"]["macro"]["accuracy"] for record in merges
-    }
-    full = merges[0]["full"]
-    seeds = [seed for seed, estimate in accuracy if estimate == name]
-    if not all((seed, other) in accuracy for seed in seeds for other in ("TA", full)):
-        return None
-    parts = [
-        (accuracy[seed, name] - accuracy[seed, "TA"], accuracy[seed, full] - accuracy[seed, "TA"])
-        for seed in seeds
-    ]
-    whole = fmean(gain for _, gain in parts)
-    shares = [part / gain for part, gain in parts if gain]
-    if not whole or not shares:
-        return None
-    return fmean(part for part, _ in parts) / whole, min(shares), max(shares)
-
-
-def batch_bias(wrong: Sequence[Record]) -> tuple[float, float, float, int, int] | None:
-    """Trace ratio of squared batch means times B (mean, smallest, largest over models), B, number of models; 1 is unbiased."""
-    own = [record for record in wrong if record["spec"]["kind"] == "batch means"]
+    own = of_kind(found, "bias")
     if not own:
         return None
     size = own[0]["spec"]["batch_size"]
     ratios = [size * record["trace_ratio"] for record in own]
-    return fmean(ratios), min(ratios), max(ratios), size, len(ratios)
+    mean, half = t_interval(ratios)
+    return mean, mean - half, mean + half, size, len(ratios)

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field
 
 from experiments.config import Strict, Study, Training
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
+from experiments.statistics import t_interval
 from experiments.studies.sentiment_cells import SQUARED, TRAINED
 
 EDITING = ("gradmatch.subtraction", "gradmatch.merging", "gradmatch.engine", "gradmatch.rules")
@@ -199,23 +199,13 @@ def _verdicts(problem: str, rows: Sequence[Record]) -> Iterator[str]:
                 and (other["edit"], other["alpha"]) == ("TA", 1.0)
             ]
             if pairs:
-                mean, half = interval([a - b for a, b in pairs])
+                mean, half = t_interval([a - b for a, b in pairs])
                 judged = (
                     "nearer" if mean + half < 0 else "farther" if mean - half > 0 else "no difference shown"
                 )
                 yield f"{problem}: {metric} of {ours} less that of TA, at alpha = 1: {mean:+.4g} +- {half:.2g} ({judged})"
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of the 95 % interval of Student's t; infinitely wide for one value."""
-    from scipy.stats import t
-
-    n = len(values)
-    if n < 2:
-        return float(np.mean(values)), float("inf")
-    return float(np.mean(values)), float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
-
-
 def _cell(values: Sequence[Any]) -> str:
-    mean, half = interval([float(value) for value in values])
+    mean, half = t_interval([float(value) for value in values])
     return f"{mean:.3g} +- {half:.2g}"

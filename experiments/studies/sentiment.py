@@ -251,6 +251,9 @@ def _evaluations(cells: Cells, store: Path) -> Iterator[Record]:
         mismatch = cells.mismatches.get((seed, name))
         if mismatch and is_done(mismatch, store):
             record["mismatch"] = _read(mismatch, store, "mismatch.json")
+        distance = cells.distances.get((seed, name))
+        if distance and is_done(distance, store):
+            record["distance_to_joint"] = _read(distance, store, "distance.json")["relative"]
         yield record
 
 

@@ -36,6 +36,7 @@ class Cells:
         self.evaluations: dict[tuple[int, str], Stage] = {}
         self.mismatches: dict[tuple[int, str], Stage] = {}
         self.sweeps: dict[tuple[int, str], Stage] = {}
+        self.distances: dict[tuple[int, str], Stage] = {}
         for seed in config.seeds:
             self._train(seed)
             self._merge(seed)
@@ -45,7 +46,14 @@ class Cells:
 
     def all(self) -> list[Stage]:
         """Every stage; what they need comes with them."""
-        groups = (self.evaluations, self.mismatches, self.sweeps, self.comparisons, self.on_tasks)
+        groups = (
+            self.evaluations,
+            self.mismatches,
+            self.distances,
+            self.sweeps,
+            self.comparisons,
+            self.on_tasks,
+        )
         return [stage for group in groups for stage in group.values()]  # type: ignore[attr-defined]
 
     def _prepare(self) -> Stage:
@@ -172,6 +180,16 @@ class Cells:
             )
             self._evaluate(seed, name, self.merged[seed, name])
             self._mismatch(seed, name, self.merged[seed, name])
+            self.distances[seed, name] = Stage(
+                f"sentiment/seed{seed}/distance-{slug(name)}",
+                "experiments.statistics:distance",
+                {},
+                {
+                    "model": self.merged[seed, name],
+                    "base": self.trained[seed, "base"],
+                    "joint": self.trained[seed, "joint"],
+                },
+            )
             if config.sweep and name in config.sweep.merges:
                 self._sweep(seed, name, config.sweep, settings, inputs)
 

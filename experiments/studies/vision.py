@@ -84,7 +84,7 @@ class Cells(sentiment_cells.Cells):
         super().__init__(config)
         made: dict[int, Stage] = {}  # so that a stage that several read stays one
         for group in (self.trained, self.curvatures, self.gradients, self.choices, self.merged,
-                      self.evaluations, self.mismatches, self.sweeps, self.comparisons, self.on_tasks):  # fmt: skip
+                      self.evaluations, self.mismatches, self.distances, self.sweeps, self.comparisons, self.on_tasks):  # fmt: skip
             for key, stage in group.items():
                 group[key] = on_images(stage, made)  # type: ignore[index]
         self.data = on_images(self.data, made)

@@ -11,6 +11,7 @@ from experiments import config as configs
 from experiments.__main__ import main
 from experiments.estimates import errors, squared_batch_means
 from experiments.records import of_kind, read_records
+from experiments.statistics import t_interval
 from experiments.studies import curvature
 
 KINDS = ("fisher", "ggn", "empirical", "batch", "batch means", "adam", "ivon")
@@ -50,6 +51,20 @@ def test_every_kind_gives_a_merge_its_seconds_and_its_error(curvature_config, tm
         assert record["trace_ratio"] > 0
         assert -1 <= record["log_correlation"] <= 1
     assert "squared batch means x B" in captured.out
+    gains = of_kind(records, "gain")  # none where the full estimate gains nothing over task arithmetic
+    accuracy = {record["estimate"]: record["metrics"]["macro"]["accuracy"] for record in merges}
+    for gain in gains:
+        whole = accuracy["fisher"] - accuracy["TA"]
+        assert gain["kept"] == pytest.approx((accuracy[gain["estimate"]] - accuracy["TA"]) / whole)
+        assert gain["low"] <= gain["high"]
+    assert [gain["estimate"] for gain in gains] == (
+        list(KINDS) if accuracy["fisher"] != accuracy["TA"] else []
+    )
+    biases = of_kind(records, "bias")
+    assert [(record["estimate"], record["task"]) for record in biases] == [
+        ("batch means", "books"),
+        ("batch means", "songs"),
+    ]
 
 
 def test_errors_of_known_estimates():
@@ -102,24 +117,9 @@ def test_faults(curvature_config, change, message):
         configs.check(content, "curvature.yaml")
 
 
-def merge(seed, estimate, accuracy):
-    return {"seed": seed, "estimate": estimate, "full": "all", "metrics": {"macro": {"accuracy": accuracy}}}
-
-
-def test_gain_kept():
-    cells = [merge(0, "TA", 0.7), merge(0, "all", 0.8), merge(0, "few", 0.79)]
-    cells += [merge(1, "TA", 0.6), merge(1, "all", 0.8), merge(1, "few", 0.7)]
-    assert curvature.gain_kept(cells, "few") == pytest.approx((0.095 / 0.15, 0.5, 0.9))
-    assert curvature.gain_kept(cells, "all") == pytest.approx((1, 1, 1))
-    assert curvature.gain_kept(cells[:2] + cells[3:], "few") is not None
-    assert curvature.gain_kept([cells[1], cells[2]], "few") is None  # task arithmetic failed
-    assert (
-        curvature.gain_kept([merge(0, "TA", 0.7), merge(0, "all", 0.7), merge(0, "few", 0.8)], "few") is None
-    )
-
-
 def test_batch_bias_is_one_where_there_is_none():
     spec = {"kind": "batch means", "batch_size": 8}
-    cells = [{"spec": spec, "trace_ratio": ratio} for ratio in (0.125, 0.25)]
-    assert curvature.batch_bias(cells) == pytest.approx((1.5, 1.0, 2.0, 8, 2))
-    assert curvature.batch_bias([{"spec": {"kind": "adam"}}]) is None
+    cells = [{"kind": "bias", "spec": spec, "trace_ratio": ratio} for ratio in (0.125, 0.25)]
+    mean, half = t_interval([1.0, 2.0])
+    assert curvature.batch_bias(cells) == pytest.approx((1.5, mean - half, mean + half, 8, 2))
+    assert curvature.batch_bias([{"kind": "error", "spec": spec}]) is None

@@ -1,12 +1,15 @@
 """Metrics and statistics against slow definitions."""
 
+import json
 import math
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from experiments.evaluate import expected_calibration_error, measure, with_averages
-from experiments.statistics import compare, paired_bootstrap, spearman
+from experiments.statistics import bootstrap_ratio, compare, distance, paired_bootstrap, spearman
 
 
 def test_measures():
@@ -65,8 +68,29 @@ def test_comparison_of_two_evaluations(tmp_path):
         chosen = np.where(np.arange(100) < right, labels, 1 - labels)
         np.savez(folder / "a.npz", probabilities=np.eye(2)[chosen], labels=labels)
     compare(tmp_path, ours={"0": tmp_path / "ours"}, theirs={"0": tmp_path / "theirs"}, domains=["a"])
-    text = (tmp_path / "comparison.json").read_text()
-    assert '"difference": 0.3' in text
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert found["difference"] == pytest.approx(0.3)
+    assert found["by_seed"] == {"0": pytest.approx(0.3)}
+
+
+def test_bootstrap_of_a_ratio_draws_both_alike():
+    generator = np.random.default_rng(0)
+    below = [generator.choice([0.0, 1.0], size=(3, 60)), generator.choice([0.0, 1.0], size=(3, 40))]
+    value, low, high = bootstrap_ratio([part / 2 for part in below], below, 500)
+    assert (value, low, high) == pytest.approx((0.5, 0.5, 0.5))
+    other = [part * generator.choice([0.0, 1.0], size=part.shape) for part in below]
+    value, low, high = bootstrap_ratio(other, below, 500)
+    assert value == pytest.approx(sum(part.mean() for part in other) / sum(part.mean() for part in below))
+    assert low < value < high
+    assert np.isnan(bootstrap_ratio(below, [0 * part for part in below], 50)[0])
+
+
+def test_distance_is_relative_to_the_base(tmp_path):
+    for name, value in (("model", 1.0), ("base", 4.0), ("joint", 0.0)):
+        (tmp_path / name / "model").mkdir(parents=True)
+        save_file({"w": torch.full((4,), value)}, tmp_path / name / "model" / "model.safetensors")
+    distance(tmp_path, **{name: tmp_path / name for name in ("model", "base", "joint")})
+    assert json.loads((tmp_path / "distance.json").read_text()) == {"distance": 2.0, "relative": 0.25}
 
 
 def test_rank_correlation():

@@ -11,6 +11,7 @@ from experiments import config as configs
 from experiments.__main__ import main
 from experiments.records import read_records
 from experiments.removal import encoder, proof
+from experiments.statistics import t_interval
 from experiments.studies import removal_proof
 
 
@@ -64,8 +65,8 @@ def test_without_scikit_learn_the_digits_say_what_to_install(monkeypatch):
 
 
 def test_interval_is_students():
-    assert removal_proof.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.302653 * 1 / 3**0.5, rel=1e-6))
-    assert removal_proof.interval([1.0]) == (1.0, float("inf"))
+    assert t_interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.302653 * 1 / 3**0.5, rel=1e-6))
+    assert t_interval([1.0]) == (1.0, float("inf"))
 
 
 def test_report_judges_by_the_interval(tmp_path):
