@@ -17,8 +17,9 @@ Point = dict[str, Any]
 def draw(records: Sequence[Record], folder: Path, name: str = "fig_alpha") -> list[Path]:
     """Mean accuracy on the tasks over alpha: a line per merge (mean over seeds), a band of one standard deviation.
 
-    Where the sweeps were forecast, beside it the mean loss on the tasks: measured (lines) and forecast (crosses).
-    Draws nothing, and returns no path, where no merge was swept.
+    Where the sweeps were forecast, beside it the mean loss on the tasks: measured (lines) and forecast (hollow markers).
+    Each merge is drawn thinner than the one below it, so that none hides another. Draws nothing, and returns no path,
+    where no merge was swept.
     """
     sweeps = of_kind(records, "sweep")
     if not sweeps:
@@ -30,7 +31,9 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_alpha") -> li
     styles = look(models)
     for index, model in enumerate(models):
         own = [record for record in sweeps if record["model"] == model]
-        style = {**styles[model], "linestyle": ("-", "--", "-.", ":")[index % 4], "markersize": 4}
+        thick = 1 - index / len(models)
+        style = {**styles[model], "markersize": 3 + 5 * thick, "linewidth": 0.8 + 2 * thick}
+        style["linestyle"] = ("-", "--", "-.", ":")[index % 4]
         alphas, means, spread = curve(own, lambda point: 100 * point["metrics"]["tasks"]["accuracy"])
         accuracy.plot(alphas, means, label=model, **style)
         if any(spread):
@@ -38,16 +41,18 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_alpha") -> li
             accuracy.fill_between(alphas, low, high, color=style["color"], alpha=0.15, linewidth=0)
         for loss in rest:
             loss.plot(*curve(own, lambda point: point["metrics"]["tasks"]["nll"])[:2], **style)
-            told = {"marker": "x", "linestyle": "", "color": style["color"], "markersize": 4}
+            told = {**style, "linestyle": "", "markerfacecolor": "none"}
             loss.plot(*curve(own, lambda point: point["forecast"]["mean"])[:2], **told)
     accuracy.set_ylabel("accuracy on the tasks (%)")
     for loss in rest:
         if min(loss.dataLim.y0, loss.dataLim.y1) > 0:  # a quadratic may foresee less than nothing
             plain_log(loss.yaxis)
         loss.set_ylabel("loss on the tasks (nats)")
-        lines = [plt.Line2D([], [], color="#666666", **own) for own in ({}, {"marker": "x", "linestyle": ""})]
+        hollow = {"linestyle": "", "markerfacecolor": "none"}
+        lines = [plt.Line2D([], [], color="#666666", marker="o", markersize=5, **own) for own in ({}, hollow)]
         loss.legend(lines, ["measured, test examples", "forecast, training examples"])
-    accuracy.legend()
+    band = "band: $\\pm$ 1 s.d. over seeds" if len({record["seed"] for record in sweeps}) > 1 else None
+    accuracy.legend(title=band, title_fontsize=7, alignment="left")
     for axes in panels[0]:
         axes.set_xlabel("weight $\\alpha$ of every task")
     return save(figure, folder, name)

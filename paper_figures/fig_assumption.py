@@ -9,11 +9,13 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 
 from experiments.records import Record, of_kind
-from paper_figures.style import COLOURS, look, save
+from paper_figures.style import caption, look, save
+
+MEANING = {"Measured*": "Measured*: measured gradients,\ndamping chosen on validation data"}
 
 
 def draw(records: Sequence[Record], folder: Path, name: str = "fig_assumption") -> list[Path]:
-    """Left: accuracy on the tasks by way of fine-tuning, a marker per rule (mean) over its seeds; right: Eq. 9 over steps.
+    """Left: accuracy on the tasks by way of fine-tuning, a marker per rule; right: Eq. 9 over steps, a line per seed.
 
     Raises ValueError where nothing was merged.
     """
@@ -31,7 +33,7 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_assumption") 
             found = [accuracy(r) for r in merges if (r["tuning"], r["merge"]) == (tuning, rule)]
             if found:
                 x = place + 0.18 * (index - (len(rules) - 1) / 2)
-                label = rule if place == 0 else None
+                label = MEANING.get(rule, rule) if place == 0 else None
                 left.vlines(x, min(found), max(found), color=styles[rule]["color"], linewidth=0.8)
                 left.plot(x, fmean(found), linestyle="none", label=label, **styles[rule])
     joint = [accuracy(record) for record in of_kind(records, "reference")]
@@ -40,24 +42,20 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_assumption") 
     left.set_xticks(range(len(tunings)), ["plain", *(f"$\\delta_0$ = {t}" for t in tunings[1:])])
     left.set_xlabel("fine-tuning: without penalty, and with Eq. 8's")
     left.set_ylabel("accuracy on the tasks (%)")
-    left.legend(fontsize=7, loc="lower right")
-    for index, damping in enumerate(dict.fromkeys(r["damping"] for r in of_kind(records, "refinement"))):
-        for run in (r for r in of_kind(records, "refinement") if r["damping"] == damping):
-            style = {"color": COLOURS[index], "linestyle": ("-", "--", "-.", ":")[index % 4]}
-            label = f"damping {damping:g}" if run["seed"] == merges[0]["seed"] else None
-            right.plot(
-                [value / run["values"][0] for value in run["values"]],
-                marker="o",
-                markersize=3,
-                label=label,
-                **style,
-            )
+    left.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(rules) + 1)
+    runs = {
+        f"seed {r['seed']}, damping {r['damping']:g}": r["values"] for r in of_kind(records, "refinement")
+    }
+    for label, style in look(list(runs)).items():
+        values = runs[label]
+        right.plot([value / values[0] for value in values], markersize=4, linewidth=1, label=label, **style)
     right.set_ylim(bottom=0)
     right.set_xlabel("refinement steps")
     right.set_ylabel("objective of Eq. 9 / its first value")
-    if of_kind(records, "refinement"):
+    if runs:
         right.legend(fontsize=7)
         right.xaxis.get_major_locator().set_params(integer=True)
+    caption(figure, "left: mean over seeds, whiskers: smallest to largest")
     return save(figure, folder, name)
 
 

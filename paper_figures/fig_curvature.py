@@ -9,7 +9,7 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 
 from experiments.records import Record, of_kind
-from paper_figures.style import COLOURS, save
+from paper_figures.style import COLOURS, caption, plain_log, save
 
 
 def draw(records: Sequence[Record], folder: Path, name: str = "fig_curvature") -> list[Path]:
@@ -21,7 +21,9 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_curvature") -
     if not merges:
         raise ValueError("no record of a merge by an estimate: run configs/curvature.yaml first")
     names = list(dict.fromkeys(record["estimate"] for record in merges))
-    figure, panels = plt.subplots(1, 3, figsize=(7.0, 0.9 + 0.24 * len(names)), sharey=True)
+    figure, panels = plt.subplots(
+        1, 3, figsize=(7.0, 1.1 + 0.24 * len(names)), sharey=True, layout="constrained"
+    )
     columns = (
         ("correlation of log F with\nthe exact GGN's", wrong, lambda record: record["log_correlation"]),
         ("seconds for all\nfour models", merges, lambda record: record["estimate_seconds"] or None),
@@ -37,8 +39,12 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_curvature") -
         axes.set_xlabel(title)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
-    panels[1].set_xscale("log")
+    plain_log(panels[1].xaxis)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    figure.tight_layout()
+    caption(
+        figure,
+        "numbers: examples per model; Monte-Carlo Fisher, one sampled label each, unless said otherwise\n"
+        "dots: a seed each (on the left a seed and model), black bars: their mean",
+    )
     return save(figure, folder, name)

@@ -9,7 +9,7 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 
 from experiments.records import Record, of_kind
-from paper_figures.style import look, save
+from paper_figures.style import caption, look, save
 
 KINDS = {"exact": "exact GGN products", "kronecker": "Kronecker factors", "diagonal": "diagonal Fisher"}
 
@@ -25,7 +25,9 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_forecast") ->
         raise ValueError("no record of a forecast: run configs/forecast.yaml first")
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     styles = look(tasks)
-    figure, panels = plt.subplots(1, len(KINDS), figsize=(7.2, 2.7), sharex=True, sharey=True)
+    figure, panels = plt.subplots(
+        1, len(KINDS), figsize=(7.2, 2.9), sharex=True, sharey=True, layout="constrained"
+    )
     for axes, (kind, title) in zip(panels, KINDS.items(), strict=True):
         for task in tasks:
             points = [(row["seen"], row[kind]) for row in rows if row["task"] == task]
@@ -36,7 +38,7 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_forecast") ->
         rho = fmean(record["correlations"]["seen"][kind]["all pairs"] for record in forecasts)
         axes.set_title(f"{title}\nSpearman {rho:.2f}")
         axes.set_xlabel("measured rise (nats / example)")
-    panels[0].set_ylabel("forecast rise")
+    panels[0].set_ylabel("forecast rise (nats / example)")
     panels[0].legend(fontsize=7)
-    figure.tight_layout()
+    caption(figure, "both on the examples that the forecast was made from; dashes: forecast = measured")
     return save(figure, folder, name)

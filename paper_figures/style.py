@@ -9,7 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import AutoLocator, LogLocator, NullFormatter
 
 plt.rcParams.update(
     {
@@ -37,13 +37,18 @@ def look(names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def plain_log(axis: Any) -> None:
-    """A logarithmic axis with plain numbers at 1, 1.5, 2, 3, 5 and 7 of each decade that it shows."""
+    """A logarithmic axis with plain numbers: at 1, 1.5, 2, 3, 5 and 7 of each decade, fewer of a long axis, equal steps on a short one."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     low, high = axis.get_view_interval()
     steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high / low < 20 else (1.0, 3.0) if high / low < 300 else (1.0,)
-    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_locator(AutoLocator() if high / low < 3 else LogLocator(subs=steps))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
+
+
+def caption(figure: Any, text: str) -> None:
+    """A small line below the panels: what marks and whiskers are."""
+    figure.supxlabel(text, fontsize=7, color="#444444")
 
 
 def save(figure: Any, folder: Path, name: str) -> list[Path]:

@@ -17,6 +17,7 @@ from paper_figures import (
     fig_mismatch,
     fig_proof,
     fig_redundancy,
+    fig_removal,
     style,
     table_claims,
     table_sentiment,
@@ -152,6 +153,17 @@ OTHERS = {
         for problem in ("ridge", "network")
         for edit in ("GM", "TA")
     ],
+    fig_removal: [
+        {
+            "kind": "point",
+            "label": label,
+            "seed": 0,
+            "alpha": alpha,
+            "metrics": {"scorer": "proxy", "perplexity_keep": keep, "perplexity_remove": 6.0},
+            "intervals": {},
+        }
+        for label, alpha, keep in (("base", 0.0, 5.0), ("GM", 1.0, 9.0), ("EWR", 0.5, 6685.0))
+    ],
     fig_redundancy: [
         {
             "kind": "redundancy",
@@ -191,6 +203,28 @@ def test_the_other_figures_are_drawn_from_records_and_are_the_same_again(module,
 def test_records_without_what_is_drawn(module, tmp_path):
     with pytest.raises(ValueError, match=r"run .* first"):
         module.draw([{"kind": "comparison"}], tmp_path)
+
+
+def test_points_far_off_are_drawn_at_the_edge_with_their_number(tmp_path):
+    fig_removal.draw(OTHERS[fig_removal], tmp_path)
+    far = [item | {"distance": 22.2} if item["edit"] == "TA" else item for item in OTHERS[fig_proof]]
+    fig_proof.draw(far, tmp_path)
+    assert "outside, at 6685" in (tmp_path / "fig_removal.svg").read_text()
+    assert "outside, at 22.2" in (tmp_path / "fig_proof.svg").read_text()
+
+
+@pytest.mark.parametrize("ends", [(10, 11), (10, 19), (0.8, 2.2), (33, 66), (0.6, 11), (4, 150), (1, 9000)])
+def test_a_logarithmic_axis_has_several_plain_numbers(ends):
+    figure, axes = style.plt.subplots()
+    axes.set_xlim(*ends)
+    style.plain_log(axes.xaxis)
+    figure.canvas.draw()
+    shown = [
+        label.get_text() for label in axes.get_xticklabels() if ends[0] <= label.get_position()[0] <= ends[1]
+    ]
+    style.plt.close(figure)
+    assert 3 <= len(shown) <= 10
+    assert all(float(number) for number in shown)
 
 
 def test_more_than_eight_names_still_look_different():
