@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 Array = NDArray[np.float64]
+Documents = Sequence[
+    NDArray[np.int64] | None
+]  # per domain (n_d,): which document a text is a part of; None: each its own
 
 
 def compare(
@@ -19,15 +22,16 @@ def compare(
     *,
     ours: Mapping[str, Path],
     theirs: Mapping[str, Path],
+    data: Path,
     domains: Sequence[str],
     draws: int = 4000,
 ) -> None:
     """Macro accuracy of one model minus another's, over the same test examples, with its bootstrap interval.
 
-    ours, theirs: seed -> folder of an evaluation. Writes `out/comparison.json`.
+    ours, theirs: seed -> folder of an evaluation; data: whose test examples they are. Writes `out/comparison.json`.
     """
     differences = correct_less(ours, theirs, domains)
-    low, high = paired_bootstrap(differences, draws)
+    low, high = paired_bootstrap(differences, documents_of(data, domains), draws)
     by_seed = np.mean([part.mean(1) for part in differences], axis=0)
     card = {
         "difference": float(by_seed.mean()),
@@ -65,17 +69,32 @@ def correct_less(ours: Mapping[Any, Path], theirs: Mapping[Any, Path], domains: 
     ]
 
 
-def paired_bootstrap(differences: Sequence[Array], draws: int, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of mean_d mean_s mean_n x_dsn, by drawing seeds s and, within each domain d, examples n again.
+def documents_of(data: Path, domains: Sequence[str]) -> Documents:
+    """Which document each test example of a domain belongs to, where the data say so (texts)."""
+    from datasets import load_from_disk
+
+    found: list[NDArray[np.int64] | None] = []
+    for domain in domains:
+        folder = data / domain / "test"  # a data set of texts; images have a file instead
+        rows = load_from_disk(str(folder)) if folder.is_dir() else None
+        known = rows is not None and "document" in rows.column_names
+        found.append(np.unique(rows["document"], return_inverse=True)[1] if known else None)
+    return found
+
+
+def paired_bootstrap(
+    differences: Sequence[Array], documents: Documents, draws: int, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of mean_d mean_s mean_n x_dsn, by drawing seeds s and, within each domain d, whole documents again.
 
     differences: per domain (seeds, n_d). The same seeds are drawn for every domain of a draw.
     """
-    low, high = np.quantile(_drawn_means(differences, draws, seed), [0.025, 0.975])
+    low, high = np.quantile(_drawn_means(differences, documents, draws, seed), [0.025, 0.975])
     return float(low), float(high)
 
 
 def bootstrap_ratio(
-    above: Sequence[Array], below: Sequence[Array], draws: int = 4000, seed: int = 0
+    above: Sequence[Array], below: Sequence[Array], documents: Documents, draws: int = 4000, seed: int = 0
 ) -> tuple[float, float, float]:
     """mean(above) / mean(below) and its 95 % interval; both as in `paired_bootstrap`, the same draws for both.
 
@@ -87,7 +106,7 @@ def bootstrap_ratio(
         else np.nan
     )
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = _drawn_means(above, draws, seed) / _drawn_means(below, draws, seed)
+        ratios = _drawn_means(above, documents, draws, seed) / _drawn_means(below, documents, draws, seed)
     low, high = np.nanquantile(ratios, [0.025, 0.975], method="nearest")
     return float(value), float(low), float(high)
 
@@ -102,16 +121,19 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
 
 
-def _drawn_means(differences: Sequence[Array], draws: int, seed: int) -> Array:
-    """(draws,) of the mean under a draw of seeds and examples; equal shapes and seed give equal draws."""
+def _drawn_means(differences: Sequence[Array], documents: Documents, draws: int, seed: int) -> Array:
+    """(draws,) of the mean under a draw of seeds and documents; equal shapes and seed give equal draws."""
     generator = np.random.default_rng(seed)
     seeds = len(differences[0])
     drawn = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds  # (draws, seeds)
     total = np.zeros(draws)
-    for part in differences:
-        n = part.shape[1]
-        counts = generator.multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, n)
-        total += (drawn * (counts @ part.T / n)).sum(-1)
+    for part, own in zip(differences, documents, strict=True):
+        which = np.arange(part.shape[1]) if own is None else own
+        sizes = np.bincount(which)  # of the documents
+        sums = np.stack([np.bincount(which, weights=row) for row in part], axis=1)  # (documents, seeds)
+        count = len(sizes)
+        counts = generator.multinomial(count, np.full(count, 1 / count), size=draws)  # (draws, documents)
+        total += (drawn * (counts @ sums)).sum(-1) / (counts @ sizes)
     return total / len(differences)
 
 

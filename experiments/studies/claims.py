@@ -17,7 +17,6 @@ from experiments.records import Record, of_kind, read_records, write_records
 COMMITTED = Path(__file__).parents[1] / "results"
 SOURCES = (
     "theory",
-    "sentiment",
     "vision",
     "alpha",
     "adding",

@@ -14,7 +14,7 @@ from experiments import config as configs
 from experiments.config import Strict, Study
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
-from experiments.statistics import bootstrap_ratio, correct_less, t_interval
+from experiments.statistics import bootstrap_ratio, correct_less, documents_of, t_interval
 from experiments.studies import sentiment
 from experiments.studies.adding import CODE, check_source
 from experiments.studies.sentiment_cells import EVALUATED, SOURCES, SQUARED, slug
@@ -186,7 +186,9 @@ def _gains(config: Config, cells: Cells, store: Path) -> Iterator[dict[str, Any]
         base, full, own = (
             {seed: cells.merges[seed, other].folder(store) for seed in seeds} for other in wanted
         )
-        kept, low, high = bootstrap_ratio(correct_less(own, base, tasks), correct_less(full, base, tasks))
+        documents = documents_of(cells.made.data.folder(store), tasks)
+        gained, whole = correct_less(own, base, tasks), correct_less(full, base, tasks)
+        kept, low, high = bootstrap_ratio(gained, whole, documents)
         if kept == kept:  # not NaN: the full estimate gains something
             yield {
                 "estimate": name,

@@ -273,6 +273,7 @@ class Cells:
             {
                 "ours": {str(seed): self.evaluations[seed, ours] for seed in seeds},
                 "theirs": {str(seed): self.evaluations[seed, theirs] for seed in seeds},
+                "data": self.data,
             },
         )
 

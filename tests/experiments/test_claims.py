@@ -82,7 +82,7 @@ CASES = [
     ),
     (
         claims.accuracy,
-        {"sentiment": [comparison(0.01, 0.03)], "vision": [comparison(-0.01, 0.03)]},
+        {"alpha": [comparison(0.01, 0.03)], "vision": [comparison(-0.01, 0.03)]},
         {"text": HOLDS, "vision": NOT_SHOWN},
     ),
     (
@@ -166,13 +166,13 @@ def test_verdicts(claim, evidence, verdicts):
 
 
 def test_numbers_are_those_of_the_records():
-    (text, _) = claims.accuracy({"sentiment": [comparison(0.01, 0.03)]})
+    (text, _) = claims.accuracy({"alpha": [comparison(0.01, 0.03)]})
     assert (text.measured, text.interval, text.seeds) == ("+2.0 points", "+1.0 to +3.0", 3)
-    (text, _) = claims.accuracy({"sentiment": [comparison(0.01, 0.03, by_seed={"0": 0.01, "1": 0.03})]})
+    (text, _) = claims.accuracy({"alpha": [comparison(0.01, 0.03, by_seed={"0": 0.01, "1": 0.03})]})
     assert text.measured == "+2.0 points (by seed +1.0, +3.0)"
     cells = [evaluation(model, seed, value) for model, value in (("GM", 0.6), ("TA", 1.2)) for seed in (0, 1)]
     assert (
-        claims.closer({"sentiment": cells})[1].measured
+        claims.closer({"alpha": cells})[1].measured
         == "ratio of distances 0.50 (GM 0.60, TA 1.20 of the base's)"
     )
     (ratio, _) = claims.flat({"alpha": [sweep("GM", 0, 0.9, 0.85), sweep("TA", 0, 0.9, 0.7)]})

@@ -49,15 +49,30 @@ def test_macro_counts_domains_and_per_example_counts_examples():
 def test_bootstrap_covers_what_is_there_and_nothing_else():
     generator = np.random.default_rng(0)
     sure = [generator.choice([0.0, 1.0], p=[0.7, 0.3], size=(3, 400)) for _ in range(2)]
-    low, high = paired_bootstrap(sure, 2000)
+    low, high = paired_bootstrap(sure, [None, None], 2000)
     mean = float(np.mean([part.mean() for part in sure]))
     assert 0.2 < low < mean < high < 0.4
     error = math.sqrt(0.3 * 0.7 / 2400)  # of the mean of all six hundred times four cells
     assert 2 * error < high - low < 8 * error
-    low, high = paired_bootstrap([generator.choice([-1.0, 1.0], size=(1, 400))], 2000)
+    low, high = paired_bootstrap([generator.choice([-1.0, 1.0], size=(1, 400))], [None], 2000)
     assert low < 0 < high
     seeds_differ = np.repeat([[0.0], [1.0]], 500, axis=1)  # no spread over examples, all of it over seeds
-    assert paired_bootstrap([seeds_differ], 2000) == (0.0, 1.0)
+    assert paired_bootstrap([seeds_differ], [None], 2000) == (0.0, 1.0)
+
+
+def test_bootstrap_draws_whole_documents():
+    generator = np.random.default_rng(0)
+    right = np.repeat(
+        generator.choice([0.0, 1.0], size=(1, 40)), 10, axis=1
+    )  # the ten texts of a document are alike
+    which = np.repeat(np.arange(40), 10)
+    low, high = paired_bootstrap([right], [which], 4000)
+    error = right.std() / math.sqrt(40)
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    shuffled = generator.permutation(400)
+    assert paired_bootstrap([right[:, shuffled]], [which[shuffled]], 4000) == pytest.approx((low, high))
+    low, high = paired_bootstrap([right], [None], 4000)  # as if they were 400 texts
+    assert high - low == pytest.approx(2 * 1.96 * error / math.sqrt(10), rel=0.1)
 
 
 def test_comparison_of_two_evaluations(tmp_path):
@@ -67,7 +82,13 @@ def test_comparison_of_two_evaluations(tmp_path):
         folder.mkdir()
         chosen = np.where(np.arange(100) < right, labels, 1 - labels)
         np.savez(folder / "a.npz", probabilities=np.eye(2)[chosen], labels=labels)
-    compare(tmp_path, ours={"0": tmp_path / "ours"}, theirs={"0": tmp_path / "theirs"}, domains=["a"])
+    compare(
+        tmp_path,
+        ours={"0": tmp_path / "ours"},
+        theirs={"0": tmp_path / "theirs"},
+        data=tmp_path,
+        domains=["a"],
+    )
     found = json.loads((tmp_path / "comparison.json").read_text())
     assert found["difference"] == pytest.approx(0.3)
     assert found["by_seed"] == {"0": pytest.approx(0.3)}
@@ -76,13 +97,13 @@ def test_comparison_of_two_evaluations(tmp_path):
 def test_bootstrap_of_a_ratio_draws_both_alike():
     generator = np.random.default_rng(0)
     below = [generator.choice([0.0, 1.0], size=(3, 60)), generator.choice([0.0, 1.0], size=(3, 40))]
-    value, low, high = bootstrap_ratio([part / 2 for part in below], below, 500)
+    value, low, high = bootstrap_ratio([part / 2 for part in below], below, [None, None], 500)
     assert (value, low, high) == pytest.approx((0.5, 0.5, 0.5))
     other = [part * generator.choice([0.0, 1.0], size=part.shape) for part in below]
-    value, low, high = bootstrap_ratio(other, below, 500)
+    value, low, high = bootstrap_ratio(other, below, [None, None], 500)
     assert value == pytest.approx(sum(part.mean() for part in other) / sum(part.mean() for part in below))
     assert low < value < high
-    assert np.isnan(bootstrap_ratio(below, [0 * part for part in below], 50)[0])
+    assert np.isnan(bootstrap_ratio(below, [0 * part for part in below], [None, None], 50)[0])
 
 
 def test_distance_is_relative_to_the_base(tmp_path):
