@@ -119,8 +119,13 @@ def _read(file: Path, results: Path | None, own: Study, path: Path) -> tuple[lis
     """
     found = read_records(file)
     known = {configs.digest(own), configs.digest(configs.load(path))}
+    carried = {record.get("config") for record in found}
     changed = (
-        "" if {record.get("config") for record in found} <= known else " (of a config that has changed since)"
+        ""
+        if carried <= known
+        else " (of no recorded config)"
+        if None in carried
+        else " (of a config that has changed since)"
     )
     return found, f"{'results' if file.parent == results else 'experiments/results'}/{file.name}{changed}"
 

@@ -6,7 +6,7 @@ import pytest
 
 from experiments import claims
 from experiments.__main__ import main
-from experiments.config import ConfigError, load
+from experiments.config import ConfigError, digest, load
 from experiments.records import of_kind, write_records
 from experiments.studies import claims as study
 from experiments.verdicts import HOLDS, NOT_SHOWN, REFUTED, REPORTED, summary
@@ -226,8 +226,21 @@ def test_without_a_run_the_newer_file_counts_and_else_the_committed_one(evidence
 def test_a_half_run_study_is_read_from_its_file(evidence, tmp_path):
     store = tmp_path / "results" / "stages"
     found = study.records(load(evidence), store)
-    changed = "experiments/results/theory.jsonl (of a config that has changed since)"  # 40 seeds
-    assert of_kind(found, "origins")[0]["origins"] == {"theory": changed}
+    own = of_kind(found, "origins")[0]["origins"]["theory"]
+    assert own == "experiments/results/theory.jsonl (of a config that has changed since)"  # 40 seeds
+    (tmp_path / "results").mkdir()
+    write_records(tmp_path / "results" / "theory.jsonl", [theory(1, True)])
+    found = study.records(load(evidence), store)
+    assert of_kind(found, "origins")[0]["origins"] == {
+        "theory": "results/theory.jsonl (of no recorded config)"
+    }
+    write_records(
+        tmp_path / "results" / "theory.jsonl",
+        [theory(1, True) | {"config": digest(load(evidence.parent / "theory.yaml"))}],
+    )
+    found = study.records(load(evidence), store)
+    assert of_kind(found, "origins")[0]["origins"] == {"theory": "results/theory.jsonl"}
+    (tmp_path / "results" / "theory.jsonl").unlink()
     (evidence.parent / "theory.yaml").write_text("experiment: theory\nname: new\nseeds: 3\n")
     found = study.records(load(evidence), store)
     assert of_kind(found, "origins")[0]["origins"] == {"theory": "what has been run of it"}
