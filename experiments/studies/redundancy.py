@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from experiments import config as configs
-from experiments.config import Strict, Study
+from experiments.config import Seeds, Strict, Study
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
 from experiments.studies.sentiment_cells import EVALUATED
@@ -34,7 +34,7 @@ class Config(Study):
 
     experiment: Literal["redundancy"]
     sources: dict[str, Path] = Field(min_length=1)
-    seeds: tuple[int, ...] = ()  # of those configs; empty: all of them
+    seeds: Seeds = ()  # of those configs; empty: all of them
     shares: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
     analogies: dict[str, Analogy] = Field(default_factory=dict)
     weights: tuple[float, ...] = (0.3, 0.6, 1.0)
@@ -45,6 +45,10 @@ class Config(Study):
         for name, source in made.items():
             if source.experiment not in ("sentiment", "vision"):
                 raise ValueError(f"{self.sources[name]} is no config of the sentiment or vision experiment")
+            absent = [seed for seed in self.seeds if seed not in source.seeds]
+            if absent:
+                seeds = ", ".join(map(str, source.seeds))
+                raise ValueError(f"{self.sources[name]} has no seed {absent[0]}; it has {seeds}")
         for name, spec in self.analogies.items():
             if spec.source not in made:
                 raise ValueError(
@@ -56,7 +60,8 @@ class Config(Study):
                     raise ValueError(
                         f"analogy {name!r}: no task {model!r}{configs.nearest(model, data.tasks)}"
                     )
-            if spec.target.removesuffix(PHOTOGRAPHS) not in data.domains:
+            images = made[spec.source].experiment == "vision"
+            if (spec.target.removesuffix(PHOTOGRAPHS) if images else spec.target) not in data.domains:
                 raise ValueError(
                     f"analogy {name!r}: no domain {spec.target!r}{configs.nearest(spec.target, data.domains)}"
                 )
@@ -74,7 +79,7 @@ class Cells:
             source = configs.load(path)
             made = configs.study(source.experiment).Cells(source)
             images = source.experiment == "vision"
-            for seed in (seed for seed in source.seeds if not config.seeds or seed in config.seeds):
+            for seed in config.seeds or source.seeds:
                 base = made.trained[seed, "base"]
                 tasks = {task: made.trained[seed, task] for task in source.data.tasks}
                 seconds = (source.data.test or 1000) / EVALUATED

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from experiments.config import Strict, Study, Training
+from experiments.config import Seeds, Strict, Study, Training
+from experiments.options import check_names
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record
+from experiments.removal import scorers
 from experiments.removal.tradeoff import Path as Curve
 from experiments.removal.tradeoff import area_between, mean_interval
 from experiments.studies.removal_cells import Cells
+from experiments.studies.sentiment import check_merge
 from experiments.tasks.texts import Source
 from gradmatch.plan.request import REMOVALS
 
@@ -62,6 +65,13 @@ class Method(Strict):
             raise ValueError(f"{self.method!r} is no way to remove; choose one of {', '.join(REMOVALS)}")
         if not all(alpha > 0 for alpha in self.alphas) or len(set(self.alphas)) != len(self.alphas):
             raise ValueError(f"alphas must be positive and different, got {list(self.alphas)}")
+        check_names(self.method, self.options, self.choose, also=())  # the strengths are `alphas`
+        check_merge(self.method, self.options)
+        for name, values in self.choose.items():
+            if not values:
+                raise ValueError(f"`choose` has no values for {name!r}")
+            for value in values:
+                check_merge(self.method, {**self.options, name: value})
         return self
 
 
@@ -89,7 +99,7 @@ class Config(Study):
     """Keys of a removal config."""
 
     experiment: Literal["removal"]
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    seeds: Seeds = Field(default=(0,), min_length=1)
     model: str = "smollm2"  # an asset, a folder, or a hub name
     remove: Source
     keep: Source
@@ -100,12 +110,18 @@ class Config(Study):
     training: Training
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     fisher: Fisher = Fisher()
-    methods: dict[str, Method]
+    methods: dict[str, Method] = Field(min_length=1)
     choosing: Choosing | None = None
     forecast: Forecast | None = None
     generation: Generation = Generation()
     scorer: str = "proxy"
     compare: tuple[tuple[str, str], ...] = ()
+
+    @field_validator("scorer")
+    @classmethod
+    def _known_scorer(cls, scorer: str) -> str:
+        scorers.find(scorer)
+        return scorer
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -188,11 +204,19 @@ def _curvatures(cells: Cells, store: Path) -> Iterator[Record]:
     for (seed, name), stage in cells.curvatures.items():
         if is_done(stage, store):
             content = json.loads((stage.folder(store) / "error.json").read_text(encoding="utf-8"))
-            yield {"kind": "curvature", "seed": seed, "of": name, **content, **_origin(stage, store)}
+            content |= {
+                "kind": "curvature",
+                "seed": seed,
+                "of": name,
+            }  # the card has a seed too: the estimator's
+            yield {**content, **_origin(stage, store)}
 
 
 def _areas(cells: Cells, store: Path) -> Iterator[Record]:
-    """The comparisons, over all seeds that are complete: toxicity of continuations, and likelihood of what is removed."""
+    """The comparisons over all seeds: toxicity of continuations, and likelihood of what is removed.
+
+    One whose path lacks a point, of any seed, is left out.
+    """
     for ours, theirs in cells.config.compare:
         for measure in (*(("toxicity",) if cells.config.prompts else ()), "forgetting"):
             curves = {label: _curve(cells, store, label, measure) for label in (ours, theirs)}
@@ -203,7 +227,7 @@ def _areas(cells: Cells, store: Path) -> Iterator[Record]:
 
 
 def _curve(cells: Cells, store: Path, label: str, measure: str) -> Curve | None:
-    """One method's path over all seeds: texts and prompts of the seeds side by side; None where a point is missing."""
+    """One method's path over all seeds: texts and prompts of the seeds side by side; None where any seed lacks a point."""
     config = cells.config
     alphas = [0.0, *config.methods[label].alphas]
     losses, scores = [], []

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from experiments import config as configs
 from experiments.config import Strict, Study
+from experiments.options import check_names, check_rule
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
 from experiments.studies.sentiment import check_merge
@@ -60,6 +61,9 @@ class Config(Study):
             raise ValueError(
                 f"{self.source} has no seed {self.seed}; it has {', '.join(map(str, source.seeds))}"
             )
+        check_names(self.method, self.options, self.space)
+        check_merge(self.method, self.options)
+        check_rule("method", self.method, len(source.data.tasks), lacking=("gram", "factors"))
         for name, tried in self.space.items():
             for value in tried.values or (tried.low, tried.high):
                 check_merge(self.method, {**self.options, name: value})

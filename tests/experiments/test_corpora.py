@@ -104,6 +104,6 @@ def test_prepared_as_the_other_source(tmp_path, tiny_encoder, tiny_texts):
 def test_config_faults(tiny_config, tiny_texts):
     films = f"data.corpora={{films: {{path: {tiny_texts}/films.jsonl}}}}"
     with pytest.raises(ConfigError, match="`corpora` has no 'books'; it has films"):
-        load(tiny_config, [films])
+        load(tiny_config, ["~data.source", films])
     with pytest.raises(ConfigError, match="`task_steps` names 'boks', but the tasks are books, songs"):
         load(tiny_config, ["task_steps={boks: 3}"])

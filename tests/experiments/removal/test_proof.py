@@ -1,6 +1,7 @@
 """The proofs: exact where theory says so, and stages that measure what they say."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,6 +97,22 @@ def test_the_config_is_a_plan(tmp_path):
     found = removal_proof.cells(configs.check(content, "here"))
     assert {problem for problem, _ in found} == {"ridge", "logistic", "network", "encoder"}
     assert removal_proof.records(configs.check(content, "here"), tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("alphas=[]", "alphas: .*at least 1 item"),
+        ("alphas=[-0.5]", r"alphas\.0: .*greater than 0"),
+        ("alphas=[0.5, 0.5]", "alphas: 0.5 stands twice"),
+        ("encoder.remove=imdb", "encoder: vader has no domain 'imdb'; it has movies"),
+        ("encoder.keep=[movies, yelp]", "encoder: vader has no domain 'yelp'"),
+        ("encoder.keep=[tweets]", "encoder: 'tweets' stands twice"),
+    ],
+)
+def test_faults(override, message):
+    with pytest.raises(configs.ConfigError, match=message):
+        configs.load(Path("configs/removal-proof.yaml"), [override])
 
 
 def test_the_encoder_is_compared_with_one_that_never_saw_the_wrong_labels(

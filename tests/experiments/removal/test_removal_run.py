@@ -66,6 +66,7 @@ def test_the_whole_study(tiny_config, results, capsys):
     assert forecast["budget"]["alpha"] <= 0.2
     curvatures = of_kind(records, "curvature")
     assert {(c["of"], c["side"]) for c in curvatures} == {("base", "keep"), ("task", "remove")}
+    assert [c["seed"] for c in curvatures] == [0, 0]  # the study's, a number; the estimator's own is a text
     assert all(0 < c["relative_error"] < 1 and c["reduction"] == "batch" for c in curvatures)
     assert "area between TA and GM" in out
     assert "budget of 2 nats" in out
@@ -98,6 +99,15 @@ def test_figure_without_points_is_an_error(tmp_path):
         ("methods.GM.method=removl", "is no way to remove"),
         ("methods.GM.alphas=[0.5, 0.5]", "alphas must be positive and different"),
         ("compare=[[GM, XY]]", "'XY' is none of the methods"),
+        ("methods={}", "methods: .*at least 1 item"),
+        ("methods.GM.options={base_wight: 1}", "removal has no option 'base_wight' .*'base_weight'"),
+        ("methods.GM.options={alpha: 1}", "removal has no option 'alpha'"),
+        ("methods.TA.options={keep: 0.1}", "negation has no option 'keep'"),
+        ("methods.GM.options.guard=scal", "removal: guard is 'scal' .*'scale'"),
+        ("methods.GM.choose={bse_weight: [1]}", "removal has no option 'bse_weight'"),
+        ("methods.GM.choose={keep: [2]}", "removal: keep is 2, it must lie in"),
+        ("methods.GM.choose={keep: []}", "`choose` has no values for 'keep'"),
+        ("scorer=proxi", "scorer: unknown scorer 'proxi'; did you mean 'proxy'"),
     ],
 )
 def test_bad_configs(tiny_config, change, message):
