@@ -23,8 +23,6 @@ from experiments.studies.adding import CODE, check_source
 from experiments.studies.sentiment import Merge, check_merge
 from experiments.studies.sentiment_cells import (
     EVALUATED,
-    MERGING,
-    MISMATCH,
     SOURCES,
     SQUARED,
     TRAINED,
@@ -200,7 +198,7 @@ class Cells:
                 "seed": seed,
             },
             {**sources, "data": self.made.data},
-            (*SOURCES, *MERGING, *MISMATCH, "gradmatch.refine", "estimators", "experiments.merging"),
+            (*CODE, "gradmatch.refine", "estimators"),
             refine.steps * refine.examples * len(sources["tasks"]) / 8,
         )
 

@@ -15,14 +15,9 @@ from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
 from experiments.studies import sentiment
 from experiments.studies.adding import check_source
+from experiments.studies.sentiment_cells import MERGING, SOURCES
 
-CODE = (
-    "experiments.diagnosis",
-    "gradmatch.diagnosis",
-    "gradmatch.engine",
-    "gradmatch.rules",
-    "estimators",
-)
+CODE = ("experiments.diagnosis", "gradmatch.diagnosis", *MERGING, "estimators")
 KNOWN = {**CASES, **VARIANTS}
 
 
@@ -95,7 +90,7 @@ def encoder_cells(config: Config) -> dict[int, Stage]:
             "experiments.diagnosis.encoder:diagnose_encoder",
             {"seed": seed, "count": config.examples},
             model_inputs(made, seed),
-            CODE,
+            (*CODE, *SOURCES, "experiments.finetune"),
             600,
         )
         for seed in config.encoders or source.seeds

@@ -17,13 +17,16 @@ from experiments.records import Record, of_kind
 from experiments.studies import sentiment
 from experiments.studies.adding import check_source
 from experiments.studies.diagnosis import model_inputs
-from experiments.studies.sentiment_cells import EVALUATED
+from experiments.studies.sentiment_cells import EVALUATED, MERGING, SOURCES
 
 CODE = (
-    "experiments.diagnosis.forecasting",
+    *SOURCES,
+    *MERGING,
+    "experiments.diagnosis.loading",
+    "experiments.diagnosis.scores",
+    "experiments.finetune",
     "gradmatch.diagnosis",
-    "gradmatch.engine",
-    "gradmatch.rules",
+    "estimators",
 )
 
 
@@ -69,7 +72,7 @@ def cells(config: Config) -> dict[int, Stage]:
             "experiments.diagnosis.forecasting:forecast",
             {**settings, "seed": seed, "delta0": source.delta0},
             model_inputs(made, seed),
-            (*CODE, "estimators"),
+            CODE,
             len(config.grid) ** len(tasks) * config.test * len(tasks) / EVALUATED + 200,
         )
         for seed in config.seeds or source.seeds

@@ -13,9 +13,13 @@ from experiments import config as configs
 from experiments.config import Seeds, Strict, Study
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
-from experiments.studies.sentiment_cells import EVALUATED
+from experiments.studies.sentiment_cells import EVALUATED, MERGING, SOURCES
 
 CODE = ("gradmatch.diagnosis.redundancy", "gradmatch.diagnosis.similarity")
+SCORING = {  # whether images -> what decides an accuracy
+    False: (*SOURCES, "experiments.evaluate"),
+    True: ("experiments.vision.models", "experiments.vision.packages", "experiments.vision.stages"),
+}
 PHOTOGRAPHS = " on photographs"
 
 
@@ -98,7 +102,7 @@ class Cells:
                         "experiments.redundancy:drop",
                         {"domain": task, "images": images, "shares": list(config.shares), "seed": seed},
                         {"base": base, "model": tuned, "data": made.data},
-                        CODE,
+                        (*CODE, *SCORING[images]),
                         2 * len(config.shares) * seconds,
                     )
                 for label, spec in config.analogies.items():
@@ -113,7 +117,7 @@ class Cells:
                             "experiments.redundancy:compare_analogy",
                             {"target": spec.target, "images": images, "weights": list(config.weights)},
                             {"base": base, **models, "data": made.data},
-                            (*CODE, "gradmatch.merging"),
+                            (*CODE, *SCORING[images], *MERGING, "gradmatch.subtraction"),
                             (4 + len(config.weights)) * seconds,
                         )
 

@@ -106,7 +106,7 @@ class Cells:
                 f"{_module(inputs)}:evaluate",
                 {"method": method, "alpha": alpha, "options": dict(options), "split": "test", **shared},
                 {"data": self.data, **inputs},
-                (*SOURCES, *WRITING, *(EDITING if alpha else ())),
+                (*SOURCES, *WRITING, *(EDITING if alpha else ()), *_called(inputs)),
                 seconds,
             )
 
@@ -168,7 +168,7 @@ class Cells:
                 "nats": how.nats,
             },
             {"data": self.data, **inputs},
-            (*SOURCES, *EDITING, "gradmatch.removal", "gradmatch.diagnosis"),
+            (*SOURCES, *EDITING, "gradmatch.removal", "gradmatch.diagnosis", *_called(inputs)),
             30 + 26 * len(spec.alphas),
         )
 
@@ -176,3 +176,8 @@ class Cells:
 def _module(inputs: Mapping[str, Stage]) -> str:
     """Where the stages live that take these inputs: with a chosen option, or without."""
     return "experiments.removal.choosing" if "chosen" in inputs else "experiments.removal.stages"
+
+
+def _called(inputs: Mapping[str, Stage]) -> tuple[str, ...]:
+    """What those stages call to work with the option that was chosen."""
+    return ("experiments.removal.stages",) if "chosen" in inputs else ()

@@ -17,10 +17,10 @@ from pydantic import AfterValidator, Field, model_validator
 from experiments.config import Seeds, Strict, Study, Training, different
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
-from experiments.studies.sentiment_cells import SQUARED, TRAINED
+from experiments.studies.sentiment_cells import MERGING, SQUARED, TRAINED
 from experiments.tasks.sentiment import VADER_FILES
 
-EDITING = ("gradmatch.subtraction", "gradmatch.merging", "gradmatch.engine", "gradmatch.rules")
+EDITING = ("gradmatch.subtraction", *MERGING)
 MODELS = ("experiments.models", "experiments.assets")
 METRICS = ("distance", "kl", "removed", "accuracy", "gap")
 
@@ -115,6 +115,7 @@ def _encoder(spec: Encoder, seed: int, alphas: list[float]) -> Stage:
         "experiments.removal.encoder:poison",
         {"domain": spec.remove, "count": spec.wrong},
         {"data": clean},
+        MODELS,
         seconds=2,
     )
 
@@ -156,7 +157,7 @@ def _encoder(spec: Encoder, seed: int, alphas: list[float]) -> Stage:
         "experiments.removal.encoder:compare",
         {"keep": list(spec.keep), "remove": spec.remove, "alphas": alphas},
         {"data": data, **models, "base_curvature": curvatures["base"], "task_curvature": curvatures["task"]},
-        (*MODELS, *EDITING),
+        (*MODELS, *EDITING, "experiments.removal.proof", "estimators"),
         (4 * len(alphas) + 3) * 5,
     )
 

@@ -17,6 +17,7 @@ from experiments.studies.sentiment import check_merge
 from experiments.studies.sentiment_cells import EVALUATED, MERGING, SOURCES
 
 CODE = (*SOURCES, *MERGING, "experiments.merging", "experiments.evaluate")
+IMAGES = ("experiments.vision.models", "experiments.vision.packages", "experiments.vision.stages")
 
 
 class Range(Strict):
@@ -77,25 +78,31 @@ def stages(config: Config) -> list[Stage]:
     source = configs.load(config.source)
     made = configs.study(source.experiment).Cells(source)
     data = source.data
+    images = source.experiment == "vision"
     seconds = config.trials * len(data.domains) * (data.validation or 500) / EVALUATED / config.workers
+    settings = {
+        "method": config.method,
+        "options": config.options,
+        "space": {name: tried.model_dump(mode="json") for name, tried in config.space.items()},
+        "sampler": config.sampler,
+        "seed": config.seed,
+        "images": images,
+        "domains": data.domains,
+        "delta0": source.delta0,
+    }
+    function, code = "experiments.search:take_part", (*CODE, *(IMAGES if images else ()))
+    inputs = {**made.sources(config.seed, data.tasks), "data": made.data}
+    shared = Stage(
+        "", function, settings, inputs, code
+    )  # what all workers have in common: it names their study
+    settings |= {"study": f"search-{shared.key}", "trials": config.trials}
     return [
         Stage(
             f"search/{config.name}/worker{worker}",
-            "experiments.search:take_part",
-            {
-                "worker": worker,
-                "method": config.method,
-                "options": config.options,
-                "space": {name: tried.model_dump(mode="json") for name, tried in config.space.items()},
-                "sampler": config.sampler,
-                "trials": config.trials,
-                "seed": config.seed,
-                "images": source.experiment == "vision",
-                "domains": data.domains,
-                "delta0": source.delta0,
-            },
-            {**made.sources(config.seed, data.tasks), "data": made.data},
-            CODE,
+            function,
+            {"worker": worker, **settings},
+            inputs,
+            code,
             seconds,
         )
         for worker in range(config.workers)
