@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,11 @@ from experiments.removal.tradeoff import Path as Curve
 from experiments.removal.tradeoff import area_between, mean_interval
 from experiments.studies.removal_cells import Cells
 from experiments.studies.sentiment import check_merge
-from experiments.tasks.texts import Source
+from experiments.tasks.corpora import json_lines
+from experiments.tasks.texts import LISTS, Source, read
 from gradmatch.plan.request import REMOVALS
+
+FILES = (".txt", ".jsonl", ".csv", ".tsv")  # what `experiments.tasks.texts` reads as files
 
 
 class Limits(Strict):
@@ -117,6 +121,12 @@ class Config(Study):
     scorer: str = "proxy"
     compare: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Every source of texts, by the path to its key."""
+        prompts = {f"prompts.{name}": source for name, source in self.prompts.items()}
+        return {"remove": self.remove, "keep": self.keep, **prompts}
+
     @field_validator("scorer")
     @classmethod
     def _known_scorer(cls, scorer: str) -> str:
@@ -135,7 +145,31 @@ class Config(Study):
             raise ValueError(f"{', '.join(wanting)}: `choose` needs the key `choosing`, which says on what")
         if self.choosing and self.choosing.prompts not in self.prompts:
             raise ValueError(f"choosing.prompts: {self.choosing.prompts!r} is none of {list(self.prompts)}")
+        for where, source in self.sources.items():
+            check_source(where, source)
         return self
+
+
+def check_source(where: str, source: Source) -> None:
+    """Read a file of texts as the stage will, before anything runs; a name that is nearly a list's is taken for a slip.
+
+    Raises:
+        ValueError: what is wrong with the file, after the path to its key.
+    """
+    path = Path(source.source)
+    if source.source in LISTS:
+        return
+    if path.suffix not in FILES:
+        near = get_close_matches(source.source, LISTS, n=1)
+        if near and not path.exists():
+            raise ValueError(f"{where}: no list {source.source!r}; did you mean {near[0]!r}?")
+        return
+    try:
+        if path.suffix == ".jsonl" and path.is_file():
+            list(json_lines(path))
+        read(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def stages(config: Config) -> list[Stage]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.pipeline import Stage
 from experiments.studies.sentiment_cells import MERGING
+from experiments.tasks.texts import LISTS
 from gradmatch.rules import RULES
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Cells:
             },
             code=READING,
             seconds=8,
+            reads=tuple(source.source for source in config.sources.values() if source.source not in LISTS),
         )
         self.base = Stage(
             "removal/base",

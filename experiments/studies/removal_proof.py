@@ -109,6 +109,9 @@ def _encoder(spec: Encoder, seed: int, alphas: list[float]) -> Stage:
         },
         code=MODELS,
         seconds=10,
+        reads=()
+        if spec.source == "vader"
+        else tuple(f"{spec.source}/{d}.jsonl" for d in (*spec.keep, spec.remove)),
     )
     data = Stage(
         "proof/poisoned",

@@ -41,7 +41,7 @@ class Corpus(Strict):
 
 
 class Data(Strict):
-    """Which texts: `vader` (four domains from PyPI), or a folder with one `<domain>.jsonl` of text, label, document.
+    """Which texts: `vader` (four domains from PyPI), or a folder, whose `<domain>.jsonl` (text, label, document) are `corpora`.
 
     `corpora` names a source per domain instead; `train`, `validation` and `test` are at most so many per domain.
     """
@@ -63,7 +63,10 @@ class Data(Strict):
                 "`base` and `tasks` must name one base domain and at least one task, all different"
             )
         if self.corpora and "source" in self.model_fields_set:
-            raise ValueError("give either `source` or `corpora`, which would leave `source` unread")
+            raise ValueError("give either `source` or `corpora`: with both, `source` would not be read")
+        if not self.corpora and self.source != "vader":
+            files = {domain: Corpus(path=f"{self.source}/{domain}.jsonl") for domain in self.domains}
+            object.__setattr__(self, "corpora", files)  # frozen, but not before it is made
         absent = [domain for domain in self.domains if domain not in self.corpora]
         if self.corpora and absent:
             raise ValueError(f"`corpora` has no {absent[0]!r}; it has {', '.join(self.corpora)}")
@@ -77,6 +80,12 @@ class Data(Strict):
     def domains(self) -> list[str]:
         """The base's domain, then the tasks'."""
         return [self.base, *self.tasks]
+
+    @property
+    def local(self) -> tuple[str, ...]:
+        """Paths of the corpora, for the key of the stage that reads them; the hub's names among them are no files."""
+        paths = (self.corpora[domain].path for domain in self.domains if self.corpora)
+        return tuple(path for path in paths if path != "vader")
 
 
 class Fisher(Strict):

@@ -107,6 +107,7 @@ class Cells(sentiment_cells.Cells):
             },
             code=CODE,
             seconds=20,
+            reads=tuple(where for name, where in data.sets.items() if name in data.domains),
         )
 
     def _start(self) -> dict[str, Any]:
@@ -131,6 +132,7 @@ def on_images(stage: Stage, made: dict[int, Stage]) -> Stage:
             inputs,
             (*_code(stage), *CODE) if own else stage.code,
             stage.seconds * SLOWER if own else stage.seconds,
+            stage.reads,
         )
     return made[id(stage)]
 

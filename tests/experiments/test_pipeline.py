@@ -89,6 +89,28 @@ def test_a_second_run_does_nothing(tmp_path, log):
     assert ran(log) == []
 
 
+def test_local_files_are_part_of_the_key(tmp_path):
+    def key(*reads):
+        return Stage("a", "stage_functions:count", reads=reads).key
+
+    file, folder = tmp_path / "a.jsonl", tmp_path / "set"
+    assert key() == key("some/hub-name") == key(str(file))  # which is not there yet
+    file.write_text("one")
+    first = key(str(file))
+    assert key(str(file)) == first != key()
+    file.write_text("two, longer")
+    assert key(str(file)) != first
+    file.write_text("one")
+    assert key(str(file)) == first
+    folder.mkdir()
+    keys = {key(str(folder))}
+    (folder / "x").write_text("x")
+    keys.add(key(str(folder)))
+    (folder / "x").rename(folder / "y")
+    keys.add(key(str(folder)))
+    assert len(keys) == 3
+
+
 def test_a_change_runs_just_what_depends_on_it(tmp_path, log):
     run([chain(log)], tmp_path)
     ran(log)

@@ -10,6 +10,7 @@ from datasets import Dataset, load_from_disk
 
 from experiments import config as configs
 from experiments.__main__ import main
+from experiments.pipeline import in_order
 from experiments.records import read_records
 from experiments.removal import encoder, proof
 from experiments.studies import removal_proof
@@ -97,6 +98,21 @@ def test_the_config_is_a_plan(tmp_path):
     found = removal_proof.cells(configs.check(content, "here"))
     assert {problem for problem, _ in found} == {"ridge", "logistic", "network", "encoder"}
     assert removal_proof.records(configs.check(content, "here"), tmp_path) == []
+
+
+def test_a_text_that_changed_is_read_again(tiny_texts, tmp_path):
+    def key():
+        given = [f"encoder.source={tmp_path}", "encoder.keep=[films]", "encoder.remove=songs"]
+        config = configs.load(Path("configs/removal-proof.yaml"), given)
+        return next(s.key for s in in_order(removal_proof.stages(config)) if s.name == "proof/data")
+
+    for domain in ("films", "songs"):
+        (tmp_path / f"{domain}.jsonl").write_text((tiny_texts / f"{domain}.jsonl").read_text())
+    first = key()
+    assert key() == first
+    with (tmp_path / "songs.jsonl").open("a") as file:
+        file.write('{"text": "one more", "label": 1}\n')
+    assert key() != first
 
 
 @pytest.mark.parametrize(
