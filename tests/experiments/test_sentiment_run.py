@@ -133,19 +133,20 @@ def test_a_rule_for_two_models_is_refused_for_three(tiny_config):
 
 
 def test_dry_run_list_and_faults(tiny_config, tmp_path, capsys):
-    common = ["--results", str(tmp_path / "none"), "--configs", str(tiny_config.parent)]
+    common = ["--results", str(tmp_path / "none")]
+    configs = ["--configs", str(tiny_config.parent)]
     assert main(["run", str(tiny_config), "--dry-run", *common]) == 0
     out = capsys.readouterr().out
     assert "sentiment/seed0/merge-gm" in out
     assert "to run, about" in out
     assert not (tmp_path / "none").exists()
-    assert main(["list", *common]) == 0
+    assert main(["list", *configs]) == 0
     assert "tiny: one core, 0 minutes" in capsys.readouterr().out
     assert main(["list", "--configs", str(tmp_path / "none")]) == 2
     assert "no configs in" in capsys.readouterr().err
     assert main(["run", str(tiny_config), "sedes=[1]", *common]) == 2
     assert "did you mean 'seeds'?" in capsys.readouterr().err
-    assert main(["demo", *common]) == 2
+    assert main(["demo", *common, *configs]) == 2
     assert "no config at" in capsys.readouterr().err
 
 
