@@ -36,7 +36,7 @@ def different(values: Values) -> Values:
 
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], AfterValidator(different)]
-Weights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], AfterValidator(different)]  # alphas to try
+Weights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], AfterValidator(different)]  # to try
 
 
 class Training(Strict):

@@ -1,5 +1,7 @@
 """Configs: checked whole, faults named with the path to the key and the nearest name."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -150,3 +152,13 @@ def test_every_config_is_valid_short_and_says_its_cost(path):
     assert len(lines) <= 30
     assert lines[0].startswith("#")
     assert "minutes" in path.read_text().split("experiment:")[0]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_commands_in_a_comment_write_the_records_that_it_names(path):
+    comment = path.read_text().split("experiment:")[0]
+    named = {path.stem, *re.findall(r"name=([\w-]+)", comment)}
+    assert set(re.findall(r"results/([\w-]+)\.jsonl", comment)) <= named
+    commands = re.findall(r"^#   (python -m experiments run [^#]*)\\\n#     (.*)$", comment, re.MULTILINE)
+    for command in commands:
+        load(path, shlex.split("".join(command))[5:])
