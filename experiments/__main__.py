@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when a process forks after tokenising
 # Threads that wait for one another sleep instead of spinning: five times faster where other programs want the cores too,
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(list_configs(options.configs))
             return 0
         if options.command == "claims":
-            return print_claims(options.configs / "claims.yaml", options.results, options.write)
+            return print_claims(options.configs / "claims.yaml", options)
         path = options.configs / "demo.yaml" if options.command == "demo" else options.config
         return run_config(path, options.overrides, options)
     except KeyboardInterrupt:
@@ -48,7 +49,7 @@ def run_config(path: Path, overrides: Sequence[str], options: argparse.Namespace
 
     config = configs.load(path, overrides, quick=options.quick)
     study = configs.study(config.experiment)
-    store = options.results / "stages"
+    store = _folder(options.results) / "stages"
     stages = pipeline.in_order(study.stages(config))
     if options.dry_run:
         print(pipeline.plan(stages, store))
@@ -72,13 +73,19 @@ def run_config(path: Path, overrides: Sequence[str], options: argparse.Namespace
     return 0
 
 
-def print_claims(path: Path, results: Path, document: Path | None) -> int:
+def print_claims(path: Path, options: argparse.Namespace) -> int:
     """Print the claims from records that exist, or write them into a document: then from the committed records alone."""
     from experiments import config as configs
     from experiments.records import write_atomically
     from experiments.studies import claims
 
-    found = claims.read(configs.load(path), None if document else results)
+    document: Path | None = options.write
+    if document and options.quick:
+        raise ValueError(
+            "--write takes the committed records, which are of no quick variant: leave --quick out"
+        )
+    config = configs.load(path, quick=options.quick)
+    found = claims.read(config, None if document else _folder(options.results))
     if document:
         write_atomically(document, claims.rewritten(document.read_text(encoding="utf-8"), found))
     print(claims.report(found))
@@ -100,44 +107,61 @@ def list_configs(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def _folder(results: Path) -> Path:
+    if results.exists() and not results.is_dir():
+        raise ValueError(
+            f"--results {results} is a file; it takes a folder, which is made where there is none"
+        )
+    return results
+
+
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def _option(*names: str, **settings: Any) -> argparse.ArgumentParser:
+    """An option that several commands share."""
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument(*names, **settings)
+    return parent
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--configs", type=Path, default=CONFIGS, help="folder of configs (default: configs)")
-    common.add_argument(
+    configs = _option("--configs", type=Path, default=CONFIGS, help="folder of configs (default: configs)")
+    results = _option(
         "--results", type=Path, default=RESULTS, help="folder of stages and records (default: results)"
     )
-    common.add_argument(
+    workers = _option(
         "--workers",
         type=_positive,
         help="processes that share the work and the cores (default: what the config says, else 1)",
     )
-    common.add_argument(
+    dry = _option(
         "--dry-run", action="store_true", help="list the stages, which are cached, and the minutes left"
     )
-    common.add_argument(
-        "--quick", action="store_true", help="the config's own small variant, where it has one"
-    )
-    common.add_argument("--debug", action="store_true", help="show tracebacks")
+    quick = _option("--quick", action="store_true", help="the config's own small variant, where it has one")
+    debug = _option("--debug", action="store_true", help="show tracebacks")
+    running = [results, workers, dry, quick, debug]
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", parents=[common], help="run a config; what is cached is not run again")
+    run = commands.add_parser("run", parents=running, help="run a config; what is cached is not run again")
     run.add_argument("config", type=Path, help="a YAML file, as configs/sentiment.yaml")
     demo = commands.add_parser(
-        "demo", parents=[common], help="run configs/demo.yaml: the paper's core experiment, small"
+        "demo", parents=[configs, *running], help="run configs/demo.yaml: the paper's core experiment, small"
     )
     for command in (run, demo):
         command.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="changes of the config, as data.test=100"
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="changes of the config, as data.test=100; ~key leaves a key out, as ~data.corpora",
         )
     claims = commands.add_parser(
-        "claims", parents=[common], help="the ten claims, from records that exist; nothing is run"
+        "claims",
+        parents=[configs, results, quick, debug],
+        help="the ten claims, from records that exist; nothing is run",
     )
     claims.add_argument(
         "--write",
@@ -146,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         help="put the table, from the committed records, between its markers",
     )
     commands.add_parser(
-        "list", parents=[common], help="list the configs with their cost and expected numbers"
+        "list", parents=[configs, debug], help="list the configs with their cost and expected numbers"
     )
     return parser
 

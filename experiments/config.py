@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 
 class ConfigError(ValueError):
@@ -20,9 +20,24 @@ class ConfigError(ValueError):
 
 
 class Strict(BaseModel):
-    """A part of a config: immutable, and a key that it does not know is an error."""
+    """A part of a config: immutable; a key that it does not know, and a number that is not finite, are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Values = TypeVar("Values", bound=Sequence[Any])
+
+
+def different(values: Values) -> Values:
+    """The values, each of which may stand once. Raises ValueError."""
+    twice = [value for number, value in enumerate(values) if value in values[:number]]
+    if twice:
+        raise ValueError(f"{twice[0]!r} stands twice in {list(values)}; each may stand once")
+    return values
+
+
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], AfterValidator(different)]
+Weights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], AfterValidator(different)]  # to try
 
 
 class Training(Strict):
@@ -46,6 +61,13 @@ class Study(Strict):
     workers: int = Field(default=1, gt=0)
     wandb: bool = False
 
+    @field_validator("name")
+    @classmethod
+    def _a_files(cls, name: str) -> str:
+        if name != Path(name).name or name.startswith("."):
+            raise ValueError(f"{name!r} cannot name the file of the records: write a name without folders")
+        return name
+
 
 # Each is a module with `Config` (a Study), `stages(config)`, `records(config, store)` and `report(records)`.
 EXPERIMENTS = {
@@ -65,6 +87,19 @@ EXPERIMENTS = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML where a key that stands twice in a mapping is an error, as the standard has it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                message = f"the key {key!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, message, node.value[number][0].start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read(path: Path) -> dict[str, Any]:
     """The keys of a config file, unchecked. Raises ConfigError where there is no file, or where it holds no keys."""
     if not path.is_file():
@@ -73,12 +108,22 @@ def read(path: Path) -> dict[str, Any]:
             f"no config at {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not in UTF-8 (byte {error.start}: {error.reason}); save it so"
+        ) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        raise ConfigError(f"{path} is empty: its first key is `experiment`, one of {', '.join(EXPERIMENTS)}")
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of keys, but holds {type(content).__name__}")
     return content
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def load(path: Path, overrides: Sequence[str] = (), *, quick: bool = False) -> Any:
@@ -90,14 +135,16 @@ def load(path: Path, overrides: Sequence[str] = (), *, quick: bool = False) -> A
     file's own. Raises ConfigError.
     """
     content = read(path)
-    name = content.get("name") or path.stem
-    small = content.pop("quick", ())
+    name = str(content.get("name") or path.stem)
+    small = content.pop("quick", [])
+    if not isinstance(small, list) or not all(isinstance(override, str) for override in small):
+        raise ConfigError(f"{path}: quick: must be a list of key=value, as [data.test=100] (found {small!r})")
     if quick and not small:
         raise ConfigError(f"{path} has no quick variant: no list `quick` of key=value")
     if quick:
         name += "-quick"
     for override in [*(small if quick else ()), *overrides]:
-        _apply(content, override)
+        _apply(content, override, str(path))
     overrides = [override for override in overrides if not override.startswith("wandb=")]  # changes no number
     if overrides and content.get("name", name) == name:
         name += "-" + hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:8]
@@ -108,8 +155,10 @@ def load(path: Path, overrides: Sequence[str] = (), *, quick: bool = False) -> A
 
 def check(content: Mapping[str, Any], where: str) -> Any:
     """Validate a mapping as the config of the experiment it names. Raises ConfigError with every fault found."""
-    experiment = content.get("experiment")
-    if experiment not in EXPERIMENTS:
+    if "experiment" not in content:
+        raise ConfigError(f"{where}: experiment: missing; write one of {', '.join(EXPERIMENTS)}")
+    experiment = content["experiment"]
+    if not isinstance(experiment, str) or experiment not in EXPERIMENTS:
         raise ConfigError(
             f"{where}: experiment: unknown {experiment!r}{nearest(str(experiment), EXPERIMENTS)}"
         )
@@ -131,27 +180,37 @@ def study(experiment: str) -> Any:
     return importlib.import_module(EXPERIMENTS[experiment])
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+def _apply(content: dict[str, Any], override: str, where: str) -> None:
     """Set `a.b=value` in nested mappings, the value read as YAML; `~a.b` deletes a key."""
     key, equals, value = override.partition("=")
     deletes = key.startswith("~") and not equals
     key = key.removeprefix("~") if deletes else key
     if not key or not (equals or deletes):
         raise ConfigError(
-            f"cannot read {override!r}: overrides are written key=value, as data.test=100, or ~key to leave a key out"
+            f"{where}: cannot read {override!r}: overrides are written key=value, as data.test=100, or ~key to leave a key out"
         )
     *parents, last = key.split(".")
     here: Any = content
     for parent in parents:
+        if deletes and parent not in here:
+            raise ConfigError(_nothing_to_leave_out(where, override, parent, here))
         here = here.setdefault(parent, {})
         if not isinstance(here, dict):
-            raise ConfigError(f"{override!r}: {parent} is no mapping, so it has no key {last!r}")
+            raise ConfigError(f"{where}: {override!r}: {parent} is no mapping, so it has no key {last!r}")
     if not deletes:
-        here[last] = yaml.safe_load(value)
+        try:
+            here[last] = _yaml(value)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{where}: {override!r}: what follows the = is no YAML: {reason}") from error
     elif last not in here:
-        raise ConfigError(f"{override!r}: there is no key {last!r} to leave out{nearest(last, here)}")
+        raise ConfigError(_nothing_to_leave_out(where, override, last, here))
     else:
         del here[last]
+
+
+def _nothing_to_leave_out(where: str, override: str, key: str, known: Mapping[str, Any]) -> str:
+    return f"{where}: {override!r}: there is no key {key!r} to leave out{nearest(key, known)}"
 
 
 def _faults(error: ValidationError, model: type[BaseModel], where: str) -> Iterator[str]:
@@ -160,6 +219,9 @@ def _faults(error: ValidationError, model: type[BaseModel], where: str) -> Itera
         if fault["type"] == "extra_forbidden":
             known = list(_fields_at(model, fault["loc"][:-1]))
             yield f"{where}: {path}: unknown key{nearest(str(fault['loc'][-1]), known)}"
+        elif fault["type"] == "tuple_type":
+            example = "[0, 1]" if isinstance(fault["input"], (int, float)) else "[a, b]"
+            yield f"{where}: {path}: must be a list, as {example} (found {fault['input']!r})"
         else:
             value = "" if fault["type"] in ("missing", "value_error") else f" (found {fault['input']!r})"
             yield f"{where}: {path + ': ' if path else ''}{fault['msg'].removeprefix('Value error, ')}{value}"
@@ -177,7 +239,8 @@ def _fields_at(model: Any, location: Sequence[int | str]) -> Mapping[str, Any]:
     return model.model_fields
 
 
-def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+def nearest(name: str, known: Iterable[Any]) -> str:
     """What to say after an unknown name: the nearest known one, or all of them."""
-    near = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+    names = [str(one) for one in known]
+    near = get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names) or 'none'}"

@@ -41,7 +41,8 @@ class Stage:
     """One cached step. `function` is `package.module:name`, imported only when the stage has to run.
 
     inputs: argument -> stage, or a mapping of stages; the function receives their folders. `code`: the modules and packages
-    whose code decides the result. `seconds`: about how long it takes on two cores, for the plan.
+    whose code decides the result. `seconds`: about how long it takes on two cores, for the plan. `reads`: files and folders
+    outside the store, by the paths that the settings name; one that is not there (a hub's name) counts for nothing.
     """
 
     name: str
@@ -50,10 +51,11 @@ class Stage:
     inputs: Inputs = field(default_factory=dict)
     code: tuple[str, ...] = ()
     seconds: float = 1.0
+    reads: tuple[str, ...] = ()
 
     @cached_property
     def key(self) -> str:
-        """Hash of everything that decides the result: function, its code, settings, and the keys of the inputs."""
+        """Hash of everything that decides the result: function, its code, settings, keys of inputs, content of local files."""
         modules = sorted({self.function.split(":")[0], *self.code})
         content = {
             "function": self.function,
@@ -61,6 +63,9 @@ class Stage:
             "settings": self.settings,
             "inputs": map_inputs(self.inputs, lambda stage: stage.key),
         }
+        local = {path: content_digest(Path(path)) for path in self.reads if Path(path).exists()}
+        if local:
+            content["reads"] = local
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
     def folder(self, store: Path) -> Path:
@@ -83,6 +88,26 @@ def map_inputs(inputs: Inputs, function: Any) -> dict[str, Any]:
         else {key: function(stage) for key, stage in value.items()}
         for name, value in inputs.items()
     }
+
+
+def content_digest(path: Path) -> str:
+    """Hash of a file, or of all files under a folder with their names."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    parts = [
+        [file.relative_to(path).as_posix(), _file_digest(file, file.stat().st_mtime_ns, file.stat().st_size)]
+        for file in files
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@lru_cache
+def _file_digest(file: Path, changed: int, size: int) -> str:
+    """Hash of a file, read again where it was `changed` or has another `size`."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @lru_cache

@@ -7,7 +7,6 @@ the config, so that no password comes into a record. The trial of a worker that 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -29,6 +28,7 @@ def take_part(
     out: Path,
     *,
     worker: int,
+    study: str,
     method: str,
     options: Mapping[str, Any],
     space: Space,
@@ -43,6 +43,7 @@ def take_part(
 ) -> None:
     """Stage: run trials until the study has `trials` that are complete, then write `out/search.json`.
 
+    `study` is its name in the storage: the same for every worker on every machine, and that of no other search.
     The objective is the negative log-likelihood on validation examples, macro average over `domains`. All workers of a
     search end with the same study; each writes what it saw, and the test metrics of the best.
     """
@@ -55,31 +56,14 @@ def take_part(
     def objective(chosen: Mapping[str, Any]) -> float:
         return score(merged(chosen), "validation")["macro"]["nll"]
 
-    content = {"space": space, "method": method, "options": options, "sampler": sampler, "seed": seed}
-    title = study_name(content, sources)
-    url = os.environ.get(STORAGE) or f"sqlite:///{out.parent / title}.sqlite"
-    study = run_trials(url, title, objective, space, sampler, trials, seed + 1000 * worker)
-    best = study.best_trial
+    url = os.environ.get(STORAGE) or f"sqlite:///{out.parent / study}.sqlite"
+    found = run_trials(url, study, objective, space, sampler, trials, seed + 1000 * worker)
+    best = found.best_trial
     card = {
-        "trials": [{"number": trial.number, "params": trial.params, "nll": trial.value} for trial in complete(study)],
+        "trials": [{"number": trial.number, "params": trial.params, "nll": trial.value} for trial in complete(found)],
         "best": {"params": best.params, "nll": best.value, "test": score(merged(best.params), "test")},
     }  # fmt: skip
     (out / "search.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
-
-
-def study_name(content: Mapping[str, Any], sources: Mapping[str, Any]) -> str:
-    """A name that the same search has for every worker on every machine, and no other search.
-
-    sources: folders of stages, or mappings of them; their names, not the places where they lie, are part of it.
-    """
-    models = {
-        name: {task: folder.name for task, folder in value.items()}
-        if isinstance(value, Mapping)
-        else value.name
-        for name, value in sources.items()
-    }
-    text = json.dumps([content, models], sort_keys=True)
-    return "search-" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def run_trials(

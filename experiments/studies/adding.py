@@ -16,7 +16,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from experiments import config as configs
-from experiments.config import Study
+from experiments.config import Seeds, Study
+from experiments.options import check_rule
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
 from experiments.studies import sentiment
@@ -30,6 +31,7 @@ from experiments.studies.sentiment_cells import (
     choice_stage,
     slug,
 )
+from gradmatch.rules import RULES
 
 CODE = (*SOURCES, *MERGING, *MISMATCH, "experiments.evaluate", "experiments.merging", "experiments.mismatch")
 Cell = tuple[int, tuple[str, ...], str]  # seed, subset of tasks, merge
@@ -41,13 +43,17 @@ class Config(Study):
     experiment: Literal["adding"]
     sentiment: Path
     quick_models: bool = False
-    seeds: tuple[int, ...] = ()  # of that config; empty: all of them
+    seeds: Seeds = ()  # of that config; empty: all of them
     merges: dict[str, Merge] = Field(min_length=2)
     compare: tuple[str, str]  # of these two, which has the smaller mismatch
 
     @model_validator(mode="after")
     def _known(self) -> Config:
         check_source(self.sentiment, self.seeds, self.quick_models)
+        tasks = len(configs.load(self.sentiment, quick=self.quick_models).data.tasks)
+        for name, spec in self.merges.items():
+            size = min(tasks, RULES[spec.method].models[1])  # of the largest subset that it takes
+            check_rule(f"merge {name!r}", spec.method, int(size), lacking=("gram", "factors"))
         for name in self.compare:
             if name not in self.merges:
                 raise ValueError(f"`compare` names {name!r}, but the merges are {', '.join(self.merges)}")

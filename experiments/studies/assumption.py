@@ -11,19 +11,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from experiments import config as configs
-from experiments.config import Strict, Study
+from experiments.config import Seeds, Strict, Study, Weights, different
+from experiments.options import check_rule
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
 from experiments.studies import sentiment
 from experiments.studies.adding import CODE, check_source
-from experiments.studies.sentiment import Merge
+from experiments.studies.sentiment import Merge, check_merge
 from experiments.studies.sentiment_cells import (
     EVALUATED,
-    MERGING,
-    MISMATCH,
     SOURCES,
     SQUARED,
     TRAINED,
@@ -41,7 +40,13 @@ class Refinement(Strict):
     method: str = "gradient_matching"
     examples: int = Field(default=128, gt=1)  # of each task
     steps: int = Field(default=3, gt=0)
-    dampings: tuple[float, ...] = Field(default=(0.0,), min_length=1)
+    dampings: Weights = Field(default=(0.0,), min_length=1)
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        check_merge(method, {})
+        return method
 
 
 class Config(Study):
@@ -53,14 +58,26 @@ class Config(Study):
     experiment: Literal["assumption"]
     sentiment: Path
     quick_models: bool = False
-    seeds: tuple[int, ...] = ()  # of that config; empty: all of them
-    delta0: tuple[float, ...] = ()
+    seeds: Seeds = ()  # of that config; empty: all of them
+    delta0: Weights = ()
     merges: dict[str, Merge] = Field(min_length=1)
     refine: Refinement | None = None
+
+    @field_validator("delta0")
+    @classmethod
+    def _told_apart(cls, delta0: tuple[float, ...]) -> tuple[float, ...]:
+        different([f"{value:g}" for value in delta0])  # as the records call them
+        return delta0
 
     @model_validator(mode="after")
     def _known(self) -> Config:
         check_source(self.sentiment, self.seeds, self.quick_models)
+        tasks = len(configs.load(self.sentiment, quick=self.quick_models).data.tasks)
+        methods = {f"merge {name!r}": spec.method for name, spec in self.merges.items()}
+        if self.refine:
+            methods["refine"] = self.refine.method
+        for name, method in methods.items():
+            check_rule(name, method, tasks, lacking=("gram", "factors"))
         return self
 
 
@@ -181,7 +198,7 @@ class Cells:
                 "seed": seed,
             },
             {**sources, "data": self.made.data},
-            (*SOURCES, *MERGING, *MISMATCH, "gradmatch.refine", "estimators", "experiments.merging"),
+            (*CODE, "gradmatch.refine", "estimators"),
             refine.steps * refine.examples * len(sources["tasks"]) / 8,
         )
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from experiments import config as configs
-from experiments.config import Strict, Study
+from experiments.config import Seeds, Strict, Study
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
 from experiments.statistics import bootstrap_ratio, correct_less, documents_of, t_interval
@@ -41,11 +41,11 @@ class Config(Study):
     experiment: Literal["curvature"]
     sentiment: Path
     quick_models: bool = False
-    seeds: tuple[int, ...] = ()  # of that config; empty: all of them
+    seeds: Seeds = ()  # of that config; empty: all of them
     estimates: dict[str, Estimate] = Field(min_length=1)
     full: str
     reference: Estimate
-    reference_seeds: tuple[int, ...] = (0,)
+    reference_seeds: Seeds = (0,)
 
     @model_validator(mode="after")
     def _known(self) -> Config:

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from experiments import config as configs
-from experiments.config import Study
+from experiments.config import Seeds, Study
 from experiments.diagnosis.cases import CASES, HEALTHY, VARIANTS
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
 from experiments.studies import sentiment
+from experiments.studies.adding import check_source
+from experiments.studies.sentiment_cells import MERGING, SOURCES
 
-CODE = (
-    "experiments.diagnosis",
-    "gradmatch.diagnosis",
-    "gradmatch.engine",
-    "gradmatch.rules",
-    "estimators",
-)
+CODE = ("experiments.diagnosis", "gradmatch.diagnosis", *MERGING, "estimators")
 KNOWN = {**CASES, **VARIANTS}
 
 
@@ -30,12 +25,12 @@ class Config(Study):
     """Keys of the config: which seeds the rules were set on, which they are checked on, and which cases (empty: all)."""
 
     experiment: Literal["diagnosis"]
-    development: tuple[int, ...] = (0, 1, 2)
-    seeds: tuple[int, ...] = (10, 11, 12)
+    development: Seeds = (0, 1, 2)
+    seeds: Seeds = (10, 11, 12)
     cases: tuple[str, ...] = ()
     sentiment: Path | None = None  # config of fine-tuned encoders that the faults are built into as well
-    encoders: tuple[int, ...] = ()  # seeds of those; none given: all
-    development_encoders: tuple[int, ...] = (0,)  # of those, the ones that the rules were looked at on
+    encoders: Seeds = ()  # seeds of those; none given: all
+    development_encoders: Seeds = (0,)  # of those, the ones that the rules were looked at on
     examples: int = Field(default=96, gt=1)  # of each task, for those
 
     @field_validator("cases")
@@ -50,22 +45,16 @@ class Config(Study):
     def _has_seeds(self) -> Config:
         if not (self.development or self.seeds or self.sentiment):
             raise ValueError("no seeds and no sentiment config: there is nothing to diagnose")
-        check_seeds(self.encoders, self.sentiment)
+        both = [seed for seed in self.seeds if seed in self.development]
+        if both:
+            raise ValueError(
+                f"seed {both[0]} is in `development` and in `seeds`, which are checked as seeds that no rule was set on"
+            )
+        if self.sentiment:
+            check_source(self.sentiment, (*self.encoders, *self.development_encoders), quick=False)
+        elif self.encoders:
+            raise ValueError(f"`encoders` has {list(self.encoders)}, but no config `sentiment` trains them")
         return self
-
-
-def check_seeds(seeds: Sequence[int], sentiment: Path | None) -> None:
-    """Compare seeds with those that a sentiment config trains models for.
-
-    Raises:
-        ValueError: one that it does not, or no such config.
-    """
-    if not seeds:
-        return
-    known = configs.load(sentiment).seeds if sentiment else ()
-    unknown = [seed for seed in seeds if seed not in known]
-    if unknown:
-        raise ValueError(f"no models of seed {unknown[0]}: {sentiment} has the seeds {list(known)}")
 
 
 def stages(config: Config) -> list[Stage]:
@@ -101,7 +90,7 @@ def encoder_cells(config: Config) -> dict[int, Stage]:
             "experiments.diagnosis.encoder:diagnose_encoder",
             {"seed": seed, "count": config.examples},
             model_inputs(made, seed),
-            CODE,
+            (*CODE, *SOURCES, "experiments.finetune"),
             600,
         )
         for seed in config.encoders or source.seeds

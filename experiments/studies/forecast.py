@@ -11,18 +11,22 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from experiments import config as configs
-from experiments.config import Study
+from experiments.config import Seeds, Study, Weights
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
 from experiments.studies import sentiment
-from experiments.studies.diagnosis import check_seeds, model_inputs
-from experiments.studies.sentiment_cells import EVALUATED
+from experiments.studies.adding import check_source
+from experiments.studies.diagnosis import model_inputs
+from experiments.studies.sentiment_cells import EVALUATED, MERGING, SOURCES
 
 CODE = (
-    "experiments.diagnosis.forecasting",
+    *SOURCES,
+    *MERGING,
+    "experiments.diagnosis.loading",
+    "experiments.diagnosis.scores",
+    "experiments.finetune",
     "gradmatch.diagnosis",
-    "gradmatch.engine",
-    "gradmatch.rules",
+    "estimators",
 )
 
 
@@ -41,14 +45,12 @@ class Config(Study):
     kfac: int = Field(default=128, gt=1)
     test: int = Field(default=300, gt=1)
     draws: int = Field(default=12, ge=0)
-    grid: tuple[float, ...] = (0.1, 0.3, 0.5, 0.8, 1.1)
-    seeds: tuple[int, ...] = ()  # of the sentiment config's; none given: all
+    grid: Weights = Field(default=(0.1, 0.3, 0.5, 0.8, 1.1), min_length=1)
+    seeds: Seeds = ()  # of the sentiment config's; none given: all
 
     @model_validator(mode="after")
     def _is_sentiment(self) -> Config:
-        if configs.load(self.sentiment).experiment != "sentiment":
-            raise ValueError(f"{self.sentiment} is no config of the sentiment experiment")
-        check_seeds(self.seeds, self.sentiment)
+        check_source(self.sentiment, self.seeds, quick=False)
         return self
 
 
@@ -70,7 +72,7 @@ def cells(config: Config) -> dict[int, Stage]:
             "experiments.diagnosis.forecasting:forecast",
             {**settings, "seed": seed, "delta0": source.delta0},
             model_inputs(made, seed),
-            (*CODE, "estimators"),
+            CODE,
             len(config.grid) ** len(tasks) * config.test * len(tasks) / EVALUATED + 200,
         )
         for seed in config.seeds or source.seeds

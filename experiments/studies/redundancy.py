@@ -10,12 +10,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from experiments import config as configs
-from experiments.config import Strict, Study
+from experiments.config import Seeds, Strict, Study
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
-from experiments.studies.sentiment_cells import EVALUATED
+from experiments.studies.sentiment_cells import EVALUATED, MERGING, SOURCES
 
 CODE = ("gradmatch.diagnosis.redundancy", "gradmatch.diagnosis.similarity")
+SCORING = {  # whether images -> what decides an accuracy
+    False: (*SOURCES, "experiments.evaluate"),
+    True: ("experiments.vision.models", "experiments.vision.packages", "experiments.vision.stages"),
+}
 PHOTOGRAPHS = " on photographs"
 
 
@@ -34,7 +38,7 @@ class Config(Study):
 
     experiment: Literal["redundancy"]
     sources: dict[str, Path] = Field(min_length=1)
-    seeds: tuple[int, ...] = ()  # of those configs; empty: all of them
+    seeds: Seeds = ()  # of those configs; empty: all of them
     shares: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
     analogies: dict[str, Analogy] = Field(default_factory=dict)
     weights: tuple[float, ...] = (0.3, 0.6, 1.0)
@@ -45,6 +49,10 @@ class Config(Study):
         for name, source in made.items():
             if source.experiment not in ("sentiment", "vision"):
                 raise ValueError(f"{self.sources[name]} is no config of the sentiment or vision experiment")
+            absent = [seed for seed in self.seeds if seed not in source.seeds]
+            if absent:
+                seeds = ", ".join(map(str, source.seeds))
+                raise ValueError(f"{self.sources[name]} has no seed {absent[0]}; it has {seeds}")
         for name, spec in self.analogies.items():
             if spec.source not in made:
                 raise ValueError(
@@ -56,7 +64,8 @@ class Config(Study):
                     raise ValueError(
                         f"analogy {name!r}: no task {model!r}{configs.nearest(model, data.tasks)}"
                     )
-            if spec.target.removesuffix(PHOTOGRAPHS) not in data.domains:
+            images = made[spec.source].experiment == "vision"
+            if (spec.target.removesuffix(PHOTOGRAPHS) if images else spec.target) not in data.domains:
                 raise ValueError(
                     f"analogy {name!r}: no domain {spec.target!r}{configs.nearest(spec.target, data.domains)}"
                 )
@@ -74,7 +83,7 @@ class Cells:
             source = configs.load(path)
             made = configs.study(source.experiment).Cells(source)
             images = source.experiment == "vision"
-            for seed in (seed for seed in source.seeds if not config.seeds or seed in config.seeds):
+            for seed in config.seeds or source.seeds:
                 base = made.trained[seed, "base"]
                 tasks = {task: made.trained[seed, task] for task in source.data.tasks}
                 seconds = (source.data.test or 1000) / EVALUATED
@@ -93,7 +102,7 @@ class Cells:
                         "experiments.redundancy:drop",
                         {"domain": task, "images": images, "shares": list(config.shares), "seed": seed},
                         {"base": base, "model": tuned, "data": made.data},
-                        CODE,
+                        (*CODE, *SCORING[images]),
                         2 * len(config.shares) * seconds,
                     )
                 for label, spec in config.analogies.items():
@@ -108,7 +117,7 @@ class Cells:
                             "experiments.redundancy:compare_analogy",
                             {"target": spec.target, "images": images, "weights": list(config.weights)},
                             {"base": base, **models, "data": made.data},
-                            (*CODE, "gradmatch.merging"),
+                            (*CODE, *SCORING[images], *MERGING, "gradmatch.subtraction"),
                             (4 + len(config.weights)) * seconds,
                         )
 

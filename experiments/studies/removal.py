@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from experiments.config import Strict, Study, Training
+from experiments.config import Seeds, Strict, Study, Training
+from experiments.options import check_names
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record
+from experiments.removal import scorers
 from experiments.removal.tradeoff import Path as Curve
 from experiments.removal.tradeoff import area_between, mean_interval
 from experiments.studies.removal_cells import Cells
-from experiments.tasks.texts import Source
+from experiments.studies.sentiment import check_merge
+from experiments.tasks.corpora import json_lines
+from experiments.tasks.texts import LISTS, Source, read
 from gradmatch.plan.request import REMOVALS
+
+FILES = (".txt", ".jsonl", ".csv", ".tsv")  # what `experiments.tasks.texts` reads as files
 
 
 class Limits(Strict):
@@ -62,6 +69,13 @@ class Method(Strict):
             raise ValueError(f"{self.method!r} is no way to remove; choose one of {', '.join(REMOVALS)}")
         if not all(alpha > 0 for alpha in self.alphas) or len(set(self.alphas)) != len(self.alphas):
             raise ValueError(f"alphas must be positive and different, got {list(self.alphas)}")
+        check_names(self.method, self.options, self.choose, also=())  # the strengths are `alphas`
+        check_merge(self.method, self.options)
+        for name, values in self.choose.items():
+            if not values:
+                raise ValueError(f"`choose` has no values for {name!r}")
+            for value in values:
+                check_merge(self.method, {**self.options, name: value})
         return self
 
 
@@ -89,7 +103,7 @@ class Config(Study):
     """Keys of a removal config."""
 
     experiment: Literal["removal"]
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    seeds: Seeds = Field(default=(0,), min_length=1)
     model: str = "smollm2"  # an asset, a folder, or a hub name
     remove: Source
     keep: Source
@@ -100,12 +114,24 @@ class Config(Study):
     training: Training
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     fisher: Fisher = Fisher()
-    methods: dict[str, Method]
+    methods: dict[str, Method] = Field(min_length=1)
     choosing: Choosing | None = None
     forecast: Forecast | None = None
     generation: Generation = Generation()
     scorer: str = "proxy"
     compare: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Every source of texts, by the path to its key."""
+        prompts = {f"prompts.{name}": source for name, source in self.prompts.items()}
+        return {"remove": self.remove, "keep": self.keep, **prompts}
+
+    @field_validator("scorer")
+    @classmethod
+    def _known_scorer(cls, scorer: str) -> str:
+        scorers.find(scorer)
+        return scorer
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -119,7 +145,31 @@ class Config(Study):
             raise ValueError(f"{', '.join(wanting)}: `choose` needs the key `choosing`, which says on what")
         if self.choosing and self.choosing.prompts not in self.prompts:
             raise ValueError(f"choosing.prompts: {self.choosing.prompts!r} is none of {list(self.prompts)}")
+        for where, source in self.sources.items():
+            check_source(where, source)
         return self
+
+
+def check_source(where: str, source: Source) -> None:
+    """Read a file of texts as the stage will, before anything runs; a name that is nearly a list's is taken for a slip.
+
+    Raises:
+        ValueError: what is wrong with the file, after the path to its key.
+    """
+    path = Path(source.source)
+    if source.source in LISTS:
+        return
+    if path.suffix not in FILES:
+        near = get_close_matches(source.source, LISTS, n=1)
+        if near and not path.exists():
+            raise ValueError(f"{where}: no list {source.source!r}; did you mean {near[0]!r}?")
+        return
+    try:
+        if path.suffix == ".jsonl" and path.is_file():
+            list(json_lines(path))
+        read(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def stages(config: Config) -> list[Stage]:
@@ -188,11 +238,19 @@ def _curvatures(cells: Cells, store: Path) -> Iterator[Record]:
     for (seed, name), stage in cells.curvatures.items():
         if is_done(stage, store):
             content = json.loads((stage.folder(store) / "error.json").read_text(encoding="utf-8"))
-            yield {"kind": "curvature", "seed": seed, "of": name, **content, **_origin(stage, store)}
+            content |= {
+                "kind": "curvature",
+                "seed": seed,
+                "of": name,
+            }  # the card has a seed too: the estimator's
+            yield {**content, **_origin(stage, store)}
 
 
 def _areas(cells: Cells, store: Path) -> Iterator[Record]:
-    """The comparisons, over all seeds that are complete: toxicity of continuations, and likelihood of what is removed."""
+    """The comparisons over all seeds: toxicity of continuations, and likelihood of what is removed.
+
+    One whose path lacks a point, of any seed, is left out.
+    """
     for ours, theirs in cells.config.compare:
         for measure in (*(("toxicity",) if cells.config.prompts else ()), "forgetting"):
             curves = {label: _curve(cells, store, label, measure) for label in (ours, theirs)}
@@ -203,7 +261,7 @@ def _areas(cells: Cells, store: Path) -> Iterator[Record]:
 
 
 def _curve(cells: Cells, store: Path, label: str, measure: str) -> Curve | None:
-    """One method's path over all seeds: texts and prompts of the seeds side by side; None where a point is missing."""
+    """One method's path over all seeds: texts and prompts of the seeds side by side; None where any seed lacks a point."""
     config = cells.config
     alphas = [0.0, *config.methods[label].alphas]
     losses, scores = [], []

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.pipeline import Stage
 from experiments.studies.sentiment_cells import MERGING
+from experiments.tasks.texts import LISTS
 from gradmatch.rules import RULES
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Cells:
             },
             code=READING,
             seconds=8,
+            reads=tuple(source.source for source in config.sources.values() if source.source not in LISTS),
         )
         self.base = Stage(
             "removal/base",
@@ -106,7 +108,7 @@ class Cells:
                 f"{_module(inputs)}:evaluate",
                 {"method": method, "alpha": alpha, "options": dict(options), "split": "test", **shared},
                 {"data": self.data, **inputs},
-                (*SOURCES, *WRITING, *(EDITING if alpha else ())),
+                (*SOURCES, *WRITING, *(EDITING if alpha else ()), *_called(inputs)),
                 seconds,
             )
 
@@ -168,7 +170,7 @@ class Cells:
                 "nats": how.nats,
             },
             {"data": self.data, **inputs},
-            (*SOURCES, *EDITING, "gradmatch.removal", "gradmatch.diagnosis"),
+            (*SOURCES, *EDITING, "gradmatch.removal", "gradmatch.diagnosis", *_called(inputs)),
             30 + 26 * len(spec.alphas),
         )
 
@@ -176,3 +178,8 @@ class Cells:
 def _module(inputs: Mapping[str, Stage]) -> str:
     """Where the stages live that take these inputs: with a chosen option, or without."""
     return "experiments.removal.choosing" if "chosen" in inputs else "experiments.removal.stages"
+
+
+def _called(inputs: Mapping[str, Stage]) -> tuple[str, ...]:
+    """What those stages call to work with the option that was chosen."""
+    return ("experiments.removal.stages",) if "chosen" in inputs else ()

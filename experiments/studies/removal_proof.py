@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
-from experiments.config import Strict, Study, Training
+from experiments.config import Seeds, Strict, Study, Training, different
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
 from experiments.statistics import t_interval
-from experiments.studies.sentiment_cells import SQUARED, TRAINED
+from experiments.studies.sentiment_cells import MERGING, SQUARED, TRAINED
+from experiments.tasks.sentiment import VADER_FILES
 
-EDITING = ("gradmatch.subtraction", "gradmatch.merging", "gradmatch.engine", "gradmatch.rules")
+EDITING = ("gradmatch.subtraction", *MERGING)
 MODELS = ("experiments.models", "experiments.assets")
 METRICS = ("distance", "kl", "removed", "accuracy", "gap")
 
@@ -37,7 +38,7 @@ class Encoder(Strict):
 
     encoder: str = "encoder"  # an asset, a folder, or a hub name
     source: str = "vader"  # or a folder with one `<domain>.jsonl` of text, label, document
-    keep: tuple[str, ...] = ("movies", "amazon")
+    keep: tuple[str, ...] = Field(default=("movies", "amazon"), min_length=1)
     remove: str = "tweets"
     wrong: int = Field(default=600, gt=0)  # texts with wrong labels, of the domain's training texts
     max_length: int = Field(default=48, gt=2)
@@ -46,13 +47,23 @@ class Encoder(Strict):
     tuning: Training
     examples: int = Field(default=300, gt=1)
 
+    @model_validator(mode="after")
+    def _known(self) -> Encoder:
+        domains = different((*self.keep, self.remove))
+        unknown = [domain for domain in domains if domain not in VADER_FILES]
+        if self.source == "vader" and unknown:
+            raise ValueError(f"vader has no domain {unknown[0]!r}; it has {', '.join(VADER_FILES)}")
+        return self
+
 
 class Config(Study):
     """Keys of a proof's config."""
 
     experiment: Literal["removal-proof"]
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
-    alphas: tuple[float, ...] = (0.25, 0.5, 1.0)
+    seeds: Seeds = Field(default=(0, 1, 2), min_length=1)
+    alphas: Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(different)] = Field(
+        default=(0.25, 0.5, 1.0), min_length=1
+    )
     network: Network = Network()
     encoder: Encoder | None = None
 
@@ -98,12 +109,16 @@ def _encoder(spec: Encoder, seed: int, alphas: list[float]) -> Stage:
         },
         code=MODELS,
         seconds=10,
+        reads=()
+        if spec.source == "vader"
+        else tuple(f"{spec.source}/{d}.jsonl" for d in (*spec.keep, spec.remove)),
     )
     data = Stage(
         "proof/poisoned",
         "experiments.removal.encoder:poison",
         {"domain": spec.remove, "count": spec.wrong},
         {"data": clean},
+        MODELS,
         seconds=2,
     )
 
@@ -145,7 +160,7 @@ def _encoder(spec: Encoder, seed: int, alphas: list[float]) -> Stage:
         "experiments.removal.encoder:compare",
         {"keep": list(spec.keep), "remove": spec.remove, "alphas": alphas},
         {"data": data, **models, "base_curvature": curvatures["base"], "task_curvature": curvatures["task"]},
-        (*MODELS, *EDITING),
+        (*MODELS, *EDITING, "experiments.removal.proof", "estimators"),
         (4 * len(alphas) + 3) * 5,
     )
 

@@ -10,12 +10,14 @@ from pydantic import Field, model_validator
 
 from experiments import config as configs
 from experiments.config import Strict, Study
+from experiments.options import check_names, check_rule
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record, of_kind
 from experiments.studies.sentiment import check_merge
 from experiments.studies.sentiment_cells import EVALUATED, MERGING, SOURCES
 
 CODE = (*SOURCES, *MERGING, "experiments.merging", "experiments.evaluate")
+IMAGES = ("experiments.vision.models", "experiments.vision.packages", "experiments.vision.stages")
 
 
 class Range(Strict):
@@ -60,6 +62,9 @@ class Config(Study):
             raise ValueError(
                 f"{self.source} has no seed {self.seed}; it has {', '.join(map(str, source.seeds))}"
             )
+        check_names(self.method, self.options, self.space)
+        check_merge(self.method, self.options)
+        check_rule("method", self.method, len(source.data.tasks), lacking=("gram", "factors"))
         for name, tried in self.space.items():
             for value in tried.values or (tried.low, tried.high):
                 check_merge(self.method, {**self.options, name: value})
@@ -73,25 +78,31 @@ def stages(config: Config) -> list[Stage]:
     source = configs.load(config.source)
     made = configs.study(source.experiment).Cells(source)
     data = source.data
+    images = source.experiment == "vision"
     seconds = config.trials * len(data.domains) * (data.validation or 500) / EVALUATED / config.workers
+    settings = {
+        "method": config.method,
+        "options": config.options,
+        "space": {name: tried.model_dump(mode="json") for name, tried in config.space.items()},
+        "sampler": config.sampler,
+        "seed": config.seed,
+        "images": images,
+        "domains": data.domains,
+        "delta0": source.delta0,
+    }
+    function, code = "experiments.search:take_part", (*CODE, *(IMAGES if images else ()))
+    inputs = {**made.sources(config.seed, data.tasks), "data": made.data}
+    shared = Stage(
+        "", function, settings, inputs, code
+    )  # what all workers have in common: it names their study
+    settings |= {"study": f"search-{shared.key}", "trials": config.trials}
     return [
         Stage(
             f"search/{config.name}/worker{worker}",
-            "experiments.search:take_part",
-            {
-                "worker": worker,
-                "method": config.method,
-                "options": config.options,
-                "space": {name: tried.model_dump(mode="json") for name, tried in config.space.items()},
-                "sampler": config.sampler,
-                "trials": config.trials,
-                "seed": config.seed,
-                "images": source.experiment == "vision",
-                "domains": data.domains,
-                "delta0": source.delta0,
-            },
-            {**made.sources(config.seed, data.tasks), "data": made.data},
-            CODE,
+            function,
+            {"worker": worker, **settings},
+            inputs,
+            code,
             seconds,
         )
         for worker in range(config.workers)

@@ -11,14 +11,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from experiments.config import Strict, Study, Training
+from experiments.config import Seeds, Strict, Study, Training, Weights
+from experiments.options import check_names, check_rule
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record
 from experiments.studies.sentiment_cells import Cells
+from experiments.tasks.sentiment import VADER_FILES
 from gradmatch.plan.plan import Request
 from gradmatch.rules import RULES
 
@@ -39,7 +41,7 @@ class Corpus(Strict):
 
 
 class Data(Strict):
-    """Which texts: `vader` (four domains from PyPI), or a folder with one `<domain>.jsonl` of text, label, document.
+    """Which texts: `vader` (four domains from PyPI), or a folder, whose `<domain>.jsonl` (text, label, document) are `corpora`.
 
     `corpora` names a source per domain instead; `train`, `validation` and `test` are at most so many per domain.
     """
@@ -60,15 +62,30 @@ class Data(Strict):
             raise ValueError(
                 "`base` and `tasks` must name one base domain and at least one task, all different"
             )
+        if self.corpora and "source" in self.model_fields_set:
+            raise ValueError("give either `source` or `corpora`: with both, `source` would not be read")
+        if not self.corpora and self.source != "vader":
+            files = {domain: Corpus(path=f"{self.source}/{domain}.jsonl") for domain in self.domains}
+            object.__setattr__(self, "corpora", files)  # frozen, but not before it is made
         absent = [domain for domain in self.domains if domain not in self.corpora]
         if self.corpora and absent:
             raise ValueError(f"`corpora` has no {absent[0]!r}; it has {', '.join(self.corpora)}")
+        for domain in self.domains:
+            path = self.corpora[domain].path if self.corpora else self.source
+            if path == "vader" and domain not in VADER_FILES:
+                raise ValueError(f"vader has no domain {domain!r}; it has {', '.join(VADER_FILES)}")
         return self
 
     @property
     def domains(self) -> list[str]:
         """The base's domain, then the tasks'."""
         return [self.base, *self.tasks]
+
+    @property
+    def local(self) -> tuple[str, ...]:
+        """Paths of the corpora, for the key of the stage that reads them; the hub's names among them are no files."""
+        paths = (self.corpora[domain].path for domain in self.domains if self.corpora)
+        return tuple(path for path in paths if path != "vader")
 
 
 class Fisher(Strict):
@@ -94,6 +111,7 @@ class Merge(Strict):
     def _choice(self) -> Merge:
         if len(self.choose) > 1 or any(not values for values in self.choose.values()):
             raise ValueError("`choose` takes one option with a list of values")
+        check_names(self.method, self.options, self.choose)
         for name, values in self.choose.items():
             for value in values:
                 check_merge(self.method, {**self.options, name: value})
@@ -108,7 +126,7 @@ class Sweep(Strict):
     """
 
     merges: tuple[str, ...] = Field(min_length=1)
-    alphas: tuple[float, ...] = Field(min_length=2)
+    alphas: Weights = Field(min_length=2)
     forecast: int = Field(default=0, ge=0)
 
 
@@ -131,12 +149,12 @@ class Config(Study):
     """Keys of a sentiment config."""
 
     experiment: Literal["sentiment"]
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    seeds: Seeds = Field(default=(0,), min_length=1)
     encoder: str = "encoder"  # an asset, a folder, or a hub name
     data: Data = Data()
     base_training: Training
     task_training: Training
-    task_steps: dict[str, int] = Field(
+    task_steps: dict[str, Annotated[int, Field(gt=0)]] = Field(
         default_factory=dict
     )  # task -> steps, where they differ from task_training's
     joint_training: Training
@@ -159,11 +177,7 @@ class Config(Study):
                     f"`task_steps` names {task!r}, but the tasks are {', '.join(self.data.tasks)}"
                 )
         for name, spec in self.merges.items():
-            if not takes(spec.method, len(self.data.tasks)):
-                fewest, most = RULES[spec.method].models
-                raise ValueError(
-                    f"merge {name!r}: {spec.method} takes {fewest} to {most:g} models, but there are {len(self.data.tasks)} tasks"
-                )
+            check_rule(f"merge {name!r}", spec.method, len(self.data.tasks), lacking=("factors",))
         own = ["base", *self.data.tasks, "joint"]
         for model in self.merges:
             if model in own:

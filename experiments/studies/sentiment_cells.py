@@ -82,7 +82,9 @@ class Cells:
         }
         code = (*SOURCES, "experiments.tasks.sentiment")
         corpora = "experiments.tasks.corpora:prepare_corpora"
-        return Stage("sentiment/data", corpora, {**given, **settings}, code=code, seconds=30)
+        return Stage(
+            "sentiment/data", corpora, {**given, **settings}, code=code, seconds=30, reads=data.local
+        )
 
     def _start(self) -> dict[str, Any]:
         """What the base is trained from, and its new head."""

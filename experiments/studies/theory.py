@@ -11,13 +11,14 @@ from pydantic import Field
 from experiments.config import Study
 from experiments.pipeline import Stage, card, is_done
 from experiments.records import Record
+from experiments.studies.sentiment_cells import MERGING
 
 CLAIMS = ("exactness", "identities", "special_cases", "closer", "refinement")
 CODE = (
     "experiments.convex",
     "estimators",
-    "gradmatch.rules",
-    "gradmatch.engine",
+    "experiments.statistics",
+    *MERGING,
 )
 
 

@@ -8,11 +8,11 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from experiments.config import Strict
+from experiments.options import check_rule
 from experiments.pipeline import Stage
 from experiments.records import Record
 from experiments.studies import sentiment, sentiment_cells
 from experiments.studies.sentiment import report as report  # the same tables
-from gradmatch.rules import RULES
 
 FUNCTIONS = {  # what reads texts -> what reads images
     "experiments.finetune:finetune": "experiments.vision.training:finetune",
@@ -26,6 +26,7 @@ FUNCTIONS = {  # what reads texts -> what reads images
 CODE = ("experiments.vision.models", "experiments.vision.packages", "experiments.evaluate")
 SLOWER = 0.6  # seconds of an image of nine patches in DINOv2-small, for one of a text of the sentiment study
 PACKAGED = ("animals", "mnist", "photos", "digits")
+PATCH = 14  # pixels of a patch of `dinov2`, a side
 
 
 class Data(Strict):
@@ -66,12 +67,15 @@ class Config(sentiment.Config):
     probe: int = Field(default=1000, gt=0)
 
     @model_validator(mode="after")
+    def _whole_patches(self) -> Config:
+        if self.encoder == "dinov2" and self.data.pixels % PATCH:
+            raise ValueError(f"data.pixels is {self.data.pixels}, but dinov2 takes multiples of {PATCH}")
+        return self
+
+    @model_validator(mode="after")
     def _no_gram(self) -> Config:
         for name, spec in self.merges.items():
-            if "gram" in RULES[spec.method].needs:
-                raise ValueError(
-                    f"merge {name!r}: {spec.method} needs Gram matrices, which this study does not estimate"
-                )
+            check_rule(f"merge {name!r}", spec.method, len(self.data.tasks), lacking=("gram",))
         return self
 
 
@@ -103,6 +107,7 @@ class Cells(sentiment_cells.Cells):
             },
             code=CODE,
             seconds=20,
+            reads=tuple(where for name, where in data.sets.items() if name in data.domains),
         )
 
     def _start(self) -> dict[str, Any]:
@@ -127,6 +132,7 @@ def on_images(stage: Stage, made: dict[int, Stage]) -> Stage:
             inputs,
             (*_code(stage), *CODE) if own else stage.code,
             stage.seconds * SLOWER if own else stage.seconds,
+            stage.reads,
         )
     return made[id(stage)]
 

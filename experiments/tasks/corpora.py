@@ -26,6 +26,7 @@ from experiments.tasks.sentiment import (
 
 TEST = "test/"  # how the documents of a given test split begin
 RATING = re.compile(r"\[([+-]\d)\]")
+STANDING_IN = '~data.corpora data.base=movies "data.tasks=[amazon, tweets, nyt]" encoder=encoder, and ~task_steps where the config has it'
 ENDINGS = {".neg": 0, ".pos": 1, ".0": 0, ".1": 1}  # of files with a text a line
 
 
@@ -41,6 +42,7 @@ def read_corpus(
 
     Raises FileNotFoundError, ValueError.
     """
+    kind = "no text in any row"
     local = Path(path)
     if path == "vader":
         from experiments import assets
@@ -49,19 +51,49 @@ def read_corpus(
             raise ValueError(f"vader has no domain {domain!r}; it has {', '.join(VADER_FILES)}")
         return read_vader(assets.folder("sentiment"), domain)
     if local.is_file():
-        rows = (json.loads(line) for line in local.read_text(encoding="utf-8").splitlines() if line.strip())
-        found = [_from_row(row, path, str(number), **columns) for number, row in enumerate(rows)]
+        found = [
+            _from_row(row, domain, f"{path}, line {number}", str(number), **columns)
+            for number, row in json_lines(local)
+        ]
+        kind = "each line of it is an object with a text and a label"
     elif local.is_dir():
         found = list(_of_folder(local))
+        kind = (
+            "a folder has zip files with neg/ and pos/ or with rated sentences, or pairs of files with a text a line "
+            f"that end in {', '.join(ENDINGS)}"
+        )
+    elif local.suffix == ".jsonl":
+        present = ", ".join(sorted(file.stem for file in local.parent.glob("*.jsonl"))) or "none"
+        raise FileNotFoundError(f"no {path}; domains in that folder: {present}")
     else:
-        found = list(_of_hub(path, subset, train, test, columns))
+        found = list(_of_hub(domain, path, subset, train, test, columns))
     examples = [example for example in found if example.text]
     if not examples:
-        raise ValueError(
-            f"{path} holds no text that can be read: zip files with neg/ and pos/ or with rated sentences, or pairs of files "
-            f"with a text a line that end in {', '.join(ENDINGS)}"
-        )
+        raise ValueError(f"{path} holds no text that can be read: {kind}")
     return examples
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number (from 1) and object of each line that is not blank. Raises ValueError, which says the line."""
+    with path.open(encoding="utf-8") as file:
+        try:
+            lines = file.readlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path} is not in UTF-8 (byte {error.start}: {error.reason}); save it so"
+            ) from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.rstrip())
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: no JSON ({error.msg} at column {error.colno}); each line is an object"
+            ) from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: no object but {line.strip()[:40]!r}")
+        yield number, row
 
 
 def _of_folder(folder: Path) -> Iterator[Example]:
@@ -92,7 +124,7 @@ def _of_member(name: str, text: str) -> Iterator[Example]:
 
 
 def _of_hub(
-    name: str, subset: str | None, train: str, test: str | None, columns: Mapping[str, Any]
+    domain: str, name: str, subset: str | None, train: str, test: str | None, columns: Mapping[str, Any]
 ) -> Iterator[Example]:
     """The train split (or a slice of it, as `train[:5%]`), after the test split, whose documents say so.
 
@@ -101,7 +133,7 @@ def _of_hub(
     for split, mark in ((test, TEST), (train, "")):
         if split is not None:
             for number, row in enumerate(_hub_rows(name, subset, split)):
-                yield _from_row(row, name, f"{mark}{split}/{number}", **columns)
+                yield _from_row(row, domain, name, f"{mark}{split}/{number}", **columns)
 
 
 def _hub_rows(name: str, subset: str | None, split: str) -> Any:
@@ -112,24 +144,33 @@ def _hub_rows(name: str, subset: str | None, split: str) -> Any:
     except Exception as error:  # the hub's errors have many types
         raise FileNotFoundError(
             f"cannot load the texts {name!r}: no such file or folder, and no hub that has them is within reach "
-            f"({type(error).__name__}); `data.source: vader` stands in for them (vaderSentiment, four domains, which needs only PyPI)"
+            f"({type(error).__name__}); the texts of vaderSentiment, which need only PyPI, stand in for them: {STANDING_IN}"
         ) from error
 
 
 def _from_row(
     row: Mapping[str, Any],
-    source: str,
+    domain: str,
+    where: str,
     document: str,
     text: str = "text",
     label: str = "label",
     positive_from: float = 1,
 ) -> Example:
-    missing = [column for column in (text, label) if column not in row]
+    missing = {key: column for key, column in (("text", text), ("label", label)) if column not in row}
     if missing:
-        raise ValueError(f"{source} has no column {missing[0]!r}; it has {', '.join(map(str, row))}")
-    return Example(
-        clean(str(row[text])), int(float(row[label]) >= positive_from), str(row.get("document", document))
-    )
+        columns = " and no ".join(map(repr, missing.values()))
+        keys = " and ".join(f"data.corpora.{domain}.{key}" for key in missing)
+        raise ValueError(
+            f"{where}: no column {columns}; it has {', '.join(map(str, row))}: name yours by {keys}"
+        )
+    try:
+        positive = float(row[label]) >= positive_from
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: the label (column {label!r}) is {row[label]!r}, which is no number; labels from {positive_from:g} are positive"
+        ) from error
+    return Example(clean(str(row[text])), int(positive), str(row.get("document", document)))
 
 
 def split_corpus(domain: str, examples: Sequence[Example], seed: int) -> dict[str, list[Example]]:
@@ -165,7 +206,14 @@ def prepare_corpora(
     read = {domain: read_corpus(domain, **given) for domain, given in corpora.items()}
     counts: dict[str, Any] = {}
     for domain, examples in without_duplicates(read).items():
-        splits = split_corpus(domain, examples, split_seed)
+        try:
+            splits = split_corpus(domain, examples, split_seed)
+        except ValueError as error:
+            raise ValueError(
+                f"{corpora[domain]['path']}: {error}, of {len(examples)} that differ ({len(read[domain])} were read) in "
+                f"{len({example.document for example in examples})} documents, each in one split; add texts or documents, or "
+                "try another data.split_seed"
+            ) from error
         for split in SPLITS:
             chosen = splits[split][: limits.get(split)]
             tokens = tokenizer([example.text for example in chosen], truncation=True, max_length=max_length)

@@ -52,6 +52,11 @@ def test_the_whole_subset_gives_the_sentiment_runs_numbers(adding_config, tiny_c
     [
         ({"compare": ["GM", "XX"]}, "`compare` names 'XX'"),
         ({"seeds": [7]}, "has no seed 7; it has 0"),
+        ({"seeds": [0, 0]}, "seeds: "),
+        (
+            {"merges": {"GM": {"method": "regmean"}, "TA": {"method": "task_arithmetic"}}},
+            "merge 'GM': regmean needs Gram matrices",
+        ),
         ({"sentiment": "configs/theory.yaml"}, "is no config of the sentiment experiment"),
     ],
 )

@@ -75,6 +75,29 @@ def test_the_penalty_is_half_the_weighted_square():
     assert module.weight.grad.tolist() == [pytest.approx([2.0, 6.0])]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"merges": {"R": {"method": "regmean"}}}, "merge 'R': regmean needs Gram matrices"),
+        ({"merges": {"K": {"method": "kronecker"}}}, "merge 'K': kronecker needs Kronecker factors"),
+        (
+            {"merges": {"P": {"method": "passthrough"}}},
+            "merge 'P': passthrough takes 1 to 1 models, but there are 2",
+        ),
+        ({"refine": {"method": "gradient"}}, "refine.method: unknown method 'gradient'"),
+        ({"refine": {"method": "passthrough"}}, "refine: passthrough takes 1 to 1 models"),
+        ({"refine": {"dampings": [-1.0]}}, r"refine\.dampings\.0: .*greater than or equal to 0"),
+        ({"delta0": [-1.0]}, r"delta0\.0: .*greater than or equal to 0"),
+        ({"delta0": [300.0, 300.0]}, r"delta0: 300\.0 stands twice"),
+        ({"delta0": [300.0, 300.00001]}, r"delta0: '300' stands twice"),
+    ],
+)
+def test_what_would_fail_after_training_is_refused(assumption_config, change, message):
+    content = yaml.safe_load(assumption_config.read_text())
+    with pytest.raises(configs.ConfigError, match=message):
+        configs.check(content | change, "assumption.yaml")
+
+
 def test_faults(assumption_config):
     content = yaml.safe_load(assumption_config.read_text())
     with pytest.raises(configs.ConfigError, match="has no seed 3"):

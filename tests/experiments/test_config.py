@@ -1,5 +1,7 @@
 """Configs: checked whole, faults named with the path to the key and the nearest name."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,36 @@ FAULTS = [
     ("experiment: sentimnt", "experiment: unknown 'sentimnt'; did you mean 'sentiment'?"),
     ("experiment: [", "is no YAML"),
     ("- a list", "must hold a mapping of keys, but holds list"),
+    ("# nothing", r"bad.yaml is empty: its first key is `experiment`, one of adding"),
+    ("seeds: [0]", "experiment: missing; write one of adding"),
+    ("experiment: [theory]", r"experiment: unknown \['theory'\]"),
+    ("experiment: {a: 1}", "experiment: unknown {'a': 1}"),
+    ("experiment: theory\nseeds: 5\nseeds: 6", "is no YAML: the key 'seeds' stands twice .*line 3"),
+    (SMALL + "quick: [2]", r"quick: must be a list of key=value, .*found \[2\]"),
+    (SMALL + "quick: seeds=[2]", "quick: must be a list of key=value, .*found 'seeds="),
+    (SMALL + "name: ../../x", "name: '../../x' cannot name the file of the records"),
+    (SMALL + "name: 3", "name: Input should be a valid string"),
+    (SMALL + "seeds: 3", r"seeds: must be a list, as \[0, 1\] \(found 3\)"),
+    (SMALL + "seeds: [0, 1, 0]", r"seeds: 0 stands twice in \[0, 1, 0\]"),
+    (SMALL + "seeds: [-1]", r"seeds\.0: .*greater than or equal to 0 \(found -1\)"),
+    (SMALL + "seeds: [4294967296]", r"seeds\.0: .*less than 4294967296"),
+    (SMALL + "data: {tasks: amazon}", r"data\.tasks: must be a list, as \[a, b\] \(found 'amazon'\)"),
+    (SMALL + "data: {tasks: [imdb]}", "data: vader has no domain 'imdb'; it has movies"),
+    (
+        SMALL + "data: {source: vader, corpora: {movies: {path: vader}, amazon: {path: x}}, tasks: [amazon]}",
+        "data: give either `source` or `corpora`",
+    ),
+    (
+        SMALL + "data: {corpora: {movies: {path: x}, imdb: {path: vader}}, tasks: [imdb]}",
+        "data: vader has no domain 'imdb'",
+    ),
+    (SMALL + "task_steps: {amazon: 0}", r"task_steps\.amazon: .*greater than 0 \(found 0\)"),
+    (SMALL + "delta0: .inf", r"delta0: .*finite number \(found inf\)"),
+    (SMALL.replace("task_arithmetic", "task_arithmetic, alpha: .nan"), r"merges\.TA\.alpha: .*finite number"),
+    (SMALL.replace("task_arithmetic", "kronecker"), "merge 'TA': kronecker needs Kronecker factors"),
+    (SMALL + "sweep: {merges: [TA], alphas: [0, -1]}", r"sweep\.alphas\.1: .*greater than or equal to 0"),
+    (SMALL + "sweep: {merges: [TA], alphas: [0, .nan]}", r"sweep\.alphas\.1: .*finite number"),
+    (SMALL + "sweep: {merges: [TA], alphas: [1, 1.0]}", r"sweep\.alphas: 1\.0 stands twice"),
     (SMALL + "sedes: [1]", "sedes: unknown key; did you mean 'seeds'?"),
     (SMALL + "data: {taks: [a]}", "data.taks: unknown key; did you mean 'tasks'?"),
     (SMALL + "fisher: {examples: many}", r"fisher.examples: .*integer.*found 'many'"),
@@ -79,15 +111,19 @@ def test_faults(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seeds", "cannot read 'seeds': overrides are written key=value"),
+        ("seeds", r"small\.yaml: cannot read 'seeds': overrides are written key=value"),
+        ("seeds=[0", r"small\.yaml: 'seeds=\[0': what follows the = is no YAML"),
+        ("data={test: 5, test: 6}", "is no YAML: the key 'test' stands twice"),
         ("~", "cannot read '~': overrides are written key=value"),
         ("~compar", "'~compar': there is no key 'compar' to leave out; did you mean 'compare'"),
-        ("seeds.first=1", "seeds is no mapping"),
+        ("~dta.test", r"small\.yaml: '~dta\.test': there is no key 'dta' to leave out; known: experiment"),
+        ("~task_steps.a", "there is no key 'a' to leave out; known: none"),
+        ("seeds.first=1", r"small\.yaml: 'seeds\.first=1': seeds is no mapping"),
         ("sedes=[1]", "did you mean 'seeds'"),
     ],
 )
 def test_bad_overrides(small, override, message):
-    small.write_text(SMALL + "seeds: [0]\n")
+    small.write_text(SMALL + "seeds: [0]\ntask_steps: {}\n")
     with pytest.raises(ConfigError, match=message):
         load(small, [override])
 
@@ -96,6 +132,12 @@ def test_a_key_can_be_left_out(small):
     config = load(small, ["~compare", "~merges.GM"])
     assert config.compare == ()
     assert set(config.merges) == {"TA"}
+
+
+def test_a_config_that_is_not_in_utf_8_is_named(small):
+    small.write_bytes(SMALL.encode() + b"# caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"small\.yaml is not in UTF-8 \(byte \d+: .*\); save it so"):
+        load(small)
 
 
 def test_a_missing_file_names_the_nearest(small):
@@ -110,3 +152,13 @@ def test_every_config_is_valid_short_and_says_its_cost(path):
     assert len(lines) <= 30
     assert lines[0].startswith("#")
     assert "minutes" in path.read_text().split("experiment:")[0]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_commands_in_a_comment_write_the_records_that_it_names(path):
+    comment = path.read_text().split("experiment:")[0]
+    named = {path.stem, *re.findall(r"name=([\w-]+)", comment)}
+    assert set(re.findall(r"results/([\w-]+)\.jsonl", comment)) <= named
+    commands = re.findall(r"^#   (python -m experiments run [^#]*)\\\n#     (.*)$", comment, re.MULTILINE)
+    for command in commands:
+        load(path, shlex.split("".join(command))[5:])

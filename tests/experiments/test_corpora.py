@@ -1,12 +1,16 @@
 """Corpora in their own forms: each is read into texts, labels and documents, and split without leakage."""
 
 import json
+import shlex
 import zipfile
+from pathlib import Path
 
 import pytest
 
-from experiments.config import ConfigError, load
-from experiments.tasks.corpora import Example, prepare_corpora, read_corpus, split_corpus
+from experiments.config import ConfigError, load, study
+from experiments.tasks.corpora import STANDING_IN, Example, prepare_corpora, read_corpus, split_corpus
+
+ROOT = Path(__file__).parents[2]
 
 
 def zipped(path, files):
@@ -46,8 +50,53 @@ def test_json_lines_by_column(tmp_path):
     )
     found = read_corpus("shop", str(path), text="review", label="stars", positive_from=4)
     assert [(example.text, example.label) for example in found] == [("fine", 1), ("poor", 0)]
-    with pytest.raises(ValueError, match=r"stars.jsonl has no column 'text'; it has review, stars"):
+    told = (
+        r"stars.jsonl, line 1: no column 'text' and no 'label'; it has review, stars: name yours by "
+        r"data\.corpora\.shop\.text and data\.corpora\.shop\.label"
+    )
+    with pytest.raises(ValueError, match=told):
         read_corpus("shop", str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b'{"text": "x", "label": 1}\n\n{"text": \n',
+            r"a\.jsonl, line 3: no JSON \(Expecting value at column 9\)",
+        ),
+        (b"[1, 2]\n", r"a\.jsonl, line 1: no object but '\[1, 2\]'"),
+        (
+            b'{"text": "x", "label": "good"}\n',
+            r"line 1: the label \(column 'label'\) is 'good', which is no number",
+        ),
+        (
+            b'{"text": "x", "label": null}\n',
+            "line 1: .* is None, which is no number; labels from 1 are positive",
+        ),
+        (b'{"text": "caf\xe9", "label": 1}\n', r"a\.jsonl is not in UTF-8 \(byte 13: .*\); save it so"),
+        (
+            b"\n",
+            r"a\.jsonl holds no text that can be read: each line of it is an object with a text and a label",
+        ),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_corpus("shop", str(tmp_path / "a.jsonl"))
+
+
+def test_a_text_with_a_separator_of_its_own_is_one_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one\u2028two", "label": 1}\n', encoding="utf-8")
+    assert [example.text for example in read_corpus("shop", str(tmp_path / "a.jsonl"))] == ["one two"]
+
+
+def test_a_file_that_is_absent_names_its_neighbours(tiny_texts):
+    with pytest.raises(
+        FileNotFoundError, match=r"no .*film\.jsonl; domains in that folder: books, films, songs"
+    ):
+        read_corpus("film", str(tiny_texts / "film.jsonl"))
 
 
 def test_the_hub_through_its_library(monkeypatch):
@@ -61,13 +110,14 @@ def test_the_hub_through_its_library(monkeypatch):
 
 def test_without_network_it_says_what_stands_in():
     with pytest.raises(
-        FileNotFoundError, match=r"cannot load the texts 'no/such-texts'.*vader.*stands in.*PyPI"
+        FileNotFoundError,
+        match=r"cannot load the texts 'no/such-texts'.*vader.*PyPI, stand in for them: ~data.corpora",
     ):
         read_corpus("imdb", "no/such-texts")
 
 
 def test_faults_of_sources(tmp_path):
-    with pytest.raises(ValueError, match="holds no text that can be read"):
+    with pytest.raises(ValueError, match="holds no text that can be read: a folder has zip files with neg/"):
         read_corpus("imdb", str(tmp_path))
     with pytest.raises(ValueError, match="vader has no domain 'imdb'; it has movies"):
         read_corpus("imdb", "vader")
@@ -101,9 +151,43 @@ def test_prepared_as_the_other_source(tmp_path, tiny_encoder, tiny_texts):
     assert counts["films/validation"]["n"] >= 10
 
 
+def test_too_few_texts_say_of_what_and_what_to_do(tmp_path, tiny_encoder):
+    rows = [{"text": f"t{i % 40}", "label": (i % 40) % 2, "document": "one"} for i in range(50)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = (
+        r"a\.jsonl: domain 'films' leaves \d+ examples for \w+; 10 are needed, of 40 that differ \(50 were read\) in 1 documents, "
+        r"each in one split; add texts or documents, or try another data\.split_seed"
+    )
+    with pytest.raises(ValueError, match=told):
+        prepare_corpora(
+            tmp_path / "out",
+            corpora={"films": {"path": str(tmp_path / "a.jsonl")}},
+            encoder=str(tiny_encoder),
+            max_length=8,
+            limits={},
+            split_seed=0,
+        )
+
+
+def test_what_stands_in_for_the_hub_is_a_plan():
+    given = [*shlex.split(STANDING_IN.partition(", and ")[0]), "~task_steps"]
+    config = load(ROOT / "configs" / "sentiment-roberta.yaml", given)
+    assert config.data.corpora == {}
+    assert study(config.experiment).stages(config)
+    load(ROOT / "configs" / "sentiment-five.yaml", given[:-1])
+
+
+def test_a_folder_is_a_corpus_a_domain(tiny_config, tiny_texts):
+    data = load(tiny_config).data
+    assert data.corpora["books"].path == f"{tiny_texts}/books.jsonl"
+    assert data.local == tuple(f"{tiny_texts}/{domain}.jsonl" for domain in ("films", "books", "songs"))
+    assert load(ROOT / "configs" / "demo.yaml").data.local == ()
+    assert "vader" not in load(ROOT / "configs" / "sentiment-five.yaml").data.local
+
+
 def test_config_faults(tiny_config, tiny_texts):
     films = f"data.corpora={{films: {{path: {tiny_texts}/films.jsonl}}}}"
     with pytest.raises(ConfigError, match="`corpora` has no 'books'; it has films"):
-        load(tiny_config, [films])
+        load(tiny_config, ["~data.source", films])
     with pytest.raises(ConfigError, match="`task_steps` names 'boks', but the tasks are books, songs"):
         load(tiny_config, ["task_steps={boks: 3}"])

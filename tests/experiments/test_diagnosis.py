@@ -71,10 +71,12 @@ def test_forecast_study_reads_the_models_of_a_sentiment_config():
     assert set(stage.inputs) == {"data", "base", "tasks", "base_curvature", "curvatures"}
     assert len(forecast.stages(configs.load(Path("configs/forecast.yaml"), ["seeds=[]"]))) == 3
     assert len(forecast.stages(configs.load(Path("configs/forecast.yaml"), ["seeds=[1]"]))) == 1
-    with pytest.raises(configs.ConfigError, match=r"no models of seed 7: .* has the seeds"):
+    with pytest.raises(configs.ConfigError, match=r"alpha.yaml has no seed 7; it has 0, 1, 2"):
         configs.load(Path("configs/forecast.yaml"), ["seeds=[7]"])
     with pytest.raises(configs.ConfigError, match="no config of the sentiment experiment"):
         configs.load(Path("configs/forecast.yaml"), ["sentiment=configs/diagnosis.yaml"])
+    with pytest.raises(configs.ConfigError, match=r"grid: .*at least 1 item"):
+        configs.load(Path("configs/forecast.yaml"), ["grid=[]"])
 
 
 def test_forecast_report_prints_correlations_and_weights():
@@ -133,6 +135,21 @@ def test_scores_leave_calibration_and_chosen_merges_out():
 def test_unknown_case_is_an_error():
     with pytest.raises(configs.ConfigError, match="unknown case 'nap'"):
         configs.load(Path("configs/diagnosis.yaml"), ["cases=[nap]"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seeds=[2, 3]"], "seed 2 is in `development` and in `seeds`"),
+        (["development_encoders=[5]"], "alpha.yaml has no seed 5; it has 0, 1, 2"),
+        (["encoders=[6]"], "alpha.yaml has no seed 6"),
+        (["sentiment=null", "encoders=[0]"], r"`encoders` has \[0\], but no config `sentiment` trains them"),
+        (["sentiment=configs/vision.yaml"], "vision.yaml is no config of the sentiment experiment"),
+    ],
+)
+def test_faults_of_seeds_and_encoders(overrides, message):
+    with pytest.raises(configs.ConfigError, match=message):
+        configs.load(Path("configs/diagnosis.yaml"), overrides)
 
 
 def test_rules_know_nothing_of_the_cases():

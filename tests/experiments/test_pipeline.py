@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import config as configs
 from experiments import pipeline
 from experiments.__main__ import main
 from experiments.pipeline import Stage, code_digest, in_order, is_done, plan, run
@@ -53,6 +54,31 @@ def ran(log):
     return sorted(names)
 
 
+@pytest.mark.parametrize(
+    ("config", "stage", "modules"),
+    [
+        ("removal-toxicity", "removal/seed0/evaluate-GM-0.25", "experiments.removal.stages"),
+        ("removal-toxicity", "removal/seed0/forecast", "experiments.removal.stages"),
+        ("assumption", "assumption/seed0/refine-0", "experiments.evaluate experiments.mismatch experiments.merging"),
+        ("removal-proof", "proof/seed0/ridge", "gradmatch.plan gradmatch.inputs"),
+        ("removal-proof", "proof/poisoned", "experiments.models"),
+        ("removal-proof", "proof/seed0/encoder", "experiments.removal.proof gradmatch.plan gradmatch.inputs"),
+        ("forecast", "forecast/seed0", "experiments.diagnosis.scores experiments.diagnosis.loading"),
+        ("forecast", "forecast/seed0", "experiments.models gradmatch.merging"),
+        ("diagnosis", "diagnosis/encoder-seed1", "experiments.models gradmatch.merging"),
+        ("redundancy", "redundancy/texts/seed0/drop-nyt", "experiments.evaluate experiments.models"),
+        ("redundancy", "redundancy/images/seed0/drop-mnist", "experiments.vision.models experiments.vision.stages"),
+        ("redundancy", "redundancy/texts/seed0/analogy-amazon_towards_tweets", "gradmatch.subtraction"),
+        ("theory", "theory/closer", "gradmatch.merging gradmatch.plan gradmatch.inputs experiments.statistics"),
+    ],
+)  # fmt: skip
+def test_a_stage_names_the_code_that_its_function_calls(config, stage, modules):
+    found = configs.load(HERE.parent.parent / "configs" / f"{config}.yaml")
+    stages = in_order(configs.study(found.experiment).stages(found))
+    (one,) = (other for other in stages if other.name == stage)
+    assert set(modules.split()) <= set(one.code)
+
+
 def test_a_second_run_does_nothing(tmp_path, log):
     target = chain(log)
     outcome = run([target], tmp_path / "store")
@@ -61,6 +87,28 @@ def test_a_second_run_does_nothing(tmp_path, log):
     assert ran(log) == ["a", "add", "b", "c"]
     assert run([chain(log)], tmp_path / "store").ran == []
     assert ran(log) == []
+
+
+def test_local_files_are_part_of_the_key(tmp_path):
+    def key(*reads):
+        return Stage("a", "stage_functions:count", reads=reads).key
+
+    file, folder = tmp_path / "a.jsonl", tmp_path / "set"
+    assert key() == key("some/hub-name") == key(str(file))  # which is not there yet
+    file.write_text("one")
+    first = key(str(file))
+    assert key(str(file)) == first != key()
+    file.write_text("two, longer")
+    assert key(str(file)) != first
+    file.write_text("one")
+    assert key(str(file)) == first
+    folder.mkdir()
+    keys = {key(str(folder))}
+    (folder / "x").write_text("x")
+    keys.add(key(str(folder)))
+    (folder / "x").rename(folder / "y")
+    keys.add(key(str(folder)))
+    assert len(keys) == 3
 
 
 def test_a_change_runs_just_what_depends_on_it(tmp_path, log):

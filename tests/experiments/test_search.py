@@ -14,6 +14,7 @@ from experiments import search
 from experiments.__main__ import main
 from experiments.config import ConfigError, load
 from experiments.records import of_kind, read_records
+from experiments.studies.search import stages
 
 WORKER = Path(__file__).with_name("search_worker.py")
 SPACE = {"x": {"values": [-2.0, -1.0, 0.5, 1.0, 3.0]}}
@@ -74,15 +75,6 @@ def test_two_living_workers_do_each_point_once_and_see_the_same_study(tmp_path):
     assert len(log.read_text().split()) == len(search.complete(study)) - 1
 
 
-def test_the_name_of_a_study_is_the_same_wherever_the_stages_lie():
-    def name(root, content="a", base="base-1"):
-        sources = {"base": Path(root) / base, "tasks": {"films": Path(root) / "films-2"}}
-        return search.study_name({"method": content}, sources)
-
-    assert name("/one") == name("/other/place")
-    assert len({name("/one"), name("/one", content="b"), name("/one", base="base-9")}) == 3
-
-
 def test_a_storage_out_of_reach_is_one_sentence_without_the_password():
     with pytest.raises(ConnectionError, match="cannot open the postgresql storage") as caught:
         search.open_storage("postgresql://me:secret@127.0.0.1:1/none")
@@ -124,6 +116,20 @@ def test_a_search_finds_what_the_grid_of_the_config_finds(
         assert nll[tried["value"], 1.0] == pytest.approx(tried["nll"])
 
 
+def test_the_study_is_one_for_all_workers_and_another_where_the_numbers_would_be(search_config, tiny_config):
+    def names(*overrides):
+        return {stage.settings["study"] for stage in stages(load(search_config, overrides))}
+
+    assert len(names()) == 1
+    assert (
+        names("trials=9") == names("workers=3") == names("name=other") == names()
+    )  # more trials go on with it
+    other = tiny_config.with_name("other.yaml")
+    other.write_text(tiny_config.read_text() + "delta0: 1.0e-3\n")
+    changed = [names("options.hbar_weight=2.0"), names("sampler=tpe"), names(f"source={other}"), names()]
+    assert len(set.union(*changed)) == 4
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -132,6 +138,9 @@ def test_a_search_finds_what_the_grid_of_the_config_finds(
         ("space.base_weight={low: 0.0, high: 0.5, log: true}", "positive where `log`"),
         ("space.base_weight={low: 0.1, high: 0.5}", r"space\.base_weight: a grid needs `values`"),
         ("space={base_wight: {values: [1.0]}}", "has no option 'base_wight'"),
+        ("space={alhpa: {values: [1.0]}}", r"no option 'alhpa' \(did you mean 'alpha'"),
+        ("method=regmean", "method: regmean needs Gram matrices"),
+        ("options={scale: 2}", "gradient_matching has no option 'scale'"),
         ("seed=7", "has no seed 7; it has 0"),
         ("sampler=cma", r"sampler: Input should be 'tpe' or 'grid'"),
     ],

@@ -133,19 +133,20 @@ def test_a_rule_for_two_models_is_refused_for_three(tiny_config):
 
 
 def test_dry_run_list_and_faults(tiny_config, tmp_path, capsys):
-    common = ["--results", str(tmp_path / "none"), "--configs", str(tiny_config.parent)]
+    common = ["--results", str(tmp_path / "none")]
+    configs = ["--configs", str(tiny_config.parent)]
     assert main(["run", str(tiny_config), "--dry-run", *common]) == 0
     out = capsys.readouterr().out
     assert "sentiment/seed0/merge-gm" in out
     assert "to run, about" in out
     assert not (tmp_path / "none").exists()
-    assert main(["list", *common]) == 0
+    assert main(["list", *configs]) == 0
     assert "tiny: one core, 0 minutes" in capsys.readouterr().out
     assert main(["list", "--configs", str(tmp_path / "none")]) == 2
     assert "no configs in" in capsys.readouterr().err
     assert main(["run", str(tiny_config), "sedes=[1]", *common]) == 2
     assert "did you mean 'seeds'?" in capsys.readouterr().err
-    assert main(["demo", *common]) == 2
+    assert main(["demo", *common, *configs]) == 2
     assert "no config at" in capsys.readouterr().err
 
 
@@ -155,6 +156,17 @@ def test_nothing_works_without_a_model(tiny_config, tmp_path, capsys):
     last = capsys.readouterr().err.split("error: ")[1]
     assert last.startswith("stage sentiment/data failed: cannot load a model from no/such-model")
     assert "encoder=encoder stands in for it" in last
+
+
+def test_data_that_change_are_read_again(tiny_config):
+    from experiments.config import load
+    from experiments.studies.sentiment import Cells
+
+    config = load(tiny_config)
+    before = Cells(config).data.key
+    corpus = Path(config.data.local[0])
+    corpus.write_text(corpus.read_text() + corpus.read_text().splitlines()[0] + "\n")
+    assert Cells(config).data.key != before
 
 
 def test_training_keeps_the_optimizer_and_says_its_losses(run, results):

@@ -1,6 +1,7 @@
 """The proofs: exact where theory says so, and stages that measure what they say."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from datasets import Dataset, load_from_disk
 
 from experiments import config as configs
 from experiments.__main__ import main
+from experiments.pipeline import in_order
 from experiments.records import read_records
 from experiments.removal import encoder, proof
 from experiments.statistics import t_interval
@@ -97,6 +99,37 @@ def test_the_config_is_a_plan(tmp_path):
     found = removal_proof.cells(configs.check(content, "here"))
     assert {problem for problem, _ in found} == {"ridge", "logistic", "network", "encoder"}
     assert removal_proof.records(configs.check(content, "here"), tmp_path) == []
+
+
+def test_a_text_that_changed_is_read_again(tiny_texts, tmp_path):
+    def key():
+        given = [f"encoder.source={tmp_path}", "encoder.keep=[films]", "encoder.remove=songs"]
+        config = configs.load(Path("configs/removal-proof.yaml"), given)
+        return next(s.key for s in in_order(removal_proof.stages(config)) if s.name == "proof/data")
+
+    for domain in ("films", "songs"):
+        (tmp_path / f"{domain}.jsonl").write_text((tiny_texts / f"{domain}.jsonl").read_text())
+    first = key()
+    assert key() == first
+    with (tmp_path / "songs.jsonl").open("a") as file:
+        file.write('{"text": "one more", "label": 1}\n')
+    assert key() != first
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("alphas=[]", "alphas: .*at least 1 item"),
+        ("alphas=[-0.5]", r"alphas\.0: .*greater than 0"),
+        ("alphas=[0.5, 0.5]", "alphas: 0.5 stands twice"),
+        ("encoder.remove=imdb", "encoder: vader has no domain 'imdb'; it has movies"),
+        ("encoder.keep=[movies, yelp]", "encoder: vader has no domain 'yelp'"),
+        ("encoder.keep=[tweets]", "encoder: 'tweets' stands twice"),
+    ],
+)
+def test_faults(override, message):
+    with pytest.raises(configs.ConfigError, match=message):
+        configs.load(Path("configs/removal-proof.yaml"), [override])
 
 
 def test_the_encoder_is_compared_with_one_that_never_saw_the_wrong_labels(

@@ -15,6 +15,7 @@ from experiments.__main__ import main
 from experiments.records import of_kind, read_records
 from experiments.removal import choosing as choosing_module
 from experiments.removal import stages
+from experiments.studies import removal
 from paper_figures import fig_removal
 
 
@@ -66,6 +67,7 @@ def test_the_whole_study(tiny_config, results, capsys):
     assert forecast["budget"]["alpha"] <= 0.2
     curvatures = of_kind(records, "curvature")
     assert {(c["of"], c["side"]) for c in curvatures} == {("base", "keep"), ("task", "remove")}
+    assert [c["seed"] for c in curvatures] == [0, 0]  # the study's, a number; the estimator's own is a text
     assert all(0 < c["relative_error"] < 1 and c["reduction"] == "batch" for c in curvatures)
     assert "area between TA and GM" in out
     assert "budget of 2 nats" in out
@@ -98,11 +100,51 @@ def test_figure_without_points_is_an_error(tmp_path):
         ("methods.GM.method=removl", "is no way to remove"),
         ("methods.GM.alphas=[0.5, 0.5]", "alphas must be positive and different"),
         ("compare=[[GM, XY]]", "'XY' is none of the methods"),
+        ("methods={}", "methods: .*at least 1 item"),
+        ("methods.GM.options={base_wight: 1}", "removal has no option 'base_wight' .*'base_weight'"),
+        ("methods.GM.options={alpha: 1}", "removal has no option 'alpha'"),
+        ("methods.TA.options={keep: 0.1}", "negation has no option 'keep'"),
+        ("methods.GM.options.guard=scal", "removal: guard is 'scal' .*'scale'"),
+        ("methods.GM.choose={bse_weight: [1]}", "removal has no option 'bse_weight'"),
+        ("methods.GM.choose={keep: [2]}", "removal: keep is 2, it must lie in"),
+        ("methods.GM.choose={keep: []}", "`choose` has no values for 'keep'"),
+        ("scorer=proxi", "scorer: unknown scorer 'proxi'; did you mean 'proxy'"),
     ],
 )
 def test_bad_configs(tiny_config, change, message):
     with pytest.raises(configs.ConfigError, match=message):
         configs.load(tiny_config, [change])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("remove.source={folder}/absent.jsonl", r"remove: no texts at .*absent\.jsonl"),
+        ("keep={{source: {folder}/broken.jsonl}}", r"keep: .*broken\.jsonl, line 2: no JSON"),
+        ("prompts.few.column=prompt", r"prompts\.few: .*prompts\.txt has no column 'prompt'; it has text"),
+        ("prompts.few.source={folder}/cafe.txt", r"prompts\.few: .*codec can't decode"),
+        ("keep={{source: encyclopedi}}", "keep: no list 'encyclopedi'; did you mean 'encyclopedic'"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_named_before_anything_runs(tiny_config, tmp_path, change, message):
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (tmp_path / "cafe.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(configs.ConfigError, match=message):
+        configs.load(tiny_config, [change.format(folder=tmp_path)])
+    configs.load(
+        tiny_config, ["remove={source: allenai/real-toxicity-prompts}"]
+    )  # a hub's name is looked up later
+
+
+def test_a_file_that_changed_is_read_again(tiny_config, tmp_path):
+    def key():
+        return removal.Cells(configs.load(tiny_config, [f"keep.source={tmp_path}/keep.txt"])).data.key
+
+    (tmp_path / "keep.txt").write_text("one\n")
+    first = key()
+    assert key() == first
+    (tmp_path / "keep.txt").write_text("another\n")
+    assert key() != first
 
 
 def test_training_that_diverges_stops(tiny_config, language_model, files, tmp_path):

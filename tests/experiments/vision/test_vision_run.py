@@ -11,6 +11,7 @@ from transformers import Dinov2Config, Dinov2ForImageClassification
 from experiments.__main__ import main
 from experiments.config import ConfigError, load
 from experiments.records import of_kind, read_records
+from experiments.studies import vision
 from experiments.vision import models, training
 
 
@@ -118,12 +119,25 @@ def test_weights_are_saved_under_the_names_that_curvature_has(world):
         ("data.tasks=[cups, cup]", "no set 'cup': packages hold animals"),
         ("data.tasks=[shapes]", "`base` and `tasks` must name one base set"),
         ("data.pixel=8", "data.pixel: unknown key; did you mean 'pixels'"),
+        ("encoder=dinov2", "data.pixels is 8, but dinov2 takes multiples of 14"),
         ("merges.TA.method=regmean", "regmean needs Gram matrices"),
     ],
 )
 def test_faults(world, override, message):
     with pytest.raises(ConfigError, match=message):
         load(world / "tiny.yaml", [override])
+
+
+def test_a_set_that_changed_is_read_again(world, tmp_path):
+    def key(where):
+        config = load(world / "tiny.yaml", [f"data.sets.hats={where}"])
+        return vision.Cells(config).data.key
+
+    np.savez(tmp_path / "a.npz", x=np.zeros((4, 8, 8), np.uint8), y=np.arange(4) % 2)
+    first = key(tmp_path)
+    assert key(tmp_path) == first
+    np.savez(tmp_path / "a.npz", x=np.ones((4, 8, 8), np.uint8), y=np.arange(4) % 2)
+    assert key(tmp_path) != first
 
 
 def test_a_hub_model_without_network_names_what_stands_in():
