@@ -227,7 +227,7 @@ def test_a_half_run_study_is_read_from_its_file(evidence, tmp_path):
     store = tmp_path / "results" / "stages"
     found = study.records(load(evidence), store)
     own = of_kind(found, "origins")[0]["origins"]["theory"]
-    assert own == "experiments/results/theory.jsonl (of a config that has changed since)"  # 40 seeds
+    assert own.startswith("experiments/results/theory.jsonl (of ")  # another config: 40 seeds
     (tmp_path / "results").mkdir()
     write_records(tmp_path / "results" / "theory.jsonl", [theory(1, True)])
     found = study.records(load(evidence), store)

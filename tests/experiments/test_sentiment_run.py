@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -158,13 +159,14 @@ def test_nothing_works_without_a_model(tiny_config, tmp_path, capsys):
     assert "encoder=encoder stands in for it" in last
 
 
-def test_data_that_change_are_read_again(tiny_config):
+def test_data_that_change_are_read_again(tiny_config, tiny_texts, tmp_path):
     from experiments.config import load
     from experiments.studies.sentiment import Cells
 
-    config = load(tiny_config)
+    folder = shutil.copytree(tiny_texts, tmp_path / "own")
+    config = load(tiny_config, [f"data.source={folder}"])
     before = Cells(config).data.key
-    corpus = Path(config.data.local[0])
+    corpus = folder / "books.jsonl"
     corpus.write_text(corpus.read_text() + corpus.read_text().splitlines()[0] + "\n")
     assert Cells(config).data.key != before
 
