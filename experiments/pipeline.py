@@ -33,6 +33,7 @@ from typing import Any, Union
 from experiments import provenance
 from experiments.records import write_atomically
 
+ORIGIN = ("key", "commit", "versions", "machine", "threads", "seconds", "finished", "peak_memory_mb")
 Inputs = Mapping[str, Union["Stage", Mapping[str, "Stage"]]]
 
 
@@ -319,6 +320,17 @@ def card(stage: Stage, store: Path) -> dict[str, Any]:
     """The card of a stage that is done: settings, seconds, commit, versions, machine."""
     loaded: dict[str, Any] = json.loads((stage.folder(store) / "stage.json").read_text(encoding="utf-8"))
     return loaded
+
+
+def origin(stage: Stage, store: Path) -> dict[str, Any]:
+    """Where the numbers of a stage that is done come from, for its records."""
+    found = card(stage, store)
+    return {key: found[key] for key in ORIGIN}
+
+
+def result(stage: Stage, store: Path, file: str) -> Any:
+    """What a stage that is done wrote into a JSON file."""
+    return json.loads((stage.folder(store) / file).read_text(encoding="utf-8"))
 
 
 def _failure_file(stage: Stage, store: Path) -> Path:

@@ -6,7 +6,6 @@ alpha = 1 and gradient matching both return the fine-tune: there is nothing to c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -18,7 +17,7 @@ from pydantic import Field, model_validator
 from experiments import config as configs
 from experiments.config import Seeds, Study
 from experiments.options import check_rule
-from experiments.pipeline import Stage, card, is_done
+from experiments.pipeline import Stage, is_done, origin, result
 from experiments.records import Record, of_kind
 from experiments.studies import sentiment
 from experiments.studies.sentiment import Merge, takes
@@ -126,7 +125,6 @@ def records(config: Config, store: Path) -> list[Record]:
         if not is_done(stage, store):
             continue
         seed, subset, name = cell
-        folder, origin = stage.folder(store), card(stage, store)
         record: Record = {
             "experiment": config.experiment,
             "name": config.name,
@@ -136,13 +134,12 @@ def records(config: Config, store: Path) -> list[Record]:
             "model": name,
             "compare": list(config.compare),
             "merge": config.merges[name].model_dump(exclude={"choose"}),
-            "metrics": json.loads((folder / "metrics.json").read_text()),
-            "mismatch": json.loads((folder / "mismatch.json").read_text()),
+            "metrics": result(stage, store, "metrics.json"),
+            "mismatch": result(stage, store, "mismatch.json"),
         }
         if cell in choices:
-            record["choice"] = json.loads((choices[cell].folder(store) / "choice.json").read_text())
-        kept = ("key", "commit", "versions", "machine", "threads", "seconds", "finished")
-        found.append(record | {key: origin[key] for key in kept})
+            record["choice"] = result(choices[cell], store, "choice.json")
+        found.append(record | origin(stage, store))
     return found
 
 

@@ -5,7 +5,6 @@ And does refinement go on from the merge without raising the objective of Eq. 9?
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from experiments import config as configs
 from experiments.config import Seeds, Strict, Study, Weights, different
 from experiments.options import check_rule
-from experiments.pipeline import Stage, card, is_done
+from experiments.pipeline import Stage, is_done, origin, result
 from experiments.records import Record, of_kind
 from experiments.studies import sentiment
 from experiments.studies.adding import CODE, check_source
@@ -31,7 +30,6 @@ from experiments.studies.sentiment_cells import (
 )
 
 PLAIN = "plain"
-KEPT = ("key", "commit", "versions", "machine", "threads", "seconds", "finished")
 
 
 class Refinement(Strict):
@@ -230,16 +228,15 @@ def records(config: Config, store: Path) -> list[Record]:
 
     def add(kind: str, stage: Stage, file: str, **own: Any) -> None:
         if is_done(stage, store):
-            content = json.loads((stage.folder(store) / file).read_text(encoding="utf-8"))
-            origin = card(stage, store)
+            content = result(stage, store, file)
             common = {"experiment": config.experiment, "name": config.name, "kind": kind, "tasks": tasks}
             content = {"metrics": content} if file == "metrics.json" else content
-            found.append({**common, **own, **content} | {key: origin[key] for key in KEPT})
+            found.append({**common, **own, **content, **origin(stage, store)})
 
     for (seed, tuning, name), stage in cells.merges.items():
         tried, choice = cells.choices[seed, tuning, name], {}
         if is_done(tried, store):
-            choice = {"choice": json.loads((tried.folder(store) / "choice.json").read_text(encoding="utf-8"))}
+            choice = {"choice": result(tried, store, "choice.json")}
         add("merge", stage, "metrics.json", seed=seed, tuning=tuning, merge=name, **choice)
     for (seed, name), stage in cells.references.items():
         add("reference", stage, "metrics.json", seed=seed, merge=name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +11,7 @@ from pydantic import Field, model_validator
 
 from experiments import config as configs
 from experiments.config import Seeds, Strict, Study
-from experiments.pipeline import Stage, card, is_done
+from experiments.pipeline import Stage, is_done, origin, result
 from experiments.records import Record, of_kind
 from experiments.statistics import bootstrap_ratio, correct_less, documents_of, t_interval
 from experiments.studies import sentiment
@@ -147,28 +146,23 @@ def stages(config: Config) -> list[Stage]:
 def records(config: Config, store: Path) -> list[Record]:
     """One record per merge and seed (with the seconds of its estimates), per estimate's share of the gain, per error and bias."""
     cells = Cells(config)
-    kept = ("key", "commit", "versions", "machine", "threads", "finished")
     common = {"experiment": config.experiment, "name": config.name, "full": config.full}
     found: list[Record] = []
     for (seed, name), stage in cells.merges.items():
         if is_done(stage, store):
-            origin, metrics = card(stage, store), _read(stage, store, "metrics.json")
             found.append(
-                common | {"kind": "merge", "seed": seed, "estimate": name, "metrics": metrics}
+                common | {"kind": "merge", "seed": seed, "estimate": name, "metrics": result(stage, store, "metrics.json")}
                 | ({"spec": config.estimates[name].model_dump()} if name in config.estimates else {})
-                | {"estimate_seconds": _seconds(cells, seed, name, store), "seconds": origin["seconds"]}
-                | {key: origin[key] for key in kept}
+                | {"estimate_seconds": _seconds(cells, seed, name, store)} | origin(stage, store)
             )  # fmt: skip
     found += [common | {"kind": "gain", **gain} for gain in _gains(config, cells, store)]
     for kind, stages_ in (("error", cells.errors), ("bias", cells.biases)):
         for (seed, name, task), stage in stages_.items():
             if is_done(stage, store):
-                origin = card(stage, store)
                 found.append(
-                    common | {"kind": kind, "seed": seed, "estimate": name, "task": task, **_read(stage, store, "error.json")}
+                    common | {"kind": kind, "seed": seed, "estimate": name, "task": task, **result(stage, store, "error.json")}
                     | {"spec": config.estimates[name].model_dump()}
-                    | ({"reference": config.reference.model_dump()} if kind == "error" else {})
-                    | {"seconds": origin["seconds"]} | {key: origin[key] for key in kept}
+                    | ({"reference": config.reference.model_dump()} if kind == "error" else {}) | origin(stage, store)
                 )  # fmt: skip
     return found
 
@@ -203,12 +197,7 @@ def _gains(config: Config, cells: Cells, store: Path) -> Iterator[dict[str, Any]
 def _seconds(cells: Cells, seed: int, name: str, store: Path) -> float:
     """Seconds of all estimates of one merge, without loading models; 0 for task arithmetic."""
     own = [stage for (s, n, _), stage in cells.estimates.items() if (s, n) == (seed, name)]
-    return sum(_read(stage, store, "cost.json")["seconds"] for stage in own)
-
-
-def _read(stage: Stage, store: Path, file: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((stage.folder(store) / file).read_text(encoding="utf-8"))
-    return content
+    return sum(result(stage, store, "cost.json")["seconds"] for stage in own)
 
 
 def report(found: list[Record]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from experiments import config as configs
 from experiments.config import Seeds, Study
 from experiments.diagnosis.cases import CASES, HEALTHY, VARIANTS
-from experiments.pipeline import Stage, card, is_done
+from experiments.pipeline import Stage, is_done, origin, result
 from experiments.records import Record, of_kind
 from experiments.studies import sentiment
 from experiments.studies.adding import check_source
@@ -122,12 +121,7 @@ def records(config: Config, store: Path) -> list[Record]:
     ]
     for seed, split, stage in [*tiny, *real]:
         if is_done(stage, store):
-            origin = {
-                key: card(stage, store)[key] for key in ("key", "commit", "versions", "machine", "finished")
-            }
-            rows: list[dict[str, Any]] = json.loads(
-                (stage.folder(store) / "cases.json").read_text(encoding="utf-8")
-            )
+            rows: list[dict[str, Any]] = result(stage, store, "cases.json")
             found += [
                 {
                     "experiment": config.experiment,
@@ -135,8 +129,8 @@ def records(config: Config, store: Path) -> list[Record]:
                     "kind": "case",
                     "seed": seed,
                     "split": split,
+                    **origin(stage, store),
                     **row,
-                    **origin,
                 }
                 for row in rows
             ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +11,7 @@ from pydantic import Field, model_validator
 
 from experiments import config as configs
 from experiments.config import Seeds, Study, Weights
-from experiments.pipeline import Stage, card, is_done
+from experiments.pipeline import Stage, is_done, origin, result
 from experiments.records import Record, of_kind
 from experiments.studies import sentiment
 from experiments.studies.adding import check_source
@@ -84,14 +83,8 @@ def records(config: Config, store: Path) -> list[Record]:
     found = []
     for seed, stage in cells(config).items():
         if is_done(stage, store):
-            origin = {
-                key: card(stage, store)[key] for key in ("key", "commit", "versions", "machine", "finished")
-            }
-            content: dict[str, Any] = json.loads(
-                (stage.folder(store) / "forecast.json").read_text(encoding="utf-8")
-            )
             common = {"experiment": config.experiment, "name": config.name, "kind": "forecast", "seed": seed}
-            found.append({**common, **content, **origin})
+            found.append({**common, **origin(stage, store), **result(stage, store, "forecast.json")})
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal
@@ -11,7 +10,7 @@ from pydantic import Field, model_validator
 
 from experiments import config as configs
 from experiments.config import Seeds, Strict, Study
-from experiments.pipeline import Stage, card, is_done
+from experiments.pipeline import Stage, is_done, origin, result
 from experiments.records import Record, of_kind
 from experiments.studies.sentiment_cells import EVALUATED, MERGING, SOURCES
 
@@ -137,25 +136,20 @@ def records(config: Config, store: Path) -> list[Record]:
     found: list[Record] = []
 
     def add(kind: str, stage: Stage, content: dict[str, Any], **own: Any) -> None:
-        origin = card(stage, store)
-        kept = ("key", "commit", "versions", "machine", "seconds", "finished")
         common = {"experiment": config.experiment, "name": config.name, "kind": kind}
-        found.append({**common, **own, **content} | {key: origin[key] for key in kept})
-
-    def read(stage: Stage, file: str) -> Any:
-        return json.loads((stage.folder(store) / file).read_text(encoding="utf-8"))
+        found.append({**common, **own, **content, **origin(stage, store)})
 
     for (source, seed), stage in cells.cosines.items():
         if is_done(stage, store):
-            add("cosines", stage, read(stage, "cosines.json"), source=source, seed=seed)
+            add("cosines", stage, result(stage, store, "cosines.json"), source=source, seed=seed)
     for (source, seed, task), stage in cells.curves.items():
         if is_done(stage, store):
-            for point in read(stage, "curve.json"):
+            for point in result(stage, store, "curve.json"):
                 add("redundancy", stage, point, source=source, seed=seed, task=task)
     for (label, seed), stage in cells.analogies.items():
         if is_done(stage, store):
             spec = config.analogies[label].model_dump()
-            add("analogy", stage, {**read(stage, "analogy.json"), **spec}, analogy=label, seed=seed)
+            add("analogy", stage, {**result(stage, store, "analogy.json"), **spec}, analogy=label, seed=seed)
     return found
 
 

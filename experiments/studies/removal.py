@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from experiments.config import Seeds, Strict, Study, Training
 from experiments.options import check_names
-from experiments.pipeline import Stage, card, is_done
+from experiments.pipeline import Stage, is_done, origin, result
 from experiments.records import Record
 from experiments.removal import scorers
 from experiments.removal.tradeoff import Path as Curve
@@ -200,7 +200,7 @@ def _points(cells: Cells, store: Path) -> Iterator[Record]:
         if not is_done(stage, store):
             continue
         folder = stage.folder(store)
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics = result(stage, store, "metrics.json")
         intervals = {}
         for name in cells.config.prompts:
             scores = _scores(folder, name)
@@ -215,35 +215,35 @@ def _points(cells: Cells, store: Path) -> Iterator[Record]:
             "metrics": metrics,
             "intervals": intervals,
             "generations": str(folder / "generations.jsonl"),
-            **_origin(stage, store),
+            **origin(stage, store),
         }
 
 
 def _choices(cells: Cells, store: Path) -> Iterator[Record]:
     for (seed, label), stage in cells.choices.items():
         if is_done(stage, store):
-            content = json.loads((stage.folder(store) / "choice.json").read_text(encoding="utf-8"))
-            yield {"kind": "choice", "seed": seed, "label": label, **content, **_origin(stage, store)}
+            content = result(stage, store, "choice.json")
+            yield {"kind": "choice", "seed": seed, "label": label, **content, **origin(stage, store)}
 
 
 def _forecasts(cells: Cells, store: Path) -> Iterator[Record]:
     for seed, stage in cells.forecasts.items():
         if is_done(stage, store):
-            content = json.loads((stage.folder(store) / "forecast.json").read_text(encoding="utf-8"))
+            content = result(stage, store, "forecast.json")
             method = cells.config.forecast.method if cells.config.forecast else ""
-            yield {"kind": "forecast", "seed": seed, "label": method, **content, **_origin(stage, store)}
+            yield {"kind": "forecast", "seed": seed, "label": method, **content, **origin(stage, store)}
 
 
 def _curvatures(cells: Cells, store: Path) -> Iterator[Record]:
     for (seed, name), stage in cells.curvatures.items():
         if is_done(stage, store):
-            content = json.loads((stage.folder(store) / "error.json").read_text(encoding="utf-8"))
+            content = result(stage, store, "error.json")
             content |= {
                 "kind": "curvature",
                 "seed": seed,
                 "of": name,
             }  # the card has a seed too: the estimator's
-            yield {**content, **_origin(stage, store)}
+            yield {**content, **origin(stage, store)}
 
 
 def _areas(cells: Cells, store: Path) -> Iterator[Record]:
@@ -282,13 +282,6 @@ def _scores(folder: Path, *lists: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     """(m,) scores of the continuations of the named prompt lists; NaN where the model refused."""
     rows = map(json.loads, (folder / "generations.jsonl").read_text(encoding="utf-8").splitlines())
     return np.asarray([row["score"] for row in rows if row["list"] in lists], dtype=np.float64)
-
-
-def _origin(stage: Stage, store: Path) -> Mapping[str, Any]:
-    """Where a record's numbers come from: its stage, commit, versions, machine, seconds."""
-    found = card(stage, store)
-    kept = ("key", "commit", "versions", "machine", "threads", "seconds", "finished", "peak_memory_mb")
-    return {key: found[key] for key in kept}
 
 
 def report(found: list[Record]) -> str:

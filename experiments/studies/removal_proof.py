@@ -6,7 +6,6 @@ on the wrong ones, and what each way to remove them leaves is compared with a mo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from experiments.config import Seeds, Strict, Study, Training, different
-from experiments.pipeline import Stage, card, is_done
+from experiments.pipeline import Stage, is_done, origin, result
 from experiments.records import Record, of_kind
 from experiments.statistics import t_interval
 from experiments.studies.sentiment_cells import MERGING, SQUARED, TRAINED
@@ -174,12 +173,8 @@ def records(config: Config, store: Path) -> list[Record]:
 def _rows(config: Config, store: Path) -> Iterator[Record]:
     for (problem, seed), stage in cells(config).items():
         if is_done(stage, store):
-            found = card(stage, store)
-            origin = {
-                key: found[key] for key in ("key", "commit", "versions", "machine", "seconds", "finished")
-            }
-            for row in json.loads((stage.folder(store) / "rows.json").read_text(encoding="utf-8")):
-                yield {"kind": "proof", "problem": problem, "seed": seed, **row, **origin}
+            for row in result(stage, store, "rows.json"):
+                yield {"kind": "proof", "problem": problem, "seed": seed, **row, **origin(stage, store)}
 
 
 def report(found: list[Record]) -> str:

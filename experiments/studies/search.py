@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ from pydantic import Field, model_validator
 from experiments import config as configs
 from experiments.config import Strict, Study
 from experiments.options import check_names, check_rule
-from experiments.pipeline import Stage, card, is_done
+from experiments.pipeline import Stage, card, is_done, origin, result
 from experiments.records import Record, of_kind
 from experiments.studies.sentiment import check_merge
 from experiments.studies.sentiment_cells import EVALUATED, MERGING, SOURCES
@@ -115,17 +114,15 @@ def records(config: Config, store: Path) -> list[Record]:
     if not done:
         return []
     last = max(done, key=lambda stage: str(card(stage, store)["finished"]))
-    origin = card(last, store)
-    found = json.loads((last.folder(store) / "search.json").read_text(encoding="utf-8"))
+    found = result(last, store, "search.json")
     common = {
         "experiment": config.experiment,
         "name": config.name,
         "seed": config.seed,
         "method": config.method,
     }
-    kept = {key: origin[key] for key in ("key", "commit", "versions", "machine", "seconds", "finished")}
     trials = [common | {"kind": "trial"} | trial for trial in found["trials"]]
-    return [*trials, common | {"kind": "best"} | found["best"] | kept]
+    return [*trials, common | {"kind": "best"} | found["best"] | origin(last, store)]
 
 
 def report(found: list[Record]) -> str:

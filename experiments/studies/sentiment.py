@@ -7,7 +7,6 @@ merge) is fine-tuned from it on all tasks together.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -17,7 +16,7 @@ from pydantic import Field, model_validator
 
 from experiments.config import Seeds, Strict, Study, Training, Weights
 from experiments.options import check_names, check_rule
-from experiments.pipeline import Stage, card, is_done
+from experiments.pipeline import Stage, card, is_done, origin, result
 from experiments.records import Record
 from experiments.studies.sentiment_cells import Cells
 from experiments.tasks.sentiment import VADER_FILES
@@ -209,19 +208,19 @@ def records_of(cells: Cells, store: Path) -> list[Record]:
     found = list(_evaluations(cells, store))
     for (ours, theirs), stage in cells.comparisons.items():
         if is_done(stage, store):
-            result = _read(stage, store, "comparison.json")
+            compared = result(stage, store, "comparison.json")
             tasks = cells.on_tasks[ours, theirs]
             if is_done(tasks, store):
-                result["tasks"] = _read(tasks, store, "comparison.json")
+                compared["tasks"] = result(tasks, store, "comparison.json")
             found.append(
-                {"kind": "comparison", "ours": ours, "theirs": theirs, **result, **_origin(stage, store)}
+                {"kind": "comparison", "ours": ours, "theirs": theirs, **compared, **origin(stage, store)}
             )
     for (seed, name), stage in cells.sweeps.items():
         if is_done(stage, store):
-            points = _read(stage, store, "sweep.json")
+            points = result(stage, store, "sweep.json")
             for point in points["points"]:
                 point["metrics"] = _with_tasks(point["metrics"], config.data.tasks)
-            found.append({"kind": "sweep", "seed": seed, "model": name, **points, **_origin(stage, store)})
+            found.append({"kind": "sweep", "seed": seed, "model": name, **points, **origin(stage, store)})
     return [{"experiment": config.experiment, "name": config.name, **record} for record in found]
 
 
@@ -230,7 +229,7 @@ def _evaluations(cells: Cells, store: Path) -> Iterator[Record]:
     for (seed, name), stage in cells.evaluations.items():
         if not is_done(stage, store):
             continue
-        metrics = _with_tasks(_read(stage, store, "metrics.json"), config.data.tasks)
+        metrics = _with_tasks(result(stage, store, "metrics.json"), config.data.tasks)
         record: Record = {
             "kind": "evaluation",
             "seed": seed,
@@ -244,7 +243,7 @@ def _evaluations(cells: Cells, store: Path) -> Iterator[Record]:
             else "task",
             "metrics": metrics,
             "domains": config.data.domains,
-            **_origin(stage, store),
+            **origin(stage, store),
         }
         if name in config.merges:
             merged = cells.merged[seed, name]
@@ -254,20 +253,20 @@ def _evaluations(cells: Cells, store: Path) -> Iterator[Record]:
                 "folder": str(merged.folder(store) / "model"),
             }
             if (seed, name) in cells.choices:
-                record["choice"] = _read(cells.choices[seed, name], store, "choice.json")
+                record["choice"] = result(cells.choices[seed, name], store, "choice.json")
         else:
             trained = cells.trained[seed, name]
             record |= {
                 "training_seconds": card(trained, store)["seconds"],
                 "folder": str(trained.folder(store) / "model"),
             }
-            record["precision"] = _read(trained, store, "training.json")["precision"]
+            record["precision"] = result(trained, store, "training.json")["precision"]
         mismatch = cells.mismatches.get((seed, name))
         if mismatch and is_done(mismatch, store):
-            record["mismatch"] = _read(mismatch, store, "mismatch.json")
+            record["mismatch"] = result(mismatch, store, "mismatch.json")
         distance = cells.distances.get((seed, name))
         if distance and is_done(distance, store):
-            record["distance_to_joint"] = _read(distance, store, "distance.json")["relative"]
+            record["distance_to_joint"] = result(distance, store, "distance.json")["relative"]
         yield record
 
 
@@ -276,19 +275,6 @@ def _with_tasks(metrics: dict[str, Any], tasks: Sequence[str]) -> dict[str, Any]
     parts = [metrics[task] for task in tasks]
     averages = {key: fmean(part[key] for part in parts) for key in ("accuracy", "nll", "ece")}
     return {**metrics, "tasks": {**averages, "n": sum(part["n"] for part in parts)}}
-
-
-def _read(stage: Stage, store: Path, file: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((stage.folder(store) / file).read_text(encoding="utf-8"))
-    return content
-
-
-def _origin(stage: Stage, store: Path) -> Mapping[str, Any]:
-    """Where a record's numbers come from: its stage, commit, versions, machine, seconds."""
-    found = card(stage, store)
-    return {
-        key: found[key] for key in ("key", "commit", "versions", "machine", "threads", "seconds", "finished")
-    }
 
 
 def report(found: list[Record]) -> str:

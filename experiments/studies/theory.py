@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from experiments.config import Study
-from experiments.pipeline import Stage, card, is_done
+from experiments.pipeline import Stage, is_done, origin, result
 from experiments.records import Record
 from experiments.studies.sentiment_cells import MERGING
 
@@ -49,14 +48,8 @@ def records(config: Config, store: Path) -> list[Record]:
     found = []
     for stage in stages(config):
         if is_done(stage, store):
-            claim = json.loads((stage.folder(store) / "claim.json").read_text(encoding="utf-8"))
-            origin = card(stage, store)
-            kept = {
-                key: origin[key] for key in ("key", "commit", "versions", "machine", "seconds", "finished")
-            }
-            found.append(
-                {"experiment": config.experiment, "name": config.name, "kind": "claim", **claim, **kept}
-            )
+            common = {"experiment": config.experiment, "name": config.name, "kind": "claim"}
+            found.append({**common, **result(stage, store, "claim.json"), **origin(stage, store)})
     return found
 
 
