@@ -295,5 +295,14 @@ CLAIMS = (exactness, identities, special_cases, closer, accuracy, flat, mismatch
 
 
 def rows(evidence: Evidence) -> list[Row]:
-    """Every part of every claim, in order."""
-    return [row for claim in CLAIMS for row in claim(evidence)]
+    """Every part of every claim, in order. Raises ValueError where a record lacks what a claim asks for."""
+    found: list[Row] = []
+    for claim in CLAIMS:
+        try:
+            found += claim(evidence)
+        except (KeyError, TypeError) as error:
+            about = (claim.__doc__ or "").splitlines()[0]
+            raise ValueError(
+                f"a record lacks {error}, or holds something else there ({about}): run its config again"
+            ) from error
+    return found

@@ -49,6 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:  # the others are drawn all the same
             print(f"error: {file}: {error}", file=sys.stderr)
             failed = True
+        except (KeyError, TypeError) as error:
+            print(
+                f"error: {file}: a record lacks {error}, or holds something else there: run its config again",
+                file=sys.stderr,
+            )
+            failed = True
         else:
             print(f"{file}: " + (", ".join(map(str, drawn)) if drawn else "no figure for these records"))
     return 2 if failed else 0

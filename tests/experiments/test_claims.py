@@ -265,6 +265,15 @@ def test_evidence_can_be_a_part_of_a_config(evidence, tmp_path):
         load(evidence, ["parts={theorie: [seeds=2]}"])
 
 
+def test_a_record_that_lacks_something_is_told(evidence, tmp_path, capsys):
+    write_records(tmp_path / "results" / "theory.jsonl", [{"kind": "claim", "claim": 1}])
+    assert main(["claims", "--configs", str(evidence.parent), "--results", str(tmp_path / "results")]) == 2
+    assert (
+        "a record lacks 'value', or holds something else there (Claim 1.): run its config again"
+        in capsys.readouterr().err
+    )
+
+
 def test_faults(evidence, tmp_path, capsys):
     with pytest.raises(ConfigError, match="no claim asks for 'theorie'; did you mean 'theory'"):
         load(evidence, ["evidence={theorie: configs/theory.yaml}"])

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from experiments.records import write_records
 from paper_figures import (
     fig_adding,
     fig_alpha,
@@ -278,3 +279,12 @@ def test_the_commands_start_without_heavy_libraries():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_record_that_lacks_something_costs_its_own_figures_alone(tmp_path, capsys):
+    write_records(tmp_path / "half.jsonl", [{"experiment": "sentiment", "kind": "evaluation"}])
+    write_records(tmp_path / "whole.jsonl", RECORDS)
+    files = [str(tmp_path / name) for name in ("half.jsonl", "whole.jsonl")]
+    assert main([*files, "--out", str(tmp_path / "figures")]) == 2
+    assert "half.jsonl: a record lacks 'domains', or holds something else there" in capsys.readouterr().err
+    assert (tmp_path / "figures" / "whole" / "table_sentiment.md").is_file()
