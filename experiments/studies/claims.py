@@ -15,16 +15,16 @@ from experiments.pipeline import Stage, in_order, is_done
 from experiments.records import Record, of_kind, read_records, write_records
 
 COMMITTED = Path(__file__).parents[1] / "results"
-SOURCES = (
-    "theory",
-    "vision",
-    "alpha",
-    "adding",
-    "proof",
-    "toxicity",
-    "curvature",
-    "assumption",
-)  # what `experiments.claims` asks for
+SOURCES = {  # what `experiments.claims` asks for -> the experiment that tells it
+    "theory": "theory",
+    "vision": "vision",
+    "alpha": "sentiment",
+    "adding": "adding",
+    "proof": "removal-proof",
+    "toxicity": "removal",
+    "curvature": "curvature",
+    "assumption": "assumption",
+}
 
 
 class Config(Study):
@@ -42,9 +42,14 @@ class Config(Study):
     @field_validator("evidence")
     @classmethod
     def _known(cls, evidence: dict[str, Path]) -> dict[str, Path]:
-        for name in evidence:
+        for name, path in evidence.items():
             if name not in SOURCES:
                 raise ValueError(f"no claim asks for {name!r}{configs.nearest(name, SOURCES)}")
+            experiment = configs.read(path).get("experiment")
+            if experiment != SOURCES[name]:
+                raise ValueError(
+                    f"{name} is told by a config of {SOURCES[name]}, but {path} is one of {experiment}"
+                )
         return evidence
 
     @model_validator(mode="after")
@@ -64,7 +69,10 @@ def studies(config: Config) -> dict[str, Any]:
         if config.small:
             found[name] = configs.load(path, quick="quick" in configs.read(path))
         elif name in config.parts:
-            found[name] = configs.load(path, [*config.parts[name], f"name={path.stem}-claims"])
+            try:
+                found[name] = configs.load(path, [*config.parts[name], f"name={path.stem}-claims"])
+            except configs.ConfigError as error:
+                raise configs.ConfigError(f"parts.{name}: {error}") from error
         else:
             found[name] = configs.load(path)
     return found

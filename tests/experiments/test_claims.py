@@ -277,6 +277,16 @@ def test_a_record_that_lacks_something_is_told(evidence, tmp_path, capsys):
 def test_faults(evidence, tmp_path, capsys):
     with pytest.raises(ConfigError, match="no claim asks for 'theorie'; did you mean 'theory'"):
         load(evidence, ["evidence={theorie: configs/theory.yaml}"])
+    other = evidence.with_name("demo.yaml")
+    other.write_text("experiment: sentiment\n")
+    with pytest.raises(
+        ConfigError, match=r"theory is told by a config of theory, but .*demo.yaml is one of sentiment"
+    ):
+        load(evidence, [f"evidence={{theory: {other}}}"])
+    with pytest.raises(
+        ConfigError, match=r"parts.theory: .*theory.yaml: '~sedes': there is no key 'sedes' to leave out"
+    ):
+        study.studies(load(evidence, ["parts={theory: [~sedes]}"]))
     document = tmp_path / "README.md"
     document.write_text("no markers")
     assert main(["claims", "--configs", str(evidence.parent), "--write", str(document)]) == 2
