@@ -129,11 +129,13 @@ def _over_seeds(rows: list[Record]) -> str:
 
 
 def _crossed(row: Mapping[str, Any]) -> float:
-    """Accuracy of the grid's best merge of one half of the test examples on the other half, both ways."""
+    """Accuracy of the grid's best merge of one half of the test examples on the other half, both ways; mean over ties."""
     found = []
     for chosen, scored in ((0, 1), (1, 0)):
-        best = max(row["grid"], key=lambda point: point["halves"][chosen])
-        found.append(best["halves"][scored])
+        most = max(point["halves"][chosen] for point in row["grid"]) - 1e-9
+        found.append(
+            fmean(point["halves"][scored] for point in row["grid"] if point["halves"][chosen] >= most)
+        )
     return fmean(found)
 
 
