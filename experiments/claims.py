@@ -156,7 +156,7 @@ def _seeds(values: Sequence[float], form: str) -> str:
 
 def mismatch(evidence: Evidence) -> list[Row]:
     """Claim 7: over subsets of equal size and methods, mismatch against error; whose mismatch is smaller."""
-    from experiments.studies.adding import correlations, smaller_share
+    from experiments.studies.adding import correlations, smaller_share, within_subsets
 
     about = ("the mismatch tells the test error (Spearman over merges of", ">= .6")
     smaller = ("GM has a smaller mismatch than TA", ">= 90 % of subsets")
@@ -164,10 +164,13 @@ def mismatch(evidence: Evidence) -> list[Row]:
     if not cells:
         return [missing(7, "rank", f"{about[0]} equal size)", about[1], "adding"), missing(7, "smaller", *smaller, "adding")]  # fmt: skip
     seeds = len({record["seed"] for record in cells})
-    rows = []
+    rows, within = [], within_subsets(cells)
     for size, (rho, low, high, count) in correlations(cells).items():
+        measured = f"{rho:.2f} ({count} merges" + (
+            f"; within a subset {within[size][0]:.2f})" if size in within else ")"
+        )
         rows.append(
-            Row(7, f"{size} tasks", f"{about[0]} {size} tasks)", about[1], f"{rho:.2f} ({count} merges)",
+            Row(7, f"{size} tasks", f"{about[0]} {size} tasks)", about[1], measured,
                 f"seeds {low:.2f} to {high:.2f}", seeds, judge(rho, low, high, least=0.6), "adding")
         )  # fmt: skip
     share, low, high, count = smaller_share(cells)
