@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 
@@ -39,7 +40,10 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_adding") -> l
         axes.set_title(f"{size} tasks")
         axes.set_xlabel("gradient mismatch $\\|\\sum_t m_t\\|\\,/\\,n$")
     panels[0][0].set_ylabel("test error on the tasks (%)")
-    panels[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    marks: dict[str, Any] = {}  # some rules merge pairs alone
+    for axes in panels[0]:
+        marks |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    panels[0][-1].legend(marks.values(), marks, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return save(figure, folder, name)
 
 
