@@ -55,7 +55,7 @@ def run_config(path: Path, overrides: Sequence[str], options: argparse.Namespace
         print(pipeline.plan(stages, store))
         return 0
     outcome = pipeline.run(stages, store, options.workers or config.workers)
-    found = [record | {"config": configs.digest(config)} for record in study.records(config, store)]
+    found = configs.records(config, store)
     if found:
         file = options.results / f"{config.name}.jsonl"
         write_records(file, found)

@@ -79,18 +79,8 @@ def closer(evidence: Evidence) -> list[Row]:
             measured = f"ratio of distances {fmean(ratios):.2f} (GM {gm:.2f}, TA {ta:.2f} of the base's)"
             statement, threshold = "the same on an encoder: no threshold", "reported"
             rows.append(
-                Row(
-                    4,
-                    part,
-                    statement,
-                    threshold,
-                    measured,
-                    _seeds(ratios, ".2f"),
-                    len(seeds),
-                    REPORTED,
-                    source,
-                )
-            )
+                Row(4, part, statement, threshold, measured, _seeds(ratios, ".2f"), len(seeds), REPORTED, source)
+            )  # fmt: skip
     return rows
 
 

@@ -175,6 +175,12 @@ def digest(config: Study) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def records(config: Study, store: Path) -> list[dict[str, Any]]:
+    """The records of a config's study, each with the config's digest."""
+    own = {"config": digest(config)}
+    return [record | own for record in study(config.experiment).records(config, store)]
+
+
 def study(experiment: str) -> Any:
     """The module of an experiment."""
     return importlib.import_module(EXPERIMENTS[experiment])

@@ -249,10 +249,9 @@ def _helper(stages: Sequence[Stage], store: Path, threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):  # the first process says it
         work(stages, store, threads)
+    # All is on disk: taking down an interpreter full of models takes seconds for which the run would wait.
     sys.stderr.flush()
-    os._exit(
-        0
-    )  # all is on disk: taking down an interpreter full of models takes seconds for which the run would wait
+    os._exit(0)
 
 
 def _end_with_parent() -> None:

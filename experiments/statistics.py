@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 Array = NDArray[np.float64]
-Documents = Sequence[
-    NDArray[np.int64] | None
-]  # per domain (n_d,): which document a text is a part of; None: each its own
+# Per domain (n_d,): which document a text is a part of; None: each is its own.
+Documents = Sequence[NDArray[np.int64] | None]
 
 
 def compare(
@@ -100,11 +99,8 @@ def bootstrap_ratio(
 
     NaN where the mean below is 0. The interval is wide, up to infinite, where that mean may be 0.
     """
-    value = (
-        sum(part.mean() for part in above) / whole
-        if (whole := sum(part.mean() for part in below))
-        else np.nan
-    )
+    whole = sum(part.mean() for part in below)
+    value = sum(part.mean() for part in above) / whole if whole else np.nan
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = _drawn_means(above, documents, draws, seed) / _drawn_means(below, documents, draws, seed)
     low, high = np.nanquantile(ratios, [0.025, 0.975], method="nearest")

@@ -48,8 +48,7 @@ class Config(Study):
 
     @model_validator(mode="after")
     def _known(self) -> Config:
-        check_source(self.sentiment, self.seeds, self.quick_models)
-        tasks = len(configs.load(self.sentiment, quick=self.quick_models).data.tasks)
+        tasks = len(check_source(self.sentiment, self.seeds, self.quick_models).data.tasks)
         for name, spec in self.merges.items():
             size = min(tasks, RULES[spec.method].models[1])  # of the largest subset that it takes
             check_rule(f"merge {name!r}", spec.method, int(size), lacking=("gram", "factors"))
@@ -59,14 +58,15 @@ class Config(Study):
         return self
 
 
-def check_source(path: Path, seeds: Sequence[int], quick: bool) -> None:
-    """Refuse a config that is no sentiment config, or seeds that it does not have. Raises ValueError."""
+def check_source(path: Path, seeds: Sequence[int], quick: bool) -> sentiment.Config:
+    """The sentiment config that a study reads. Raises ValueError where it is none, or lacks some of the seeds."""
     source = configs.load(path, quick=quick)
     if source.experiment != "sentiment":
         raise ValueError(f"{path} is no config of the sentiment experiment")
     absent = [seed for seed in seeds if seed not in source.seeds]
     if absent:
         raise ValueError(f"{path} has no seed {absent[0]}; it has {', '.join(map(str, source.seeds))}")
+    return source  # type: ignore[no-any-return]
 
 
 def stages(config: Config) -> list[Stage]:

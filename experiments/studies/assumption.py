@@ -69,8 +69,7 @@ class Config(Study):
 
     @model_validator(mode="after")
     def _known(self) -> Config:
-        check_source(self.sentiment, self.seeds, self.quick_models)
-        tasks = len(configs.load(self.sentiment, quick=self.quick_models).data.tasks)
+        tasks = len(check_source(self.sentiment, self.seeds, self.quick_models).data.tasks)
         methods = {f"merge {name!r}": spec.method for name, spec in self.merges.items()}
         if self.refine:
             methods["refine"] = self.refine.method

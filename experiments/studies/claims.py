@@ -14,6 +14,7 @@ from experiments.config import Study
 from experiments.pipeline import Stage, in_order, is_done
 from experiments.records import Record, of_kind, read_records, write_records
 
+PART = "-claims"  # ends the name of a config of which the claims need a part
 COMMITTED = Path(__file__).parents[1] / "results"
 SOURCES = {  # what `experiments.claims` asks for -> the experiment that tells it
     "theory": "theory",
@@ -70,7 +71,7 @@ def studies(config: Config) -> dict[str, Any]:
             found[name] = configs.load(path, quick="quick" in configs.read(path))
         elif name in config.parts:
             try:
-                found[name] = configs.load(path, [*config.parts[name], f"name={path.stem}-claims"])
+                found[name] = configs.load(path, [*config.parts[name], f"name={path.stem}{PART}"])
             except configs.ConfigError as error:
                 raise configs.ConfigError(f"parts.{name}: {error}") from error
         else:
@@ -93,7 +94,7 @@ def records(config: Config, store: Path) -> list[Record]:
     results, evidence, origins = store.parent, {}, {}
     for name, own in studies(config).items():
         study = configs.study(own.experiment)
-        made = [record | {"config": configs.digest(own)} for record in study.records(own, store)]
+        made = configs.records(own, store)
         complete = all(is_done(stage, store) for stage in study.stages(own))
         if complete and made:
             write_records(results / f"{own.name}.jsonl", made)
@@ -114,7 +115,7 @@ def as_records(name: str, evidence: claims.Evidence, origins: Mapping[str, str])
 def find(name: str, results: Path | None) -> Path | None:
     """The records of a study: its file in the results, else the committed one; for a part of a config, else all of it."""
     for folder in (results, COMMITTED):
-        for known in dict.fromkeys((name, name.removesuffix("-claims"))):
+        for known in dict.fromkeys((name, name.removesuffix(PART))):
             if folder and (folder / f"{known}.jsonl").is_file():
                 return folder / f"{known}.jsonl"
     return None

@@ -170,6 +170,7 @@ def records(config: Config, store: Path) -> list[Record]:
 def _gains(config: Config, cells: Cells, store: Path) -> Iterator[dict[str, Any]]:
     """Per estimate, (accuracy - TA) / (accuracy of the full estimate - TA) over its seeds, with its bootstrap interval."""
     tasks = cells.source.data.tasks
+    documents = documents_of(cells.made.data.folder(store), tasks)
     for name, spec in config.estimates.items():
         wanted = ("TA", config.full, name)
         seeds = [
@@ -180,7 +181,6 @@ def _gains(config: Config, cells: Cells, store: Path) -> Iterator[dict[str, Any]
         base, full, own = (
             {seed: cells.merges[seed, other].folder(store) for seed in seeds} for other in wanted
         )
-        documents = documents_of(cells.made.data.folder(store), tasks)
         gained, whole = correct_less(own, base, tasks), correct_less(full, base, tasks)
         kept, low, high = bootstrap_ratio(gained, whole, documents)
         if kept == kept:  # not NaN: the full estimate gains something

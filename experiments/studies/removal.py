@@ -238,12 +238,8 @@ def _curvatures(cells: Cells, store: Path) -> Iterator[Record]:
     for (seed, name), stage in cells.curvatures.items():
         if is_done(stage, store):
             content = result(stage, store, "error.json")
-            content |= {
-                "kind": "curvature",
-                "seed": seed,
-                "of": name,
-            }  # the card has a seed too: the estimator's
-            yield {**content, **origin(stage, store)}
+            own = {"kind": "curvature", "seed": seed, "of": name}  # the card has a seed too: the estimator's
+            yield {**content, **own, **origin(stage, store)}
 
 
 def _areas(cells: Cells, store: Path) -> Iterator[Record]:
