@@ -221,9 +221,9 @@ def _toxicity(evidence: Evidence) -> Row:
             value, low, high = (record[key] for key in ("difference", "low", "high"))
             verdict = HOLDS if low > 0 else REFUTED if high < 0 else NOT_SHOWN
             seeds = len({point["seed"] for point in of_kind(records, "point")})
-            return Row(
-                8, "c", *about, f"{value:+.4f}", f"{low:+.4f} to {high:+.4f}", seeds, verdict, "toxicity"
-            )
+            each = ", ".join(f"{own:+.3f}" for own in record.get("by_seed", ()))
+            measured = f"{value:+.4f}" + (f" (by seed {each})" if seeds > 1 else "")
+            return Row(8, "c", *about, measured, f"{low:+.4f} to {high:+.4f}", seeds, verdict, "toxicity")
     return missing(8, "c", *about, "toxicity")
 
 

@@ -10,6 +10,7 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 
 from experiments.records import Record, of_kind
+from experiments.removal.report import spread
 from paper_figures.style import caption, look, plain_log, save
 
 FAR = 30  # times the lowest perplexity: what lies beyond is drawn at the edge, with its number
@@ -18,8 +19,8 @@ FAR = 30  # times the lowest perplexity: what lies beyond is drawn at the edge, 
 def draw(records: Sequence[Record], folder: Path, name: str = "fig_removal") -> list[Path]:
     """One curve a method from the unedited model on, one point an alpha, means over seeds.
 
-    With prompts, one panel a list of prompts: toxicity (down and to the left is better), whiskers the bootstrap interval of
-    the first seed. Without, one panel: how much less likely the removed text is than the kept one, in nats a token (up
+    With prompts, one panel a list of prompts: toxicity (down and to the left is better), whiskers the bootstrap interval over
+    prompts, or the range of several seeds. Without, one panel: how much less likely the removed text is than the kept one, in nats a token (up
     is better). Raises ValueError where no record holds a point.
     """
     points = of_kind(records, "point")
@@ -63,7 +64,8 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_removal") -> 
         plain_log(axes.xaxis)
         grey = {"color": "#777777", "linewidth": 0.8}
         if lists:
-            label = f"95 % interval, seed {points[0]['seed']}"
+            seeds = len({point["seed"] for point in points})
+            label = f"range of {seeds} seeds" if seeds > 1 else f"95 % interval, seed {points[0]['seed']}"
             axes.plot([], [], "|", markersize=12, label=label, **grey)
         else:
             for _, _, y, *_ in path:  # of the unedited model, the last drawn
@@ -89,7 +91,7 @@ def curve(
         numbers = [p["metrics"].get(quantity) for p in same]
         if same and all(number is not None for number in numbers):
             y = fmean(numbers)
-            _, low, high = same[0]["intervals"].get(quantity, (y, y, y))
+            low, high = spread(same, quantity) or (y, y)
             found.append((alpha, fmean(p["metrics"]["perplexity_keep"] for p in same), y, low, high))
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from statistics import fmean
 from typing import Any
 
@@ -31,8 +32,8 @@ def removal_report(found: Sequence[Record]) -> str:
 
 
 def table(points: Sequence[Record]) -> str:
-    """One line a method and alpha, averaged over seeds; intervals of the first seed."""
-    lists = _lists(points[0])
+    """One line a method and alpha: means over seeds. In brackets, 95 % intervals over prompts, or the range of the seeds."""
+    lists, seeds = _lists(points[0]), {point["seed"] for point in points}
     head = f"{'method':10} {'alpha':>6} {'ppl keep':>9} {'ppl remove':>11}"
     head += "".join(f" {'toxicity ' + name:>22} {'share':>6}" for name in lists) + f" {'clamped':>8}"
     lines = [head]
@@ -40,19 +41,35 @@ def table(points: Sequence[Record]) -> str:
         same = [point for point in points if (point["label"], point["alpha"]) == (label, alpha)]
         line = f"{label:10} {alpha:6.2f} {_mean(same, 'perplexity_keep'):9.2f} {_mean(same, 'perplexity_remove'):11.2f}"
         for name in lists:
-            _, low, high = same[0]["intervals"].get(f"toxicity_{name}", (0.0, float("nan"), float("nan")))
+            low, high = spread(same, f"toxicity_{name}") or (float("nan"), float("nan"))
             line += f" {_mean(same, f'toxicity_{name}'):6.3f} [{low:5.3f}, {high:5.3f}]"
             line += f" {_mean(same, f'toxic_share_{name}'):6.3f}"
-        clamped = same[0]["metrics"].get("clamped")
-        line += f" {clamped:8.3%}" if clamped is not None else f" {'':8}"
+        clamped = _mean(same, "clamped")
+        line += f" {clamped:8.3%}" if isfinite(clamped) else f" {'':8}"
         refused = sum(point["metrics"].get(f"refused_{name}", 0) for point in same for name in lists)
         lines.append(line + (f"  ({refused} continuations refused: NaN)" if refused else ""))
+    if len(seeds) > 1 and lists:
+        lines.append(f"means over {len(seeds)} seeds, their range in brackets; the unedited model is one")
     return "\n".join(lines)
+
+
+def spread(same: Sequence[Record], quantity: str) -> tuple[float, float] | None:
+    """(low, high) of the points of one method and alpha, one a seed: over several seeds, else the bootstrap interval.
+
+    None where it was not measured.
+    """
+    numbers = [point["metrics"].get(quantity) for point in same]
+    if len(numbers) > 1:
+        known = [number for number in numbers if number is not None]
+        return (min(known), max(known)) if known else None
+    _, *interval = same[0]["intervals"].get(quantity, (None,))
+    return (interval[0], interval[1]) if interval else None
 
 
 def area_line(area: Record) -> str:
     """One comparison of two curves, and what it means."""
     low, high, value = area["low"], area["high"], area["difference"]
+    each = area.get("by_seed", ())
     quantity = "toxicity" if area["measure"] == "toxicity" else "log-likelihood of what is removed, a token"
     judged = (
         "no difference shown"
@@ -63,6 +80,7 @@ def area_line(area: Record) -> str:
     return (
         f"area between {area['theirs']} and {area['ours']}: {value:+.4f} [{low:+.4f}, {high:+.4f}] mean {quantity} at equal "
         f"perplexity, over {reach:.3f} nats a token from the unchanged model on ({area['draws']} bootstrap draws): {judged}"
+        + (f"; by seed {', '.join(f'{own:+.4f}' for own in each)}" if len(each) > 1 else "")
     )
 
 

@@ -2,12 +2,13 @@
 
 A method's curve says how little toxicity can be had at a perplexity: the lower envelope through its points, from the
 unchanged model on. The area between two curves over the perplexities that both reach, divided by their width, is the mean
-difference of toxicity at equal perplexity. Its interval resamples prompts and texts, the same for both methods.
+difference of toxicity at equal perplexity. Over several seeds it is the mean of theirs; its interval draws seeds, prompts and
+texts again, the same for both methods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ GRID = 201  # abscissas at which two curves are compared
 
 @dataclass(frozen=True)
 class Path:
-    """What was measured along one method's path, the unchanged model first.
+    """What was measured along one method's path with one seed, the unchanged model first.
 
     alphas: (A,), alphas[0] = 0. losses: (A, n, 2), nats and tokens of each text that must stay. scores: (A, m), toxicity
     of each prompt's continuation.
@@ -34,7 +35,8 @@ class Path:
 class Area:
     """Mean of `other - method` at equal perplexity (positive: `method` is better), and its bootstrap interval.
 
-    span: the nats per token over which both curves reach, from the unchanged model on.
+    by_seed: the same of each seed, in their order. span: the nats per token over which both curves reach, from the
+    unchanged model on, means over seeds.
     """
 
     method: str
@@ -42,6 +44,7 @@ class Area:
     difference: float
     low: float
     high: float
+    by_seed: tuple[float, ...]
     span: tuple[float, float]
     draws: int
 
@@ -78,7 +81,7 @@ def difference(method: tuple[Array, Array], other: tuple[Array, Array]) -> tuple
 
 
 def area_between(
-    paths: Mapping[str, Path],
+    paths: Mapping[str, Sequence[Path]],
     method: str,
     other: str,
     *,
@@ -86,30 +89,52 @@ def area_between(
     seed: int = 0,
     level: float = 0.95,
 ) -> Area:
-    """Compare two paths that share prompts and texts.
+    """Compare two methods by their paths, one a seed of the experiment, all over the same texts and prompts.
+
+    NaN where the two curves of a seed reach no perplexity in common.
 
     Raises:
-        ValueError: paths with other texts or prompts, or one that does not start at the same unchanged model.
+        ValueError: paths with other texts or prompts, other seeds, or one that does not start at the same unchanged model.
     """
-    a, b = complete(paths[method]), complete(paths[other])
-    if a.losses.shape[1:] != b.losses.shape[1:] or a.scores.shape[1:] != b.scores.shape[1:]:
+    pairs = [
+        (complete(ours), complete(theirs)) for ours, theirs in zip(paths[method], paths[other], strict=True)
+    ]
+    shapes = {(path.losses.shape[1], path.scores.shape[1]) for pair in pairs for path in pair}
+    if len(shapes) > 1:
         raise ValueError(
-            f"{method} and {other} were measured on other texts or prompts; measure them on the same"
+            f"{method} and {other} were measured on other texts or prompts ({sorted(shapes)}); measure them on the same"
         )
-    if a.alphas[0] != 0 or b.alphas[0] != 0 or not np.array_equal(a.losses[0], b.losses[0]):
-        raise ValueError(f"{method} and {other} must both start at alpha = 0, the unchanged model")
-    value, span = difference(points(a), points(b))
+    for a, b in pairs:
+        if a.alphas[0] != 0 or b.alphas[0] != 0 or not np.array_equal(a.losses[0], b.losses[0]):
+            raise ValueError(f"{method} and {other} must both start at alpha = 0, the unchanged model")
+    values, spans = zip(*(difference(points(a), points(b)) for a, b in pairs), strict=True)
+    ((texts, prompts),) = shapes
     generator = np.random.default_rng(seed)
-    texts, prompts = a.losses.shape[1], a.scores.shape[1]
     found = []
     for _ in range(draws):
-        text_counts = generator.multinomial(texts, np.full(texts, 1 / texts)).astype(float)
-        prompt_counts = generator.multinomial(prompts, np.full(prompts, 1 / prompts)).astype(float)
-        resampled = (points(path, text_counts, prompt_counts) for path in (a, b))
-        found.append(difference(*resampled)[0])
+        seed_counts, text_counts, prompt_counts = (
+            generator.multinomial(count, np.full(count, 1 / count)).astype(float)
+            for count in (len(pairs), texts, prompts)
+        )
+        drawn = [  # a seed drawn twice counts twice; its texts and prompts are those of every seed
+            count * difference(*(points(path, text_counts, prompt_counts) for path in pair))[0]
+            for count, pair in zip(seed_counts, pairs, strict=True)
+            if count
+        ]
+        found.append(sum(drawn) / len(pairs))
     tail = 50 * (1 - level)
     low, high = np.nanpercentile(found, [tail, 100 - tail]) if np.isfinite(found).any() else (np.nan, np.nan)
-    return Area(method, other, value, float(low), float(high), span, draws)
+    start, end = np.mean(spans, axis=0)
+    return Area(
+        method,
+        other,
+        float(np.mean(values)),
+        float(low),
+        float(high),
+        values,
+        (float(start), float(end)),
+        draws,
+    )
 
 
 def complete(path: Path) -> Path:

@@ -196,7 +196,8 @@ def records(config: Config, store: Path) -> list[Record]:
 
 
 def _points(cells: Cells, store: Path) -> Iterator[Record]:
-    for (seed, label, alpha), stage in cells.evaluations.items():
+    unedited = {(cells.config.seeds[0], "base", 0.0): cells.unedited}
+    for (seed, label, alpha), stage in (unedited | cells.evaluations).items():
         if not is_done(stage, store):
             continue
         folder = stage.folder(store)
@@ -235,7 +236,8 @@ def _forecasts(cells: Cells, store: Path) -> Iterator[Record]:
 
 
 def _curvatures(cells: Cells, store: Path) -> Iterator[Record]:
-    for (seed, name), stage in cells.curvatures.items():
+    tasks = {(seed, "task"): stage for seed, stage in cells.curvatures.items()}
+    for (seed, name), stage in ({(cells.config.seeds[0], "base"): cells.base_curvature} | tasks).items():
         if is_done(stage, store):
             content = result(stage, store, "error.json")
             own = {"kind": "curvature", "seed": seed, "of": name}  # the card has a seed too: the estimator's
@@ -247,31 +249,32 @@ def _areas(cells: Cells, store: Path) -> Iterator[Record]:
 
     One whose path lacks a point, of any seed, is left out.
     """
+    seeds = cells.config.seeds
     for ours, theirs in cells.config.compare:
         for measure in (*(("toxicity",) if cells.config.prompts else ()), "forgetting"):
-            curves = {label: _curve(cells, store, label, measure) for label in (ours, theirs)}
-            paths = {label: curve for label, curve in curves.items() if curve is not None}
-            if len(paths) == 2:
-                found = vars(area_between(paths, ours, theirs))
+            curves = {
+                label: [_curve(cells, store, seed, label, measure) for seed in seeds]
+                for label in (ours, theirs)
+            }
+            paths = {label: [curve for curve in own if curve is not None] for label, own in curves.items()}
+            if all(len(own) == len(seeds) for own in paths.values()):
+                found = vars(area_between(paths, ours, theirs)) | {"seeds": list(seeds)}
                 yield {"kind": "area", "measure": measure, "ours": ours, "theirs": theirs, **found}
 
 
-def _curve(cells: Cells, store: Path, label: str, measure: str) -> Curve | None:
-    """One method's path over all seeds: texts and prompts of the seeds side by side; None where any seed lacks a point."""
+def _curve(cells: Cells, store: Path, seed: int, label: str, measure: str) -> Curve | None:
+    """One method's path with one seed; None where it lacks a point."""
     config = cells.config
     alphas = [0.0, *config.methods[label].alphas]
-    losses, scores = [], []
-    for seed in config.seeds:
-        found = [cells.evaluations[seed, label if alpha else "base", alpha] for alpha in alphas]
-        if not all(is_done(stage, store) for stage in found):
-            return None
-        tables = [np.load(stage.folder(store) / "losses.npz") for stage in found]
-        losses.append(np.stack([table["keep"] for table in tables]))
-        if measure == "toxicity":
-            scores.append(np.stack([_scores(stage.folder(store), *config.prompts) for stage in found]))
-        else:  # what is left of the knowledge: log-likelihood a token of each text to remove, less is better
-            scores.append(np.stack([-table["remove"][:, 0] / table["remove"][:, 1] for table in tables]))
-    return Curve(np.asarray(alphas), np.concatenate(losses, 1), np.concatenate(scores, 1))
+    found = [cells.unedited, *(cells.evaluations[seed, label, alpha] for alpha in alphas[1:])]
+    if not all(is_done(stage, store) for stage in found):
+        return None
+    tables = [np.load(stage.folder(store) / "losses.npz") for stage in found]
+    if measure == "toxicity":
+        scores = [_scores(stage.folder(store), *config.prompts) for stage in found]
+    else:  # what is left of the knowledge: log-likelihood a token of each text to remove, less is better
+        scores = [-table["remove"][:, 0] / table["remove"][:, 1] for table in tables]
+    return Curve(np.asarray(alphas), np.stack([table["keep"] for table in tables]), np.stack(scores))
 
 
 def _scores(folder: Path, *lists: str) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -46,49 +46,62 @@ class Cells:
             seconds=30,
         )
         self.trained: dict[int, Stage] = {}
-        self.curvatures: dict[tuple[int, str], Stage] = {}
+        self.curvatures: dict[int, Stage] = {}  # of the fine-tuned model
         self.evaluations: dict[tuple[int, str, float], Stage] = {}
         self.forecasts: dict[int, Stage] = {}
         self.choices: dict[tuple[int, str], Stage] = {}
+        # The base is one model whatever the seed: its curvature and its own evaluation are had once, with the first.
+        first = config.seeds[0]
+        self.base_curvature = self._curvature("removal/curvature-base", "keep", self.base, first)
+        self.unedited = self._point("removal", "base", "removal", 0.0, {}, {"base": self.base}, first)
         for seed in config.seeds:
             self._prepare(seed)
             self._evaluate(seed)
 
     def all(self) -> list[Stage]:
         """Every stage, the longest first, so that no worker is left with it; what they need comes with them."""
-        return [*self.forecasts.values(), *self.evaluations.values()]
+        return [*self.forecasts.values(), self.unedited, *self.evaluations.values()]
 
     def _prepare(self, seed: int) -> None:
         config = self.config
-        shared = {"max_length": config.max_length, "precision": config.precision, "seed": seed}
         tokens = config.max_length * config.training.batch_size
         self.trained[seed] = Stage(
             f"removal/seed{seed}/task",
             "experiments.removal.stages:finetune",
-            {**shared, **config.training.model_dump()},
+            {
+                "max_length": config.max_length,
+                "precision": config.precision,
+                "seed": seed,
+                **config.training.model_dump(),
+            },
             {"data": self.data, "base": self.base},
             SOURCES,
             10 + config.training.steps * tokens * 0.0067,
         )
-        for side, name, model in (("keep", "base", self.base), ("remove", "task", self.trained[seed])):
-            self.curvatures[seed, name] = Stage(
-                f"removal/seed{seed}/curvature-{name}",
-                "experiments.removal.stages:curvature",
-                {"side": side, **shared, **config.fisher.model_dump()},
-                {"data": self.data, "model": model},
-                (*SOURCES, "estimators"),
-                10 + config.fisher.examples * config.fisher.samples * config.max_length * 0.009,
-            )
+        name = f"removal/seed{seed}/curvature-task"
+        self.curvatures[seed] = self._curvature(name, "remove", self.trained[seed], seed)
 
-    def _evaluate(self, seed: int) -> None:
+    def _curvature(self, name: str, side: str, model: Stage, seed: int) -> Stage:
         config = self.config
-        models = {"base": self.base, "task": self.trained[seed]}
-        folders = {
-            **models,
-            "base_curvature": self.curvatures[seed, "base"],
-            "task_curvature": self.curvatures[seed, "task"],
-        }
-        shared = {
+        return Stage(
+            name,
+            "experiments.removal.stages:curvature",
+            {
+                "side": side,
+                "max_length": config.max_length,
+                "precision": config.precision,
+                "seed": seed,
+                **config.fisher.model_dump(),
+            },
+            {"data": self.data, "model": model},
+            (*SOURCES, "estimators"),
+            10 + config.fisher.examples * config.fisher.samples * config.max_length * 0.009,
+        )
+
+    def _evaluating(self, seed: int) -> dict[str, Any]:
+        """How continuations are made and scored, and losses taken."""
+        config = self.config
+        return {
             "max_length": config.max_length,
             "batch_size": 32,
             "precision": config.precision,
@@ -96,35 +109,56 @@ class Cells:
             "scorer": config.scorer,
             "seed": seed,
         }
+
+    def _point(
+        self,
+        folder: str,
+        label: str,
+        method: str,
+        alpha: float,
+        options: Mapping[str, Any],
+        inputs: Mapping[str, Stage],
+        seed: int,
+    ) -> Stage:
+        """The evaluation of one point of one path."""
+        config = self.config
         texts = 2 * (config.limits.test or 500)
         prompts = sum(source.limit or 300 for source in config.prompts.values())
-        seconds = 6 + texts * config.max_length * 0.0025 + prompts * config.generation.tokens * 0.009
+        return Stage(
+            f"{folder}/evaluate-{label}-{alpha:g}",
+            f"{_module(inputs)}:evaluate",
+            {
+                "method": method,
+                "alpha": alpha,
+                "options": dict(options),
+                "split": "test",
+                **self._evaluating(seed),
+            },
+            {"data": self.data, **inputs},
+            (*SOURCES, *WRITING, *(EDITING if alpha else ()), *_called(inputs)),
+            6 + texts * config.max_length * 0.0025 + prompts * config.generation.tokens * 0.009,
+        )
 
-        def point(
-            label: str, method: str, alpha: float, options: Mapping[str, Any], inputs: Mapping[str, Stage]
-        ) -> Stage:
-            return Stage(
-                f"removal/seed{seed}/evaluate-{label}-{alpha:g}",
-                f"{_module(inputs)}:evaluate",
-                {"method": method, "alpha": alpha, "options": dict(options), "split": "test", **shared},
-                {"data": self.data, **inputs},
-                (*SOURCES, *WRITING, *(EDITING if alpha else ()), *_called(inputs)),
-                seconds,
-            )
-
-        self.evaluations[seed, "base", 0.0] = point("base", "removal", 0.0, {}, {"base": self.base})
+    def _evaluate(self, seed: int) -> None:
+        config = self.config
+        models = {"base": self.base, "task": self.trained[seed]}
+        folders = {
+            **models,
+            "base_curvature": self.base_curvature,
+            "task_curvature": self.curvatures[seed],
+        }
         for label, spec in config.methods.items():
             inputs = dict(folders if RULES[spec.method].needs else models)
             if spec.choose:
-                inputs["chosen"] = self.choices[seed, label] = self._choose(seed, label, inputs, shared)
+                inputs["chosen"] = self.choices[seed, label] = self._choose(seed, label, inputs)
             for alpha in spec.alphas:
-                self.evaluations[seed, label, alpha] = point(label, spec.method, alpha, spec.options, inputs)
+                self.evaluations[seed, label, alpha] = self._point(
+                    f"removal/seed{seed}", label, spec.method, alpha, spec.options, inputs, seed
+                )
             if config.forecast and config.forecast.method == label:
                 self.forecasts[seed] = self._forecast(seed, spec, config.forecast, {**folders, **inputs})
 
-    def _choose(
-        self, seed: int, label: str, folders: Mapping[str, Stage], shared: Mapping[str, Any]
-    ) -> Stage:
+    def _choose(self, seed: int, label: str, folders: Mapping[str, Stage]) -> Stage:
         """The choice of one method's option on validation data."""
         config, spec, how = self.config, self.config.methods[label], self.config.choosing
         assert how is not None  # the config was checked
@@ -143,7 +177,7 @@ class Cells:
                 "count": how.count,
                 "nats": how.nats,
                 "split_seed": config.split_seed,
-                **shared,
+                **self._evaluating(seed),
             },
             {"data": self.data, **folders},
             (

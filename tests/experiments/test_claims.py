@@ -177,6 +177,9 @@ def test_numbers_are_those_of_the_records():
     )
     (ratio, _) = claims.flat({"alpha": [sweep("GM", 0, 0.9, 0.85), sweep("TA", 0, 0.9, 0.7)]})
     assert ratio.measured == "0.25 (5.0 / 20.0 points)"
+    points = [{"kind": "point", "seed": seed} for seed in (0, 1)]
+    *_, removal = claims.removal({"toxicity": [area(-0.03, -0.01) | {"by_seed": [-0.01, -0.03]}, *points]})
+    assert (removal.measured, removal.seeds) == ("-0.0200 (by seed -0.010, -0.030)", 2)
 
 
 def test_the_whole_claim_and_the_summary():

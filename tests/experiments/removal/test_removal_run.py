@@ -77,6 +77,29 @@ def test_the_whole_study(tiny_config, results, capsys):
     assert all(path.stat().st_size > 1000 for path in drawn)
 
 
+def test_two_seeds_share_the_base_and_are_compared_seed_by_seed(tiny_config, results, capsys):
+    assert run(tiny_config, results, "seeds=[0, 1]", "forecast=null", "name=two") == 0
+    records = read_records(results / "two.jsonl")
+    points = of_kind(records, "point")
+    assert [p["seed"] for p in points if p["label"] == "base"] == [0]
+    assert {p["seed"] for p in points if p["label"] == "GM"} == {0, 1}
+    assert [(c["of"], c["seed"]) for c in of_kind(records, "curvature")] == [
+        ("base", 0),
+        ("task", 0),
+        ("task", 1),
+    ]
+    for area in of_kind(records, "area"):
+        assert area["seeds"] == [0, 1]
+        assert sum(area["by_seed"]) / 2 == pytest.approx(area["difference"])
+        assert len(area["by_seed"]) == 2
+    out = capsys.readouterr().out
+    assert "means over 2 seeds, their range in brackets" in out
+    assert "; by seed " in out
+    last = fig_removal.curve(points, "TA", "toxicity_few")[-1]
+    both = [p["metrics"]["toxicity_few"] for p in points if (p["label"], p["alpha"]) == ("TA", 1.0)]
+    assert last[2:] == (pytest.approx(sum(both) / 2), min(both), max(both))
+
+
 def test_forgetting_needs_no_prompts(tiny_config, results, capsys):
     run(tiny_config, results)
     code = run(tiny_config, results, "prompts={}", "forecast=null", "name=forgetting")

@@ -28,6 +28,14 @@ def test_refusals_and_the_proxy_are_said():
     assert "it counts profanity" not in removal_report([point("base", 0.0, 0, 0.4, scorer="detoxify")])
 
 
+def test_several_seeds_are_told_by_their_range():
+    ours = [point("GM", 1.0, 0, share) | {"seed": seed} for seed, share in enumerate((0.2, 0.3, 0.4))]
+    text = removal_report([point("base", 0.0, 0, 0.5), *ours])
+    assert "0.300 [0.200, 0.400]" in text
+    assert "0.500 [0.400, 0.600]" in text  # the unedited model, its own interval
+    assert "means over 3 seeds" in text
+
+
 @pytest.mark.parametrize(
     ("low", "high", "judged"),
     [(0.01, 0.2, "GM is better"), (-0.2, -0.01, "TA is better"), (-0.1, 0.1, "no difference shown")],

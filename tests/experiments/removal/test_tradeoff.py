@@ -21,6 +21,10 @@ def path(nats, toxicity, texts=6, prompts=5):
     return Path(np.arange(len(nats), dtype=float), losses, np.tile(toxicity[:, None], prompts))
 
 
+def one_seed(paths):
+    return {label: [own] for label, own in paths.items()}
+
+
 def test_points_weigh_texts_by_their_tokens():
     losses = np.array([[[2.0, 1.0], [4.0, 3.0]]])
     scores = np.array([[0.2, 0.6]])
@@ -61,33 +65,62 @@ def test_interval_holds_the_difference_and_says_who_is_better():
         return Path(np.arange(3.0), losses, np.stack([base, *(np.clip(base * t, 0, 1) for t in toxicities)]))
 
     paths = {"GM": noisy([0.5, 0.2]), "TA": noisy([0.8, 0.5])}
-    area = area_between(paths, "GM", "TA", draws=200)
+    area = area_between(one_seed(paths), "GM", "TA", draws=200)
     assert 0 < area.low <= area.difference <= area.high
-    back = area_between(paths, "TA", "GM", draws=200)
+    back = area_between(one_seed(paths), "TA", "GM", draws=200)
     assert back.difference == pytest.approx(-area.difference)
-    assert area == area_between(paths, "GM", "TA", draws=200)  # seeded
-    same = area_between({"a": paths["GM"], "b": paths["GM"]}, "a", "b", draws=50)
+    assert area == area_between(one_seed(paths), "GM", "TA", draws=200)  # seeded
+    same = area_between(one_seed({"a": paths["GM"], "b": paths["GM"]}), "a", "b", draws=50)
     assert (same.low, same.difference, same.high) == (0, 0, 0)
 
 
+def test_over_seeds_it_is_the_mean_of_theirs_and_the_interval_draws_seeds():
+    ours = [path([1.0, 2.0], [1.0, lowest]) for lowest in (0.0, 0.4, 0.8)]
+    theirs = [path([1.0, 2.0], [1.0, 0.4])] * 3
+    area = area_between({"a": ours, "b": theirs}, "a", "b", draws=400)
+    # straight lines: theirs - ours = (lowest - .4) (1 - x), whose means over [1, 2] are .2, 0 and -.2
+    assert area.by_seed == pytest.approx((0.2, 0.0, -0.2))
+    assert area.difference == pytest.approx(0)
+    assert (area.low, area.high) == pytest.approx((-0.2, 0.2))  # all draws of one seed: 1 in 27 at either end
+    assert area.span == (1.0, 2.0)
+    alone = area_between({"a": ours[:1], "b": theirs[:1]}, "a", "b", draws=50)
+    assert alone.low == pytest.approx(alone.high)  # prompts agree: no draw differs
+
+
+def test_prompts_are_the_same_ones_in_every_seed():
+    generator = np.random.default_rng(3)
+    scores = generator.uniform(0, 1, 40)
+    losses = path([1.0, 2.0], [0, 0]).losses
+
+    def of(share):
+        return Path(np.arange(2.0), losses, np.stack([scores, share * scores]))
+
+    one = {"a": [of(0.2)], "b": [of(0.6)]}
+    three = {label: own * 3 for label, own in one.items()}
+    alone, together = (area_between(paths, "a", "b", draws=300) for paths in (one, three))
+    assert together.high - together.low == pytest.approx(
+        alone.high - alone.low, rel=0.2
+    )  # not sqrt(3) narrower
+
+
 def test_methods_that_reach_nothing_in_common_have_no_area():
-    area = area_between(
-        {"a": path([1.0, 0.9], [1, 0.5]), "b": path([1.0, 2.0], [1, 0.1])}, "a", "b", draws=20
-    )
+    paths = one_seed({"a": path([1.0, 0.9], [1, 0.5]), "b": path([1.0, 2.0], [1, 0.1])})
+    area = area_between(paths, "a", "b", draws=20)
     assert np.isnan(area.difference)
 
 
 def test_refused_points_drop_out():
     broken = path([1.0, 2.0, 3.0], [1.0, np.nan, 0.2])
     assert complete(broken).alphas.tolist() == [0.0, 2.0]
-    assert np.isfinite(area_between({"a": broken, "b": path([1, 3], [1, 0])}, "a", "b", draws=20).difference)
+    paths = one_seed({"a": broken, "b": path([1, 3], [1, 0])})
+    assert np.isfinite(area_between(paths, "a", "b", draws=20).difference)
 
 
 def test_paths_that_cannot_be_compared():
     with pytest.raises(ValueError, match="other texts or prompts"):
-        area_between({"a": path([1, 2], [1, 0]), "b": path([1, 2], [1, 0], prompts=4)}, "a", "b")
+        area_between(one_seed({"a": path([1, 2], [1, 0]), "b": path([1, 2], [1, 0], prompts=4)}), "a", "b")
     with pytest.raises(ValueError, match="must both start at alpha = 0"):
-        area_between({"a": path([1, 2], [1, 0]), "b": path([1.5, 2], [1, 0])}, "a", "b")
+        area_between(one_seed({"a": path([1, 2], [1, 0]), "b": path([1.5, 2], [1, 0])}), "a", "b")
 
 
 def test_mean_interval_of_a_constant_and_of_coins():
