@@ -229,13 +229,14 @@ def prepare(
     from experiments.tasks.sentiment import SPLITS
 
     asked = {name: Source.model_validate(source) for name, source in prompts.items()}
+    read_prompts = {name: _read_key(f"prompts.{name}", source) for name, source in asked.items()}
     chosen = {
-        name: drawn(without(read(source), ()), source.limit, split_seed) for name, source in asked.items()
+        name: drawn(without(texts, ()), asked[name].limit, split_seed) for name, texts in read_prompts.items()
     }
-    all_prompts = [text for source in asked.values() for text in read(source)]
+    all_prompts = [text for texts in read_prompts.values() for text in texts]
     counts: dict[str, int] = {}
     for side, source in (("remove", Source.model_validate(remove)), ("keep", Source.model_validate(keep))):
-        texts = drawn(without(read(source), all_prompts), source.limit, split_seed)
+        texts = drawn(without(_read_key(side, source), all_prompts), source.limit, split_seed)
         for split in SPLITS:
             members = [text for text in texts if split_of("document", text.document, split_seed) == split]
             _write(out / side / f"{split}.jsonl", members[: limits.get(split)])
@@ -248,6 +249,14 @@ def prepare(
         _write(out / "prompts" / f"{name}.jsonl", members)
         counts[f"prompts/{name}"] = len(members)
     (out / "counts.json").write_text(json.dumps(counts, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def _read_key(where: str, source: Source) -> list[Text]:
+    """The texts of a source; an error names the key of the config that gives it."""
+    try:
+        return read(source)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _write(path: Path, texts: Sequence[Text]) -> None:

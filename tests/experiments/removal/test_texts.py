@@ -131,6 +131,15 @@ def test_bad_sources(files, tmp_path):
         read(Source(source=str(tmp_path / "no-such-data-set")))
 
 
+def test_the_key_of_a_source_that_the_hub_does_not_give_is_named(files, tmp_path):
+    nice, absent = {"source": str(files / "nice.txt")}, {"source": str(tmp_path / "no-such-data-set")}
+    shared = {"remove": nice, "limits": {}, "split_seed": 0}
+    with pytest.raises(ValueError, match=r"^prompts\.mine: .*no data set that the hub gives"):
+        prepare(tmp_path / "out", keep=nice, prompts={"mine": absent}, **shared)
+    with pytest.raises(ValueError, match=r"^keep: .*no data set that the hub gives"):
+        prepare(tmp_path / "out", keep=absent, prompts={}, **shared)
+
+
 def test_a_split_without_texts_is_an_error(files, tmp_path):
     (tmp_path / "one.txt").write_text("just one")
     with pytest.raises(ValueError, match="nothing is left to remove in the"):
