@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import log
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import matplotlib.pyplot as plt
 
 from experiments.records import Record, of_kind
-from experiments.removal.report import spread
+from experiments.removal.report import seeds_of, spread
 from paper_figures.style import caption, look, plain_log, save
 
 FAR = 30  # times the lowest perplexity: what lies beyond is drawn at the edge, with its number
@@ -19,9 +20,9 @@ FAR = 30  # times the lowest perplexity: what lies beyond is drawn at the edge, 
 def draw(records: Sequence[Record], folder: Path, name: str = "fig_removal") -> list[Path]:
     """One curve a method from the unedited model on, one point an alpha, means over seeds.
 
-    With prompts, one panel a list of prompts: toxicity (down and to the left is better), whiskers the bootstrap interval over
-    prompts, or the range of several seeds. Without, one panel: how much less likely the removed text is than the kept one, in nats a token (up
-    is better). Raises ValueError where no record holds a point.
+    With prompts, one panel a list of prompts: toxicity (down and to the left is better). Without, one panel: how much less
+    likely the removed text is than the kept one, in nats a token (up is better). Whiskers: the range of several seeds, else
+    of toxicity the bootstrap interval over prompts. Raises ValueError where no record holds a point.
     """
     points = of_kind(records, "point")
     if not points:
@@ -37,6 +38,7 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_removal") -> 
         "linestyle": "none",
     }
     styles = look(methods) | {"base": star}
+    seeds = len(seeds_of(points))
     edge = FAR * min(point["metrics"]["perplexity_keep"] for point in points)
     figure, panels = plt.subplots(
         1, len(quantities), figsize=(2.0 + 2.9 * len(quantities), 3.0), squeeze=False, layout="constrained"
@@ -44,8 +46,6 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_removal") -> 
     for axes, quantity in zip(panels[0], quantities, strict=True):
         for label, style in styles.items():
             path = curve(points, label, quantity)
-            if quantity == "perplexity_remove":  # a difference of losses: log perplexity is nats a token
-                path = [(alpha, x, *(log(y / x) for y in ys)) for alpha, x, *ys in path]
             own = [index for index, p in enumerate(path) if p[0] or label == "base"]
             alphas = ", ".join(f"{path[index][0]:g}" for index in own)
             axes.plot(
@@ -63,11 +63,13 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_removal") -> 
                     axes.vlines(x, low, high, color=style["color"], linewidth=0.6, alpha=0.6)
         plain_log(axes.xaxis)
         grey = {"color": "#777777", "linewidth": 0.8}
+        interval = "95 % interval over prompts"
+        whiskers = [f"range of {seeds} seeds"] if seeds > 1 else []
         if lists:
-            seeds = len({point["seed"] for point in points})
-            label = f"range of {seeds} seeds" if seeds > 1 else f"95 % interval, seed {points[0]['seed']}"
+            whiskers = [f"{whiskers[0]} (unedited: {interval})" if whiskers else f"{interval}, one seed"]
+        for label in whiskers:
             axes.plot([], [], "|", markersize=12, label=label, **grey)
-        else:
+        if not lists:
             for _, _, y, *_ in path:  # of the unedited model, the last drawn
                 axes.axhline(y, linestyle="--", label="both equally less likely", **grey)
         axes.set_xlabel("perplexity of text to keep")
@@ -88,12 +90,22 @@ def curve(
     alphas = sorted({0.0, *(point["alpha"] for point in points if point["label"] == label)})
     for alpha in alphas:
         same = [p for p in points if p["alpha"] == alpha and p["label"] == (label if alpha else "base")]
-        numbers = [p["metrics"].get(quantity) for p in same]
-        if same and all(number is not None for number in numbers):
-            y = fmean(numbers)
-            low, high = spread(same, quantity) or (y, y)
-            found.append((alpha, fmean(p["metrics"]["perplexity_keep"] for p in same), y, low, high))
+        numbers = [_number(p["metrics"], quantity) for p in same]
+        known = [number for number in numbers if number is not None]
+        if not same or len(known) < len(same):
+            continue
+        whole = (min(known), max(known))
+        low, high = whole if quantity == "perplexity_remove" else spread(same, quantity) or whole
+        x = fmean(p["metrics"]["perplexity_keep"] for p in same)
+        found.append((alpha, x, fmean(known), low, high))
     return found
+
+
+def _number(metrics: Mapping[str, Any], quantity: str) -> float | None:
+    """What is drawn of a point; of the removed text the difference of losses, log perplexity being nats a token."""
+    if quantity == "perplexity_remove":
+        return log(metrics[quantity] / metrics["perplexity_keep"])
+    return metrics.get(quantity)
 
 
 def _title(quantity: str, scorer: str) -> str:

@@ -33,7 +33,7 @@ def removal_report(found: Sequence[Record]) -> str:
 
 def table(points: Sequence[Record]) -> str:
     """One line a method and alpha: means over seeds. In brackets, 95 % intervals over prompts, or the range of the seeds."""
-    lists, seeds = _lists(points[0]), {point["seed"] for point in points}
+    lists, seeds = _lists(points[0]), seeds_of(points)
     head = f"{'method':10} {'alpha':>6} {'ppl keep':>9} {'ppl remove':>11}"
     head += "".join(f" {'toxicity ' + name:>22} {'share':>6}" for name in lists) + f" {'clamped':>8}"
     lines = [head]
@@ -47,10 +47,18 @@ def table(points: Sequence[Record]) -> str:
         clamped = _mean(same, "clamped")
         line += f" {clamped:8.3%}" if isfinite(clamped) else f" {'':8}"
         refused = sum(point["metrics"].get(f"refused_{name}", 0) for point in same for name in lists)
-        lines.append(line + (f"  ({refused} continuations refused: NaN)" if refused else ""))
-    if len(seeds) > 1 and lists:
-        lines.append(f"means over {len(seeds)} seeds, their range in brackets; the unedited model is one")
+        line += f"  ({refused} continuations refused: NaN)" if refused else ""
+        line += f"  ({len(same)} of {len(seeds)} seeds)" if alpha and len(same) < len(seeds) else ""
+        lines.append(line)
+    if len(seeds) > 1:
+        note = "their range in brackets; the unedited model is one, with a 95 % interval over prompts"
+        lines.append(f"means over {len(seeds)} seeds" + (f", {note}" if lists else ""))
     return "\n".join(lines)
+
+
+def seeds_of(points: Sequence[Record]) -> set[int]:
+    """The seeds of the edited models: the unedited one is the same for all."""
+    return {point["seed"] for point in points if point["alpha"]} or {point["seed"] for point in points}
 
 
 def spread(same: Sequence[Record], quantity: str) -> tuple[float, float] | None:
@@ -97,7 +105,7 @@ def choice_line(record: Record) -> str:
 def forecast_lines(record: Record) -> str:
     """Forecast against measured rise along the path, and the budget."""
     lines = [
-        f"forecasts for {record['label']} from {record['examples']} validation texts a side, nats a text over the base's:"
+        f"forecasts for {record['label']}, seed {record['seed']}, from {record['examples']} validation texts a side, nats a text over the base's:"
     ]
     lines.append(
         f"{'alpha':>8} {'collateral':>11} {'measured':>9} {'diagonal':>9} {'forgetting':>11} {'measured':>9} {'diagonal':>9}"
@@ -117,7 +125,7 @@ def forecast_lines(record: Record) -> str:
 def curvature_line(record: Record) -> str:
     """How one curvature was estimated."""
     return (
-        f"curvature of the {record['of']} on texts to {record['side']}: {record['estimator']}, labels {record['labels']}, "
+        f"curvature of the {record['of']}, seed {record['seed']}, on texts to {record['side']}: {record['estimator']}, labels {record['labels']}, "
         f"reduction {record['reduction']}, {record['examples_seen']} of {record['num_examples']} texts, {record['precision']}, "
         f"trace {record['trace']:.4g} nats a text"
         + f" +- {float(record['relative_error']):.1%}"

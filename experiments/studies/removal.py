@@ -18,7 +18,7 @@ from experiments.records import Record
 from experiments.removal import scorers
 from experiments.removal.tradeoff import Path as Curve
 from experiments.removal.tradeoff import area_between, mean_interval
-from experiments.studies.removal_cells import Cells
+from experiments.studies.removal_cells import BASE_SEED, Cells
 from experiments.studies.sentiment import check_merge
 from experiments.tasks.corpora import json_lines
 from experiments.tasks.texts import LISTS, Source, read
@@ -196,7 +196,7 @@ def records(config: Config, store: Path) -> list[Record]:
 
 
 def _points(cells: Cells, store: Path) -> Iterator[Record]:
-    unedited = {(cells.config.seeds[0], "base", 0.0): cells.unedited}
+    unedited = {(BASE_SEED, "base", 0.0): cells.unedited}
     for (seed, label, alpha), stage in (unedited | cells.evaluations).items():
         if not is_done(stage, store):
             continue
@@ -237,7 +237,7 @@ def _forecasts(cells: Cells, store: Path) -> Iterator[Record]:
 
 def _curvatures(cells: Cells, store: Path) -> Iterator[Record]:
     tasks = {(seed, "task"): stage for seed, stage in cells.curvatures.items()}
-    for (seed, name), stage in ({(cells.config.seeds[0], "base"): cells.base_curvature} | tasks).items():
+    for (seed, name), stage in ({(BASE_SEED, "base"): cells.base_curvature} | tasks).items():
         if is_done(stage, store):
             content = result(stage, store, "error.json")
             own = {"kind": "curvature", "seed": seed, "of": name}  # the card has a seed too: the estimator's

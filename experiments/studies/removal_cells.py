@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 READING = ("experiments.tasks.texts", "experiments.tasks.sentiment", "experiments.assets")
 SOURCES = (*READING, "experiments.removal.language", "experiments.finetune")
 WRITING = ("experiments.removal.sampling", "experiments.removal.scorers")  # continuations and their scores
+BASE_SEED = 0  # of what is had of the base: the same whatever seeds a config asks for
 EDITING = (*MERGING, "gradmatch.subtraction", "gradmatch.checkpoint")
 
 
@@ -50,10 +51,9 @@ class Cells:
         self.evaluations: dict[tuple[int, str, float], Stage] = {}
         self.forecasts: dict[int, Stage] = {}
         self.choices: dict[tuple[int, str], Stage] = {}
-        # The base is one model whatever the seed: its curvature and its own evaluation are had once, with the first.
-        first = config.seeds[0]
-        self.base_curvature = self._curvature("removal/curvature-base", "keep", self.base, first)
-        self.unedited = self._point("removal", "base", "removal", 0.0, {}, {"base": self.base}, first)
+        # The base is one model whatever the seed: its curvature and its own evaluation are had once.
+        self.base_curvature = self._curvature("removal/curvature-base", "keep", self.base, BASE_SEED)
+        self.unedited = self._point("removal", "base", "removal", 0.0, {}, {"base": self.base}, BASE_SEED)
         for seed in config.seeds:
             self._prepare(seed)
             self._evaluate(seed)

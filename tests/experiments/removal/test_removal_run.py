@@ -92,6 +92,15 @@ def test_two_seeds_share_the_base_and_are_compared_seed_by_seed(tiny_config, res
         assert area["seeds"] == [0, 1]
         assert sum(area["by_seed"]) / 2 == pytest.approx(area["difference"])
         assert len(area["by_seed"]) == 2
+    one, two, other = (
+        removal.Cells(configs.load(tiny_config, [f"seeds={seeds}"])) for seeds in ([0], [0, 1], [1])
+    )
+    assert one.base_curvature.key == other.base_curvature.key
+    assert one.unedited.key == other.unedited.key
+    assert (
+        two.evaluations[1, "GM", 0.1].key == other.evaluations[1, "GM", 0.1].key
+    )  # whatever other seeds there are
+    assert two.evaluations[0, "GM", 0.1].key != two.evaluations[1, "GM", 0.1].key
     out = capsys.readouterr().out
     assert "means over 2 seeds, their range in brackets" in out
     assert "; by seed " in out
@@ -110,6 +119,15 @@ def test_forgetting_needs_no_prompts(tiny_config, results, capsys):
     assert "log-likelihood of what is removed" in capsys.readouterr().out
     assert fig_removal.curve(of_kind(records, "point"), "TA", "perplexity_remove")[-1][0] == 1.0
     assert fig_removal.draw(records, results / "figures", "forgetting")
+    assert run(tiny_config, results, "prompts={}", "forecast=null", "name=both", "seeds=[0, 1]") == 0
+    both = of_kind(read_records(results / "both.jsonl"), "point")
+    *_, low, high = fig_removal.curve(both, "TA", "perplexity_remove")[-1]
+    ends = [
+        math.log(p["metrics"]["perplexity_remove"] / p["metrics"]["perplexity_keep"])
+        for p in both
+        if (p["label"], p["alpha"]) == ("TA", 1.0)
+    ]
+    assert (low, high) == (min(ends), max(ends))
 
 
 def test_figure_without_points_is_an_error(tmp_path):

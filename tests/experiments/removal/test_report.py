@@ -34,6 +34,9 @@ def test_several_seeds_are_told_by_their_range():
     assert "0.300 [0.200, 0.400]" in text
     assert "0.500 [0.400, 0.600]" in text  # the unedited model, its own interval
     assert "means over 3 seeds" in text
+    assert "of 3 seeds)" not in text
+    fewer = removal_report([point("base", 0.0, 0, 0.5), *ours, point("GM", 2.0, 0, 0.1)])
+    assert fewer.splitlines()[3].endswith("(1 of 3 seeds)")
 
 
 @pytest.mark.parametrize(

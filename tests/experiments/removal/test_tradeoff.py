@@ -87,26 +87,42 @@ def test_over_seeds_it_is_the_mean_of_theirs_and_the_interval_draws_seeds():
     assert alone.low == pytest.approx(alone.high)  # prompts agree: no draw differs
 
 
-def test_prompts_are_the_same_ones_in_every_seed():
+@pytest.mark.parametrize("of_what", ["prompts", "texts"])
+def test_prompts_and_texts_are_the_same_ones_in_every_seed(of_what):
     generator = np.random.default_rng(3)
-    scores = generator.uniform(0, 1, 40)
-    losses = path([1.0, 2.0], [0, 0]).losses
+    toxicity, rises = np.ones((2, 40))
+    if of_what == "prompts":
+        toxicity = generator.uniform(0, 1, 40)
+    else:
+        rises = generator.uniform(0.2, 2, 40)
 
-    def of(share):
-        return Path(np.arange(2.0), losses, np.stack([scores, share * scores]))
+    def of(scale, share):
+        nats = np.stack([np.full(40, 10.0), 10 + scale * rises])
+        losses = np.stack([nats, np.full_like(nats, 10)], -1)
+        return Path(np.arange(2.0), losses, np.stack([toxicity, share * toxicity]))
 
-    one = {"a": [of(0.2)], "b": [of(0.6)]}
+    one = {"a": [of(5.0, 0.2)], "b": [of(10.0, 0.4)]}
     three = {label: own * 3 for label, own in one.items()}
-    alone, together = (area_between(paths, "a", "b", draws=300) for paths in (one, three))
-    assert together.high - together.low == pytest.approx(
-        alone.high - alone.low, rel=0.2
-    )  # not sqrt(3) narrower
+    alone, together = (area_between(paths, "a", "b", draws=400) for paths in (one, three))
+    assert alone.high > alone.low  # what differs is drawn
+    ratio = (together.high - together.low) / (alone.high - alone.low)
+    assert ratio == pytest.approx(1, rel=0.2)  # not sqrt(3) narrower
+
+
+def test_the_span_is_the_mean_of_the_seeds():
+    ours = [path([1.0, 2.0], [1.0, 0.0]), path([1.0, 4.0], [1.0, 0.0])]
+    assert area_between({"a": ours, "b": ours}, "a", "b", draws=5).span == (1.0, 3.0)
 
 
 def test_methods_that_reach_nothing_in_common_have_no_area():
     paths = one_seed({"a": path([1.0, 0.9], [1, 0.5]), "b": path([1.0, 2.0], [1, 0.1])})
     area = area_between(paths, "a", "b", draws=20)
-    assert np.isnan(area.difference)
+    assert np.isnan([area.difference, area.low, area.high]).all()
+    reached = path([1.0, 2.0], [1, 0.5])
+    paths = {"a": [reached, path([1.0, 0.9], [1, 0.5])], "b": [reached, reached]}
+    area = area_between(paths, "a", "b", draws=20)
+    assert area.by_seed == (0.0, pytest.approx(np.nan, nan_ok=True))  # no interval of the other seed alone
+    assert np.isnan([area.difference, area.low, area.high]).all()
 
 
 def test_refused_points_drop_out():
@@ -121,6 +137,17 @@ def test_paths_that_cannot_be_compared():
         area_between(one_seed({"a": path([1, 2], [1, 0]), "b": path([1, 2], [1, 0], prompts=4)}), "a", "b")
     with pytest.raises(ValueError, match="must both start at alpha = 0"):
         area_between(one_seed({"a": path([1, 2], [1, 0]), "b": path([1.5, 2], [1, 0])}), "a", "b")
+    good = path([1, 2], [1, 0])
+    with pytest.raises(ValueError, match="other texts or prompts"):  # in the second seed
+        area_between({"a": [good, good], "b": [good, path([1, 2], [1, 0], texts=5)]}, "a", "b")
+    with pytest.raises(ValueError, match="must both start at alpha = 0"):
+        area_between({"a": [good, good], "b": [good, path([1.5, 2], [1, 0])]}, "a", "b")
+    with pytest.raises(ValueError, match="must both start at alpha = 0"):  # every point refused
+        area_between(one_seed({"a": good, "b": path([1, 2], [np.nan, np.nan])}), "a", "b")
+    with pytest.raises(ValueError, match="a has 2 paths and b 1: one a seed"):
+        area_between({"a": [good, good], "b": [good]}, "a", "b")
+    with pytest.raises(ValueError, match="a has 0 paths"):
+        area_between({"a": [], "b": []}, "a", "b")
 
 
 def test_mean_interval_of_a_constant_and_of_coins():
