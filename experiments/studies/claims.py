@@ -31,7 +31,8 @@ SOURCES = {  # what `experiments.claims` asks for -> the experiment that tells i
 class Config(Study):
     """Keys of the config: `evidence` says which config each part of the claims is computed from.
 
-    parts: overrides for some of them, which leave out what no claim asks for; their records are named `<config>-claims`.
+    parts: overrides for some of them: without what no claim asks for, or smaller and on more seeds; their records are named
+    `<config>-claims`.
     small: each of those that has a quick variant is run in it, and `parts` is not needed.
     """
 
@@ -113,7 +114,7 @@ def as_records(name: str, evidence: claims.Evidence, origins: Mapping[str, str])
 
 
 def find(name: str, results: Path | None) -> Path | None:
-    """The records of a study: its file in the results, else the committed one; for a part of a config, else all of it."""
+    """The records of a study: its file in the results, else the committed one; for a part of a config, else that config's."""
     for folder in (results, COMMITTED):
         for known in dict.fromkeys((name, name.removesuffix(PART))):
             if folder and (folder / f"{known}.jsonl").is_file():
@@ -124,18 +125,18 @@ def find(name: str, results: Path | None) -> Path | None:
 def _read(file: Path, results: Path | None, own: Study, path: Path) -> tuple[list[Record], str]:
     """The records of a file, and which one it is in words that are the same on every machine.
 
-    Told, too, where they are neither of the config as it is evidence nor of all of it.
+    Told, too, where they are neither of the config as it is evidence nor of the whole of it with the same seeds.
     """
-    found = read_records(file)
-    known = {configs.digest(own), configs.digest(configs.load(path))}
+    found, whole = read_records(file), configs.load(path)
     carried = {record.get("config") for record in found}
-    changed = (
-        ""
-        if carried <= known
-        else " (of no recorded config)"
-        if None in carried
-        else " (of a config that has changed since)"
-    )
+    if carried <= {configs.digest(own)}:
+        changed = ""
+    elif None in carried:
+        changed = " (of no recorded config)"
+    elif carried <= {configs.digest(own), configs.digest(whole)}:
+        changed = "" if getattr(whole, "seeds", None) == getattr(own, "seeds", None) else " (of other seeds)"
+    else:
+        changed = " (of a config that has changed since)"
     return found, f"{'results' if file.parent == results else 'experiments/results'}/{file.name}{changed}"
 
 

@@ -257,7 +257,11 @@ def test_evidence_can_be_a_part_of_a_config(evidence, tmp_path):
     assert (
         study.find(own.name, results) == study.COMMITTED / "theory.jsonl"
     )  # all of it holds the part as well
-    write_records(results / "theory.jsonl", [theory(1, True)])
+    whole = digest(load(evidence.parent / "theory.yaml"))
+    write_records(results / "theory.jsonl", [theory(1, True) | {"config": whole}])
+    for config, said in ((parts, " (of other seeds)"), (load(evidence, ["parts={theory: [seeds=3]}"]), "")):
+        (origins,) = of_kind(study.read(config, results), "origins")
+        assert origins["origins"]["theory"] == f"results/theory.jsonl{said}"
     write_records(results / "theory-claims.jsonl", [theory(1, True)])
     assert study.find(own.name, results) == results / "theory-claims.jsonl"
     quick = load(evidence, ["parts={theory: [seeds=5]}"], quick=True)
