@@ -30,6 +30,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Union
 
+from tqdm import tqdm
+
 from experiments import provenance
 from experiments.records import write_atomically
 
@@ -247,6 +249,7 @@ def work(stages: Sequence[Stage], store: Path, threads: int | None = None) -> No
 
 def _helper(stages: Sequence[Stage], store: Path, threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # not its own, shared by processes: it would be reported as leaked
     with contextlib.suppress(KeyboardInterrupt):  # the first process says it
         work(stages, store, threads)
     # All is on disk: taking down an interpreter full of models takes seconds for which the run would wait.

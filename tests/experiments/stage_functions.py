@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 
 def count(out: Path, *, log: str, name: str, parent: Path | None = None, value: int = 0) -> None:
     """Write parent's number + value."""
@@ -37,6 +39,13 @@ def slow(out: Path, *, seconds: float, log: str, name: str) -> None:
     (out / "number").write_text("half")
     time.sleep(seconds)
     (out / "number").write_text("1")
+
+
+def progress(out: Path, *, log: str, name: str) -> None:
+    """Show a bar for a while."""
+    for _ in tqdm(range(20)):
+        time.sleep(0.05)
+    count(out, log=log, name=name)
 
 
 def wait(out: Path, *, stop: str, log: str, name: str) -> None:

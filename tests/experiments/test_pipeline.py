@@ -152,14 +152,14 @@ def test_an_interrupted_stage_leaves_nothing(tmp_path, log):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("stop")] == []
 
 
-def start(stages, store, workers=1):
+def start(stages, store, workers=1, **options):
     """A process that runs the stages."""
     made = ", ".join(f"Stage({one.name!r}, {one.function!r}, {one.settings!r})" for one in stages)
     code = (
         "from experiments.pipeline import Stage, run; from pathlib import Path; "
         f"run([{made}], Path({str(store)!r}), {workers})"
     )
-    return subprocess.Popen([sys.executable, "-c", code])
+    return subprocess.Popen([sys.executable, "-c", code], **options)
 
 
 def wait_for(condition, seconds=60):
@@ -185,6 +185,16 @@ def test_a_killed_run_is_taken_up_by_the_next(tmp_path, log):
         assert run([again], tmp_path).ran == ["slow"]
     assert (again.folder(tmp_path) / "number").read_text() == "1"
     assert not list(tmp_path.glob("slow-*.partial"))
+
+
+def test_helpers_that_show_progress_leave_nothing_behind(tmp_path, log):
+    targets = [stage("progress", f"bar {number}", log) for number in range(6)]
+    process = start(targets, tmp_path, workers=3, stderr=subprocess.PIPE, text=True)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert all(is_done(target, tmp_path) for target in targets)
+    assert "20/20" in told
+    assert "leaked" not in told
 
 
 def test_a_killed_run_takes_its_helpers_along(tmp_path, log):
