@@ -141,7 +141,10 @@ def flat(evidence: Evidence) -> list[Row]:
 
 
 def _seeds(values: Sequence[float], form: str) -> str:
-    return f"seeds {min(values):{form}} to {max(values):{form}}"
+    least, most = (
+        f"{0.0 if float(f'{end:{form}}') == 0 else end:{form}}" for end in (min(values), max(values))
+    )
+    return f"seeds {least} to {most}"  # never -0.00
 
 
 def mismatch(evidence: Evidence) -> list[Row]:
@@ -161,7 +164,7 @@ def mismatch(evidence: Evidence) -> list[Row]:
         )
         rows.append(
             Row(7, f"{size} tasks", f"{about[0]} {size} tasks)", about[1], measured,
-                f"seeds {low:.2f} to {high:.2f}", seeds, judge(rho, low, high, least=0.6), "adding")
+                _seeds((low, high), ".2f"), seeds, judge(rho, low, high, least=0.6), "adding")
         )  # fmt: skip
     share, low, high, count = smaller_share(cells)
     rows.append(

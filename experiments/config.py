@@ -14,6 +14,8 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from experiments import provenance
+
 
 class ConfigError(ValueError):
     """A config that cannot be run: says the file, the path to the key, and what to write instead."""
@@ -176,9 +178,14 @@ def digest(config: Study) -> str:
 
 
 def records(config: Study, store: Path) -> list[dict[str, Any]]:
-    """The records of a config's study, each with the config's digest."""
+    """The records of a config's study, each with the config's digest.
+
+    One that is computed from several stages carries what computed it: commit, versions and machine.
+    """
     own = {"config": digest(config)}
-    return [record | own for record in study(config.experiment).records(config, store)]
+    here = {"commit": provenance.commit(), "versions": provenance.versions(), "machine": provenance.machine()}
+    found = study(config.experiment).records(config, store)
+    return [({} if "commit" in record else here) | record | own for record in found]
 
 
 def study(experiment: str) -> Any:

@@ -169,7 +169,9 @@ def plan(stages: Sequence[Stage], store: Path) -> str:
         state = f"about {stage.seconds:4.0f} s" if stage in pending else "cached      "
         lines.append(f"  {state}  {stage.name}-{stage.key}")
     minutes = sum(stage.seconds for stage in pending) / 60
-    lines.append(f"{len(stages)} stages, {len(pending)} to run, about {minutes:.1f} minutes on two cores")
+    lines.append(
+        f"{len(stages)} stages, {len(pending)} to run, about {minutes:.1f} minutes on two cores (with packaged models)"
+    )
     return "\n".join(lines)
 
 

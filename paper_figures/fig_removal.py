@@ -21,8 +21,8 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_removal") -> 
     """One curve a method from the unedited model on, one point an alpha, means over seeds.
 
     With prompts, one panel a list of prompts: toxicity (down and to the left is better). Without, one panel: how much less
-    likely the removed text is than the kept one, in nats a token (up is better). Whiskers: the range of several seeds, else
-    of toxicity the bootstrap interval over prompts. Raises ValueError where no record holds a point.
+    likely the removed text is than the kept one, in nats a token (up is better). Whiskers: the range of several seeds, both
+    ways, else of toxicity the bootstrap interval over prompts. Raises ValueError where no record holds a point.
     """
     points = of_kind(records, "point")
     if not points:
@@ -56,11 +56,13 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_removal") -> 
                 markevery=own,
                 **{"markersize": 5, **style},
             )
-            for _, x, y, low, high in (path[index] for index in own):
+            for alpha, x, y, low, high in (path[index] for index in own):
                 if x > edge:
                     axes.text(edge, y, f"outside, at {x:.0f} →  ", ha="right", va="center", fontsize=7)
                 else:
-                    axes.vlines(x, low, high, color=style["color"], linewidth=0.6, alpha=0.6)
+                    thin = {"color": style["color"], "linewidth": 0.6, "alpha": 0.6}
+                    axes.vlines(x, low, high, **thin)
+                    axes.hlines(y, *_reach(points, label, alpha), **thin)
         plain_log(axes.xaxis)
         grey = {"color": "#777777", "linewidth": 0.8}
         interval = "95 % interval over prompts"
@@ -75,7 +77,10 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_removal") -> 
         axes.set_xlabel("perplexity of text to keep")
         axes.set_ylabel(_title(quantity, str(points[0]["metrics"]["scorer"])))
     panels[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, labelspacing=0.8)
-    caption(figure, "the values of $\\alpha$ are those of a curve's marks, in order from the star on")
+    note = (
+        "; a mark is the mean of the seeds at one $\\alpha$, whose perplexities differ" if seeds > 1 else ""
+    )
+    caption(figure, f"the values of $\\alpha$ are those of a curve's marks, in order from the star on{note}")
     return save(figure, folder, name)
 
 
@@ -99,6 +104,12 @@ def curve(
         x = fmean(p["metrics"]["perplexity_keep"] for p in same)
         found.append((alpha, x, fmean(known), low, high))
     return found
+
+
+def _reach(points: Sequence[Record], label: str, alpha: float) -> tuple[float, float]:
+    """Least and largest perplexity of what must stay, over the seeds of one point."""
+    same = [p["metrics"]["perplexity_keep"] for p in points if (p["label"], p["alpha"]) == (label, alpha)]
+    return min(same), max(same)
 
 
 def _number(metrics: Mapping[str, Any], quantity: str) -> float | None:

@@ -158,7 +158,7 @@ def report(found: list[Record]) -> str:
     lines = [format_table(["merge", "mismatch/n", "test error %", "merges"], rows), ""]
     for size, (rho, low, high, count) in correlations(cells).items():
         lines.append(
-            f"Spearman of mismatch/n and test error over all merges of {size} tasks: {rho:.2f} (seeds {low:.2f} to "
+            f"Spearman of mismatch/n and test error over all merges of {size} tasks: mean {rho:.2f} (seeds {low:.2f} to "
             f"{high:.2f}; {count} merges)"
         )
     for size, (rho, least, count) in within_subsets(cells).items():
@@ -180,15 +180,14 @@ def error(record: Record) -> float:
 
 
 def correlations(cells: Sequence[Record]) -> dict[int, tuple[float, float, float, int]]:
-    """Size of subset -> Spearman's rho over its merges, smallest and largest of a seed, number of merges."""
+    """Size of subset -> Spearman's rho over the merges of a seed: mean over seeds, smallest, largest; number of merges."""
     found = {}
     for size, groups in _points(cells).items():
         by_seed: dict[Any, list[tuple[float, float]]] = {}
         for (seed, *_), points in groups.items():
             by_seed.setdefault(seed, []).extend(points)
         rhos = [_rho(points) for points in by_seed.values()]
-        everything = [point for points in by_seed.values() for point in points]
-        found[size] = (_rho(everything), min(rhos), max(rhos), len(everything))
+        found[size] = (fmean(rhos), min(rhos), max(rhos), sum(map(len, by_seed.values())))
     return found
 
 

@@ -27,6 +27,7 @@ from experiments.tasks.sentiment import (
 TEST = "test/"  # how the documents of a given test split begin
 RATING = re.compile(r"\[([+-]\d)\]")
 STANDING_IN = '~data.corpora data.base=movies "data.tasks=[amazon, tweets, nyt]" encoder=encoder, and ~task_steps where the config has it'
+LINES = (".jsonl", ".json")  # files of a JSON object a line
 ENDINGS = {".neg": 0, ".pos": 1, ".0": 0, ".1": 1}  # of files with a text a line
 
 
@@ -51,6 +52,11 @@ def read_corpus(
             raise ValueError(f"vader has no domain {domain!r}; it has {', '.join(VADER_FILES)}")
         return read_vader(assets.folder("sentiment"), domain)
     if local.is_file():
+        if local.suffix not in LINES:
+            raise ValueError(
+                f"{path}: a file of a corpus is one of {', '.join(LINES)}, an object with a text and a label a line; this is "
+                f"{local.suffix or 'without an ending'}"
+            )
         found = [
             _from_row(row, domain, f"{path}, line {number}", str(number), **columns)
             for number, row in json_lines(local)

@@ -92,6 +92,7 @@ def test_correlation_and_share_are_those_of_the_records():
     ((size, (rho, low, high, count)),) = adding.correlations(cells).items()
     assert (size, count) == (2, 12)
     assert low <= rho <= high
+    assert rho == pytest.approx((low + high) / 2)  # the mean of two seeds
     assert 0.6 < rho < 1
     assert adding.within_subsets(cells) == {
         2: (pytest.approx(0.75), 0.5, 4)

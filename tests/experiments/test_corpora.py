@@ -92,6 +92,14 @@ def test_a_text_with_a_separator_of_its_own_is_one_line(tmp_path):
     assert [example.text for example in read_corpus("shop", str(tmp_path / "a.jsonl"))] == ["one two"]
 
 
+def test_a_file_of_another_kind_is_told(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\nfine,1\n")
+    with pytest.raises(
+        ValueError, match=r"a\.csv: a file of a corpus is one of \.jsonl, \.json, .*this is \.csv"
+    ):
+        read_corpus("a", str(tmp_path / "a.csv"))
+
+
 def test_a_file_that_is_absent_names_its_neighbours(tiny_texts):
     with pytest.raises(
         FileNotFoundError, match=r"no .*film\.jsonl; domains in that folder: books, films, songs"
