@@ -40,6 +40,7 @@ def different(values: Values) -> Values:
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], AfterValidator(different)]
 Weights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], AfterValidator(different)]  # to try
+Pair = Annotated[tuple[str, str], AfterValidator(different)]  # of what is compared
 
 
 class Training(Strict):

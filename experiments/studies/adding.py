@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from experiments import config as configs
-from experiments.config import Seeds, Study
+from experiments.config import Pair, Seeds, Study
 from experiments.options import check_rule
 from experiments.pipeline import Stage, is_done, origin, result
 from experiments.records import Record, of_kind
@@ -44,7 +44,7 @@ class Config(Study):
     quick_models: bool = False
     seeds: Seeds = ()  # of that config; empty: all of them
     merges: dict[str, Merge] = Field(min_length=2)
-    compare: tuple[str, str]  # of these two, which has the smaller mismatch
+    compare: Pair  # of these two, which has the smaller mismatch
 
     @model_validator(mode="after")
     def _known(self) -> Config:

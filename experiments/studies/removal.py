@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from experiments.config import Seeds, Strict, Study, Training
+from experiments.config import Pair, Seeds, Strict, Study, Training
 from experiments.options import check_names
 from experiments.pipeline import Stage, is_done, origin, result
 from experiments.records import Record
@@ -119,7 +119,7 @@ class Config(Study):
     forecast: Forecast | None = None
     generation: Generation = Generation()
     scorer: str = "proxy"
-    compare: tuple[tuple[str, str], ...] = ()
+    compare: tuple[Pair, ...] = ()
 
     @property
     def sources(self) -> dict[str, Source]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from experiments.config import Seeds, Strict, Study, Training, Weights
+from experiments.config import Pair, Seeds, Strict, Study, Training, Weights
 from experiments.options import check_names, check_rule
 from experiments.pipeline import Stage, card, is_done, origin, result
 from experiments.records import Record
@@ -162,10 +162,7 @@ class Config(Study):
     mismatch_examples: int = Field(default=300, gt=0)
     delta0: float = Field(default=1e-6, ge=0)
     merges: dict[str, Merge]
-    compare: tuple[
-        tuple[str, str], ...
-    ] = ()  # pairs of models: paired bootstrap of the difference of macro accuracy
-
+    compare: tuple[Pair, ...] = ()  # models: paired bootstrap of the difference of macro accuracy
     sweep: Sweep | None = None
 
     @model_validator(mode="after")

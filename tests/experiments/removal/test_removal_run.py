@@ -140,6 +140,7 @@ def test_figure_without_points_is_an_error(tmp_path):
     [
         ("methods.GM.method=removl", "is no way to remove"),
         ("methods.GM.alphas=[0.5, 0.5]", "alphas must be positive and different"),
+        ("compare=[[GM, GM]]", "compare.0: 'GM' stands twice"),
         ("compare=[[GM, XY]]", "'XY' is none of the methods"),
         ("methods={}", "methods: .*at least 1 item"),
         ("methods.GM.options={base_wight: 1}", "removal has no option 'base_wight' .*'base_weight'"),
