@@ -74,9 +74,9 @@ def run_config(path: Path, overrides: Sequence[str], options: argparse.Namespace
 
 
 def print_claims(path: Path, options: argparse.Namespace) -> int:
-    """Print the claims from records that exist, or write them into a document: then from the committed records alone."""
+    """Print the claims from records that exist, or write them to a file: then from the committed records alone."""
     from experiments import config as configs
-    from experiments.records import write_atomically
+    from experiments.records import write_atomically, write_records
     from experiments.studies import claims
 
     document: Path | None = options.write
@@ -86,7 +86,9 @@ def print_claims(path: Path, options: argparse.Namespace) -> int:
         )
     config = configs.load(path, quick=options.quick)
     found = claims.read(config, None if document else _folder(options.results))
-    if document:
+    if document and document.suffix == ".jsonl":
+        write_records(document, found)
+    elif document:
         write_atomically(document, claims.rewritten(document.read_text(encoding="utf-8"), found))
     print(claims.report(found))
     return 0
@@ -166,8 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     claims.add_argument(
         "--write",
         type=Path,
-        metavar="README.md",
-        help="put the table, from the committed records, between its markers",
+        metavar="FILE",
+        help="from the committed records: a document, whose markers then hold the table, or records (.jsonl)",
     )
     commands.add_parser(
         "list", parents=[configs, debug], help="list the configs with their cost and expected numbers"

@@ -68,6 +68,24 @@ def of_kind(records: Iterable[Record], kind: str) -> list[Record]:
     return [record for record in records if record.get("kind") == kind]
 
 
+def seeds_of(points: Sequence[Record]) -> set[int]:
+    """The seeds of a removal's edited models: the unedited one is the same for all."""
+    return {point["seed"] for point in points if point["alpha"]} or {point["seed"] for point in points}
+
+
+def spread(same: Sequence[Record], quantity: str) -> tuple[float, float] | None:
+    """(low, high) of a removal's points of one method and alpha, one a seed: their range, or the bootstrap interval of one.
+
+    None where it was not measured.
+    """
+    numbers = [point["metrics"].get(quantity) for point in same]
+    if len(numbers) > 1:
+        known = [number for number in numbers if number is not None]
+        return (min(known), max(known)) if known else None
+    _, *interval = same[0]["intervals"].get(quantity, (None,))
+    return (interval[0], interval[1]) if interval else None
+
+
 def models_in_order(records: Iterable[Record]) -> list[str]:
     """Names of the evaluated models, in the order of their first record."""
     return list(dict.fromkeys(record["model"] for record in of_kind(records, "evaluation")))

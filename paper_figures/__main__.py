@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.records import read_records
 
 COMMITTED = Path("experiments") / "results"
-CLAIMS = Path("configs") / "claims.yaml"  # their table is drawn from the records of all the others
 SENTIMENT = ("table_sentiment", "fig_mismatch", "fig_alpha")
 FIGURES = {  # experiment -> what is drawn of it
     "adding": ("fig_adding",),
@@ -44,15 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not files:
         print("error: no records in results/: run `python -m experiments demo` first", file=sys.stderr)
         return 2
-    drawings: list[tuple[Path, Callable[[], list[Path]]]] = [
-        (file, partial(draw_file, file, options.out / file.stem)) for file in files
-    ]
-    if not options.records and CLAIMS.is_file():
-        drawings.append((CLAIMS, partial(draw_claims, options.out / "claims")))
     failed = False
-    for file, draw in drawings:
+    for file in files:
         try:
-            drawn = draw()
+            drawn = draw_file(file, options.out / file.stem)
         except (ValueError, OSError) as error:  # the others are drawn all the same
             print(f"error: {file}: {error}", file=sys.stderr)
             failed = True
@@ -75,15 +68,6 @@ def newest(*folders: Path) -> list[Path]:
         if other is None or file.stat().st_mtime > other.stat().st_mtime:
             found[file.name] = file
     return [found[name] for name in sorted(found)]
-
-
-def draw_claims(out: Path) -> list[Path]:
-    """The table of the claims, from the newest records of each study."""
-    from experiments.config import load
-    from experiments.studies import claims
-    from paper_figures.table_claims import draw
-
-    return draw(claims.read(load(CLAIMS), Path("results")), out)
 
 
 def draw_file(file: Path, out: Path) -> list[Path]:

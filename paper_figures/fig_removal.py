@@ -10,8 +10,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from experiments.records import Record, of_kind
-from experiments.removal.report import seeds_of, spread
+from experiments.records import Record, of_kind, seeds_of, spread
 from paper_figures.style import caption, look, plain_log, save
 
 FAR = 30  # times the lowest perplexity: what lies beyond is drawn at the edge, with its number

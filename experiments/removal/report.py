@@ -7,7 +7,7 @@ from math import isfinite
 from statistics import fmean
 from typing import Any
 
-from experiments.records import Record, of_kind
+from experiments.records import Record, of_kind, seeds_of, spread
 from experiments.report import chosen_value
 
 PROXY = (
@@ -54,24 +54,6 @@ def table(points: Sequence[Record]) -> str:
         note = "their range in brackets; the unedited model is one, with a 95 % interval over prompts"
         lines.append(f"means over {len(seeds)} seeds" + (f", {note}" if lists else ""))
     return "\n".join(lines)
-
-
-def seeds_of(points: Sequence[Record]) -> set[int]:
-    """The seeds of the edited models: the unedited one is the same for all."""
-    return {point["seed"] for point in points if point["alpha"]} or {point["seed"] for point in points}
-
-
-def spread(same: Sequence[Record], quantity: str) -> tuple[float, float] | None:
-    """(low, high) of the points of one method and alpha, one a seed: over several seeds, else the bootstrap interval.
-
-    None where it was not measured.
-    """
-    numbers = [point["metrics"].get(quantity) for point in same]
-    if len(numbers) > 1:
-        known = [number for number in numbers if number is not None]
-        return (min(known), max(known)) if known else None
-    _, *interval = same[0]["intervals"].get(quantity, (None,))
-    return (interval[0], interval[1]) if interval else None
 
 
 def area_line(area: Record) -> str:

@@ -7,7 +7,7 @@ import pytest
 from experiments import claims
 from experiments.__main__ import main
 from experiments.config import ConfigError, digest, load
-from experiments.records import of_kind, write_records
+from experiments.records import of_kind, read_records, write_records
 from experiments.studies import claims as study
 from experiments.verdicts import HOLDS, NOT_SHOWN, REFUTED, REPORTED, summary
 
@@ -306,3 +306,11 @@ def test_the_readme_carries_the_table_of_the_committed_records(monkeypatch):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     found = study.read(load(Path("configs/claims.yaml")), None)
     assert study.rewritten(text, found) == text, "run `python -m experiments claims --write README.md`"
+    carried = read_records(ROOT / "experiments" / "results" / "claims.jsonl")
+    assert carried == found, "run `python -m experiments claims --write experiments/results/claims.jsonl`"
+
+
+def test_the_verdicts_can_be_written_as_records(evidence, tmp_path, capsys):
+    file = tmp_path / "claims.jsonl"
+    assert main(["claims", "--configs", str(evidence.parent), "--write", str(file)]) == 0
+    assert {record["kind"] for record in read_records(file)} == {"verdict", "origins"}

@@ -65,26 +65,6 @@ def test_every_figure_is_drawn_from_the_file_alone(tmp_path, capsys):
     assert "<text" in (tmp_path / "figures" / "demo" / "table_sentiment.svg").read_text()
 
 
-def test_the_claims_are_drawn_from_the_records_of_all(tmp_path, monkeypatch, capsys):
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "results").mkdir()
-    (tmp_path / "configs" / "theory.yaml").write_text("experiment: theory\n")
-    (tmp_path / "configs" / "claims.yaml").write_text(
-        "experiment: claims\nevidence: {theory: configs/theory.yaml}\n"
-    )
-    file = tmp_path / "results" / "theory.jsonl"
-    write_records(file, [{"experiment": "theory", "kind": "claim", "claim": 2}])
-    monkeypatch.chdir(tmp_path)
-    assert main([]) == 2
-    assert "error: configs/claims.yaml: a record lacks 'value'" in capsys.readouterr().err
-    write_records(file, [{"experiment": "theory", "kind": "other"}])
-    assert main([]) == 0
-    (table,) = (tmp_path / "results" / "figures" / "claims").iterdir()
-    assert table.name == "table_claims.md"
-    assert len(table.read_text().splitlines()) > 10
-    assert str(table.relative_to(tmp_path)) in capsys.readouterr().out
-
-
 def test_the_same_records_give_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         table_sentiment.draw(RECORDS, tmp_path / name)
