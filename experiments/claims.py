@@ -96,8 +96,8 @@ def accuracy(evidence: Evidence) -> list[Row]:
         value, low, high = (100 * found[key] for key in ("difference", "low", "high"))
         enough = found["seeds"] >= FEWEST_SEEDS
         verdict = REFUTED if high < 0 else HOLDS if low > 0 and enough else NOT_SHOWN
-        by_seed = ", ".join(f"{100 * own:+.1f}" for own in found.get("by_seed", {}).values())
-        measured = f"{value:+.1f} points" + (f" (by seed {by_seed})" if by_seed else "")
+        each = [100 * own for own in found.get("by_seed", {}).values()]
+        measured = f"{value:+.1f} points" + _by_seed(each, "+.1f")
         rows.append(
             Row(5, part, statement, threshold, measured, f"{low:+.1f} to {high:+.1f}",
                 found["seeds"], verdict, source)
@@ -145,6 +145,11 @@ def _seeds(values: Sequence[float], form: str) -> str:
         f"{0.0 if float(f'{end:{form}}') == 0 else end:{form}}" for end in (min(values), max(values))
     )
     return f"seeds {least} to {most}"  # never -0.00
+
+
+def _by_seed(values: Sequence[float], form: str) -> str:
+    """What follows a mean over seeds; nothing where no seed's value is known."""
+    return f" (by seed {', '.join(f'{own:{form}}' for own in values)})" if values else ""
 
 
 def mismatch(evidence: Evidence) -> list[Row]:
@@ -224,8 +229,7 @@ def _toxicity(evidence: Evidence) -> Row:
             value, low, high = (record[key] for key in ("difference", "low", "high"))
             verdict = HOLDS if low > 0 else REFUTED if high < 0 else NOT_SHOWN
             seeds = len({point["seed"] for point in of_kind(records, "point")})
-            each = ", ".join(f"{own:+.3f}" for own in record.get("by_seed", ()))
-            measured = f"{value:+.4f}" + (f" (by seed {each})" if seeds > 1 else "")
+            measured = f"{value:+.4f}" + _by_seed(record["by_seed"] if seeds > 1 else (), "+.3f")
             return Row(8, "c", *about, measured, f"{low:+.4f} to {high:+.4f}", seeds, verdict, "toxicity")
     return missing(8, "c", *about, "toxicity")
 

@@ -68,12 +68,7 @@ class Cells:
         self.trained[seed] = Stage(
             f"removal/seed{seed}/task",
             "experiments.removal.stages:finetune",
-            {
-                "max_length": config.max_length,
-                "precision": config.precision,
-                "seed": seed,
-                **config.training.model_dump(),
-            },
+            {**self._reading(seed), **config.training.model_dump()},
             {"data": self.data, "base": self.base},
             SOURCES,
             10 + config.training.steps * tokens * 0.0067,
@@ -81,18 +76,16 @@ class Cells:
         name = f"removal/seed{seed}/curvature-task"
         self.curvatures[seed] = self._curvature(name, "remove", self.trained[seed], seed)
 
+    def _reading(self, seed: int) -> dict[str, Any]:
+        """How texts are read, and what every draw is seeded by."""
+        return {"max_length": self.config.max_length, "precision": self.config.precision, "seed": seed}
+
     def _curvature(self, name: str, side: str, model: Stage, seed: int) -> Stage:
         config = self.config
         return Stage(
             name,
             "experiments.removal.stages:curvature",
-            {
-                "side": side,
-                "max_length": config.max_length,
-                "precision": config.precision,
-                "seed": seed,
-                **config.fisher.model_dump(),
-            },
+            {"side": side, **self._reading(seed), **config.fisher.model_dump()},
             {"data": self.data, "model": model},
             (*SOURCES, "estimators"),
             10 + config.fisher.examples * config.fisher.samples * config.max_length * 0.009,
@@ -102,12 +95,10 @@ class Cells:
         """How continuations are made and scored, and losses taken."""
         config = self.config
         return {
-            "max_length": config.max_length,
+            **self._reading(seed),
             "batch_size": 32,
-            "precision": config.precision,
             "generation": config.generation.model_dump(),
             "scorer": config.scorer,
-            "seed": seed,
         }
 
     def _point(
