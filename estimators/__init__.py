@@ -10,13 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from estimators.adam import from_adam
-    from estimators.curvature import Curvature
-    from estimators.estimation import ESTIMATORS, estimate
-    from estimators.ivon import from_ivon
-    from estimators.laplace import from_laplace
-    from estimators.likelihood import Categorical
-    from estimators.values import Bernoulli, Gaussian
+    from gradmatch.estimators.adam import from_adam
+    from gradmatch.estimators.curvature import Curvature
+    from gradmatch.estimators.estimation import ESTIMATORS, estimate
+    from gradmatch.estimators.ivon import from_ivon
+    from gradmatch.estimators.laplace import from_laplace
+    from gradmatch.estimators.likelihood import Categorical
+    from gradmatch.estimators.values import Bernoulli, Gaussian
 
 __all__ = [
     "ESTIMATORS",
@@ -31,22 +31,22 @@ __all__ = [
 ]
 
 _WHERE = {
-    "Bernoulli": "estimators.values",
-    "Categorical": "estimators.likelihood",
-    "Curvature": "estimators.curvature",
-    "Gaussian": "estimators.values",
-    "from_adam": "estimators.adam",
-    "from_ivon": "estimators.ivon",
-    "from_laplace": "estimators.laplace",
-    "ESTIMATORS": "estimators.estimation",
-    "estimate": "estimators.estimation",
+    "Bernoulli": "gradmatch.estimators.values",
+    "Categorical": "gradmatch.estimators.likelihood",
+    "Curvature": "gradmatch.estimators.curvature",
+    "Gaussian": "gradmatch.estimators.values",
+    "from_adam": "gradmatch.estimators.adam",
+    "from_ivon": "gradmatch.estimators.ivon",
+    "from_laplace": "gradmatch.estimators.laplace",
+    "ESTIMATORS": "gradmatch.estimators.estimation",
+    "estimate": "gradmatch.estimators.estimation",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name from its module on first use."""
     if name not in _WHERE:
-        raise AttributeError(f"module 'estimators' has no attribute {name!r}")
+        raise AttributeError(f"module 'gradmatch.estimators' has no attribute {name!r}")
     return getattr(import_module(_WHERE[name]), name)
 
 

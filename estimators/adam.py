@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from estimators.blocks import check_count
-from estimators.curvature import Curvature
-from estimators.distributed import unwrap
-from estimators.fingerprint import fingerprint, model_sampler
-from estimators.matching import Entry, name_states
-from estimators.problem import trainable_parameters
+from gradmatch.estimators.blocks import check_count
+from gradmatch.estimators.curvature import Curvature
+from gradmatch.estimators.distributed import unwrap
+from gradmatch.estimators.fingerprint import fingerprint, model_sampler
+from gradmatch.estimators.matching import Entry, name_states
+from gradmatch.estimators.problem import trainable_parameters
 
 
 def second_moment(exp_avg_sq: Tensor, step: float, beta2: float) -> Tensor:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from estimators.batches import Batch
-from estimators.fisher import finish
-from estimators.likelihood import Categorical
-from estimators.problem import Problem
-from estimators.sinks import DIAGONAL, zeros
-from estimators.values import Bernoulli, Gaussian
+from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.fisher import finish
+from gradmatch.estimators.likelihood import Categorical
+from gradmatch.estimators.problem import Problem
+from gradmatch.estimators.sinks import DIAGONAL, zeros
+from gradmatch.estimators.values import Bernoulli, Gaussian
 
 METHODS = ("ggn", "hessian", "empirical_fisher")
 LAYERS = (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import TYPE_CHECKING
 
-from estimators.tensorfile import TensorFile
+from gradmatch.estimators.tensorfile import TensorFile
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from estimators.batches import Batch
-from estimators.general import differentiable
-from estimators.uses import watchable
+from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.general import differentiable
+from gradmatch.estimators.uses import watchable
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from estimators.blocks import (
+from gradmatch.estimators.blocks import (
     FACTOR_A,
     FACTOR_B,
     GRADIENT,
@@ -26,8 +26,8 @@ from estimators.blocks import (
     check_stored,
     checked,
 )
-from estimators.fingerprint import Sample, fingerprint, model_sampler
-from estimators.tensorfile import TensorFile
+from gradmatch.estimators.fingerprint import Sample, fingerprint, model_sampler
+from gradmatch.estimators.tensorfile import TensorFile
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,7 +39,7 @@ __all__ = ["FACTOR_A", "FACTOR_B", "GRADIENT", "MEAN", "STANDARD_ERROR", "Curvat
 class Curvature(Mapping[str, "Tensor"]):
     """Curvature of a summed loss, by parameter name. `mean` blocks are per example; total = num_examples * mean.
 
-    Made by `estimators.estimate`, `Curvature.load` or `Curvature.from_dict`. As a mapping it yields the mean blocks,
+    Made by `gradmatch.estimators.estimate`, `Curvature.load` or `Curvature.from_dict`. As a mapping it yields the mean blocks,
     read from the file when asked for.
 
     Attributes:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from estimators.batches import Batch, BatchReader
+from gradmatch.estimators.batches import Batch, BatchReader
 
 
 def place() -> tuple[int, int]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from estimators.batches import Batch
-from estimators.fisher import accumulators, finish, start
-from estimators.problem import Problem
-from estimators.sinks import SquareSink
+from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.fisher import accumulators, finish, start
+from gradmatch.estimators.problem import Problem
+from gradmatch.estimators.sinks import SquareSink
 
 __all__ = ["finish", "start", "step"]
 

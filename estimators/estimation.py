@@ -10,18 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from estimators import distributed, empirical_fisher, fisher, ggn, gram, hessian, kfac
-from estimators.blocks import check_count
-from estimators.convergence import Convergence
-from estimators.curvature import Curvature
-from estimators.fingerprint import fingerprint, model_sampler
-from estimators.inference import make_likelihood
-from estimators.memory import LEAST_BYTES, parse_bytes
-from estimators.names import choose
-from estimators.problem import Problem, prepared, trainable_parameters
-from estimators.resume import Journal, identity
-from estimators.running import Estimator, Loop, add_up_ranks, advice, count_examples, provenance, run
-from estimators.sinks import GRADIENT
+from gradmatch.estimators import distributed, empirical_fisher, fisher, ggn, gram, hessian, kfac
+from gradmatch.estimators.blocks import check_count
+from gradmatch.estimators.convergence import Convergence
+from gradmatch.estimators.curvature import Curvature
+from gradmatch.estimators.fingerprint import fingerprint, model_sampler
+from gradmatch.estimators.inference import make_likelihood
+from gradmatch.estimators.memory import LEAST_BYTES, parse_bytes
+from gradmatch.estimators.names import choose
+from gradmatch.estimators.problem import Problem, prepared, trainable_parameters
+from gradmatch.estimators.resume import Journal, identity
+from gradmatch.estimators.running import (
+    Estimator,
+    Loop,
+    add_up_ranks,
+    advice,
+    count_examples,
+    provenance,
+    run,
+)
+from gradmatch.estimators.sinks import GRADIENT
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +130,7 @@ def estimate(
     problem.chunk, problem.budget = read_chunk(chunk, problem, whole)
     estimator = ESTIMATORS[method]
     if backend == "backpack":
-        from estimators import backpack
+        from gradmatch.estimators import backpack
 
         estimator = backpack.for_method(problem, method)
     print_of_weights = fingerprint(problem.parameters, model_sampler(model))

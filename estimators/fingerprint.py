@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from estimators.tensorfile import TensorFile
+from gradmatch.estimators.tensorfile import TensorFile
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from estimators.batches import Batch
-from estimators.likelihood import Reading, Seed
-from estimators.problem import Problem
-from estimators.sinks import (
+from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.likelihood import Reading, Seed
+from gradmatch.estimators.problem import Problem
+from gradmatch.estimators.sinks import (
     DIAGONAL,
     GRADIENT,
     SPREAD,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from estimators.layout import WHOLE, fits, split
+from gradmatch.estimators.layout import WHOLE, fits, split
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ output for Gaussian and Bernoulli likelihoods, and each column costs one backwar
 
 from __future__ import annotations
 
-from estimators import fisher
-from estimators.batches import Batch
-from estimators.fisher import finish, start
-from estimators.problem import Problem
+from gradmatch.estimators import fisher
+from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.fisher import finish, start
+from gradmatch.estimators.problem import Problem
 
 __all__ = ["EXACT_UP_TO", "finish", "start", "step"]
 

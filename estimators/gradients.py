@@ -13,8 +13,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from estimators import kernel
-from estimators.products import Workspace, add_product, add_square_of_product, add_squares_of_products
+from gradmatch.estimators import kernel
+from gradmatch.estimators.products import (
+    Workspace,
+    add_product,
+    add_square_of_product,
+    add_squares_of_products,
+)
 
 PAIRS_UP_TO = 3  # positions; above, forming each gradient is cheaper than all pairs of positions (measured)
 SMALL_BYTES = 2 * 2**20  # up to here, the gradients of all examples at once are the quickest

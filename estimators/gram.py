@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from estimators.batches import Batch
-from estimators.handlers import convolution, linear, patches, positions, transposed_linear
-from estimators.kronecker import FACTOR_A, LARGEST_FACTOR, blocks, real_positions, second_moments
-from estimators.problem import Problem
-from estimators.units import examples_first, wide
+from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.handlers import convolution, linear, patches, positions, transposed_linear
+from gradmatch.estimators.kronecker import FACTOR_A, LARGEST_FACTOR, blocks, real_positions, second_moments
+from gradmatch.estimators.problem import Problem
+from gradmatch.estimators.units import examples_first, wide
 
 
 def start(problem: Problem) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from estimators.gradients import Dense, Gradients, Outer, Patches, Rows
+from gradmatch.estimators.gradients import Dense, Gradients, Outer, Patches, Rows
 
 Handler = Callable[[Any, Tensor, Tensor], dict[str, Gradients]]
 

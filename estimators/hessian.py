@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from estimators.batches import Batch
-from estimators.fisher import finish
-from estimators.problem import Problem
-from estimators.randomness import signs
-from estimators.sinks import DIAGONAL, GRADIENT, SPREAD, zeros
+from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.fisher import finish
+from gradmatch.estimators.problem import Problem
+from gradmatch.estimators.randomness import signs
+from gradmatch.estimators.sinks import DIAGONAL, GRADIENT, SPREAD, zeros
 
 __all__ = ["finish", "start", "step"]
 

@@ -7,11 +7,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from estimators.batches import Batch
-from estimators.general import differentiable
-from estimators.likelihood import LOGITS, Categorical, Likelihood, OwnLikelihood, checked_logits, field_of
-from estimators.names import choose
-from estimators.values import Bernoulli, Gaussian, Own
+from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.general import differentiable
+from gradmatch.estimators.likelihood import (
+    LOGITS,
+    Categorical,
+    Likelihood,
+    OwnLikelihood,
+    checked_logits,
+    field_of,
+)
+from gradmatch.estimators.names import choose
+from gradmatch.estimators.values import Bernoulli, Gaussian, Own
 
 log = logging.getLogger(__name__)
 

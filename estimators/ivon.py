@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from estimators.curvature import Curvature
-from estimators.distributed import unwrap
-from estimators.fingerprint import fingerprint, model_sampler
+from gradmatch.estimators.curvature import Curvature
+from gradmatch.estimators.distributed import unwrap
+from gradmatch.estimators.fingerprint import fingerprint, model_sampler
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """An optional compiled kernel that squares every example's gradient in registers; `GRADMATCH_KERNEL=1` asks for it.
 
-It needs a C compiler and takes a second, once a machine (`estimators.native`). It serves single-precision linear layers on
+It needs a C compiler and takes a second, once a machine (`gradmatch.estimators.native`). It serves single-precision linear layers on
 the CPU and pays where examples are short: torch must write each example's gradient to memory before it can square it.
 Whatever goes wrong, torch does the work as it does without.
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from estimators import native
-from estimators.products import Workspace
+from gradmatch.estimators import native
+from gradmatch.estimators.products import Workspace
 
 SOURCE = Path(__file__).with_name("squares.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp")

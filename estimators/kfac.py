@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from estimators import fisher
-from estimators.batches import Batch
-from estimators.gradients import Gradients, Outer, Patches, Rows, SetAside
-from estimators.kronecker import (
+from gradmatch.estimators import fisher
+from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.gradients import Gradients, Outer, Patches, Rows, SetAside
+from gradmatch.estimators.kronecker import (
     FACTOR_A,
     FACTOR_B,
     LARGEST_FACTOR,
@@ -28,8 +28,8 @@ from estimators.kronecker import (
     real_positions,
     second_moments,
 )
-from estimators.problem import Problem
-from estimators.sinks import DIAGONAL, SquareSink, zeros
+from gradmatch.estimators.problem import Problem
+from gradmatch.estimators.sinks import DIAGONAL, SquareSink, zeros
 
 
 def start(problem: Problem) -> None:

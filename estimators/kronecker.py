@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from estimators.batches import Batch
-from estimators.likelihood import IGNORE
-from estimators.problem import Problem
-from estimators.sinks import DIAGONAL, Sums
+from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.likelihood import IGNORE
+from gradmatch.estimators.problem import Problem
+from gradmatch.estimators.sinks import DIAGONAL, Sums
 
 LARGEST_FACTOR = 16384  # rows; a factor of this size takes 1 GiB
 FACTOR_A, FACTOR_B, POSITIONS = "factor_a/", "factor_b/", "positions/"

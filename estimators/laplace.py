@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from estimators.curvature import Curvature
-from estimators.fingerprint import fingerprint, model_sampler
+from gradmatch.estimators.curvature import Curvature
+from gradmatch.estimators.fingerprint import fingerprint, model_sampler
 
 
 def from_laplace(laplace: Any, model: nn.Module | None = None) -> Curvature:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from estimators.batches import Batch
-from estimators.randomness import draw_index
+from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.randomness import draw_index
 
 IGNORE = -100
 LOGITS = ("logits", "prediction_logits", "out")  # what outputs call them

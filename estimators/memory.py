@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from estimators.batches import Batch
+from gradmatch.estimators.batches import Batch
 
 LEAST_BYTES = (
     128 * 2**20

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from estimators.batches import Batch
-from estimators.general import differentiable, per_example_gradients, summed_gradients
-from estimators.gradients import (
+from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.general import differentiable, per_example_gradients, summed_gradients
+from gradmatch.estimators.gradients import (
     CHUNK_BYTES,
     Dense,
     Gradients,
@@ -30,9 +30,9 @@ from estimators.gradients import (
     combine,
     set_aside,
 )
-from estimators.likelihood import Seed
-from estimators.recurrent import recurrent_gradients
-from estimators.units import Call, Unit, detached, examples_first, layer_gradients, record, wide
+from gradmatch.estimators.likelihood import Seed
+from gradmatch.estimators.recurrent import recurrent_gradients
+from gradmatch.estimators.units import Call, Unit, detached, examples_first, layer_gradients, record, wide
 
 
 class Sink(Protocol):

@@ -19,16 +19,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from estimators.batches import Batch
-from estimators.checks import check_determinism, check_independence, check_inputs_kept
-from estimators.general import Recorded, differentiable, input_layouts, per_example_gradients, reproduces
-from estimators.handlers import elementwise, find_handler, is_elementwise
-from estimators.layout import LAYOUTS, WHOLE, alike, fits, split
-from estimators.memory import kept_storages, note
-from estimators.per_example import Engine
-from estimators.recurrent import recurrent_gradients, unrollable
-from estimators.units import Call, Unit, wide
-from estimators.uses import SeedOf, Stack, find_hidden_uses, find_uses
+from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.checks import check_determinism, check_independence, check_inputs_kept
+from gradmatch.estimators.general import (
+    Recorded,
+    differentiable,
+    input_layouts,
+    per_example_gradients,
+    reproduces,
+)
+from gradmatch.estimators.handlers import elementwise, find_handler, is_elementwise
+from gradmatch.estimators.layout import LAYOUTS, WHOLE, alike, fits, split
+from gradmatch.estimators.memory import kept_storages, note
+from gradmatch.estimators.per_example import Engine
+from gradmatch.estimators.recurrent import recurrent_gradients, unrollable
+from gradmatch.estimators.units import Call, Unit, wide
+from gradmatch.estimators.uses import SeedOf, Stack, find_hidden_uses, find_uses
 
 log = logging.getLogger(__name__)
 PROBE_ROWS = 3

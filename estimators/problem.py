@@ -13,16 +13,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from estimators.batches import Batch
-from estimators.handlers import find_handler, transposed_linear
-from estimators.inference import infer_likelihood
-from estimators.likelihood import Likelihood, Reading, Seed, find_logits
-from estimators.memory import parts
-from estimators.per_example import Engine
-from estimators.plan import Plan, make_plan
-from estimators.products import Workspace
-from estimators.randomness import uniforms
-from estimators.values import Own
+from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.handlers import find_handler, transposed_linear
+from gradmatch.estimators.inference import infer_likelihood
+from gradmatch.estimators.likelihood import Likelihood, Reading, Seed, find_logits
+from gradmatch.estimators.memory import parts
+from gradmatch.estimators.per_example import Engine
+from gradmatch.estimators.plan import Plan, make_plan
+from gradmatch.estimators.products import Workspace
+from gradmatch.estimators.randomness import uniforms
+from gradmatch.estimators.values import Own
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

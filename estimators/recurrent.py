@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from estimators.general import Recorded
-from estimators.gradients import Dense, Gradients, Outer
-from estimators.units import wide
+from gradmatch.estimators.general import Recorded
+from gradmatch.estimators.gradients import Dense, Gradients, Outer
+from gradmatch.estimators.units import wide
 
 
 @dataclass

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from estimators import distributed
-from estimators.batches import Batch
-from estimators.convergence import Convergence
-from estimators.problem import Problem
+from gradmatch.estimators import distributed
+from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.convergence import Convergence
+from gradmatch.estimators.problem import Problem
 
 
 class Journal:

@@ -14,13 +14,13 @@ import torch
 from torch.utils.data import SubsetRandomSampler, WeightedRandomSampler
 from tqdm import tqdm
 
-from estimators import distributed
-from estimators.batches import Batch, BatchReader
-from estimators.convergence import Convergence
-from estimators.kronecker import FACTOR_A
-from estimators.problem import Problem
-from estimators.resume import Journal
-from estimators.sinks import DIAGONAL
+from gradmatch.estimators import distributed
+from gradmatch.estimators.batches import Batch, BatchReader
+from gradmatch.estimators.convergence import Convergence
+from gradmatch.estimators.kronecker import FACTOR_A
+from gradmatch.estimators.problem import Problem
+from gradmatch.estimators.resume import Journal
+from gradmatch.estimators.sinks import DIAGONAL
 
 
 class Estimator(Protocol):

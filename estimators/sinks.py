@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from estimators.gradients import CHUNK_BYTES, Gradients, Outer, Rows, SetAside, add_cross_terms
-from estimators.products import Workspace
+from gradmatch.estimators.gradients import CHUNK_BYTES, Gradients, Outer, Rows, SetAside, add_cross_terms
+from gradmatch.estimators.products import Workspace
 
 Sums = dict[str, Tensor]
 DIAGONAL, SPREAD, GRADIENT = "diagonal/", "spread/", "gradient/"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from estimators.general import Recorded
-from estimators.gradients import Dense, Gradients, Outer, Patches, Rows
-from estimators.handlers import Handler, elementwise
-from estimators.layout import WHOLE, unfold_rows
+from gradmatch.estimators.general import Recorded
+from gradmatch.estimators.gradients import Dense, Gradients, Outer, Patches, Rows
+from gradmatch.estimators.handlers import Handler, elementwise
+from gradmatch.estimators.layout import WHOLE, unfold_rows
 
 
 @dataclass

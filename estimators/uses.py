@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from estimators.batches import Batch
-from estimators.likelihood import Seed
+from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.likelihood import Seed
 
 Stack = tuple[str, ...]  # names of the modules that are running, outermost first
 SeedOf = Callable[[Any, Batch], Seed]  # the model's output and its batch -> a seed

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from estimators.batches import Batch
-from estimators.likelihood import (
+from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.likelihood import (
     IGNORE,
     OwnLikelihood,
     Reading,

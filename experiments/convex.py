@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from estimators import Curvature, estimate
+from gradmatch.estimators import Curvature, estimate
 
 
 class Squares:
@@ -189,7 +189,7 @@ def finetuned(
 
 
 def sampled_fisher(data: tuple[Tensor, Tensor], theta: Tensor, classes: int, seed: int) -> Curvature:
-    """Diagonal Monte-Carlo Fisher of a softmax regression, one label per example, by `estimators.estimate`."""
+    """Diagonal Monte-Carlo Fisher of a softmax regression, one label per example, by `gradmatch.estimators.estimate`."""
     x, y = data
     model = nn.Linear(x.shape[1], classes, bias=False, dtype=torch.float64)
     with torch.no_grad():

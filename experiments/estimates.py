@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from estimators import Curvature, estimate, from_adam, from_ivon
 from experiments.models import batches, load_classifier, load_split, subset
+from gradmatch.estimators import Curvature, estimate, from_adam, from_ivon
 
-# What each kind of estimate hands to `estimators.estimate`; the other kinds have a function of their own below.
+# What each kind of estimate hands to `gradmatch.estimators.estimate`; the other kinds have a function of their own below.
 KINDS: dict[str, dict[str, Any]] = {
     "fisher": {"method": "fisher", "labels": "sampled"},
     "ggn": {"method": "ggn", "labels": "exact"},

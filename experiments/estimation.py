@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from estimators import estimate
 from experiments.models import batches, load_classifier, load_split, subset
+from gradmatch.estimators import estimate
 
 
 def curvature(

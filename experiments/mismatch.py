@@ -9,10 +9,10 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from estimators import Curvature
 from experiments.models import batches, load_classifier, load_split, subset
-from gradmatch.diagnosis.mismatch import gradient_mismatch
-from gradmatch.diagnosis.objective import Objective
+from gradmatch.estimators import Curvature
+from gradmatch.measure.mismatch import gradient_mismatch
+from gradmatch.measure.objective import Objective
 
 
 def objective(data: Path, model: Path, domain: str, examples: int, seed: int) -> Objective:

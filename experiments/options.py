@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gradmatch.names import nearest
+from gradmatch.common.names import nearest
 from gradmatch.plan.request import Request
 from gradmatch.rules import RULES
-from gradmatch.transforms import TRANSFORMS
+from gradmatch.rules.edits import TRANSFORMS
 
 SHARED = tuple(
     field.name for field in dataclasses.fields(Request) if field.name not in ("method", "options", "notes")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, Trainer, set_seed
 
-from estimators import Curvature
 from experiments.finetune import run, save, training_arguments
 from experiments.models import load_classifier, load_split, load_tokenizer
+from gradmatch.estimators import Curvature
 
 
 def penalty(module: nn.Module, theta0: Mapping[str, Tensor], h0: Mapping[str, Tensor]) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gradmatch import analogy
-from gradmatch.diagnosis.redundancy import redundancy_curve
-from gradmatch.diagnosis.similarity import cosines, gram
+from gradmatch.measure.redundancy import redundancy_curve
+from gradmatch.measure.similarity import cosines, gram
 
 Weights = Mapping[str, Tensor]
 PHOTOGRAPHS = " on photographs"

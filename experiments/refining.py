@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from estimators import Curvature, estimate
 from experiments.evaluate import measure, predict, with_averages
 from experiments.merging import merged_model
 from experiments.mismatch import objective
 from experiments.models import batches, load_classifier, load_split, subset
+from gradmatch.estimators import Curvature, estimate
 from gradmatch.refine import refine
 
 

@@ -15,7 +15,7 @@ from experiments.evaluate import measure, predict, with_averages
 from experiments.merging import Metrics, chosen_options, merged_model
 from experiments.mismatch import objective
 from experiments.models import load_classifier, load_split
-from gradmatch.diagnosis.objective import Objective
+from gradmatch.measure.objective import Objective
 
 Weights = Mapping[str, Tensor]
 

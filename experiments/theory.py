@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from estimators import Curvature
 from experiments.convex import Objective, World, finetuned, ridge_world, sampled_fisher, softmax_world
 from experiments.statistics import wilson
 from gradmatch import Task, merge
+from gradmatch.estimators import Curvature
 
 
 def gradient_matching_full(world: World, alpha: Tensor, hessians: Tensor, h0: Tensor) -> Tensor:

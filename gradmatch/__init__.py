@@ -6,29 +6,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradmatch.checkpoint import Checkpoint, open_checkpoint
+    from gradmatch.api import merge
     from gradmatch.diagnosis import Diagnosis, diagnose
-    from gradmatch.inputs.heads import load_head
-    from gradmatch.merging import merge
+    from gradmatch.models.checkpoint import Checkpoint
+    from gradmatch.models.heads import load_head
+    from gradmatch.models.opening import open_checkpoint
+    from gradmatch.models.task import Task
     from gradmatch.output.report import Report
     from gradmatch.rules import RULES
+    from gradmatch.rules.edits import TRANSFORMS
     from gradmatch.subtraction import analogy, subtract
-    from gradmatch.task import Task
-    from gradmatch.transforms import TRANSFORMS
 
 # Where each public name lives; imported on first use, so that a command line that needs no torch does not wait for it.
 EXPORTS = {
-    "Checkpoint": "gradmatch.checkpoint",
+    "Checkpoint": "gradmatch.models.checkpoint",
     "Diagnosis": "gradmatch.diagnosis",
     "RULES": "gradmatch.rules",
     "Report": "gradmatch.output.report",
-    "TRANSFORMS": "gradmatch.transforms",
-    "Task": "gradmatch.task",
+    "TRANSFORMS": "gradmatch.rules.edits",
+    "Task": "gradmatch.models.task",
     "analogy": "gradmatch.subtraction",
     "diagnose": "gradmatch.diagnosis",
-    "load_head": "gradmatch.inputs.heads",
-    "merge": "gradmatch.merging",
-    "open_checkpoint": "gradmatch.checkpoint",
+    "load_head": "gradmatch.models.heads",
+    "merge": "gradmatch.api",
+    "open_checkpoint": "gradmatch.models.opening",
     "subtract": "gradmatch.subtraction",
 }
 __all__ = [

@@ -1,4 +1,4 @@
-"""The public call: merge. Everything is planned and checked before the first value is read."""
+"""prepare -> execute: everything is planned and checked before the first value is read."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
-from gradmatch.checkpoint import Checkpoint, open_checkpoint
-from gradmatch.inputs.opened import open_inputs
+from gradmatch.models.checkpoint import Checkpoint
+from gradmatch.models.opening import open_checkpoint
+from gradmatch.models.task import Model, Task
 from gradmatch.output.report import Report, make_report
-from gradmatch.plan.plan import Plan, plan
+from gradmatch.plan.opened import open_inputs
+from gradmatch.plan.plan import plan
 from gradmatch.plan.request import Request
-from gradmatch.task import Model, Task
+from gradmatch.plan.step import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from estimators.curvature import Curvature
+    from gradmatch.estimators.curvature import Curvature
 
 CurvatureLike = Union["Curvature", str, "os.PathLike[str]"]
 REQUEST_FIELDS = tuple(name for name in Request.__dataclass_fields__ if name != "options")
@@ -43,59 +45,9 @@ def merge(
     allow_pickle: bool = False,
     batches: Any = None,
     progress: bool = False,
-    weights: str | None = None,
-    data: Mapping[str, Any] | None = None,
-    products: Any = None,
     **options: Any,
 ) -> Mapping[str, Tensor]:
-    """Merge fine-tuned models of one base.
-
-    Args:
-        base: path, hub id, state dict or module that the tasks were fine-tuned from.
-        tasks: the fine-tuned models with their curvatures and weights.
-        method: a name of `RULES`.
-        base_curvature: H0's curvature (file or object), or a number for an isotropic one.
-        base_weight: H0 = base_weight * N0 F0 + delta0.
-        delta0: floor in nats per squared unit of weight; where nothing else is known the merge is task arithmetic.
-        out: a folder to stream to; without it the result stays in memory.
-        overwrite: replace `out` where it exists.
-        allow_mismatch: accept curvatures whose fingerprint is another model's.
-        allow_pickle: read .bin / .pt checkpoints (with weights_only).
-        batches: for batchnorm="recalibrate": what the model is run on; it is then held in memory once.
-        progress: show a progress bar.
-        weights: "auto" chooses every task's weight by forecast (task_arithmetic and gradient_matching), from `data` or `products`.
-        data: task -> batches of examples with true labels, for weights="auto"; the models are then run, and held in memory.
-        products: in place of data: the file that `gradmatch forecast --save` wrote.
-        **options: of the rule and its transforms, and the policies of `gradmatch.plan.request.Request` (transforms, dtype, heads,
-            missing, missing_curvature, batchnorm, embeddings, precision, rounding, form, shard_bytes, ...).
-
-    Returns:
-        The merged tensors in the base's dtypes, in memory or as an opened Checkpoint; both carry `.report`.
-
-    Raises:
-        ValueError: models, curvatures, weights or options that do not fit; NaN or Inf in an input.
-        TypeError: arguments of another kind.
-        FileNotFoundError: an input that is not there.
-        FileExistsError: `out` exists.
-        BlockingIOError: another process is writing `out`.
-        OSError: no space left.
-    """
-    if weights is not None or data is not None or products is not None:
-        from gradmatch.diagnosis.choosing import merge_auto
-
-        return merge_auto(
-            base, tasks, weights, data, products, method=method, base_curvature=base_curvature, base_weight=base_weight,
-            delta0=delta0, out=out, overwrite=overwrite, allow_mismatch=allow_mismatch, allow_pickle=allow_pickle,
-            batches=batches, progress=progress, **options,
-        )  # fmt: skip
-    if method == "greedy_soup":
-        from gradmatch.soup import greedy_soup
-
-        return greedy_soup(
-            merge, base, tasks, out=out, overwrite=overwrite, batches=batches, progress=progress,
-            base_curvature=base_curvature, base_weight=base_weight, delta0=delta0, allow_mismatch=allow_mismatch,
-            allow_pickle=allow_pickle, **options,
-        )  # fmt: skip
+    """Merge with weights that are given. Arguments, result and errors as in `gradmatch.merge`, which chooses weights too."""
     made = prepare(
         base,
         tasks,
@@ -134,16 +86,12 @@ def prepare(
         allow_mismatch=allow_mismatch,
         allow_pickle=allow_pickle,
     )
-    from gradmatch.inputs.vocab import align
+    from gradmatch.plan.vocab import align
 
     files = align(inputs, request.embeddings)
     made = plan(inputs, request)
     made.files = files
-    if request.form == "delta":
-        from gradmatch.output.delta import as_delta
-
-        as_delta(made)
-    elif inputs.base.path and inputs.base.path.is_dir():
+    if inputs.base.path and inputs.base.path.is_dir():
         from gradmatch.output.layout import module_notes
 
         made.notes += module_notes(inputs.base.path)
@@ -160,10 +108,6 @@ def execute(
 ) -> Mapping[str, Tensor]:
     """Carry out a plan; see `merge`."""
     if out is None:
-        if made.request.form == "delta":
-            raise ValueError(
-                "form='delta' is a form of files: pass out (in memory the result is exact as it is)"
-            )
         return _in_memory(made, batches, progress)
     return _to_folder(made, Path(out), overwrite, batches, progress)
 
@@ -192,9 +136,9 @@ def _in_memory(made: Plan, batches: Any, progress: bool) -> Merged:
 def _to_folder(made: Plan, out: Path, overwrite: bool, batches: Any, progress: bool) -> Checkpoint:
     """The result as a folder that appears whole."""
     from gradmatch.engine.stream import stream
-    from gradmatch.inputs.sources import identity
     from gradmatch.output.card import card_files
-    from gradmatch.output.verify import verify, written
+    from gradmatch.output.identity import identity
+    from gradmatch.output.verify import verify
     from gradmatch.output.writer import FolderSink
 
     sink = FolderSink(out, made, identity(made), overwrite=overwrite)
@@ -209,7 +153,7 @@ def _to_folder(made: Plan, out: Path, overwrite: bool, batches: Any, progress: b
         report = make_report(made, stats)
         report.heads = task_heads(made)
         sink.complete(card_files(made, report))
-        verify(written(sink.folder, made), made)
+        verify(open_checkpoint(sink.folder), made)
         sink.publish()
     except OSError:
         sink.close_quietly()  # what was journalled stays for the next run

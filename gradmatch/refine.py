@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmatch.diagnosis.objective import Objective
+    from gradmatch.measure.objective import Objective
 
 Weights = Mapping[str, "Tensor"]
 

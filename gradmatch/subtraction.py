@@ -7,21 +7,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.common.kinds import plain
+from gradmatch.common.names import nearest
+from gradmatch.common.settings import numbers, times
 from gradmatch.merging import CurvatureLike, merge, prepare
-from gradmatch.names import nearest
+from gradmatch.models.task import Task, is_model
+from gradmatch.models.tokenizers import check_tokenizers
 from gradmatch.output.card import rewrite_card
-from gradmatch.plan.kinds import plain
 from gradmatch.plan.request import REMOVALS
-from gradmatch.plan.settings import numbers, times
-from gradmatch.task import Task, is_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmatch.checkpoint import Checkpoint
+    from gradmatch.models.checkpoint import Checkpoint
+    from gradmatch.models.task import Model
     from gradmatch.output.report import Report
-    from gradmatch.plan.plan import Plan
-    from gradmatch.task import Model
+    from gradmatch.plan.step import Plan
 
 SHARES = (0.001, 0.01, 0.1)
 RUNNING = ("out", "overwrite", "batches", "progress")  # arguments of `merge` that no plan depends on
@@ -59,8 +60,6 @@ def subtract(
         ValueError: as `merge`; also another method, a weight below 0, or a task with another tokenizer than the base.
         TypeError: as `merge`; also a task that is none.
     """
-    from gradmatch.removal.problem import check_tokenizers
-
     if method not in REMOVALS:
         raise ValueError(
             f"{method!r} is no way to subtract{nearest(method, REMOVALS)}; choose one of {', '.join(REMOVALS)}"

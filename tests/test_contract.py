@@ -1,22 +1,22 @@
 """The public contract, from outside: names, signatures, and what a user may rely on, on problems with a known answer."""
 
+import importlib
 import inspect
 
 import pytest
 import torch
 from torch import nn
 
-import estimators
 import gradmatch
-from estimators import Curvature, estimate
 from gradmatch import Task, analogy, merge, subtract
+from gradmatch.estimators import Curvature, estimate
 
 SIGNATURES = {
-    "estimators.estimate": (
+    "gradmatch.estimators.estimate": (
         "model batches method num_examples samples reduction seed likelihood gradient standard_error tolerance progress"
     ),
-    "estimators.from_adam": "state model num_examples batch_size",
-    "estimators.from_ivon": "optimizer model",
+    "gradmatch.estimators.from_adam": "state model num_examples batch_size",
+    "gradmatch.estimators.from_ivon": "optimizer model",
     "gradmatch.Task": "model curvature weight name",
     "gradmatch.merge": "base tasks method base_curvature base_weight delta0 out",
     "gradmatch.subtract": "base task base_curvature weight keep",
@@ -28,25 +28,32 @@ SIGNATURES = {
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signatures(name):
-    package, _, function = name.partition(".")
-    found = inspect.signature(getattr({"estimators": estimators, "gradmatch": gradmatch}[package], function))
+    package, _, function = name.rpartition(".")
+    found = inspect.signature(getattr(importlib.import_module(package), function))
     assert set(SIGNATURES[name].split()) <= set(found.parameters)
 
 
 def test_the_tables_are_explicit_dicts():
-    assert set(estimators.ESTIMATORS) >= {"fisher", "empirical_fisher", "ggn", "hessian", "kfac", "gram"}
+    assert set(gradmatch.estimators.ESTIMATORS) >= {
+        "fisher",
+        "empirical_fisher",
+        "ggn",
+        "hessian",
+        "kfac",
+        "gram",
+    }
     assert set(gradmatch.RULES) >= {"averaging", "weighted", "task_arithmetic", "fisher", "fisher_base"}
     assert set(gradmatch.RULES) >= {"gradient_matching", "measured", "removal"}
 
 
 @pytest.mark.parametrize(
-    "submodule", ["gradmatch.merging", "gradmatch.diagnosis.mismatch", "estimators.estimation"]
+    "submodule", ["gradmatch.merging", "gradmatch.measure.mismatch", "gradmatch.estimators.estimation"]
 )
 def test_functions_stay_callable_whatever_was_imported(submodule):
     __import__(submodule)
     assert callable(gradmatch.merge)
     assert callable(gradmatch.diagnose)
-    assert callable(estimators.estimate)
+    assert callable(gradmatch.estimators.estimate)
 
 
 # Linear regression whose features never meet: every Gram matrix is diagonal, so that diagonal curvature is exact.

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from estimators import estimate
 from experiments.bench import shapes
 from experiments.bench.measuring import (
     at_most,
@@ -42,6 +41,7 @@ from experiments.bench.measuring import (
 )
 from experiments.bench.peers import PEERS, Step, TooSlow, Unavailable
 from experiments.bench.shapes import SHAPES, Shape
+from gradmatch.estimators import estimate
 
 Table = list[list[str]]
 

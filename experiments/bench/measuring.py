@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from estimators import kernel
-from estimators.batches import BatchReader
-from estimators.estimation import ESTIMATORS, read_chunk
-from estimators.gradients import Outer
-from estimators.inference import make_likelihood
-from estimators.problem import Problem, prepared, trainable_parameters
-from estimators.products import Workspace
 from experiments.bench.peers import Result, Step, TooSlow, Unavailable, _rows, loop
 from experiments.bench.shapes import Shape
+from gradmatch.estimators import kernel
+from gradmatch.estimators.batches import BatchReader
+from gradmatch.estimators.estimation import ESTIMATORS, read_chunk
+from gradmatch.estimators.gradients import Outer
+from gradmatch.estimators.inference import make_likelihood
+from gradmatch.estimators.problem import Problem, prepared, trainable_parameters
+from gradmatch.estimators.products import Workspace
 
 
 def ours(

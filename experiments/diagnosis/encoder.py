@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from estimators import Curvature, estimate
 from experiments.diagnosis.cases import HEALTHY, Arguments, Case
 from experiments.diagnosis.confusion import diagnose_case
 from experiments.diagnosis.loading import Run, examples, load_run
 from gradmatch import Task, merge
+from gradmatch.estimators import Curvature, estimate
 
 FIRST = "first"  # stands for the name of a world's first task
 

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from estimators import Curvature, estimate
 from experiments.diagnosis.loading import Run, Weights, examples, fast, load_run
 from experiments.diagnosis.scores import correlations, scales
 from experiments.models import load_split
 from gradmatch import Task, merge
-from gradmatch.diagnosis.auto import make_directions
+from gradmatch.choosing.auto import make_directions
 from gradmatch.diagnosis.evidence import accuracy_of
-from gradmatch.diagnosis.forecast import Products, best_coefficients
-from gradmatch.diagnosis.objective import Objective
-from gradmatch.diagnosis.products import curvature_products, dot, measure_products, save_products
+from gradmatch.estimators import Curvature, estimate
+from gradmatch.measure.forecast import Products, best_coefficients
+from gradmatch.measure.objective import Objective
+from gradmatch.measure.products import curvature_products, dot, measure_products, save_products
 
 # The rules whose merges are forecast: name -> (method, options). Weights are those of the config.
 RULES: dict[str, tuple[str, dict[str, Any]]] = {

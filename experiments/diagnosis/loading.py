@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from estimators import Curvature
 from experiments.finetune import uses_bfloat16
 from experiments.models import batches, load_classifier, load_split, subset
+from gradmatch.estimators import Curvature
 
 Weights = Mapping[str, torch.Tensor]
 

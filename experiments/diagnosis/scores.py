@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gradmatch.diagnosis.forecast import Products, calibrate, spearman
+from gradmatch.measure.forecast import Products, calibrate, spearman
 
 Row = Mapping[str, Any]  # merge, task, seen, measured (rises, nats per example), and a forecast of each kind
 KINDS = ("exact", "kronecker", "diagonal")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from estimators import Curvature, estimate
+from gradmatch.estimators import Curvature, estimate
 
 VOCABULARY, LENGTH, CLASSES, WIDTH = 96, 12, 4, 48
 TRAIN, TEST, BATCH = 4096, 256, 64

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from estimators import Curvature, estimate
 from experiments.models import batches, load_classifier, load_split, subset
 from experiments.removal.proof import diagonal_edits
+from gradmatch.estimators import Curvature, estimate
 
 CURVATURE = "curvature.safetensors"
 DELTA0 = 1e-6

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from estimators import Curvature, estimate
 from gradmatch import Task, subtract
+from gradmatch.estimators import Curvature, estimate
 
 POISONED = (3, 5, 8)  # classes of which some examples carry the label of the next class
 SHARE = 0.4  # of the training examples of these classes

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from estimators import Curvature, estimate
 from experiments.removal import language, scorers
 from experiments.tasks import texts
 from gradmatch import Task, subtract
-from gradmatch.diagnosis.objective import Objective
+from gradmatch.estimators import Curvature, estimate
+from gradmatch.measure.objective import Objective
 from gradmatch.removal import Problem, alpha_path, budget, path_table, removal_report, report_table
 
 CURVATURE = "curvature.safetensors"

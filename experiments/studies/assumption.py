@@ -131,7 +131,7 @@ class Cells:
                 "experiments.estimation:curvature",
                 {"domain": task, "seed": seed, **source.fisher.model_dump()},
                 {"data": self.made.data, "model": tuned},
-                (*SOURCES, "estimators"),
+                (*SOURCES, "gradmatch.estimators"),
                 source.fisher.examples / SQUARED,
             )
         return sources
@@ -150,7 +150,7 @@ class Cells:
                     "base_curvature": sources["base_curvature"],
                     "curvature": sources["curvatures"][task],
                 },
-                (*SOURCES, "estimators.curvature"),
+                (*SOURCES, "gradmatch.estimators.curvature"),
                 1,
             )
         for name, spec in self.config.merges.items():
@@ -195,7 +195,7 @@ class Cells:
                 "seed": seed,
             },
             {**sources, "data": self.made.data},
-            (*CODE, "gradmatch.refine", "estimators"),
+            (*CODE, "gradmatch.refine", "gradmatch.estimators"),
             refine.steps * refine.examples * len(sources["tasks"]) / 8,
         )
 

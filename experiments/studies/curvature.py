@@ -112,7 +112,7 @@ class Cells:
                 **spec.model_dump(),
             },
             {"data": self.made.data, "model": self.made.trained[seed, model]},
-            (*SOURCES, "estimators"),
+            (*SOURCES, "gradmatch.estimators"),
             1 if spec.kind == "adam" else 1 + spec.examples * spec.samples / SQUARED,
         )
 

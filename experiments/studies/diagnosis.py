@@ -16,7 +16,7 @@ from experiments.studies import sentiment
 from experiments.studies.adding import check_source
 from experiments.studies.sentiment_cells import MERGING, SOURCES
 
-CODE = ("experiments.diagnosis", "gradmatch.diagnosis", *MERGING, "estimators")
+CODE = ("experiments.diagnosis", "gradmatch.diagnosis", *MERGING, "gradmatch.estimators")
 KNOWN = {**CASES, **VARIANTS}
 
 

@@ -25,7 +25,7 @@ CODE = (
     "experiments.diagnosis.scores",
     "experiments.finetune",
     "gradmatch.diagnosis",
-    "estimators",
+    "gradmatch.estimators",
 )
 
 

@@ -14,7 +14,7 @@ from experiments.pipeline import Stage, is_done, origin, result
 from experiments.records import Record, of_kind
 from experiments.studies.sentiment_cells import EVALUATED, MERGING, SOURCES
 
-CODE = ("gradmatch.diagnosis.redundancy", "gradmatch.diagnosis.similarity")
+CODE = ("gradmatch.measure.redundancy", "gradmatch.measure.similarity")
 SCORING = {  # whether images -> what decides an accuracy
     False: (*SOURCES, "experiments.evaluate"),
     True: ("experiments.vision.models", "experiments.vision.packages", "experiments.vision.stages"),

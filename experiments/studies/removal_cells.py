@@ -17,7 +17,7 @@ READING = ("experiments.tasks.texts", "experiments.tasks.sentiment", "experiment
 SOURCES = (*READING, "experiments.removal.language", "experiments.finetune")
 WRITING = ("experiments.removal.sampling", "experiments.removal.scorers")  # continuations and their scores
 BASE_SEED = 0  # of what is had of the base: the same whatever seeds a config asks for
-EDITING = (*MERGING, "gradmatch.subtraction", "gradmatch.checkpoint")
+EDITING = (*MERGING, "gradmatch.subtraction", "gradmatch.models.checkpoint")
 
 
 class Cells:
@@ -87,7 +87,7 @@ class Cells:
             "experiments.removal.stages:curvature",
             {"side": side, **self._reading(seed), **config.fisher.model_dump()},
             {"data": self.data, "model": model},
-            (*SOURCES, "estimators"),
+            (*SOURCES, "gradmatch.estimators"),
             10 + config.fisher.examples * config.fisher.samples * config.max_length * 0.009,
         )
 

@@ -86,7 +86,7 @@ def cells(config: Config) -> dict[tuple[str, int], Stage]:
             function = f"experiments.removal.proof:{problem}"
             name = f"proof/seed{seed}/{problem}"
             made[problem, seed] = Stage(
-                name, function, {"seed": seed, **settings}, {}, (*EDITING, "estimators"), 5
+                name, function, {"seed": seed, **settings}, {}, (*EDITING, "gradmatch.estimators"), 5
             )
         if config.encoder:
             made["encoder", seed] = _encoder(config.encoder, seed, alphas)
@@ -149,7 +149,7 @@ def _encoder(spec: Encoder, seed: int, alphas: list[float]) -> Stage:
             "experiments.removal.encoder:curvature",
             {"domains": list(domains), "seed": seed, "examples": spec.examples},
             {"data": data, "model": models[name]},
-            (*MODELS, "estimators"),
+            (*MODELS, "gradmatch.estimators"),
             spec.examples / SQUARED,
         )
         for name, domains in (("base", [*spec.keep, spec.remove]), ("task", [spec.remove]))
@@ -159,7 +159,7 @@ def _encoder(spec: Encoder, seed: int, alphas: list[float]) -> Stage:
         "experiments.removal.encoder:compare",
         {"keep": list(spec.keep), "remove": spec.remove, "alphas": alphas},
         {"data": data, **models, "base_curvature": curvatures["base"], "task_curvature": curvatures["task"]},
-        (*MODELS, *EDITING, "experiments.removal.proof", "estimators"),
+        (*MODELS, *EDITING, "experiments.removal.proof", "gradmatch.estimators"),
         (4 * len(alphas) + 3) * 5,
     )
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SOURCES = ("experiments.models", "experiments.assets")
 MERGING = (  # what decides a merge's numbers; not the command line, cards, or writers
     *(f"gradmatch.{name}" for name in ("merging", "engine", "inputs", "plan", "rules", "transforms")),
-    "estimators.curvature",
+    "gradmatch.estimators.curvature",
 )
 # Examples a second on two cores without bfloat16, of MiniLM on texts of up to 64 tokens: for the plan of a run.
 TRAINED, EVALUATED, DIFFERENTIATED, SQUARED = 45, 150, 45, 25
@@ -138,7 +138,7 @@ class Cells:
                 "experiments.estimation:curvature",
                 {"domain": domain, "seed": seed, **config.fisher.model_dump()},
                 {"data": self.data, "model": self.trained[seed, name]},
-                (*SOURCES, "estimators"),
+                (*SOURCES, "gradmatch.estimators"),
                 config.fisher.examples * config.fisher.samples / SQUARED,
             )
         for task in tasks:
@@ -210,7 +210,7 @@ class Cells:
                 **settings,
             },
             {"data": self.data, "model": self.trained[seed, task]},
-            (*SOURCES, "estimators"),
+            (*SOURCES, "gradmatch.estimators"),
             fisher.examples * 0.01,
         )
 

@@ -15,7 +15,7 @@ from experiments.studies.sentiment_cells import MERGING
 CLAIMS = ("exactness", "identities", "special_cases", "closer", "refinement")
 CODE = (
     "experiments.convex",
-    "estimators",
+    "gradmatch.estimators",
     "experiments.statistics",
     *MERGING,
 )

@@ -17,7 +17,7 @@ from experiments.merging import Metrics, merged_model, write_choice
 from experiments.mismatch import write_gradient, write_mismatch
 from experiments.sweep import write_sweep
 from experiments.vision.models import Rows, classes_of, load, load_split
-from gradmatch.diagnosis.objective import Objective
+from gradmatch.measure.objective import Objective
 
 
 @torch.inference_mode()

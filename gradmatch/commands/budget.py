@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradmatch.common.warning import warn
 from gradmatch.plan.request import POLICIES, REMOVALS
 from gradmatch.rules.removal import GUARDS
-from gradmatch.warning import warn
 
 if TYPE_CHECKING:
-    from gradmatch.diagnosis.objective import Objective
+    from gradmatch.measure.objective import Objective
 
 EXAMPLES = """
 examples:
@@ -83,8 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Forecast, find the budget's alpha, print and write."""
-    from gradmatch.commands.merge import parse_task
-    from gradmatch.commands.sources import number_or_text
+    from gradmatch.commands.sources import number_or_text, parse_task
     from gradmatch.removal import (
         AlphaPath,
         Problem,
@@ -199,10 +198,10 @@ def objectives(args: argparse.Namespace) -> dict[str, Objective]:
     files = {side: getattr(args, side) for side in ("retain", "remove") if getattr(args, side) is not None}
     if not files:
         return {}
-    from gradmatch.checkpoint import open_checkpoint
-    from gradmatch.diagnosis.data import read_batches
-    from gradmatch.diagnosis.objective import Objective
-    from gradmatch.diagnosis.opening import module_of
+    from gradmatch.measure.batches import read_batches
+    from gradmatch.measure.objective import Objective
+    from gradmatch.measure.opening import module_of
+    from gradmatch.models.opening import open_checkpoint
 
     options = {"examples": args.examples, "batch_size": args.batch_size, "max_length": args.max_length}
     batches = {

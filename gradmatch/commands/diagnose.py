@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gradmatch.commands.sources import SETTINGS, add_sources, read_data, sources
 
 if TYPE_CHECKING:
-    from gradmatch.task import Task
+    from gradmatch.models.task import Task
 
 EXAMPLES = """
 examples:
@@ -87,9 +87,9 @@ def chosen(
     options: dict[str, Any],
 ) -> tuple[list[Task], dict[str, Any]]:
     """Tasks and options of a recipe with `weights: auto`: those of the merge's card, else chosen again as `merge` would."""
-    from gradmatch.diagnosis.choosing import check_choice, choose_weights
-    from gradmatch.inputs.opened import task_names
+    from gradmatch.choosing.choose import check_choice, choose_weights
     from gradmatch.output.card import CARD
+    from gradmatch.plan.opened import task_names
 
     card = Path(merged) / CARD if merged else None
     found = json.loads(card.read_text(encoding="utf-8")) if card and card.is_file() else {}

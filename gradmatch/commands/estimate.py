@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Estimate, save, and print what was made."""
     check(args)
-    logging.getLogger("estimators").setLevel(logging.INFO)
+    logging.getLogger("gradmatch.estimators").setLevel(logging.INFO)
     if not logging.getLogger().handlers:
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
     started = time.monotonic()
@@ -135,7 +135,7 @@ def check(args: argparse.Namespace) -> None:
     if Path(args.out).exists() and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it")
     if args.data:
-        from estimators.estimation import check_diagonal, check_options
+        from gradmatch.estimators.estimation import check_diagonal, check_options
 
         check_options(
             args.method, args.samples, args.reduction, args.tolerance, "auto", args.num_examples, args.seed
@@ -162,7 +162,7 @@ def join_processes() -> bool:
 
 def from_state(args: argparse.Namespace) -> Any:
     """Curvature from Adam's state."""
-    from estimators import from_adam
+    from gradmatch.estimators import from_adam
 
     model, _, _ = load(args, "auto")
     return from_adam(args.adam, model, num_examples=args.num_examples, batch_size=args.batch_size)
@@ -170,8 +170,8 @@ def from_state(args: argparse.Namespace) -> Any:
 
 def from_data(args: argparse.Namespace) -> Any:
     """Curvature measured on data."""
-    from estimators import estimate
-    from gradmatch.data import TextBatches, find_columns, longest_input, read_table, rows_with_text
+    from gradmatch.estimators import estimate
+    from gradmatch.measure.tables import TextBatches, find_columns, longest_input, read_table, rows_with_text
 
     table = read_table(args.data, split=args.split)
     columns = find_columns(table.column_names, args.text_column, args.pair_column, args.label_column)
@@ -218,7 +218,7 @@ def load(args: argparse.Namespace, task: str) -> tuple[Any, Any, str]:
             f"{args.model} is a file; name the folder that save_pretrained wrote, with config and tokenizer"
         )
     if not Path(args.model).expanduser().is_dir():
-        from gradmatch.checkpoint import from_hub
+        from gradmatch.models.opening import from_hub
 
         from_hub(args.model, ("config.json",))  # says at once what transformers says after a minute
     import torch
@@ -244,7 +244,7 @@ def task_of(config: Any, model: str) -> str:
     Raises:
         ValueError: neither a classifier nor a causal language model.
     """
-    from gradmatch.data import LANGUAGE_MODELS
+    from gradmatch.measure.tables import LANGUAGE_MODELS
 
     architectures = getattr(config, "architectures", None) or []
     for name in architectures:
@@ -254,5 +254,5 @@ def task_of(config: Any, model: str) -> str:
             return "causal_lm"
     raise ValueError(
         f"{model} is saved as {', '.join(architectures) or 'no architecture'}: pass --task classification or causal_lm, or use "
-        "estimators.estimate from Python, which takes any module"
+        "gradmatch.estimators.estimate from Python, which takes any module"
     )

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from gradmatch.commands.sources import add_sources, read_data, sources
 
 if TYPE_CHECKING:
-    from gradmatch.diagnosis.auto import AutoWeights
-    from gradmatch.diagnosis.forecast import Products
-    from gradmatch.task import Task
+    from gradmatch.choosing.auto import AutoWeights
+    from gradmatch.measure.forecast import Products
+    from gradmatch.models.task import Task
 
 EXAMPLES = """
 examples:
@@ -56,11 +56,11 @@ def run(args: argparse.Namespace) -> int:
             "--write and --group do not go together: a recipe's weights multiply whole task vectors"
         )
     arguments = sources(args)
-    from gradmatch.diagnosis.auto import auto_weights, forecast_objectives
-    from gradmatch.diagnosis.choosing import fingerprints, settings_of
-    from gradmatch.diagnosis.opening import module_of, open_models
-    from gradmatch.diagnosis.products import load_products, save_products
-    from gradmatch.inputs.curvatures import open_curvature
+    from gradmatch.choosing.auto import auto_weights, forecast_objectives
+    from gradmatch.choosing.choose import fingerprints, settings_of
+    from gradmatch.measure.opening import module_of, open_models
+    from gradmatch.measure.products import load_products, save_products
+    from gradmatch.models.curvatures import open_curvature
 
     base, tasks, _, curvatures = open_models(arguments["base"], arguments["tasks"])
     names = list(tasks)
@@ -100,7 +100,7 @@ def write_recipe(path: str, arguments: dict[str, Any], tasks: dict[str, Task], r
     """A recipe with these weights, of task arithmetic or of Eq. 12; paths are absolute, so that it can lie anywhere."""
     import yaml
 
-    from gradmatch.diagnosis.choosing import HBAR_WEIGHT
+    from gradmatch.choosing.choose import HBAR_WEIGHT
 
     recipe: dict[str, Any] = {"base": _absolute(arguments["base"]), "method": "task_arithmetic"}
     if result.span == "preconditioned":
@@ -151,7 +151,7 @@ def describe(result: AutoWeights) -> list[str]:
 
 def front(products: list[Products], lower: float, upper: float) -> list[str]:
     """The Pareto front as a table: weights, then the rises they are forecast to cost."""
-    from gradmatch.diagnosis.forecast import pareto_front
+    from gradmatch.measure.forecast import pareto_front
 
     points: list[Any] = pareto_front(products, 11 if len(products) == 2 else 5, lower=lower, upper=upper)
     tasks = [p.task for p in products]

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from estimators.curvature import MEAN
-from estimators.tensorfile import TensorFile
+from gradmatch.estimators.curvature import MEAN
+from gradmatch.estimators.tensorfile import TensorFile
 from gradmatch.plan.printed import readable
 
 
@@ -56,7 +56,7 @@ def inspect(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
                 file.metadata,
                 {name: (i.dtype, list(i.shape), i.nbytes) for name, i in file.items()},
             )
-    from gradmatch.checkpoint import open_checkpoint
+    from gradmatch.models.opening import open_checkpoint
 
     checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
     wanted = (
@@ -74,8 +74,6 @@ def inspect(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
         content = json.loads(card.read_text(encoding="utf-8"))
         made = content["recipe"]
         info["merged by"] = f"{made['method']}: {made['formula']}"
-        if "delta" in content:
-            info["delta of"] = f"{content['delta']['base'] or 'a model in memory'}, shown with it"
     tensors = {name: checkpoint.spec(name) for name in checkpoint.store}
     return _summary(
         "checkpoint", info, {name: (s.dtype, list(s.shape), s.nbytes) for name, s in tensors.items()}

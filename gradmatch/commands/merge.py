@@ -6,13 +6,12 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from gradmatch.commands.sources import add_data, add_models, number_or_text, read_data
-from gradmatch.plan.plan import Plan
+from gradmatch.commands.sources import add_data, add_models, number_or_text, parse_task, read_data
+from gradmatch.common.yamltext import load_yaml
 from gradmatch.plan.request import POLICIES
-from gradmatch.recipe import SETTINGS, load_recipe, options_alone
+from gradmatch.plan.step import Plan
+from gradmatch.recipes.recipe import SETTINGS, load_recipe, options_alone
 from gradmatch.rules import RULES
-from gradmatch.task import Task
-from gradmatch.yamltext import load_yaml
 
 EXAMPLES = """
 examples:
@@ -35,7 +34,6 @@ MEANINGS = {  # of the policies, for --help
     "precision": "of the arithmetic; auto: float32, float64 where an input is",
     "rounding": "to the output's dtype",
     "verify": "of the written folder: its files, or also a reload by transformers",
-    "form": "whole weights, or merged - base in float32",
 }
 
 
@@ -108,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.dry_run:
         if arguments.get("weights"):
-            from gradmatch.diagnosis.choosing import check_choice
+            from gradmatch.choosing.choose import check_choice
 
             check_choice(
                 data=args.data or None, **{"products": None, "method": "gradient_matching", **arguments}
@@ -121,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "no output folder: name it after the recipe or with --out (or look first, with --dry-run)"
         )
-    from gradmatch.merging import merge
+    from gradmatch.api import merge
 
     if args.data:
         arguments = {**arguments, "data": read_data(args, arguments)}
@@ -147,25 +145,6 @@ def overrides(args: argparse.Namespace, also: Sequence[str] = ()) -> dict[str, A
             raise ValueError(f"--option {text!r} is not KEY=VALUE")
         given |= options_alone({key: load_yaml(value, f"--option {text!r}")}, also)
     return given
-
-
-def parse_task(text: str) -> Task:
-    """MODEL[,curvature=FILE][,weight=W][,name=NAME].
-
-    Raises:
-        ValueError: another key, or a weight that is no setting.
-    """
-    model, *pairs = text.split(",")
-    fields: dict[str, Any] = {}
-    while pairs:
-        pair = pairs.pop(0)
-        while pairs and any(pair.count(a) > pair.count(b) for a, b in ("[]", "{}")):  # weight=[0.1,0.9]
-            pair += "," + pairs.pop(0)
-        key, equals, value = pair.partition("=")
-        if not equals or key not in ("curvature", "weight", "name"):
-            raise ValueError(f"--task {text!r}: {pair!r} is none of curvature=FILE, weight=W, name=NAME")
-        fields[key] = load_yaml(value, f"--task {text!r}: the weight") if key == "weight" else value
-    return Task(model, **fields)
 
 
 def make_plan(arguments: dict[str, Any]) -> Plan:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from gradmatch.common.yamltext import load_yaml
+from gradmatch.models.task import Task
+
 SETTINGS = ("method", "base_curvature", "base_weight", "delta0")
 
 
@@ -32,6 +35,25 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--delta0", type=float, help="floor of the curvature (default 1e-6)")
 
 
+def parse_task(text: str) -> Task:
+    """MODEL[,curvature=FILE][,weight=W][,name=NAME].
+
+    Raises:
+        ValueError: another key, or a weight that is no setting.
+    """
+    model, *pairs = text.split(",")
+    fields: dict[str, Any] = {}
+    while pairs:
+        pair = pairs.pop(0)
+        while pairs and any(pair.count(a) > pair.count(b) for a, b in ("[]", "{}")):  # weight=[0.1,0.9]
+            pair += "," + pairs.pop(0)
+        key, equals, value = pair.partition("=")
+        if not equals or key not in ("curvature", "weight", "name"):
+            raise ValueError(f"--task {text!r}: {pair!r} is none of curvature=FILE, weight=W, name=NAME")
+        fields[key] = load_yaml(value, f"--task {text!r}: the weight") if key == "weight" else value
+    return Task(model, **fields)
+
+
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Examples of each task, or the products that were measured on them."""
     parser.add_argument(
@@ -55,7 +77,7 @@ def sources(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: no base or no task.
     """
-    from gradmatch.recipe import load_recipe
+    from gradmatch.recipes.recipe import load_recipe
 
     arguments: dict[str, Any] = load_recipe(args.recipe) if args.recipe else {}
     for name in ("base", *SETTINGS):
@@ -63,8 +85,6 @@ def sources(args: argparse.Namespace) -> dict[str, Any]:
         if value is not None:
             arguments[name] = number_or_text(value) if name == "base_curvature" else value
     if args.task:
-        from gradmatch.commands.merge import parse_task
-
         arguments["tasks"] = [parse_task(text) for text in args.task]
     if "base" not in arguments or not arguments.get("tasks"):
         raise ValueError("nothing to look at: give a recipe, or --base and at least one --task")
@@ -75,8 +95,8 @@ def read_data(args: argparse.Namespace, arguments: dict[str, Any]) -> dict[str, 
     """Batches of every --data file, tokenised as the base wants it; None without one."""
     if not args.data:
         return None
-    from gradmatch.diagnosis.data import parse_data, read_batches
-    from gradmatch.inputs.opened import task_names
+    from gradmatch.measure.batches import parse_data, read_batches
+    from gradmatch.plan.opened import task_names
 
     files = parse_data(args.data, task_names(arguments["tasks"]))
     return {

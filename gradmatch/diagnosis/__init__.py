@@ -13,24 +13,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradmatch.diagnosis.auto import auto_weights
-    from gradmatch.diagnosis.causes import Cause
+    from gradmatch.diagnosis.cause import Cause
     from gradmatch.diagnosis.diagnosing import Diagnosis, diagnose
-    from gradmatch.diagnosis.forecast import Products, best_coefficients, pareto_front
-    from gradmatch.diagnosis.mismatch import Mismatch, gradient_mismatch
-    from gradmatch.diagnosis.objective import Objective
+    from gradmatch.measure.forecast import Products, best_coefficients, pareto_front
+    from gradmatch.measure.mismatch import Mismatch, gradient_mismatch
+    from gradmatch.measure.objective import Objective
 
 EXPORTS = {
-    "Cause": "causes",
-    "Diagnosis": "diagnosing",
-    "Mismatch": "mismatch",
-    "Objective": "objective",
-    "Products": "forecast",
-    "auto_weights": "auto",
-    "best_coefficients": "forecast",
-    "diagnose": "diagnosing",
-    "gradient_mismatch": "mismatch",
-    "pareto_front": "forecast",
+    "Cause": "gradmatch.diagnosis.cause",
+    "Diagnosis": "gradmatch.diagnosis.diagnosing",
+    "Mismatch": "gradmatch.measure.mismatch",
+    "Objective": "gradmatch.measure.objective",
+    "Products": "gradmatch.measure.forecast",
+    "auto_weights": "gradmatch.choosing.auto",
+    "best_coefficients": "gradmatch.measure.forecast",
+    "diagnose": "gradmatch.diagnosis.diagnosing",
+    "gradient_mismatch": "gradmatch.measure.mismatch",
+    "pareto_front": "gradmatch.measure.forecast",
 }
 __all__ = [
     "Cause",
@@ -50,4 +49,4 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
     if name not in EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{EXPORTS[name]}"), name)
+    return getattr(import_module(EXPORTS[name]), name)

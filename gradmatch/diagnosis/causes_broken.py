@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from gradmatch.diagnosis.causes import BROKEN, Cause, Finder
-from gradmatch.inputs.vocab import EMBEDDINGS
-from gradmatch.plan.settings import FIRST, layer_of
+from gradmatch.common.settings import FIRST, layer_of
+from gradmatch.diagnosis.cause import BROKEN, Cause, Finder
+from gradmatch.plan.vocab import EMBEDDINGS
 
 if TYPE_CHECKING:
     from gradmatch.diagnosis.evidence import Evidence

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gradmatch.diagnosis import health
-from gradmatch.diagnosis.causes import CHOICE, INPUT, Cause, Finder
+from gradmatch.diagnosis.cause import CHOICE, INPUT, Cause, Finder
+from gradmatch.measure import health
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ def floor_decides(evidence: Evidence) -> list[Cause]:
         return []
     saving = None
     if evidence.measured and base is not None:
-        from gradmatch.diagnosis.products import preconditioned_vectors, task_vector
+        from gradmatch.measure.products import preconditioned_vectors, task_vector
 
         taus = {task: task_vector(evidence.base, model) for task, model in evidence.tasks.items()}
         low_floor = max(evidence.delta0 * 1e-9, 1e-9)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gradmatch.diagnosis import health
-from gradmatch.diagnosis.causes import INPUT, Cause, Finder, priced
+from gradmatch.diagnosis.cause import INPUT, Cause, Finder, priced
 from gradmatch.diagnosis.evidence import accuracy_of, accuracy_of_rows, best_relabelling
 from gradmatch.diagnosis.repairs import averaged, exact, planned_update, restored, saving_of, saving_of_others
+from gradmatch.measure import health
 
 if TYPE_CHECKING:
     from gradmatch.diagnosis.evidence import Evidence

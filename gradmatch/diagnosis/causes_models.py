@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from gradmatch.diagnosis import similarity
-from gradmatch.diagnosis.causes import INPUT, Cause, Finder, priced
+from gradmatch.common.layers import layer_group
+from gradmatch.diagnosis.cause import INPUT, Cause, Finder, priced
 from gradmatch.diagnosis.causes_places import displaced, layers_swapped, rows_moved, transposed
-from gradmatch.diagnosis.layers import layer_group
 from gradmatch.diagnosis.repairs import replaced, saving_of, without
 from gradmatch.diagnosis.scan import KEPT
+from gradmatch.measure import similarity
 
 if TYPE_CHECKING:
     from gradmatch.diagnosis.evidence import Evidence

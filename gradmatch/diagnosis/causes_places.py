@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gradmatch.diagnosis.causes import INPUT, Cause, priced
-from gradmatch.diagnosis.layers import layer_group
+from gradmatch.common.layers import layer_group
+from gradmatch.diagnosis.cause import INPUT, Cause, priced
 from gradmatch.diagnosis.repairs import replaced, rolled, saving_of, without
 from gradmatch.diagnosis.scan import KEPT
 

@@ -6,10 +6,10 @@ import math
 from statistics import median
 from typing import TYPE_CHECKING
 
-from gradmatch.diagnosis.causes import CHOICE, Cause, Finder
+from gradmatch.diagnosis.cause import CHOICE, Cause, Finder
 from gradmatch.diagnosis.causes_input import one_model
 from gradmatch.diagnosis.evidence import SHARE_OF_GAIN
-from gradmatch.diagnosis.forecast import best_coefficients
+from gradmatch.measure.forecast import best_coefficients
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

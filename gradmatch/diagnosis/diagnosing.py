@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.checkpoint import Checkpoint, open_checkpoint
-from gradmatch.diagnosis.causes import Cause, find_causes
+from gradmatch.common.names import nearest
+from gradmatch.diagnosis.causes import find_causes
 from gradmatch.diagnosis.evidence import Evidence
-from gradmatch.diagnosis.forecast import Products
+from gradmatch.diagnosis.found import Found
 from gradmatch.diagnosis.measuring import measure, worse_than_base
-from gradmatch.diagnosis.opening import (
+from gradmatch.diagnosis.recipes import effective_weights, in_span, reach_of
+from gradmatch.diagnosis.report import report_of
+from gradmatch.diagnosis.scan import scan_weights
+from gradmatch.diagnosis.text import describe
+from gradmatch.measure.forecast import Products
+from gradmatch.measure.opening import (
     CurvatureLike,
     check_tasks,
     compared_curvatures,
@@ -23,64 +27,32 @@ from gradmatch.diagnosis.opening import (
     open_objectives,
     planned_merge,
 )
-from gradmatch.diagnosis.opening import module_of as module_of
-from gradmatch.diagnosis.products import load_products
-from gradmatch.diagnosis.recipes import effective_weights, in_span, reach_of
-from gradmatch.diagnosis.redundancy import RedundancyPoint
-from gradmatch.diagnosis.scan import scan_weights
-from gradmatch.inputs.curvatures import open_curvature
-from gradmatch.names import nearest
+from gradmatch.measure.opening import module_of as module_of
+from gradmatch.measure.products import load_products
+from gradmatch.models.checkpoint import Checkpoint
+from gradmatch.models.curvatures import open_curvature
+from gradmatch.models.opening import open_checkpoint
+from gradmatch.models.task import Task
 from gradmatch.plan.request import POLICIES
 from gradmatch.rules import RULES
-from gradmatch.task import Task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from gradmatch.task import Model
+    from gradmatch.models.task import Model
 
 
-@dataclass
-class Diagnosis:
-    """Why a merge is as it is.
-
-    Attributes:
-        causes: ranked; empty for a merge in which nothing was found.
-        evidence: what they were found in.
-        redundancy: task -> its redundancy curve, loss in nats per example.
-        barriers: (task, task) -> height of the loss between the two fine-tunes, nats per example of both.
-        overlaps: (task, task) -> overlap of their curvatures in [0, 1].
-        weighted_conflicts: (task, task) -> share of their curvature on weights that they moved in opposite directions.
-    """
-
-    causes: list[Cause]
-    evidence: Evidence
-    redundancy: dict[str, list[RedundancyPoint]] = field(default_factory=dict)
-    barriers: dict[tuple[str, str], float] = field(default_factory=dict)
-    overlaps: dict[tuple[str, str], float] = field(default_factory=dict)
-    weighted_conflicts: dict[tuple[str, str], float] = field(default_factory=dict)
-
-    @property
-    def healthy(self) -> bool:
-        """Whether no cause was found."""
-        return not self.causes
-
-    @property
-    def notes(self) -> list[str]:
-        """What else is to be said, and what could not be looked at."""
-        return self.evidence.notes
+class Diagnosis(Found):
+    """Why a merge is as it is: what was found, and the ways to show it. Attributes as in `Found`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values, in the form of `gradmatch.diagnosis.report.Report`."""
-        from gradmatch.diagnosis.report import report_of
-
         content: dict[str, Any] = json.loads(report_of(self).model_dump_json())  # writes infinity as text
         return content
 
     def to_html(self) -> str:
         """One self-contained page: text, tables and drawings, no network."""
         from gradmatch.diagnosis.page import page
-        from gradmatch.diagnosis.report import report_of
 
         return page(report_of(self))
 
@@ -102,8 +74,6 @@ class Diagnosis:
         )
 
     def __str__(self) -> str:
-        from gradmatch.diagnosis.text import describe
-
         return describe(self)
 
 
@@ -143,7 +113,7 @@ def diagnose(
         data: task -> batches with true labels; a few hundred examples a task suffice.
         num_examples: task -> N its loss sums over; else its curvature's, else the number of examples given.
         module: structure to run the data through; not needed where `base` is a module or a transformers folder.
-        likelihood: as `estimators.estimate` takes it.
+        likelihood: as `gradmatch.estimators.estimate` takes it.
         products: stored forecast products (file or list); measured from data where absent.
         forecast: measure products (T^2 forward-mode passes over the data).
         mismatch: measure the gradient mismatch (2 T backward passes over the data); no cause rests on it.

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gradmatch.diagnosis.barrier import interpolate
 from gradmatch.diagnosis.scan import STATISTICS
+from gradmatch.measure.barrier import interpolate
 from gradmatch.rules import RULES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from estimators.curvature import Curvature
-    from gradmatch.diagnosis.forecast import Products
-    from gradmatch.diagnosis.mismatch import Mismatch
-    from gradmatch.diagnosis.objective import Objective
     from gradmatch.diagnosis.scan import Scan
+    from gradmatch.estimators.curvature import Curvature
+    from gradmatch.measure.forecast import Products
+    from gradmatch.measure.mismatch import Mismatch
+    from gradmatch.measure.objective import Objective
 
 Model = Mapping[str, "Tensor"]
 

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gradmatch.diagnosis import health
-from gradmatch.diagnosis.barrier import POINTS, barrier_height
-from gradmatch.diagnosis.mismatch import gradient_mismatch
-from gradmatch.diagnosis.products import measure_products, stored_gradient, task_vector
-from gradmatch.diagnosis.redundancy import redundancy_curve
+from gradmatch.measure import health
+from gradmatch.measure.barrier import POINTS, barrier_height
+from gradmatch.measure.mismatch import gradient_mismatch
+from gradmatch.measure.products import measure_products, stored_gradient, task_vector
+from gradmatch.measure.redundancy import redundancy_curve
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmatch.diagnosis.diagnosing import Diagnosis
     from gradmatch.diagnosis.evidence import Evidence
-    from gradmatch.diagnosis.objective import Objective
+    from gradmatch.diagnosis.found import Found
+    from gradmatch.measure.objective import Objective
 
 DROPS = (0.0, 0.5, 0.9, 0.99)
 FEW = 64  # examples of each task for redundancy curves: their shape is what is looked at
@@ -39,7 +39,7 @@ def worse_than_base(evidence: Evidence) -> list[str]:
     return found
 
 
-def measure(result: Diagnosis, forecast: bool, mismatch: bool, thorough: bool) -> None:
+def measure(result: Found, forecast: bool, mismatch: bool, thorough: bool) -> None:
     """Losses, mismatch, products, paths: everything that needs data."""
     evidence = result.evidence
     broken = {model for model, found in evidence.scan.nonfinite.items() if found}
@@ -151,7 +151,7 @@ def _measure_batchnorm(evidence: Evidence) -> None:
     evidence.batchnorm = health.batchnorm_shift(evidence.merged, evidence.batchnorm_repair)
 
 
-def _measure_redundancy(result: Diagnosis) -> None:
+def _measure_redundancy(result: Found) -> None:
     evidence = result.evidence
     if any(whole.first(FEW).seen < whole.seen for whole in evidence.objectives.values()):
         evidence.notes.append(f"redundancy curves: on the first {FEW} or so examples of each task")
@@ -169,7 +169,7 @@ def _measure_redundancy(result: Diagnosis) -> None:
         result.redundancy[task] = redundancy_curve(evidence.base, tau, score, DROPS)
 
 
-def _measure_barriers(result: Diagnosis) -> None:
+def _measure_barriers(result: Found) -> None:
     """Half-way between each two fine-tunes, the mean loss of both tasks against the mean of the ends."""
     evidence = result.evidence
     for a, b in combinations(evidence.objectives, 2):

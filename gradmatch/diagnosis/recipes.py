@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.common.settings import numbers
 from gradmatch.plan.request import REMOVALS
-from gradmatch.plan.settings import numbers
 from gradmatch.rules import RULES
-from gradmatch.transforms import TRANSFORMS
+from gradmatch.rules.edits import TRANSFORMS
 
 if TYPE_CHECKING:
-    from gradmatch.task import Task
+    from gradmatch.models.task import Task
 
 # Rules whose update is no multiple of the task vectors' entries, or one without a bound: their merges are not judged by it.
 UNBOUNDED = frozenset({"removal", "ewr", "fisher_base", "measured", "regmean"})

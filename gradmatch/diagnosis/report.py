@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from gradmatch.diagnosis.evidence import accuracy_of
-from gradmatch.diagnosis.health import fisher_noise
+from gradmatch.measure.health import fisher_noise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gradmatch.diagnosis.diagnosing import Diagnosis
     from gradmatch.diagnosis.evidence import Evidence
+    from gradmatch.diagnosis.found import Found
 
 SCHEMA_VERSION = 1
 SCALES = tuple(index / 10 for index in range(16))  # of the update, for the forecast curves
@@ -141,7 +141,7 @@ class Report(Part):
     batchnorm: dict[str, float] = Field(description="layer -> shift of its inputs in standard deviations")
 
 
-def report_of(diagnosis: Diagnosis) -> Report:
+def report_of(diagnosis: Found) -> Report:
     """Bring a diagnosis into the schema."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -188,7 +188,7 @@ def report_of(diagnosis: Diagnosis) -> Report:
     )
 
 
-def verdict(diagnosis: Diagnosis) -> str:
+def verdict(diagnosis: Found) -> str:
     """The finding in a sentence; where nothing was found, it says in what."""
     evidence = diagnosis.evidence
     if diagnosis.causes:
@@ -276,7 +276,7 @@ def _forecasts(evidence: Evidence) -> list[ForecastReport]:
     """Forecasts at the merge (its least-squares coordinates) and along the line from the base through it."""
     import numpy as np
 
-    from gradmatch.diagnosis.forecast import best_coefficients, calibrate
+    from gradmatch.measure.forecast import best_coefficients, calibrate
 
     products = [p for p in evidence.products if p.task in evidence.tasks]
     if not products or set(products[0].directions) != set(evidence.tasks):

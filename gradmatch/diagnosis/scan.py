@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gradmatch.diagnosis import conflict, health, similarity
-from gradmatch.diagnosis.layers import layer_group
+from gradmatch.common.layers import layer_group
+from gradmatch.measure import conflict, health, similarity
 
 if TYPE_CHECKING:
     from torch import Tensor

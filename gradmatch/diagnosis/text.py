@@ -7,14 +7,14 @@ import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gradmatch.diagnosis.causes import Cause
-    from gradmatch.diagnosis.diagnosing import Diagnosis
+    from gradmatch.diagnosis.cause import Cause
+    from gradmatch.diagnosis.found import Found
     from gradmatch.diagnosis.report import Report
 
 WIDTH = 100
 
 
-def describe(diagnosis: Diagnosis) -> str:
+def describe(diagnosis: Found) -> str:
     """Ranked causes, losses with forecasts, and notes, as plain text."""
     from gradmatch.diagnosis.report import report_of
 

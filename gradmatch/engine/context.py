@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gradmatch.engine.passes import GRID
-from gradmatch.inputs.curvatures import CurvatureStore
-from gradmatch.inputs.opened import Inputs
-from gradmatch.inputs.stores import FileStore
-from gradmatch.transforms import TRANSFORMS
+from gradmatch.engine.draws import GRID
+from gradmatch.models.curvatures import CurvatureStore
+from gradmatch.models.stores import FileStore
+from gradmatch.plan.opened import Inputs
+from gradmatch.rules.edits import TRANSFORMS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from estimators.tensorfile import TensorFile
-    from gradmatch.engine.fused import Kernels
+    from gradmatch.engine.compiled import Kernels
     from gradmatch.engine.kernels import Buffers
-    from gradmatch.inputs.stores import Store
-    from gradmatch.plan.plan import Plan, Step
+    from gradmatch.estimators.tensorfile import TensorFile
+    from gradmatch.models.stores import Store
+    from gradmatch.plan.step import Plan, Step
 
 BLOCK = (
     GRID  # elements of a piece, where the rule is elementwise: what is read, looked up and written at a time

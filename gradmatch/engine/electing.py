@@ -1,4 +1,4 @@
-"""TIES in place: the kernel beside `gradmatch.transforms.ties`, which tests hold it equal to."""
+"""TIES in place: the kernel beside `gradmatch.rules.edits.ties`, which tests hold it equal to."""
 
 from __future__ import annotations
 

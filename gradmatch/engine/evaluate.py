@@ -13,12 +13,12 @@ from gradmatch.engine.explain import not_positive
 from gradmatch.engine.kernels import Buffers, eq12, in_cache, linear_combination
 from gradmatch.engine.matrices import solve_matrix
 from gradmatch.engine.stacked import global_threshold, gram_matrix, make_block, prior_of, task_vectors
-from gradmatch.inputs.stores import torch_dtype
+from gradmatch.models.stores import torch_dtype
+from gradmatch.rules.edits import trims
 from gradmatch.rules.rowwise import as_rows
-from gradmatch.transforms import trims
 
 if TYPE_CHECKING:
-    from gradmatch.plan.plan import Step
+    from gradmatch.plan.step import Step
 
 Coefficients = tuple[float, list[float]]
 Merged = Iterator[

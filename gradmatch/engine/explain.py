@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmatch.engine.context import Context
-    from gradmatch.plan.plan import Step
+    from gradmatch.plan.step import Step
 
 
 def not_positive(step: Step, count: int, first: int, last: int) -> str:

@@ -7,20 +7,20 @@ piece that holds anything but finite numbers, or a curvature that is not positiv
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import POINTER, Structure, byref, c_double, c_float, c_int, c_int32, c_int64, c_ssize_t, c_void_p
+from ctypes import byref, c_double, c_float
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from estimators import native
+from gradmatch.engine.compiled import CurvedTask, Kernels, Source, Target, Voter, Window
 from gradmatch.engine.context import Context, add, plain_file
 from gradmatch.engine.electing import just_below
 from gradmatch.engine.evaluate import Coefficients, path_of, ties_terms
 from gradmatch.engine.kernels import CACHE
 from gradmatch.engine.rounding import MEASURED
+from gradmatch.estimators import native
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmatch.engine.kernels import Buffers
-    from gradmatch.inputs.curvatures import CurvatureStore
-    from gradmatch.inputs.stores import Store
-    from gradmatch.plan.plan import Plan, Step
+    from gradmatch.models.curvatures import CurvatureStore
+    from gradmatch.models.stores import Store
+    from gradmatch.plan.step import Plan, Step
 
 SOURCE = Path(__file__).with_name("blocks.c")
 FLAGS = (
@@ -46,74 +46,6 @@ PIECE = 4  # blocks merged by one call: so few calls that the workers seldom wai
 LARGE = 32_000_000  # values merged, from which on compiling (a second, once a machine) is worth while unasked
 KINDS = {"F32": 0, "BF16": 1, "F16": 2}
 GROUPS = 8  # distinct |weights| that the kernel of TIES counts
-
-
-class Source(Structure):
-    """Values in memory, or in a file from a byte on, where `data` is None."""
-
-    _fields_ = (
-        ("data", c_void_p),
-        ("room", c_void_p),
-        ("offset", c_int64),
-        ("fd", c_int32),
-        ("kind", c_int32),
-    )
-
-
-class Target(Structure):
-    """Where merged values go, and what is measured of their rounding."""
-
-    _fields_ = (
-        ("data", c_void_p), ("first", c_int64), ("block", c_int64), ("every", c_int64), ("kind", c_int32), ("bad", c_int32),
-        ("error", c_double), ("update", c_double),
-    )  # fmt: skip
-
-
-class CurvedTask(Structure):
-    """A task of Eq. 12."""
-
-    _fields_ = (
-        ("theta", Source), ("mean", Source), ("alpha", c_float), ("examples", c_float), ("alpha_examples", c_float),
-        ("curved", c_int32),
-    )  # fmt: skip
-
-
-class Voter(Structure):
-    """A task of TIES."""
-
-    _fields_ = (("theta", Source), ("weight", c_float), ("excluded", c_float), ("votes", c_int32))
-
-
-class Window(Structure):
-    """One threshold that is looked for."""
-
-    _fields_ = (
-        ("theta", Source), ("inside", c_void_p), ("above", c_int64), ("held", c_int64), ("low", c_float), ("high", c_float),
-    )  # fmt: skip
-
-
-class Kernels:
-    """The library, its functions typed."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        source, target, numbers, doubles = (
-            POINTER(Source),
-            POINTER(Target),
-            POINTER(c_float),
-            POINTER(c_double),
-        )
-        self.step: int = library.values_of_step()
-        self.linear, self.eq12, self.ties, self.windows = (
-            library.linear, library.eq12, library.ties, library.count_windows,
-        )  # fmt: skip
-        self.linear.argtypes = [c_ssize_t, c_ssize_t, source, numbers, source, target]
-        self.eq12.argtypes = [
-            c_ssize_t, c_ssize_t, POINTER(CurvedTask), source, source, c_float, c_float, c_float, target, doubles,
-        ]  # fmt: skip
-        self.ties.argtypes = [
-            c_ssize_t, c_ssize_t, POINTER(Voter), source, c_ssize_t, numbers, c_float, c_float, c_int, c_float, target, doubles,
-        ]  # fmt: skip
-        self.windows.argtypes = [c_ssize_t, c_ssize_t, POINTER(Window), source]
 
 
 def kernels_for(made: Plan) -> Kernels | None:

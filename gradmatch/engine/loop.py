@@ -18,11 +18,11 @@ from gradmatch.engine.context import Context, add, pieces
 from gradmatch.engine.evaluate import evaluate, linear_terms
 from gradmatch.engine.rounding import converted, finish
 from gradmatch.engine.workers import over_units, units
-from gradmatch.inputs.stores import torch_dtype
+from gradmatch.models.stores import torch_dtype
 
 if TYPE_CHECKING:
     from gradmatch.engine.kernels import Buffers
-    from gradmatch.plan.plan import Plan, Step
+    from gradmatch.plan.step import Plan, Step
 
 
 class Sink(Protocol):

@@ -16,8 +16,8 @@ from gradmatch.rules.regmean import regmean
 if TYPE_CHECKING:
     from gradmatch.engine.context import Context
     from gradmatch.engine.kernels import Buffers
-    from gradmatch.inputs.curvatures import CurvatureStore, Factors
-    from gradmatch.plan.plan import Step
+    from gradmatch.models.curvatures import CurvatureStore, Factors
+    from gradmatch.plan.step import Step
 
 
 def solve_matrix(

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from gradmatch.engine.context import add
+from gradmatch.engine.draws import uniform
 from gradmatch.engine.explain import explain, same_everywhere
 from gradmatch.engine.kernels import CACHE, Buffers, stored
-from gradmatch.engine.passes import uniform
 
 if TYPE_CHECKING:
     from gradmatch.engine.context import Context
-    from gradmatch.plan.plan import Step
+    from gradmatch.plan.step import Step
 
 MEASURED = 8  # of so many blocks of a large tensor, one tells what rounding loses
 INFINITE = {

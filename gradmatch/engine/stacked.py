@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from gradmatch.engine.context import Context, add, curvature, fetch, pieces
+from gradmatch.engine.draws import uniform
 from gradmatch.engine.explain import not_positive
 from gradmatch.engine.kernels import Buffers, cancelled, stored
-from gradmatch.engine.passes import Block, Edit, uniform
-from gradmatch.inputs.stores import torch_dtype
-from gradmatch.transforms import TRANSFORMS, trims
+from gradmatch.models.stores import torch_dtype
+from gradmatch.rules.block import Block, Edit
+from gradmatch.rules.edits import TRANSFORMS, trims
 
 if TYPE_CHECKING:
-    from gradmatch.plan.plan import Step
+    from gradmatch.plan.step import Step
 
 
 def gram_matrix(context: Context, step: Step, buffers: Buffers, *, of_tau: bool) -> list[list[float]]:

@@ -11,7 +11,7 @@ from gradmatch.engine.loop import Sink, run
 from gradmatch.engine.thresholds import global_thresholds
 
 if TYPE_CHECKING:
-    from gradmatch.plan.plan import Plan
+    from gradmatch.plan.step import Plan
 
 
 def stream(

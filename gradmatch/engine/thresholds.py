@@ -19,15 +19,15 @@ from torch import Tensor
 
 from gradmatch.engine import fused
 from gradmatch.engine.context import Context, fetch, pieces, span
+from gradmatch.engine.draws import GRID
 from gradmatch.engine.kernels import Buffers, in_cache, stored
-from gradmatch.engine.passes import GRID
 from gradmatch.engine.stacked import task_vectors
 from gradmatch.engine.workers import WorkerBuffers, over_units, parallel, worker_count
-from gradmatch.inputs.stores import torch_dtype
-from gradmatch.transforms.ties import kept_count
+from gradmatch.models.stores import torch_dtype
+from gradmatch.rules.edits.ties import kept_count
 
 if TYPE_CHECKING:
-    from gradmatch.plan.plan import Step
+    from gradmatch.plan.step import Step
 
 DIGIT = 16  # bits counted per pass of the radix selection
 RUNS, RUN = 1024, 512  # runs of values that are sampled, evenly over the model, and values in a run

@@ -16,9 +16,9 @@ from gradmatch.engine.context import BLOCK, byte_ranges, span
 from gradmatch.engine.kernels import Buffers
 
 if TYPE_CHECKING:
-    from estimators.tensorfile import TensorFile
     from gradmatch.engine.context import Context
-    from gradmatch.plan.plan import Step
+    from gradmatch.estimators.tensorfile import TensorFile
+    from gradmatch.plan.step import Step
 
 UNIT = 32 * BLOCK  # elements of a large tensor that one worker takes at a time
 

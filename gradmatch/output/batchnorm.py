@@ -6,9 +6,9 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from estimators.tensorfile import TensorFile
-from gradmatch.checkpoint import Checkpoint
-from gradmatch.inputs.stores import FileStore, torch_dtype
+from gradmatch.estimators.tensorfile import TensorFile
+from gradmatch.models.checkpoint import Checkpoint
+from gradmatch.models.stores import FileStore, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor

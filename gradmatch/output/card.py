@@ -10,13 +10,12 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from estimators.fingerprint import fingerprint
-from gradmatch.checkpoint import Checkpoint
-from gradmatch.output.delta import provenance
+from gradmatch.estimators.fingerprint import fingerprint
+from gradmatch.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from gradmatch.output.report import Report
-    from gradmatch.plan.plan import Plan
+    from gradmatch.plan.step import Plan
 
 LIBRARIES = ("gradmatch", "torch", "safetensors", "numpy")
 CARD = "gradmatch.json"
@@ -30,8 +29,6 @@ def card_files(made: Plan, report: Report) -> dict[str, bytes]:
         "report": report.to_dict(),
         "versions": versions(),
     }
-    if made.request.form == "delta":
-        content["delta"] = provenance(made)
     files = {CARD: _json(content), "README.md": readme(content).encode()}
     for task, tensors in report.heads.items():
         from safetensors.torch import save
@@ -70,14 +67,14 @@ def recipe(made: Plan) -> dict[str, Any]:
         ],
         "policies": {
             key: getattr(request, key)
-            for key in ("heads", "embeddings", "missing", "missing_curvature", "batchnorm", "form")
+            for key in ("heads", "embeddings", "missing", "missing_curvature", "batchnorm")
         },
         "arithmetic": sorted({step.compute for step in made.steps}),
     }
 
 
 def input_fingerprints(made: Plan) -> dict[str, str]:
-    """Fingerprint of every model by its role (see `estimators.fingerprint.fingerprint`)."""
+    """Fingerprint of every model by its role (see `gradmatch.estimators.fingerprint.fingerprint`)."""
     models = {
         "base": made.inputs.base,
         **{f"task {task.name}": task.checkpoint for task in made.inputs.tasks},
@@ -102,7 +99,7 @@ def readme(content: Mapping[str, Any]) -> str:
     made, report = content["recipe"], content["report"]
     lines = [
         "---",
-        f"library_name: {'gradmatch' if 'delta' in content else 'transformers'}",
+        "library_name: transformers",
         "tags:",
         "- merge",
         "- gradmatch",
@@ -112,12 +109,6 @@ def readme(content: Mapping[str, Any]) -> str:
         "",
     ]
     lines += [f"`{made['method']}` ({made['source']}): {made['formula']}", ""]
-    if "delta" in content:
-        lines += [
-            "This folder holds merged - base, not the model: `gradmatch.open_checkpoint(folder, base=...)` adds the base, and "
-            "`gradmatch merge --base BASE --task FOLDER --method passthrough --dtype float32 -o OUT` writes whole weights.",
-            "",
-        ]
     lines += [f"Base: `{made['base']}`", "", "| task | weight | model | curvature (N) |", "|---|---|---|---|"]
     for task in made["tasks"]:
         known = f"{task['curvature']} ({task['num_examples']})" if task["curvature"] else "none"

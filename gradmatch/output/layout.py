@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from estimators.tensorfile import ITEM_SIZE
+from gradmatch.estimators.tensorfile import ITEM_SIZE
 
 if TYPE_CHECKING:
-    from gradmatch.plan.plan import Plan, Step
+    from gradmatch.plan.step import Plan, Step
 
 ALIGN = 64  # bytes; where a shard's data begin
 NOT_CARRIED = ("README.md", "gradmatch.json", "trainer_state.json", "adapter_config.json", "optimizer.pt")
@@ -33,12 +33,11 @@ class Layout:
             groups[-1].append(step)
             size += step.spec.nbytes
         total = len(groups)
-        stem = "delta" if plan.request.form == "delta" else "model"
-        self.index_name = f"{stem}.safetensors.index.json"
+        self.index_name = "model.safetensors.index.json"
         names = (
-            [f"{stem}.safetensors"]
+            ["model.safetensors"]
             if total == 1
-            else [f"{stem}-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
+            else [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
         )
         self.shards: dict[str, list[Step]] = dict(zip(names, groups, strict=True))
         self._aliases = plan.inputs.base.aliases if plan.inputs.base.config is None else {}

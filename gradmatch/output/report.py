@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.warning import warn
+from gradmatch.common.warning import warn
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmatch.plan.plan import Plan
+    from gradmatch.plan.step import Plan
 
 CLAMP_WARNING = 0.01  # share of clamped weights beyond which a removal is not the one that was asked for
 KEPT_WARNING = 0.9  # share of the update beyond which rounding is no news
@@ -149,8 +149,7 @@ def _judge(report: Report, plan: Plan) -> None:
     said = []
     if report.kept_update is not None and report.kept_update < KEPT_WARNING:
         said.append(
-            f"rounding kept {100 * report.kept_update:.0f} % of the update: use dtype='float32', form='delta' (merged - base in "
-            "float32), or rounding='stochastic'"
+            f"rounding kept {100 * report.kept_update:.0f} % of the update: use dtype='float32' or rounding='stochastic'"
         )
     if report.clamped_share is not None and report.clamped_share > CLAMP_WARNING:
         said.append(

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradmatch.checkpoint import Checkpoint, open_checkpoint
-from gradmatch.inputs.delta import delta_files
+from gradmatch.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from gradmatch.plan.plan import Plan
-
-
-def written(folder: Path, made: Plan) -> Checkpoint:
-    """What a completed folder holds, for `verify`: its weights, or its differences by themselves."""
-    delta = made.request.form == "delta"
-    return Checkpoint(delta_files(folder), path=folder) if delta else open_checkpoint(folder)
+    from gradmatch.plan.step import Plan
 
 
 def verify(checkpoint: Checkpoint, made: Plan) -> None:

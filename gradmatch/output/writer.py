@@ -17,8 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradmatch.inputs.sources import check_apart
-from gradmatch.output.delta import difference
+from gradmatch.output.identity import check_apart
 from gradmatch.output.layout import Layout, carry_along
 from gradmatch.output.publishing import (
     beside,
@@ -34,7 +33,7 @@ from gradmatch.output.publishing import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmatch.plan.plan import Plan, Step
+    from gradmatch.plan.step import Plan, Step
 
 SYNC_BYTES = 64 << 20  # written between two syncs: what an interruption can lose
 SYNC_SECONDS = 2.0  # the same for rules that take longer than the disk
@@ -104,8 +103,6 @@ class FolderSink:
 
         if self._failure:
             raise self._failure
-        if self.plan.request.form == "delta":
-            values = difference(self.plan, step, first, values)
         shard, start = self.layout.place[step.name]
         offset = start + first * values.element_size()
         data = values.contiguous().view(torch.uint8).numpy().data
@@ -137,8 +134,7 @@ class FolderSink:
             raise self._failure
         for fd in self._fds.values():
             os.fdatasync(fd)  # also what was written after its tensor had been journalled
-        whole = self.plan.request.form == "weights"
-        carried = carry_along(self.plan, self.folder) if whole else []
+        carried = carry_along(self.plan, self.folder)
         files = dict(extra)
         if len(self.layout.shards) > 1:
             files[self.layout.index_name] = self.layout.index()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gradmatch.inputs.stores import Spec
-from gradmatch.plan.settings import FIRST
+from gradmatch.common.settings import FIRST
+from gradmatch.models.stores import Spec
 
 if TYPE_CHECKING:
-    from gradmatch.checkpoint import Checkpoint
-    from gradmatch.inputs.opened import OpenTask
-    from gradmatch.plan.plan import Plan
+    from gradmatch.models.checkpoint import Checkpoint
+    from gradmatch.plan.opened import OpenTask
+    from gradmatch.plan.step import Plan
 
 
 def participants(name: str, spec: Spec, result: Plan) -> tuple[int, ...]:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.inputs.stores import SAFETENSORS_NAME, Spec
-from gradmatch.names import nearest
+from gradmatch.common.names import nearest
+from gradmatch.common.settings import Depth, value_at
+from gradmatch.common.warning import warn
+from gradmatch.models.stores import SAFETENSORS_NAME, Spec
 from gradmatch.plan.matching import check_extra, check_kinds, participants
 from gradmatch.plan.policies import (
     batchnorm_action,
@@ -21,80 +22,14 @@ from gradmatch.plan.policies import (
     tied_differently,
 )
 from gradmatch.plan.request import Edits, Request, resolve_options
-from gradmatch.plan.settings import Depth, value_at
+from gradmatch.plan.step import Plan, Step
+from gradmatch.rules.edits import check_options, given_or_widest
 from gradmatch.rules.linear import weight_sum
-from gradmatch.transforms import check_options, given_or_widest
-from gradmatch.warning import warn
 
 if TYPE_CHECKING:
-    from gradmatch.inputs.opened import Inputs
+    from gradmatch.plan.opened import Inputs
 
 PER_TASK = ("density", "epsilon", "gamma")
-
-
-@dataclass(frozen=True)
-class Step:
-    """What happens to one output tensor.
-
-    Attributes:
-        name: of the tensor in the output.
-        action: "merge", "copy" (from the base), "average" (BatchNorm statistics), "matrix" (solved as a whole).
-        spec: shape and output dtype.
-        compute: dtype of the arithmetic, "F32" or "F64".
-        why: for the printed plan.
-        tasks: positions of the tasks that take part.
-        alpha: their weights.
-        options: the rule's options here.
-        edits: the transforms with their options here.
-        bytes_read: of all inputs together.
-    """
-
-    name: str
-    action: str
-    spec: Spec
-    compute: str = "F32"
-    why: str = ""
-    tasks: tuple[int, ...] = ()
-    alpha: tuple[float, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
-    edits: Edits = ()
-    bytes_read: int = 0
-
-    @property
-    def along(self) -> str:
-        """Which vectors of a tensor the rule treats one by one: "rows", "columns", or "" where it treats the tensor as one."""
-        chosen = self.options.get("along", "tensor")
-        return "" if chosen == "tensor" else str(chosen)
-
-    @property
-    def whole(self) -> bool:
-        """Whether the rule needs all of the tensor at once."""
-        return self.action == "matrix" or (
-            self.along != "" and (self.along == "columns" or len(self.spec.shape) > 2)
-        )
-
-
-@dataclass
-class Plan:
-    """All steps of a merge, with what a reader should know before it runs."""
-
-    request: Request
-    inputs: Inputs
-    steps: list[Step]
-    notes: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-    heads: dict[int, list[str]] = field(default_factory=dict)
-    files: dict[str, bytes] = field(default_factory=dict)
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of all inputs, once."""
-        return sum(step.bytes_read for step in self.steps)
-
-    @property
-    def bytes_written(self) -> int:
-        """Bytes of the output's tensors."""
-        return sum(step.spec.nbytes for step in self.steps)
 
 
 def plan(inputs: Inputs, request: Request) -> Plan:

@@ -6,12 +6,12 @@ import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.names import nearest
-from gradmatch.plan.settings import FIRST, idle, layer_of
+from gradmatch.common.names import nearest
+from gradmatch.common.settings import FIRST, idle, layer_of
 
 if TYPE_CHECKING:
-    from gradmatch.checkpoint import Checkpoint
-    from gradmatch.inputs.opened import OpenTask
+    from gradmatch.models.checkpoint import Checkpoint
+    from gradmatch.plan.opened import OpenTask
     from gradmatch.plan.request import Edits, Request
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

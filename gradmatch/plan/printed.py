@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from gradmatch.plan.plan import Plan, Step
-from gradmatch.transforms import TRANSFORMS
+from gradmatch.plan.step import Plan, Step
+from gradmatch.rules.edits import TRANSFORMS
 
 BLOCK_BYTES = 131_072 * 8  # one piece at the widest
 

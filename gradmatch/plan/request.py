@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradmatch.names import nearest
-from gradmatch.plan.kinds import check_kind, leaves, plain
-from gradmatch.plan.settings import numbers
+from gradmatch.common.kinds import check_kind, leaves, plain
+from gradmatch.common.names import nearest
+from gradmatch.common.settings import numbers
 from gradmatch.rules import RULES, Rule
+from gradmatch.rules.edits import TRANSFORMS, check_options
 from gradmatch.rules.removal import GUARDS
 from gradmatch.rules.rowwise import ALONG
-from gradmatch.transforms import TRANSFORMS, check_options
 
 Edits = tuple[tuple[str, Mapping[str, Any]], ...]
 DTYPES = ("float64", "float32", "float16", "bfloat16")  # of an output; eight bits would cut large weights off
@@ -27,7 +27,6 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "precision": ("auto", "float32", "float64"),
     "rounding": ("nearest", "stochastic"),
     "verify": ("files", "reload"),
-    "form": ("weights", "delta"),
 }
 
 
@@ -45,7 +44,6 @@ class Request:
         seed: of random transforms and stochastic rounding.
         head_names: patterns of tensors that count as heads, beside those that differ.
         missing, missing_curvature, heads, embeddings, batchnorm, precision, rounding, verify: see POLICIES.
-        form: of the output folder: whole weights, or merged - base in the dtype of the arithmetic (see `gradmatch.inputs.delta`).
         shard_bytes: largest size of an output file.
         notes: to be kept with the plan and the report (a translated recipe's differences).
     """
@@ -66,7 +64,6 @@ class Request:
     precision: str = "auto"
     rounding: str = "nearest"
     verify: str = "files"
-    form: str = "weights"
     shard_bytes: int = 5_000_000_000
     notes: Sequence[str] = ()
 
@@ -111,8 +108,6 @@ class Request:
             raise ValueError(
                 f"dtype is {self.dtype!r}{nearest(str(self.dtype), DTYPES)}; choose one of {', '.join(DTYPES)}"
             )
-        if self.form == "delta":
-            self._check_delta()
         for name, value in (("delta0", self.delta0), ("base_weight", self.base_weight)):
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value!r}; it must be a finite number of at least 0")
@@ -121,23 +116,6 @@ class Request:
         if self.shard_bytes < 1:
             raise ValueError(f"shard_bytes is {self.shard_bytes}; it must be at least 1")
         resolve_options(self)
-
-    def _check_delta(self) -> None:
-        """What a difference in the dtype of the arithmetic has no room for.
-
-        Raises:
-            ValueError: an output dtype, a reload, or statistics that the difference cannot hold.
-        """
-        for name, other, instead in (
-            ("dtype", None, "a delta is float32 (float64 with precision='float64')"),
-            ("verify", "files", "transformers loads whole weights alone"),
-        ):
-            if getattr(self, name) != other:
-                raise ValueError(f"form='delta' does not go with {name}={getattr(self, name)!r}: {instead}")
-        if self.batchnorm == "recalibrate":
-            raise ValueError(
-                "form='delta' does not go with batchnorm='recalibrate', whose statistics are measured on whole weights"
-            )
 
 
 def resolve_options(request: Request) -> tuple[dict[str, Any], Edits]:

@@ -13,7 +13,7 @@ from gradmatch.removal.problem import Problem
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmatch.diagnosis.objective import Objective
+    from gradmatch.measure.objective import Objective
 
 SIDES = ("retain", "remove")
 DERIVATIVE = 3  # what a forward-mode derivative costs, in forward passes: counted by the progress bar

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from estimators.curvature import Curvature
+from gradmatch.common.names import nearest
 from gradmatch.engine.explain import not_positive
-from gradmatch.inputs.curvatures import CurvatureStore, open_curvature
-from gradmatch.inputs.stores import torch_dtype
-from gradmatch.names import nearest
+from gradmatch.estimators.curvature import Curvature
+from gradmatch.merging import prepare
+from gradmatch.models.curvatures import CurvatureStore, open_curvature
+from gradmatch.models.stores import torch_dtype
+from gradmatch.models.task import Task
+from gradmatch.models.tokenizers import check_tokenizers
 from gradmatch.plan.request import REMOVALS
 from gradmatch.rules.removal import GUARDS, ewr, fisher_negation, removal
 from gradmatch.subtraction import largest_alpha
-from gradmatch.task import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmatch.checkpoint import Checkpoint
-    from gradmatch.diagnosis.objective import Objective
-    from gradmatch.inputs.stores import Store
-    from gradmatch.plan.plan import Plan, Step
-    from gradmatch.task import Model
+    from gradmatch.measure.objective import Objective
+    from gradmatch.models.checkpoint import Checkpoint
+    from gradmatch.models.stores import Store
+    from gradmatch.models.task import Model
+    from gradmatch.plan.step import Plan, Step
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,6 @@ class Problem:
             ValueError: whatever `subtract` refuses: a task that was not fine-tuned from this base, a curvature of another
                 model, options out of range.
         """
-        from gradmatch.merging import prepare
-
         return prepare(
             self.base, [self.task], method="removal", base_curvature=self.base_curvature, base_weight=self.base_weight,
             delta0=self.delta0, keep=self.keep, guard=self.guard, missing_curvature=self.missing_curvature,
@@ -198,31 +195,3 @@ def _gradient(curvature: Curvature | None, store: CurvatureStore | float, name: 
     key = store.key(name) if isinstance(store, CurvatureStore) else None
     gradient = None if key is None or curvature is None else curvature.gradient(key)
     return None if gradient is None or curvature is None else gradient / curvature.num_examples
-
-
-def check_tokenizers(base: Model | Checkpoint, model: Model) -> None:
-    """Compare the tokenizers of two folders; models without a tokenizer file beside them pass.
-
-    Raises:
-        ValueError: they differ: token ids mean other words, and a difference of weights means nothing.
-    """
-    vocabularies = [_vocabulary(base), _vocabulary(model)]
-    if None in vocabularies or vocabularies[0] == vocabularies[1]:
-        return
-    (size, _), (other, _) = (found for found in vocabularies if found is not None)
-    raise ValueError(
-        f"the tokenizers of {base!s} ({size} tokens) and {model!s} ({other} tokens) differ, so the task was not fine-tuned "
-        "from this base; fine-tune this base, with its own tokenizer"
-    )
-
-
-def _vocabulary(model: Model | Checkpoint) -> tuple[int, str] | None:
-    """(number of tokens, hash of the vocabulary) of a model folder with a tokenizer.json, else None."""
-    if not isinstance(model, (str, os.PathLike)):
-        return None
-    file = Path(model) / "tokenizer.json"
-    if not file.is_file():
-        return None
-    vocabulary: Any = json.loads(file.read_text(encoding="utf-8")).get("model", {}).get("vocab", {})
-    text = json.dumps(vocabulary, sort_keys=True)
-    return len(vocabulary), hashlib.sha256(text.encode()).hexdigest()

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from gradmatch.checkpoint import open_checkpoint
-from gradmatch.diagnosis.layers import layer_group
+from gradmatch.common.layers import layer_group
+from gradmatch.models.opening import open_checkpoint
+from gradmatch.models.task import Model
 from gradmatch.removal.problem import Problem
-from gradmatch.task import Model
 
 
 def removal_report(problem: Problem, alpha: float, result: Model | None = None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from gradmatch.rules.spherical import karcher, model_stock, nuslerp, slerp
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmatch.engine.passes import Block
+    from gradmatch.rules.block import Block
 
 __all__ = [
     "RULES", "Rule", "averaging", "ewr", "fisher", "fisher_base", "fisher_negation", "gradient_matching", "karcher",

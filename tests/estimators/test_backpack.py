@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from estimators import Gaussian, estimate
+from gradmatch.estimators import Gaussian, estimate
 from tests import oracle
 from tests.estimators.architectures import mlp as in_place
 from tests.estimators.architectures import plain

@@ -8,8 +8,8 @@ import transformers as tf
 from torch import nn
 from torch.nn import functional as F
 
-import estimators
-from estimators import Gaussian, estimate
+from gradmatch import estimators
+from gradmatch.estimators import Gaussian, estimate
 from tests.estimators.architectures import DECODER, ENCODER, mlp, tokens
 
 X, Y = torch.randn(4, 4), torch.tensor([0, 1, 2, 0])

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from estimators.curvature import Curvature
-from estimators.fingerprint import fingerprint, model_sampler, sample_file, sample_tensor
-from estimators.tensorfile import TensorFile
+from gradmatch.estimators.curvature import Curvature
+from gradmatch.estimators.fingerprint import fingerprint, model_sampler, sample_file, sample_tensor
+from gradmatch.estimators.tensorfile import TensorFile
 
 
 @pytest.fixture

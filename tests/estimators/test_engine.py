@@ -6,8 +6,8 @@ import transformers as tf
 from torch import nn
 from torch.nn import functional as F
 
-from estimators import estimate, products
-from estimators.randomness import draw_index, uniforms
+from gradmatch.estimators import estimate, products
+from gradmatch.estimators.randomness import draw_index, uniforms
 from tests import oracle
 from tests.estimators.architectures import CASES, ENCODER, B, T, as_batches, make, mlp, plain
 
@@ -33,7 +33,7 @@ def test_single_precision_is_exact_to_rounding(name, onednn, monkeypatch):
     [((3, 40, 700), (3, 40, 1300)), ((3, 1, 700), (3, 1, 1300)), ((3, 2, 700), (3, 2, 1300))],
 )
 def test_large_matrices_are_squared_in_pieces(left, right):
-    from estimators.gradients import Outer
+    from gradmatch.estimators.gradients import Outer
 
     g, x = torch.randn(left), torch.randn(right)
     squares, spread = torch.zeros(700, 1300), torch.zeros(700, 1300)

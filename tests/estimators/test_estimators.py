@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from estimators import Bernoulli, Categorical, Gaussian, estimate
+from gradmatch.estimators import Bernoulli, Categorical, Gaussian, estimate
 from tests import oracle
 from tests.estimators.architectures import ENCODER, V, as_batches, causal_loss, language, make, mlp, plain
 

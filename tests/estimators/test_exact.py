@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from estimators import estimate
+from gradmatch.estimators import estimate
 from tests import oracle
 from tests.estimators.architectures import CASES, as_batches, make
 

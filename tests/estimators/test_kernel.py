@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-from estimators import estimate, kernel, native
-from estimators.products import Workspace
+from gradmatch.estimators import estimate, kernel, native
+from gradmatch.estimators.products import Workspace
 from tests import oracle
 from tests.estimators.architectures import as_batches, make
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from estimators.batches import BatchReader
-from estimators.estimation import read_chunk
-from estimators.inference import make_likelihood
-from estimators.memory import LEAST_BYTES, parse_bytes, parts
-from estimators.problem import Problem, prepared, trainable_parameters
+from gradmatch.estimators.batches import BatchReader
+from gradmatch.estimators.estimation import read_chunk
+from gradmatch.estimators.inference import make_likelihood
+from gradmatch.estimators.memory import LEAST_BYTES, parse_bytes, parts
+from gradmatch.estimators.problem import Problem, prepared, trainable_parameters
 
 MODEL = nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 10))
 KEPT = 4 * (

@@ -9,7 +9,7 @@ import transformers as tf
 from torch import nn
 from torch.nn import functional as F
 
-from estimators import estimate, from_adam, from_ivon, from_laplace
+from gradmatch.estimators import estimate, from_adam, from_ivon, from_laplace
 from tests.estimators.architectures import ENCODER, mlp, text
 
 

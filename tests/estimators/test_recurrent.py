@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from estimators import estimate
+from gradmatch.estimators import estimate
 from tests import oracle
 from tests.estimators.architectures import B, plain
 

@@ -10,9 +10,9 @@ import transformers as tf
 from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
-from estimators import Curvature, distributed, estimate
-from estimators.convergence import GROUPS, Convergence, relative_error
-from estimators.values import Gaussian
+from gradmatch.estimators import Curvature, distributed, estimate
+from gradmatch.estimators.convergence import GROUPS, Convergence, relative_error
+from gradmatch.estimators.values import Gaussian
 from tests import oracle
 from tests.estimators.architectures import as_batches, make, plain
 
@@ -116,10 +116,10 @@ def test_kronecker_factors_state_no_error_of_a_trace_that_misses_most():
 
 def test_advice_is_logged(caplog):
     x, y = rows(40)
-    with caplog.at_level("INFO", "estimators"):
+    with caplog.at_level("INFO", "gradmatch.estimators"):
         estimate(net(), pieces(x, y), progress=False)
     assert "after 40 examples; 120 more would halve it" in caplog.text
-    with caplog.at_level("INFO", "estimators"):
+    with caplog.at_level("INFO", "gradmatch.estimators"):
         estimate(net(), [(x, y)], progress=False)
     assert "unknown, it takes two batches" in caplog.text
 
@@ -266,7 +266,7 @@ WORKER = """
 import sys, torch
 from torch import distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from estimators import estimate
+from gradmatch.estimators import estimate
 from tests.estimators.test_runs import net, pieces, rows
 
 dist.init_process_group("gloo")

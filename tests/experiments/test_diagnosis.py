@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from estimators import estimate
 from experiments import config as configs
 from experiments.diagnosis import encoder, forecasting, scores, tiny
 from experiments.diagnosis.cases import CASES, HEALTHY, VARIANTS, reordered
 from experiments.diagnosis.confusion import diagnose_case, diagnose_cases
 from experiments.studies import diagnosis, forecast
-from gradmatch.diagnosis.forecast import Products
+from gradmatch.estimators import estimate
+from gradmatch.measure.forecast import Products
 
 QUICK = ("a lucky NaN", "permuted neurons", "curvature of the wrong model", "healthy: averaging")
 

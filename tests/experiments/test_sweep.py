@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from experiments.sweep import forecast_losses
-from gradmatch.diagnosis.objective import Objective
+from gradmatch.measure.objective import Objective
 
 
 def test_each_task_is_expanded_at_its_own_weights():

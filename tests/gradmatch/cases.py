@@ -2,7 +2,7 @@
 
 import torch
 
-from estimators import Curvature
+from gradmatch.estimators import Curvature
 
 SHAPES = {
     "embed.weight": (11, 4),

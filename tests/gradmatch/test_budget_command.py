@@ -9,9 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from estimators import estimate
 from gradmatch.cli import main
-from gradmatch.diagnosis.data import read_batches
+from gradmatch.estimators import estimate
+from gradmatch.measure.batches import read_batches
 
 WORDS = ["<pad>", *["the", "cat", "sat", "on", "a", "mat", "you", "fool", "pig", "swine", "rain", "falls"]]
 

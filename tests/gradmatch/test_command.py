@@ -12,13 +12,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from estimators import Curvature
 from gradmatch import Task, merge, subtract
 from gradmatch.cli import main
-from gradmatch.commands.merge import parse_task
-from gradmatch.plan.settings import Depth, numbers, times, value_at
-from gradmatch.recipe import load_recipe
-from gradmatch.yamltext import load_yaml
+from gradmatch.commands.sources import parse_task
+from gradmatch.common.settings import Depth, numbers, times, value_at
+from gradmatch.common.yamltext import load_yaml
+from gradmatch.estimators import Curvature
+from gradmatch.recipes.recipe import load_recipe
 from tests.gradmatch.cases import problem
 
 ROOT = Path(__file__).parents[2]

@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-from estimators import Curvature, estimate
-from estimators.estimation import ESTIMATORS
 from gradmatch.cli import main
 from gradmatch.commands.estimate import METHODS, task_of
+from gradmatch.estimators import Curvature, estimate
+from gradmatch.estimators.estimation import ESTIMATORS
 from tests import oracle
 from tests.gradmatch.tiny import save_classifier, save_language_model, tokenizer
 

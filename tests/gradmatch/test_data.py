@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from gradmatch.data import TextBatches, find_columns, longest_input, read_table, rows_with_text
+from gradmatch.measure.tables import TextBatches, find_columns, longest_input, read_table, rows_with_text
 from tests.gradmatch.tiny import tokenizer
 
 ROWS = [

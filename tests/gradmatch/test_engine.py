@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from estimators import Curvature
 from gradmatch import Task, merge
 from gradmatch.engine import context, kernels, rounding, workers
+from gradmatch.estimators import Curvature
 from gradmatch.rules import gradient_matching
-from gradmatch.transforms import thresholds, ties
-from gradmatch.transforms.ties import elect, trim
+from gradmatch.rules.edits import thresholds, ties
+from gradmatch.rules.edits.ties import elect, trim
 
 SIZE = 1000  # spans several pieces, blocks and units of the sizes below
 WEIGHTS = (0.5, 0.25, 0.5)  # exact, so that what cancels does so in any precision

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from estimators import Curvature
-from estimators.tensorfile import TensorFile
 from gradmatch import Task, merge, open_checkpoint
-from gradmatch.inputs.slices import Slice, stack
+from gradmatch.common.settings import value_at
+from gradmatch.estimators import Curvature
+from gradmatch.estimators.tensorfile import TensorFile
 from gradmatch.merging import prepare
-from gradmatch.plan.settings import value_at
+from gradmatch.models.slices import Slice, stack
 from gradmatch.rules.linear import weighted
 from tests.gradmatch.cases import problem
 
@@ -249,7 +249,7 @@ def test_overflow_is_told_from_bad_input():
 
 
 def test_curvature_of_another_model(tmp_path):
-    from estimators.fingerprint import fingerprint, model_sampler
+    from gradmatch.estimators.fingerprint import fingerprint, model_sampler
 
     mean = {name: torch.ones_like(t) for name, t in BASE.items()}
     own = Curvature.from_dict(mean, 5, {"fingerprint": fingerprint(mean, model_sampler(MODELS[0]))})
@@ -318,8 +318,8 @@ def test_indexes_that_lie(tmp_path, weight_map, text):
 
 
 def test_one_name_in_two_shards(tmp_path):
-    from estimators.tensorfile import TensorFile
-    from gradmatch.inputs.stores import FileStore
+    from gradmatch.estimators.tensorfile import TensorFile
+    from gradmatch.models.stores import FileStore
 
     for name in ("a", "b"):
         save_file({"w": torch.ones(2)}, tmp_path / f"{name}.safetensors")

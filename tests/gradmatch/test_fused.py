@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 
-from estimators import Curvature, native
 from gradmatch import Task, merge
 from gradmatch.engine import context, fused, kernels, rounding, workers
+from gradmatch.estimators import Curvature, native
 from gradmatch.merging import prepare
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

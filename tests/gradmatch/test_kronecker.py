@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from estimators import Curvature, estimate
 from gradmatch import Task, merge
+from gradmatch.estimators import Curvature, estimate
 from gradmatch.rules.kronecker import Preconditioner, Product, kronecker
 from gradmatch.rules.regmean import regmean
 

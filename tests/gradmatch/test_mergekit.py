@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradmatch import merge, open_checkpoint
-from gradmatch.mergekit.translation import translate
-from gradmatch.recipe import load_recipe
+from gradmatch.recipes.mergekit.translation import translate
+from gradmatch.recipes.recipe import load_recipe
 
 MERGEKIT = os.environ.get("GRADMATCH_MERGEKIT") or shutil.which("mergekit-yaml")
 LAYERS = 4

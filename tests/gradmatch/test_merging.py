@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from estimators import Curvature
 from gradmatch import Task, analogy, load_head, merge, open_checkpoint, subtract
+from gradmatch.estimators import Curvature
 from tests.gradmatch.cases import SHAPES, curvature, problem, state, tuned
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -659,7 +659,7 @@ def test_flat_parameters_in_readable_rules_too():
 def test_stacked_layers_with_a_config_list_of_one_entry_a_layer(tmp_path):
     import json
 
-    from gradmatch.inputs.slices import Slice, stack
+    from gradmatch.models.slices import Slice, stack
 
     base = state(0, torch.float32)
     (tmp_path / "m").mkdir()

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from estimators import Curvature
 from gradmatch import Task, merge
+from gradmatch.estimators import Curvature
 from gradmatch.merging import prepare
 from gradmatch.output.writer import FolderSink, check_output
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradmatch.diagnosis.objective import Objective
+from gradmatch.measure.objective import Objective
 from gradmatch.refine import exact_step, objective, objective_gradient, refine
 
 ALPHA = {"a": 1.0, "b": 0.5}

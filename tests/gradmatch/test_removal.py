@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from estimators import Curvature
 from gradmatch import Task, subtract
-from gradmatch.diagnosis.objective import Objective
+from gradmatch.estimators import Curvature
+from gradmatch.measure.objective import Objective
 from gradmatch.removal import AlphaPath, Problem, alpha_path, budget, path_table, removal_report, report_table
 from gradmatch.removal.forecast import taylor
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from estimators import estimate
 from gradmatch import Task, merge, open_checkpoint
-from gradmatch.inputs.renamed import file_names
+from gradmatch.estimators import estimate
+from gradmatch.models.renamed import file_names
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from estimators import Curvature
 from gradmatch import RULES, Task, merge
+from gradmatch.estimators import Curvature
 from gradmatch.rules.spherical import karcher, model_stock, nuslerp, slerp
 from tests.gradmatch.cases import SHAPES, curvature, problem, scalars, state, tuned
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from gradmatch import Task
-from gradmatch.inputs.sources import identity
 from gradmatch.merging import prepare
+from gradmatch.output.identity import identity
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_changed_file_is_another_merge(models, change):
 def test_another_option_or_library_is_another_merge(models, monkeypatch):
     before = found(models)
     assert found(models, scale=2.0) != before
-    monkeypatch.setattr("gradmatch.inputs.sources.versions", lambda: {"gradmatch": "0"})
+    monkeypatch.setattr("gradmatch.output.identity.versions", lambda: {"gradmatch": "0"})
     assert found(models) != before
 
 

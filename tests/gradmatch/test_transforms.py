@@ -8,15 +8,15 @@ import torch
 import gradmatch.engine.thresholds as search
 from gradmatch import TRANSFORMS, Task, merge
 from gradmatch.engine.context import Context
+from gradmatch.engine.draws import GRID, uniform
 from gradmatch.engine.electing import ties
 from gradmatch.engine.kernels import Buffers, eq12, linear_combination
-from gradmatch.engine.passes import GRID, uniform
 from gradmatch.merging import prepare
 from gradmatch.rules import gradient_matching, removal
-from gradmatch.transforms import breadcrumbs, dare, della
-from gradmatch.transforms import ties as readable_ties
-from gradmatch.transforms.della import keep_probability, widest
-from gradmatch.transforms.ties import elect, kept_count, share, trim
+from gradmatch.rules.edits import breadcrumbs, dare, della
+from gradmatch.rules.edits import ties as readable_ties
+from gradmatch.rules.edits.della import keep_probability, widest
+from gradmatch.rules.edits.ties import elect, kept_count, share, trim
 from tests.gradmatch.cases import problem, state, tuned
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -384,7 +384,7 @@ def test_thresholds_after_another_edit():
 def test_every_transform_keeps_shapes_and_zero():
     tau = torch.zeros(2, 3, 4)
     for transform in TRANSFORMS.values():
-        from gradmatch.engine.passes import Edit
+        from gradmatch.rules.block import Edit
 
         edit = Edit(tau, torch.ones(2, 1, 1), lambda: torch.rand(2, 3, 4))
         found = transform.apply(edit, transform.options)

@@ -7,9 +7,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from estimators import Curvature
 from gradmatch import Task, merge
-from gradmatch.inputs.tokenizers import rewritten, vocabulary
+from gradmatch.estimators import Curvature
+from gradmatch.models.tokenizers import rewritten, vocabulary
 
 BASE = ["[PAD]", "[CLS]", "a", "b", "c", "d"]
 

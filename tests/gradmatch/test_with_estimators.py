@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from estimators import estimate
 from gradmatch import Task, merge
+from gradmatch.estimators import estimate
 
 KINDS = ("fisher", "empirical_fisher", "ggn", "kfac", "gram")
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from estimators import Curvature
-from estimators.fingerprint import fingerprint, model_sampler
 from gradmatch import Task, diagnose
 from gradmatch.diagnosis.causes import BROKEN, CHOICE, INPUT, Cause, ranked
 from gradmatch.diagnosis.causes_input import relabelled
 from gradmatch.diagnosis.evidence import accuracy_of_rows, best_relabelling
+from gradmatch.estimators import Curvature
+from gradmatch.estimators.fingerprint import fingerprint, model_sampler
 
 DIM, WIDTH, CLASSES = 12, 24, 3
 

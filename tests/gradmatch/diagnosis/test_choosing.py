@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from estimators import Curvature
 from gradmatch import Task, merge
-from gradmatch.diagnosis.auto import auto_weights
-from gradmatch.diagnosis.objective import Objective
+from gradmatch.choosing.auto import auto_weights
+from gradmatch.estimators import Curvature
+from gradmatch.measure.objective import Objective
 
 DIM, N = 5, 30
 

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from gradmatch import open_checkpoint
 from gradmatch.cli import main
-from gradmatch.diagnosis.data import parse_data, read_batches, read_texts
+from gradmatch.measure.batches import parse_data, read_batches, read_texts
 
 WORDS = ["good", "bad", "fine", "poor", "film", "book", "a", "the"]
 

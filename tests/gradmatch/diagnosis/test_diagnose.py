@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from estimators import Curvature, estimate
 from gradmatch import Task, diagnose, merge
 from gradmatch.diagnosis import charts
 from gradmatch.diagnosis.diagnosing import effective_weights
 from gradmatch.diagnosis.page import bins
 from gradmatch.diagnosis.report import Report, report_of, schema
+from gradmatch.estimators import Curvature, estimate
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_data_for_some_tasks_only(world):
 
 
 def test_stored_products_are_used(world, tmp_path):
-    from gradmatch.diagnosis.products import save_products
+    from gradmatch.measure.products import save_products
 
     module, tasks, data, h0 = world
     measured = diagnose(module, tasks, data=data, base_curvature=h0, thorough=False)

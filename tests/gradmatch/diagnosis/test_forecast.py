@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from gradmatch.diagnosis.auto import auto_weights, make_directions
-from gradmatch.diagnosis.forecast import (
+from gradmatch.choosing.auto import auto_weights, make_directions
+from gradmatch.measure.forecast import (
     Products,
     best_coefficients,
     calibrate,
@@ -17,7 +17,7 @@ from gradmatch.diagnosis.forecast import (
     solve_box,
     spearman,
 )
-from gradmatch.diagnosis.objective import Objective
+from gradmatch.measure.objective import Objective
 
 DIM = 6
 
@@ -145,7 +145,7 @@ def test_groups_give_each_layer_group_its_own_weight():
 @pytest.mark.parametrize("seed", range(2))
 def test_preconditioned_span_forecasts_from_the_fine_tunes(seed):
     """On linear regression the forecast of any merge in the span of the terms of Eq. 12 is exact as well."""
-    from estimators import Curvature
+    from gradmatch.estimators import Curvature
 
     base, models, objectives, _ = ridge(seed)
     curvatures = {

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from estimators import Curvature
 from gradmatch import Task, diagnose
 from gradmatch.diagnosis import diagnosing
-from gradmatch.diagnosis.barrier import interpolate
+from gradmatch.estimators import Curvature
+from gradmatch.measure.barrier import interpolate
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from estimators import Curvature
-from gradmatch.diagnosis import conflict, health, similarity
-from gradmatch.diagnosis.barrier import barrier_height, interpolate, path_losses
-from gradmatch.diagnosis.redundancy import drop, redundancy_curve
 from gradmatch.diagnosis.scan import find_moved_rows
+from gradmatch.estimators import Curvature
+from gradmatch.measure import conflict, health, similarity
+from gradmatch.measure.barrier import barrier_height, interpolate, path_losses
+from gradmatch.measure.redundancy import drop, redundancy_curve
 
 
 def test_cosines_from_a_gram_matrix():

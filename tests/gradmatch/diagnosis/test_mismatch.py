@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from gradmatch.diagnosis.layers import group_norms, layer_group
-from gradmatch.diagnosis.mismatch import (
+from gradmatch.common.layers import group_norms, layer_group
+from gradmatch.measure.mismatch import (
     explained_share,
     gradient_mismatch,
     mismatch_of,
@@ -15,7 +15,7 @@ from gradmatch.diagnosis.mismatch import (
     task_mismatch,
     total_mismatch,
 )
-from gradmatch.diagnosis.objective import Objective
+from gradmatch.measure.objective import Objective
 
 DIM, N = 5, 40
 

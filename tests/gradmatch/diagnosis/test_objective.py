@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from estimators.inference import make_likelihood
-from gradmatch.diagnosis import objective as module_of_objective
-from gradmatch.diagnosis.objective import Objective, OutputNotFiniteError, output_hessian
+from gradmatch.estimators.inference import make_likelihood
+from gradmatch.measure import objective as module_of_objective
+from gradmatch.measure.objective import Objective, OutputNotFiniteError, output_hessian
 
 
 def weights_of(module):

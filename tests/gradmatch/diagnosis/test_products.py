@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from estimators import Curvature
-from gradmatch.diagnosis.forecast import Products
-from gradmatch.diagnosis.products import (
+from gradmatch.estimators import Curvature
+from gradmatch.measure.forecast import Products
+from gradmatch.measure.products import (
     curvature_products,
     kronecker_times,
     load_products,

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from estimators import Curvature
 from gradmatch import Task, diagnose
 from gradmatch.diagnosis.report import report_of
+from gradmatch.estimators import Curvature
 
 
 @pytest.fixture(scope="module")

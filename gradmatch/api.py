@@ -1,0 +1,90 @@
+"""The public call: merge, with weights that are given or chosen, and greedy soups."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gradmatch import merging
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradmatch.merging import CurvatureLike
+    from gradmatch.models.checkpoint import Checkpoint
+    from gradmatch.models.task import Model, Task
+
+
+def merge(
+    base: Model | Checkpoint,
+    tasks: Sequence[Task],
+    *,
+    method: str = "gradient_matching",
+    base_curvature: CurvatureLike | float | None = None,
+    base_weight: float = 1.0,
+    delta0: float = 1e-6,
+    out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    allow_mismatch: bool = False,
+    allow_pickle: bool = False,
+    batches: Any = None,
+    progress: bool = False,
+    weights: str | None = None,
+    data: Mapping[str, Any] | None = None,
+    products: Any = None,
+    **options: Any,
+) -> Mapping[str, Tensor]:
+    """Merge fine-tuned models of one base.
+
+    Args:
+        base: path, hub id, state dict or module that the tasks were fine-tuned from.
+        tasks: the fine-tuned models with their curvatures and weights.
+        method: a name of `RULES`.
+        base_curvature: H0's curvature (file or object), or a number for an isotropic one.
+        base_weight: H0 = base_weight * N0 F0 + delta0.
+        delta0: floor in nats per squared unit of weight; where nothing else is known the merge is task arithmetic.
+        out: a folder to stream to; without it the result stays in memory.
+        overwrite: replace `out` where it exists.
+        allow_mismatch: accept curvatures whose fingerprint is another model's.
+        allow_pickle: read .bin / .pt checkpoints (with weights_only).
+        batches: for batchnorm="recalibrate": what the model is run on; it is then held in memory once.
+        progress: show a progress bar.
+        weights: "auto" chooses every task's weight by forecast (task_arithmetic and gradient_matching), from `data` or `products`.
+        data: task -> batches of examples with true labels, for weights="auto"; the models are then run, and held in memory.
+        products: in place of data: the file that `gradmatch forecast --save` wrote.
+        **options: of the rule and its transforms, and the policies of `gradmatch.plan.request.Request` (transforms, dtype, heads,
+            missing, missing_curvature, batchnorm, embeddings, precision, rounding, form, shard_bytes, ...).
+
+    Returns:
+        The merged tensors in the base's dtypes, in memory or as an opened Checkpoint; both carry `.report`.
+
+    Raises:
+        ValueError: models, curvatures, weights or options that do not fit; NaN or Inf in an input.
+        TypeError: arguments of another kind.
+        FileNotFoundError: an input that is not there.
+        FileExistsError: `out` exists.
+        BlockingIOError: another process is writing `out`.
+        OSError: no space left.
+    """
+    settings: dict[str, Any] = {
+        "base_curvature": base_curvature,
+        "base_weight": base_weight,
+        "delta0": delta0,
+        "out": out,
+        "overwrite": overwrite,
+        "allow_mismatch": allow_mismatch,
+        "allow_pickle": allow_pickle,
+        "batches": batches,
+        "progress": progress,
+        **options,
+    }
+    if weights is not None or data is not None or products is not None:
+        from gradmatch.choosing.choose import merge_auto
+
+        return merge_auto(base, tasks, weights, data, products, method=method, **settings)
+    if method == "greedy_soup":
+        from gradmatch.choosing.soup import greedy_soup
+
+        return greedy_soup(base, tasks, **settings)
+    return merging.merge(base, tasks, method=method, **settings)

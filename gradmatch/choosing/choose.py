@@ -1,0 +1,278 @@
+"""`merge(..., weights="auto")`: the forecast's best weights, as the tasks and options that the merge then runs with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from gradmatch.choosing.auto import PLACE, auto_weights
+from gradmatch.estimators.curvature import Curvature
+from gradmatch.estimators.fingerprint import fingerprint
+from gradmatch.measure.forecast import BestWeights, Products, best_coefficients
+from gradmatch.measure.objective import Objective
+from gradmatch.measure.opening import check_tasks, module_of, open_models
+from gradmatch.measure.products import load_products
+from gradmatch.models.checkpoint import Checkpoint
+from gradmatch.models.curvatures import open_curvature
+from gradmatch.models.task import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradmatch.models.task import Model
+
+AUTO = "auto"
+SPAN_OF = {"task_arithmetic": "tau", "gradient_matching": "preconditioned"}
+LOWER, UPPER = 0.0, 2.0  # of a chosen weight: a task is added, at most twice over
+HBAR_WEIGHT = 1.0  # of every task inside Hbar, while the weights outside are chosen
+FIXED = (
+    "transforms",
+    "scale",
+    "normalize",
+    "hbar_weight",
+)  # what would change the directions under the weights
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the merge runs with.
+
+    Attributes:
+        tasks: with the chosen weights.
+        options: that belong to the choice.
+        forecast: weights and forecast rises (nats per example), for the card.
+        notes: the same in words.
+    """
+
+    tasks: list[Task]
+    options: dict[str, Any]
+    forecast: dict[str, Any]
+    notes: list[str]
+
+
+def merge_auto(
+    base: Model | Checkpoint,
+    tasks: Sequence[Task],
+    weights: str | None,
+    data: Mapping[str, Iterable[Any]] | None,
+    products: Sequence[Products] | str | os.PathLike[str] | None,
+    *,
+    method: str,
+    base_curvature: Curvature | str | os.PathLike[str] | float | None = None,
+    base_weight: float = 1.0,
+    delta0: float = 1e-6,
+    out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    allow_mismatch: bool = False,
+    allow_pickle: bool = False,
+    batches: Any = None,
+    progress: bool = False,
+    **options: Any,
+) -> Mapping[str, Tensor]:
+    """`merge` with weights that the forecast chooses; see there. Everything is checked before anything is measured.
+
+    Raises:
+        ValueError: see `check_choice`, `choose_weights` and `merge`.
+        FileExistsError: `out` exists.
+        FileNotFoundError: an input that is not there.
+    """
+    from gradmatch.merging import merge, prepare
+    from gradmatch.output.card import rewrite_card
+    from gradmatch.output.publishing import check_absent, place
+
+    tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
+    check_choice(weights=weights, tasks=tasks, method=method, data=data, products=products, **options)
+    settings: dict[str, Any] = {
+        "method": method,
+        "base_curvature": base_curvature,
+        "base_weight": base_weight,
+        "delta0": delta0,
+        "allow_pickle": allow_pickle,
+    }
+    prepare(base, tasks, allow_mismatch=allow_mismatch, **settings, **options)
+    if out is not None:
+        check_absent(place(out), overwrite)
+    choice = choose_weights(base, tasks, data=data, products=products, **settings)
+    options |= choice.options | {"notes": [*options.get("notes", ()), *choice.notes]}
+    result = merge(
+        base,
+        choice.tasks,
+        out=out,
+        overwrite=overwrite,
+        allow_mismatch=allow_mismatch,
+        batches=batches,
+        progress=progress,
+        **settings,
+        **options,
+    )
+    result.report.forecast = choice.forecast  # type: ignore[attr-defined]
+    rewrite_card(result)
+    return result
+
+
+def check_choice(
+    *,
+    weights: str | None,
+    tasks: Sequence[Task],
+    method: str,
+    data: Any,
+    products: Any,
+    **options: Any,
+) -> None:
+    """Refuse what cannot be chosen, before anything is opened.
+
+    Raises:
+        ValueError: another word than "auto", a method without a span, neither data nor products or both, weights that are
+            given as well, or options that change what the weights multiply.
+    """
+    if weights is None:
+        raise ValueError("data and products choose weights: say weights='auto' with them, or leave them out")
+    if weights != AUTO:
+        raise ValueError(f"weights is {weights!r}; it can only be 'auto' (numbers belong to the tasks)")
+    if method not in SPAN_OF:
+        raise ValueError(
+            f"weights='auto' chooses weights for {' and '.join(SPAN_OF)}, not for {method!r}: only they are linear in them"
+        )
+    if (data is None) == (products is None):
+        raise ValueError(
+            "weights='auto' needs data (a few hundred examples of every task) or products (stored by `gradmatch forecast --save`)"
+            + (", not both" if data is not None else "")
+        )
+    for position, task in enumerate(tasks, 1):
+        if task.weight != 1.0:
+            raise ValueError(
+                f"weights='auto' chooses the weight of {task.name or f'task {position}'!r}, which is given as {task.weight}: leave one out"
+            )
+    given = [name for name in FIXED if options.get(name)]
+    if given:
+        raise ValueError(
+            f"weights='auto' forecasts task vectors as they are; leave {given[0]} out, or give weights"
+        )
+
+
+def choose_weights(
+    base: Model | Checkpoint,
+    tasks: Sequence[Task],
+    *,
+    method: str,
+    data: Mapping[str, Iterable[Any]] | None = None,
+    products: Sequence[Products] | str | os.PathLike[str] | None = None,
+    base_curvature: Curvature | str | os.PathLike[str] | float | None = None,
+    base_weight: float = 1.0,
+    delta0: float = 1e-6,
+    allow_pickle: bool = False,
+) -> Choice:
+    """The best weights in the span of a method's directions.
+
+    Args:
+        base: as for `merge`.
+        tasks: as for `merge`.
+        method: task_arithmetic (span of the task vectors) or gradient_matching (span of the terms of Eq. 12, every task
+            with weight 1 inside Hbar).
+        data: task -> batches with true labels.
+        products: stored or measured before, in their place.
+        base_curvature: as for `merge`.
+        base_weight: as for `merge`.
+        delta0: as for `merge`.
+        allow_pickle: as for `merge`.
+
+    Raises:
+        ValueError: data of other tasks than these or not of all, products of other weights, directions or settings.
+        FileNotFoundError: a products file that is not there.
+    """
+    theta0, models, _, curvatures = open_models(base, tasks, allow_pickle=allow_pickle)
+    names, span = list(models), SPAN_OF[method]
+    if data is not None:
+        check_tasks("data", data, names)
+        missing = [name for name in names if name not in data]
+        if missing:
+            raise ValueError(f"weights='auto' needs data of every task; there is none of {missing[0]!r}")
+        module = module_of(base, theta0)
+        objectives = {
+            name: Objective(module, data[name], curvatures[name].num_examples if name in curvatures else None)
+            for name in names
+        }
+        h0 = base_curvature
+        found = auto_weights(
+            theta0,
+            dict(models),
+            objectives,
+            curvatures=curvatures,
+            base_curvature=open_curvature(h0) if isinstance(h0, str | os.PathLike) else h0,
+            span=span,
+            alpha=dict.fromkeys(names, HBAR_WEIGHT),
+            curvature_weight=base_weight,
+            delta0=delta0,
+            lower=LOWER,
+            upper=UPPER,
+        )
+        best, measured = found.best, found.products
+    else:
+        assert products is not None
+        if isinstance(products, str | os.PathLike):
+            prints, settings = fingerprints(theta0, models), settings_of(span, base_weight, delta0)
+            measured = load_products(products, prints, settings)
+        else:
+            measured = list(products)
+        check_directions(measured, names, span)
+        best = best_coefficients(measured, free=names, lower=LOWER, upper=UPPER)
+    return _choice(tasks, names, span, best, measured)
+
+
+def _choice(
+    tasks: Sequence[Task], names: Sequence[str], span: str, best: BestWeights, products: Sequence[Products]
+) -> Choice:
+    weights = {name: round(best.coefficients[name], 6) for name in names}
+    rises = {p.task: best.rises[p.task] / p.num_examples for p in products}
+    seen, kinds = min(p.examples_seen for p in products), sorted({p.kind for p in products})
+    forecast = {
+        "span": span,
+        "weights": weights,
+        "rises_per_example": rises,
+        "trusted": best.trusted,
+        "curvature": kinds,
+        "examples": seen,
+    }
+    doubt = "" if best.trusted else "; outside the region where the forecast can be trusted"
+    notes = [
+        f"weights chosen by forecast in the span of the {'task vectors' if span == 'tau' else 'terms of Eq. 12'} "
+        f"({', '.join(kinds)} curvature, {seen} examples a task): " + _listed(weights),
+        f"forecast rise of each task's loss over its own fine-tune, nats per example: {_listed(rises)}{doubt}",
+    ]
+    options = {} if span == "tau" else {"hbar_weight": HBAR_WEIGHT}
+    chosen = [replace(task, weight=weights[name], name=name) for task, name in zip(tasks, names, strict=True)]
+    return Choice(chosen, options, forecast, notes)
+
+
+def _listed(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def fingerprints(base: Checkpoint, tasks: Mapping[str, Checkpoint]) -> dict[str, str]:
+    """Fingerprint of every model by name, "base" first: whose products a file holds."""
+    return {role: fingerprint(list(model), model.sample) for role, model in {"base": base, **tasks}.items()}
+
+
+def settings_of(span: str, base_weight: float, delta0: float) -> dict[str, float]:
+    """What the directions of a span depend on, beside models and curvatures."""
+    return {} if span == "tau" else {"base_weight": base_weight, "delta0": delta0}
+
+
+def check_directions(products: Sequence[Products], names: Sequence[str], span: str) -> None:
+    """Compare what products were measured on with what the weights will multiply.
+
+    Raises:
+        ValueError: other tasks, or another span.
+    """
+    wanted = set(names) if span == "tau" else {*names, *(PLACE + name for name in names)}
+    for p in products:
+        if set(p.directions) != wanted:
+            raise ValueError(
+                f"the products of {p.task!r} are over the directions {', '.join(p.directions)}; these tasks and method need "
+                f"{', '.join(sorted(wanted))} (`gradmatch forecast --span {span} --save`)"
+            )
+    missing = set(names) - {p.task for p in products}
+    if missing:
+        raise ValueError(f"no products of task {min(missing)!r}; measure every task's together")

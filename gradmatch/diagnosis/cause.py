@@ -1,0 +1,45 @@
+"""One cause: what went wrong, how it shows, what it costs, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gradmatch.diagnosis.evidence import Evidence, Saving
+
+BROKEN, INPUT, CHOICE = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One finding.
+
+    Attributes:
+        name: of the kind, e.g. "not_finite".
+        subject: the task, model or layer that it is about.
+        evidence: one sentence with its numbers.
+        remedy: the one change that helps most.
+        rank: BROKEN, INPUT or CHOICE.
+        cost: nats that the repair saves over all tasks' examples (inf: the merge is useless); None: not known.
+        source: "measured" (losses of the repaired merge), "forecast" (quadratic), or "" where there is no cost.
+        numbers: the evidence as values.
+    """
+
+    name: str
+    subject: str
+    evidence: str
+    remedy: str
+    rank: int
+    cost: float | None = None
+    source: str = ""
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+Finder = Callable[["Evidence"], list[Cause]]
+
+
+def priced(saving: Saving | None) -> tuple[float | None, str]:
+    """(cost, source) of a measured saving; never negative."""
+    return (None, "") if saving is None else (max(0.0, saving.nats), "measured")

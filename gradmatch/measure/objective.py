@@ -1,0 +1,321 @@
+"""One task's loss as a function of the weights: value, gradient, and exact GGN products of a module on data.
+
+The module lends its structure; the weights come from mappings, so that one module serves the base, every fine-tune and
+every merge. Losses are negative log-likelihoods in nats, summed over the task's N examples (scaled up from those seen).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.func import functional_call
+
+from gradmatch.estimators.batches import BatchReader
+from gradmatch.estimators.inference import infer_likelihood, make_likelihood
+from gradmatch.estimators.likelihood import Categorical, Likelihood, Reading, find_logits
+from gradmatch.estimators.values import Bernoulli, Gaussian
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Weights = Mapping[str, "Tensor"]
+CHUNK = 2**18  # values of float64 at a time: 2 MB
+
+
+class OutputNotFiniteError(ValueError):
+    """A model whose outputs are NaN or infinite: weights that are, or that overflow."""
+
+
+class Objective:
+    """The summed loss of one task.
+
+    Args:
+        module: any nn.Module; its own weights are never changed, its mode is restored after each use.
+        batches: dicts of tensors (HF style) or (inputs, targets) tuples; kept as a list and gone through many times.
+        num_examples: N of the summed loss; None: the number of examples in the batches.
+        likelihood: as `gradmatch.estimators.estimate` takes it.
+
+    Attributes:
+        seen: number of examples in the batches.
+        num_examples: N.
+        scale: N / seen.
+
+    Raises:
+        ValueError: no batches.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        batches: Iterable[Any],
+        num_examples: int | None = None,
+        likelihood: str | Any = "auto",
+    ) -> None:
+        self.module = module
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        reader = BatchReader(module, device)
+        self.batches = [reader(raw, index) for index, raw in enumerate(batches)]
+        if not self.batches:
+            raise ValueError("no batches: the loss needs at least one (an iterator that was used up before?)")
+        self.seen = sum(batch.size for batch in self.batches)
+        self.num_examples = num_examples or self.seen
+        self.scale = self.num_examples / self.seen
+        self._likelihood = make_likelihood(likelihood)
+        self._uniform: float | None = None  # known after the first evaluation
+
+    def first(self, count: int) -> Objective:
+        """The same loss on the first batches alone, as many as `count` examples fill: a cheaper, noisier one."""
+        fewer = copy.copy(self)
+        fewer.batches, fewer.seen = [], 0
+        for batch in self.batches:
+            if fewer.seen < count:
+                fewer.batches.append(batch)
+                fewer.seen += batch.size
+        fewer.scale = self.num_examples / fewer.seen
+        return fewer
+
+    def evaluate(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
+        """Losses (see `losses`) and confusion counts (see `confusion`) in one pass over the batches."""
+        losses, counts, ignorance = [], None, 0.0
+        with self._evaluating(), torch.no_grad():
+            for index, batch in enumerate(self.batches):
+                try:
+                    reading = self._read(weights, index)
+                except OutputNotFiniteError:
+                    losses.append(torch.full((batch.size,), math.inf, dtype=torch.float64))
+                    continue
+                ignorance += self._ignorance(reading)
+                losses.append(-self._log_prob(reading).double().cpu())
+                found = self._counts(reading)
+                counts = found if counts is None or found is None else counts + found
+        if self._uniform is None:
+            self._uniform = ignorance / self.seen
+        return torch.cat(losses), counts
+
+    def losses(self, weights: Weights) -> Tensor:
+        """(seen,) negative log-likelihood of each example, in nats, float64; inf where the outputs overflow."""
+        return self.evaluate(weights)[0]
+
+    def loss(self, weights: Weights) -> float:
+        """The summed loss over N examples, in nats."""
+        return float(self.losses(weights).sum()) * self.scale
+
+    def confusion(self, weights: Weights) -> Tensor | None:
+        """(C, C) counts, row = label, column = most probable class; None where outputs are no classes (or over 1,000)."""
+        return self.evaluate(weights)[1]
+
+    def _ignorance(self, reading: Reading) -> float:
+        """Nats that a uniform guess loses on one batch."""
+        if isinstance(self._likelihood, Categorical):
+            return math.log(reading.view.shape[2]) * reading.count()
+        return math.log(2) * reading.count() if isinstance(self._likelihood, Bernoulli) else math.inf
+
+    def _counts(self, reading: Reading) -> Tensor | None:
+        classes = reading.view.shape[2]
+        if not isinstance(self._likelihood, Categorical) or classes > 1000 or reading.labels is None:
+            return None
+        counted = (
+            torch.ones_like(reading.labels, dtype=torch.bool) if reading.valid is None else reading.valid
+        )
+        index = reading.labels[counted] * classes + reading.view.argmax(-1)[counted]
+        return torch.bincount(index, minlength=classes * classes).view(classes, classes)
+
+    def accuracy(self, weights: Weights) -> float | None:
+        """Share of predictions whose most probable class is the label; None where outputs are no classes."""
+        counts = self.confusion(weights)
+        return None if counts is None else float(counts.diagonal().sum() / counts.sum().clamp(min=1))
+
+    def uniform_loss(self) -> float:
+        """Nats per example of a guess that knows nothing: log C for each prediction that counts; inf for regression."""
+        if self._uniform is None:
+            self.evaluate({})
+        assert self._uniform is not None
+        return self._uniform
+
+    def gradient(self, weights: Weights) -> dict[str, Tensor]:
+        """Gradient of the summed loss (true labels) by parameter name, in nats per unit of weight.
+
+        A tied parameter appears once. Parameters that the loss does not reach have a zero gradient.
+        """
+        leaves = {name: leaf.requires_grad_(True) for name, leaf in self._leaves(weights).items()}
+        total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        with self._evaluating():
+            for reading in self._readings({**weights, **leaves}):
+                loss = -self._log_prob(reading).sum()
+                gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+                for value, gradient in zip(total.values(), gradients, strict=True):
+                    if gradient is not None:
+                        value.add_(gradient)
+        return {name: value.mul_(self.scale) for name, value in total.items()}
+
+    def ggn_products(self, weights: Weights, directions: Sequence[Weights]) -> Tensor:
+        """u_i' H u_j for K directions, H = sum_n J_n' Lambda_n J_n the GGN of the summed loss at `weights`: exact.
+
+        K forward-mode derivatives a batch; Lambda_n is the Hessian of the loss in the outputs (see `output_hessian`).
+
+        Args:
+            weights: theta_t by name.
+            directions: K vectors by parameter name; a parameter that is absent does not move.
+
+        Returns:
+            (K, K) float64, in nats.
+
+        Raises:
+            ValueError: a likelihood whose output Hessian is not known.
+        """
+        leaves = self._leaves(weights)
+        total = torch.zeros(len(directions), len(directions), dtype=torch.float64)
+        with self._evaluating(), torch.no_grad():
+            for index in range(len(self.batches)):
+                products, readings = [], []
+                for direction in directions:
+                    reading, tangent = self._jvp(weights, leaves, direction, index)
+                    readings.append(reading)
+                    products.append(tangent)
+                total += output_hessian(self._known_hessian(), readings[0], torch.stack(products))
+        return total * self.scale
+
+    def expand(self, weights: Weights, direction: Weights) -> tuple[float, float, float]:
+        """(l, g'u, u'Hu) of the summed loss at `weights` along u: its value, slope, and GGN curvature, exact.
+
+        One forward-mode derivative a batch gives all three, where slope and curvature apart take a backward pass more.
+
+        Args:
+            weights: by name.
+            direction: u by parameter name; a parameter that is absent does not move.
+
+        Returns:
+            Nats.
+
+        Raises:
+            ValueError: a likelihood whose output Hessian is not known.
+        """
+        leaves = self._leaves(weights)
+        loss = slope = bend = 0.0
+        with self._evaluating(), torch.no_grad():
+            for index in range(len(self.batches)):
+                reading, tangent = self._jvp(weights, leaves, direction, index)
+                with torch.enable_grad():
+                    outputs = reading.output.detach().requires_grad_(True)
+                    nll = -self._log_prob(replace(reading, output=outputs)).sum(dtype=torch.float64)
+                    (residual,) = torch.autograd.grad(nll, outputs)
+                loss += float(nll)
+                slope += float((self._as_viewed(residual, reading) * tangent).sum(dtype=torch.float64))
+                bend += float(output_hessian(self._known_hessian(), reading, tangent[None]))
+        return loss * self.scale, slope * self.scale, bend * self.scale
+
+    def _jvp(
+        self, weights: Weights, leaves: Weights, direction: Weights, index: int
+    ) -> tuple[Reading, Tensor]:
+        """The outputs of one batch and their derivative along a direction, (B, T, C)."""
+        moving = {name: leaf for name, leaf in leaves.items() if name in direction}
+        tangents = {name: direction[name].to(leaf) for name, leaf in moving.items()}
+        rest: list[Reading] = []
+
+        def outputs(parameters: dict[str, Tensor]) -> Tensor:
+            reading = self._read({**weights, **leaves, **parameters}, index)
+            rest.append(reading)
+            value: Tensor = reading.output
+            return value
+
+        tangent = torch.func.jvp(outputs, (moving,), (tangents,))[1]
+        self._known_hessian()
+        return rest[-1], self._as_viewed(tangent, rest[-1])
+
+    def _as_viewed(self, values: Tensor, reading: Reading) -> Tensor:
+        """Values in the outputs' shape, as (B, T, C)."""
+        shape = reading.view.shape
+        if shape[2] == 1:
+            return values.reshape(shape)
+        return values.movedim(getattr(self._likelihood, "class_dim", -1), -1).reshape(shape)
+
+    def _leaves(self, weights: Weights) -> dict[str, Tensor]:
+        """The module's parameters (a tied one once) at the given values, detached."""
+        return {
+            name: weights.get(name, parameter).detach().to(parameter)
+            for name, parameter in self.module.named_parameters()
+        }
+
+    def _readings(self, weights: Weights) -> Iterator[Reading]:
+        return (self._read(weights, index) for index in range(len(self.batches)))
+
+    def _read(self, weights: Weights, index: int) -> Reading:
+        """The module's answer on one batch, with `weights` in place of its own (names it lacks are ignored)."""
+        own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        placed = {name: weights[name].to(own[name]) for name in weights if name in own}
+        batch = self.batches[index]
+        output = functional_call(self.module, placed, batch.args, batch.kwargs)
+        if not _all_finite(find_logits(output).detach()):
+            raise OutputNotFiniteError(
+                f"the outputs are NaN or infinite in batch {index}: these weights have no finite loss"
+            )
+        if self._likelihood is None:
+            self._likelihood = infer_likelihood(self.module, output, batch)
+        return self._likelihood.read(output, batch)
+
+    def _log_prob(self, reading: Reading) -> Tensor:
+        return self._known().log_prob(reading)
+
+    def _known(self) -> Likelihood:
+        assert self._likelihood is not None  # the first reading infers it
+        return self._likelihood
+
+    def _known_hessian(self) -> Categorical | Bernoulli | Gaussian:
+        if isinstance(self._likelihood, Categorical | Bernoulli | Gaussian):
+            return self._likelihood
+        raise ValueError(
+            f"the likelihood {self._known().name!r} has no known Hessian in its outputs; forecasts need classification, "
+            "language modelling, bernoulli or regression"
+        )
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Eval mode, and attention kernels that have a forward-mode derivative."""
+        modes = [(module, module.training) for module in self.module.modules()]
+        self.module.eval()
+        try:
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def _all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite: by their sum, which is one pass, and one by one where that overflows."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+
+
+def output_hessian(
+    likelihood: Categorical | Bernoulli | Gaussian, reading: Reading, products: Tensor
+) -> Tensor:
+    """sum over examples of (J u_i)' Lambda (J u_j): Lambda = diag(p) - p p' (softmax), s (1 - s), 1 / variance (Gaussian).
+
+    products: (K, B, T, C), derivatives of the outputs along K directions. Returns (K, K) float64.
+    """
+    k, classes = len(products), reading.view.shape[2]
+    outputs, products = reading.view.reshape(-1, classes), products.reshape(k, -1, classes)
+    counted = (
+        torch.arange(len(outputs)) if reading.valid is None else reading.valid.flatten().nonzero()[:, 0].cpu()
+    )
+    total = torch.zeros(k, k, dtype=torch.float64)
+    # A few predictions at a time: with a vocabulary of 50,000 whole batches in float64 do not fit any cache.
+    for rows in torch.split(counted, max(1, CHUNK // (k * classes))):
+        v, output = products[:, rows].double(), outputs[rows].double()  # (K, R, C), (R, C)
+        if isinstance(likelihood, Categorical):
+            p = output.softmax(-1)
+            v = (v - (p * v).sum(-1, keepdim=True)) * p.sqrt()
+        elif isinstance(likelihood, Bernoulli):
+            s = output.sigmoid()
+            v = v * (s * (1 - s)).sqrt()
+        else:
+            v = v / math.sqrt(likelihood.variance)
+        flat = v.flatten(1)
+        total += (flat @ flat.T).cpu()
+    return total

@@ -1,0 +1,251 @@
+"""The inputs of a diagnosis: models, curvatures and whose they are, the planned merge, the structure to run data through."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gradmatch.common.files import read_json
+from gradmatch.common.names import nearest
+from gradmatch.common.settings import numbers
+from gradmatch.estimators.curvature import Curvature
+from gradmatch.estimators.fingerprint import fingerprint
+from gradmatch.measure.conflict import curvature_overlap, sign_conflict
+from gradmatch.measure.objective import Objective
+from gradmatch.models.checkpoint import Checkpoint
+from gradmatch.models.curvatures import open_curvature
+from gradmatch.models.opening import open_checkpoint
+from gradmatch.models.task import Task
+from gradmatch.output.card import CARD
+from gradmatch.plan.opened import task_names
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from gradmatch.models.task import Model
+    from gradmatch.output.report import Report
+
+CurvatureLike = Curvature | str | os.PathLike[str]
+
+
+def open_models(
+    base: Model | Checkpoint, tasks: Sequence[Task], *, allow_pickle: bool = False
+) -> tuple[Checkpoint, dict[str, Checkpoint], dict[str, float], dict[str, Curvature]]:
+    """Base, and by task: model, weight (the mean where it varies over tensors), curvature where there is one.
+
+    Raises:
+        ValueError: no tasks.
+        TypeError: tasks that are no Tasks.
+    """
+    tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
+    if not tasks:
+        raise ValueError("no tasks: a diagnosis needs the base and at least one fine-tuned model")
+    for task in tasks:
+        if not isinstance(task, Task):
+            raise TypeError(
+                f"tasks must be Task objects, got {type(task).__name__}; write Task(model, curvature, weight)"
+            )
+    theta0 = open_checkpoint(base, allow_pickle=allow_pickle)
+    models: dict[str, Checkpoint] = {}
+    weights: dict[str, float] = {}
+    curvatures: dict[str, Curvature] = {}
+    for name, task in zip(task_names(tasks), tasks, strict=True):
+        models[name] = open_checkpoint(task.model, base=theta0, allow_pickle=allow_pickle)
+        found = numbers(task.weight)
+        weights[name] = sum(found) / len(found)
+        if task.curvature is not None:
+            curvatures[name] = open_curvature(task.curvature)
+    return theta0, models, weights, curvatures
+
+
+def check_tasks(what: str, given: Mapping[str, Any] | None, names: Sequence[str]) -> None:
+    """Refuse a table whose keys are no tasks.
+
+    Raises:
+        ValueError: such a key; the nearest task is named.
+    """
+    for task in given or {}:
+        if task not in names:
+            raise ValueError(
+                f"{what} names a task {task!r} that is not merged{nearest(task, names)}; the tasks are {', '.join(names)}"
+            )
+
+
+def open_objectives(
+    data: Mapping[str, Iterable[Any]],
+    sizes: Mapping[str, int],
+    base: Model | Checkpoint,
+    theta0: Checkpoint,
+    module: nn.Module | None,
+    likelihood: str | Any,
+) -> dict[str, Objective]:
+    """Task -> its loss on data; one example batch of each is run at the base, so that data which does not fit is told early.
+
+    Raises:
+        ValueError: no batches, or a module whose parameters are not the base's.
+        TypeError: batches that are none.
+    """
+    if not data:
+        return {}
+    structure = module or module_of(base, theta0)
+    parameters = [name for name, _ in structure.named_parameters()]
+    lacking = [name for name in parameters if name not in theta0]
+    if len(lacking) == len(parameters):
+        raise ValueError(
+            f"the module to run data through has no parameter of the base: {lacking[0]!r} and the others are not among "
+            f"{next(iter(theta0), 'nothing')!r}, ...; pass module= of the architecture that the weights belong to"
+        )
+    objectives = {}
+    for task, batches in data.items():
+        if isinstance(batches, Mapping | torch.Tensor | str):
+            raise TypeError(
+                f"data of {task!r} is a {type(batches).__name__}; give a list (or any iterable) of batches, [batch] for a single one"
+            )
+        try:
+            objectives[task] = Objective(structure, batches, sizes.get(task), likelihood)
+            objectives[task].first(1).losses(theta0)
+        except TypeError as error:
+            raise TypeError(f"data of {task!r}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"data of {task!r}: {error}") from error
+        except (RuntimeError, IndexError) as error:  # torch's own
+            raise ValueError(
+                f"data of {task!r}: the module cannot be run on its first batch ({error}); these may be inputs of another model or tokenizer"
+            ) from error
+    return objectives
+
+
+def planned_merge(
+    base: Model | Checkpoint,
+    tasks: Sequence[Task],
+    method: str,
+    base_curvature: CurvatureLike | float | None,
+    base_weight: float,
+    delta0: float,
+    options: Mapping[str, Any],
+) -> tuple[Mapping[str, Tensor] | None, str]:
+    """The merge as it would come out, in memory; or None, and why `merge` refuses."""
+    from gradmatch.merging import merge
+
+    arguments: dict[str, Any] = {
+        "base_curvature": base_curvature,
+        "base_weight": base_weight,
+        "delta0": delta0,
+        "allow_mismatch": True,
+        **options,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return merge(base, tasks, method=method, **arguments), ""
+        except ValueError as error:
+            return None, str(error)
+
+
+def linear_instead(report: Report | None, merged: Any) -> list[str]:
+    """A note where SLERP interpolated linearly, as the report in memory or the folder's card tells; merges without one pass."""
+    branches = report.branches if report else {}
+    path = getattr(merged, "path", None)
+    if report is None and path is not None and (Path(path) / CARD).is_file():
+        branches = read_json(Path(path) / CARD).get("report", {}).get("branches") or {}
+    linear, total = branches.get("lerp", 0), sum(branches.values())
+    if not linear:
+        return []
+    return [
+        f"SLERP was LERP in {linear} of {total} tensors: models that are nearly parallel, as fine-tunes of one base are, have no "
+        "arc between them worth the name; there the merge is a plain weighted average"
+    ]
+
+
+def curvature_owners(
+    base: Checkpoint,
+    models: Mapping[str, Checkpoint],
+    curvatures: Mapping[str, Curvature],
+    base_curvature: Curvature | float | None,
+) -> dict[str, str]:
+    """Whose curvature -> the model that it was taken at, "" for none of these; curvatures without a fingerprint pass."""
+    found: dict[str, str] = {}
+    everyone = {"base": base, **models}
+    given: dict[str, Curvature] = dict(curvatures)
+    if isinstance(base_curvature, Curvature):
+        given["base"] = base_curvature
+    for whose, curvature in given.items():
+        stored = curvature.info.get("fingerprint")
+        if stored is None:
+            continue
+        order = [whose, *(model for model in everyone if model != whose)]
+        found[whose] = next((m for m in order if _print_of(everyone[m], curvature) == stored), "")
+    return found
+
+
+def _print_of(model: Checkpoint, curvature: Curvature) -> str | None:
+    try:
+        return fingerprint(curvature, model.sample)
+    except KeyError:
+        return None
+
+
+def compared_curvatures(
+    base: Checkpoint, models: Mapping[str, Checkpoint], curvatures: Mapping[str, Curvature]
+) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float]]:
+    """Pairs of tasks by what their curvatures share, over the parameters of both.
+
+    Returns:
+        (task, task) -> sum sqrt(h_s h_t) / sqrt(sum h_s sum h_t) in [0, 1], and (task, task) -> sum w [opposite signs] / sum w [both
+        moved] with w = h_s + h_t of the summed losses (0.5 for unrelated tasks; no entry where no such weight moved).
+    """
+    pairs = list(combinations(curvatures, 2))
+    shared = {pair: [0.0, 0.0, 0.0] for pair in pairs}
+    signs = {pair: [0.0, 0.0] for pair in pairs}
+    for name in dict.fromkeys(name for curvature in curvatures.values() for name in curvature):
+        h = {task: curvature.total(name) for task, curvature in curvatures.items() if name in curvature}
+        tau = {}
+        if name in base:
+            theta0 = base[name].float()
+            held = [
+                task for task in h if name in models[task] and models[task].spec(name).shape == theta0.shape
+            ]
+            tau = {task: models[task][name].float() - theta0 for task in held}
+        for a, b in pairs:
+            if a in h and b in h:
+                for place, part in enumerate(curvature_overlap(h[a], h[b])):
+                    shared[a, b][place] += part
+                if a in tau and b in tau and h[a].numel() == h[b].numel() == tau[a].numel():
+                    weight = (h[a] + h[b]).clamp(min=0).view(tau[a].shape)
+                    for place, part in enumerate(sign_conflict(tau[a], tau[b], weight)):
+                        signs[a, b][place] += part
+    overlaps = {pair: both / (s * t) ** 0.5 if s * t > 0 else 0.0 for pair, (both, s, t) in shared.items()}
+    return overlaps, {pair: against / moving for pair, (against, moving) in signs.items() if moving > 0}
+
+
+def module_of(base: Model | Checkpoint, opened: Checkpoint) -> nn.Module:
+    """The structure to run data through: the base where it is a module, else what its config.json describes.
+
+    Raises:
+        ValueError: neither.
+    """
+    if isinstance(base, torch.nn.Module):
+        return base
+    if isinstance(opened.module, torch.nn.Module):
+        return opened.module
+    architectures = (opened.config or {}).get("architectures") or []
+    if opened.path is None or not architectures:
+        raise ValueError(
+            "data needs a module to run through: pass module=, or a base that is a module or a folder with a config.json"
+        )
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(opened.path)
+    architecture = getattr(transformers, architectures[0], None)
+    if architecture is None:
+        raise ValueError(
+            f"{opened.path} wants the architecture {architectures[0]!r}, which transformers lacks; pass module="
+        )
+    module: nn.Module = architecture(config)
+    return module

@@ -1,0 +1,82 @@
+"""Checkpoint: one lazy mapping over every form in which a model's weights come; `gradmatch.models.opening` opens them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradmatch.estimators.fingerprint import Sample, sample_file, sample_tensor
+from gradmatch.models.stores import FileStore, Spec, Store, read
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Checkpoint(Mapping[str, "Tensor"]):
+    """Weights by name, read when asked for.
+
+    Attributes:
+        store: where the values are.
+        path: folder or file, or None for one in memory.
+        config: the model's config.json, or None.
+        aliases: tied names -> the name that holds the values.
+        module: the module it was opened from, or None.
+        changed: a config that replaces the one in `path` (other layers, another vocabulary), or None.
+        original: the checkpoint before its vocabulary was aligned; itself otherwise.
+        report: what the merge that made it has to say, or None.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        path: Path | None = None,
+        config: Mapping[str, Any] | None = None,
+        aliases: Mapping[str, str] | None = None,
+        module: Any = None,
+        changed: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.store = store
+        self.path = path
+        self.config = config
+        self.aliases = dict(aliases or {})
+        self.module = module
+        self.changed = changed
+        self.original = self
+        self.report: Any = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return read(self.store, self.aliases.get(name, name))
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.store
+        yield from (name for name in self.aliases if name not in self.store)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.store or name in self.aliases
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.where}, {len(self)} tensors)"
+
+    @property
+    def where(self) -> str:
+        """How to call it in messages."""
+        return (
+            str(self.path) if self.path else type(self.module).__name__ if self.module else "the state dict"
+        )
+
+    def spec(self, name: str) -> Spec:
+        """Shape and dtype, without reading the values."""
+        return self.store.spec(self.aliases.get(name, name))
+
+    def sample(self, name: str) -> Sample:
+        """Shape and a few values of a tensor, as a fingerprint takes them (see `gradmatch.estimators.curvature`)."""
+        name = self.aliases.get(name, name)
+        ranges = self.store.files(name)
+        if isinstance(self.store, FileStore) and ranges:
+            return sample_file(ranges[0][0], self.store.prefix + name)
+        return sample_tensor(self[name])

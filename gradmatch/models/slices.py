@@ -1,0 +1,120 @@
+"""Models cut and stacked by layer ranges: a virtual checkpoint whose tensors come from several others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gradmatch.common.settings import FIRST, LAYER, layer_of
+from gradmatch.models.checkpoint import Checkpoint
+from gradmatch.models.opening import open_checkpoint
+from gradmatch.models.stores import Spec, Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradmatch.estimators.tensorfile import TensorFile
+    from gradmatch.models.task import Model
+
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Layers first to last (excluded) of a model."""
+
+    model: Model
+    first: int
+    last: int
+
+
+class RenamedStore:
+    """Tensors of other stores under new names."""
+
+    def __init__(self, where: Mapping[str, tuple[Store, str]]) -> None:
+        self._where = dict(where)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
+    def spec(self, name: str) -> Spec:
+        """Shape and dtype at the source."""
+        store, source = self._where[name]
+        return store.spec(source)
+
+    def block(self, name: str, first: int, last: int) -> Tensor:
+        """Elements at the source."""
+        store, source = self._where[name]
+        return store.block(source, first, last)
+
+    def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
+        """Byte ranges at the source."""
+        store, source = self._where[name]
+        return store.files(source)
+
+
+def stack(slices: Sequence[Slice], *, allow_pickle: bool = False) -> Checkpoint:
+    """One checkpoint of the given layers on top of one another.
+
+    Tensors outside the layers come from the first slice's model (embeddings) and the last one's (final norm, head). The
+    config's layer count, and every list in it with one entry a layer, follow.
+
+    Args:
+        slices: from the first layer up.
+        allow_pickle: as for `open_checkpoint`.
+
+    Returns:
+        A checkpoint to merge with method="passthrough", or to combine with others cut alike.
+
+    Raises:
+        ValueError: no slices, or a range that the model does not have.
+    """
+    if not slices:
+        raise ValueError("no slices to stack; give at least one model with a layer range")
+    opened = [open_checkpoint(one.model, allow_pickle=allow_pickle) for one in slices]
+    where: dict[str, tuple[Store, str]] = {}
+    sources: list[int] = []
+    for name in opened[0].store:
+        if layer_of(name) is None and FIRST.search(name):
+            where[name] = (opened[0].store, name)
+    for one, checkpoint in zip(slices, opened, strict=True):
+        count = 1 + max((layer_of(name) or 0 for name in checkpoint.store), default=-1)
+        if not 0 <= one.first < one.last <= count:
+            raise ValueError(
+                f"layers {one.first} to {one.last} of {checkpoint.where}: it has {count}, a range needs 0 <= first < last <= {count}"
+            )
+        for name in checkpoint.store:
+            index = layer_of(name)
+            if index is not None and one.first <= index < one.last:
+                where[_renumbered(name, len(sources) + index - one.first)] = (checkpoint.store, name)
+        sources += range(one.first, one.last)
+    for name in opened[-1].store:
+        if layer_of(name) is None and not FIRST.search(name):
+            where[name] = (opened[-1].store, name)
+    config = _followed(opened[0].config, sources)
+    return Checkpoint(
+        RenamedStore(where), path=opened[0].path, config=config, aliases=opened[0].aliases, changed=config
+    )
+
+
+def _renumbered(name: str, index: int) -> str:
+    """A parameter's name in another layer."""
+    found = LAYER.search(name)
+    assert found is not None
+    return f"{name[: found.start(1)]}{index}{name[found.end(1) :]}"
+
+
+def _followed(config: Mapping[str, Any] | None, sources: Sequence[int]) -> dict[str, Any] | None:
+    """The config of a model with these layers of the original."""
+    if config is None:
+        return None
+    old = next((config[key] for key in LAYER_COUNTS if key in config), None)
+    followed = {key: (len(sources) if key in LAYER_COUNTS else value) for key, value in config.items()}
+    for key, value in config.items():
+        if isinstance(value, list) and old and len(value) == old and max(sources) < old:
+            followed[key] = [value[source] for source in sources]
+    return followed

@@ -1,0 +1,196 @@
+"""Where tensors come from: files, memory, and views that rename or reorder others. Nothing here computes a merge.
+
+A store knows names, shapes and dtypes without reading a value, and gives any range of a tensor's elements, flat. dtypes are
+spelled as in safetensors ("F32", "BF16"), so that headers can be checked without importing torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from gradmatch.estimators.tensorfile import ITEM_SIZE, TORCH_NAME, TensorFile
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+SAFETENSORS_NAME = {torch_name: name for name, torch_name in TORCH_NAME.items()}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape and dtype of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return self.numel * ITEM_SIZE[self.dtype]
+
+    @property
+    def floating(self) -> bool:
+        """Whether it can be averaged."""
+        return self.dtype in FLOATING
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+class Store(Protocol):
+    """Tensors by name, read by range of elements."""
+
+    def __iter__(self) -> Iterator[str]:
+        """Names, in a fixed order."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor."""
+
+    def spec(self, name: str) -> Spec:
+        """Shape and dtype; KeyError for an unknown name."""
+
+    def block(self, name: str, first: int, last: int) -> Tensor:
+        """Elements first to last, flat, in the stored dtype; possibly a read-only view."""
+
+    def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
+        """The byte ranges of files that `block` reads for this tensor, for read-ahead."""
+
+
+class FileStore:
+    """Tensors of one or more safetensors files; a name must occur in one file only.
+
+    Raises:
+        ValueError: two files hold the same name.
+    """
+
+    def __init__(self, files: Sequence[TensorFile], prefix: str = "") -> None:
+        self._where: dict[str, TensorFile] = {}
+        self.prefix = prefix
+        for file in files:
+            for name in file:
+                if not name.startswith(prefix):
+                    continue
+                short = name.removeprefix(prefix)
+                if short in self._where:
+                    raise ValueError(
+                        f"tensor {short!r} is in {self._where[short].path} and in {file.path}; keep one of the two"
+                    )
+                self._where[short] = file
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
+    def spec(self, name: str) -> Spec:
+        """Shape and dtype from the header."""
+        info = self._where[name][self.prefix + name]
+        return Spec(info.dtype, info.shape)
+
+    def block(self, name: str, first: int, last: int) -> Tensor:
+        """A view of the file's pages."""
+        return self._where[name].block(self.prefix + name, first, last)
+
+    def read(self, name: str, first: int, last: int, buffer: Tensor) -> Tensor:
+        """Elements first to last, flat, in the stored dtype, read into the front of `buffer` (bytes, uint8).
+
+        Raises:
+            ValueError: the file ended early.
+        """
+        info = self._where[name][self.prefix + name]
+        held = buffer[: (last - first) * ITEM_SIZE[info.dtype]]
+        self._where[name].read_into(self.prefix + name, held.numpy().data, first)
+        return held.view(torch_dtype(info.dtype))
+
+    def place(self, name: str, first: int) -> tuple[int, int]:
+        """The file descriptor, and the byte in that file at which element `first` lies."""
+        file = self._where[name]
+        info = file[self.prefix + name]
+        return file.fileno(), info.start + first * ITEM_SIZE[info.dtype]
+
+    def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
+        """The tensor's own byte range."""
+        info = self._where[name][self.prefix + name]
+        return [(self._where[name], info.start, info.stop)]
+
+
+class MemoryStore:
+    """Tensors of a mapping, on whatever device; names that share one memory are listed in `aliases`.
+
+    Raises:
+        TypeError: a value that is no tensor.
+        ValueError: a tensor without values (on the meta device), or of a dtype that cannot be stored.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], where: str = "the state dict") -> None:
+        import torch
+
+        self._flat: dict[str, Tensor] = {}
+        self._specs: dict[str, Spec] = {}
+        self.aliases: dict[str, str] = {}
+        seen: dict[tuple[object, ...], str] = {}
+        for name, value in tensors.items():
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(
+                    f"{where}: {name!r} is a {type(value).__name__}, not a tensor; pass the state dict alone"
+                )
+            if value.device.type == "meta":
+                raise ValueError(
+                    f"{where}: {name!r} is on the meta device and has no values; load the weights first"
+                )
+            dtype = SAFETENSORS_NAME.get(str(value.dtype).removeprefix("torch."))
+            if dtype is None or value.layout != torch.strided:
+                raise ValueError(
+                    f"{where}: {name!r} is a {value.layout} tensor of {value.dtype}, which cannot be merged"
+                )
+            self._specs[name] = Spec(dtype, tuple(value.shape))
+            flat = value.detach().reshape(-1)
+            memory = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+            if value.numel() and memory in seen:
+                self.aliases[name] = seen[memory]
+                flat = self._flat[seen[memory]]
+            seen.setdefault(memory, name)
+            self._flat[name] = flat
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._specs
+
+    def spec(self, name: str) -> Spec:
+        """Shape and dtype of the tensor."""
+        return self._specs[name]
+
+    def block(self, name: str, first: int, last: int) -> Tensor:
+        """A view of the tensor's memory, or a copy where it lies on another device."""
+        return self._flat[name][first:last].to("cpu")
+
+    def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
+        """Nothing on disk."""
+        return ()
+
+
+def read(store: Store, name: str) -> Tensor:
+    """One whole tensor in its shape and stored dtype, in memory of its own."""
+    spec = store.spec(name)
+    return store.block(name, 0, spec.numel).clone().reshape(spec.shape)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors spelling: "F32" gives torch.float32."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, TORCH_NAME[name])
+    return dtype

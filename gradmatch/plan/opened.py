@@ -1,0 +1,298 @@
+"""The opened inputs of a merge: base, tasks and curvatures, checked against one another."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradmatch.common.settings import Setting
+from gradmatch.common.warning import warn
+from gradmatch.estimators.curvature import GRADIENT, MEAN, Curvature
+from gradmatch.models.checkpoint import Checkpoint
+from gradmatch.models.curvatures import CurvatureStore, Factors, checked_aliases, open_curvature
+from gradmatch.models.opening import open_checkpoint
+from gradmatch.models.stores import Spec, Store
+from gradmatch.models.task import Task
+from gradmatch.plan.request import REMOVALS, resolve_options
+
+if TYPE_CHECKING:
+    from gradmatch.models.task import Model
+    from gradmatch.plan.request import Request
+
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
+
+
+UNNAMED = re.compile(r"task \d+")
+
+
+@dataclass
+class OpenTask:
+    """A task with its files opened."""
+
+    name: str
+    weight: Setting
+    checkpoint: Checkpoint
+    store: Store
+    curvature: Curvature | None = None
+    mean: CurvatureStore | None = None
+    gradient: CurvatureStore | None = None
+    factors: Factors | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Inputs:
+    """Everything that a merge reads."""
+
+    base: Checkpoint
+    store: Store
+    tasks: list[OpenTask]
+    base_curvature: CurvatureStore | float | None = None
+    base_factors: Factors | None = None
+
+    def curvatures_of(
+        self, name: str, tasks: Sequence[int], request: Request, spec: Spec
+    ) -> tuple[list[int], bool]:
+        """Check that the curvatures which the rule needs are there for one tensor.
+
+        Returns:
+            Their sizes in bytes, and whether there are factors, so that the rule solves for the matrix.
+
+        Raises:
+            ValueError: a curvature lacks the tensor and no policy was chosen, or its shape differs.
+        """
+        needs = request.rule.needs
+        stores: list[tuple[str, CurvatureStore | None]] = []
+        if "base_curvature" in needs and isinstance(self.base_curvature, CurvatureStore):
+            stores.append(("the base", self.base_curvature))
+        for position in tasks:
+            task = self.tasks[position]
+            if "curvature" in needs:
+                stores.append((task.name, task.mean))
+            if "gradient" in needs:
+                stores.append((task.name, task.gradient))
+        sizes = []
+        for owner, store in stores:
+            key = store.key(name) if store else None
+            if store is None or key is None:
+                if request.missing_curvature == "error":
+                    raise ValueError(
+                        f"the curvature of {owner} has no block for {name!r} (a buffer, a parameter frozen while it was "
+                        "estimated, or a second copy of a tied one); pass missing_curvature='zero' to treat it as flat there"
+                    )
+                continue
+            found = store.spec(key)
+            if found.shape != spec.shape:
+                raise ValueError(
+                    f"the curvature of {owner} has shape {list(found.shape)} for {name!r}, the model has {list(spec.shape)}; "
+                    "it belongs to another model"
+                )
+            sizes.append(found.nbytes)
+        if not request.rule.matrix or len(spec.shape) < 2:
+            return sizes, False
+        factors = [(self.tasks[t].name, self.tasks[t].factors) for t in tasks]
+        if "base_curvature" in needs:
+            factors.append(("the base", self.base_factors))
+        held = [known.size(name, spec.shape, owner) for owner, known in factors if known is not None]
+        matrix = (
+            all(held) if "gram" in needs else any(held)
+        )  # without its diagonal, a layer needs all of them
+        if matrix:
+            sizes += held
+            self.check_conv1d(name, spec, request)
+        return sizes, matrix
+
+    def is_conv1d(self, name: str) -> bool:
+        """Whether a square matrix is stored [in, out], as GPT-2's Conv1D layers are (other shapes tell by themselves)."""
+        models = [self.base, *(task.checkpoint for task in self.tasks)]
+        config = next((model.config for model in models if model.config), {})
+        return config.get("model_type") in CONV1D_MODELS and bool(CONV1D.search(name))
+
+    def check_conv1d(self, name: str, spec: Spec, request: Request) -> None:
+        """Refuse a square matrix that may be stored either way.
+
+        Raises:
+            ValueError: named like a Conv1D layer, in models without a config, and the option does not tell.
+        """
+        configs = [self.base.config, *(task.checkpoint.config for task in self.tasks)]
+        square = len(spec.shape) == 2 and spec.shape[0] == spec.shape[1]
+        told = any(configs) or request.options.get("conv1d") is not None
+        if square and CONV1D.search(name) and not told:
+            raise ValueError(
+                f"{request.method}: {name!r} {list(spec.shape)} is stored [in, out] in GPT-2's Conv1D layers and [out, in] in nn.Linear, and "
+                "a state dict does not tell which; pass models or folders, or the option conv1d=True or False"
+            )
+
+    def describe(self, notes: list[str], request: Request) -> None:
+        """Warn of what is legal and probably unintended."""
+        weights = [task.weight for task in self.tasks]
+        if request.method in ("averaging", "greedy_soup") and any(weight != weights[0] for weight in weights):
+            notes.append(f"{request.method} ignores the weights {weights}; 'weighted' uses them")
+            warn(notes[-1])
+        unnamed = [task.name for task in self.tasks if UNNAMED.fullmatch(task.name)]
+        random = any("seed" in own for _, own in resolve_options(request)[1])
+        if random and len(unnamed) > 1:
+            notes.append(
+                "random draws follow the names of tasks, and these have none of their own, so their order matters: "
+                f"{', '.join(unnamed)}; pass Task(..., name=...)"
+            )
+            warn(notes[-1])
+        if request.method == "measured":
+            notes.append(
+                "the measured gradient divided elementwise by a diagonal curvature explodes on networks (it is exact on "
+                "quadratics with full curvature): compare with gradient_matching, or solve in the subspace of the task vectors"
+            )
+            warn(notes[-1])
+
+
+def open_inputs(
+    base: Model | Checkpoint,
+    tasks: Sequence[Task],
+    request: Request,
+    *,
+    base_curvature: Curvature | str | os.PathLike[str] | float | None = None,
+    allow_mismatch: bool = False,
+    allow_pickle: bool = False,
+) -> Inputs:
+    """Open base, tasks and curvatures; nothing but headers and fingerprints is read.
+
+    Raises:
+        ValueError: no tasks, two tasks of one name, a rule without the curvature it needs, a curvature of another model.
+        TypeError: tasks that are no Tasks.
+        FileNotFoundError: a path that is not there.
+    """
+    if isinstance(tasks, Task):
+        tasks = [tasks]
+    tasks = list(tasks)
+    for task in tasks:
+        if not isinstance(task, Task):
+            raise TypeError(
+                f"tasks must be Task objects, got {type(task).__name__}; write Task(model, curvature, weight)"
+            )
+    if not tasks:
+        raise ValueError("no tasks to merge; pass at least one Task(model, curvature, weight)")
+    opened_base = open_checkpoint(base, allow_pickle=allow_pickle)
+    aliases: dict[str, list[str]] = {}
+    for alias, name in opened_base.aliases.items():
+        aliases.setdefault(name, []).append(alias)
+    names = task_names(tasks)
+    opened = []
+    for name, task in zip(names, tasks, strict=True):
+        checkpoint = open_checkpoint(task.model, base=opened_base, allow_pickle=allow_pickle)
+        opened.append(_open_task(name, task, checkpoint, aliases, request, allow_mismatch))
+    h0, factors = _base_curvature(base_curvature, opened_base, aliases, request, allow_mismatch)
+    inputs = Inputs(opened_base, opened_base.store, opened, h0, factors)
+    owners = [*(task.factors for task in opened), factors]
+    if "factors" in request.rule.needs and not any(
+        known and any(name in known.a for name in known.a) for known in owners
+    ):
+        raise ValueError(
+            f"{request.method} needs curvatures with Kronecker factors, and none of these has any; estimate them with method='kfac' "
+            "(`gradmatch estimate --method kfac`), or use gradient_matching, which takes the diagonal"
+        )
+    return inputs
+
+
+def task_names(tasks: Sequence[Task]) -> list[str]:
+    """Each task's own name, else its folder's, else its position ("task 1").
+
+    Raises:
+        ValueError: a name given twice.
+    """
+    given = [task.name for task in tasks if task.name]
+    twice = sorted({name for name in given if given.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"two tasks are called {twice[0]!r}; names tell reports, heads and random draws apart"
+        )
+    names = []
+    for position, task in enumerate(tasks, 1):
+        name = task.name
+        if not name and isinstance(task.model, (str, os.PathLike)):
+            name = Path(task.model).name
+        if not name or name in names:
+            name = f"{name} {position}" if name else f"task {position}"
+        names.append(name)
+    return names
+
+
+def _open_task(
+    name: str,
+    task: Task,
+    checkpoint: Checkpoint,
+    aliases: Mapping[str, Sequence[str]],
+    request: Request,
+    allow_mismatch: bool,
+) -> OpenTask:
+    """One task with the curvature that the rule needs."""
+    opened = OpenTask(name, task.weight, checkpoint, checkpoint.store, options=task.options)
+    needs = request.rule.needs
+    if not needs & {"curvature", "gradient", "gram"}:
+        return opened
+    if task.curvature is None:
+        instead = "negation" if request.method in REMOVALS else "task_arithmetic"
+        kind = (
+            "gram matrices (`gradmatch estimate --method gram`)"
+            if "gram" in needs
+            else "a curvature (`gradmatch estimate`)"
+        )
+        raise ValueError(
+            f"{request.method} needs {kind} for every task, {name} has none; pass Task(model, curvature=...) "
+            f"(--task MODEL,curvature=FILE), or choose a method without, such as {instead}"
+        )
+    curvature = open_curvature(task.curvature)
+    aliases = checked_aliases(curvature, checkpoint, name, aliases, allow_mismatch)
+    opened.curvature = curvature
+    if "curvature" in needs:
+        opened.mean = CurvatureStore(curvature, MEAN, aliases)
+    if "gradient" in needs:
+        if not curvature.has_gradient:
+            raise ValueError(
+                f"{request.method} needs the measured gradient, which the curvature of {name} lacks; estimate it with gradient=True"
+            )
+        opened.gradient = CurvatureStore(curvature, GRADIENT, aliases)
+    if "gram" in needs:
+        opened.factors = Factors.of(curvature, aliases)
+        if not any(key for key in checkpoint if opened.factors.a.key(key)):
+            raise ValueError(
+                f"the curvature of {name} holds no gram matrices; estimate it with method='gram'"
+            )
+    elif request.rule.matrix:
+        opened.factors = Factors.of(curvature, aliases)
+    return opened
+
+
+def _base_curvature(
+    given: Curvature | str | os.PathLike[str] | float | None,
+    base: Checkpoint,
+    aliases: Mapping[str, Sequence[str]],
+    request: Request,
+    allow_mismatch: bool,
+) -> tuple[CurvatureStore | float | None, Factors | None]:
+    """H0 before its weight and floor: a curvature, an isotropic number, or None where the rule needs none; and its factors."""
+    if "base_curvature" not in request.rule.needs:
+        return None, None
+    if given is None:
+        instead = "negation" if request.method in REMOVALS else "fisher"
+        raise ValueError(
+            f"{request.method} needs the base's curvature; pass base_curvature=... (`gradmatch estimate` on the base makes one), "
+            f"or a number such as base_curvature=1.0 for an isotropic one, or use method={instead!r}, which needs none"
+        )
+    if isinstance(given, Real):  # numpy's too
+        given = float(given)
+    if isinstance(given, (int, float)):
+        if not 0 <= given < float("inf"):
+            raise ValueError(
+                f"base_curvature is {given}; an isotropic curvature is a finite number of at least 0"
+            )
+        return float(given), None
+    curvature = open_curvature(given)
+    aliases = checked_aliases(curvature, base, "the base", aliases, allow_mismatch)
+    factors = Factors.of(curvature, aliases) if request.rule.matrix else None
+    return CurvatureStore(curvature, MEAN, aliases), factors
