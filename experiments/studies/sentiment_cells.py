@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 SOURCES = ("experiments.models", "experiments.assets")
 MERGING = (  # what decides a merge's numbers; not the command line, cards, or writers
-    *(f"gradmatch.{name}" for name in ("merging", "engine", "inputs", "plan", "rules", "transforms")),
+    *(f"gradmatch.{name}" for name in ("merging", "engine", "models", "plan", "rules")),
     "gradmatch.estimators.curvature",
 )
 # Examples a second on two cores without bfloat16, of MiniLM on texts of up to 64 tokens: for the plan of a run.
 TRAINED, EVALUATED, DIFFERENTIATED, SQUARED = 45, 150, 45, 25
-MISMATCH = tuple(f"gradmatch.diagnosis.{name}" for name in ("layers", "mismatch", "objective"))
+MISMATCH = ("gradmatch.common.layers", "gradmatch.measure.mismatch", "gradmatch.measure.objective")
 
 
 class Cells:
