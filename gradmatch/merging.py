@@ -7,11 +7,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
+from gradmatch.common.warning import warn
 from gradmatch.models.checkpoint import Checkpoint
+from gradmatch.models.curvatures import CurvatureStore
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.task import Model, Task
 from gradmatch.output.report import Report, make_report
-from gradmatch.plan.opened import open_inputs
+from gradmatch.plan.opened import Inputs, open_inputs
 from gradmatch.plan.plan import plan
 from gradmatch.plan.request import Request
 from gradmatch.plan.step import Plan
@@ -88,14 +90,41 @@ def prepare(
     )
     from gradmatch.plan.vocab import align
 
+    apart = check_units(inputs, request, allow_mismatch)
     files = align(inputs, request.embeddings)
     made = plan(inputs, request)
     made.files = files
+    made.notes += apart
     if inputs.base.path and inputs.base.path.is_dir():
         from gradmatch.output.layout import module_notes
 
         made.notes += module_notes(inputs.base.path)
     return made
+
+
+def check_units(inputs: Inputs, request: Request, allow_mismatch: bool) -> list[str]:
+    """Compare the sizes of all curvatures that the rule weighs against one another; notes where they are far apart.
+
+    Raises:
+        ValueError: curvatures of different estimators, more than a thousand times apart per example.
+    """
+    if "curvature" not in request.rule.needs or request.options.get("normalize_fishers"):
+        return []
+    from gradmatch.models.units import compare_units
+
+    stores = {task.name: task.mean for task in inputs.tasks}
+    if isinstance(inputs.base_curvature, CurvatureStore):
+        stores["the base"] = inputs.base_curvature
+    notes = []
+    for apart in compare_units({who: store.curvature for who, store in stores.items() if store is not None}):
+        if apart.hopeless and not allow_mismatch:
+            raise ValueError(
+                f"{apart.text}; estimate both in the same way (`gradmatch estimate`), or pass allow_mismatch=True if you know better"
+            )
+        notes.append(apart.text)
+        if not allow_mismatch:
+            warn(f"{apart.text}; estimate both in the same way (`gradmatch estimate`)")
+    return notes
 
 
 def execute(

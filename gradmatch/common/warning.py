@@ -7,7 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
-PACKAGE = f"{Path(__file__).parent}{os.sep}"
+PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def warn(text: str) -> None:

@@ -26,7 +26,7 @@ class CurvatureStore:
 
     def __init__(self, curvature: Curvature, prefix: str, aliases: Mapping[str, Sequence[str]]) -> None:
         self.num_examples, self.path = curvature.num_examples, curvature.path
-        self._curvature, self._prefix, self._aliases = curvature, prefix, aliases
+        self.curvature, self._prefix, self._aliases = curvature, prefix, aliases
         self._file = FileStore([TensorFile(curvature.path)], prefix) if curvature.path else None
         self._flat: dict[str, Tensor] = {}
         self.rows: Mapping[str, Rows] = {}
@@ -36,7 +36,7 @@ class CurvatureStore:
         return next((known for known in (name, *self._aliases.get(name, ())) if known in self), None)
 
     def __iter__(self) -> Any:
-        return iter(self._file if self._file else self._curvature)
+        return iter(self._file if self._file else self.curvature)
 
     def __contains__(self, name: object) -> bool:
         if self._file:
@@ -80,10 +80,10 @@ class CurvatureStore:
 
     def _tensor(self, name: str) -> Tensor | None:
         if self._prefix == MEAN:
-            return self._curvature.mean(name) if name in self._curvature else None
+            return self.curvature.mean(name) if name in self.curvature else None
         if self._prefix == GRADIENT:
-            return self._curvature.gradient(name)
-        factor = self._curvature.factor_a if self._prefix == FACTOR_A else self._curvature.factor_b
+            return self.curvature.gradient(name)
+        factor = self.curvature.factor_a if self._prefix == FACTOR_A else self.curvature.factor_b
         return factor(name)
 
 
