@@ -1,7 +1,7 @@
 """Curvature of neural networks, exact per example: any nn.Module and batches in, a `Curvature` on disk out.
 
-`estimate(model, batches, method=...)` runs one of `ESTIMATORS`; `from_adam`, `from_ivon` and `from_laplace` read what
-others have already measured. Names are loaded when they are first used, so that importing this package stays cheap.
+`estimate(model, batches, method=...)` runs one of `ESTIMATORS`, or one of your own (`protocol.py`, `check_estimator`);
+`from_adam`, `from_ivon` and `from_laplace` read what others have already measured. Names are loaded when they are first used, so that importing this package stays cheap.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradmatch.estimators.adam import from_adam
+    from gradmatch.estimators.conformance import check_estimator
     from gradmatch.estimators.curvature import Curvature
-    from gradmatch.estimators.estimation import ESTIMATORS, estimate
+    from gradmatch.estimators.estimation import estimate
     from gradmatch.estimators.ivon import from_ivon
     from gradmatch.estimators.laplace import from_laplace
     from gradmatch.estimators.likelihood import Categorical
+    from gradmatch.estimators.protocol import ESTIMATORS
     from gradmatch.estimators.values import Bernoulli, Gaussian
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "Categorical",
     "Curvature",
     "Gaussian",
+    "check_estimator",
     "estimate",
     "from_adam",
     "from_ivon",
@@ -38,7 +41,8 @@ _WHERE = {
     "from_adam": "gradmatch.estimators.adam",
     "from_ivon": "gradmatch.estimators.ivon",
     "from_laplace": "gradmatch.estimators.laplace",
-    "ESTIMATORS": "gradmatch.estimators.estimation",
+    "ESTIMATORS": "gradmatch.estimators.protocol",
+    "check_estimator": "gradmatch.estimators.conformance",
     "estimate": "gradmatch.estimators.estimation",
 }
 

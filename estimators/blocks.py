@@ -28,6 +28,11 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def units(num_examples: int, of: str = "nats") -> str:
+    """What `info["units"]` says of mean blocks."""
+    return f"{of} per example; of the loss summed over N = {num_examples} examples, N times as much"
+
+
 def check_kind(prefix: str, name: object, value: object) -> None:
     """Refuse what has no values of a curvature.
 

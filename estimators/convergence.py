@@ -62,8 +62,8 @@ class Convergence:
         return relative_error(self.sizes, [sum(row) for row in self.traces])
 
     def reached(self, tolerance: float) -> bool:
-        """Whether the trace is known to this relative error, from enough groups to say so."""
-        found = self.relative_error()
+        """Whether the trace is known to this relative error, from enough groups to say so; nothing measured is not known."""
+        found = self.relative_error() if any(map(any, self.traces)) else None
         return len(self.sizes) >= ENOUGH and found is not None and found <= tolerance
 
 

@@ -8,6 +8,7 @@ the labels, the seed and a fingerprint of the weights it was taken at.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -44,9 +45,15 @@ class Curvature(Mapping[str, "Tensor"]):
 
     Attributes:
         num_examples: N that the loss sums over (the size of the training set), not the number of examples seen.
-        info: provenance, as strings: estimator, examples_seen, samples, reduction, labels, likelihood, seed,
-            fingerprint of the model, library versions.
+        info: provenance, as strings: estimator, reduction, units, trace, examples_seen, samples, labels, likelihood,
+            seed, fingerprint of the model, library versions.
         path: the file it is read from, or None when it is in memory.
+
+    Example:
+        >>> import torch
+        >>> curvature = Curvature.from_dict({"w": torch.tensor([1.0, 3.0])}, num_examples=10)
+        >>> curvature.total("w"), curvature.trace()
+        (tensor([10., 30.]), 4.0)
     """
 
     def __init__(
@@ -90,6 +97,11 @@ class Curvature(Mapping[str, "Tensor"]):
             TypeError: N is not a whole number, or a block no tensor of real numbers.
         """
         check_count("num_examples", num_examples)
+        if not isinstance(mean, Mapping):
+            raise TypeError(
+                f"`mean` maps the name of each parameter to a tensor of its shape, a {type(mean).__name__} does not: of a "
+                "linear operator (curvlinops, say) give the diagonal, cut into the parameters' shapes"
+            )
         if not mean:
             raise ValueError("a Curvature needs at least one parameter; `mean` is empty")
         blocks: dict[str, Tensor] = {}
@@ -108,7 +120,12 @@ class Curvature(Mapping[str, "Tensor"]):
                     )
                 blocks[prefix + name] = checked(prefix + name, value)
         notes = {key: str(value) for key, value in (info or {}).items()}
-        return cls(blocks, num_examples, {"estimator": "given", **notes})
+        found = cls(blocks, num_examples, {"estimator": "given", **notes})
+        found.info = {
+            **found.info,
+            "trace": f"{found._sum():.9g}",
+        }  # its own, whatever `info` was copied from
+        return found
 
     @classmethod
     def load(
@@ -209,6 +226,24 @@ class Curvature(Mapping[str, "Tensor"]):
     def total(self, name: str) -> Tensor:
         """Curvature of the summed loss: num_examples * mean(name)."""
         return self.mean(name) * self.num_examples
+
+    def trace(self) -> float:
+        """Sum of all mean blocks: the trace of the curvature of one example, in the units that `info["units"]` names.
+
+        Of the summed loss it is num_examples times that. It costs nothing where the file's header states it; else the
+        blocks are read one after the other. Two curvatures of comparable models whose traces differ by orders of
+        magnitude are not in the same units.
+        """
+        try:
+            stored = float(self.info["trace"])
+        except (KeyError, ValueError):
+            return self._sum()
+        return stored if math.isfinite(stored) else self._sum()
+
+    def _sum(self) -> float:
+        from torch import float64
+
+        return math.fsum(float(self.mean(name).sum(dtype=float64)) for name in self)
 
     def standard_error(self, name: str) -> Tensor | None:
         """Standard error of `mean(name)` over examples (or draws), or None where it was not asked for."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from gradmatch.estimators.batches import Batch
-from gradmatch.estimators.fisher import accumulators, finish, start
+from gradmatch.estimators.fisher import GIVES, accumulators, finish, start
 from gradmatch.estimators.problem import Problem
 from gradmatch.estimators.sinks import SquareSink
 
-__all__ = ["finish", "start", "step"]
+__all__ = ["GIVES", "finish", "start", "step"]
 
 
 def step(problem: Problem, batch: Batch) -> None:

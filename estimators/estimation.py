@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmatch.estimators import distributed, empirical_fisher, fisher, ggn, gram, hessian, kfac
-from gradmatch.estimators.blocks import check_count
+from gradmatch.estimators import distributed
+from gradmatch.estimators.blocks import check_count, units
 from gradmatch.estimators.convergence import Convergence
 from gradmatch.estimators.curvature import Curvature
 from gradmatch.estimators.fingerprint import fingerprint, model_sampler
@@ -19,28 +19,14 @@ from gradmatch.estimators.inference import make_likelihood
 from gradmatch.estimators.memory import LEAST_BYTES, parse_bytes
 from gradmatch.estimators.names import choose
 from gradmatch.estimators.problem import Problem, prepared, trainable_parameters
+from gradmatch.estimators.protocol import ESTIMATORS, check_gives, find_estimator
 from gradmatch.estimators.resume import Journal, identity
-from gradmatch.estimators.running import (
-    Estimator,
-    Loop,
-    add_up_ranks,
-    advice,
-    count_examples,
-    provenance,
-    run,
-)
+from gradmatch.estimators.running import Loop, add_up_ranks, advice, count_examples, provenance, run
 from gradmatch.estimators.sinks import GRADIENT
 
-log = logging.getLogger(__name__)
+__all__ = ["ESTIMATORS", "check_options", "estimate"]
 
-ESTIMATORS: dict[str, Estimator] = {
-    "fisher": fisher,
-    "empirical_fisher": empirical_fisher,
-    "ggn": ggn,
-    "hessian": hessian,
-    "kfac": kfac,
-    "gram": gram,
-}
+log = logging.getLogger(__name__)
 PER_EXAMPLE = ("fisher", "empirical_fisher", "ggn")
 
 
@@ -72,7 +58,7 @@ def estimate(
             are estimated.
         batches: dicts of tensors (transformers style), `(inputs, targets)` tuples or bare tensors. An *example* is a
             row of a batch; its log-likelihood sums over its predicted tokens, padding and ignored labels excluded.
-        method: a key of ESTIMATORS.
+        method: a key of ESTIMATORS, or "package.module:NAME" of an estimator of your own (see `protocol.py`).
         num_examples: N of the summed loss, the size of the training set; by default the number of examples seen (with
             `tolerance` and a DataLoader, that of its dataset). A row whose labels are all ignored is an example too.
         samples: draws of labels per example (probes per batch for "hessian").
@@ -115,7 +101,9 @@ def estimate(
         )
     choose("kfac_form", kfac_form, ("expand", "reduce"))
     choose("backend", backend, ("engine", "backpack"))
-    check_diagonal(method, standard_error=standard_error, gradient=gradient, tolerance=tolerance is not None)
+    estimator = find_estimator(method)
+    wanted = {"standard_error": standard_error, "gradient": gradient, "tolerance": tolerance is not None}
+    check_gives(method, estimator, **wanted)
     model = distributed.unwrap(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
@@ -128,7 +116,6 @@ def estimate(
     )  # fmt: skip
     whole = reduction == "batch" or backend != "engine" or method not in PER_EXAMPLE
     problem.chunk, problem.budget = read_chunk(chunk, problem, whole)
-    estimator = ESTIMATORS[method]
     if backend == "backpack":
         from gradmatch.estimators import backpack
 
@@ -153,6 +140,7 @@ def estimate(
         raise ValueError("all labels are ignored: no example has a single prediction that counts")
     parts = estimator.finish(problem, seen)
     total = num_examples or size_of_training_set(batches, seen, "stopped" in problem.notes)
+    check_given(method, problem, parts)
     if gradient:
         parts["gradient"] = {
             name: problem.sums[GRADIENT + name] * (total / seen) for name in problem.parameters
@@ -160,6 +148,7 @@ def estimate(
     log.info("%s", advice(convergence, seen))
     covered = fingerprint(parts["mean"], model_sampler(model))  # of the parameters that the file holds
     info = provenance(problem, method, covered, convergence)
+    info["units"] = units(total, getattr(estimator, "UNITS", "nats"))
     curvature = Curvature.from_dict(num_examples=total, info=info, **parts)
     if journal:
         journal.remove()
@@ -212,7 +201,7 @@ def check_options(
         ValueError: an unknown name, a number out of range, or a combination that would be biased.
         TypeError: samples, seed or num_examples is no whole number.
     """
-    choose("method", method, ESTIMATORS)
+    find_estimator(method)
     choose("reduction", reduction, ("example", "batch"))
     choose("labels", labels, ("auto", "sampled", "exact"))
     for option, value in (("samples", samples), ("seed", seed)):
@@ -231,14 +220,28 @@ def check_options(
         )
 
 
-def check_diagonal(method: str, **wanted: bool) -> None:
-    """Refuse what only the diagonal estimators have.
+def check_given(method: str, problem: Problem, parts: Mapping[str, Any]) -> None:
+    """An estimator must have delivered what was asked of it.
 
     Raises:
-        ValueError: asked of "kfac" or "gram".
+        ValueError: means, standard errors or gradients are missing, or a mean of no parameter; named.
     """
-    asked = [option for option, given in wanted.items() if given]
-    if method in ("kfac", "gram") and asked:
+    unknown = sorted(set(parts.get("mean", {})) - set(problem.parameters))
+    if unknown:
         raise ValueError(
-            f"{asked[0]} is not available for method={method!r}; the diagonal estimators have it"
+            f"method={method!r} gave a mean block for {unknown[0]!r}, which is no parameter of the model"
+        )
+    missing = [
+        "the mean blocks" if not parts.get("mean") else "",
+        "standard_error" if problem.standard_error and not parts.get("standard_error") else "",
+        *(
+            f"the gradient of {name!r}"
+            for name in problem.parameters
+            if problem.gradient and GRADIENT + name not in problem.sums
+        ),
+    ]
+    if any(missing):
+        raise ValueError(
+            f"method={method!r} did not deliver {next(filter(None, missing))}: see gradmatch.estimators.protocol, and run "
+            "check_estimator on it"
         )

@@ -26,6 +26,8 @@ from gradmatch.estimators.sinks import (
     zeros,
 )
 
+GIVES = ("standard_error", "gradient", "tolerance")
+
 
 def start(problem: Problem) -> None:
     """Nothing yet: the accumulators come with the first batch, so that they and the plan never need memory together."""

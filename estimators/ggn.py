@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from gradmatch.estimators import fisher
 from gradmatch.estimators.batches import Batch
-from gradmatch.estimators.fisher import finish, start
+from gradmatch.estimators.fisher import GIVES, finish, start
 from gradmatch.estimators.problem import Problem
 
-__all__ = ["EXACT_UP_TO", "finish", "start", "step"]
+__all__ = ["EXACT_UP_TO", "GIVES", "finish", "start", "step"]
 
 EXACT_UP_TO = 100  # columns, each one backward pass a batch
 

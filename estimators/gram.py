@@ -13,6 +13,8 @@ from gradmatch.estimators.kronecker import FACTOR_A, LARGEST_FACTOR, blocks, rea
 from gradmatch.estimators.problem import Problem
 from gradmatch.estimators.units import examples_first, wide
 
+UNITS = "squared inputs of a layer (no loss)"
+
 
 def start(problem: Problem) -> None:
     """The factors are made when their sizes are known; labels play no part."""

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradmatch.estimators.batches import Batch
-from gradmatch.estimators.fisher import finish
+from gradmatch.estimators.fisher import GIVES, finish
 from gradmatch.estimators.problem import Problem
 from gradmatch.estimators.randomness import signs
 from gradmatch.estimators.sinks import DIAGONAL, GRADIENT, SPREAD, zeros
 
-__all__ = ["finish", "start", "step"]
+__all__ = ["GIVES", "finish", "start", "step"]
 
 log = logging.getLogger(__name__)
 Vector = dict[str, Tensor]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradmatch.estimators.blocks import units
 from gradmatch.estimators.curvature import Curvature
 from gradmatch.estimators.distributed import unwrap
 from gradmatch.estimators.fingerprint import fingerprint, model_sampler
@@ -90,6 +91,8 @@ def from_ivon(optimizer: Any, model: nn.Module) -> Curvature:
         )  # fmt: skip
     info = {
         "estimator": "ivon",
+        "reduction": "batch",
+        "units": units(num_examples),
         "initial_share": f"{share:.4g}",
         "labels": "true labels",
         "delta": ", ".join(f"{value:.6g}" for value in delta),

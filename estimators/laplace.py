@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradmatch.estimators.blocks import units
 from gradmatch.estimators.curvature import Curvature
 from gradmatch.estimators.fingerprint import fingerprint, model_sampler
 
@@ -51,6 +52,8 @@ def from_laplace(laplace: Any, model: nn.Module | None = None) -> Curvature:
     }
     info = {
         "estimator": "laplace",
+        "reduction": "example",
+        "units": units(count),
         "examples_seen": str(count),
         "fingerprint": fingerprint(parameters, model_sampler(parameters)),
         "torch": torch.__version__,

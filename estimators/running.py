@@ -8,32 +8,20 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils.data import SubsetRandomSampler, WeightedRandomSampler
 from tqdm import tqdm
 
 from gradmatch.estimators import distributed
-from gradmatch.estimators.batches import Batch, BatchReader
+from gradmatch.estimators.batches import BatchReader
 from gradmatch.estimators.convergence import Convergence
 from gradmatch.estimators.kronecker import FACTOR_A
 from gradmatch.estimators.problem import Problem
+from gradmatch.estimators.protocol import Estimator
 from gradmatch.estimators.resume import Journal
 from gradmatch.estimators.sinks import DIAGONAL
-
-
-class Estimator(Protocol):
-    """What a module in ESTIMATORS offers."""
-
-    def start(self, problem: Problem) -> None:
-        """Make the accumulators in problem.sums."""
-
-    def step(self, problem: Problem, batch: Batch) -> None:
-        """Add one batch."""
-
-    def finish(self, problem: Problem, seen: int) -> dict[str, Any]:
-        """Sums into keyword arguments of Curvature.from_dict, per example."""
 
 
 @dataclass
@@ -113,8 +101,18 @@ def traces(problem: Problem) -> list[float]:
 
 
 def converged(convergence: Convergence, tolerance: float) -> bool:
-    """The same answer on every rank, from the groups of all."""
-    return Convergence.merged(distributed.gather(convergence)).reached(tolerance)
+    """The same answer on every rank, from the groups of all.
+
+    Raises:
+        ValueError: the estimator keeps no sums whose traces could be watched.
+    """
+    together = Convergence.merged(distributed.gather(convergence))
+    if any(not row for row in together.traces):
+        raise ValueError(
+            f"tolerance has nothing to watch: the estimator says that it gives it, but adds to no {DIAGONAL}<parameter> in "
+            "problem.sums"
+        )
+    return together.reached(tolerance)
 
 
 def add_up_ranks(problem: Problem, convergence: Convergence) -> None:

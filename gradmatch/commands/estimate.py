@@ -135,13 +135,15 @@ def check(args: argparse.Namespace) -> None:
     if Path(args.out).exists() and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it")
     if args.data:
-        from gradmatch.estimators.estimation import check_diagonal, check_options
+        from gradmatch.estimators.estimation import check_options
+        from gradmatch.estimators.protocol import check_gives, find_estimator
 
         check_options(
             args.method, args.samples, args.reduction, args.tolerance, "auto", args.num_examples, args.seed
         )
-        check_diagonal(
+        check_gives(
             args.method,
+            find_estimator(args.method),
             standard_error=args.standard_error,
             gradient=args.gradient,
             tolerance=args.tolerance is not None,

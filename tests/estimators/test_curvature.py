@@ -249,3 +249,23 @@ def test_a_failed_save_leaves_the_old_file(curvature, tmp_path, monkeypatch):
         curvature.save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def test_trace_is_its_own_wherever_info_came_from(tmp_path):
+    one = Curvature.from_dict({"w": torch.tensor([1.0, 3.0]), "b": torch.tensor([0.5])}, 10)
+    assert one.trace() == 4.5
+    small = Curvature.from_dict({name: one[name] / 1000 for name in one}, 10, one.info)
+    small.save(tmp_path / "c.safetensors")
+    found = Curvature.load(tmp_path / "c.safetensors")
+    assert found.trace() == pytest.approx(0.0045)
+    for stated in ("", "nan", "text"):  # of others' files, and of older ones
+        assert Curvature({"mean/w": torch.ones(3)}, 1, {"trace": stated}).trace() == 3
+    assert Curvature({"mean/w": torch.ones(3)}, 1, {}).trace() == 3
+
+
+def test_a_linear_operator_is_no_mapping_of_blocks():
+    operator = torch.nn.Linear(3, 3)
+    with pytest.raises(
+        TypeError, match=r"a Linear does not: of a linear operator \(curvlinops, say\) give the diagonal"
+    ):
+        Curvature.from_dict(operator, 5)
