@@ -95,10 +95,10 @@ def prepare(
     made = plan(inputs, request)
     made.files = files
     made.notes += apart
-    if inputs.base.path and inputs.base.path.is_dir():
+    if inputs.base.folder:
         from gradmatch.output.layout import module_notes
 
-        made.notes += module_notes(inputs.base.path)
+        made.notes += module_notes(inputs.base.folder)
     return made
 
 

@@ -235,13 +235,13 @@ def module_of(base: Model | Checkpoint, opened: Checkpoint) -> nn.Module:
     if isinstance(opened.module, torch.nn.Module):
         return opened.module
     architectures = (opened.config or {}).get("architectures") or []
-    if opened.path is None or not architectures:
+    if opened.folder is None or not architectures:
         raise ValueError(
             "data needs a module to run through: pass module=, or a base that is a module or a folder with a config.json"
         )
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(opened.path)
+    config = transformers.AutoConfig.from_pretrained(opened.folder)
     architecture = getattr(transformers, architectures[0], None)
     if architecture is None:
         raise ValueError(

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.files import read_json
 from gradmatch.estimators.tensorfile import TensorFile
+from gradmatch.models.adapter_config import CONFIG, check_config, scale_of
 from gradmatch.models.checkpoint import Checkpoint
-from gradmatch.models.stores import FileStore, Spec, Store, torch_dtype
+from gradmatch.models.orientation import conv1d_weights
+from gradmatch.models.stores import FileStore, MemoryStore, Spec, Store, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
-A, B = (
-    re.compile(r"\.lora_(?:embedding_)?A(?:\.default)?(?:\.weight)?$"),
-    re.compile(r"\.lora_(?:embedding_)?B(?:\.default)?(?:\.weight)?$"),
-)
-
+FACTOR = re.compile(r"\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?$")
 OUTPUT = re.compile(r"(lm_head|embed_out|decoder)\.weight$")  # output embeddings
+CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -33,60 +33,72 @@ class LowRank:
     a: str
     b: str
     scale: float
-    embedding: bool
     transposed: bool
 
 
-class AdapterStore:
-    """The base's tensors with an adapter's updates."""
+class Added:
+    """The base's tensors with an adapter's updates.
+
+    Args:
+        base: the base's own.
+        factors: the adapter's tensors.
+        low_rank: adapted weights.
+        replaced: tensors that the adapter holds whole, by the name in its file.
+        added: biases, by the name in its file, with the factor on them.
+        freed: names that were tied to another tensor of the base and are no longer -> that tensor.
+    """
 
     def __init__(
         self,
         base: Store,
-        factors: FileStore,
+        factors: Store,
         low_rank: Mapping[str, LowRank],
         replaced: Mapping[str, str],
         added: Mapping[str, tuple[str, float]],
+        freed: Mapping[str, str],
     ) -> None:
         self._base, self._factors, self._low_rank = base, factors, low_rank
-        self._replaced, self._added = replaced, added
+        self._replaced, self._added, self._freed = replaced, added, freed
+        self._own = dict.fromkeys((*base, *replaced, *freed))
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._base
-        yield from (name for name in self._replaced if name not in self._base)
+        return iter(self._own)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._base or name in self._replaced
+        return name in self._own
 
     def spec(self, name: str) -> Spec:
         """Shape of the base's tensor; what is expanded is at least float32."""
-        spec = self._factors.spec(self._replaced[name]) if name in self._replaced else self._base.spec(name)
+        store, key = self._source(name)
+        spec = store.spec(key)
         expanded = name in self._low_rank or name in self._added
         return Spec("F32", spec.shape) if expanded and spec.dtype != "F64" else spec
 
     def block(self, name: str, first: int, last: int) -> Tensor:
         """Elements of the expanded tensor."""
-        if name in self._replaced:
-            values = self._factors.block(self._replaced[name], first, last)
-        else:
-            values = self._base.block(name, first, last)
+        store, key = self._source(name)
+        values = store.block(key, first, last)
         if name in self._added:
-            key, scale = self._added[name]
+            bias, scale = self._added[name]
             dtype = torch_dtype(self.spec(name).dtype)
-            values = values.to(dtype) + scale * self._factors.block(key, first, last).to(dtype)
+            values = values.to(dtype) + scale * self._factors.block(bias, first, last).to(dtype)
         if name in self._low_rank:
             values = self._expanded(self._low_rank[name], name, values, first, last)
         return values
 
     def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
         """Byte ranges of the base or its replacement, and of the factors."""
-        keys = [self._replaced[name]] if name in self._replaced else []
-        if name in self._low_rank:
-            keys += [self._low_rank[name].a, self._low_rank[name].b]
-        if name in self._added:
-            keys.append(self._added[name][0])
-        own = [] if name in self._replaced else self._base.files(name)
-        return [*own, *(found for key in keys for found in self._factors.files(key))]
+        store, key = self._source(name)
+        low_rank = self._low_rank.get(name)
+        keys = [low_rank.a, low_rank.b] if low_rank else []
+        keys += [self._added[name][0]] if name in self._added else []
+        return [*store.files(key), *(found for one in keys for found in self._factors.files(one))]
+
+    def _source(self, name: str) -> tuple[Store, str]:
+        """Where a tensor lies before anything is added to it."""
+        if name in self._replaced:
+            return self._factors, self._replaced[name]
+        return self._base, self._freed.get(name, name)
 
     def _expanded(self, low_rank: LowRank, name: str, values: Tensor, first: int, last: int) -> Tensor:
         """theta0 + scale * B A, for the rows that a flat range touches."""
@@ -94,7 +106,7 @@ class AdapterStore:
         dtype = torch_dtype(spec.dtype)
         a, b = (self._whole(key).to(dtype) for key in (low_rank.a, low_rank.b))
         left, right = b.flatten(1), a.flatten(1)  # (out, r), (r, in)
-        if low_rank.embedding or low_rank.transposed:
+        if low_rank.transposed:
             left, right = right.T, left.T
         width = math.prod(spec.shape[1:])
         start = first // width
@@ -109,106 +121,125 @@ class AdapterStore:
         return self._factors.block(key, 0, spec.numel).reshape(spec.shape)
 
 
-def named_base(path: Path) -> str:
-    """The model that an adapter's config says it was trained on.
-
-    Raises:
-        ValueError: it names none.
-    """
-    named = read_json(path / "adapter_config.json").get("base_model_name_or_path")
-    if not named:
-        raise ValueError(f"{path} is an adapter and names no base model; open it with base=...")
-    return str(named)
-
-
-def open_adapter(path: Path, base: Checkpoint) -> Checkpoint:
+def open_adapter(path: Path, base: Checkpoint, *, allow_pickle: bool = False) -> Checkpoint:
     """Open a PEFT adapter folder on its base.
+
+    Modules that were saved whole break ties: a trained head of a tied base is a tensor of its own, and the config says so.
 
     Args:
         path: folder with adapter_config.json and adapter_model.safetensors.
         base: the model it was trained on.
+        allow_pickle: read adapter_model.bin too, with weights_only.
 
     Raises:
-        ValueError: no LoRA, DoRA, or an adapter whose weights the base does not have in these shapes.
+        ValueError: a config with a key that is not understood (peft's merge_and_unload may know it), tensors that are no
+            LoRA's, or an adapter whose weights the base does not have in these shapes.
         FileNotFoundError: no adapter_model.safetensors.
     """
-    config = read_json(path / "adapter_config.json")
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise ValueError(
-            f"{path} is a {kind} adapter; only LoRA can be expanded into weights: merge it with peft first"
-        )
-    file = TensorFile(path / "adapter_model.safetensors")
-    if config.get("use_dora") or any("lora_magnitude_vector" in name for name in file):
-        raise ValueError(
-            f"{path} is a DoRA adapter, whose update is no low-rank sum; merge it with peft's merge_and_unload first"
-        )
-    if single := next((name for name in file if "trainable_tokens" in name), None):
-        raise ValueError(
-            f"{path} trains single tokens ({single!r}), whose update is no low-rank sum; merge it with peft's merge_and_unload first"
-        )
-    factors = FileStore([file])
+    config = read_json(path / CONFIG)
+    check_config(config, path)
+    factors = _factors(path, allow_pickle)
+    saved = config.get("modules_to_save") or ()
     low_rank: dict[str, LowRank] = {}
     replaced: dict[str, str] = {}
     added: dict[str, tuple[str, float]] = {}
-    for key in factors:
+    for key in sorted(factors, key=lambda key: not FACTOR.search(key)):  # what is adapted comes first
         name = key.removeprefix(PREFIX)
-        if A.search(key):
-            target = _target(A.sub("", name), ".weight", base, path)
+        if found := FACTOR.search(key):
+            if found.group(2) == "B":
+                continue
+            target = _target(FACTOR.sub("", name), ".weight", base, path)
             if target in low_rank:
                 raise ValueError(
                     f"{path}: both {low_rank[target].a!r} and {key!r} adapt {target!r}; save the adapter again, with one of them"
                 )
             low_rank[target] = _low_rank(key, target, factors, config, base, path)
-        elif key.endswith(".lora_B.bias"):
+        elif key.endswith(".lora_B.bias") and config.get("lora_bias"):
             module = name.removesuffix(".lora_B.bias")
-            added[_target(module, ".bias", base, path)] = (
-                key,
-                _scale(config, module, factors, _first_factor(key)),
-            )
-        elif not B.search(key):
-            replaced[_plain(name)] = key
+            first = key.replace(".lora_B.bias", ".lora_A.weight")
+            scale = scale_of(config, module, first, factors.spec(first).shape[0], path)
+            added[_target(module, ".bias", base, path)] = (key, scale)
+        else:
+            whole = _plain(name)
+            if whole not in base and not _of(whole, saved):
+                raise ValueError(
+                    f"{path}: {key!r} is no factor (lora_A, lora_B), no tensor of {base.where} and of none of modules_to_save "
+                    f"{list(saved)}; this is no plain LoRA, or an adapter for another base: merge it with peft's merge_and_unload first"
+                )
+            replaced[whole] = key
     if not low_rank:
-        raise ValueError(f"{path}: adapter_model.safetensors holds no LoRA factors")
-    store = AdapterStore(base.store, factors, low_rank, replaced, added)
-    for name in replaced:
-        if name in base and base.spec(name).shape != store.spec(name).shape and not _is_head(name, config):
-            raise ValueError(_other_base(path, name, store.spec(name), base.spec(name)))
-    return Checkpoint(store, path=path, config=base.config, aliases=base.aliases)
+        raise ValueError(f"{path}: {WEIGHTS} holds no LoRA factors")
+    for name, key in replaced.items():
+        if name in base and base.spec(name).shape != factors.spec(key).shape and not _of(name, saved):
+            raise ValueError(_other_base(path, name, factors.spec(key), base.spec(name)))
+    trained = {name for name in replaced if _of(name, saved)}
+    freed = {alias: held for alias, held in base.aliases.items() if trained & {alias, held}}
+    store = Added(base.store, factors, low_rank, replaced, added, freed)
+    aliases = {alias: held for alias, held in base.aliases.items() if alias not in freed}
+    untied = bool(freed) or any(OUTPUT.search(name) and name not in base for name in trained)
+    changed = {**base.config, "tie_word_embeddings": False} if base.config and untied else base.changed
+    return Checkpoint(
+        store, path=path, config=changed or base.config, aliases=aliases, changed=changed, folder=base.folder
+    )
+
+
+def _factors(path: Path, allow_pickle: bool) -> Store:
+    """The adapter's tensors.
+
+    Raises:
+        ValueError: a pickle that was not asked for.
+    """
+    pickled = path / PICKLE
+    if (path / WEIGHTS).is_file() or not pickled.is_file():
+        return FileStore([TensorFile(path / WEIGHTS)])
+    if not allow_pickle:
+        raise ValueError(
+            f"{pickled} is a pickle, which can run code when it is opened; save the adapter as safetensors, or pass allow_pickle "
+            "(it is then read with weights_only)"
+        )
+    import torch
+
+    return MemoryStore(torch.load(pickled, map_location="cpu", weights_only=True), str(pickled))
 
 
 def _low_rank(
-    key: str, target: str, factors: FileStore, config: Mapping[str, Any], base: Checkpoint, path: Path
+    key: str, target: str, factors: Store, config: Mapping[str, Any], base: Checkpoint, path: Path
 ) -> LowRank:
     """The pair of factors of one weight, checked against its shape."""
     other = re.sub(r"lora_(embedding_)?A", lambda found: f"lora_{found.group(1) or ''}B", key)
     if other not in factors:
         raise ValueError(f"{path}: {key!r} has no counterpart {other!r}; the adapter is incomplete")
-    embedding = "lora_embedding_A" in key
     a, b, whole = factors.spec(key).shape, factors.spec(other).shape, base.spec(target)
-    product = (b[0], *a[1:])
-    transposed = bool(config.get("fan_in_fan_out")) and not embedding
-    expected = (a[1], b[0]) if embedding or transposed else product
-    if b[1] != a[0] or math.prod(expected) != whole.numel or expected[0] != whole.shape[0]:
-        raise ValueError(_other_base(path, target, f"update {list(expected)}", whole))
-    return LowRank(
-        key, other, _scale(config, target.removesuffix(".weight"), factors, key), embedding, transposed
-    )
+    if len(a) < 2 or len(b) != len(a) or b[1] != a[0]:
+        raise ValueError(
+            f"{path}: {key!r} {list(a)} and {other!r} {list(b)} are no pair of factors; save the adapter again"
+        )
+    straight, turned = (b[0], *a[1:]) == whole.shape, len(a) == 2 and (a[1], b[0]) == whole.shape
+    if "lora_embedding_A" in key:
+        straight = False
+    if not straight and not turned:
+        raise ValueError(_other_base(path, target, f"update {[b[0], *a[1:]]}", whole))
+    scale = scale_of(config, target.removesuffix(".weight"), key, a[0], path)
+    if straight and turned:
+        turned = _stored_in_out(target, config, base, path)
+    return LowRank(key, other, scale, turned)
 
 
-def _scale(config: Mapping[str, Any], module: str, factors: FileStore, key: str) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA; both may be set by name pattern."""
-    rank = factors.spec(key).shape[0]
-    alpha = float(config.get("lora_alpha") or rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.search(rf"(^|.*\.){pattern}$", module):
-            alpha = float(value)
-            break
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+def _stored_in_out(target: str, config: Mapping[str, Any], base: Checkpoint, path: Path) -> bool:
+    """Whether a square weight is stored [in, out], as its own module tells; peft's flag is that of the last layer it made.
 
-
-def _first_factor(key: str) -> str:
-    return key.replace(".lora_B.bias", ".lora_A.weight")
+    Raises:
+        ValueError: the base's modules are unknown, and its name or the flag says that it may be.
+    """
+    turned = conv1d_weights(base)
+    if turned is not None:
+        return target in turned
+    if config.get("fan_in_fan_out") or CONV1D.search(target):
+        raise ValueError(
+            f"{path} adapts {target!r}, which is square: GPT-2's Conv1D stores it [in, out], nn.Linear [out, in], and {base.where} "
+            "has no config that tells which; give the base as a folder with its config.json, or as a module"
+        )
+    return False
 
 
 def _target(module: str, suffix: str, base: Checkpoint, path: Path) -> str:
@@ -224,6 +255,11 @@ def _target(module: str, suffix: str, base: Checkpoint, path: Path) -> str:
         raise ValueError(
             f"{path} adapts {name!r}, which is tied to another tensor in {base.where}, so that its update would change both; untie "
             "the base (tie_word_embeddings=False), save it, and merge the adapter into that with peft's merge_and_unload"
+        )
+    if f"{module}.in_proj_weight" in base:
+        raise ValueError(
+            f"{path} adapts {module!r}, an nn.MultiheadAttention that keeps its projections in one tensor; merge the adapter with "
+            "peft's merge_and_unload first"
         )
     if name not in base:
         raise ValueError(
@@ -241,8 +277,9 @@ def _plain(name: str) -> str:
     )
 
 
-def _is_head(name: str, config: Mapping[str, Any]) -> bool:
-    return any(f".{module}." in f".{name}" for module in config.get("modules_to_save") or ())
+def _of(name: str, modules: Sequence[str]) -> bool:
+    """Whether a tensor belongs to one of these modules, as peft finds them: by the end of the module's name."""
+    return any(f".{module}." in f".{name}" for module in modules)
 
 
 def _other_base(path: Path, name: str, found: object, expected: object) -> str:

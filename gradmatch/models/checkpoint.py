@@ -19,6 +19,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
     Attributes:
         store: where the values are.
         path: folder or file, or None for one in memory.
+        folder: where its config and tokenizer lie: its own folder, or an adapter's base's; None where it has none.
         config: the model's config.json, or None.
         aliases: tied names -> the name that holds the values.
         module: the module it was opened from, or None.
@@ -36,9 +37,11 @@ class Checkpoint(Mapping[str, "Tensor"]):
         aliases: Mapping[str, str] | None = None,
         module: Any = None,
         changed: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.store = store
         self.path = path
+        self.folder = folder or (path if path is not None and path.is_dir() else None)
         self.config = config
         self.aliases = dict(aliases or {})
         self.module = module

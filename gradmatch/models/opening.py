@@ -16,7 +16,8 @@ from gradmatch.common.files import read_json
 from gradmatch.common.names import nearest
 from gradmatch.common.settings import FIRST
 from gradmatch.estimators.tensorfile import TensorFile
-from gradmatch.models.adapters import named_base, open_adapter
+from gradmatch.models.adapter_config import CONFIG, named_base
+from gradmatch.models.adapters import open_adapter
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.stores import FileStore, MemoryStore
 
@@ -61,8 +62,12 @@ def open_checkpoint(
         return _from_file(folder, allow_pickle)
     if not folder.is_dir():
         folder = from_hub(str(path))
-    if (folder / "adapter_config.json").is_file():
-        return open_adapter(folder, base or open_checkpoint(named_base(folder)))
+    if (folder / CONFIG).is_file():
+        return open_adapter(
+            folder,
+            base or open_checkpoint(named_base(folder), allow_pickle=allow_pickle),
+            allow_pickle=allow_pickle,
+        )
     return _from_folder(folder, allow_pickle)
 
 

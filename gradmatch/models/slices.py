@@ -97,7 +97,12 @@ def stack(slices: Sequence[Slice], *, allow_pickle: bool = False) -> Checkpoint:
             where[name] = (opened[-1].store, name)
     config = _followed(opened[0].config, sources)
     return Checkpoint(
-        RenamedStore(where), path=opened[0].path, config=config, aliases=opened[0].aliases, changed=config
+        RenamedStore(where),
+        path=opened[0].path,
+        config=config,
+        aliases=opened[0].aliases,
+        changed=config,
+        folder=opened[0].folder,
     )
 
 

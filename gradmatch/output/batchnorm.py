@@ -25,7 +25,7 @@ def check_batches(base: Checkpoint, batches: Any) -> None:
     Raises:
         ValueError: no module to run and no config that describes one, or no batches.
     """
-    if base.module is None and (base.path is None or not architecture(base)):
+    if base.module is None and (base.folder is None or not architecture(base)):
         raise ValueError(
             "batchnorm='recalibrate' runs the model: pass the base as a module, or as a folder whose config.json names an "
             "architecture of transformers; or choose 'average' or 'copy'"
@@ -53,7 +53,7 @@ def module_of(base: Checkpoint) -> Any:
         return copy.deepcopy(base.module)
     import transformers
 
-    return architecture(base)(transformers.AutoConfig.from_pretrained(base.path))
+    return architecture(base)(transformers.AutoConfig.from_pretrained(base.folder))
 
 
 def recalibrate_folder(sink: FolderSink, batches: Iterable[Any]) -> None:

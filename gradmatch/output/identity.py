@@ -40,7 +40,7 @@ def weight_files(inputs: Inputs) -> set[Path]:
 def model_paths(inputs: Inputs) -> list[Path]:
     """The folder or file of every model that has one."""
     models = (inputs.base, *(task.checkpoint for task in inputs.tasks))
-    return [model.path for model in models if model.path is not None]
+    return [path for model in models for path in (model.path, model.folder) if path is not None]
 
 
 def check_apart(out: Path, inputs: Inputs) -> None:
@@ -72,8 +72,8 @@ def identity(made: Plan) -> str:
         for path in folder.iterdir()
         if path.suffix in CARRIED and path.is_file()
     ]
-    base = inputs.base.path
-    beside += [base / name for name in carried(base)] if base and base.is_dir() else []
+    base = inputs.base.folder
+    beside += [base / name for name in carried(base)] if base else []
     files = {}
     for path in {*weight_files(inputs), *beside}:
         found = path.stat()

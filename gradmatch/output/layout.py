@@ -156,10 +156,10 @@ def carry_along(plan: Plan, folder: Path) -> list[str]:
     """Copy config and tokenizer files of the base into the folder; returns their names."""
     base = plan.inputs.base
     names = []
-    if base.path and base.path.is_dir():
-        for name in carried(base.path):
+    if base.folder:
+        for name in carried(base.folder):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(base.path / name, folder / name)
+            shutil.copyfile(base.folder / name, folder / name)
             names.append(name)
     elif hasattr(getattr(base.module, "config", None), "save_pretrained"):
         before = set(os.listdir(folder))

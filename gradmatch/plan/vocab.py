@@ -224,6 +224,7 @@ def _replaced(checkpoint: Checkpoint, store: AlignedStore, rows: int) -> Checkpo
         aliases=checkpoint.aliases,
         module=checkpoint.module,
         changed=changed,
+        folder=checkpoint.folder,
     )
     result.original = checkpoint
     return result

@@ -1,109 +1,152 @@
 """LoRA adapters against peft's own merge_and_unload, and those that are refused."""
 
 import json
+import shutil
 
 import peft
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 from gradmatch import Task, merge, open_checkpoint
+from gradmatch.models.adapter_config import FREE
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def llama():
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=30
+def llama(tied=False):
+    config = tf.LlamaConfig(**SMALL, vocab_size=30, tie_word_embeddings=tied)
+    return tf.LlamaForCausalLM(config)
+
+
+def gpt2(kind=tf.GPT2LMHeadModel):
+    return kind(
+        tf.GPT2Config(
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            vocab_size=30,
+            n_positions=8,
+            bos_token_id=1,
+            eos_token_id=1,
+            pad_token_id=0,
         )
     )
 
 
-def gpt2():
-    return GPT2LMHeadModel(
-        GPT2Config(
-            n_embd=16, n_layer=2, n_head=2, vocab_size=30, n_positions=8, bos_token_id=1, eos_token_id=1
-        )
-    )
+def gpt2_classifier():
+    return gpt2(tf.GPT2ForSequenceClassification)
 
 
 def bert():
-    return BertForSequenceClassification(
-        BertConfig(
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=24,
-            vocab_size=30,
-            num_labels=2,
+    return tf.BertForSequenceClassification(tf.BertConfig(**SMALL, vocab_size=30, num_labels=2))
+
+
+def t5():
+    return tf.T5ForConditionalGeneration(
+        tf.T5Config(
+            vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0
+        )
+    )
+
+
+def resnet():
+    return tf.ResNetForImageClassification(
+        tf.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
         )
     )
 
 
 CASES = {
     "plain": (llama, {"target_modules": ["q_proj", "down_proj"], "r": 3, "lora_alpha": 6}),
+    "alpha left out": (llama, {"target_modules": ["q_proj"], "r": 4}),
+    "alpha 0": (llama, {"target_modules": ["q_proj"], "r": 4, "lora_alpha": 0, "modules_to_save": ["norm"]}),
     "rslora": (llama, {"target_modules": ["q_proj"], "r": 4, "lora_alpha": 6, "use_rslora": True}),
     "patterns": (llama, {"target_modules": ["q_proj", "v_proj"], "r": 4, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 7}}),
+    "patterns, or": (llama, {"target_modules": ["q_proj", "v_proj"], "r": 4, "alpha_pattern": {"q_proj|proj": 16}}),
+    "patterns, the first counts": (llama, {"target_modules": ["q_proj"], "r": 4, "alpha_pattern": {"layers.1.self_attn.q_proj": 3, ".*q_proj": 5}}),
+    "patterns, whole names": (llama, {"target_modules": ["q_proj"], "r": 4, "alpha_pattern": {"_proj": 3}, "rank_pattern": {r"model\.layers\.0\..*": 2}}),
+    "gaussian, excluded": (llama, {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"], "init_lora_weights": "gaussian"}),
+    "some layers": (llama, {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}),
+    "orthogonal": (llama, {"target_modules": ["v_proj"], "r": 4, "init_lora_weights": "orthogonal"}),
     "embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"], "r": 3}),
+    "tied embedding": (gpt2, {"target_modules": ["wte"], "r": 2}),
+    "saved and tied": (lambda: llama(True), {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "conv1d": (gpt2, {"target_modules": ["c_attn", "c_fc"], "r": 3, "fan_in_fan_out": True}),
+    "conv1d, square": (gpt2, {"target_modules": r".*attn\.c_proj", "r": 3}),
+    "conv1d and linear": (gpt2_classifier, {"target_modules": "all-linear", "r": 2}),
+    "conv1d and linear, square": (gpt2_classifier, {"target_modules": r".*attn\.c_proj|score", "r": 2}),
     "head": (bert, {"target_modules": ["query"], "r": 3, "modules_to_save": ["classifier"]}),
-    "bias": (bert, {"target_modules": ["query"], "r": 3, "bias": "lora_only"}),
+    "bias of adapted layers": (bert, {"target_modules": ["query"], "r": 3, "bias": "lora_only"}),
+    "all biases": (bert, {"target_modules": ["query"], "r": 3, "bias": "all"}),
     "lora bias": (bert, {"target_modules": ["query"], "r": 3, "lora_bias": True}),
+    "two towers": (t5, {"target_modules": ["q", "v", "wo"], "r": 3}),
+    "convolutions": (resnet, {"target_modules": ["convolution"], "r": 3}),
 }  # fmt: skip
 
 
 def make(tmp_path, build, settings, seed=0):
     """A base folder and an adapter folder with random factors; returns what peft merges them to."""
     torch.manual_seed(seed)
-    model = build()
     if not (tmp_path / "base").exists():
-        model.save_pretrained(tmp_path / "base")
-    model = type(model).from_pretrained(tmp_path / "base")
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(**settings))
+        build().save_pretrained(tmp_path / "base")
+    kind = type(build())
+    wrapped = peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), peft.LoraConfig(**settings))
     with torch.no_grad():
-        for _name, parameter in wrapped.named_parameters():
+        for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     wrapped.save_pretrained(tmp_path / f"adapter{seed}")
-    return wrapped.merge_and_unload().state_dict()
+    again = peft.PeftModel.from_pretrained(
+        kind.from_pretrained(tmp_path / "base"), tmp_path / f"adapter{seed}"
+    )
+    return again.merge_and_unload().state_dict()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+def opened(tmp_path):
+    return open_checkpoint(tmp_path / "adapter0", base=open_checkpoint(tmp_path / "base"))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_expands_to_what_peft_merges(tmp_path, case):
     expected = make(tmp_path, *CASES[case])
-    found = open_checkpoint(tmp_path / "adapter0", base=open_checkpoint(tmp_path / "base"))
-    assert set(found) == set(open_checkpoint(tmp_path / "base"))
+    found, base = opened(tmp_path), open_checkpoint(tmp_path / "base")
+    assert set(base) <= set(found) <= set(expected)
     for name in found:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
-    changed = [
-        name for name in found if not torch.equal(found[name], open_checkpoint(tmp_path / "base")[name])
-    ]
-    assert changed
-    name = next(name for name in changed if found[name].dim() == 2)
-    flat = found.store.block(name, 5, 23)
-    torch.testing.assert_close(flat, found[name].flatten()[5:23])  # ranges that begin and end inside rows
+    changed = [name for name in base if not torch.equal(found[name], base[name])]
+    assert changed or case == "saved and tied"
+    for name in changed[:1]:
+        flat = found.store.block(name, 5, 13)
+        torch.testing.assert_close(flat, found[name].flatten()[5:13])  # ranges that begin and end inside rows
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_two_adapters_merge_like_two_models(tmp_path):
-    settings = CASES["plain"][1]
-    models = [make(tmp_path, llama, settings, seed) for seed in (0, 1)]
+    models = [make(tmp_path, *CASES["plain"], seed) for seed in (0, 1)]
     tasks = [Task(tmp_path / f"adapter{seed}", weight=0.5) for seed in (0, 1)]
     done = merge(tmp_path / "base", tasks, method="task_arithmetic", out=tmp_path / "out")
     for name in done:
         torch.testing.assert_close(done[name], (models[0][name] + models[1][name]) / 2, rtol=1e-5, atol=1e-6)
-    assert LlamaForCausalLM.from_pretrained(tmp_path / "out").config.hidden_size == 16
+    assert tf.LlamaForCausalLM.from_pretrained(tmp_path / "out").config.hidden_size == 16
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("task", ["adapter0", "base"])
+def test_an_adapter_as_the_base_is_written_with_its_bases_config(tmp_path, task):
+    expected = make(tmp_path, *CASES["plain"])
+    merge(
+        tmp_path / "adapter0",
+        [Task(tmp_path / task, weight=0.0)],
+        method="task_arithmetic",
+        out=tmp_path / "out",
+    )
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(loaded[name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_the_base_named_by_the_adapter_is_found(tmp_path):
     expected = make(tmp_path, *CASES["plain"])
     found = open_checkpoint(tmp_path / "adapter0")  # its config names the base folder
@@ -111,114 +154,139 @@ def test_the_base_named_by_the_adapter_is_found(tmp_path):
     torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
-def edited(folder, change):
+def test_a_pickled_adapter_is_read_where_that_is_asked_for(tmp_path):
+    expected = make(tmp_path, *CASES["plain"])
+    held = load_file(tmp_path / "adapter0" / "adapter_model.safetensors")
+    (tmp_path / "adapter0" / "adapter_model.safetensors").unlink()
+    torch.save(held, tmp_path / "adapter0" / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model.bin is a pickle"):
+        open_checkpoint(tmp_path / "adapter0")
+    found = open_checkpoint(tmp_path / "adapter0", allow_pickle=True)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    make(folder, *CASES["plain"])
+    return folder
+
+
+def renamed(old, new):
+    return lambda held: {name.replace(old, new): tensor for name, tensor in held.items()}
+
+
+def doubled(held):
+    return held | {n.replace(".weight", ".default.weight"): t.clone() for n, t in held.items()}
+
+
+PREFIX = "base_model.model.model.layers.0.self_attn.q_proj."
+REFUSED = [  # (changes of the config, change of the tensors, words)
+    ({"use_dora": True}, None, "use_dora=True in its adapter_config.json: DoRA"),
+    ({"peft_type": "IA3"}, None, "peft_type='IA3' .*only LoRA"),
+    ({"init_lora_weights": "pissa"}, None, "init_lora_weights='pissa' .* changed the base"),
+    ({"init_lora_weights": "pissa_niter_4"}, None, "init_lora_weights='pissa_niter_4'"),
+    ({"init_lora_weights": "olora"}, None, "init_lora_weights='olora'"),
+    ({"init_lora_weights": "loftq"}, None, "init_lora_weights='loftq'"),
+    ({"init_lora_weights": "corda"}, None, "init_lora_weights='corda'"),
+    ({"init_lora_weights": "lora_ga"}, None, "init_lora_weights='lora_ga'"),
+    ({"init_lora_weights": "of tomorrow"}, None, "init_lora_weights='of tomorrow'"),
+    ({"alora_invocation_tokens": [3]}, None, r"alora_invocation_tokens=\[3\] .*aLoRA"),
+    ({"kasa_config": {"beta": 0.1}}, None, "kasa_config=.*KaSA"),
+    ({"layer_replication": [[0, 2], [1, 2]]}, None, "layer_replication=.*layers are repeated"),
+    ({"target_parameters": ["mlp.experts.down_proj"]}, None, "target_parameters=.*stacked experts"),
+    ({"trainable_token_indices": [1]}, None, "trainable_token_indices=.*single rows"),
+    ({"use_qalora": True}, None, "use_qalora=True"),
+    ({"ensure_weight_tying": True}, None, "ensure_weight_tying=True"),
+    ({"loftq_config": {"loftq_bits": 4}}, None, "loftq_config="),
+    ({"bias": "some"}, None, "bias='some'"),
+    ({"lora_alpha": "8"}, None, "lora_alpha='8'"),
+    ({"r": 0}, None, "r=0"),
+    ({"rank_pattern": {"q_proj": 2.5}}, None, "rank_pattern="),
+    ({"alpha_pattern": ["q_proj"]}, None, "alpha_pattern="),
+    ({"modules_to_save": "lm_head"}, None, "modules_to_save='lm_head'"),
+    ({"key_of_tomorrow": 1}, None, "key_of_tomorrow=1 .*not understood"),
+    ({"alpha_pattern": {"(": 2}}, None, "no regular expression"),
+    ({"r": 4}, None, "has rank 3, its adapter_config.json says 4"),
+    ({"base_model_name_or_path": None}, None, "names no base model"),
+    ({}, lambda held: {n: t for n, t in held.items() if "lora_B" not in n}, "the adapter is incomplete"),
+    ({}, lambda held: {"base_model.model.model.norm.weight": torch.ones(16)}, "holds no LoRA factors"),
+    ({}, lambda held: held | {PREFIX + "lora_magnitude_vector": torch.ones(16)}, "lora_magnitude_vector' is no factor"),
+    ({}, lambda held: held | {PREFIX + "lora_B.bias": torch.ones(16)}, "lora_B.bias' is no factor"),
+    ({}, lambda held: held | {"base_model.model.model.norm.weight": torch.ones(3)}, r"norm.weight' is F32 \[3\], the base's is F32 \[16\]"),
+    ({}, doubled, "both .* and .* adapt"),
+    ({}, renamed("lora_A.weight", "lora_A.other.weight"), "is no factor"),
+    ({}, renamed("layers.0", "layers.7"), "adapts 'model.layers.7.* which .* does not have"),
+    ({}, renamed("q_proj", "k_proj"), None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "tensors", "text"), REFUSED, ids=[str(text) for _, _, text in REFUSED])
+def test_adapters_that_are_refused(plain, tmp_path, change, tensors, text):
+    folder = shutil.copytree(plain / "adapter0", tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
-
-
-def without(folder, part):
-    file = folder / "adapter_model.safetensors"
-    save_file({name: t for name, t in load_file(file).items() if part not in name}, file)
-
-
-REFUSED = [
-    (lambda folder: edited(folder, {"use_dora": True}), "is a DoRA adapter"),
-    (lambda folder: edited(folder, {"peft_type": "IA3"}), "is a IA3 adapter; only LoRA"),
-    (lambda folder: edited(folder, {"base_model_name_or_path": None}), "names no base model"),
-    (lambda folder: without(folder, "lora_B"), "the adapter is incomplete"),
-    (lambda folder: without(folder, "lora_"), "holds no LoRA factors"),
-]
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("spoil", "text"), REFUSED, ids=[text for _, text in REFUSED])
-def test_adapters_that_are_refused(tmp_path, spoil, text):
-    make(tmp_path, *CASES["plain"])
-    if "no LoRA factors" in text:
-        file = tmp_path / "adapter0" / "adapter_model.safetensors"
-        save_file({"base_model.model.norm.weight": torch.ones(16)}, file)
-    else:
-        spoil(tmp_path / "adapter0")
+    if tensors:
+        file = folder / "adapter_model.safetensors"
+        save_file(tensors(load_file(file)), file)
+    if text is None:  # nothing in the file tells which layer of one shape was adapted
+        open_checkpoint(folder)
+        return
     with pytest.raises(ValueError, match=text):
-        open_checkpoint(tmp_path / "adapter0")
+        open_checkpoint(folder)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("key", sorted(peft.LoraConfig(r=3).to_dict()))
+def test_every_key_of_the_installed_peft_is_free_or_refused_by_name(plain, tmp_path, key):
+    folder = shutil.copytree(plain / "adapter0", tmp_path / "adapter")
+    written = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**written, key: {"some": "value"}}))
+    base = open_checkpoint(plain / "base")
+    if key in FREE:
+        open_checkpoint(folder, base=base)
+        return
+    with pytest.raises(ValueError, match=f"{key}={{'some': 'value'}}"):
+        open_checkpoint(folder, base=base)
+
+
+def test_adapters_that_lead_back_to_themselves(plain, tmp_path):
+    for name, base in (("one", "two"), ("two", "one")):
+        folder = shutil.copytree(plain / "adapter0", tmp_path / name)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(
+            json.dumps({**config, "base_model_name_or_path": str(tmp_path / base)})
+        )
+    with pytest.raises(ValueError, match="leads back to itself"):
+        open_checkpoint(tmp_path / "one")
+
+
 def test_adapters_for_another_base(tmp_path):
     make(tmp_path, *CASES["head"])
-    wide = BertForSequenceClassification(
-        BertConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=30
-        )
-    )
-    with pytest.raises(ValueError, match=r"the base's is F32 \[32, 32\]; it is an adapter for another base"):
-        open_checkpoint(tmp_path / "adapter0", base=open_checkpoint(wide))
-    with pytest.raises(
-        ValueError, match=r"adapts 'bert.encoder.layer.0.attention.self.query.weight', which .* does not have"
+    wide = tf.BertForSequenceClassification(tf.BertConfig(**{**SMALL, "hidden_size": 32}, vocab_size=30))
+    for base, text in (
+        (wide, r"the base's is F32 \[32, 32\]; it is an adapter for another base"),
+        (llama(), r"adapts 'bert.encoder.layer.0.attention.self.query.weight', which .* does not have"),
     ):
-        open_checkpoint(tmp_path / "adapter0", base=open_checkpoint(llama()))
-    file = tmp_path / "adapter0" / "adapter_model.safetensors"
-    save_file({**load_file(file), "base_model.model.bert.pooler.dense.bias": torch.ones(3)}, file)
-    with pytest.raises(ValueError, match=r"'bert.pooler.dense.bias' is F32 \[3\], the base's is F32 \[16\]"):
-        open_checkpoint(tmp_path / "adapter0")
+        with pytest.raises(ValueError, match=text):
+            open_checkpoint(tmp_path / "adapter0", base=open_checkpoint(base))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_an_adapter_of_a_tied_embedding_changes_the_tied_tensor(tmp_path):
-    expected = make(tmp_path, gpt2, {"target_modules": ["wte"], "r": 2})
-    found = open_checkpoint(tmp_path / "adapter0", base=open_checkpoint(tmp_path / "base"))
-    torch.testing.assert_close(
-        found["transformer.wte.weight"], expected["transformer.wte.weight"], rtol=1e-5, atol=1e-6
-    )
+def test_a_square_weight_of_a_state_dict_may_lie_either_way(tmp_path):
+    make(tmp_path, *CASES["conv1d, square"])
+    with pytest.raises(ValueError, match="which is square"):
+        open_checkpoint(tmp_path / "adapter0", base=open_checkpoint(gpt2().state_dict()))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("targets", [["lm_head"], ["wte", "lm_head"]])
 @pytest.mark.parametrize("memory", [True, False])
 def test_adapters_of_tied_weights_are_refused(tmp_path, targets, memory):
     make(tmp_path, gpt2, {"target_modules": targets, "r": 2, "fan_in_fan_out": False})
     base = open_checkpoint(
-        GPT2LMHeadModel.from_pretrained(tmp_path / "base") if memory else tmp_path / "base"
+        tf.GPT2LMHeadModel.from_pretrained(tmp_path / "base") if memory else tmp_path / "base"
     )
     with pytest.raises(ValueError, match=r"is tied to another tensor .* untie the base"):
         open_checkpoint(tmp_path / "adapter0", base=base)
-
-
-def rewrite(folder, change):
-    file = folder / "adapter_model.safetensors"
-    save_file(change(load_file(file)), file)
-
-
-def test_two_updates_of_one_tensor_are_refused(tmp_path):
-    make(tmp_path, *CASES["plain"])
-    rewrite(
-        tmp_path / "adapter0",
-        lambda held: (
-            held
-            | {
-                n.replace("lora_A.weight", "lora_A.default.weight"): t.clone()
-                for n, t in held.items()
-                if "lora_A" in n
-            }
-            | {
-                n.replace("lora_B.weight", "lora_B.default.weight"): t.clone()
-                for n, t in held.items()
-                if "lora_B" in n
-            }
-        ),
-    )
-    with pytest.raises(ValueError, match=r"both .* and .* adapt"):
-        open_checkpoint(tmp_path / "adapter0", base=open_checkpoint(tmp_path / "base"))
-
-
-def test_trained_single_tokens_are_refused_by_name(tmp_path):
-    make(tmp_path, *CASES["plain"])
-    rewrite(
-        tmp_path / "adapter0",
-        lambda held: held | {"base_model.model.model.embed_tokens.trainable_tokens_delta": torch.ones(2, 16)},
-    )
-    with pytest.raises(ValueError, match=r"trains single tokens \('base_model.*trainable_tokens_delta'\)"):
-        open_checkpoint(tmp_path / "adapter0", base=open_checkpoint(tmp_path / "base"))
 
 
 def test_a_module_with_adapters_is_refused_by_what_it_is():

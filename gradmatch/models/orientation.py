@@ -1,0 +1,55 @@
+"""Which weights are stored [in, out], as GPT-2's Conv1D layers do, and not [out, in] as nn.Linear's: their modules tell."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradmatch.models.checkpoint import Checkpoint
+
+
+def conv1d_weights(checkpoint: Checkpoint) -> frozenset[str] | None:
+    """Names of the weights that Conv1D layers hold; None where neither a module nor a config that transformers knows tells.
+
+    The module of a config is built without memory for its values.
+
+    Example:
+        >>> import transformers
+        >>> from gradmatch import open_checkpoint
+        >>> gpt2 = transformers.GPT2Model(transformers.GPT2Config(n_embd=4, n_layer=1, n_head=1, vocab_size=5))
+        >>> sorted(conv1d_weights(open_checkpoint(gpt2)))[0]
+        'h.0.attn.c_attn.weight'
+    """
+    if checkpoint.module is not None:
+        return _of_module(checkpoint.module)
+    return _of_config(json.dumps(checkpoint.config, default=str)) if checkpoint.config else None
+
+
+@lru_cache(maxsize=8)
+def _of_config(config: str) -> frozenset[str] | None:
+    import torch
+    import transformers
+
+    content = json.loads(config)
+    kind: Any = getattr(transformers, next(iter(content.get("architectures") or ()), ""), None)
+    try:
+        with torch.device("meta"):
+            if kind is not None:
+                return _of_module(kind(kind.config_class.from_dict(content)))
+            return _of_module(
+                transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**content))
+            )
+    except Exception:  # whatever an architecture may raise on a config of another version: it cannot tell
+        return None
+
+
+def _of_module(module: Any) -> frozenset[str]:
+    from transformers.pytorch_utils import Conv1D
+
+    return frozenset(
+        f"{name}.weight" if name else "weight"
+        for name, layer in module.named_modules()
+        if isinstance(layer, Conv1D)
+    )
