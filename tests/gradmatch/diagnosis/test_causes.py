@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from gradmatch import Task, diagnose
-from gradmatch.diagnosis.causes import BROKEN, CHOICE, INPUT, Cause, ranked
+from gradmatch.diagnosis.cause import BROKEN, CHOICE, INPUT, Cause
+from gradmatch.diagnosis.causes import ranked
 from gradmatch.diagnosis.causes_input import relabelled
 from gradmatch.diagnosis.evidence import accuracy_of_rows, best_relabelling
 from gradmatch.estimators import Curvature
