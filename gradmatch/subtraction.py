@@ -14,7 +14,7 @@ from gradmatch.merging import CurvatureLike, merge, prepare
 from gradmatch.models.task import Task, is_model
 from gradmatch.models.tokenizers import check_tokenizers
 from gradmatch.output.card import rewrite_card
-from gradmatch.plan.request import REMOVALS
+from gradmatch.rules import RULES, removals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,16 +60,18 @@ def subtract(
         ValueError: as `merge`; also another method, a weight below 0, or a task with another tokenizer than the base.
         TypeError: as `merge`; also a task that is none.
     """
-    if method not in REMOVALS:
+    known = removals()
+    if method not in known:
         raise ValueError(
-            f"{method!r} is no way to subtract{nearest(method, REMOVALS)}; choose one of {', '.join(REMOVALS)}"
+            f"{method!r} is no way to subtract{nearest(method, known)}; choose one of {', '.join(known)}"
         )
     tasks = [scaled(one, weight) for one in tasks_of(task)]
     for one in tasks:
         check_tokenizers(base, one.model)
-    own: dict[str, Any] = {"keep": keep, "guard": guard} if method == "removal" else {}
+    guarded = RULES[method].guarded
+    own: dict[str, Any] = {"keep": keep, "guard": guard} if guarded else {}
     result = merge(base, tasks, method=method, base_curvature=base_curvature, **own, **options)
-    if method == "removal":
+    if guarded:
         report: Report = result.report  # type: ignore[attr-defined]
         planned = {key: value for key, value in options.items() if key not in RUNNING}
         limits = largest_alpha(
@@ -171,7 +173,7 @@ def largest_alpha(made: Plan, shares: Sequence[float] = SHARES) -> dict[float, f
     context, buffers = Context(made), Buffers()
     counts, total = torch.zeros(BINS, dtype=torch.int64), 0
     for step in made.steps:
-        if step.action != "merge":
+        if not step.guarded:
             continue
         for first, last in pieces(step, 0, step.spec.numel):
             h0, h = curvature_pair(context, step, first, last, buffers)

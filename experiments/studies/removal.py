@@ -22,7 +22,7 @@ from experiments.studies.removal_cells import BASE_SEED, Cells
 from experiments.studies.sentiment import check_merge
 from experiments.tasks.corpora import json_lines
 from experiments.tasks.texts import LISTS, Source, read
-from gradmatch.plan.request import REMOVALS
+from gradmatch.rules import removals
 
 FILES = (".txt", ".jsonl", ".csv", ".tsv")  # what `experiments.tasks.texts` reads as files
 
@@ -65,8 +65,8 @@ class Method(Strict):
 
     @model_validator(mode="after")
     def _known(self) -> Method:
-        if self.method not in REMOVALS:
-            raise ValueError(f"{self.method!r} is no way to remove; choose one of {', '.join(REMOVALS)}")
+        if self.method not in removals():
+            raise ValueError(f"{self.method!r} is no way to remove; choose one of {', '.join(removals())}")
         if not all(alpha > 0 for alpha in self.alphas) or len(set(self.alphas)) != len(self.alphas):
             raise ValueError(f"alphas must be positive and different, got {list(self.alphas)}")
         check_names(self.method, self.options, self.choose, also=())  # the strengths are `alphas`

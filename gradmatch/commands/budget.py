@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradmatch.common.warning import warn
-from gradmatch.plan.request import POLICIES, REMOVALS
+from gradmatch.plan.request import POLICIES
+from gradmatch.rules import RULES, removals
 from gradmatch.rules.removal import GUARDS
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base-curvature", required=True, help="curvature file of the base, on what must stay, or a number"
     )
     parser.add_argument(
-        "--method", choices=REMOVALS, default="removal", help="Eq. 13 (default), or a baseline"
+        "--method", choices=removals(), default="removal", help="Eq. 13 (default), or a baseline"
     )
     parser.add_argument(
         "--alphas", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0], help="the path to forecast"
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     path = alpha_path(points, args.alphas)
     print(path_table(path))
     limit = problem.largest_alpha(args.share)
-    if args.method == "removal":
+    if RULES[args.method].guarded:
         print(f"largest alpha with at most {100 * args.share:g} % clamped: {limit:.4g}")
     content: dict[str, object] = {
         "path": [dataclasses.asdict(point) for point in path],

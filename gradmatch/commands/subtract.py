@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from gradmatch.commands.merge import add_model_arguments, make_plan, overrides, print_plan
-from gradmatch.plan.request import REMOVALS
+from gradmatch.rules import RULES, removals
 from gradmatch.rules.removal import GUARDS
 from gradmatch.subtraction import scaled
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     add_model_arguments(parser)
     parser.add_argument(
-        "--method", choices=REMOVALS, default="removal", help="Eq. 13 (default), or a baseline"
+        "--method", choices=removals(), default="removal", help="Eq. 13 (default), or a baseline"
     )
     parser.add_argument("--weight", type=float, default=1.0, help="alpha, for all tasks (default 1)")
     parser.add_argument(
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
             "nothing to subtract: give --base and at least one --task (see gradmatch subtract --help)"
         )
     if args.dry_run:
-        own = {"keep": args.keep, "guard": args.guard} if args.method == "removal" else {}
+        own = {"keep": args.keep, "guard": args.guard} if RULES[args.method].guarded else {}
         arguments["tasks"] = [scaled(task, args.weight) for task in arguments["tasks"]]
         print_plan(make_plan({**arguments, **own, "method": args.method}), args.out, args.overwrite)
         return 0

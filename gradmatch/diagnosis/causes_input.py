@@ -210,7 +210,7 @@ def one_model(evidence: Evidence) -> list[Cause]:
     scan = evidence.scan
     known = [t for t in scan.tensors.values() if t.products is not None]
     moved = [task for task, norm in scan.norms().items() if norm > 0 and evidence.alpha[task] != 0]
-    if not known or not moved or evidence.method == "greedy_soup":
+    if not known or not moved or evidence.searched:
         return []
     storage = 4 * sum(t.storage for t in known)
     gram = scan.gram()

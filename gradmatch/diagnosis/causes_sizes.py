@@ -26,7 +26,7 @@ def one_task_dominates(evidence: Evidence) -> list[Cause]:
     """One task's share of the update drowns the others': through its weight, or through the length of its task vector."""
     norms, used = evidence.scan.norms(), evidence.coefficients()
     tasks = [task for task in evidence.scan.tasks if norms[task] > 0]  # one that is the base has no share
-    if len(tasks) < 2 or evidence.scan.nonfinite or evidence.method == "greedy_soup" or one_model(evidence):
+    if len(tasks) < 2 or evidence.scan.nonfinite or evidence.searched or one_model(evidence):
         return []  # one model was chosen, or the merge is none
     if evidence.merged is not None and evidence.scan.projection()[1] > HALF:
         used = evidence.alpha  # the span explains too little of the update to read weights off it

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.common.names import nearest
 from gradmatch.diagnosis.causes import find_causes
 from gradmatch.diagnosis.evidence import Evidence
 from gradmatch.diagnosis.found import Found
@@ -34,7 +33,7 @@ from gradmatch.models.curvatures import open_curvature
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.task import Task
 from gradmatch.plan.request import POLICIES
-from gradmatch.rules import RULES
+from gradmatch.rules import find_rule
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -135,8 +134,7 @@ def diagnose(
     if method is None:
         complete = len(curvatures) == len(names) and opened_h0 is not None
         method = "gradient_matching" if complete else "task_arithmetic"
-    if method not in RULES:
-        raise ValueError(f"unknown method {method!r}{nearest(method, RULES)}; known are {', '.join(RULES)}")
+    find_rule(method)
     check_tasks("data", data, names)
     check_tasks("num_examples", num_examples, names)
     alpha = effective_weights(method, weights, options)

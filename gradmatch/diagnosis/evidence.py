@@ -14,7 +14,7 @@ import torch
 
 from gradmatch.diagnosis.scan import STATISTICS
 from gradmatch.measure.barrier import interpolate
-from gradmatch.rules import RULES
+from gradmatch.rules import Linear, find_rule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +105,13 @@ class Evidence:
     @property
     def uses_curvature(self) -> bool:
         """Whether the rule weighs by curvature."""
-        return self.method in RULES and "curvature" in RULES[self.method].needs
+        return "curvature" in find_rule(self.method).needs
+
+    @property
+    def searched(self) -> bool:
+        """Whether the rule chose among the tasks by a score, so that it says nothing of their weights."""
+        rule = find_rule(self.method)
+        return isinstance(rule, Linear) and rule.searches
 
     def coefficients(self) -> dict[str, float]:
         """Task -> coefficient of tau_t in the merge's update: measured on its weights, else as asked for."""

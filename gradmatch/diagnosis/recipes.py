@@ -6,15 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.settings import numbers
-from gradmatch.plan.request import REMOVALS
-from gradmatch.rules import RULES
+from gradmatch.rules import Linear, Options, find_rule
 from gradmatch.rules.edits import TRANSFORMS
 
 if TYPE_CHECKING:
     from gradmatch.models.task import Task
-
-# Rules whose update is no multiple of the task vectors' entries, or one without a bound: their merges are not judged by it.
-UNBOUNDED = frozenset({"removal", "ewr", "fisher_base", "measured", "regmean"})
 
 
 def effective_weights(
@@ -22,20 +18,22 @@ def effective_weights(
 ) -> dict[str, float]:
     """The coefficient that the rule gives each tau_t: as its formula says for rules that combine whole models, else alpha_t.
 
-    1/T for averaging, normalised for weighted averages, times `scale` where the rule has one, negative where it removes.
+    1/T for averaging, normalised for weighted averages, times `scale` where the rule has one, negative where it removes. Rules
+    for which weights play no role treat all tasks alike (times a factor of its own in each tensor, for Model Stock).
     """
-    rule = RULES[method]
+    rule = find_rule(method)
     given = list(weights.values())
-    if rule.linear is not None and not rule.gram and not rule.matrix:
-        named = {name: _number(options.get(name, default), default) for name, default in rule.options.items()}
+    if isinstance(rule, Linear) and not rule.gram:
         try:
-            found = rule.linear(given, None, named)[1]
+            found = rule.terms(given, None, _at_mean(rule.options, options))[1]
         except ValueError:  # weights that cancel, which the merge itself refuses
             found = given
-    elif method == "model_stock":
-        found = [1 / len(given)] * len(given)  # times a factor of its own in each tensor
+    elif not rule.weighs and len(given) == rule.models[1]:
+        found = given
+    elif not rule.weighs:
+        found = [1 / len(given)] * len(given)
     else:
-        found = [-weight for weight in given] if method in REMOVALS else given
+        found = [-weight for weight in given] if rule.removes else given
     return dict(zip(weights, found, strict=True))
 
 
@@ -44,11 +42,11 @@ def reach_of(method: str, alpha: Mapping[str, float], options: Mapping[str, Any]
 
     Averages by curvature and sign elections give one task up to all of an entry; a rescaled drop multiplies by 1 / density.
     """
-    rule = RULES[method]
-    if method in UNBOUNDED:
+    rule = find_rule(method)
+    if not rule.bounded:
         return None
     edits = [*rule.transforms, *options.get("transforms", ())]
-    whole = rule.elementwise is not None or bool(edits)
+    whole = not isinstance(rule, Linear) or bool(edits)
     factor = 1.0
     for edit in edits:
         (name, own), *_ = [(edit, {})] if isinstance(edit, str) else edit.items()
@@ -63,22 +61,27 @@ def reach_of(method: str, alpha: Mapping[str, float], options: Mapping[str, Any]
 
 def in_span(method: str, tasks: Sequence[Task], options: Mapping[str, Any]) -> bool:
     """Whether the recipe's update is sum_t alpha_t tau_t exactly, with one alpha_t for all tensors."""
-    rule = RULES[method]
-    linear = rule.linear is not None and not rule.gram and not rule.matrix and method != "greedy_soup"
+    rule = find_rule(method)
     edited = bool(rule.transforms or options.get("transforms"))
     plain = [float(task.weight) for task in tasks if isinstance(task.weight, int | float)]
+    varies = any(isinstance(options.get(name), Mapping | list | tuple) for name in rule.options)
     if (
-        not linear
+        not isinstance(rule, Linear)
+        or rule.gram
+        or rule.searches
         or edited
+        or varies
         or len(plain) < len(tasks)
-        or isinstance(options.get("scale"), Mapping | list | tuple)
     ):
         return False
-    assert rule.linear is not None
-    c0, found, _ = rule.linear(
-        plain, None, {name: options.get(name, own) for name, own in rule.options.items()}
-    )
+    c0, found, _ = rule.terms(plain, None, _at_mean(rule.options, options))
     return abs(c0 + sum(found) - 1) < 1e-6  # else the base's own weights are scaled
+
+
+def _at_mean(defaults: Options, options: Mapping[str, Any]) -> Options:
+    """The rule's options, with the mean of a setting that varies over tensors."""
+    given = {name: _number(value, defaults[name]) for name, value in options.items() if name in defaults}
+    return defaults.changed("options", given)
 
 
 def _number(value: Any, default: Any) -> Any:

@@ -12,7 +12,6 @@ from gradmatch.engine.draws import GRID
 from gradmatch.models.curvatures import CurvatureStore
 from gradmatch.models.stores import FileStore
 from gradmatch.plan.opened import Inputs
-from gradmatch.rules.edits import TRANSFORMS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,17 +43,9 @@ class Context:
         return self.plan.inputs
 
 
-def span(step: Step) -> str:
-    """How much of a tensor a piece must hold: "block", "rows" or "tensor"."""
-    if step.whole:
-        return "tensor"
-    spans = [TRANSFORMS[name].span(options) for name, options in step.edits] if step.action == "merge" else []
-    return "tensor" if "tensor" in spans else "rows" if "rows" in spans or step.along else "block"
-
-
 def pieces(step: Step, first: int, last: int, blocks: int = 1) -> Iterator[tuple[int, int]]:
     """Cut elements first to last of a tensor into pieces: of so many blocks, where a block is enough."""
-    kind = span(step)
+    kind = step.span
     size = blocks * BLOCK
     if kind == "tensor":
         size = max(1, step.spec.numel)
@@ -69,7 +60,7 @@ def byte_ranges(context: Context, step: Step, first: int, last: int) -> Iterator
     """The parts of files that elements first to last of a step will be read from."""
     inputs = context.inputs
     stores: list[tuple[Store, str | None]] = [(inputs.store, step.name)]
-    if step.action != "copy":
+    if step.tasks:
         tasks = [inputs.tasks[t] for t in step.tasks]
         stores += [(task.store, step.name) for task in tasks]
         known = [store for task in tasks for store in (task.mean, task.gradient) if store is not None]

@@ -1,4 +1,4 @@
-"""One piece of one tensor, by whichever path computes it: constant coefficients, Eq. 12 or TIES in place, or the readable rule."""
+"""One piece of one tensor, as the plan says: coefficients, Eq. 12 or TIES in place, or the readable rule on all that it must see."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from gradmatch.engine.kernels import Buffers, eq12, in_cache, linear_combination
 from gradmatch.engine.matrices import solve_matrix
 from gradmatch.engine.stacked import global_threshold, gram_matrix, make_block, prior_of, task_vectors
 from gradmatch.models.stores import torch_dtype
+from gradmatch.plan.step import scale_of_ties
+from gradmatch.rules import Elementwise, Linear, Whole
 from gradmatch.rules.edits import trims
 from gradmatch.rules.rowwise import as_rows
 
 if TYPE_CHECKING:
-    from gradmatch.plan.step import Step
+    from gradmatch.plan.step import Coefficients, Step
 
-Coefficients = tuple[float, list[float]]
 Merged = Iterator[
     tuple[int, Tensor, Tensor, Tensor | None]
 ]  # first element, where it is to be written, merged values, theta0 as stored
@@ -29,14 +30,17 @@ Merged = Iterator[
 def linear_terms(
     context: Context, step: Step, buffers: Buffers, stats: dict[str, float]
 ) -> Coefficients | None:
-    """(c0, c) of a rule that combines models, after the inner products it may need; None for other rules."""
-    if step.action == "average":
-        return 0.0, [1 / len(step.tasks)] * len(step.tasks)
-    rule = context.plan.request.rule
-    if rule.linear is None or step.action == "matrix" or step.along:
-        return None
-    gram = gram_matrix(context, step, buffers, of_tau=rule.gram == "tau") if rule.gram else None
-    c0, c, branch = rule.linear(step.alpha, gram, step.options)
+    """(c0, c) of a rule that combines models, after the inner products it may need; None for other rules.
+
+    Raises:
+        ValueError: the models have no such combination.
+    """
+    if step.coefficients or not step.gram or not isinstance(step.rule, Linear):
+        return step.coefficients
+    try:
+        c0, c, branch = step.rule.terms(step.alpha, gram_matrix(context, step, buffers), step.options)
+    except ValueError as error:
+        raise ValueError(f"{step.name!r}: {error}") from None
     if branch:
         stats[f"branch:{branch.split(' = ')[0]}"] = 1.0
     return c0, c
@@ -56,31 +60,16 @@ def evaluate(
     Yields (first element of the block, its part of `written`, merged values, theta0 as it is stored or None where there is
     none). The merged values are that part of `written` already where the dtype of the arithmetic is the output's.
     """
-    path = path_of(context, step, coefficients)
-    if path == "matrix":
-        yield first, written, *solve_matrix(context, step, buffers, stats)
-    elif path == "along":
-        yield first, written, *_along(context, step, first, written, buffers, stats)
-    elif path == "linear" and coefficients is not None:
+    if step.path == "linear" and coefficients is not None:
         yield from _linear(context, step, first, written, coefficients, buffers)
-    elif path == "ties" and coefficients is not None:
+    elif step.path == "ties" and coefficients is not None:
         yield from _ties(context, step, first, written, coefficients, buffers, stats)
-    elif path == "eq12":
+    elif step.path == "eq12":
         yield from _eq12(context, step, first, written, buffers, stats)
+    elif step.path == "solve":
+        yield first, written, *solve_matrix(context, step, buffers, stats)
     else:
-        yield first, written, *_readable(context, step, first, written, coefficients, buffers, stats)
-
-
-def path_of(context: Context, step: Step, coefficients: Coefficients | None) -> str:
-    """What computes a step: "matrix", "along", "linear", "ties" or "eq12" in place, or the "readable" rule."""
-    if step.action == "matrix" or step.along:
-        return "matrix" if step.action == "matrix" else "along"
-    if coefficients is None:
-        fast = context.plan.request.rule.fast and step.options.get("hbar_weight") is None
-        return "eq12" if fast and not step.edits else "readable"
-    if not step.edits or step.action == "average":
-        return "linear"
-    return "readable" if scale_of_ties(step, coefficients[1]) is None else "ties"
+        yield first, written, *_stacked(context, step, first, written, coefficients, buffers, stats)
 
 
 def _blocks(
@@ -121,7 +110,7 @@ def _eq12(
     """The in-place kernel, for the rules that are Eq. 12 with some H0 and sign."""
     request, inputs, last = context.plan.request, context.inputs, first + written.numel()
     tasks = [inputs.tasks[t] for t in step.tasks]
-    alphas = [request.rule.fast * alpha for alpha in step.alpha]
+    alphas = [step.sign * alpha for alpha in step.alpha]
     examples = [float(task.mean.num_examples) if task.mean else 0.0 for task in tasks]
     h0, scale = prior_of(context, step, first, last, buffers)
     theta0 = fetch(buffers, "theta0", inputs.store, step.name, first, last)
@@ -130,7 +119,8 @@ def _eq12(
     sources += [
         curvature(buffers, f"mean {t}", task.mean, step.name, first, last) for t, task in enumerate(tasks)
     ]
-    keep, guard = step.options.get("keep"), step.options.get("guard", "floor")
+    guarded = step.guarded
+    keep, guard = (step.options["keep"], step.options["guard"]) if guarded else (None, "floor")
     for at, part, out, (base, mean0, *values) in _blocks(step, first, written, buffers, *sources):
         thetas, means = values[: len(tasks)], values[len(tasks) :]
         health = eq12(
@@ -140,32 +130,18 @@ def _eq12(
         if health.cancelled:
             raise ValueError(not_positive(step, health.cancelled, at, at + out.numel()))
         add(stats, {"floored": health.floored, "update": health.update, "weights": out.numel()})
-        if keep is not None:
+        if guarded:
             add(stats, {"clamped": health.clamped, "update_h0": health.update_h0})
         yield at, part, out, base
 
 
-def scale_of_ties(step: Step, c: list[float]) -> float | None:
-    """k with c_t = k alpha_t, where TIES is the only edit and needs no more of a tensor than a block; else None."""
-    if len(step.edits) != 1 or step.edits[0][0] != "ties" or len(step.tasks) > 255:  # votes are bytes
-        return None
-    options = step.edits[0][1]
-    if options["trim"] != "global" and trims(options):
-        return None
-    largest = max(range(len(c)), key=lambda t: abs(step.alpha[t]))
-    if step.alpha[largest] == 0:
-        return None
-    k = c[largest] / step.alpha[largest]
-    exact = all(abs(ct - k * alpha) <= 1e-12 * abs(ct) for ct, alpha in zip(c, step.alpha, strict=True))
-    return k * options["scale"] if exact else None
-
-
 def ties_terms(context: Context, step: Step, coefficients: Coefficients) -> tuple[list[float], float, float]:
-    """(each task's threshold, scale of the sum, share of theta0 beyond one) where `path_of` says "ties"."""
+    """(each task's threshold, scale of the sum, share of theta0 beyond one) where the path is "ties"."""
     options = step.edits[0][1]
     trimmed = options["trim"] == "global" and trims(options)
     thresholds = global_threshold(context, step, 0) if trimmed else [0.0] * len(step.tasks)
-    scale, rest = scale_of_ties(step, coefficients[1]), coefficients[0] + sum(coefficients[1]) - 1
+    scale = scale_of_ties(step.edits, step.alpha, coefficients[1])
+    rest = coefficients[0] + sum(coefficients[1]) - 1
     assert scale is not None
     return thresholds, scale, rest if abs(rest) > 1e-12 else 0.0
 
@@ -195,20 +171,7 @@ def _ties(
         yield at, part, out, theta0
 
 
-def _along(
-    context: Context, step: Step, first: int, written: Tensor, buffers: Buffers, stats: dict[str, float]
-) -> tuple[Tensor, Tensor]:
-    """A rule that treats every row or column by itself."""
-    theta0, tau = task_vectors(context, step, first, first + written.numel(), buffers, stats)
-    rows, shape = context.plan.request.rule.rows, step.spec.shape
-    assert rows is not None
-    one, stacked = (as_rows(values, shape, step.along) for values in (theta0, tau))
-    merged = rows(one, stacked, step.alpha, step.options)
-    transposed = merged.mT if step.along == "columns" and len(shape) > 1 else merged
-    return transposed.reshape(-1), theta0
-
-
-def _readable(
+def _stacked(
     context: Context,
     step: Step,
     first: int,
@@ -217,21 +180,43 @@ def _readable(
     buffers: Buffers,
     stats: dict[str, float],
 ) -> tuple[Tensor, Tensor]:
-    """A whole piece by the readable rule and transforms."""
-    last = first + written.numel()
+    """A piece by the readable rule and transforms: merged values and theta0, flat."""
+    last, rule, shape = first + written.numel(), step.rule, step.spec.shape
+    if isinstance(rule, Elementwise):
+        block = make_block(context, step, first, last, buffers, stats)
+        merged = _checked(step, rule.elementwise(block), block.theta0)
+        if rule.guarded:
+            left, update = block.h0 - (block.alpha * block.h).sum(0), (merged - block.theta0).square()
+            add(stats, {
+                "clamped": float((left < block.options.keep * block.h0).sum()), "update": float(update.sum()),
+                "update_h0": float((block.h0 * update).sum()),
+            })  # fmt: skip
+        return merged, block.theta0
+    theta0, tau = task_vectors(context, step, first, last, buffers, stats)
     if coefficients is not None:
         c0, c = coefficients
-        theta0, tau = task_vectors(context, step, first, last, buffers, stats)
         return (c0 + sum(c)) * theta0 + tau.new_tensor(c) @ tau, theta0
-    rule = context.plan.request.rule
-    block = make_block(context, step, first, last, buffers, stats)
-    assert rule.elementwise is not None
-    merged = rule.elementwise(block)
-    if "keep" in step.options:
-        left = block.h0 - (block.alpha * block.h).sum(0)
-        update = (merged - block.theta0).square()
-        add(stats, {
-            "clamped": float((left < step.options["keep"] * block.h0).sum()), "update": float(update.sum()),
-            "update_h0": float((block.h0 * update).sum()),
-        })  # fmt: skip
-    return merged, block.theta0
+    if isinstance(rule, Linear) and rule.rows is not None:
+        one, stacked = (as_rows(values, shape, step.along) for values in (theta0, tau))
+        merged = _checked(step, rule.rows(one, stacked, step.alpha, step.options), one)
+        return (merged.mT if step.along == "columns" and len(shape) > 1 else merged).reshape(-1), theta0
+    assert isinstance(rule, Whole)
+    if not written.numel():
+        return theta0, theta0
+    seen = shape if rule.otherwise is None else (shape[0], -1)
+    one, stacked = theta0.reshape(seen), tau.reshape(len(tau), *seen)
+    return _checked(step, rule.whole(one, stacked, step.alpha, step.options), one).reshape(-1), theta0
+
+
+def _checked(step: Step, merged: Tensor, like: Tensor) -> Tensor:
+    """What a rule returned, where it is what it must be.
+
+    Raises:
+        ValueError: a tensor of another shape, or something that is no tensor.
+    """
+    shape = list(merged.shape) if isinstance(merged, Tensor) else type(merged).__name__
+    if shape != list(like.shape):
+        raise ValueError(
+            f"{step.name!r}: the {step.kind} rule must return a tensor of shape {list(like.shape)}, got {shape}"
+        )
+    return merged.to(like.dtype)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def not_positive(step: Step, count: int, first: int, last: int) -> str:
     """What to say where Hbar, or the H0 that a removal is guarded by, is not positive, and what to do."""
-    if "keep" in step.options:
+    if step.guarded:
         return (
             f"{step.name!r}: at {count} weights (of elements {first} to {last}) the base's curvature H0 is not positive: it is "
             "negative there, as a Hessian's can be, and method='removal' has nothing of which to keep a part; take a GGN or Fisher "
@@ -64,10 +64,10 @@ def explain(context: Context, step: Step, first: int, last: int, merged: Tensor)
             if bad:
                 return f"{step.name!r} holds {bad} NaN or infinite values in {owner} (elements {first} to {last}); repair that input"
     bad = int((~merged.isfinite()).sum())
-    if request.delta0 == 0 and "curvature" in request.rule.needs:
-        where = "in the base" if "keep" in step.options else "in any model"
+    if request.delta0 == 0 and step.rule and "curvature" in step.needs:
+        where = "in the base" if step.guarded else "in any model"
         return (
-            f"{step.name!r}: {bad} weights have no curvature {where} and delta0 = 0, so {request.rule.source} says nothing about them; "
+            f"{step.name!r}: {bad} weights have no curvature {where} and delta0 = 0, so {step.rule.source} says nothing about them; "
             "pass delta0 > 0 (it falls back to task arithmetic there)"
         )
     return f"{step.name!r}: {bad} merged values are NaN or infinite though every input is finite; the weights or scales overflow"

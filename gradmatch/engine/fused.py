@@ -17,7 +17,7 @@ import torch
 from gradmatch.engine.compiled import CurvedTask, Kernels, Source, Target, Voter, Window
 from gradmatch.engine.context import Context, add, plain_file
 from gradmatch.engine.electing import just_below
-from gradmatch.engine.evaluate import Coefficients, path_of, ties_terms
+from gradmatch.engine.evaluate import ties_terms
 from gradmatch.engine.kernels import CACHE
 from gradmatch.engine.rounding import MEASURED
 from gradmatch.estimators import native
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gradmatch.engine.kernels import Buffers
     from gradmatch.models.curvatures import CurvatureStore
     from gradmatch.models.stores import Store
-    from gradmatch.plan.step import Plan, Step
+    from gradmatch.plan.step import Coefficients, Plan, Step
 
 SOURCE = Path(__file__).with_name("blocks.c")
 FLAGS = (
@@ -51,7 +51,7 @@ GROUPS = 8  # distinct |weights| that the kernel of TIES counts
 def kernels_for(made: Plan) -> Kernels | None:
     """The kernels, where they are asked for or the merge is large enough to pay for compiling them."""
     asked = native.asked()
-    large = sum(step.spec.numel for step in made.steps if step.action in ("merge", "average")) >= LARGE
+    large = sum(step.spec.numel for step in made.steps if step.tasks) >= LARGE
     if asked is None:
         asked = large and native.has_compiler()
     library = native.load(SOURCE, FLAGS) if asked else None
@@ -69,7 +69,7 @@ def merge(
 ) -> bool:
     """Merge the elements from `first` on into `written` (n,) and round them; False, with nothing counted, where torch must."""
     kernels, request = context.kernels, context.plan.request
-    path = path_of(context, step, coefficients)
+    path = step.path
     kind = KINDS.get(step.spec.dtype)
     if kernels is None or kind is None or step.compute != "F32" or path not in ("linear", "ties", "eq12"):
         return False
@@ -156,7 +156,7 @@ def _linear(
 def _eq12(call: Call, context: Context, step: Step, to: Target) -> dict[str, float] | None:
     """Eq. 12 without a guard; see `kernels.eq12`."""
     request, inputs = context.plan.request, context.inputs
-    if step.options.get("keep") is not None:
+    if step.guarded:
         return None
     base, number, scale, h0 = inputs.base_curvature, 0.0, 1.0, None
     if isinstance(base, float):
@@ -165,7 +165,7 @@ def _eq12(call: Call, context: Context, step: Step, to: Target) -> dict[str, flo
         h0, scale = call.curvature(base, step.name), request.base_weight * base.num_examples
     tasks = []
     for t, alpha in zip(step.tasks, step.alpha, strict=True):
-        task, signed = inputs.tasks[t], request.rule.fast * alpha
+        task, signed = inputs.tasks[t], step.sign * alpha
         mean = call.curvature(task.mean, step.name)
         examples = float(task.mean.num_examples) if task.mean else 0.0
         theta = call.source(task.store, step.name)

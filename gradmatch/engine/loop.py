@@ -85,7 +85,7 @@ def _merge_unit(
     """All pieces of one unit, one after the other; returns its statistics."""
     stats: dict[str, float] = {}
     dtype = torch_dtype(step.spec.dtype)
-    if step.action == "copy":
+    if not step.tasks:
         for start, stop in pieces(step, first, last):
             values = context.inputs.store.block(step.name, start, stop)
             sink.write(step, start, values if values.dtype == dtype else converted(step, values, dtype))

@@ -10,8 +10,8 @@ from torch import Tensor
 from gradmatch.engine.context import add
 from gradmatch.engine.explain import not_positive
 from gradmatch.engine.stacked import task_vectors
-from gradmatch.rules.kronecker import Product, kronecker
-from gradmatch.rules.regmean import regmean
+from gradmatch.rules import Solve
+from gradmatch.rules.block import Curved, NotPositiveError, Product
 
 if TYPE_CHECKING:
     from gradmatch.engine.context import Context
@@ -42,7 +42,7 @@ def solve_matrix(
 
 def transposed(context: Context, step: Step, columns: int) -> bool:
     """Whether a matrix is stored [in, out] (Conv1D): as the size of its A says, and for square ones the config or the option."""
-    inputs, given = context.inputs, step.options["conv1d"]
+    inputs, given = context.inputs, step.options.get("conv1d")
     known = [*(inputs.tasks[t].factors for t in step.tasks), inputs.base_factors]
     specs = [(factors.a, key) for factors in known if factors and (key := factors.a.key(step.name))]
     store, key = specs[0]
@@ -51,56 +51,47 @@ def transposed(context: Context, step: Step, columns: int) -> bool:
 
 
 def _solve(context: Context, step: Step, theta0: Tensor, tau: Tensor, stats: dict[str, float]) -> Tensor:
-    """Merged W (out, in) from theta0 (out, in) and tau (T, out, in)."""
-    if "gram" in context.plan.request.rule.needs:
-        return _regmean(context, step, theta0 + tau)
-    return theta0 + _kronecker(context, step, tau, stats)
-
-
-def _regmean(context: Context, step: Step, theta: Tensor) -> Tensor:
-    """RegMean with the second moments of every task's inputs."""
-    grams = []
-    for t in step.tasks:
-        factors = context.inputs.tasks[t].factors
-        found = factors.read(step.name) if factors else None
-        assert factors is not None
-        assert found is not None
-        grams.append(found[0] * factors.a.num_examples)
-    alpha = theta.new_tensor(step.alpha).reshape(-1, 1, 1)
-    return regmean(theta, alpha, torch.stack(grams), step.options["off_diagonal"], step.options["ridge"])
-
-
-def _kronecker(context: Context, step: Step, tau: Tensor, stats: dict[str, float]) -> Tensor:
-    """The update of Eq. 12 with Kronecker factors, diagonals where a curvature has none; counts iterations and the residual."""
+    """Merged W (out, in) from theta0 (out, in) and tau (T, out, in), with the curvatures that the rule needs."""
     inputs, request, shape = context.inputs, context.plan.request, tau.shape[1:]
     given, floor = inputs.base_curvature, request.delta0
-    if given is None or isinstance(given, float):
-        h0 = Product(diagonal=(given or 0.0) * request.base_weight + floor)
-    else:
+    h0 = Product(diagonal=floor)
+    if isinstance(given, float):
+        h0 = Product(diagonal=given * request.base_weight + floor)
+    elif given is not None:
         h0 = _product(
             step, given, inputs.base_factors, request.base_weight * given.num_examples, shape, floor
         )
     h = []
     for t in step.tasks:
         task = inputs.tasks[t]
-        assert task.mean is not None
-        h.append(_product(step, task.mean, task.factors, float(task.mean.num_examples), shape, 0.0))
-    found = kronecker(tau, step.alpha, h0, h, int(step.options["iterations"]), step.options["tolerance"])
-    if not found.positive:
-        raise ValueError(not_positive(step, step.spec.numel, 0, step.spec.numel))
-    add(stats, {"iterations": float(found.iterations), "residual": found.residual})
-    return found.update
+        store = task.mean or (task.factors and task.factors.a)  # Gram matrices come without a diagonal
+        h.append(
+            _product(step, task.mean, task.factors, float(store.num_examples if store else 0), shape, 0.0)
+        )
+    curved = Curved(h0, h, step.options)
+    assert isinstance(step.rule, Solve)
+    try:
+        merged = step.rule.solve(theta0, tau, step.alpha, curved)
+    except NotPositiveError:
+        raise ValueError(not_positive(step, step.spec.numel, 0, step.spec.numel)) from None
+    add(stats, curved.health)
+    return merged
 
 
 def _product(
-    step: Step, mean: CurvatureStore, factors: Factors | None, scale: float, shape: torch.Size, floor: float
+    step: Step,
+    mean: CurvatureStore | None,
+    factors: Factors | None,
+    scale: float,
+    shape: torch.Size,
+    floor: float,
 ) -> Product:
     """One curvature of a matrix W (out, in) = `shape`, times `scale`, plus the floor."""
     found = factors.read(step.name) if factors else None
     if found is not None:
         return Product(scale, *found, diagonal=floor)
-    key = mean.key(step.name)
-    if key is None:
+    key = mean.key(step.name) if mean else None
+    if key is None or mean is None:
         return Product(diagonal=floor)
     diagonal = mean.block(key, 0, step.spec.numel).to(torch.float64).reshape(step.spec.shape[0], -1)
     return Product(diagonal=scale * (diagonal if diagonal.shape == shape else diagonal.mT) + floor)

@@ -14,6 +14,7 @@ from gradmatch.engine.draws import uniform
 from gradmatch.engine.explain import not_positive
 from gradmatch.engine.kernels import Buffers, cancelled, stored
 from gradmatch.models.stores import torch_dtype
+from gradmatch.rules import Elementwise
 from gradmatch.rules.block import Block, Edit
 from gradmatch.rules.edits import TRANSFORMS, trims
 
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
     from gradmatch.plan.step import Step
 
 
-def gram_matrix(context: Context, step: Step, buffers: Buffers, *, of_tau: bool) -> list[list[float]]:
-    """<x_s, x_t> over a whole tensor, in float64, read piece by piece; x = theta or tau (after the transforms)."""
+def gram_matrix(context: Context, step: Step, buffers: Buffers) -> list[list[float]]:
+    """<x_s, x_t> over a whole tensor, in float64, read piece by piece; x = theta or tau (after the transforms), as `step.gram`."""
     count = len(step.tasks)
     total = torch.zeros(count, count, dtype=torch.float64)
     for first, last in pieces(step, 0, step.spec.numel):
         theta0, tau = task_vectors(context, step, first, last, buffers, {})
-        x = (tau if of_tau else tau + theta0).double()
+        x = (tau if step.gram == "tau" else tau + theta0).double()
         total += x @ x.T
     matrix: list[list[float]] = total.tolist()
     return matrix
@@ -121,51 +122,62 @@ def _noise(context: Context, step: Step, first: int, stacked: Tensor, options: M
 def make_block(
     context: Context, step: Step, first: int, last: int, buffers: Buffers, stats: dict[str, float]
 ) -> Block:
-    """Everything an elementwise rule may need, stacked."""
-    request, inputs = context.plan.request, context.inputs
-    dtype, count, rows = torch_dtype(step.compute), last - first, len(step.tasks)
+    """Everything that an elementwise rule needs, stacked.
+
+    Raises:
+        ValueError: the rule divides by Hbar, or keeps a share of H0, and that is not positive.
+    """
+    request, needs, rows = context.plan.request, step.needs, len(step.tasks)
     theta0, tau = task_vectors(context, step, first, last, buffers, stats)
-    prior, scale = prior_of(context, step, first, last, buffers)
-    load = buffers.get("load", count, dtype)
-    mean0 = stored(prior, load) if isinstance(prior, Tensor) else tau.new_full((count,), prior)
-    h0 = mean0 * scale + request.delta0
+    column = tau.new_tensor(step.alpha).reshape(rows, 1)
+    block = Block(theta0=theta0, tau=tau, alpha=column, delta0=request.delta0, options=step.options)
+    if "curvature" in needs:
+        block.h, block.counts = _curvatures(context, step, first, last, buffers)
+        norms = [context.norms[t] for t in step.tasks] if context.norms else [1.0] * rows
+        block.norms = tau.new_tensor(norms).reshape(rows, 1)
+    h0 = tau.new_full((1,), request.delta0)
+    if "base_curvature" in needs:
+        prior, scale = prior_of(context, step, first, last, buffers)
+        load = buffers.get("load", last - first, tau.dtype)
+        mean0 = stored(prior, load) if isinstance(prior, Tensor) else tau.new_full((last - first,), prior)
+        h0 = block.h0 = mean0 * scale + request.delta0
+    if "gradient" in needs:
+        block.g = buffers.get("g_stack", rows * (last - first), tau.dtype).view(rows, last - first)
+        for row, t in enumerate(step.tasks):
+            gradient = curvature(buffers, "mean", context.inputs.tasks[t].gradient, step.name, first, last)
+            block.g[row].zero_() if gradient is None else block.g[row].copy_(gradient)
+    broken = 0
+    if isinstance(step.rule, Elementwise) and step.rule.divides:
+        inside: Any = step.options.get("hbar_weight")
+        terms: Tensor = (column if inside is None else inside) * block.h
+        h_bar = terms.sum(0) + h0
+        broken = cancelled(h_bar, h0.abs() + terms.abs().sum(0), request.delta0)
+        floored = float((h_bar < 2 * request.delta0).sum()) if request.delta0 else 0.0
+        add(stats, {"floored": floored, "weights": last - first})
+    elif step.guarded:
+        broken = int((h0 < 0).sum())
+        add(stats, {"weights": last - first})
+    if broken:
+        raise ValueError(not_positive(step, broken, first, last))
+    return block
+
+
+def _curvatures(
+    context: Context, step: Step, first: int, last: int, buffers: Buffers
+) -> tuple[Tensor, Tensor]:
+    """H_t = N_t F_t of a piece, (T, n), flat ones zero; and N_t, (T, 1)."""
+    dtype, count, rows = torch_dtype(step.compute), last - first, len(step.tasks)
     h = buffers.get("h_stack", rows * count, dtype).view(rows, count)
-    g = (
-        buffers.get("g_stack", rows * count, dtype).view(rows, count)
-        if "gradient" in request.rule.needs
-        else None
-    )
-    counts = tau.new_ones(rows, 1)
+    counts = h.new_ones(rows, 1)
     for row, t in enumerate(step.tasks):
-        task = inputs.tasks[t]
-        mean = curvature(buffers, "mean", task.mean, step.name, first, last)
-        counts[row] = task.mean.num_examples if task.mean else 1
+        store = context.inputs.tasks[t].mean
+        mean = curvature(buffers, "mean", store, step.name, first, last)
+        counts[row] = store.num_examples if store else 1
         if mean is None:
             h[row].zero_()
         else:
-            torch.mul(stored(mean, load), counts[row], out=h[row])
-        if g is not None:
-            gradient = curvature(buffers, "mean", task.gradient, step.name, first, last)
-            g[row].zero_() if gradient is None else g[row].copy_(gradient)
-    norms = tau.new_tensor([context.norms[t] for t in step.tasks] if context.norms else [1.0] * rows).reshape(
-        rows, 1
-    )
-    alpha = tau.new_tensor(step.alpha).reshape(rows, 1)
-    inside = step.options.get("hbar_weight")
-    terms = (alpha if inside is None else inside) * h
-    h_bar = h0 + terms.sum(0)
-    broken = 0
-    if request.rule.divides:
-        broken = cancelled(h_bar, h0.abs() + terms.abs().sum(0), request.delta0)
-    elif "keep" in step.options:
-        broken = int((h0 < 0).sum())
-    if broken:
-        raise ValueError(not_positive(step, broken, first, last))
-    add(
-        stats,
-        {"floored": float((h_bar < 2 * request.delta0).sum()) if request.delta0 else 0.0, "weights": count},
-    )
-    return Block(theta0, tau, alpha, h0, h, g, counts, request.delta0, step.options, norms)
+            torch.mul(stored(mean, buffers.get("load", count, dtype)), counts[row], out=h[row])
+    return h, counts
 
 
 def curvature_pair(

@@ -24,8 +24,7 @@ def stream(
     context = Context(made, kernels=kernels_for(made))
     if any(name == "ties" for step in made.steps for name, _ in step.edits):
         context.thresholds = global_thresholds(context)
-    if made.request.method == "matena_raffel":
-        context.norms = fisher_norms(context)
+    context.norms = fisher_norms(context)
     stats = {name: dict(values) for name, values in finished.items()}
     left = [step for step in made.steps if step.name not in stats]
     stats |= run(context, sink, left, on_progress)
@@ -41,8 +40,8 @@ def fisher_norms(context: Context) -> list[float]:
     """Norm of each task's mean Fisher over all merged tensors, where the rule divides by it; else nothing."""
     import torch
 
-    steps = [step for step in context.plan.steps if step.action == "merge"]
-    if not steps or not steps[0].options.get("normalize_fishers"):
+    steps = context.plan.merged
+    if not any(step.options.get("normalize_fishers") for step in steps):
         return []
     norms = []
     for task in context.inputs.tasks:

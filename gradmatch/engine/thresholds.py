@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradmatch.engine import fused
-from gradmatch.engine.context import Context, fetch, pieces, span
+from gradmatch.engine.context import Context, fetch, pieces
 from gradmatch.engine.draws import GRID
 from gradmatch.engine.kernels import Buffers, in_cache, stored
 from gradmatch.engine.stacked import task_vectors
@@ -53,11 +53,7 @@ def global_thresholds(context: Context) -> dict[tuple[int, float], Tensor]:
     thresholds: dict[tuple[int, float], Tensor] = {}
     context.thresholds = thresholds  # a later trim in a chain needs what was found for the earlier ones
     for position, shares in sorted(wanted.items()):
-        steps = [
-            step
-            for step in context.plan.steps
-            if len(step.edits) > position and step.action in ("merge", "matrix")
-        ]
+        steps = [step for step in context.plan.steps if len(step.edits) > position]
         sizes = [sum(step.spec.numel for step in steps if t in step.tasks) for t in range(tasks)]
         targets = [
             (t, kept_count(share, sizes[t])) for share in sorted(shares) for t in range(tasks) if sizes[t]
@@ -192,7 +188,7 @@ def _run_magnitudes(
     context: Context, step: Step, first: int, last: int, position: int, buffers: Buffers, tasks: set[int]
 ) -> Iterator[tuple[int, Tensor]]:
     """`magnitudes` of a run; where a piece must be more than a block, of the piece that it begins in."""
-    if not position or span(step) == "block":
+    if not position or step.span == "block":
         yield from magnitudes(context, step, first, last, position, buffers, tasks)
         return
     start, stop = next(piece for piece in pieces(step, 0, step.spec.numel) if piece[1] > first)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from gradmatch.engine.context import BLOCK, byte_ranges, span
+from gradmatch.engine.context import BLOCK, byte_ranges
 from gradmatch.engine.kernels import Buffers
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ def units(steps: Sequence[Step], context: Context) -> Iterator[tuple[Step, int, 
     """(step, first, last, units of this tensor): what one worker takes at a time."""
     for step in steps:
         numel = step.spec.numel
-        whole = span(step) != "block" or (step.action == "merge" and context.plan.request.rule.gram)
-        size = max(1, numel) if whole else UNIT
+        size = max(1, numel) if step.gram or step.span != "block" else UNIT
         starts = list(range(0, numel, size)) or [0]
         for start in starts:
             yield step, start, min(start + size, numel), len(starts)

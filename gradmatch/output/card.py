@@ -42,17 +42,17 @@ def card_files(made: Plan, report: Report) -> dict[str, bytes]:
 def recipe(made: Plan) -> dict[str, Any]:
     """The merge as its recipe would spell it, defaults included."""
     request, inputs = made.request, made.inputs
-    first = next((step for step in made.steps if step.action in ("merge", "matrix")), None)
+    options, transforms = used_options(made)
     return {
         "base": inputs.base.where,
         "method": request.method,
-        "formula": request.formula,
+        "formula": made.formula,
         "source": request.rule.source,
         "base_curvature": _where(inputs.base_curvature),
         "base_weight": request.base_weight,
         "delta0": request.delta0,
-        "options": dict(first.options) if first else {},
-        "transforms": [{name: dict(options)} for name, options in first.edits] if first else [],
+        "options": options,
+        "transforms": transforms,
         "dtype": request.dtype or "the base's",
         "seed": request.seed,
         "tasks": [
@@ -71,6 +71,15 @@ def recipe(made: Plan) -> dict[str, Any]:
         },
         "arithmetic": sorted({step.compute for step in made.steps}),
     }
+
+
+def used_options(made: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The options of the rule that was asked for and of the transforms, as they hold for the first tensor that it merges."""
+    first = next((step for step in made.merged if step.rule is made.request.rule), None)
+    options, edits = (
+        (first.options, first.edits) if first else (made.request.rule_options, made.request.edits)
+    )
+    return dict(options), [{name: dict(own)} for name, own in edits]
 
 
 def input_fingerprints(made: Plan) -> dict[str, str]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,10 +81,21 @@ def identity(made: Plan) -> str:
         files[str(path.resolve())] = [found.st_size, found.st_mtime_ns]
     memory = any(not store.files(name) for store in stores(inputs) for name in store)
     steps = [
-        (s.name, s.action, str(s.spec), s.compute, s.tasks, s.alpha, s.options, s.edits) for s in made.steps
+        (
+            s.name,
+            s.path,
+            s.formula,
+            str(s.spec),
+            s.compute,
+            s.tasks,
+            s.alpha,
+            dict(s.options),
+            [(n, dict(o)) for n, o in s.edits],
+        )
+        for s in made.steps
     ]
     content: list[Any] = [
-        {key: value for key, value in vars(made.request).items() if not callable(value)},
+        {one.name: getattr(made.request, one.name) for one in fields(made.request)},
         steps,
         files,
         [task.name for task in inputs.tasks],

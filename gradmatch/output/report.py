@@ -25,7 +25,7 @@ class Report:
     Attributes:
         method: name of the rule.
         formula: what was computed.
-        tensors: merged, copied and averaged tensors.
+        tensors: how many were treated in which way: copied, averaged (statistics), or by the kind of the rule.
         weights: number of merged weights.
         floor_share: share whose curvature is below delta0, where the floor decides (task arithmetic).
         clamped_share: removal: share where the guard acts, H0 - alpha H_t < keep * H0.
@@ -112,9 +112,9 @@ class Report:
 def make_report(plan: Plan, stats: Mapping[str, Mapping[str, float]]) -> Report:
     """Sum the tensors' statistics; warns where a share passes its limit."""
     request = plan.request
-    report = Report(request.method, request.formula, notes=list(plan.notes))
+    report = Report(request.method, plan.formula, notes=list(plan.notes))
     for step in plan.steps:
-        report.tensors[step.action] = report.tensors.get(step.action, 0) + 1
+        report.tensors[step.kind] = report.tensors.get(step.kind, 0) + 1
     total: dict[str, float] = {}
     for name, values in stats.items():
         for key, value in values.items():
@@ -129,8 +129,7 @@ def make_report(plan: Plan, stats: Mapping[str, Mapping[str, float]]) -> Report:
         if "clamped" in values:
             report.clamped[name] = values["clamped"] / max(1.0, values["weights"])
             report.moved[name]["norm_h0"] = math.sqrt(max(0.0, values["update_h0"]))
-    merged = [step for step in plan.steps if step.action in ("merge", "matrix")]
-    report.weights = sum(step.spec.numel for step in merged)
+    report.weights = sum(step.spec.numel for step in plan.merged)
     counted = max(1.0, total.get("weights", 0.0))
     if "clamped" in total:
         report.clamped_share = total["clamped"] / counted
@@ -156,7 +155,7 @@ def _judge(report: Report, plan: Plan) -> None:
             f"{100 * report.clamped_share:.1f} % of the weights are clamped: H0 - alpha H_t is not positive there, so this is "
             "not the removal that Eq. 13 describes; lower the weight (see report.largest_alpha) or improve the curvature"
         )
-    if report.branches.get("lerp") and plan.request.method in ("slerp", "nuslerp"):
+    if report.branches.get("lerp"):
         report.notes.append(
             f"{report.branches['lerp']} of {sum(report.branches.values())} tensors were interpolated linearly "
             "(nearly parallel, as fine-tunes of one base are)"

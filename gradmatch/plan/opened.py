@@ -18,7 +18,7 @@ from gradmatch.models.curvatures import CurvatureStore, Factors, checked_aliases
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.stores import Spec, Store
 from gradmatch.models.task import Task
-from gradmatch.plan.request import REMOVALS, resolve_options
+from gradmatch.rules import Solve
 
 if TYPE_CHECKING:
     from gradmatch.models.task import Model
@@ -62,7 +62,7 @@ class Inputs:
         """Check that the curvatures which the rule needs are there for one tensor.
 
         Returns:
-            Their sizes in bytes, and whether there are factors, so that the rule solves for the matrix.
+            Their sizes in bytes, and whether there are the factors that a rule needs which solves for a matrix.
 
         Raises:
             ValueError: a curvature lacks the tensor and no policy was chosen, or its shape differs.
@@ -94,19 +94,18 @@ class Inputs:
                     "it belongs to another model"
                 )
             sizes.append(found.nbytes)
-        if not request.rule.matrix or len(spec.shape) < 2:
+        if not isinstance(request.rule, Solve) or len(spec.shape) < 2:
             return sizes, False
         factors = [(self.tasks[t].name, self.tasks[t].factors) for t in tasks]
         if "base_curvature" in needs:
             factors.append(("the base", self.base_factors))
         held = [known.size(name, spec.shape, owner) for owner, known in factors if known is not None]
-        matrix = (
-            all(held) if "gram" in needs else any(held)
-        )  # without its diagonal, a layer needs all of them
-        if matrix:
+        # without a diagonal to fall back on, a layer needs the factors of all
+        found_factors = all(held) if "gram" in needs else any(held)
+        if found_factors:
             sizes += held
             self.check_conv1d(name, spec, request)
-        return sizes, matrix
+        return sizes, found_factors
 
     def is_conv1d(self, name: str) -> bool:
         """Whether a square matrix is stored [in, out], as GPT-2's Conv1D layers are (other shapes tell by themselves)."""
@@ -132,22 +131,19 @@ class Inputs:
     def describe(self, notes: list[str], request: Request) -> None:
         """Warn of what is legal and probably unintended."""
         weights = [task.weight for task in self.tasks]
-        if request.method in ("averaging", "greedy_soup") and any(weight != weights[0] for weight in weights):
+        if not request.rule.weighs and any(weight != weights[0] for weight in weights):
             notes.append(f"{request.method} ignores the weights {weights}; 'weighted' uses them")
             warn(notes[-1])
         unnamed = [task.name for task in self.tasks if UNNAMED.fullmatch(task.name)]
-        random = any("seed" in own for _, own in resolve_options(request)[1])
+        random = any("seed" in options for _, options in request.edits)
         if random and len(unnamed) > 1:
             notes.append(
                 "random draws follow the names of tasks, and these have none of their own, so their order matters: "
                 f"{', '.join(unnamed)}; pass Task(..., name=...)"
             )
             warn(notes[-1])
-        if request.method == "measured":
-            notes.append(
-                "the measured gradient divided elementwise by a diagonal curvature explodes on networks (it is exact on "
-                "quadratics with full curvature): compare with gradient_matching, or solve in the subspace of the task vectors"
-            )
+        if request.rule.caution:
+            notes.append(request.rule.caution)
             warn(notes[-1])
 
 
@@ -236,7 +232,7 @@ def _open_task(
     if not needs & {"curvature", "gradient", "gram"}:
         return opened
     if task.curvature is None:
-        instead = "negation" if request.method in REMOVALS else "task_arithmetic"
+        instead = "negation" if request.rule.removes else "task_arithmetic"
         kind = (
             "gram matrices (`gradmatch estimate --method gram`)"
             if "gram" in needs
@@ -263,7 +259,7 @@ def _open_task(
             raise ValueError(
                 f"the curvature of {name} holds no gram matrices; estimate it with method='gram'"
             )
-    elif request.rule.matrix:
+    elif isinstance(request.rule, Solve):
         opened.factors = Factors.of(curvature, aliases)
     return opened
 
@@ -279,7 +275,7 @@ def _base_curvature(
     if "base_curvature" not in request.rule.needs:
         return None, None
     if given is None:
-        instead = "negation" if request.method in REMOVALS else "fisher"
+        instead = "negation" if request.rule.removes else "fisher"
         raise ValueError(
             f"{request.method} needs the base's curvature; pass base_curvature=... (`gradmatch estimate` on the base makes one), "
             f"or a number such as base_curvature=1.0 for an isotropic one, or use method={instead!r}, which needs none"
@@ -294,5 +290,5 @@ def _base_curvature(
         return float(given), None
     curvature = open_curvature(given)
     aliases = checked_aliases(curvature, base, "the base", aliases, allow_mismatch)
-    factors = Factors.of(curvature, aliases) if request.rule.matrix else None
+    factors = Factors.of(curvature, aliases) if isinstance(request.rule, Solve) else None
     return CurvatureStore(curvature, MEAN, aliases), factors

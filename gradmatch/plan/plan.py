@@ -6,7 +6,8 @@ Everything that headers, configs and options can reveal as wrong is an error her
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.names import nearest
@@ -21,15 +22,14 @@ from gradmatch.plan.policies import (
     idle_patterns,
     tied_differently,
 )
-from gradmatch.plan.request import Edits, Request, resolve_options
-from gradmatch.plan.step import Plan, Step
-from gradmatch.rules.edits import check_options, given_or_widest
+from gradmatch.plan.request import Edits, Request
+from gradmatch.plan.step import Plan, Step, path_of
+from gradmatch.rules import RULES, Linear, Options, Rule, Solve, Whole
 from gradmatch.rules.linear import weight_sum
+from gradmatch.rules.options import takes
 
 if TYPE_CHECKING:
-    from gradmatch.plan.opened import Inputs
-
-PER_TASK = ("density", "epsilon", "gamma")
+    from gradmatch.plan.opened import Inputs, OpenTask
 
 
 def plan(inputs: Inputs, request: Request) -> Plan:
@@ -43,8 +43,7 @@ def plan(inputs: Inputs, request: Request) -> Plan:
     if not fewest <= count <= most:
         wanted = f"{fewest}" if fewest == most else f"at least {fewest}"
         raise ValueError(f"{request.method} takes {wanted} task{'s' * (fewest > 1)}, got {count}")
-    rule_options, chain = resolve_options(request)
-    _check_task_options(inputs.tasks, chain)
+    _check_task_options(inputs.tasks, request)
     result = Plan(request, inputs, [])
     base = inputs.base
     tied_differently(base, inputs.tasks)
@@ -58,107 +57,114 @@ def plan(inputs: Inputs, request: Request) -> Plan:
             continue
         spec = base.spec(name)
         out = Spec(SAFETENSORS_NAME[request.dtype], spec.shape) if request.dtype and spec.floating else spec
+        copied = Step(name, "copy", out, spec.dtype, bytes_read=spec.nbytes)
         if any(name == head or name.startswith(head + ".") for head in heads):
-            result.steps.append(
-                Step(name, "copy", out, spec.dtype, "head: the base's", bytes_read=spec.nbytes)
-            )
+            result.steps.append(replace(copied, why="head: the base's"))
             continue
         action, why = batchnorm_action(name, base, inputs.tasks, request)
         if not action and not spec.floating:
             check_kinds(name, spec, inputs.tasks)
             action, why = "copy", f"{spec.dtype} buffer: the base's"
-        if action == "copy":
-            result.steps.append(Step(name, "copy", out, spec.dtype, why, bytes_read=spec.nbytes))
-            continue
-        tasks = participants(name, spec, result)
+        tasks = participants(name, spec, result) if action != "copy" else ()
         if not tasks:
-            result.steps.append(
-                Step(name, "copy", out, spec.dtype, "in no task: the base's", bytes_read=spec.nbytes)
-            )
+            result.steps.append(replace(copied, why=why if action == "copy" else "in no task: the base's"))
             continue
         if len(tasks) < fewest:
             raise ValueError(
                 f"tensor {name!r} is in {len(tasks)} of the tasks, and {request.method} needs {fewest} that have it; missing='base' "
                 "cannot help here: use another method, or tasks of one architecture"
             )
-        here = depth.of(name)
-        alpha = tuple(_weight(inputs.tasks[t], name, here) for t in tasks)
-        specs = [spec, *(inputs.tasks[t].checkpoint.spec(name) for t in tasks)]
-        compute = _compute_dtype(specs, request.precision)
-        options = {
-            key: value_at(value, name, here, key)
-            for key, value in rule_options.items()
-            if not callable(value)
-        }
-        owners = [inputs.tasks[t] for t in tasks]
-        edits = tuple((edit, _edit_options(own, owners, name, here)) for edit, own in chain)
-        if action == "average":
-            result.steps.append(
-                Step(
-                    name,
-                    "average",
-                    out,
-                    compute,
-                    why,
-                    tasks,
-                    alpha,
-                    bytes_read=sum(s.nbytes for s in specs[1:]),
-                )
-            )
-            continue
-        known, matrix = inputs.curvatures_of(name, tasks, request, spec)
-        factors = "gram matrices" if "gram" in rule.needs else "Kronecker factors"
-        action, why = ("matrix", factors) if matrix else ("merge", "")
-        nbytes = sum(s.nbytes for s in specs) + sum(known)
-        result.steps.append(Step(name, action, out, compute, why, tasks, alpha, options, edits, nbytes))
-    for step in result.steps:  # weights that cannot be normalised are found now
-        if step.action in ("merge", "matrix", "average") and rule.relative:
-            weight_sum(step.alpha)
-        elif step.action == "merge" and rule.linear is not None and not rule.gram:
-            rule.linear(step.alpha, None, step.options)
+        result.steps.append(_merged(result, copied, tasks, depth.of(name), why if action else ""))
     result.notes += request.notes
-    for note in idle_patterns(base, inputs.tasks, request, rule_options, chain):
+    for note in (*idle_patterns(base, inputs.tasks, request), *_unusual_sums(result)):
         result.notes.append(note)
         warn(note)
     inputs.describe(result.notes, request)
     return result
 
 
-def _check_task_options(tasks: Sequence[Any], chain: Edits) -> None:
+def _merged(result: Plan, copied: Step, tasks: tuple[int, ...], here: float | None, statistic: str) -> Step:
+    """The step of a tensor that several models have: by which rule, with which weights and options, computed how.
+
+    Raises:
+        ValueError: weights or options that this tensor cannot have, or a curvature that it lacks.
+    """
+    request, inputs, name = result.request, result.inputs, copied.name
+    owners = [inputs.tasks[t] for t in tasks]
+    spec = inputs.base.spec(name)
+    specs = [spec, *(task.checkpoint.spec(name) for task in owners)]
+    rule, why, known = RULES["averaging"], statistic, [-spec.nbytes]  # of statistics, the base's are not read
+    if not statistic:
+        known, factors = inputs.curvatures_of(name, tasks, request, spec)
+        rule, why = _rule_of(request.rule, spec, factors)
+    alpha = tuple(_weight(task, name, here) for task in owners)
+    edits: Edits = ()
+    if statistic:
+        options = rule.options
+    else:
+        asked = request.rule_options.at(name, here)
+        options = asked if rule is request.rule else _shared(rule, asked)
+        edits = tuple((edit, own.at(name, here, [t.options for t in owners])) for edit, own in request.edits)
+    if request.rule.relative:
+        weight_sum(alpha)  # weights that cannot be normalised are found now
+    coefficients = None
+    if isinstance(rule, Linear) and not rule.gram and options.get("along", "tensor") == "tensor":
+        c0, c, _ = rule.terms(alpha, None, options)
+        coefficients = c0, c
+    return replace(
+        copied, kind="average" if statistic else rule.kind, compute=_compute_dtype(specs, request.precision),
+        path=path_of(rule, options, edits, alpha, coefficients), why=why, rule=rule, tasks=tasks, alpha=alpha, options=options,
+        edits=edits, coefficients=coefficients, bytes_read=sum(s.nbytes for s in specs) + sum(known),
+    )  # fmt: skip
+
+
+def _rule_of(rule: Rule, spec: Spec, factors: bool) -> tuple[Rule, str]:
+    """The rule of one tensor, and why it is another than the one that was asked for."""
+    if isinstance(rule, Solve):
+        if not factors:
+            return rule.otherwise, f"no factors: {rule.otherwise.source}"
+        return rule, "gram matrices" if "gram" in rule.needs else "Kronecker factors"
+    if isinstance(rule, Whole) and rule.otherwise and len(spec.shape) < 2:
+        return rule.otherwise, f"no matrix: {rule.otherwise.source}"
+    return rule, ""
+
+
+def _shared(rule: Rule, options: Options) -> Options:
+    """The options of a rule that stands in for another: those of the same names."""
+    return replace(rule.options, **{name: value for name, value in options.items() if name in rule.options})
+
+
+def _unusual_sums(result: Plan) -> list[str]:
+    """What to say of models that are scaled as a whole: sum_t c_t is not 1, and neither is the base's share."""
+    sums = [
+        (step, step.coefficients[0] + sum(step.coefficients[1]))
+        for step in result.merged
+        if step.coefficients and step.rule and step.rule.weighs and not step.edits
+    ]
+    unusual = [(step.name, total) for step, total in sums if abs(total - 1) > 1e-6]
+    if not unusual:
+        return []
+    name, total = unusual[0]
+    return [
+        f"the weights of {len(unusual)} tensors do not sum to 1 ({total:g} for {name!r}): those tensors are scaled by the sum; "
+        "pass normalize=True to divide by it, or weights that sum to 1"
+    ]
+
+
+def _check_task_options(tasks: Sequence[OpenTask], request: Request) -> None:
     """Options that a task has of its own.
 
     Raises:
         ValueError: one that no transform takes for a single task, or out of range.
     """
+    known = {name for _, options in request.edits for name in options.per_task()}
     for task in tasks:
-        known = {key for _, options in chain for key in options if key in PER_TASK}
         for key in task.options:
             if key not in known:
-                takes = f"it takes {', '.join(sorted(known))}" if known else "the method has none"
-                raise ValueError(
-                    f"{task.name} has no option {key!r} of its own{nearest(key, known)}; {takes}"
-                )
-        for edit, options in chain:
-            check_options(
-                edit, {**options, **{key: value for key, value in task.options.items() if key in options}}
-            )
-
-
-def _edit_options(
-    options: Mapping[str, Any], tasks: Sequence[Any], name: str, depth: float | None
-) -> dict[str, Any]:
-    """A transform's options for one tensor; a tuple, one value a task, where tasks have their own."""
-    found: dict[str, Any] = {}
-    for key, shared in options.items():
-        if key == "seed":
-            found[key] = int(shared)  # whole: a float would lose digits
-            continue
-        values = tuple(value_at(task.options.get(key, shared), name, depth, key) for task in tasks)
-        own = key in PER_TASK and any(key in task.options for task in tasks)
-        found[key] = values if own else values[0]
-    if "epsilon" in found:
-        found["epsilon"] = given_or_widest(found["epsilon"], found["density"])
-    return found
+                said = takes(known) if known else "the method has none"
+                raise ValueError(f"{task.name} has no option {key!r} of its own{nearest(key, known)}; {said}")
+        for edit, options in request.edits:
+            options.changed(edit, {key: value for key, value in task.options.items() if key in options})
 
 
 def _weight(task: Any, name: str, depth: float | None) -> float:

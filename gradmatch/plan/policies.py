@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.names import nearest
@@ -12,7 +12,7 @@ from gradmatch.common.settings import FIRST, idle, layer_of
 if TYPE_CHECKING:
     from gradmatch.models.checkpoint import Checkpoint
     from gradmatch.plan.opened import OpenTask
-    from gradmatch.plan.request import Edits, Request
+    from gradmatch.plan.request import Request
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -114,17 +114,15 @@ def _widest(name: str, trunk: Sequence[str]) -> str:
     return name
 
 
-def idle_patterns(
-    base: Checkpoint, tasks: Sequence[OpenTask], request: Request, options: Mapping[str, Any], chain: Edits
-) -> Iterator[str]:
+def idle_patterns(base: Checkpoint, tasks: Sequence[OpenTask], request: Request) -> Iterator[str]:
     """What to say of name patterns that settle nothing: misspelt, made for another architecture, or behind a wider one."""
     names = list(base)
     settings: list[tuple[str, Any]] = [(f"the weight of {task.name}", task.weight) for task in tasks]
     settings += [
         (f"option {key} of {task.name}", value) for task in tasks for key, value in task.options.items()
     ]
-    settings += list(options.items())
-    settings += [(f"{edit}: {key}", value) for edit, own in chain for key, value in own.items()]
+    settings += list(request.rule_options.items())
+    settings += [(f"{edit}: {key}", value) for edit, own in request.edits for key, value in own.items()]
     settings += [("head_names", {pattern: None}) for pattern in request.head_names]
     words = dict.fromkeys((*names, *(part for name in names for part in name.split("."))))
     for what, setting in settings:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gradmatch.plan.step import Plan, Step
-from gradmatch.rules.edits import TRANSFORMS
+from gradmatch.rules import Solve
 
 BLOCK_BYTES = 131_072 * 8  # one piece at the widest
 
@@ -16,12 +16,12 @@ BLOCK_BYTES = 131_072 * 8  # one piece at the widest
 def describe(made: Plan, out: str | os.PathLike[str] | None = None) -> Iterator[str]:
     """Lines of the printed plan."""
     request, inputs = made.request, made.inputs
-    yield f"method {request.method}: {request.formula}  ({request.rule.source})"
+    yield f"method {request.method}: {made.formula}  ({request.rule.source})"
     yield f"base {inputs.base.where}"
     for task in inputs.tasks:
         known = f", curvature N = {task.curvature.num_examples}" if task.curvature else ""
         yield f"task {task.name}: {task.checkpoint.where}, weight {task.weight}{known}"
-    settings = [_settings(step) for step in made.steps if step.action in ("merge", "matrix")]
+    settings = [_settings(step) for step in made.merged]
     usual = max(dict.fromkeys(settings), key=settings.count, default="")
     if usual:
         yield f"options {usual}"
@@ -48,12 +48,9 @@ def peak_bytes(made: Plan) -> int:
     workers = min(4, os.cpu_count() or 1)
     largest, solving = BLOCK_BYTES, 0
     for step in made.steps:
-        whole = step.whole or any(TRANSFORMS[name].span(options) == "tensor" for name, options in step.edits)
-        largest = max(largest, step.spec.numel * 4 if whole else 0)
-        if step.action == "matrix":
-            solving = max(
-                solving, 4 * step.bytes_read
-            )  # everything in double precision, and as much made of it
+        largest = max(largest, step.spec.numel * 4 if step.span == "tensor" else 0)
+        if isinstance(step.rule, Solve):  # everything in double precision, and as much made of it
+            solving = max(solving, 4 * step.bytes_read)
     buffers = 8 + 3 * len(made.inputs.tasks)
     return workers * (largest * buffers + solving)
 
@@ -68,8 +65,8 @@ def _settings(step: Step) -> str:
 def _action(step: Step, usual: str) -> str:
     """One tensor's line; its settings where they are not the usual ones."""
     dtypes = step.spec.dtype if step.spec.dtype == step.compute else f"{step.compute} -> {step.spec.dtype}"
-    text = f"{step.action:<7} {dtypes:<12} {list(step.spec.shape)!s:<16} {readable(step.bytes_read):>9}"
-    if step.action in ("merge", "matrix"):
+    text = f"{step.kind:<11} {dtypes:<12} {list(step.spec.shape)!s:<16} {readable(step.bytes_read):>9}"
+    if step.merged:
         alpha = ", ".join(f"{weight:g}" for weight in step.alpha)
         text += f"  alpha [{alpha}]"
         text += f"  {_settings(step)}" if _settings(step) != usual else ""

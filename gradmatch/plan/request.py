@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from gradmatch.common.kinds import check_kind, leaves, plain
+from gradmatch.common.kinds import check_kind, plain
 from gradmatch.common.names import nearest
-from gradmatch.common.settings import numbers
-from gradmatch.rules import RULES, Rule
-from gradmatch.rules.edits import TRANSFORMS, check_options
-from gradmatch.rules.removal import GUARDS
-from gradmatch.rules.rowwise import ALONG
+from gradmatch.rules import Options, Rule, find_rule
+from gradmatch.rules.edits import TRANSFORMS
+from gradmatch.rules.options import takes
 
-Edits = tuple[tuple[str, Mapping[str, Any]], ...]
+Edits = tuple[tuple[str, Options], ...]
 DTYPES = ("float64", "float32", "float16", "bfloat16")  # of an output; eight bits would cut large weights off
-REMOVALS = ("removal", "negation", "ewr", "fisher_negation")  # what takes a task away
 POLICIES: dict[str, tuple[str, ...]] = {
     "missing": ("error", "base"),
     "missing_curvature": ("error", "zero"),
@@ -35,7 +33,7 @@ class Request:
     """What was asked for, checked by itself; `plan` checks it against the models.
 
     Attributes:
-        method: a name of RULES.
+        method: a name of RULES, "package.module:NAME" of a rule of one's own, or the name that an installed package gives one.
         base_weight: factor on the base's curvature.
         delta0: floor added to it, in nats per squared unit of weight.
         options: of the rule and its transforms.
@@ -67,20 +65,34 @@ class Request:
     shard_bytes: int = 5_000_000_000
     notes: Sequence[str] = ()
 
-    @property
+    @cached_property
     def rule(self) -> Rule:
         """The rule by its name."""
-        return RULES[self.method]
+        return find_rule(self.method)
 
-    @property
-    def formula(self) -> str:
-        """What is computed: the rule's formula, with the edits that come before it."""
-        edits = [entry if isinstance(entry, str) else next(iter(entry)) for entry in self.transforms]
-        return (
-            f"{self.rule.formula}; tau edited before by {', then '.join(edits)}"
-            if edits
-            else self.rule.formula
-        )
+    @cached_property
+    def rule_options(self) -> Options:
+        """The rule's options, defaults filled in, not yet resolved per tensor."""
+        known = {name: value for name, value in self.options.items() if name in self.rule.options}
+        return self.rule.options.changed(self.method, known)
+
+    @cached_property
+    def edits(self) -> Edits:
+        """The transforms in their order, those of the rule last, with their options, not yet resolved per tensor.
+
+        A flat option belongs to the rule where the rule has it, else to every transform that has it. TIES after a transform
+        that drops entries does not trim again unless its own density is given.
+        """
+        chain: list[tuple[str, Options]] = []
+        for name, own in self._chain():
+            defaults = TRANSFORMS[name].options
+            flat = {k: v for k, v in self.options.items() if k in defaults and k not in self.rule.options}
+            if "seed" in defaults:
+                flat.setdefault("seed", self.seed)
+            if name == "ties" and chain:
+                flat["density"] = 1.0
+            chain.append((name, defaults.changed(name, {**flat, **own})))
+        return tuple(chain)
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -94,10 +106,7 @@ class Request:
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         if isinstance(self.transforms, str):
             object.__setattr__(self, "transforms", (self.transforms,))
-        if self.method not in RULES:
-            raise ValueError(
-                f"unknown method {self.method!r}{nearest(self.method, RULES)}; known are {', '.join(RULES)}"
-            )
+        known = set(self.rule.options)  # finds the method
         for policy, choices in POLICIES.items():
             chosen = getattr(self, policy)
             if chosen not in choices:
@@ -115,97 +124,29 @@ class Request:
         check_kind("shard_bytes", self.shard_bytes, 0)
         if self.shard_bytes < 1:
             raise ValueError(f"shard_bytes is {self.shard_bytes}; it must be at least 1")
-        resolve_options(self)
-
-
-def resolve_options(request: Request) -> tuple[dict[str, Any], Edits]:
-    """The rule's options and the chain of transforms with theirs, defaults filled in, not yet resolved per tensor.
-
-    A flat option belongs to the rule where the rule has it, else to every transform of the chain that has it. TIES after a
-    transform that drops entries does not trim again unless its own density is given.
-
-    Raises:
-        ValueError: an option or transform that nobody knows (the nearest is named), or a value out of range.
-        TypeError: a transform that is neither a name nor {name: options}.
-    """
-    rule = request.rule
-    chain: list[tuple[str, Mapping[str, Any]]] = []
-    for entry in (*request.transforms, *rule.transforms):
-        if isinstance(entry, str):
-            chain.append((entry, {}))
-        elif isinstance(entry, Mapping) and len(entry) == 1:
-            chain.extend((name, own or {}) for name, own in entry.items())
-        else:
-            raise TypeError(f"a transform is a name or {{name: options}}, not {entry!r}")
-    known = set(rule.options)
-    for name, _ in chain:
-        if name not in TRANSFORMS:
-            raise ValueError(
-                f"unknown transform {name!r}{nearest(name, TRANSFORMS)}; known are {', '.join(TRANSFORMS)}"
-            )
-        known |= set(TRANSFORMS[name].options)
-    for option in request.options:
-        if option not in known:
-            takes = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
-            raise ValueError(f"{request.method} has no option {option!r}{nearest(option, known)}; {takes}")
-    rule_options = {name: request.options.get(name, default) for name, default in rule.options.items()}
-    edits = []
-    dropped = False
-    for name, own in chain:
-        transform = TRANSFORMS[name]
-        for option in own:
-            if option not in transform.options:
+        for name, _ in self._chain():
+            if name not in TRANSFORMS:
                 raise ValueError(
-                    f"{name} has no option {option!r}{nearest(option, transform.options)}; "
-                    f"it takes {', '.join(transform.options)}"
+                    f"unknown transform {name!r}{nearest(name, TRANSFORMS)}; known are {', '.join(TRANSFORMS)}"
                 )
-        flat = {
-            key: value
-            for key, value in request.options.items()
-            if key in transform.options and key not in rule.options
-        }
-        defaults = {key: request.seed if key == "seed" else value for key, value in transform.options.items()}
-        if "epsilon" in defaults:
-            defaults["epsilon"] = None  # its default goes by the density: `given_or_widest`
-        if name == "ties" and dropped:
-            defaults["density"] = 1.0
-            flat.pop("density", None)
-        options = {**defaults, **flat, **own}
-        check_options(name, options)
-        edits.append((name, options))
-        dropped = True
-    _check_rule_options(request.method, rule_options)
-    return rule_options, tuple(edits)
-
-
-def _check_rule_options(method: str, options: Mapping[str, Any]) -> None:
-    """Ranges of the rules' own options.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-    for name, value in options.items():
-        default = RULES[method].options[name]
-        number = name == "hbar_weight" and value is not None  # a number where it is given
-        check_kind(f"{method}: {name}", value, 1.0 if number else default)
-    ranges = {
-        "t": (0.0, 1.0),
-        "keep": (0.0, 1.0),
-        "off_diagonal": (0.0, 1.0),
-        "ridge": (0.0, math.inf),
-        "floor": (0.0, math.inf),
-        "hbar_weight": (0.0, math.inf),
-        "iterations": (1.0, math.inf),
-        "tolerance": (0.0, math.inf),
-    }
-    for name, (low, high) in ranges.items():
-        for value in numbers(options.get(name)):
-            if not low <= value <= high or (name == "keep" and value == 0):
-                bounds = f"({low:g}, {high:g}]" if name == "keep" else f"[{low:g}, {high:g}]"
-                raise ValueError(f"{method}: {name} is {value:g}, it must lie in {bounds}")
-    for name, choices in (("guard", GUARDS), ("along", ALONG)):
-        for chosen in leaves(options.get(name, choices[0])):
-            if chosen not in choices:
+            known |= set(TRANSFORMS[name].options)
+        for name in self.options:
+            if name not in known:
                 raise ValueError(
-                    f"{method}: {name} is {chosen!r}{nearest(str(chosen), choices)}; choose one of {', '.join(choices)}"
+                    f"{self.method} has no option {name!r}{nearest(name, known)}; {takes(known)}"
                 )
+        _ = self.edits, self.rule_options  # their values
+
+    def _chain(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Every transform with the options that are its own.
+
+        Raises:
+            TypeError: a transform that is neither a name nor {name: options}.
+        """
+        for entry in (*self.transforms, *self.rule.transforms):
+            if isinstance(entry, str):
+                yield entry, {}
+            elif isinstance(entry, Mapping) and len(entry) == 1:
+                yield from ((name, plain(own or {})) for name, own in entry.items())
+            else:
+                raise TypeError(f"a transform is a name or {{name: options}}, not {entry!r}")

@@ -2,44 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.models.stores import Spec
 from gradmatch.plan.request import Edits, Request
+from gradmatch.rules import Elementwise, Linear, Options, Rule
+from gradmatch.rules.edits import TRANSFORMS, trims
+from gradmatch.rules.options import NONE
 
 if TYPE_CHECKING:
     from gradmatch.plan.opened import Inputs
 
+Coefficients = tuple[float, list[float]]
+VOTES = 255  # tasks whose votes the kernel of TIES counts in bytes
+
 
 @dataclass(frozen=True)
 class Step:
-    """What happens to one output tensor.
+    """What happens to one output tensor. Everything that depends on the rule is decided here, and nowhere else.
 
     Attributes:
         name: of the tensor in the output.
-        action: "merge", "copy" (from the base), "average" (BatchNorm statistics), "matrix" (solved as a whole).
+        kind: "copy" (of the base's), "average" (BatchNorm statistics), or the kind of the rule that merges it: "linear",
+            "elementwise", "whole", "solve".
         spec: shape and output dtype.
         compute: dtype of the arithmetic, "F32" or "F64".
+        path: what computes it, see `path_of`.
         why: for the printed plan.
+        rule: that merges it; None for a copy.
         tasks: positions of the tasks that take part.
         alpha: their weights.
         options: the rule's options here.
         edits: the transforms with their options here.
+        coefficients: (c0, c) of c0 theta0 + sum_t c_t theta_t, of linear rules that need no inner products.
         bytes_read: of all inputs together.
     """
 
     name: str
-    action: str
+    kind: str
     spec: Spec
     compute: str = "F32"
+    path: str = "copy"
     why: str = ""
+    rule: Rule | None = None
     tasks: tuple[int, ...] = ()
     alpha: tuple[float, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Options = NONE
     edits: Edits = ()
+    coefficients: Coefficients | None = None
     bytes_read: int = 0
+
+    @property
+    def merged(self) -> bool:
+        """Whether the rule of the merge treats it; BatchNorm statistics are averaged whatever the rule is."""
+        return self.kind not in ("copy", "average")
+
+    @property
+    def formula(self) -> str:
+        """What is computed here; "" for a copy."""
+        return self.rule.told(self.options) if self.rule else ""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the rule needs beside the models."""
+        return self.rule.needs if self.rule else frozenset()
+
+    @property
+    def sign(self) -> int:
+        """+1 or -1 where the in-place kernel of Eq. 12 serves (the sign of alpha), else 0."""
+        return self.rule.in_place(self.options) if isinstance(self.rule, Elementwise) else 0
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the share `options.keep` of the base's curvature is kept from what is taken away."""
+        return self.rule is not None and self.rule.guarded
+
+    @property
+    def gram(self) -> str:
+        """Whose inner products over the tensor are needed first: "theta", "tau" or ""."""
+        linear = isinstance(self.rule, Linear) and not self.along
+        return self.rule.gram_of(self.options) if linear and isinstance(self.rule, Linear) else ""
 
     @property
     def along(self) -> str:
@@ -48,11 +92,50 @@ class Step:
         return "" if chosen == "tensor" else str(chosen)
 
     @property
-    def whole(self) -> bool:
-        """Whether the rule needs all of the tensor at once."""
-        return self.action == "matrix" or (
-            self.along != "" and (self.along == "columns" or len(self.spec.shape) > 2)
+    def span(self) -> str:
+        """How much of the tensor a piece must hold: any "block", whole "rows", or the whole "tensor"."""
+        spans = {TRANSFORMS[name].span(options) for name, options in self.edits}
+        if self.path in ("whole", "solve") or "tensor" in spans:
+            return "tensor"
+        if self.path == "rows":
+            return "tensor" if self.along == "columns" or len(self.spec.shape) > 2 else "rows"
+        return "rows" if "rows" in spans else "block"
+
+
+def path_of(
+    rule: Rule, options: Options, edits: Edits, alpha: tuple[float, ...], coefficients: Coefficients | None
+) -> str:
+    """What computes a step: the rule's kind, or something faster that gives the same.
+
+    "linear": coefficients of the models as they are. "eq12" and "ties": kernels that work in place, block by block.
+    "rows": every row or column by itself. "stacked": the readable rule on stacked pieces. "whole", "solve": all of the tensor.
+    """
+    if isinstance(rule, Linear):
+        if options.get("along", "tensor") != "tensor":
+            return "rows"
+        if not edits:
+            return "linear"
+        return (
+            "ties" if coefficients and scale_of_ties(edits, alpha, coefficients[1]) is not None else "stacked"
         )
+    if isinstance(rule, Elementwise):
+        return "eq12" if rule.in_place(options) and not edits else "stacked"
+    return rule.kind
+
+
+def scale_of_ties(edits: Edits, alpha: tuple[float, ...], c: list[float]) -> float | None:
+    """k with c_t = k alpha_t, where TIES is the only edit and needs no more of a tensor than a block; else None."""
+    if len(edits) != 1 or edits[0][0] != "ties" or len(alpha) > VOTES:
+        return None
+    options: Any = edits[0][1]
+    if options.trim != "global" and trims(options):
+        return None
+    largest = max(range(len(c)), key=lambda t: abs(alpha[t]))
+    if alpha[largest] == 0:
+        return None
+    k = c[largest] / alpha[largest]
+    exact = all(abs(ct - k * weight) <= 1e-12 * abs(ct) for ct, weight in zip(c, alpha, strict=True))
+    return k * float(options.scale) if exact else None
 
 
 @dataclass
@@ -66,6 +149,23 @@ class Plan:
     dropped: list[str] = field(default_factory=list)
     heads: dict[int, list[str]] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def merged(self) -> list[Step]:
+        """The steps that the rule of the merge treats."""
+        return [step for step in self.steps if step.merged]
+
+    @property
+    def formula(self) -> str:
+        """What is computed: the formula of every tensor that is merged, with the edits that come before it."""
+        counts = Counter(step.formula for step in self.merged)
+        asked = self.request.rule.told(self.request.rule_options)
+        first, *others = sorted(counts, key=lambda text: text != asked) or [asked]
+        text = "; ".join([first, *(f"of {counts[other]} tensors: {other}" for other in others)])
+        before = self.request.edits[: len(self.request.edits) - len(self.request.rule.transforms)]
+        return (
+            f"{text}; tau edited before by {', then '.join(name for name, _ in before)}" if before else text
+        )
 
     @property
     def bytes_read(self) -> int:

@@ -111,7 +111,7 @@ class AlphaPath:
         self._data = {side: objective for side, objective in data.items() if objective is not None}
         if self._data:
             self.base = {n: value for n, value in inputs.base.items() if value.is_floating_point()}
-        moving = {step.name for step in problem.plan.steps if step.action == "merge"}
+        moving = {step.name for step in problem.plan.steps if step.merged}
         for side, objective in self._data.items():
             unknown = sorted(moving - {name for name, _ in objective.module.named_parameters()})
             if unknown:

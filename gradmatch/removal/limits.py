@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from gradmatch.removal.forecast import AlphaPath, Point, check_alphas
 from gradmatch.removal.problem import Problem
+from gradmatch.rules import RULES
 
 BISECTIONS = 4
 MOST_BISECTIONS = 10  # while nothing fits yet
@@ -61,7 +62,7 @@ def budget(
         check_alphas(steps)
     path = problem if isinstance(problem, AlphaPath) else AlphaPath(problem)
     top, bound = largest, "largest"
-    if path.problem.method == "removal" and (limit := path.problem.largest_alpha(share)) < largest:
+    if RULES[path.problem.method].guarded and (limit := path.problem.largest_alpha(share)) < largest:
         top, bound = limit, "clamped share"
     if top == 0.0:
         return Budget(0.0, nats, bound, ())

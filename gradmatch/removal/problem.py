@@ -18,8 +18,8 @@ from gradmatch.models.curvatures import CurvatureStore, open_curvature
 from gradmatch.models.stores import torch_dtype
 from gradmatch.models.task import Task
 from gradmatch.models.tokenizers import check_tokenizers
-from gradmatch.plan.request import REMOVALS
-from gradmatch.rules.removal import GUARDS, ewr, fisher_negation, removal
+from gradmatch.rules import RULES, Block, Elementwise, Linear, removals
+from gradmatch.rules.removal import GUARDS
 from gradmatch.subtraction import largest_alpha
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Problem:
         base: the model that knows too much; path, hub id, state dict or module.
         task: fine-tuned from it on what is to be removed, with its curvature; alpha multiplies its own weight.
         base_curvature: of the base, on what must stay; or a number for an isotropic one.
-        method: one of REMOVALS.
+        method: a rule that removes.
         base_weight, delta0: H0 = base_weight * N0 F0 + delta0.
         keep: what must remain of H0 - alpha H_t, as a share of H0.
         guard: how, one of `gradmatch.rules.removal.GUARDS`.
@@ -93,9 +93,10 @@ class Problem:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is read."""
-        if self.method not in REMOVALS:
+        known = removals()
+        if self.method not in known:
             raise ValueError(
-                f"unknown way to remove {self.method!r}{nearest(self.method, REMOVALS)}; known: {', '.join(REMOVALS)}"
+                f"unknown way to remove {self.method!r}{nearest(self.method, known)}; known: {', '.join(known)}"
             )
         if self.guard not in GUARDS:
             raise ValueError(f"guard is {self.guard!r}; choose one of {', '.join(GUARDS)}")
@@ -142,7 +143,7 @@ class Problem:
         ]
         scale0 = self.base_weight * (prior.num_examples if isinstance(prior, CurvatureStore) else 1)
         for step in self.plan.steps:
-            if step.action != "merge":
+            if not step.merged:
                 continue
             theta0 = _whole(inputs.store, step.name, step)
             tau = _whole(task.store, step.name, step) - theta0
@@ -161,18 +162,29 @@ class Problem:
 
     def displacement(self, piece: Piece, alpha: float) -> Tensor:
         """theta(alpha) - theta0 of one tensor, in its shape."""
-        if self.method == "negation":
-            return -alpha * piece.weight * piece.tau
-        tau, h = piece.tau[None], piece.h[None]
-        weight = torch.full((1,) * tau.dim(), alpha * piece.weight, dtype=tau.dtype)
-        if self.method == "removal":
-            return removal(piece.theta0, tau, weight, piece.h0, h, self.keep, self.guard) - piece.theta0
-        rule = ewr if self.method == "ewr" else fisher_negation
-        return rule(piece.theta0, tau, weight, piece.h0, h) - piece.theta0
+        rule, weight = RULES[self.method], alpha * piece.weight
+        own = {"keep": self.keep, "guard": self.guard} if rule.guarded else {}
+        options = rule.options.changed(self.method, own)
+        if isinstance(rule, Linear):
+            c0, c, _ = rule.terms([weight], None, options)
+            return (c0 + c[0] - 1) * piece.theta0 + c[0] * piece.tau
+        if not isinstance(rule, Elementwise):
+            raise ValueError(f"what {self.method} costs cannot be forecast: it is no function of each weight")
+        column = torch.full((1,) * (piece.tau.dim() + 1), weight, dtype=piece.tau.dtype)
+        block = Block(
+            theta0=piece.theta0,
+            tau=piece.tau[None],
+            alpha=column,
+            h0=piece.h0,
+            h=piece.h[None],
+            delta0=self.delta0,
+            options=options,
+        )
+        return rule.elementwise(block) - piece.theta0
 
     def clamped(self, piece: Piece, alpha: float) -> int:
         """Coordinates of one tensor where the guard steps in: H0 - alpha H_t < keep H0."""
-        if self.method != "removal":
+        if not RULES[self.method].guarded:
             return 0
         return int((piece.h0 - alpha * piece.weight * piece.h < self.keep * piece.h0).sum())
 

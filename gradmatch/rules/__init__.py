@@ -2,214 +2,238 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-from gradmatch.rules import rowwise
+from gradmatch.common.parts import find_part
+from gradmatch.rules import kronecker, regmean, rowwise
+from gradmatch.rules.block import Block, Curved
 from gradmatch.rules.fisher_base import fisher_base
-from gradmatch.rules.gradient_matching import fisher, gradient_matching
-from gradmatch.rules.linear import averaging, negation, passthrough, task_arithmetic, weighted
-from gradmatch.rules.matena_raffel import matena_raffel
+from gradmatch.rules.gradient_matching import HbarOptions, fisher, gradient_matching
+from gradmatch.rules.linear import (
+    Normalize,
+    Scale,
+    ScaleNormalize,
+    averaging,
+    negation,
+    passthrough,
+    task_arithmetic,
+    weighted,
+)
+from gradmatch.rules.matena_raffel import MatenaRaffelOptions, matena_raffel
 from gradmatch.rules.measured import measured
-from gradmatch.rules.regmean import regmean
-from gradmatch.rules.removal import ewr, fisher_negation, removal
-from gradmatch.rules.spherical import karcher, model_stock, nuslerp, slerp
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from gradmatch.rules.block import Block
+from gradmatch.rules.options import Options, option
+from gradmatch.rules.removal import RemovalOptions, ewr, fisher_negation, removal
+from gradmatch.rules.rule import Elementwise, Linear, Rule, Solve, Terms, Whole
+from gradmatch.rules.sce import SceOptions, sce
+from gradmatch.rules.spectral import ISO_C, TSV_M
+from gradmatch.rules.spherical import (
+    Along,
+    KarcherOptions,
+    MultislerpOptions,
+    SlerpOptions,
+    karcher,
+    model_stock,
+    multislerp,
+    nuslerp,
+    slerp,
+)
+from gradmatch.rules.swaps import NearswapOptions, arcee_fusion, nearswap
 
 __all__ = [
-    "RULES", "Rule", "averaging", "ewr", "fisher", "fisher_base", "fisher_negation", "gradient_matching", "karcher",
-    "matena_raffel", "measured", "model_stock", "negation", "nuslerp", "passthrough", "regmean", "removal", "slerp",
-    "task_arithmetic", "weighted",
+    "RULES", "Block", "Curved", "Elementwise", "Linear", "Options", "Rule", "Solve", "Whole", "averaging", "ewr", "find_rule",
+    "fisher", "fisher_base", "fisher_negation", "gradient_matching", "karcher", "matena_raffel", "measured", "model_stock",
+    "negation", "nuslerp", "option", "passthrough", "removal", "removals", "slerp", "task_arithmetic", "weighted",
 ]  # fmt: skip
-
-Linear = Callable[
-    [Sequence[float], "Sequence[Sequence[float]] | None", Mapping[str, Any]], tuple[float, list[float], str]
-]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One way to merge, by exactly one of `linear` and `elementwise`; matrices whose factors are known by `matrix`.
-
-    Attributes:
-        formula: the effective formula, for cards and plans.
-        source: who published it.
-        linear: (alpha, gram, options) -> (c0, c, branch) of c0 theta0 + sum_t c_t theta_t, for rules that combine models.
-        gram: whose inner products `linear` needs: "", "theta" or "tau".
-        elementwise: a Block -> merged values, for rules that weigh coordinate by coordinate.
-        fast: +1 or -1 where the in-place kernel of Eq. 12 computes it too (the sign of alpha), else 0.
-        rows: (theta0, tau, alpha, options) -> merged, on matrices whose rows are the vectors that the option `along` names; for
-            rules that can treat every row or column of a tensor by itself.
-        matrix: whether it solves for matrices whose factors are known (`gradmatch.engine.matrices`).
-        needs: of "curvature", "base_curvature", "gradient", "gram", "factors".
-        options: name -> default.
-        transforms: edits of the task vectors that belong to the rule.
-        models: (fewest, most) tasks.
-        lacks: invariants that do not hold, each with the reason; tests assert both sides.
-        relative: whether it divides by the sum of the weights whatever the options are.
-        divides: whether it divides by Hbar = H0 + sum_t alpha_t H_t, which must then be positive.
-    """
-
-    formula: str
-    source: str
-    linear: Linear | None = None
-    gram: str = ""
-    elementwise: Callable[[Block], Tensor] | None = None
-    fast: int = 0
-    rows: Callable[[Tensor, Tensor, Sequence[float], Mapping[str, Any]], Tensor] | None = None
-    matrix: bool = False
-    needs: frozenset[str] = frozenset()
-    options: Mapping[str, Any] = field(default_factory=dict)
-    transforms: tuple[str | Mapping[str, Mapping[str, Any]], ...] = ()
-    models: tuple[int, float] = (1, float("inf"))
-    lacks: Mapping[str, str] = field(default_factory=dict)
-    divides: bool = False
-    relative: bool = False
-
 
 CURVATURE = frozenset({"curvature"})
 BOTH = frozenset({"curvature", "base_curvature"})
-EQ12 = "theta0 + sum_t alpha_t Hbar^-1 (H0 + H_t) tau_t, Hbar = H0 + sum_t alpha_t H_t"
-SUM = "theta0 + scale * sum_t alpha_t tau'_t"
-DROPS = {
-    "single": "entries of the task vector are dropped",
-    "equal": "entries of the task vectors are dropped",
-}
-
-
-TA_OPTIONS = {"scale": 1.0, "normalize": False}
-TIES_OPTIONS = {"scale": 1.0}  # normalize is TIES' own: dividing by all weights after it would divide twice
-
-
-def TA(
-    alpha: Sequence[float], gram: Sequence[Sequence[float]] | None, options: Mapping[str, Any]
-) -> tuple[float, list[float], str]:
-    """Task arithmetic, for itself and for every method that only edits task vectors."""
-    return (*task_arithmetic(alpha, options["scale"], options.get("normalize", False)), "")
-
-
-FIXED_T = {
-    "zero": "the position t is given, weights play no role",
-    "order": "t runs from the first model to the second",
-}
 IGNORES = {"zero": "weights play no role"}
 NORMALIZES = {"zero": "weights are relative and cannot all be zero"}
-MIXES = "theta0 and tau_t are averaged with one another (mixed origins)"
-REMOVES = {
-    "single": "it removes the task instead of adding it",
-    "equal": "it removes the tasks instead of adding them",
-}
+DROPS = dict.fromkeys(("single", "equal"), "entries of the task vectors are dropped")
+MIXES = dict.fromkeys(("single", "equal"), "theta0 and tau_t are averaged with one another (mixed origins)")
+REMOVES = dict.fromkeys(("single", "equal"), "it removes the tasks instead of adding them")
+OF_TWO = {"single": "it takes two models"}
+ONE = (1, 1)
+TWO = (2, 2)
+
+
+@dataclass(frozen=True)
+class Score(Options):
+    """What a greedy soup is judged by."""
+
+    score: Any = option(None, help="a function of a state dict, larger is better; from Python alone")
+
+
+def mean_formula(options: Any) -> str:
+    """The weighted mean, or the sum where it is not normalised."""
+    return "sum_t alpha_t theta_t" + (" / sum_t alpha_t" if options.normalize else "")
+
+
+def sum_formula(options: Any, tau: str = "tau_t", edit: str = "") -> str:
+    """Task arithmetic, plain or of edited task vectors."""
+    total = f"theta0 + scale * sum_t alpha_t {tau}" + (" / sum_t alpha_t" if options.get("normalize") else "")
+    return f"{total}, tau' by {edit}" if edit else total
+
+
+def added(alpha: Any, gram: Any, options: Any) -> Terms:
+    """Task arithmetic, for itself and for every method that only edits task vectors."""
+    return task_arithmetic(alpha, options.scale, options.get("normalize", False))
+
+
+def editing(edit: str, source: str, *transforms: str) -> Linear:
+    """Task arithmetic of edited task vectors; where TIES ends the chain, `normalize` is its own, or the sum was divided twice."""
+    options: Options = Scale() if transforms[-1] == "ties" else ScaleNormalize()
+    return Linear(
+        lambda o: sum_formula(o, "tau'_t", edit),
+        source,
+        added,
+        options=options,
+        transforms=transforms,
+        lacks=DROPS,
+    )
+
+
+GRADIENT_MATCHING = Elementwise(
+    lambda o: "theta0 + sum_t alpha_t Hbar^-1 (H0 + H_t) tau_t, Hbar = H0 + sum_t "
+    + ("alpha_t" if o.get("hbar_weight") is None else f"{o['hbar_weight']}")
+    + " H_t",
+    "Eq. 12 of Daheim et al. 2024",
+    lambda b: gradient_matching(b.theta0, b.tau, b.alpha, b.h0, b.h, b.options.hbar_weight),
+    needs=BOTH, options=HbarOptions(), divides=True, bounded=True, in_place=lambda o: 1 if o.hbar_weight is None else 0,
+)  # fmt: skip
+WEIGHTED = Linear(
+    mean_formula, "weighted average of weights", lambda a, gram, o: weighted(a, o.normalize), options=Normalize(), lacks=NORMALIZES
+)  # fmt: skip
+DARE = editing("DARE", "Yu et al. 2024", "dare")
 
 RULES: dict[str, Rule] = {
-    "averaging": Rule(
-        "mean_t theta_t", "Wortsman et al. 2022 (uniform soup)", linear=lambda a, gram, o: (*averaging(a), ""), lacks=IGNORES
+    "averaging": Linear(
+        "mean_t theta_t", "Wortsman et al. 2022 (uniform soup)", lambda a, gram, o: averaging(a), weighs=False, lacks=IGNORES
     ),
-    "weighted": Rule(
-        "sum_t alpha_t theta_t / sum_t alpha_t", "weighted average of weights",
-        linear=lambda a, gram, o: (*weighted(a, o["normalize"]), ""), options={"normalize": True}, lacks=NORMALIZES,
+    "weighted": WEIGHTED,
+    "linear": WEIGHTED,  # mergekit's name
+    "task_arithmetic": Linear(sum_formula, "Ilharco et al. 2023", added, options=ScaleNormalize()),
+    "negation": Linear(
+        "theta0 - sum_t alpha_t tau_t", "Ilharco et al. 2023", lambda a, gram, o: negation(a), lacks=REMOVES, removes=True
     ),
-    "linear": Rule(
-        "sum_t alpha_t theta_t / sum_t alpha_t", "weighted average of weights (mergekit's name)",
-        linear=lambda a, gram, o: (*weighted(a, o["normalize"]), ""), options={"normalize": True}, lacks=NORMALIZES,
-    ),
-    "task_arithmetic": Rule("theta0 + scale * sum_t alpha_t tau_t", "Ilharco et al. 2023", linear=TA, options=TA_OPTIONS),
-    "negation": Rule(
-        "theta0 - sum_t alpha_t tau_t", "Ilharco et al. 2023", linear=lambda a, gram, o: (*negation(a), ""), lacks=REMOVES
-    ),
-    "fisher": Rule(
+    "fisher": Elementwise(
         "(sum_t alpha_t H_t)^-1 sum_t alpha_t H_t theta_t", "FA in Daheim et al. 2024",
-        elementwise=lambda b: fisher(b.theta0, b.tau, b.alpha, b.delta0, b.h), fast=1, needs=CURVATURE, divides=True,
+        lambda b: fisher(b.theta0, b.tau, b.alpha, b.delta0, b.h), needs=CURVATURE, divides=True, bounded=True, in_place=lambda o: 1,
     ),
-    "fisher_base": Rule(
+    "fisher_base": Elementwise(
         "(H0 theta0 + sum_t alpha_t H_t tau_t) / (H0 + sum_t alpha_t H_t)", "FA1 in Daheim et al. 2024",
-        elementwise=lambda b: fisher_base(b.theta0, b.tau, b.alpha, b.h0, b.h), needs=BOTH,
-        lacks={"single": MIXES, "equal": MIXES}, divides=True,
+        lambda b: fisher_base(b.theta0, b.tau, b.alpha, b.h0, b.h), needs=BOTH, divides=True, lacks=MIXES,
     ),
-    "gradient_matching": Rule(
-        EQ12, "Eq. 12 of Daheim et al. 2024",
-        elementwise=lambda b: gradient_matching(b.theta0, b.tau, b.alpha, b.h0, b.h, b.options["hbar_weight"]), fast=1, needs=BOTH,
-        options={"hbar_weight": None}, divides=True,
-    ),
-    "measured": Rule(
+    "gradient_matching": GRADIENT_MATCHING,
+    "measured": Elementwise(
         "theta0 + Hbar^-1 sum_t alpha_t (H_t tau_t - g_t)", "Eq. 12 without Eq. 8: measured gradients",
-        elementwise=lambda b: measured(b.theta0, b.tau, b.alpha, b.h0, b.h, b.g), needs=BOTH | {"gradient"},
-        lacks={"single": "it goes on to the minimum of the loss", "equal": "it goes on to the minimum of the losses"}, divides=True,
+        lambda b: measured(b.theta0, b.tau, b.alpha, b.h0, b.h, b.g), needs=BOTH | {"gradient"}, divides=True,
+        lacks=dict.fromkeys(("single", "equal"), "it goes on to the minimum of the losses"),
+        caution="the measured gradient divided elementwise by a diagonal curvature explodes on networks (it is exact on quadratics "
+        "with full curvature): compare with gradient_matching, or solve in the subspace of the task vectors",
     ),
-    "removal": Rule(
-        "theta0 - sum_t alpha_t (H0 - sum_s alpha_s H_s)^-1 (H0 + H_t) tau_t, guarded so that keep H0 remains", "Eq. 13 of Daheim et al. 2024",
-        elementwise=lambda b: removal(b.theta0, b.tau, b.alpha, b.h0, b.h, b.options["keep"], b.options["guard"]), fast=-1, needs=BOTH,
-        options={"keep": 0.1, "guard": "floor"}, lacks=REMOVES,
+    "removal": Elementwise(
+        "theta0 - sum_t alpha_t (H0 - sum_s alpha_s H_s)^-1 (H0 + H_t) tau_t, guarded so that keep H0 remains",
+        "Eq. 13 of Daheim et al. 2024",
+        lambda b: removal(b.theta0, b.tau, b.alpha, b.h0, b.h, b.options.keep, b.options.guard),
+        needs=BOTH, options=RemovalOptions(), guarded=True, in_place=lambda o: -1, lacks=REMOVES, removes=True,
     ),
-    "ewr": Rule(
+    "ewr": Elementwise(
         "(H0 theta0 - sum_t alpha_t H_t tau_t) / (H0 + sum_t alpha_t H_t)", "elastic weight removal, Daheim et al. 2023",
-        elementwise=lambda b: ewr(b.theta0, b.tau, b.alpha, b.h0, b.h), needs=BOTH, lacks=REMOVES, divides=True,
+        lambda b: ewr(b.theta0, b.tau, b.alpha, b.h0, b.h), needs=BOTH, divides=True, lacks=REMOVES, removes=True,
     ),
-    "fisher_negation": Rule(
+    "fisher_negation": Elementwise(
         "theta0 - sum_t alpha_t H_t / (H0 + H_t) tau_t", "baseline: negation scaled by the task's share of curvature",
-        elementwise=lambda b: fisher_negation(b.theta0, b.tau, b.alpha, b.h0, b.h), needs=BOTH, lacks=REMOVES,
+        lambda b: fisher_negation(b.theta0, b.tau, b.alpha, b.h0, b.h), needs=BOTH, bounded=True, lacks=REMOVES, removes=True,
     ),
-    "matena_raffel": Rule(
+    "matena_raffel": Elementwise(
         "(sum_t alpha_t F_t)^-1 sum_t alpha_t F_t theta_t, F_t the mean Fisher", "Matena & Raffel 2022",
-        elementwise=lambda b: matena_raffel(b.theta0 + b.tau, b.alpha, b.mean_curvature(), b.options["floor"]),
-        needs=CURVATURE, options={"floor": 0.0, "normalize_fishers": False}, lacks=NORMALIZES, relative=True,
+        lambda b: matena_raffel(b.theta0 + b.tau, b.alpha, b.mean_curvature(), b.options.floor),
+        needs=CURVATURE, options=MatenaRaffelOptions(), bounded=True, lacks=NORMALIZES, relative=True,
     ),
-    "regmean": Rule(
-        "(sum_t alpha_t G_t)^-1 sum_t alpha_t G_t W_t for linear layers, mean elsewhere", "Jin et al. 2023",
-        matrix=True, linear=lambda a, gram, o: (*weighted(a), ""), needs=frozenset({"gram"}),
-        options={"off_diagonal": 0.9, "ridge": 1e-6, "conv1d": None}, lacks=NORMALIZES, relative=True,
+    "regmean": Solve(
+        "(sum_t alpha_t G_t)^-1 sum_t alpha_t G_t W_t", "Jin et al. 2023", regmean.solve, otherwise=WEIGHTED,
+        needs=frozenset({"gram"}), options=regmean.RegMeanOptions(), lacks=NORMALIZES, relative=True,
     ),
-    "kronecker": Rule(
-        EQ12 + "; H = N A (x) B for linear layers, diagonal elsewhere", "Tam et al. 2024 (MaTS), with H0",
-        elementwise=lambda b: gradient_matching(b.theta0, b.tau, b.alpha, b.h0, b.h), fast=1, matrix=True, needs=BOTH | {"factors"},
-        options={"iterations": 100, "tolerance": 1e-6, "conv1d": None}, divides=True,
+    "kronecker": Solve(
+        "theta0 + sum_t alpha_t Hbar^-1 (H0 + H_t) tau_t, Hbar = H0 + sum_t alpha_t H_t, H = N A (x) B", "Tam et al. 2024 (MaTS), with H0",
+        kronecker.solve, otherwise=GRADIENT_MATCHING, needs=BOTH | {"factors"}, options=kronecker.KroneckerOptions(),
     ),
-    "slerp": Rule(
-        "sin((1-t)O)/sin(O) theta_1 + sin(tO)/sin(O) theta_2", "Shoemake 1985", gram="theta", models=(2, 2),
-        linear=lambda a, gram, o: slerp(gram or (), o["t"]), rows=rowwise.slerp, options={"t": 0.5, "along": "tensor"},
-        lacks=FIXED_T | {"single": "it takes two models"},
+    "slerp": Linear(
+        "sin((1-t)O)/sin(O) theta_1 + sin(tO)/sin(O) theta_2", "Shoemake 1985", lambda a, gram, o: slerp(gram, o.t),
+        gram="theta", rows=rowwise.slerp, options=SlerpOptions(), models=TWO, weighs=False,
+        lacks=OF_TWO | {"zero": "the position t is given, weights play no role", "order": "t runs from the first model to the second"},
     ),
-    "nuslerp": Rule(
-        "theta0 + slerp(tau_1, tau_2; alpha_2 / (alpha_1 + alpha_2))", "slerp of task vectors", gram="tau", models=(2, 2),
-        linear=lambda a, gram, o: nuslerp(gram or (), a), rows=rowwise.nuslerp, options={"along": "tensor"},
-        lacks=NORMALIZES | {"single": "it takes two models"}, relative=True,
+    "nuslerp": Linear(
+        "theta0 + slerp(tau_1, tau_2; alpha_2 / (alpha_1 + alpha_2))", "slerp of task vectors", lambda a, gram, o: nuslerp(gram, a),
+        gram="tau", rows=rowwise.nuslerp, options=Along(), models=TWO, lacks=NORMALIZES | OF_TWO, relative=True,
     ),
-    "karcher": Rule(
-        "weighted Karcher mean of directions, times the mean norm", "Buss & Fillmore 2001", gram="theta",
-        linear=lambda a, gram, o: karcher(gram or (), a, int(o["iterations"]), o["tolerance"]),
-        options={"iterations": 100, "tolerance": 1e-12}, lacks=NORMALIZES, relative=True,
+    "multislerp": Linear(
+        lambda o: "sum_t alpha_t |x_t| times the direction of sum_t alpha_t x_t / |x_t|, "
+        + ("around theta0, x = tau" if o.origin == "base" else "x = theta"),
+        "mergekit's barycentric slerp",
+        lambda a, gram, o: multislerp(gram, a, o.normalize_weights, o.eps, o.origin),
+        gram=lambda o: "tau" if o.origin == "base" else "theta", options=MultislerpOptions(), lacks=NORMALIZES,
     ),
-    "model_stock": Rule(
-        "t mean_t theta_t + (1-t) theta0, t from the mean cosine of tau", "Jang et al. 2024", gram="tau",
-        linear=lambda a, gram, o: model_stock(gram or ()), rows=rowwise.model_stock, options={"along": "tensor"}, lacks=IGNORES,
+    "karcher": Linear(
+        "weighted Karcher mean of directions, times the mean norm", "Buss & Fillmore 2001",
+        lambda a, gram, o: karcher(gram, a, o.iterations, o.tolerance), gram="theta", options=KarcherOptions(),
+        lacks=NORMALIZES, relative=True,
     ),
-    "ties": Rule(SUM + ", tau' by TIES", "Yadav et al. 2023", linear=TA, options=TIES_OPTIONS, transforms=("ties",), lacks=DROPS),
-    "dare": Rule(SUM + ", tau' by DARE", "Yu et al. 2024", linear=TA, options=TA_OPTIONS, transforms=("dare",), lacks=DROPS),
-    "dare_linear": Rule(SUM + ", tau' by DARE", "Yu et al. 2024", linear=TA, options=TA_OPTIONS, transforms=("dare",), lacks=DROPS),
-    "dare_ties": Rule(
-        SUM + ", tau' by DARE, then TIES' sign election", "Yu et al. 2024", linear=TA, options=TIES_OPTIONS, transforms=("dare", "ties"), lacks=DROPS
+    "model_stock": Linear(
+        "t mean_t theta_t + (1-t) theta0, t from the mean cosine of tau", "Jang et al. 2024", lambda a, gram, o: model_stock(gram),
+        gram="tau", rows=rowwise.model_stock, options=Along(), weighs=False, lacks=IGNORES,
     ),
-    "della": Rule(
-        SUM + ", tau' by MAGPRUNE, then TIES' sign election", "Deep et al. 2024", linear=TA, options=TIES_OPTIONS, transforms=("della", "ties"), lacks=DROPS
+    "ties": editing("TIES", "Yadav et al. 2023", "ties"),
+    "dare": DARE,
+    "dare_linear": DARE,  # mergekit's name
+    "dare_ties": editing("DARE, then TIES' sign election", "Yu et al. 2024", "dare", "ties"),
+    "della": editing("MAGPRUNE, then TIES' sign election", "Deep et al. 2024", "della", "ties"),
+    "della_linear": editing("MAGPRUNE", "Deep et al. 2024", "della"),
+    "breadcrumbs": editing("breadcrumbs", "Davari & Belilovsky 2024", "breadcrumbs"),
+    "breadcrumbs_ties": editing("breadcrumbs, then TIES' sign election", "Davari & Belilovsky 2024", "breadcrumbs", "ties"),
+    "tsv_m": TSV_M,
+    "iso_c": ISO_C,
+    "sce": Whole(
+        "theta0 + sum_t w_t m_t tau_t / sum_t w_t m_t, w_t by mean squares, m_t by the sign of the sum", "Wan et al. 2024 (FuseChat)",
+        sce, options=SceOptions(), weighs=False, lacks=IGNORES,
     ),
-    "della_linear": Rule(SUM + ", tau' by MAGPRUNE", "Deep et al. 2024", linear=TA, options=TA_OPTIONS, transforms=("della",), lacks=DROPS),
-    "breadcrumbs": Rule(
-        SUM + ", tau' by breadcrumbs", "Davari & Belilovsky 2024", linear=TA, options=TA_OPTIONS, transforms=("breadcrumbs",), lacks=DROPS
+    "nearswap": Elementwise(
+        "theta0 + min(1, t / |tau_1|) tau_1", "mergekit's NearSwap", lambda b: nearswap(b.theta0, b.tau, b.options.t),
+        options=NearswapOptions(), models=ONE, weighs=False, bounded=True,
+        lacks={"single": "entries move by t at the most", "equal": "entries move by t at the most"} | IGNORES,
     ),
-    "breadcrumbs_ties": Rule(
-        SUM + ", tau' by breadcrumbs, then TIES' sign election", "Davari & Belilovsky 2024", linear=TA, options=TIES_OPTIONS,
-        transforms=("breadcrumbs", "ties"), lacks=DROPS,
+    "arcee_fusion": Whole(
+        "theta0 + m tau_1, m = 1 where |tau_1| KL(softmax theta_1, softmax theta0) >= median + 1.5 IQR", "Arcee Fusion (mergekit)",
+        arcee_fusion, models=ONE, weighs=False,
+        lacks={"single": "only important entries are taken", "equal": "only important entries are taken"} | IGNORES,
     ),
-    "greedy_soup": Rule(
+    "greedy_soup": Linear(
         "mean of the models that, added best first, never lower the score", "Wortsman et al. 2022",
-        linear=lambda a, gram, o: (*averaging(a), ""), options={"score": None}, lacks=IGNORES,
+        lambda a, gram, o: averaging(a), options=Score(), weighs=False, lacks=IGNORES, searches=True,
     ),
-    "passthrough": Rule(
-        "scale * theta_1", "layers as they are", linear=lambda a, gram, o: (*passthrough(a, o["scale"]), ""),
-        options={"scale": 1.0}, models=(1, 1), lacks=IGNORES,
+    "passthrough": Linear(
+        "scale * theta_1", "layers as they are", lambda a, gram, o: passthrough(a, o.scale), options=Scale(), models=ONE,
+        weighs=False, lacks=IGNORES,
     ),
 }  # fmt: skip
+
+
+def find_rule(method: str) -> Rule:
+    """A rule by its name in RULES, as "package.module:NAME", or as an entry point of the group gradmatch.rules.
+
+    Raises:
+        ValueError: an unknown name (the nearest is named), or a module or name in it that is not there.
+        TypeError: something that is no `Rule`.
+
+    Example:
+        >>> find_rule("slerp").kind
+        'linear'
+    """
+    return find_part("method", "gradmatch.rules", method, RULES, Rule)
+
+
+def removals() -> list[str]:
+    """Names of the rules that take a task away."""
+    return [name for name, rule in RULES.items() if rule.removes]

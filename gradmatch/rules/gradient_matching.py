@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from gradmatch.rules.options import Options, option
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HbarOptions(Options):
+    """What the weights are inside Hbar."""
+
+    hbar_weight: float | None = option(
+        None, "[0, inf]", kind=1.0, help="takes the place of alpha inside Hbar (default: alpha itself)"
+    )
 
 
 def gradient_matching(

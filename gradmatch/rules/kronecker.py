@@ -4,39 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from gradmatch.rules.block import NotPositiveError, Product
+from gradmatch.rules.options import Options, option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gradmatch.rules.block import Curved
 
-NOISE = (
-    1e-6  # of the largest eigenvalue: factors are stored in float32, so smaller ones may come out negative
-)
+# of the largest eigenvalue: factors are stored in float32, so smaller ones may come out negative
+NOISE = 1e-6
 
 
 @dataclass(frozen=True)
-class Product:
-    """A curvature of one matrix W (out, in) as a linear map: scale * B W A + diagonal * W (elementwise).
+class KroneckerOptions(Options):
+    """When conjugate gradients stop, and how square matrices are stored."""
 
-    Attributes:
-        scale: N of the summed loss, times its weight; 0 where there are no factors.
-        a: second moments of the inputs, (in, in), or None.
-        b: those of the gradients at the outputs, (out, out), or None for the identity.
-        diagonal: (out, in) or a number, in nats per squared unit of weight.
-    """
-
-    scale: float = 0.0
-    a: Tensor | None = None
-    b: Tensor | None = None
-    diagonal: Tensor | float = 0.0
-
-    def __call__(self, w: Tensor) -> Tensor:
-        """The curvature times a matrix of weights, (out, in)."""
-        result = self.diagonal * w
-        if self.a is not None:
-            result = result + self.scale * ((w if self.b is None else self.b @ w) @ self.a)
-        return result
+    iterations: int = option(100, "[1, inf]", help="conjugate gradients stop after so many")
+    tolerance: float = option(1e-6, "[0, inf]", help="or where the residual is this share of the right side")
+    conv1d: bool | None = option(
+        None, kind=True, help="whether square matrices are stored [in, out] (default: as the config says)"
+    )
 
 
 @dataclass(frozen=True)
@@ -92,6 +82,20 @@ def kronecker(
         step = rho / curvature
         x, residual, done = x + step * direction, residual - step * image, done + 1
     return Solution(x, done, float((right - h_bar(x)).norm()) / size)
+
+
+def solve(theta0: Tensor, tau: Tensor, alpha: Sequence[float], curved: Curved) -> Tensor:
+    """`kronecker` as the rule of a matrix; its health is the number of iterations and the residual.
+
+    Raises:
+        NotPositiveError: H0 + sum_t alpha_t H_t is not positive.
+    """
+    options: Any = curved.options
+    found = kronecker(tau, alpha, curved.h0, curved.h, options.iterations, options.tolerance)
+    if not found.positive:
+        raise NotPositiveError
+    curved.health.update(iterations=float(found.iterations), residual=found.residual)
+    return theta0 + found.update
 
 
 class Preconditioner:

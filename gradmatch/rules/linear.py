@@ -3,8 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gradmatch.rules.options import Options, option
 
 Coefficients = tuple[float, list[float]]
+
+
+@dataclass(frozen=True)
+class Scale(Options):
+    """How far the merge goes."""
+
+    scale: float = option(1.0, help="factor on the merged task vector (passthrough: on the model)")
+
+
+@dataclass(frozen=True)
+class ScaleNormalize(Scale):
+    """How far the merge goes, and whether the weights are relative."""
+
+    normalize: bool = option(False, help="divide the weights by their sum")
+
+
+@dataclass(frozen=True)
+class Normalize(Options):
+    """Whether the weights are relative."""
+
+    normalize: bool = option(True, help="divide the weights by their sum")
 
 
 def averaging(alpha: Sequence[float]) -> Coefficients:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from gradmatch.rules.options import Options, option
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MatenaRaffelOptions(Options):
+    """How the Fishers are bounded and scaled."""
+
+    floor: float = option(0.0, "[0, inf]", help="least value of a Fisher (theirs: 1e-6)")
+    normalize_fishers: bool = option(False, help="divide each Fisher by its norm over the model")
 
 
 def matena_raffel(theta: Tensor, alpha: Tensor, f: Tensor, floor: float) -> Tensor:

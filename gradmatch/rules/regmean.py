@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gradmatch.rules.options import Options, option
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from gradmatch.rules.block import Curved
+
+
+@dataclass(frozen=True)
+class RegMeanOptions(Options):
+    """How the Gram matrices are regularised, and how square matrices are stored."""
+
+    off_diagonal: float = option(0.9, "[0, 1]", help="factor on what lies off a Gram matrix's diagonal")
+    ridge: float = option(1e-6, "[0, inf]", help="added to a Gram matrix's diagonal, as a share of its mean")
+    conv1d: bool | None = option(
+        None, kind=True, help="whether square matrices are stored [in, out] (default: as the config says)"
+    )
 
 
 def regmean(theta: Tensor, alpha: Tensor, gram: Tensor, off_diagonal: float, ridge: float) -> Tensor:
@@ -21,6 +38,16 @@ def regmean(theta: Tensor, alpha: Tensor, gram: Tensor, off_diagonal: float, rid
     g = alpha * g
     right = (g @ theta.transpose(1, 2)).sum(0)  # (in, out)
     return _solve(g.sum(0), right).transpose(0, 1)
+
+
+def solve(theta0: Tensor, tau: Tensor, alpha: Sequence[float], curved: Curved) -> Tensor:
+    """`regmean` as the rule of a matrix: G_t = N_t A_t, the second moments of a task's inputs."""
+    import torch
+
+    options: Any = curved.options
+    gram = torch.stack([product.scale * product.a for product in curved.h if product.a is not None])
+    weight = tau.new_tensor(alpha).reshape(-1, 1, 1)
+    return regmean(theta0 + tau, weight, gram, options.off_diagonal, options.ridge)
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:

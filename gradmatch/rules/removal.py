@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from gradmatch.rules.options import Options, option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 GUARDS = ("floor", "scale")
+
+
+@dataclass(frozen=True)
+class RemovalOptions(Options):
+    """What must remain of the base's curvature."""
+
+    keep: float = option(0.1, "(0, 1]", help="share of H0 that must remain of H0 - alpha H_t")
+    guard: str = option(
+        "floor", choices=GUARDS, help="how: floor the denominator, or scale the tasks' curvature down"
+    )
 
 
 def removal(

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.rules.linear import weight_sum
-from gradmatch.rules.spherical import PARALLEL, TINY
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+PARALLEL = 0.9995  # |cos| beyond which the arc is a line to working accuracy
+TINY = 1e-8  # norms below this have no direction
 ALONG = ("tensor", "rows", "columns")
 
 

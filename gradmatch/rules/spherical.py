@@ -9,13 +9,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from gradmatch.rules.linear import weight_sum
+from gradmatch.rules.options import Options, option
+from gradmatch.rules.rowwise import ALONG, PARALLEL, TINY
 
-PARALLEL = 0.9995  # |cos| beyond which the arc is a line to working accuracy
-TINY = 1e-8  # norms below this have no direction
 Gram = Sequence[Sequence[float]]
 Branched = tuple[float, list[float], str]
+
+
+@dataclass(frozen=True)
+class Along(Options):
+    """Which vectors have an angle of their own."""
+
+    along: str = option(
+        "tensor", choices=ALONG, help="whose angle counts: the whole tensor's, each row's or each column's"
+    )
+
+
+@dataclass(frozen=True)
+class SlerpOptions(Along):
+    """Where on the arc the merge lies."""
+
+    t: float = option(0.5, "[0, 1]", help="place on the arc, 0 at the first model, 1 at the second")
+
+
+@dataclass(frozen=True)
+class KarcherOptions(Options):
+    """When the iteration stops."""
+
+    iterations: int = option(100, "[1, inf]", help="steps at the most")
+    tolerance: float = option(1e-12, "[0, inf]", help="or where a step is shorter")
+
+
+@dataclass(frozen=True)
+class MultislerpOptions(Options):
+    """The weights, and the centre of the sphere."""
+
+    normalize_weights: bool = option(True, help="divide the weights by their sum")
+    eps: float = option(1e-8, "[0, inf]", help="norms below this have no direction")
+    origin: str = option(
+        "base", choices=("base", "zero"), help="the sphere's centre: of task vectors, or of whole models"
+    )
 
 
 def arc(norms: Sequence[float], dot: float, t: float) -> tuple[float, float, str]:
@@ -115,3 +151,39 @@ def model_stock(gram: Gram) -> Branched:
     t = count * cosine / denominator if denominator > 0 else 0.0
     t = min(1.0, max(0.0, t))
     return 1.0 - t, [t / count] * count, f"t = {t:.3f}"
+
+
+def multislerp(
+    gram: Gram,
+    alpha: Sequence[float],
+    normalize_weights: bool = True,
+    eps: float = 1e-8,
+    origin: str = "base",
+) -> Branched:
+    """mergekit's barycentric slerp: sum_t w_t |x_t| times the direction of sum_t w_t x_t / |x_t|, w_t the (normalised) weights.
+
+    gram: (T, T) of x_t, the task vectors (origin "base") or the models ("zero"). Going from the tangent space at that direction
+    back to the sphere changes nothing, since the weighted sum of the unit vectors has no part in it. Two vectors whose
+    directions cancel are combined linearly; a single model is itself.
+
+    Raises:
+        ValueError: the weights sum to zero, or the directions of three or more models cancel.
+    """
+    count = len(gram)
+    if count == 1:
+        return 0.0, [1.0], "single"
+    total = weight_sum(alpha) if normalize_weights else 1.0
+    weight = [one / total for one in alpha]
+    norms = [math.sqrt(gram[t][t]) for t in range(count)]
+    unit = [w / (norm + eps) for w, norm in zip(weight, norms, strict=True)]
+    square = sum(unit[s] * unit[t] * gram[s][t] for s in range(count) for t in range(count))
+    length = math.sqrt(max(square, 0.0))
+    c, branch = weight, "linear"
+    if length >= eps:
+        size = sum(w * norm for w, norm in zip(weight, norms, strict=True))
+        c, branch = [size * one / length for one in unit], "multislerp"
+    elif count > 2 and max(norms) >= eps:
+        raise ValueError(
+            "the weighted directions of the models cancel, so that no mean is left; change the weights"
+        )
+    return (1.0 - sum(c) if origin == "base" else 0.0), c, branch

@@ -191,7 +191,7 @@ def test_a_network_with_estimated_factors():
     found = merge(base, tasks, method="kronecker", base_curvature=h0)
     assert set(found.report.solves) == {"0.weight", "3.weight"}
     assert all(solve["residual"] <= 2e-6 for solve in found.report.solves.values())
-    assert found.report.tensors == {"matrix": 2, "merge": 4}
+    assert found.report.tensors == {"solve": 2, "elementwise": 4}
     diagonal = merge(base, tasks, method="gradient_matching", base_curvature=h0)
     assert torch.equal(found["2.weight"], diagonal["2.weight"])
     assert not torch.equal(found["0.weight"], diagonal["0.weight"])

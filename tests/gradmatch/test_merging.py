@@ -565,7 +565,10 @@ def test_analogy_with_curvature_and_weight():
 def test_a_report_is_printed_in_one_line():
     base, base_curvature, models, curvatures = problem(2)
     report = merge(base, tasks_of(models, curvatures), base_curvature=base_curvature).report
-    assert repr(report) == "Report(gradient_matching, 5 tensors: merge, 97 weights, floor_share=0, 0 notes)"
+    assert (
+        repr(report)
+        == "Report(gradient_matching, 5 tensors: elementwise, 97 weights, floor_share=0, 0 notes)"
+    )
 
 
 def test_averaging_warns_that_weights_play_no_role():

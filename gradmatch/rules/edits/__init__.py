@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.common.kinds import check_kind
-from gradmatch.common.names import nearest
 from gradmatch.common.settings import numbers
 from gradmatch.rules.edits.breadcrumbs import breadcrumbs
 from gradmatch.rules.edits.dare import dare
 from gradmatch.rules.edits.della import della, widest
 from gradmatch.rules.edits.ties import kept_count, ties
+from gradmatch.rules.options import Options, declared, option
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
     from gradmatch.rules.block import Edit
 
-__all__ = ["TRANSFORMS", "Transform", "breadcrumbs", "check_options", "dare", "della", "ties"]
+__all__ = ["TRANSFORMS", "Transform", "breadcrumbs", "dare", "della", "ties"]
+
+
+Share = float | tuple[float, ...]  # one value, or one a task
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,108 @@ class Transform:
 
     Attributes:
         apply: the edit of one piece, from an `Edit` (task vectors, weights, noise, thresholds) and its options.
-        options: name -> default.
+        options: with their defaults.
         span: how much of a tensor one piece must hold: any "block", whole "rows", or the whole "tensor". May depend on
             the options.
     """
 
-    apply: Callable[[Edit, Mapping[str, Any]], Tensor]
-    options: Mapping[str, Any]
-    span: Callable[[Mapping[str, Any]], str]
+    apply: Callable[[Edit, Any], Tensor]
+    options: Options
+    span: Callable[[Any], str]
+
+    def __post_init__(self) -> None:
+        """A plain table of defaults becomes `Options`."""
+        object.__setattr__(self, "options", declared(self.options))
+
+
+KEPT: dict[str, Any] = {
+    "within": "(0, 1]",
+    "says": "the share kept",
+    "per_task": True,
+    "help": "share of each task vector's entries that is kept",
+}
+SEED = "of the random draws (default: the merge's own)"
+
+
+@dataclass(frozen=True)
+class TiesOptions(Options):
+    """TIES."""
+
+    density: Share = option(0.2, **KEPT)
+    trim: str = option(
+        "global",
+        choices=("global", "tensor"),
+        help="whether the largest are those of the model or of each tensor",
+    )
+    scale: float = option(1.0, help="factor on what is left")
+    normalize: bool = option(True, help="divide by the weight of the tasks that agree")
+
+
+@dataclass(frozen=True)
+class DareOptions(Options):
+    """DARE."""
+
+    density: Share = option(0.1, **KEPT)
+    rescale: str = option("unbiased", choices=("unbiased", "l1", "none"), help="how what stays is scaled")
+    seed: int = option(0, help=SEED)
+
+
+@dataclass(frozen=True)
+class DellaOptions(Options):
+    """MAGPRUNE."""
+
+    density: Share = option(0.3, **KEPT)
+    epsilon: Share | None = option(
+        None,
+        kind=0.1,
+        per_task=True,
+        help="width of the range of probabilities (default: 0.1, or less where the density leaves no room)",
+    )
+    seed: int = option(0, help=SEED)
+
+    def __post_init__(self) -> None:
+        """Check density and epsilon together.
+
+        Raises:
+            ValueError: probabilities outside (0, 1].
+        """
+        super().__post_init__()
+        pairs: Any = product(numbers(self.density), numbers(self.epsilon))
+        if isinstance(self.density, tuple) and isinstance(self.epsilon, tuple):  # one value a task
+            pairs = zip(self.density, self.epsilon, strict=True)
+        for share, width in pairs:
+            if width is not None and (
+                width < 0 or share - width / 2 <= 0 or (share < 1 and share + width / 2 > 1)
+            ):
+                raise ValueError(
+                    f"density {share} with epsilon {width} gives probabilities from {share - width / 2:g} to {share + width / 2:g}; "
+                    "choose 0 <= epsilon < 2 * min(density, 1 - density)"
+                )
+
+    def at(self, tensor: str, depth: float | None, own: Sequence[Mapping[str, Any]] = ()) -> DellaOptions:
+        """As `Options.at`, with the epsilon that the density allows where none is given."""
+        found = super().at(tensor, depth, own)
+        share: Any = found.density
+        width: Any = found.epsilon
+        if not isinstance(share, tuple) and not isinstance(width, tuple):
+            return replace(found, epsilon=widest(share) if width is None else width)
+        shares, widths = (one if isinstance(one, tuple) else (one,) * len(own) for one in (share, width))
+        filled = tuple(widest(s) if w is None else w for s, w in zip(shares, widths, strict=True))
+        return replace(found, epsilon=filled)
+
+
+@dataclass(frozen=True)
+class BreadcrumbsOptions(Options):
+    """Breadcrumbs."""
+
+    density: Share = option(0.14, **KEPT)
+    gamma: Share = option(
+        0.01,
+        "[0, 1)",
+        says="the share of outliers dropped",
+        per_task=True,
+        help="share of largest entries that is dropped",
+    )
 
 
 def thresholds(tau: Tensor, density: Tensor | float) -> Tensor:
@@ -59,23 +154,24 @@ def _column(value: Any, edit: Edit) -> Tensor | float:
     return edit.tau.new_tensor(value).reshape(edit.alpha.shape) if isinstance(value, tuple) else float(value)
 
 
-def _ties(edit: Edit, options: Mapping[str, Any]) -> Tensor:
+def _ties(edit: Edit, options: TiesOptions) -> Tensor:
     """TIES with the thresholds of the chosen scope."""
     if edit.threshold is None:
-        edit.threshold = thresholds(edit.tau, _column(options["density"], edit))
-    return ties(edit.tau, edit.alpha, edit.threshold, edit.majority, options["scale"], options["normalize"])
+        edit.threshold = thresholds(edit.tau, _column(options.density, edit))
+    return ties(edit.tau, edit.alpha, edit.threshold, edit.majority, options.scale, options.normalize)
 
 
-def _dare(edit: Edit, options: Mapping[str, Any]) -> Tensor:
-    return dare(edit.tau, edit.noise(), _column(options["density"], edit), options["rescale"])
+def _dare(edit: Edit, options: DareOptions) -> Tensor:
+    return dare(edit.tau, edit.noise(), _column(options.density, edit), options.rescale)
 
 
-def _della(edit: Edit, options: Mapping[str, Any]) -> Tensor:
-    return della(edit.tau, edit.noise(), _column(options["density"], edit), _column(options["epsilon"], edit))
+def _della(edit: Edit, options: Any) -> Tensor:
+    epsilon = widest(options.density) if options.epsilon is None else options.epsilon
+    return della(edit.tau, edit.noise(), _column(options.density, edit), _column(epsilon, edit))
 
 
-def _breadcrumbs(edit: Edit, options: Mapping[str, Any]) -> Tensor:
-    density, gamma = options["density"], options["gamma"]
+def _breadcrumbs(edit: Edit, options: BreadcrumbsOptions) -> Tensor:
+    density, gamma = options.density, options.gamma
     if not isinstance(density, tuple) and not isinstance(gamma, tuple):
         return breadcrumbs(edit.tau, density, gamma)
     count = edit.tau.shape[0]
@@ -88,67 +184,19 @@ def _breadcrumbs(edit: Edit, options: Mapping[str, Any]) -> Tensor:
     return merged
 
 
-def trims(options: Mapping[str, Any]) -> bool:
+def trims(options: Any) -> bool:
     """Whether any task loses entries to TIES' trim."""
-    density = options["density"]
-    return any(share < 1 for share in (density if isinstance(density, tuple) else (density,)))
+    shares = options.density if isinstance(options.density, tuple) else (options.density,)
+    return any(share < 1 for share in shares)
 
 
 TRANSFORMS: dict[str, Transform] = {
     "ties": Transform(
         _ties,
-        {"density": 0.2, "trim": "global", "scale": 1.0, "normalize": True},
-        lambda options: "tensor" if options["trim"] == "tensor" and trims(options) else "block",
+        TiesOptions(),
+        lambda options: "tensor" if options.trim == "tensor" and trims(options) else "block",
     ),
-    "dare": Transform(
-        _dare,
-        {"density": 0.1, "rescale": "unbiased", "seed": 0},
-        lambda options: "tensor" if options["rescale"] == "l1" else "block",
-    ),
-    "della": Transform(_della, {"density": 0.3, "epsilon": 0.1, "seed": 0}, lambda options: "rows"),
-    "breadcrumbs": Transform(_breadcrumbs, {"density": 0.14, "gamma": 0.01}, lambda options: "tensor"),
+    "dare": Transform(_dare, DareOptions(), lambda options: "tensor" if options.rescale == "l1" else "block"),
+    "della": Transform(_della, DellaOptions(), lambda options: "rows"),
+    "breadcrumbs": Transform(_breadcrumbs, BreadcrumbsOptions(), lambda options: "tensor"),
 }
-
-
-def given_or_widest(epsilon: Any, density: Any) -> Any:
-    """DELLA's epsilon, filled in where it was not given; a tuple, one value a task, where epsilon or density is one."""
-    if not isinstance(epsilon, tuple) and not isinstance(density, tuple):
-        return widest(density) if epsilon is None else epsilon
-    count = len(epsilon if isinstance(epsilon, tuple) else density)
-    pairs = zip(
-        *(one if isinstance(one, tuple) else (one,) * count for one in (epsilon, density)), strict=True
-    )
-    return tuple(widest(share) if width is None else width for width, share in pairs)
-
-
-def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse values that no edit of this kind can take; `name` is the transform.
-
-    Raises:
-        ValueError: a density outside (0, 1], a gamma outside [0, 1), an epsilon that pushes a probability out of (0, 1],
-            or an unknown choice.
-        TypeError: a value of another kind than the default.
-    """
-    choices = {"trim": ("global", "tensor"), "rescale": ("unbiased", "l1", "none")}
-    for option, allowed in choices.items():
-        if option in options and options[option] not in allowed:
-            raise ValueError(
-                f"{name}: {option} is {options[option]!r}{nearest(options[option], allowed)}; choose one of {', '.join(allowed)}"
-            )
-    for option, value in options.items():
-        if option != "epsilon" or value is not None:  # None: as the density allows
-            check_kind(f"{name}: {option}", value, TRANSFORMS[name].options[option])
-    for density in numbers(options["density"]):
-        if not 0 < density <= 1:
-            raise ValueError(f"{name}: density is {density}; it is the share kept and must lie in (0, 1]")
-        for epsilon in numbers(options.get("epsilon", 0.0)):
-            if epsilon < 0 or density - epsilon / 2 <= 0 or (density < 1 and density + epsilon / 2 > 1):
-                raise ValueError(
-                    f"{name}: density {density} with epsilon {epsilon} gives probabilities from {density - epsilon / 2:g} to "
-                    f"{density + epsilon / 2:g}; choose 0 <= epsilon < 2 * min(density, 1 - density)"
-                )
-    for gamma in numbers(options.get("gamma", 0.0)):
-        if not 0 <= gamma < 1:
-            raise ValueError(
-                f"{name}: gamma is {gamma}; it is the share of outliers dropped and must lie in [0, 1)"
-            )
