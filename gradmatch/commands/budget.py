@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradmatch.commands.reading import add_reading, check_reading, read_source
 from gradmatch.common.warning import warn
 from gradmatch.plan.request import POLICIES
 from gradmatch.rules import RULES, removals
@@ -68,9 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--delta0", type=float, default=1e-6, help="floor of the curvature (default 1e-6)")
     parser.add_argument("--retain", metavar="FILE", help="examples that must stay")
     parser.add_argument("--remove", metavar="FILE", help="examples that are to go")
-    parser.add_argument("--examples", type=int, default=32, help="examples of each file (default 32)")
-    parser.add_argument("--batch-size", type=int, default=8, help="(default 8)")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of each text (default 256)")
+    add_reading(parser, examples=32, max_length=256)
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of examples (default 0)")
     parser.add_argument(
         "--missing-curvature",
         choices=POLICIES["missing_curvature"],
@@ -171,6 +171,7 @@ def check(args: argparse.Namespace) -> None:
         ValueError: numbers that make no sense, or one file for both sides.
         FileNotFoundError: data that is not there, or no folder for the report.
     """
+    from gradmatch.measure.tables import check_source
     from gradmatch.removal.forecast import check_alphas
 
     check_alphas(args.alphas)
@@ -180,18 +181,18 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--alphas holds nothing above 0, so there is no budget to find")
     if not 0 <= args.share <= 1:
         raise ValueError(f"--share must lie in [0, 1], got {args.share:g}")
-    for option, least in (("examples", 1), ("batch_size", 1), ("max_length", 2)):
-        if getattr(args, option) < least:
-            raise ValueError(
-                f"--{option.replace('_', '-')} must be at least {least}, got {getattr(args, option)}"
-            )
-    for file in (args.retain, args.remove):
-        if file is not None and not Path(file).is_file():
-            raise FileNotFoundError(f"no data file {file}")
-    if args.retain is not None and args.remove is not None and Path(args.retain).samefile(args.remove):
+    check_reading(args)
+    given = [file for file in (args.retain, args.remove) if file is not None]
+    for file in given:
+        check_source(file)
+    if len(given) == 2 and (given[0] == given[1] or _same(*given)):
         raise ValueError(f"--retain and --remove are the same file {args.retain}: what must stay cannot go")
     if args.report and not Path(args.report).absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder for --report {args.report}")
+
+
+def _same(one: str, other: str) -> bool:
+    return Path(one).exists() and Path(other).exists() and Path(one).samefile(other)
 
 
 def objectives(args: argparse.Namespace) -> dict[str, Objective]:
@@ -199,14 +200,13 @@ def objectives(args: argparse.Namespace) -> dict[str, Objective]:
     files = {side: getattr(args, side) for side in ("retain", "remove") if getattr(args, side) is not None}
     if not files:
         return {}
-    from gradmatch.measure.batches import read_batches
     from gradmatch.measure.objective import Objective
     from gradmatch.measure.opening import module_of
     from gradmatch.models.opening import open_checkpoint
 
-    options = {"examples": args.examples, "batch_size": args.batch_size, "max_length": args.max_length}
     batches = {
-        side: read_batches(Path(file), args.base, by_length=True, **options) for side, file in files.items()
+        side: read_source(args, file, args.base, side, by_length=True, needs_labels=True)
+        for side, file in files.items()
     }
     base = open_checkpoint(args.base)
     module = module_of(base, base)

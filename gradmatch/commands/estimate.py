@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import random
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-log = logging.getLogger(__name__)
+from gradmatch.commands.reading import add_reading, check_reading, read_source, say
+
 METHODS = ("fisher", "empirical_fisher", "ggn", "hessian", "kfac", "gram")
 TASKS = ("auto", "classification", "causal_lm")
 EXAMPLE = """example:
@@ -33,26 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--data", help="csv, tsv, json, jsonl, parquet or txt file, or a hub set: name or name:configuration"
+        "--data",
+        help="csv, tsv, json, jsonl, parquet or txt file (.gz too), a folder of them, or a hub set: name, name:configuration, "
+        "name@revision",
     )
-    data.add_argument("--split", default="train", help="split of a hub set (default: train)")
-    data.add_argument("--text-column", help="default: text, sentence, review, ...")
-    data.add_argument("--pair-column", help="second text, for tasks on pairs")
-    data.add_argument(
-        "--label-column", help="default: label, sentiment, ...; not needed for labels sampled from the model"
+    add_reading(
+        data,
+        examples=None,
+        more=" (but for --reduction batch and --method hessian, which work on whole batches); with --adam: of the training's steps",
     )
-    data.add_argument("--limit", type=int, help="use so many rows, chosen at random")
-    data.add_argument(
-        "--batch-size",
-        type=int,
-        help="rows a batch (default: 8), a matter of memory and speed (except with --reduction batch and --method hessian, which "
-        "work on whole batches); with --adam: examples a step of the training",
-    )
-    data.add_argument(
-        "--max-length",
-        type=int,
-        help="tokens a row; longer ones are cut (default: what the model takes, at most 512)",
-    )
+    data.add_argument("--pair-column", help="second text, as a second --text-column")
     what = parser.add_argument_group("estimate")
     what.add_argument("--method", default="fisher", help=f"{', '.join(METHODS)} (default: fisher)")
     what.add_argument("--task", default="auto", choices=TASKS, help="default: by the model's architecture")
@@ -80,12 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Estimate, save, and print what was made."""
     check(args)
-    logging.getLogger("gradmatch.estimators").setLevel(logging.INFO)
+    logging.getLogger("gradmatch.estimators").setLevel(logging.ERROR if args.quiet else logging.INFO)
     if not logging.getLogger().handlers:
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
     started = time.monotonic()
     first = join_processes()
-    curvature = from_state(args) if args.adam else from_data(args)
+    curvature = from_state(args) if args.adam else from_data(args, first)
     if not first:
         return 0
     curvature.save(args.out)
@@ -121,7 +111,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             "--adam needs --num-examples, the size of the training set, and --batch-size, that of a step"
         )
-    for option in ("limit", "batch_size", "max_length", "num_examples", "samples"):
+    check_reading(args)
+    for option in ("num_examples", "samples"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
@@ -170,42 +161,23 @@ def from_state(args: argparse.Namespace) -> Any:
     return from_adam(args.adam, model, num_examples=args.num_examples, batch_size=args.batch_size)
 
 
-def from_data(args: argparse.Namespace) -> Any:
+def from_data(args: argparse.Namespace, first: bool) -> Any:
     """Curvature measured on data."""
     from gradmatch.estimators import estimate
-    from gradmatch.measure.tables import TextBatches, find_columns, longest_input, read_table, rows_with_text
+    from gradmatch.measure.tables import check_source
 
-    table = read_table(args.data, split=args.split)
-    columns = find_columns(table.column_names, args.text_column, args.pair_column, args.label_column)
-    kept = rows_with_text(table, columns.text)
-    rows = len(kept)
-    if rows < len(table) and not args.data.endswith(
-        (".txt", ".text")
-    ):  # there, empty lines separate paragraphs
-        log.warning(
-            "%s of %s rows have no text in column %r and are left out",
-            len(table) - rows,
-            len(table),
-            columns.text,
-        )
-    if args.limit is not None and args.limit < rows:
-        kept = random.Random(args.seed).sample(kept, args.limit)
+    check_source(args.data)  # before the model is loaded
+    if args.pair_column:
+        args.text_column = [*(args.text_column or [""]), args.pair_column]
     model, tokenizer, task = load(args, args.task)
-    batches = TextBatches(
-        table.select(kept), tokenizer, task=task, columns=columns, batch_size=args.batch_size or 8, numbers=kept,
-        max_length=longest_input(tokenizer, model.config, args.max_length), label_ids=getattr(model.config, "label2id", None),
-    )  # fmt: skip
-    curvature = estimate(
-        model, batches, method=args.method, num_examples=args.num_examples or rows, samples=args.samples,
+    batches = read_source(args, args.data, model, tokenizer=tokenizer, task=task)
+    if args.quiet and first:
+        say(batches, sys.stdout)  # columns belong to what an estimate is of
+    return estimate(
+        model, batches, method=args.method, num_examples=args.num_examples or batches.rows, samples=args.samples,
         reduction=args.reduction, seed=args.seed, gradient=args.gradient, standard_error=args.standard_error,
         tolerance=args.tolerance, progress=not args.quiet, checkpoint=f"{args.out}.partial",
     )  # fmt: skip
-    if batches.cut:
-        print(
-            f"{batches.cut} rows were as long as {batches.max_length} tokens or longer, and cut",
-            file=sys.stderr,
-        )
-    return curvature
 
 
 def load(args: argparse.Namespace, task: str) -> tuple[Any, Any, str]:
@@ -246,7 +218,7 @@ def task_of(config: Any, model: str) -> str:
     Raises:
         ValueError: neither a classifier nor a causal language model.
     """
-    from gradmatch.measure.tables import LANGUAGE_MODELS
+    from gradmatch.measure.data import LANGUAGE_MODELS
 
     architectures = getattr(config, "architectures", None) or []
     for name in architectures:

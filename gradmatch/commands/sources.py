@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
+from gradmatch.commands.reading import add_reading, check_reading, read_source
 from gradmatch.common.yamltext import load_yaml
 from gradmatch.models.task import Task
 
@@ -17,6 +19,7 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", help="rule of the merge (default: the recipe's)")
     add_models(parser)
     add_data(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of examples (default 0)")
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
@@ -55,17 +58,16 @@ def parse_task(text: str) -> Task:
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """Examples of each task, or the products that were measured on them."""
+    """Examples of each task, or the products that were measured on them. The draw goes by --seed, which the command has."""
     parser.add_argument(
         "--data",
         action="append",
         default=[],
         metavar="TASK=FILE",
-        help="examples with true labels; one per task",
+        help="examples with true labels, one per task: csv, tsv, json, jsonl, parquet, txt, a folder, a hub set, or tensors "
+        "as .safetensors",
     )
-    parser.add_argument("--examples", type=int, default=256, help="examples of each file (default 256)")
-    parser.add_argument("--batch-size", type=int, default=16, help="(default 16)")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of each text (default 256)")
+    add_reading(parser, examples=256, max_length=256)
     parser.add_argument(
         "--products", metavar="FILE", help="stored by `gradmatch forecast --save`, to forecast from"
     )
@@ -95,20 +97,35 @@ def read_data(args: argparse.Namespace, arguments: dict[str, Any]) -> dict[str, 
     """Batches of every --data file, tokenised as the base wants it; None without one."""
     if not args.data:
         return None
-    from gradmatch.measure.batches import parse_data, read_batches
     from gradmatch.plan.opened import task_names
 
+    check_reading(args)
     files = parse_data(args.data, task_names(arguments["tasks"]))
     return {
-        task: read_batches(
-            path,
-            str(arguments["base"]),
-            examples=args.examples,
-            batch_size=args.batch_size,
-            max_length=args.max_length,
-        )
-        for task, path in files.items()
+        task: read_source(args, file, str(arguments["base"]), task, needs_labels=True)
+        for task, file in files.items()
     }
+
+
+def parse_data(arguments: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
+    """TASK=FILE arguments as a table.
+
+    Raises:
+        ValueError: not TASK=FILE, or an unknown task.
+        FileNotFoundError: no such file.
+    """
+    from gradmatch.measure.tables import check_source
+
+    files = {}
+    for argument in arguments:
+        task, equals, name = argument.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--data {argument!r} is not TASK=FILE; the tasks are {', '.join(tasks)}")
+        if task not in tasks:
+            raise ValueError(f"--data names a task {task!r}; the tasks are {', '.join(tasks)}")
+        check_source(name)
+        files[task] = name
+    return files
 
 
 def number_or_text(text: str) -> float | str:

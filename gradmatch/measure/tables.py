@@ -1,251 +1,231 @@
-"""Text data for estimates and evaluations: local files and hub sets, as padded batches that a transformers model takes.
+"""Rows of examples, wherever they are: files, folders and sets of the hub, all read by the `datasets` package.
 
-csv, tsv, json, jsonl, parquet and txt files are read by the `datasets` package, and so are sets of the hub ("imdb", or
-"glue:sst2" for a configuration). Every row is one example; a text file has one example a line, empty lines left out.
+csv, tsv, json (a list, or an object a line), jsonl, parquet and plain text (a text a line), each also packed as .gz; folders
+that `datasets` saved or that hold such files; and sets of the hub, as "name", "name:configuration" or "name@revision".
+Rows stream: a file is gone through once, and only what is kept of it is held.
 """
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import gzip
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gradmatch.common.names import nearest
+from gradmatch.estimators.errors import GradmatchError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-log = logging.getLogger(__name__)
-
-READERS = {
+KINDS = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet",
     ".txt": "text", ".text": "text",
 }  # fmt: skip
-TEXT_NAMES = ("text", "sentence", "review", "content", "prompt", "premise", "question", "sentence1")
-LABEL_NAMES = ("label", "labels", "sentiment", "target", "class")
-LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")  # how the architectures that predict text end
-LONGEST_BY_DEFAULT = 512  # tokens, where neither the tokenizer nor the model sets a limit
-IGNORED = -100
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+HUB_SET = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<configuration>[^@]+))?(@(?P<revision>\S+))?")
+AT_ONCE = 1000  # rows, of which the columns that are not wanted go again
 
 
-def read_table(source: str | os.PathLike[str], *, split: str = "train") -> Any:
-    """A `datasets.Dataset` of a local file or a hub set.
+def kind_of(source: str | os.PathLike[str]) -> str | None:
+    """Of what kind a file is, by its ending: csv, json, parquet, text, or None where the ending is no known one."""
+    endings = [ending.lower() for ending in Path(source).suffixes]
+    while endings and endings[-1] in PACKED:
+        endings.pop()
+    return KINDS.get(endings[-1]) if endings else None
 
-    Args:
-        source: a file, or "name" or "name:configuration" of the hub.
-        split: of a hub set; a file is one split.
+
+def check_source(source: str | os.PathLike[str]) -> None:
+    """Refuse what is no file, folder or name of a hub set, before any work is done for it.
 
     Raises:
-        FileNotFoundError: a name that is a path, without a file there, or a hub set that cannot be had.
-        ValueError: an unknown kind of file, or no rows.
-        ImportError: `datasets` is not installed.
+        FileNotFoundError: a path, and nothing lies there.
+        GradmatchError: a file of an unknown kind, or an empty one.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            "reading data needs the datasets package: pip install 'gradmatch[experiments]'"
-        ) from error
-    path = Path(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return
     if path.is_file():
+        if path.suffix == ".safetensors":  # tensors, not a table
+            return
+        if kind_of(path) is None:
+            known = ", ".join([*KINDS, f"each also with {PACKED[0]}"])
+            raise GradmatchError(
+                f"{path}: unknown kind of file {path.suffix!r}; known: {known}",
+                "unknown_format",
+                path,
+            )
         if not path.stat().st_size:
-            raise ValueError(f"{source} holds no rows: the file is empty")
-        try:
-            table = datasets.load_dataset(**_local(path), split="train")
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
-        except ValueError as error:
-            if "no data" not in str(error):
-                raise
-            table = []
-    elif path.suffix.lower() in READERS or str(source).startswith((".", "/", "~")) or path.is_dir():
+            raise GradmatchError(f"{path} holds no rows: the file is empty", "no_rows", path)
+        return
+    if kind_of(path) or not HUB_SET.fullmatch(str(source)):
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileNotFoundError(
-            f"no data file at {path}; kinds that can be read: {', '.join(sorted(READERS))}"
+            f"no data file {path}{nearest(path.name, beside)}; kinds that can be read: {', '.join(KINDS)}"
         )
-    else:
-        name, _, configuration = str(source).partition(":")
-        try:
-            table = datasets.load_dataset(name, configuration or None, split=split)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"no file {source} here, and the hub set {name!r} (split {split!r}) cannot be had: {error}"
-            ) from error
-    if len(table) == 0:
-        raise ValueError(f"{source} holds no rows")
-    return table
 
 
-def _local(path: Path) -> dict[str, Any]:
-    kind = READERS.get(path.suffix.lower())
-    if kind is None:
-        raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; known: {', '.join(sorted(READERS))}")
-    options: dict[str, Any] = {"path": kind, "data_files": str(path)}
-    if path.suffix.lower() == ".tsv":
-        options["sep"] = "\t"
-    return options
-
-
-@dataclass
-class Columns:
-    """Which columns of a table hold what; None where there is none."""
-
-    text: str
-    pair: str | None
-    label: str | None
-
-
-def find_columns(
-    names: Sequence[str], text: str | None = None, pair: str | None = None, label: str | None = None
-) -> Columns:
-    """The columns as given, or the first that goes by a usual name.
-
-    Raises:
-        ValueError: a column that is not there (the nearest is offered), or no column that looks like text.
-    """
-    for given in (text, pair, label):
-        if given is not None and given not in names:
-            raise ValueError(
-                f"the data has no column {given!r}{nearest(given, names)}; there are: {', '.join(names)}"
-            )
-    lower = {name.lower(): name for name in reversed(names)}
-    if text is None:
-        found = next((lower[name] for name in TEXT_NAMES if name in lower), None)
-        if found is None:
-            raise ValueError(
-                f"which column is the text? Name it with --text-column; there are: {', '.join(names)}"
-            )
-        text = found
-    if label is None:
-        label = next((lower[name] for name in LABEL_NAMES if name in lower and lower[name] != text), None)
-    return Columns(text, pair, label)
-
-
-class TextBatches:
-    """Batches of a table: dicts of padded tensors with labels; can be gone through any number of times.
+class Table:
+    """The rows of a source, to be gone through once.
 
     Args:
-        table: a Dataset or any sequence of dicts.
-        tokenizer: of the model.
-        task: "classification" (labels from the label column, if there is one) or "causal_lm" (the tokens are the labels).
-        columns: which columns to use.
-        batch_size: rows a batch.
-        max_length: longer texts are cut, and counted in `cut`.
-        label_ids: name of a class -> its number, for labels that are words.
-        numbers: of the rows in the table that these were taken from, for messages.
+        source: a file, a folder, or the name of a hub set.
+        split: of a folder or hub set; a file is one split, "train".
 
-    Raises (while iterating):
-        ValueError: a text that is missing or no string, or an unknown label; the row is named.
-    """
-
-    def __init__(
-        self,
-        table: Any,
-        tokenizer: Any,
-        *,
-        task: str,
-        columns: Columns,
-        batch_size: int = 8,
-        max_length: int = LONGEST_BY_DEFAULT,
-        label_ids: Mapping[str, int] | None = None,
-        numbers: Sequence[int] | None = None,
-    ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"the batch size must be at least 1, got {batch_size}")
-        self.table, self.tokenizer, self.task, self.columns = table, tokenizer, task, columns
-        self.batch_size, self.max_length = batch_size, max_length
-        self.label_ids = dict(label_ids or {})
-        self.numbers = numbers if numbers is not None else range(len(table))
-        self.dataset = table  # its length is what a progress bar counts to
-        self.cut = 0
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-
-    def __len__(self) -> int:
-        """Number of batches."""
-        return -(-len(self.table) // self.batch_size)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        self.cut = 0
-        for first in range(0, len(self.table), self.batch_size):
-            last = min(first + self.batch_size, len(self.table))
-            yield self._batch([self.table[row] for row in range(first, last)], first)
-
-    def _batch(self, rows: Sequence[Mapping[str, Any]], first: int) -> dict[str, Tensor]:
-        texts = [self._text(row, self.columns.text, self.numbers[first + n]) for n, row in enumerate(rows)]
-        pairs = None
-        if self.columns.pair is not None:
-            pairs = [
-                self._text(row, self.columns.pair, self.numbers[first + n]) for n, row in enumerate(rows)
-            ]
-        encoded = self.tokenizer(
-            texts, pairs, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
-        )
-        batch: dict[str, Tensor] = dict(encoded)
-        self.cut += int((batch["attention_mask"].sum(1) >= self.max_length).sum())
-        if self.task == "causal_lm":
-            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
-        elif self.columns.label is not None:
-            batch["labels"] = self._labels([row[self.columns.label] for row in rows], first)
-        return batch
-
-    def _text(self, row: Mapping[str, Any], column: str, number: int) -> str:
-        value = row[column]
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"row {number}: column {column!r} holds no text but {value!r}")
-        return value
-
-    def _labels(self, values: Sequence[Any], first: int) -> Tensor:
-        import torch
-
-        found: list[float] = []
-        for n, value in enumerate(values):
-            if isinstance(value, str):
-                if value not in self.label_ids:
-                    hint = f"{nearest(value, self.label_ids)}; the model knows: {', '.join(self.label_ids) or 'none'}"
-                    raise ValueError(f"row {self.numbers[first + n]}: unknown label {value!r}{hint}")
-                value = self.label_ids[value]
-            if value is None or isinstance(value, (list, dict)):
-                raise ValueError(
-                    f"row {self.numbers[first + n]}: column {self.columns.label!r} holds no label but {value!r}"
-                )
-            found.append(value)
-        return torch.tensor(
-            found, dtype=torch.float32 if any(isinstance(v, float) for v in found) else torch.long
-        )
-
-
-def longest_input(tokenizer: Any, config: Any, asked: int | None = None) -> int:
-    """Tokens a row may have: what was asked for, within what tokenizer and model take.
+    Attributes:
+        name: the source as it was given.
+        columns: names of the columns of its first rows.
+        classes: column -> names of its classes, where the source tells them.
 
     Raises:
-        ValueError: more was asked for than the model takes.
+        FileNotFoundError: a path where nothing lies, or a hub set that cannot be had.
+        GradmatchError: no rows, an unknown kind of file, a split that is not there, values that cannot be read.
+        ImportError: `datasets` is not installed.
+
+    >>> table = Table("reviews.csv")                                          # doctest: +SKIP
+    >>> table.columns, next(iter(table))                                      # doctest: +SKIP
+    (['text', 'label'], {'text': 'a fine film', 'label': '1'})
     """
-    known = token_limits(tokenizer, config)
-    if asked is None:
-        return min([*known, LONGEST_BY_DEFAULT])
-    if known and asked > min(known):
-        raise ValueError(f"--max-length {asked} is more than the model takes: {min(known)}")
-    return asked
+
+    def __init__(self, source: str | os.PathLike[str], *, split: str = "train") -> None:
+        self.name = os.fspath(source)
+        check_source(source)
+        try:
+            import datasets
+        except ModuleNotFoundError as error:
+            if error.name != "datasets":
+                raise  # it is there, and something that it needs is not
+            raise ImportError("reading data needs datasets: pip install 'gradmatch[data]'") from error
+        with self._strict():
+            table = _opened(self.name, Path(source).expanduser(), split)
+            features = getattr(table, "features", None) or {}
+            self._batches = table.iter(AT_ONCE)
+        self.classes = {
+            name: list(feature.names)
+            for name, feature in features.items()
+            if isinstance(feature, datasets.ClassLabel)
+        }
+        first = self._next()
+        if first is None:
+            raise GradmatchError(f"{self.name} holds no rows", "no_rows", self.name)
+        self.columns, self._first = list(first), first
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in chain([self._first], iter(self._next, None)):
+            names = list(batch)
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(names, values, strict=True))
+
+    def _next(self) -> Mapping[str, list[Any]] | None:
+        """The next rows, as columns; None at the end."""
+        with self._strict():
+            found: Mapping[str, list[Any]] | None = next(self._batches, None)
+            return found
+
+    @contextlib.contextmanager
+    def _strict(self) -> Iterator[None]:
+        """Columns are not lost, texts may be long, and what is wrong is said once, by us."""
+        log, limit = logging.getLogger("datasets"), csv.field_size_limit(sys.maxsize)
+        level = log.level
+        log.setLevel(logging.CRITICAL)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="Length of header or names")
+                yield
+        except (GradmatchError, FileNotFoundError):
+            raise
+        except UnicodeDecodeError as error:
+            text = f"{self.name} is no UTF-8 text ({error.reason} at byte {error.start})"
+            raise GradmatchError(text, "not_utf8", self.name, "convert it, as by iconv") from error
+        except Exception as error:  # of pandas, pyarrow, gzip and json, which share no base class
+            text = f"{self.name} cannot be read: {_first_line(error)}"
+            raise GradmatchError(text, "unreadable_data", self.name) from error
+        finally:
+            log.setLevel(level)
+            csv.field_size_limit(limit)
 
 
-def token_limits(tokenizer: Any, config: Any) -> list[int]:
-    """How many tokens the tokenizer and the model take, as far as they say."""
-    limits = [getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None)]
-    if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert") and limits[1]:
-        limits[1] -= 2  # their positions start at 2
-    return [int(limit) for limit in limits if limit is not None and 0 < limit < 10**6]
+def _opened(name: str, path: Path, split: str) -> Any:
+    """What `datasets` makes of a source: a stream of files, or a memory map of what it keeps itself."""
+    import datasets
+
+    if path.is_file():
+        if split != "train":
+            text = f"{path} is one file, and one split: there is no {split!r} in it"
+            raise GradmatchError(text, "unknown_split", path, "leave split out")
+        return datasets.load_dataset(
+            kind_of(path), data_files=str(path), split=split, streaming=True, **_layout(path)
+        )
+    if (path / "state.json").is_file():
+        return datasets.load_from_disk(str(path))
+    if (path / "dataset_dict.json").is_file():
+        splits = datasets.load_from_disk(str(path))
+        if split not in splits:
+            raise GradmatchError(
+                f"{path} has no split {split!r}; it has {', '.join(splits)}", "unknown_split", path
+            )
+        return splits[split]
+    if path.is_dir():
+        return datasets.load_dataset(str(path), split=split, streaming=True)
+    given = HUB_SET.fullmatch(name)
+    assert given is not None  # check_source
+    try:
+        return datasets.load_dataset(
+            given["name"], given["configuration"], split=split, revision=given["revision"]
+        )
+    except Exception as error:  # the library's errors share no base class
+        raise FileNotFoundError(
+            f"no file {name} here, and no hub set of that name (split {split!r}) can be had: {_first_line(error)}"
+        ) from error
 
 
-def rows_with_text(table: Any, column: str) -> list[int]:
-    """Numbers of the rows whose text is not missing or blank.
+def _layout(path: Path) -> dict[str, Any]:
+    """How a file is written: values of csv stay the text that they are there, and lines end at line ends alone."""
+    import datasets
 
-    Raises:
-        ValueError: there is none.
+    kind = kind_of(path)
+    if kind != "csv":
+        return {"encoding": "utf-8-sig"} if kind == "text" else {}
+    tabs = ".tsv" in (ending.lower() for ending in path.suffixes)
+    layout: dict[str, Any] = {
+        "sep": "\t" if tabs else ",",
+        "quoting": csv.QUOTE_NONE if tabs and _unquoted(path) else csv.QUOTE_MINIMAL,
+        "engine": "python",  # the one that refuses stray quotation marks
+        "encoding": "utf-8-sig",
+        "keep_default_na": False,  # "NA" and "null" are words
+        "index_col": False,
+    }
+    head = datasets.load_dataset(
+        "csv", data_files=str(path), split="train", streaming=True, chunksize=1, **layout
+    )
+    text = {name: datasets.Value("string") for name in next(iter(head), {})}
+    return {**layout, "features": datasets.Features(text)} if text else layout
+
+
+def _unquoted(path: Path) -> bool:
+    """Whether quotation marks of a .tsv stand for themselves, as in the files of GLUE.
+
+    So it is where a field begins with one and does not end with one, and yet every line has as many tabs as the first: a
+    reader that takes the mark for the start of a quotation glues lines together.
     """
-    kept = [n for n, text in enumerate(table[column]) if isinstance(text, str) and text.strip()]
-    if not kept:
-        raise ValueError(f"column {column!r} holds no text at all")
-    return kept
+    opening, tabs = False, None
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        for line in file:
+            fields = line.rstrip(b"\r\n").split(b"\t")
+            tabs = len(fields) if tabs is None else tabs
+            if len(fields) != tabs:
+                return False
+            opening = opening or any(
+                field.startswith(b'"') and (len(field) < 2 or field.count(b'"') % 2) for field in fields
+            )
+    return opening
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error.__cause__ or error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

@@ -11,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gradmatch.cli import main
 from gradmatch.estimators import estimate
-from gradmatch.measure.batches import read_batches
 
 WORDS = ["<pad>", *["the", "cat", "sat", "on", "a", "mat", "you", "fool", "pig", "swine", "rain", "falls"]]
 
@@ -151,16 +150,6 @@ def test_a_file_that_is_no_utf_8_is_named(files, tmp_path, capsys):
     (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
     assert call(files, "--retain", str(tmp_path / "latin.txt")) == 2
     assert "latin.txt is no UTF-8 text" in capsys.readouterr().err
-
-
-def test_texts_are_cut_to_the_context_batched_by_length_and_need_no_labels(files, tmp_path):
-    texts = ["the cat", "rain falls on a mat", "you", " ".join(["fool"] * 40)]
-    rows = "".join(json.dumps({"text": text, "label": "toxic"}) + "\n" for text in texts)
-    (tmp_path / "rows.jsonl").write_text(rows)
-    with pytest.warns(UserWarning, match="1 of 4 texts were as long as 16 tokens or longer, and cut"):
-        batches = read_batches(tmp_path / "rows.jsonl", str(files / "base"), batch_size=2, by_length=True)
-    assert [batch["input_ids"].shape for batch in batches] == [(2, 2), (2, 16)]
-    assert [int((batch["labels"] == -100).sum()) for batch in batches] == [1, 11]
 
 
 def test_an_empty_retain_set(files, tmp_path, capsys):

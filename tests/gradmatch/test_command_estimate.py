@@ -109,7 +109,7 @@ def test_adam(tmp_path):
         ([], "give either --data (to measure) or --adam"),
         (["--adam", "o.pt", "--batch-size", 8], "--adam needs --num-examples"),
         (["--adam", "o.pt", "--num-examples", 50], "and --batch-size, that of a step"),
-        (["--data", "x.csv", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--data", "x.csv", "--limit", "0"], "--examples must be at least 1, got 0"),
         (
             ["--data", "x.csv", "--method", "kfac", "--tolerance", "0.1"],
             "tolerance is not available for method='kfac'",
@@ -120,7 +120,7 @@ def test_adam(tmp_path):
         ),
         (["--data", "x.csv", "--tolerance", "2"], "relative error between 0 and 1"),
         (["--data", "x.csv", "--method", "ggn", "--reduction", "batch"], 'right only for method="fisher"'),
-        (["--data", "x.csv"], "no data file at x.csv"),
+        (["--data", "x.csv"], "no data file x.csv"),
     ],
 )
 def test_errors_are_one_line_and_code_2(tmp_path, capsys, words, message):
@@ -145,13 +145,19 @@ def test_the_output_is_a_safetensors_file(tmp_path, capsys, name, message):
     assert [path.name for path in tmp_path.iterdir()] == ["folder.safetensors"]
 
 
-def test_rows_without_text_are_left_out_aloud_and_others_keep_their_numbers(tmp_path, capsys, caplog):
+def test_rows_without_text_are_left_out_aloud_and_others_keep_their_numbers(tmp_path, capsys):
     save_classifier(tmp_path / "model")
     data, out = tmp_path / "reviews.csv", tmp_path / "c.safetensors"
     data.write_text("text,label\n" + f",class0\n{TEXTS[0]},class1\n{TEXTS[1]},classX\n")
     assert run(tmp_path / "model", "--data", data, "-o", out, "--quiet") == 2
-    assert "1 of 3 rows have no text in column 'text'" in caplog.text
-    assert "row 2: unknown label 'classX'" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "row 2: column 'label' holds the unknown label 'classX'" in err
+    data.write_text(data.read_text().replace("classX", "class0"))
+    assert run(tmp_path / "model", "--data", data, "-o", out, "--quiet") == 0
+    printed = capsys.readouterr()
+    assert "text column 'text', label column 'label'\n1 of 3 rows have no text in column 'text'" in printed.out
+    assert "N = 2" in printed.out
+    assert printed.err == ""
 
 
 def test_methods_in_the_help_are_those_of_the_library():

@@ -1,169 +1,265 @@
 """Reading data: every kind of file, columns, padding, labels, and everything that can be wrong with them."""
 
+import gzip
 import json
 import sys
+from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 
-from gradmatch.measure.tables import TextBatches, find_columns, longest_input, read_table, rows_with_text
-from tests.gradmatch.tiny import tokenizer
-
-ROWS = [
-    {"text": "good film", "label": 1},
-    {"text": "the plot was bad", "label": 0},
-    {"text": "fine", "label": 1},
-]
+from gradmatch.estimators.errors import GradmatchError
+from gradmatch.measure.columns import Labels, find_columns
+from gradmatch.measure.data import Examples, longest_input, read
+from gradmatch.measure.tables import Table
+from tests.gradmatch.tiny import save_classifier, save_language_model, tokenizer
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    import datasets
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_classifier(folder / "classifier")
+    save_language_model(folder / "lm")
+    return folder
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def write(folder, kind):
-    path = folder / f"rows.{kind}"
-    if kind in ("csv", "tsv"):
-        mark = "," if kind == "csv" else "\t"
-        path.write_text(
-            "\n".join([f"text{mark}label", *(f"{row['text']}{mark}{row['label']}" for row in ROWS)]) + "\n"
-        )
-    elif kind == "parquet":
-        import datasets
+TWO = [("w1", "0"), ("w2", "1")]
+FILES = {  # name of the file -> its content, and the texts and labels in it
+    "plain.csv": ("text,label\nw1,0\nw2,1\n", TWO),
+    "plain.tsv": ("text\tlabel\nw1\t0\nw2\t1\n", TWO),
+    "rows.jsonl": (lines({"text": "w1", "label": 0}, {"text": "w2", "label": 1}), [("w1", 0), ("w2", 1)]),
+    "lines.json": (lines({"text": "w1", "label": 0}, {"text": "w2", "label": 1}), [("w1", 0), ("w2", 1)]),
+    "list.json": (json.dumps([{"text": "w1", "label": 0}, {"text": "w2", "label": 1}]), [("w1", 0), ("w2", 1)]),
+    "upper.csv": ("Text,Label\nw1,0\nw2,1\n", TWO),
+    "bom.csv": ("\ufefftext,label\nw1,0\nw2,1\n", TWO),
+    "bom.jsonl": ("\ufeff" + lines({"text": "w1", "label": 0}), [("w1", 0)]),
+    "dos.csv": ("text,label\r\nw1,0\r\nw2,1\r\n", TWO),
+    "newline.csv": ('text,label\n"w1\nw2",0\nw3,1\n', [("w1\nw2", "0"), ("w3", "1")]),
+    "words.csv": ("text,label\nNA,neg\nnull,pos\n12,neg\n", [("NA", "neg"), ("null", "pos"), ("12", "neg")]),
+    "null.jsonl": (lines({"text": None, "label": 0}, {"text": "w2", "label": 1}), [("w2", 1)]),
+    "empty.csv": ("text,label\n,0\nw2,1\n", [("w2", "1")]),
+    "short.csv": ("label,text\n0,w1\n1\n1,w3\n", [("w1", "0"), ("w3", "1")]),
+    "unicode.jsonl": (lines({"text": "a \u2028 \x85 b"}).encode().decode("unicode_escape"), [("a \u2028 \x85 b", None)]),
+    "lines.txt": ("w1\x0cw2\n\nw3 \u2028 \x85 w4\r\nw5\n", [("w1\x0cw2", None), ("w3 \u2028 \x85 w4", None), ("w5", None)]),
+    "quotes.tsv": ('text\tlabel\n"so it\t0\nis "\t1\n', [('"so it', "0"), ('is "', "1")]),
+    "quoted.tsv": ('text\tlabel\n"a ""b"""\t0\n"c\td"\t1\n', [('a "b"', "0"), ("c\td", "1")]),
+    "long.csv": (f"text,label\n{'w ' * 200_000},0\n", [("w " * 200_000, "0")]),
+}  # fmt: skip
 
-        datasets.Dataset.from_list(ROWS).to_parquet(path)
-    elif kind == "txt":
-        path.write_text("good film\n\nthe plot was bad\nfine\n")
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", FILES)
+def test_what_a_file_holds_is_read_as_it_stands_there(tmp_path, name, packed):
+    content, expected = FILES[name]
+    path = tmp_path / (f"{name}.gz" if packed else name)
+    path.write_bytes(gzip.compress(content.encode()) if packed else content.encode())
+    table = Table(path)
+    found = Examples(table, find_columns(table.columns)).draw(None, 0)
+    assert [(*texts, label) for _, texts, label in found] == expected
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder", "splits", "files"])
+def test_what_datasets_keeps(tmp_path, kind):
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["class1", "class0"])}
+    )
+    held = datasets.Dataset.from_dict({"text": ["w1", "w2"], "label": [0, 1]}, features=features)
+    path = tmp_path / "held"
+    if kind == "parquet":
+        path = path.with_suffix(".parquet")
+        held.to_parquet(path)
+    elif kind == "folder":
+        held.save_to_disk(path)
+    elif kind == "splits":
+        datasets.DatasetDict(train=held).save_to_disk(path)
+        with pytest.raises(GradmatchError, match="has no split 'test'; it has train"):
+            Table(path, split="test")
     else:
-        path.write_text("\n".join(json.dumps(row) for row in ROWS))
-    return path
+        path.mkdir()
+        held.to_parquet(path / "train-0.parquet")
+    table = Table(path)
+    assert list(table) == [{"text": "w1", "label": 0}, {"text": "w2", "label": 1}]
+    assert table.classes == {"label": ["class1", "class0"]}
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
-def test_kinds_of_files(tmp_path, kind):
-    table = read_table(write(tmp_path, kind))
-    assert [dict(row) for row in table] == ROWS
+def test_classes_that_the_data_number_otherwise_than_the_model(tmp_path, models):
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["class1", "class0"])}
+    )
+    path = tmp_path / "held.parquet"
+    datasets.Dataset.from_dict({"text": ["good", "bad"], "label": [0, 1]}, features=features).to_parquet(path)
+    assert read(path, models / "classifier").labels.tolist() == [1, 0]
 
 
-def test_a_text_file_has_one_example_a_line_without_the_empty_ones(tmp_path):
-    table = read_table(write(tmp_path, "txt"))
-    kept = table.select(rows_with_text(table, "text"))
-    assert [row["text"] for row in kept] == [row["text"] for row in ROWS]
-
-
-def batches(rows=ROWS, task="classification", columns=None, **options):
-    columns = columns or find_columns(list(rows[0]))
-    return TextBatches(rows, options.pop("tokenizer", tokenizer()), task=task, columns=columns, **options)
-
-
-def test_batches_are_padded_and_labelled_and_can_be_read_again():
-    found = batches(batch_size=2)
+def test_batches_are_padded_on_the_right_and_labelled_and_can_be_read_again(tmp_path, models):
+    path = tmp_path / "d.jsonl"
+    path.write_text(lines(*({"text": t, "label": f"class{n}"} for t, n in (("good film", 1), ("the plot was bad", 0), ("fine", 1)))))  # fmt: skip
+    left = tokenizer()
+    left.padding_side = "left"
+    found = read(path, models / "classifier", batch_size=2, tokenizer=left)
     assert len(found) == 2
     first, second = list(found)
-    assert first["input_ids"].shape == (2, 4)
     assert first["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-    assert first["labels"].tolist() == [1, 0]
     assert second["input_ids"].shape == (1, 1)
-    assert [b["labels"].tolist() for b in found] == [[1, 0], [1]]
+    assert [batch["labels"].tolist() for batch in found] == [[1, 0], [1]]
+    assert "3 of 3 examples" in repr(found)
 
 
-def test_causal_language_model_labels_ignore_padding_even_without_a_padding_token():
-    batch = next(iter(batches(task="causal_lm", batch_size=3, tokenizer=tokenizer(padding=False))))
+def test_a_language_models_labels_are_its_tokens_and_pairs_are_one_text(tmp_path, models):
+    path = tmp_path / "d.jsonl"
+    path.write_text(
+        lines({"question": "good film", "answer": "fine"}, {"question": "bad", "answer": "dull plot was"})
+    )
+    (batch,) = read(path, models / "lm", batch_size=3)
     assert (batch["labels"] == -100).tolist() == (batch["attention_mask"] == 0).tolist()
+    assert batch["attention_mask"].sum(1).tolist() == [3, 4]
     assert batch["labels"][1].tolist() == batch["input_ids"][1].tolist()
+    (pair,) = read(path, models / "classifier")
+    assert pair["input_ids"].shape == (2, 4)
+    assert read(path, models / "lm", text="answer").notes == (
+        f"{path}: text column 'answer'; not used: 'question'",
+    )
 
 
-def test_long_rows_are_cut_and_counted():
-    found = batches(batch_size=3, max_length=2)
-    assert next(iter(found))["input_ids"].shape == (3, 2)
-    assert found.cut == 2
+def test_texts_are_cut_to_what_the_model_takes_and_counted(tmp_path, models):
+    path = tmp_path / "d.txt"
+    path.write_text("good\n" + "bad " * 40 + "\nfine plot\n")
+    batches = read(path, models / "lm", batch_size=2, by_length=True)
+    with pytest.warns(UserWarning, match="1 of 3 texts were as long as 12 tokens or longer, and cut"):
+        assert [batch["input_ids"].shape for batch in batches] == [(2, 2), (1, 12)]
 
 
-def test_labels_may_be_words_or_numbers_with_fractions():
-    rows = [{"text": "good", "label": "yes"}, {"text": "bad", "label": "no"}]
-    assert next(iter(batches(rows, label_ids={"no": 0, "yes": 1})))["labels"].tolist() == [1, 0]
-    rows = [{"text": "good", "label": 0.5}, {"text": "bad", "label": 2.0}]
-    assert next(iter(batches(rows)))["labels"].dtype == torch.float32
+def test_a_sample_is_drawn_over_the_whole_source_and_by_the_seed(tmp_path, models):
+    path = tmp_path / "sorted.csv"
+    path.write_text("text,label\n" + "".join(f"good,{n // 500}\n" for n in range(1000)))
+    draws = [read(path, models / "classifier", limit=50, seed=seed).labels.tolist() for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    assert 10 < sum(draws[0]) < 40
+    assert read(path, models / "classifier", limit=50).rows == 1000
 
 
-def test_pairs_of_texts():
-    rows = [{"premise": "good film", "hypothesis": "fine plot", "label": 1}]
-    columns = find_columns(list(rows[0]), pair="hypothesis")
-    assert columns.text == "premise"
-    assert next(iter(batches(rows, columns=columns)))["input_ids"].shape == (1, 4)
+def test_tensors_that_are_ready(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "d.safetensors"
+    save_file({"input_ids": torch.arange(15).view(5, 3), "labels": torch.arange(5)}, path)
+    found = read(path, None, limit=3, batch_size=2)
+    assert [len(batch["labels"]) for batch in found] == [2, 1]
+    assert all((batch["input_ids"][:, 0] == 3 * batch["labels"]).all() for batch in found)
+    for tensors, message in (({"x": torch.ones(2)}, r"no tensor named labels \(it has x\)"), ({"labels": torch.ones(2), "x": torch.ones(3)}, "differ in their rows")):  # fmt: skip
+        save_file(tensors, path)
+        with pytest.raises(GradmatchError, match=message):
+            read(path, None)
 
 
 def test_longest_input():
-    class Config:
-        model_type, max_position_embeddings = "roberta", 514
-
-    class Tokenizer:
-        model_max_length = 10**30
-
-    assert longest_input(Tokenizer, Config) == 512
-    assert longest_input(Tokenizer, Config, 128) == 128
-    with pytest.raises(ValueError, match="--max-length 513 is more than the model takes: 512"):
-        longest_input(Tokenizer, Config, 513)
+    config = SimpleNamespace(model_type="roberta", max_position_embeddings=514)
+    assert [longest_input(SimpleNamespace(model_max_length=10**30), config, asked) for asked in (None, 128, 600)] == [512, 128, 512]  # fmt: skip
 
 
-def test_errors_of_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no data file at .*missing\.csv"):
-        read_table(tmp_path / "missing.csv")
-    with pytest.raises(FileNotFoundError, match="cannot be had"):
-        read_table("a-set-that-no-hub-has")
-    odd = tmp_path / "rows.xyz"
-    odd.write_text("x")
-    with pytest.raises(ValueError, match=r"unknown kind of file '.xyz'"):
-        read_table(odd)
-    empty = tmp_path / "rows.csv"
-    empty.write_text("text,label\n")
-    with pytest.raises(ValueError, match="holds no rows"):
-        read_table(empty)
-    for kind in ("txt", "csv", "jsonl"):
-        nothing = tmp_path / f"nothing.{kind}"
-        nothing.touch()
-        with pytest.raises(ValueError, match=rf"nothing\.{kind} holds no rows: the file is empty"):
-            read_table(nothing)
-    broken = tmp_path / "rows.jsonl"
-    broken.write_text('{"text": "good"}\n{"text": ')
-    with pytest.raises(ValueError, match=r"rows\.jsonl cannot be read"):
-        read_table(broken)
-    blank = tmp_path / "blank.csv"
-    blank.write_text('text,label\n" ",1\n')
-    with pytest.raises(ValueError, match="holds no text at all"):
-        rows_with_text(read_table(blank), "text")
+COLUMNS = [  # names, given texts, what is found
+    ("id premise hypothesis label", (), ("premise", "hypothesis"), "label"),
+    ("question context answers", (), ("question", "context"), None),
+    ("Sentence1 sentence2 Label", (), ("Sentence1", "sentence2"), "Label"),
+    ("text prompt completion", (), ("text",), None),
+    ("review stars sentiment", (), ("review",), "sentiment"),
+    ("premise other hypothesis", ("", "other"), ("premise", "other"), None),
+]
 
 
-def test_without_the_datasets_package(monkeypatch):
+@pytest.mark.parametrize(("names", "given", "texts", "label"), COLUMNS)
+def test_columns(names, given, texts, label):
+    found = find_columns(names.split(), given)
+    assert (found.texts, found.label) == (texts, label)
+
+
+CONFIG = SimpleNamespace(label2id={"no": 0, "Yes": 1}, num_labels=2, problem_type=None)
+VALUES = SimpleNamespace(label2id={"LABEL_0": 0}, num_labels=1, problem_type=None)
+LABELS = [  # config, labels, numbers
+    (CONFIG, ["yes", "no", "1", 0, 1.0, True, "0.0"], [1, 0, 1, 0, 1, 1, 0]),
+    (SimpleNamespace(label2id={"1": 0, "2": 1}, num_labels=2, problem_type=None), [1, "2"], [0, 1]),
+    (VALUES, ["0.5", 2, -1.0], [0.5, 2.0, -1.0]),
+    (None, [7, "3"], [7, 3]),
+]
+
+
+@pytest.mark.parametrize(("config", "labels", "numbers"), LABELS)
+def test_labels(config, labels, numbers):
+    found = Labels(config, "label", "d").numbers(list(enumerate(labels)))
+    assert found.tolist() == numbers
+    assert found.dtype == (torch.float32 if config is VALUES else torch.long)
+
+
+BAD_LABELS = [
+    (None, "row 0: column 'label' holds no label, and so it is in 1 of 1 rows"),
+    ("", "holds no label, and so"),
+    ("Yess", r"unknown label 'Yess' \(did you mean 'Yes'\?\); the model knows: no, Yes"),
+    (0.5, "holds the label 0.5, which is no class's number"),
+    ("nan", "holds the label 'nan', which is no class's number"),
+    (2, "holds the label 2; the model has the classes 0 to 1"),
+    (-1, "holds the label -1; the model has the classes 0 to 1"),
+    ([1, 0], r"holds no label but \[1, 0\]"),
+]
+
+
+@pytest.mark.parametrize(("label", "message"), BAD_LABELS)
+def test_labels_that_the_model_does_not_know(label, message):
+    with pytest.raises(GradmatchError, match=message) as refused:
+        Labels(CONFIG, "label", "d").numbers([(0, label)])
+    assert (refused.value.code, refused.value.where) == ("bad_label", "row 0")
+
+
+BAD_FILES = [  # name, content, options, what is said
+    ("d.xml", "<a/>", {}, "unknown kind of file '.xml'"),
+    ("d.txt", "", {}, "d.txt holds no rows: the file is empty"),
+    ("d.txt", "\n \n", {}, "holds no text"),
+    ("d.csv", "text,label\n", {}, "holds no rows"),
+    ("d.csv", "text,label\n,1\n", {}, "holds no text"),
+    ("d.csv", "a,b\n1,2\n", {}, r"which column is the text\? there are: a, b; name it"),
+    ("d.csv", "text,label\nx,0\n", {"text": "txt"}, r"no column 'txt' \(did you mean 'text'\?\); there are"),
+    ("d.csv", "text,label\nx,0\n", {"label": "stars"}, "no column 'stars'"),
+    ("d.csv", "text,label\nx,0\n", {"text": ["text"] * 2}, "two different ones of a pair"),
+    ("d.csv", "text,label\nx,0\n", {"split": "test"}, "one file, and one split: there is no 'test'"),
+    ("d.csv", "text,label\nx,0\n", {"limit": 0}, "limit must be at least 1, got 0"),
+    ("d.csv", "text\nx\n", {"needs_labels": True}, r"d.csv has no labels, which BertForSeq.* needs; its columns are: text; name"),
+    ("d.csv", "text,label\nx,0,1\ny,1,2\n", {}, "cannot be read: Length of header"),
+    ("d.csv", "text,label\nx,0\ny,1,2\n", {}, "cannot be read: Expected 2 fields in line 3, saw 3"),
+    ("d.csv", 'text,label\n"x,0\ny,1\n"z,0\n', {}, "cannot be read: ',' expected after '\"'"),
+    ("d.csv", b"text,label\ncaf\xe9,0\n", {}, "is no UTF-8 text .* at byte"),
+    ("d.txt", b"caf\xe9\n", {}, "is no UTF-8 text"),
+    ("d.jsonl", '{"text": "good"}\n{"text": ', {}, "d.jsonl cannot be read"),
+    ("d.jsonl", '{"text": 5}\n', {}, "row 0: column 'text' holds no text but 5"),
+    ("d.jsonl", '{"text": ["a"]}\n', {}, r"holds no text but \['a'\]"),
+    ("d.csv.gz", "text\nx\n", {}, "cannot be read"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "options", "message"), BAD_FILES)
+def test_files_that_cannot_be_read(tmp_path, models, name, content, options, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(GradmatchError, match=message):
+        read(tmp_path / name, models / "classifier", **options)
+
+
+def test_sources_that_are_not_there(tmp_path, models):
+    (tmp_path / "data.csv").touch()
+    with pytest.raises(FileNotFoundError, match=r"no data file .*dta\.csv \(did you mean 'data.csv'\?\)"):
+        Table(tmp_path / "dta.csv")
+    with pytest.raises(FileNotFoundError, match=r"no file a-set-of-no-hub@v1 here, and no hub set") as error:
+        Table("a-set-of-no-hub@v1")
+    assert len(str(error.value)) < 400
+    (tmp_path / "d.txt").write_text("x\n")
+    with pytest.raises(GradmatchError, match="has no tokenizer to read data with"):
+        read(tmp_path / "d.txt", tmp_path)
+
+
+def test_without_the_datasets_package(tmp_path, monkeypatch):
+    (tmp_path / "d.txt").write_text("x\n")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match="pip install"):
-        read_table("x.csv")
-
-
-def test_errors_of_columns():
-    with pytest.raises(ValueError, match=r"no column 'txt' \(did you mean 'text'"):
-        find_columns(["text", "label"], text="txt")
-    with pytest.raises(ValueError, match="there are: a, b"):
-        find_columns(["a", "b"], label="zzz")
-    with pytest.raises(ValueError, match="which column is the text"):
-        find_columns(["a", "b"])
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"text": None, "label": 1}], "row 0: column 'text' holds no text but None"),
-        ([{"text": "good", "label": "yess"}], r"row 0: unknown label 'yess' \(did you mean 'yes'"),
-        ([{"text": "good", "label": None}], "row 0: column 'label' holds no label but None"),
-    ],
-)
-def test_errors_of_rows(rows, message):
-    with pytest.raises(ValueError, match=message):
-        list(batches(rows, columns=find_columns(["text", "label"]), label_ids={"yes": 1}))
-
-
-def test_error_of_the_batch_size():
-    with pytest.raises(ValueError, match="batch size must be at least 1, got 0"):
-        batches(batch_size=0)
+    with pytest.raises(ImportError, match=r"pip install 'gradmatch\[data\]'"):
+        Table(tmp_path / "d.txt")

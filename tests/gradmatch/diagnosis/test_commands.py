@@ -10,7 +10,6 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from gradmatch import open_checkpoint
 from gradmatch.cli import main
-from gradmatch.measure.batches import parse_data, read_batches, read_texts
 
 WORDS = ["good", "bad", "fine", "poor", "film", "book", "a", "the"]
 
@@ -195,52 +194,3 @@ def test_help_explains(capsys):
             main([command, "--help"])
         assert stop.value.code == 0
         assert "examples:" in capsys.readouterr().out
-
-
-def test_data_files(folder, tmp_path):
-    base = str(folder / "base")
-    batches = read_batches(folder / "one.jsonl", base, examples=10, batch_size=4)
-    assert [len(batch["labels"]) for batch in batches] == [4, 4, 2]
-    (tmp_path / "d.csv").write_text("sentence,label\ngood film,1\nbad film,0\n")
-    assert read_texts(tmp_path / "d.csv", 9) == (["good film", "bad film"], [1, 0])
-    (tmp_path / "d.tsv").write_text("text\tlabel\ngood film\t0.5\n")
-    assert read_texts(tmp_path / "d.tsv", 9) == (["good film"], [0.5])
-    (tmp_path / "d.json").write_text('[{"text": "a"}]')
-    assert read_texts(tmp_path / "d.json", 9) == (["a"], None)
-    (tmp_path / "d.txt").write_text("good film\n\nthe bad book\n")
-    (batch,) = read_batches(tmp_path / "d.txt", base)
-    assert (batch["labels"] == -100).sum() == (batch["attention_mask"] == 0).sum()
-    from safetensors.torch import save_file
-
-    save_file(
-        {"input_ids": torch.ones(5, 3, dtype=torch.long), "labels": torch.ones(5)}, tmp_path / "d.safetensors"
-    )
-    assert [
-        len(b["labels"]) for b in read_batches(tmp_path / "d.safetensors", base, examples=3, batch_size=2)
-    ] == [2, 1]
-    assert parse_data([f"one={folder / 'one.jsonl'}"], ["one"]) == {"one": folder / "one.jsonl"}
-
-
-BAD = [
-    ("d.xml", "<a/>", "unknown format '.xml'"),
-    ("d.txt", "\n", "holds no text"),
-    ("d.jsonl", "", "holds no rows"),
-    ("d.jsonl", "{", "is not JSON"),
-    ("d.csv", "a,b\n1,2\n", "no text column among a, b"),
-    ("d.csv", "text,label\nx,pos\n", "row 1 has the label 'pos'"),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "message"), BAD)
-def test_bad_data_files(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_texts(tmp_path / name, 9)
-
-
-def test_tensors_without_labels(tmp_path):
-    from safetensors.torch import save_file
-
-    save_file({"x": torch.ones(2)}, tmp_path / "d.safetensors")
-    with pytest.raises(ValueError, match=r"no tensor named labels \(it has x\)"):
-        read_batches(tmp_path / "d.safetensors", "")

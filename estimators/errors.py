@@ -1,0 +1,30 @@
+"""The error of what is refused: a sentence for people, and apart from it what a program can act on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class GradmatchError(ValueError):
+    """Something that gradmatch does not do with what it was given. It is a ValueError, so `except ValueError` catches it.
+
+    Args:
+        message: what is wrong, with both values.
+        code: a short name that stays the same from version to version, such as "shape_mismatch".
+        where: the file, tensor, key or row that is meant.
+        remedy: what to do about it; arguments are named as in Python, and the command prints them as its flags.
+
+    >>> error = GradmatchError("w has shape [2], the base has [3]", "shape_mismatch", "w", "pass missing='base'")
+    >>> str(error)
+    "w has shape [2], the base has [3]; pass missing='base'"
+    >>> error.code, error.where
+    ('shape_mismatch', 'w')
+    """
+
+    def __init__(self, message: str, code: str = "refused", where: object = "", remedy: str = "") -> None:
+        super().__init__(f"{message}; {remedy}" if remedy else message)
+        self.message, self.code, self.where, self.remedy = message, code, str(where), remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What another process is told: the whole sentence alone would be pickle's own way."""
+        return type(self), (self.message, self.code, self.where, self.remedy)

@@ -1,0 +1,320 @@
+"""Examples as a model takes them: `read` makes padded batches of texts and labels, the same for every command.
+
+A batch is a dict of tensors with "labels". No number depends on how the rows are batched: padding is on the right, where
+it moves no position.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradmatch.common.warning import warn
+from gradmatch.estimators.errors import GradmatchError
+from gradmatch.measure.columns import Columns, Labels, find_columns
+from gradmatch.measure.tables import Table, check_source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")  # how the architectures that predict text end
+LONGEST_BY_DEFAULT = 512  # tokens, where neither the tokenizer nor the model sets a limit
+IGNORED = -100
+
+
+class Batches:
+    """Batches of examples, tokenised as they are asked for; they can be gone through any number of times.
+
+    Args:
+        texts: one or two texts an example.
+        labels: (examples,) numbers, or None.
+        tokenizer: of the model.
+        predicts_text: the tokens are the labels, and two texts are read as one.
+        batch_size: examples a batch.
+        max_length: tokens; longer texts are cut, which is warned of.
+        padding_side: "right", but for models that read the last position.
+        rows: of the source that hold an example, whatever part of them was drawn.
+        notes: what is to be told of the reading: columns, and rows that were left out.
+
+    >>> for batch in read("cook.txt", "HuggingFaceTB/SmolLM2-135M"):         # doctest: +SKIP
+    ...     model(**batch).loss
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[tuple[str, ...]],
+        labels: Tensor | None,
+        tokenizer: Any,
+        *,
+        predicts_text: bool,
+        batch_size: int = 8,
+        max_length: int = LONGEST_BY_DEFAULT,
+        padding_side: str = "right",
+        rows: int | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.dataset = self.texts = texts  # `dataset`: its length is what a progress bar counts to
+        self.labels, self.tokenizer, self.predicts_text = labels, tokenizer, predicts_text
+        self.batch_size, self.max_length, self.padding_side = batch_size, max_length, padding_side
+        self.rows, self.notes, self._warned = len(texts) if rows is None else rows, tuple(notes), False
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-len(self.texts) // self.batch_size)
+
+    def __repr__(self) -> str:
+        return f"Batches({'; '.join([f'{len(self.texts)} of {self.rows} examples', *self.notes])})"
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        cut = 0
+        for first in range(0, len(self.texts), self.batch_size):
+            batch = self._batch(slice(first, first + self.batch_size))
+            cut += int((batch["attention_mask"].sum(1) >= self.max_length).sum())
+            yield batch
+        if cut and not self._warned:
+            self._warned = True
+            warn(
+                f"{cut} of {len(self.texts)} texts were as long as {self.max_length} tokens or longer, and cut"
+            )
+
+    def _batch(self, rows: slice) -> dict[str, Tensor]:
+        texts = self.texts[rows]
+        columns = [list(map(_joined, texts))] if self.predicts_text else list(map(list, zip(*texts)))  # noqa: B905
+        batch: dict[str, Tensor] = dict(
+            self.tokenizer(
+                *columns,
+                truncation=True,
+                max_length=self.max_length,
+                padding=len(texts) > 1,
+                padding_side=self.padding_side,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
+        )
+        if self.predicts_text:
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+        elif self.labels is not None:
+            batch["labels"] = self.labels[rows]
+        return batch
+
+
+def _joined(texts: tuple[str, ...]) -> str:
+    """A pair as a language model reads it: one text after the other, a space between them where neither brings one."""
+    space = len(texts) == 2 and not (texts[0][-1:].isspace() or texts[1][:1].isspace())
+    return (" " if space else "").join(texts)
+
+
+def read(
+    source: str | os.PathLike[str],
+    model: Any,
+    *,
+    text: str | Sequence[str] = (),
+    label: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    task: str = "auto",
+    tokenizer: Any = None,
+    needs_labels: bool = False,
+    by_length: bool = False,
+) -> Any:
+    """Batches of the examples in a file, a folder or a hub set, for one model.
+
+    Rows without text are left out and counted; labels may be numbers or the names that the model has for its classes.
+    For a model that predicts text the tokens are the labels.
+
+    Args:
+        source: see `gradmatch.measure.tables`; or a .safetensors file with the model's inputs and "labels".
+        model: folder or hub id, or the transformers model itself; its tokenizer and config say how to read.
+        text: name of the text column, or of the two of a pair; none: by usual names.
+        label: name of the label column; None: by usual names.
+        split: of a folder or hub set.
+        limit: so many examples, drawn at random over all of the source; None: all of them.
+        seed: of that draw.
+        batch_size: examples a batch; a matter of memory and speed alone.
+        max_length: tokens an example, at most what the model takes; None: at most 512.
+        task: "classification", "causal_lm", or "auto": by the model's architecture.
+        tokenizer: another one than the model's own.
+        needs_labels: refuse a classifier's data without labels.
+        by_length: texts of about one length together, where there are no labels: less padding, the same sums.
+
+    Returns:
+        A `Batches`; of a .safetensors file a list of batches.
+
+    Raises:
+        GradmatchError: no text, no label, or a label that the model does not know; the row is named.
+        FileNotFoundError, ImportError: see `gradmatch.measure.tables.Table`.
+
+    >>> from gradmatch import estimate                                       # doctest: +SKIP
+    >>> model = AutoModelForCausalLM.from_pretrained("cook")                 # doctest: +SKIP
+    >>> estimate(model, read("cook.txt", model, limit=200))                  # doctest: +SKIP
+    """
+    for name, value in (("limit", limit), ("batch_size", batch_size), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise GradmatchError(f"{name} must be at least 1, got {value}", "out_of_range", name)
+    path = Path(source).expanduser()
+    if path.suffix == ".safetensors":
+        return _ready(path, limit, seed, batch_size)
+    check_source(source)  # before tokenizer and config are loaded
+    config, tokenizer = _of_model(model, tokenizer)
+    architecture = (getattr(config, "architectures", None) or [type(model).__name__])[0]
+    predicts_text = task == "causal_lm" or (task == "auto" and architecture.endswith(LANGUAGE_MODELS))
+    table = Table(source, split=split)
+    wanted = [text] if isinstance(text, str) and text else list(text)
+    columns = find_columns(table.columns, wanted, label, labelled=not predicts_text, source=table.name)
+    if needs_labels and columns.label is None and not predicts_text:
+        raise GradmatchError(
+            f"{table.name} has no labels, which {architecture} needs; its columns are: {', '.join(table.columns)}",
+            "no_labels",
+            table.name,
+            "name them: label='...'",
+        )
+    examples = Examples(table, columns)
+    drawn = examples.draw(limit, seed)
+    labels = None
+    if columns.label is not None:
+        known = Labels(config, columns.label, table.name, table.classes.get(columns.label, ()))
+        labels = known.numbers([(row, value) for row, _, value in drawn])
+    texts = [parts for _, parts, _ in drawn]
+    if by_length and labels is None:
+        texts.sort(key=lambda parts: sum(map(len, parts)))
+    return Batches(
+        texts,
+        labels,
+        tokenizer,
+        predicts_text=predicts_text,
+        batch_size=batch_size,
+        max_length=longest_input(tokenizer, config, max_length),
+        padding_side="left" if getattr(config, "model_type", "") == "xlnet" else "right",  # reads the last
+        rows=examples.rows,
+        notes=examples.notes,
+    )
+
+
+def _of_model(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """Config (None where there is none) and tokenizer."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = getattr(model, "config", None)
+    name = model if config is None else config._name_or_path
+    if config is None:
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except (OSError, ValueError):
+            config = None  # a tokenizer is enough to read by
+    if tokenizer is not None:
+        return config, tokenizer
+    try:
+        return config, AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise GradmatchError(
+            f"{name} has no tokenizer to read data with: {said}", "no_tokenizer", name
+        ) from error
+
+
+class Examples:
+    """The rows of a table that hold an example: (number of the row, texts, label).
+
+    Args:
+        table: to go through, once.
+        columns: what to read of it.
+
+    Attributes:
+        rows: how many hold an example, once they were gone through.
+    """
+
+    def __init__(self, table: Table, columns: Columns) -> None:
+        self.table, self.columns = table, columns
+        self.rows = self.empty = 0
+
+    def __iter__(self) -> Iterator[tuple[int, tuple[str, ...], Any]]:
+        for number, row in enumerate(self.table):
+            parts = tuple(row.get(column) for column in self.columns.texts)
+            for column, part in zip(self.columns.texts, parts, strict=True):
+                if part is not None and not isinstance(part, str):
+                    raise GradmatchError(
+                        f"{self.table.name}, row {number}: column {column!r} holds no text but {part!r:.80}",
+                        "not_text",
+                        f"row {number}",
+                        "name another column: text='...'",
+                    )
+            if not all(part and part.strip() for part in parts):
+                self.empty += 1
+                continue
+            self.rows += 1
+            yield number, parts, row.get(self.columns.label) if self.columns.label else None
+
+    def draw(self, limit: int | None, seed: int) -> list[tuple[int, tuple[str, ...], Any]]:
+        """All examples, or `limit` of them drawn at random, in the order of the table; one pass, holding what is kept.
+
+        Raises:
+            GradmatchError: no text at all.
+        """
+        generator = random.Random(seed)
+        drawn = (
+            list(self)
+            if limit is None
+            else heapq.nsmallest(limit, self, key=lambda _: generator.random())  # a random number each
+        )
+        if not drawn:
+            raise GradmatchError(
+                f"{self.table.name} holds no text ({self.columns})", "no_text", self.table.name
+            )
+        return sorted(drawn, key=lambda example: example[0])
+
+    @property
+    def notes(self) -> list[str]:
+        """Columns, and how many rows were left out; empty lines of plain text separate paragraphs and are not told."""
+        notes = [f"{self.table.name}: {self.columns}"]
+        if self.empty and self.table.columns != ["text"]:
+            where = " or ".join(map(repr, self.columns.texts))
+            total = self.rows + self.empty
+            notes.append(f"{self.empty} of {total} rows have no text in column {where} and are left out")
+        return notes
+
+
+def _ready(path: Path, limit: int | None, seed: int, size: int) -> list[dict[str, Tensor]]:
+    """Inputs that are tensors already, a row an example."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no data file {path}")
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    if "labels" not in tensors:
+        held = ", ".join(tensors) or "none"
+        raise GradmatchError(f"{path} holds no tensor named labels (it has {held})", "no_labels", path)
+    counts = {name: value.shape[0] if value.dim() else 0 for name, value in tensors.items()}
+    count = counts["labels"]
+    if set(counts.values()) != {count} or not count:
+        raise GradmatchError(
+            f"{path}: its tensors differ in their rows, or have none: {counts}", "rows_differ", path
+        )
+    drawn = range(count) if limit is None else random.Random(seed).sample(range(count), min(limit, count))
+    rows = sorted(drawn)
+    return [
+        {name: value[rows[first : first + size]] for name, value in tensors.items()}
+        for first in range(0, count if limit is None else min(limit, count), size)
+    ]
+
+
+def longest_input(tokenizer: Any, config: Any, asked: int | None = None) -> int:
+    """Tokens an example may have: what was asked for (else at most 512), within what tokenizer and model take.
+
+    >>> from types import SimpleNamespace
+    >>> longest_input(SimpleNamespace(model_max_length=512), SimpleNamespace(max_position_embeddings=128))
+    128
+    """
+    known = [getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None)]
+    if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert") and known[1]:
+        known[1] -= 2  # their positions start at 2
+    limits = [int(limit) for limit in known if limit is not None and 0 < limit < 10**6]
+    return min([*limits, asked or LONGEST_BY_DEFAULT])
