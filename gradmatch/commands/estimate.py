@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gradmatch.commands.reading import add_reading, check_reading, read_source, say
+from gradmatch.commands.reading import add_reading, bars, check_reading, read_source, say
 
 METHODS = ("fisher", "empirical_fisher", "ggn", "hessian", "kfac", "gram")
 TASKS = ("auto", "classification", "causal_lm")
@@ -207,7 +207,8 @@ def load(args: argparse.Namespace, task: str) -> tuple[Any, Any, str]:
         task = task_of(AutoConfig.from_pretrained(args.model), args.model)
     kind = AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = kind.from_pretrained(args.model, dtype=torch.float32).to(device)
+    with bars(not args.quiet):
+        model = kind.from_pretrained(args.model, dtype=torch.float32).to(device)
     tokenizer = None if args.adam else AutoTokenizer.from_pretrained(args.model)
     return model, tokenizer, task
 

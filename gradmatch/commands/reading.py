@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 LEAST = {"examples": 1, "batch_size": 1, "max_length": 2}
@@ -79,6 +81,19 @@ def say(batches: Any, out: TextIO) -> None:
     """What was read: the columns, and rows that were left out."""
     for note in getattr(batches, "notes", ()):
         print(note, file=out, flush=True)
+
+
+@contextlib.contextmanager
+def bars(shown: bool) -> Iterator[None]:
+    """Progress bars of transformers, shown or not."""
+    from transformers.utils import logging
+
+    known = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar() if shown else logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar() if known else logging.disable_progress_bar()
 
 
 def _of_task(given: list[str], task: str) -> list[str]:

@@ -155,7 +155,9 @@ def test_rows_without_text_are_left_out_aloud_and_others_keep_their_numbers(tmp_
     data.write_text(data.read_text().replace("classX", "class0"))
     assert run(tmp_path / "model", "--data", data, "-o", out, "--quiet") == 0
     printed = capsys.readouterr()
-    assert "text column 'text', label column 'label'\n1 of 3 rows have no text in column 'text'" in printed.out
+    assert (
+        "text column 'text', label column 'label'\n1 of 3 rows have no text in column 'text'" in printed.out
+    )
     assert "N = 2" in printed.out
     assert printed.err == ""
 
