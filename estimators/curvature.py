@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +26,7 @@ from gradmatch.estimators.blocks import (
     check_stored,
     checked,
 )
+from gradmatch.estimators.files import replacing
 from gradmatch.estimators.fingerprint import Sample, fingerprint, model_sampler
 from gradmatch.estimators.tensorfile import TensorFile
 
@@ -180,23 +180,10 @@ class Curvature(Mapping[str, "Tensor"]):
         """
         from safetensors.torch import save_file
 
-        target = Path(path).expanduser().resolve()
-        if target.is_dir():
-            raise IsADirectoryError(f"{path} is a folder; name the file to write in it")
-        target.parent.mkdir(parents=True, exist_ok=True)
         metadata = {**self.info, "format_version": FORMAT_VERSION, "num_examples": str(self.num_examples)}
         blocks = apart({key: self._block(key).contiguous() for key in self._blocks})
-        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=".curvature.")
-        os.close(handle)
-        try:
+        with replacing(path) as aside:
             save_file(blocks, aside, metadata=metadata)
-            with open(aside, "rb+") as file:
-                os.fsync(file.fileno())
-            os.chmod(aside, 0o644)  # mkstemp makes files private; a published file is not
-            os.replace(aside, target)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
 
     def __getitem__(self, name: str) -> Tensor:
         return self.mean(name)

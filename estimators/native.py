@@ -18,6 +18,8 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+from gradmatch.estimators.files import cache_folder
+
 log = logging.getLogger(__name__)
 
 
@@ -53,7 +55,7 @@ def compiled(source: Path, flags: tuple[str, ...]) -> Path:
     compiler = _compiler()
     identity = [source.read_text(encoding="utf-8"), *compiler, *flags, _processor()]
     name = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gradmatch"
+    folder = cache_folder()
     target = folder / f"{source.stem}-{name}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from gradmatch.estimators import distributed
 from gradmatch.estimators.batches import Batch
 from gradmatch.estimators.convergence import Convergence
+from gradmatch.estimators.files import replacing
 from gradmatch.estimators.problem import Problem
 
 
@@ -57,16 +58,10 @@ class Journal:
             "notes": problem.notes,
             "convergence": vars(convergence),
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            sums = {key: value.contiguous() for key, value in problem.sums.items()}
-            save_file(
-                sums, aside, metadata={"identity": json.dumps(self.identity), "state": json.dumps(state)}
-            )
-            os.replace(aside, self.path)
-        finally:
-            aside.unlink(missing_ok=True)
+        sums = {key: value.contiguous() for key, value in problem.sums.items()}
+        metadata = {"identity": json.dumps(self.identity), "state": json.dumps(state)}
+        with replacing(self.path) as aside:
+            save_file(sums, aside, metadata=metadata)
 
     def load(self, problem: Problem, convergence: Convergence) -> int:
         """Restore what was saved; how many batches are done, 0 without a file.

@@ -138,7 +138,7 @@ class TensorFile(Mapping[str, TensorInfo]):
         offset = info.start + first * ITEM_SIZE[info.dtype]
         done = 0
         while done < len(buffer):
-            got = os.preadv(self.fileno(), [buffer[done:]], offset + done)
+            got = _read_at(self.fileno(), buffer[done:], offset + done)
             if got == 0:
                 raise ValueError(
                     f"{self.path}: tensor {name!r} ends after {done} of {len(buffer)} bytes; the file changed since it was opened: fetch or write it again"
@@ -176,6 +176,8 @@ class TensorFile(Mapping[str, TensorInfo]):
         if self._map is None:
             self._pages()
         assert self._map is not None
+        if not hasattr(self._map, "madvise"):
+            return
         start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE if advice == mmap.MADV_DONTNEED else start
         start -= start % mmap.PAGESIZE
         stop = stop - stop % mmap.PAGESIZE if advice == mmap.MADV_DONTNEED else min(stop, len(self._map))
@@ -214,6 +216,15 @@ class TensorFile(Mapping[str, TensorInfo]):
             flat = tensor.view(-1).view(torch.uint8)
             self.read_into(name, flat.numpy().data)
         return tensor
+
+
+def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
+    """Read into a buffer from a place in a file, whatever other threads read; returns how many bytes came."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [buffer], offset)
+    data = os.pread(fd, len(buffer), offset)
+    buffer[: len(data)] = data
+    return len(data)
 
 
 def _version(status: os.stat_result) -> tuple[int, ...]:

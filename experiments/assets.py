@@ -25,6 +25,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from gradmatch.estimators import files
+
 
 class AssetError(RuntimeError):
     """An asset cannot be had: no network and no cached archive, or an archive that is not the expected one."""
@@ -106,9 +108,7 @@ ASSETS = {
 def cache_folder() -> Path:
     """Where archives and unpacked assets are kept: $GRADMATCH_CACHE, else ~/.cache/gradmatch."""
     named = os.environ.get("GRADMATCH_CACHE")
-    return (
-        Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gradmatch"
-    )
+    return Path(named) if named else files.cache_folder()
 
 
 def lookup(name: str) -> Asset:

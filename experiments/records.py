@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradmatch.estimators.files import write_atomically
+
 Record = dict[str, Any]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` aside, then rename: a reader sees the old file or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)  # mkstemp makes it private
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

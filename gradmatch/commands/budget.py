@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from gradmatch.commands.reading import add_reading, check_reading, read_source
 from gradmatch.common.warning import warn
+from gradmatch.estimators.files import write_atomically
 from gradmatch.plan.request import POLICIES
 from gradmatch.rules import RULES, removals
 from gradmatch.rules.removal import GUARDS
@@ -131,9 +132,7 @@ def run(args: argparse.Namespace) -> int:
     report = removal_report(problem, alpha)
     print(report_table(report))
     if args.report:
-        Path(args.report).write_text(
-            json.dumps({**content, "report": report}, indent=1) + "\n", encoding="utf-8"
-        )
+        write_atomically(args.report, json.dumps({**content, "report": report}, indent=1) + "\n")
         print(f"written: {args.report}", file=sys.stderr)
     return verdict(args, alpha, moved=report["total"]["norm"] > 0)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.commands.sources import SETTINGS, add_sources, read_data, sources
+from gradmatch.estimators.files import write_atomically
 
 if TYPE_CHECKING:
     from gradmatch.models.task import Task
@@ -106,6 +107,5 @@ def chosen(
 
 
 def _write(name: str, text: str) -> None:
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
-    Path(name).write_text(text, encoding="utf-8")
+    write_atomically(name, text)
     print(f"written: {name}", file=sys.stderr)

@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Estimate, save, and print what was made."""
     check(args)
-    logging.getLogger("gradmatch.estimators").setLevel(logging.ERROR if args.quiet else logging.INFO)
+    logging.getLogger("gradmatch.estimators").setLevel(logging.WARNING if args.quiet else logging.INFO)
     if not logging.getLogger().handlers:
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
     started = time.monotonic()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.commands.sources import add_sources, read_data, sources
+from gradmatch.estimators.files import write_atomically
 
 if TYPE_CHECKING:
     from gradmatch.choosing.auto import AutoWeights
@@ -114,8 +115,8 @@ def write_recipe(path: str, arguments: dict[str, Any], tasks: dict[str, Task], r
         if result.span == "preconditioned":
             entry["curvature"] = _absolute(task.curvature)
         recipe["tasks"].append(entry)
-    Path(path).write_text(
-        "# weights chosen by gradmatch forecast\n" + yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8"
+    write_atomically(
+        path, "# weights chosen by gradmatch forecast\n" + yaml.safe_dump(recipe, sort_keys=False)
     )
     print(f"written: {path}", file=sys.stderr)
 

@@ -238,8 +238,9 @@ class Examples:
 
     def __iter__(self) -> Iterator[tuple[int, tuple[str, ...], Any]]:
         for number, row in enumerate(self.table):
-            parts = tuple(row.get(column) for column in self.columns.texts)
-            for column, part in zip(self.columns.texts, parts, strict=True):
+            parts: list[str] = []
+            for column in self.columns.texts:
+                part = row.get(column)
                 if part is not None and not isinstance(part, str):
                     raise GradmatchError(
                         f"{self.table.name}, row {number}: column {column!r} holds no text but {part!r:.80}",
@@ -247,11 +248,12 @@ class Examples:
                         f"row {number}",
                         "name another column: text='...'",
                     )
-            if not all(part and part.strip() for part in parts):
+                parts += [part] if part and part.strip() else []
+            if len(parts) < len(self.columns.texts):
                 self.empty += 1
                 continue
             self.rows += 1
-            yield number, parts, row.get(self.columns.label) if self.columns.label else None
+            yield number, tuple(parts), row.get(self.columns.label) if self.columns.label else None
 
     def draw(self, limit: int | None, seed: int) -> list[tuple[int, tuple[str, ...], Any]]:
         """All examples, or `limit` of them drawn at random, in the order of the table; one pass, holding what is kept.

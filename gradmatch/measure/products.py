@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradmatch.common.layers import layer_group
+from gradmatch.estimators.files import write_atomically
 from gradmatch.measure.forecast import Array, Products
 
 if TYPE_CHECKING:
@@ -257,11 +258,7 @@ def save_products(
             for p in products
         ],
     }
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.part")
-    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    aside.replace(target)
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def load_products(

@@ -10,6 +10,7 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.estimators.files import write_atomically
 from gradmatch.estimators.fingerprint import fingerprint
 from gradmatch.models.checkpoint import Checkpoint
 
@@ -149,9 +150,7 @@ def rewrite_card(result: Any) -> None:
     content = json.loads((result.path / CARD).read_text(encoding="utf-8"))
     content["report"] = json.loads(_json(result.report.to_dict()))
     for name, text in ((CARD, _json(content)), ("README.md", readme(content).encode())):
-        aside = result.path / f".{name}.new"
-        aside.write_bytes(text)
-        aside.replace(result.path / name)
+        write_atomically(result.path / name, text)
 
 
 def _json(content: Any) -> bytes:

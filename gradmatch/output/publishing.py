@@ -1,7 +1,8 @@
 """The places around an output folder: who may write it, what may be replaced, and how it appears whole.
 
 OUT.partial           what is being written
-OUT.partial.journal   what of it is finished; its lock is held by the process that writes
+OUT.partial.journal   what of it is finished
+OUT.partial.lock      held by the process that writes
 OUT.replaced          the merge that stood at OUT before, for the moment between two renames
 
 Nothing is emptied or replaced that a merge did not write: a folder with a card, or a .partial with its journal. Where a
@@ -10,12 +11,16 @@ process died between two steps, the next one to write OUT puts things right (`re
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from gradmatch.estimators.files import hold, sync
 from gradmatch.output.card import CARD
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 BEGINNING = b'{"identity": '  # of every journal
 
@@ -98,25 +103,19 @@ def check_absent(out: Path, overwrite: bool) -> None:
         )
 
 
-def lock(out: Path) -> int:
-    """Hold an output for this process, by its journal; returns the open journal.
+def lock(out: Path) -> BaseFileLock:
+    """Hold an output for this process.
 
     Raises:
         BlockingIOError: another process holds it.
     """
-    path = beside(out)[1]
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(fd)
-            raise BlockingIOError(
-                f"another process is writing {out} (it holds {path}); wait for it or choose another folder"
-            ) from error
-        if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
-            return fd
-        os.close(fd)  # whoever held it has finished and removed it meanwhile
+    path = out.with_name(f"{out.name}.partial.lock")
+    held = hold(path)
+    if held is None:
+        raise BlockingIOError(
+            f"another process is writing {out} (it holds {path}); wait for it or choose another folder"
+        )
+    return held
 
 
 def recover(out: Path) -> None:
@@ -140,12 +139,3 @@ def replace_folder(out: Path) -> None:
     sync(out.parent)
     journal.unlink()
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

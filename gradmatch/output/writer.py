@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradmatch.estimators.files import claim, let_go, sync, sync_data, write_atomically
 from gradmatch.output.identity import check_apart
 from gradmatch.output.layout import Layout, carry_along
 from gradmatch.output.publishing import (
@@ -27,7 +28,6 @@ from gradmatch.output.publishing import (
     place,
     recover,
     replace_folder,
-    sync,
 )
 
 if TYPE_CHECKING:
@@ -67,7 +67,12 @@ class FolderSink:
         check_parent(self.out)
         self.folder, self._journal_path, _ = beside(self.out)
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._journal = os.fdopen(lock(self.out), "r+b")
+        self._lock = lock(self.out)
+        try:
+            self._journal = os.fdopen(os.open(self._journal_path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        except BaseException:
+            let_go(self._lock)
+            raise
         try:
             recover(self.out)
             check_absent(self.out, overwrite)
@@ -75,6 +80,7 @@ class FolderSink:
             if not os.fstat(self._journal.fileno()).st_size:
                 self._journal_path.unlink()
             self._journal.close()
+            let_go(self._lock)
             raise
         self.layout = Layout(plan)
         self.stats: dict[str, dict[str, float]] = {}
@@ -133,18 +139,14 @@ class FolderSink:
         if self._failure:
             raise self._failure
         for fd in self._fds.values():
-            os.fdatasync(fd)  # also what was written after its tensor had been journalled
+            sync_data(fd)  # also what was written after its tensor had been journalled
         carried = carry_along(self.plan, self.folder)
         files = dict(extra)
         if len(self.layout.shards) > 1:
             files[self.layout.index_name] = self.layout.index()
         for name, content in files.items():
             path = self.folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            write_atomically(path, content)
         for name in carried:
             sync(self.folder / name)
         sync(self.folder)
@@ -205,7 +207,7 @@ class FolderSink:
         """Add lines to the journal, and sync it."""
         self._journal.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
         self._journal.flush()
-        os.fdatasync(self._journal.fileno())
+        sync_data(self._journal.fileno())
 
     def _commit(self) -> None:
         """Sync data, then journal, in batches, while the workers go on."""
@@ -221,7 +223,7 @@ class FolderSink:
                 late = time.monotonic() - synced >= SYNC_SECONDS
                 if waiting and (item is None or held >= SYNC_BYTES or late):
                     for shard in {self.layout.place[name][0] for name, _ in waiting}:
-                        os.fdatasync(self._fds[shard])
+                        sync_data(self._fds[shard])
                     self._record(*({"tensor": name, "stats": stats} for name, stats in waiting))
                     waiting, held, synced = [], 0, time.monotonic()
             except OSError as error:
@@ -236,12 +238,13 @@ class FolderSink:
             self._committer.join()
 
     def _release(self) -> None:
-        """Close the files; the lock falls with the journal."""
+        """Close the files, then the lock falls."""
         for fd in self._fds.values():
             os.close(fd)
         self._fds = {}
         with contextlib.suppress(OSError):
             self._journal.close()
+        let_go(self._lock)
 
 
 def check_output(out: str | os.PathLike[str], plan: Plan, overwrite: bool) -> None:
@@ -258,7 +261,7 @@ def _claim(fd: int, size: int, out: Path) -> None:
         OSError: there is no room.
     """
     try:
-        os.posix_fallocate(fd, 0, size)
+        claim(fd, size)
     except OSError as error:
         raise OSError(
             error.errno,
