@@ -2,27 +2,47 @@
 
 For gradients that are means over batches of B examples, E[g_B^2] = gbar^2 + Var(g_n) / B, so near an optimum, where the
 mean gradient gbar is small, the Fisher is F ~ B v_hat with v_hat = exp_avg_sq / (1 - beta2^step), and H = N B v_hat.
-Far from an optimum gbar^2 is counted B-fold, and clipped gradients make everything smaller: it is an approximation.
-Decoupled weight decay (AdamW) leaves v alone. Adam's own is part of its gradient, g_B + wd theta, whose mean is zero at
-the regularised optimum, so that v is the Fisher there as well.
+Far from an optimum gbar^2 is counted B-fold: it is an approximation. What else a training loop does to the gradient
+(means over tokens, clipping, accumulation) is undone where the Trainer's files tell it (`steps.py`), settled by a few
+examples (`calibrate`), or refused. Decoupled weight decay (AdamW) leaves v alone. Adam's own is part of its gradient,
+g_B + wd theta, whose mean is zero at the regularised optimum, so that v is the Fisher there as well.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from gradmatch.estimators.blocks import check_count
+from gradmatch.estimators.blocks import check_count, units
 from gradmatch.estimators.curvature import Curvature
 from gradmatch.estimators.distributed import unwrap
+from gradmatch.estimators.estimation import estimate
 from gradmatch.estimators.fingerprint import fingerprint, model_sampler
 from gradmatch.estimators.matching import Entry, name_states
 from gradmatch.estimators.problem import trainable_parameters
+from gradmatch.estimators.steps import Units, of_run, own_loss
+from gradmatch.estimators.trainer import Run, check_beside, read_run
+
+log = logging.getLogger(__name__)
+
+STATES = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product"}  # the last is NAdam's
+OTHERS = {  # by what only their states hold
+    "exp_avg_sq_row": "Adafactor, which keeps rows and columns of the squares",
+    "state2": "bitsandbytes, quantised or under names of its own",
+    "qmap2": "bitsandbytes, quantised to 8 bits",
+    "exp_inf": "Adamax, which keeps a maximum",
+    "z": "a schedule-free optimizer",
+}
+SHARDS = ("optimizer_0", "optimizer_0_rank*.bin", "global_step*", "*_optim_states.pt", "pytorch_model_fsdp_0")
+PARTS = 8  # a calibration has at least so many batches, so that its error can be told
+STEPS_OF_BFLOAT16 = 128  # after n steps a step changes v by 1/n of it; bfloat16 holds 8 bits
 
 
 def second_moment(exp_avg_sq: Tensor, step: float, beta2: float) -> Tensor:
@@ -36,60 +56,229 @@ def from_adam(
     model: nn.Module,
     *,
     num_examples: int,
-    batch_size: int,
+    batch_size: int | None = None,
+    calibrate: Iterable[Any] | None = None,
 ) -> Curvature:
     """Curvature of the summed loss from the state of Adam or AdamW.
 
     Args:
-        state: a live optimizer, its state_dict, or the `optimizer.pt` that transformers' Trainer writes beside a
-            checkpoint (or the folder it is in); files are read with weights_only=True.
+        state: a live optimizer, its state_dict, or the `optimizer.pt` that transformers' Trainer writes into a
+            checkpoint (or that folder); files are read with weights_only=True. Beside a file the Trainer's own files are
+            read too: what they tell of batches, accumulation and clipping is undone, and the model there must be the one given.
         model: the model it trained; states are matched to its trainable parameters by identity, by the names that the
             optimizer kept, or by order, and checked by shape. Parameters that are frozen are left out.
         num_examples: N, the size of the training set.
-        batch_size: examples whose mean gradient made one step, all devices and accumulation steps together.
+        batch_size: examples whose mean gradient made one step, all devices and accumulation steps together; may be left out
+            where the Trainer's files tell it. Without such files the loss is taken for the model's own (of a module that is not
+            of transformers: a mean over examples of -log p), and gradients for unclipped.
+        calibrate: batches of a few examples with true labels, as for `estimate`. The curvature as a whole is then scaled so that its trace is
+            that of their empirical Fisher at this model, whatever the units of the state were.
+
+    Returns:
+        Per-example means; `info["assumed"]` says what they rest on, `info["scale_error"]` how well the scale is known.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that cannot be read, not Adam's state, amsgrad, 8-bit states, no step taken, a parameter
-            without state, or parameters that do not fit the model, or in several ways; each is named.
+        ValueError: a file that cannot be read, another optimizer's state, amsgrad, no step taken, a parameter without state,
+            parameters that do not fit the model, or in several ways, a state of another model than the one given, a batch size
+            that is not the run's, or a step whose scale is not known; each is named.
         TypeError: num_examples or batch_size is no whole number, or `state` is none of the above.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> model(torch.ones(4, 2)).mean().backward()
+        >>> optimizer.step()
+        >>> from_adam(optimizer, model, num_examples=100, batch_size=4)["bias"]  # 4 x 1^2
+        tensor([4.])
     """
     check_count("num_examples", num_examples)
-    check_count("batch_size", batch_size)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     model = unwrap(model)
     parameters = trainable_parameters(model)
+    run, beside = None, ""
     if isinstance(state, torch.optim.Optimizer):
         found = list(_live(state, parameters))
+        everything = [
+            (state.state.get(value, {}), group) for group in state.param_groups for value in group["params"]
+        ]
     else:
         if not isinstance(state, (Mapping, str, os.PathLike)):
             raise TypeError(
                 f"state must be an optimizer, its state_dict or a file, got {type(state).__name__}"
             )
-        stored = _checked_form(state) if isinstance(state, Mapping) else _read(state)
+        if isinstance(state, Mapping):
+            stored = _checked_form(state)
+        else:
+            file = _locate(Path(state).expanduser())
+            stored, run = _read(file), read_run(file.parent)
         _check_some_moment(stored)
         found = list(name_states(stored, model, parameters))
-    mean = {name: batch_size * _moment(name, parameters[name], entry, group) for name, entry, group in found}
+        everything = [
+            (stored["state"].get(number, {}), group)
+            for group in stored["param_groups"]
+            for number in group["params"]
+        ]
+        if not isinstance(state, Mapping):
+            beside = check_beside(file.parent, parameters)
+    mean = {name: _moment(name, parameters[name], entry, group) for name, entry, group in found}
     missing = sorted(set(parameters) - set(mean))
     if missing:
         raise ValueError(
             f"the optimizer has no state for {missing[0]!r} ({len(missing)} in all): it was not trained by it, or never had a "
             "gradient; set requires_grad to False on it to leave it out"
         )
+    mean = {name: mean[name] for name in parameters}
+    batch_size = _batch_size(batch_size, run, calibrate is not None)
+    steps, beta2 = max(float(entry["step"]) for _, entry, _ in found), float(found[0][2]["betas"][1])
+    if calibrate is not None:
+        known = _calibrated(mean, model, calibrate)
+    elif run is not None:
+        trace = sum(_trace(entry, group) for entry, group in everything)
+        known = of_run(run, model, batch_size, num_examples, trace, beta2, steps)
+    else:
+        known = _as_told(model, batch_size)
+    kinds = {entry["exp_avg_sq"].dtype for _, entry, _ in found}
+    if torch.bfloat16 in kinds and steps > STEPS_OF_BFLOAT16:
+        (known.unknown if calibrate is None else known.assumed).append(
+            f"moments are bfloat16, whose 8 bits lose what {steps:.0f} steps add up"
+        )
+    _check_known(known)
+    for value in mean.values():
+        value.mul_(known.factor)
     info = {
         "estimator": "adam",
+        "reduction": "batch",
+        "units": units(num_examples),
         "labels": "true labels",
-        "batch_size": str(batch_size),
+        "batch_size": str(batch_size or "unknown"),
+        "steps": f"{steps:.0f}",
+        "beta2": f"{beta2:g}",
+        "assumed": "; ".join(known.assumed),
+        **({"scale_error": f"{known.error:.3g}"} if known.error else {}),
+        **({"beside": beside} if beside else {}),
         "fingerprint": fingerprint(parameters, model_sampler(model)),
         "torch": torch.__version__,
     }
-    return Curvature.from_dict({name: mean[name] for name in parameters}, num_examples, info)
+    log.info("Adam's moments: %s", info["assumed"])
+    return Curvature.from_dict(mean, num_examples, info)
 
 
-def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    file = Path(path).expanduser()
-    file = file / "optimizer.pt" if file.is_dir() else file
-    if not file.exists():
-        raise FileNotFoundError(f"no optimizer state at {file}")
+def _batch_size(given: int | None, run: Run | None, calibrated: bool) -> int:
+    """Examples a step, from the caller or the run's files; 0 where nothing needs it.
+
+    Raises:
+        ValueError: they differ, or neither tells.
+    """
+    told = run.batch_size if run is not None else 0
+    if run is not None and given and told and given != told:
+        raise ValueError(
+            f"batch_size is {given}, but the run in {run.folder} made steps of {told} examples ({run.rows} rows x "
+            f"{run.accumulation} passes x {run.processes} processes); leave it out"
+        )
+    if not (given or told or calibrated):
+        raise ValueError(
+            "batch_size is needed: the number of examples whose mean gradient made one step, which is not in the optimizer's "
+            "state (a Trainer's training_args.bin beside it would tell); or pass calibrate=batches"
+        )
+    return given or told
+
+
+def _as_told(model: nn.Module, batch_size: int) -> Units:
+    """Units of a state without a run: what the caller says, and the loss of the model's kind."""
+    words, share = own_loss(model)
+    found = Units(float(batch_size))
+    if share is not None:
+        found.factor *= share**2
+    elif "tokens" in words:
+        found.unknown.append(words)
+    loss = words if share is not None else "a mean over examples of -log p"
+    found.assumed.append(
+        f"the loss of a step is {loss}, {batch_size} examples a step, gradients not clipped; no file tells"
+    )
+    return found
+
+
+def _check_known(known: Units) -> None:
+    """Refuse a scale that is not known.
+
+    Raises:
+        ValueError: it names everything that stands against it.
+    """
+    if known.unknown:
+        raise ValueError(
+            f"the scale of these moments is not known: {'; '.join(known.unknown)}. Pass calibrate=batches, a few dozen examples "
+            "of the training set, whose empirical Fisher then gives the scale"
+        )
+
+
+def _calibrated(mean: Mapping[str, Tensor], model: nn.Module, batches: Iterable[Any]) -> Units:
+    """Units such that the trace is that of the empirical Fisher of these examples, per example.
+
+    Raises:
+        ValueError: no examples, or a trace of zero.
+    """
+    if isinstance(batches, (Tensor, Mapping)):
+        raise ValueError(
+            f"calibrate is a single {type(batches).__name__}; it must yield batches: wrap it in a list"
+        )
+    measured = estimate(model, _in_parts(list(batches)), method="empirical_fisher", progress=False)
+    there, here = measured.trace(), sum(float(value.sum(dtype=torch.float64)) for value in mean.values())
+    if not there > 0 or not here > 0:
+        raise ValueError(
+            f"calibrate: the moments have a trace of {here:g}, the empirical Fisher {there:g}; neither may be 0"
+        )
+    seen, error = measured.info["examples_seen"], float(measured.info.get("relative_error", "nan"))
+    words = f"scaled as a whole by {there / here:.4g} to the trace of the empirical Fisher of {seen} examples"
+    return Units(there / here, error, [f"{words}, known to {100 * error:.0f} % (one standard error)"])
+
+
+def _in_parts(batches: list[Any]) -> list[Any]:
+    """The batches, cut so that there are at least `PARTS`, where they have the rows."""
+    if not batches or len(batches) >= PARTS:
+        return batches
+    each, pieces = -(-PARTS // len(batches)), []
+    for batch in batches:
+        size = next((v.shape[0] for v in pytree.tree_leaves(batch) if isinstance(v, Tensor) and v.dim()), 1)
+        step = max(1, size // each)
+        for first in range(0, size, step):
+            cut = slice(first, first + step)
+            pieces.append(
+                pytree.tree_map(
+                    lambda v, cut=cut, size=size: (
+                        v[cut] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v
+                    ),
+                    dict(batch) if isinstance(batch, Mapping) else batch,
+                )
+            )
+    return pieces
+
+
+def _locate(path: Path) -> Path:
+    """The file of a whole state: itself, or the one in a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the folder holds it in shards.
+    """
+    if not path.is_dir():
+        if path.exists():
+            return path
+        raise FileNotFoundError(f"no optimizer state at {path}")
+    whole = [path / name for name in ("optimizer.pt", "optimizer.bin") if (path / name).is_file()]
+    if whole:
+        return whole[0]
+    shards = [found.name for pattern in SHARDS for found in sorted(path.glob(pattern))]
+    if shards:
+        raise ValueError(
+            f"{path} holds the optimizer's state in shards ({shards[0]}, of FSDP or DeepSpeed): gather it into one "
+            "state_dict first (FSDP: StateDictType.FULL_STATE_DICT), whose file is optimizer.bin"
+        )
+    raise FileNotFoundError(f"no optimizer state at {path / 'optimizer.pt'}")
+
+
+def _read(file: Path) -> Mapping[str, Any]:
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler trips over first
@@ -138,14 +327,19 @@ def _check_some_moment(state: Mapping[str, Any]) -> None:
 
 
 def _check_precise(name: str, entry: Mapping[str, Any]) -> None:
-    """Refuse the states of bitsandbytes.
+    """Refuse the states of other optimizers, which may hold an exp_avg_sq of another meaning.
 
     Raises:
-        ValueError: they are.
+        ValueError: they are; the optimizer is named where its states tell.
     """
-    if {"state1", "absmax2", "qmap2"} & set(entry):
+    known = next((words for key, words in OTHERS.items() if key in entry), None)
+    if known is not None:
+        raise ValueError(f"the state of {name} is that of {known}; train with torch's own Adam or AdamW")
+    strange = sorted(str(key) for key in set(entry) - STATES)
+    if "exp_avg_sq" in entry and strange:
         raise ValueError(
-            f"the state of {name} is that of bitsandbytes, quantised to 8 bits; train with torch's own Adam or AdamW"
+            f"the state of {name} holds {', '.join(strange)} besides exp_avg_sq: it is not that of torch's Adam or AdamW, and its "
+            "exp_avg_sq may be another quantity"
         )
 
 
@@ -185,6 +379,11 @@ def _moment(name: str, parameter: Tensor, entry: Mapping[str, Any], group: Mappi
             "in which the parameter had a gradient; set requires_grad to False on it to leave it out"
         )
     value = entry["exp_avg_sq"]
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == torch.float16:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"exp_avg_sq of {name!r} is {kind}: float32 is needed (16-bit floats hold nothing below 6e-8, most of it)"
+        )
     if value.shape != parameter.shape:
         raise ValueError(
             f"the state of {name!r} has shape {list(value.shape)}, the parameter {list(parameter.shape)}"
@@ -192,4 +391,14 @@ def _moment(name: str, parameter: Tensor, entry: Mapping[str, Any], group: Mappi
     step = float(entry.get("step", 0))
     if step < 1:
         raise ValueError(f"the optimizer has taken no step on {name!r} yet")
+    if bool((value < 0).any()):
+        raise ValueError(f"exp_avg_sq of {name!r} has negative values: it is no mean of squares")
     return second_moment(value, step, float(group["betas"][1]))
+
+
+def _trace(entry: Mapping[str, Any], group: Mapping[str, Any]) -> float:
+    """Sum of v_hat, of any parameter that was trained: the squared norm of a step's gradient has all of them."""
+    value, step = entry.get("exp_avg_sq"), float(entry.get("step", 0))
+    if value is None or step < 1:
+        return 0.0
+    return float(value.sum(dtype=torch.float64)) / (1 - float(group["betas"][1]) ** step)
