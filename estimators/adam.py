@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +20,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from gradmatch.estimators.adam_state import (
+    beta2_of,
+    check_some_moment,
+    checked_form,
+    live_states,
+    locate,
+    moment,
+    read_state,
+    trace_of,
+)
 from gradmatch.estimators.blocks import check_count, units
 from gradmatch.estimators.curvature import Curvature
 from gradmatch.estimators.distributed import unwrap
 from gradmatch.estimators.estimation import estimate
 from gradmatch.estimators.fingerprint import fingerprint, model_sampler
-from gradmatch.estimators.matching import Entry, name_states
+from gradmatch.estimators.matching import name_states
 from gradmatch.estimators.problem import trainable_parameters
 from gradmatch.estimators.steps import Units, of_run, own_loss
 from gradmatch.estimators.trainer import Run, check_beside, read_run
 
 log = logging.getLogger(__name__)
 
-STATES = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product"}  # the last is NAdam's
-OTHERS = {  # by what only their states hold
-    "exp_avg_sq_row": "Adafactor, which keeps rows and columns of the squares",
-    "state2": "bitsandbytes, quantised or under names of its own",
-    "qmap2": "bitsandbytes, quantised to 8 bits",
-    "exp_inf": "Adamax, which keeps a maximum",
-    "z": "a schedule-free optimizer",
-}
-SHARDS = ("optimizer_0", "optimizer_0_rank*.bin", "global_step*", "*_optim_states.pt", "pytorch_model_fsdp_0")
 PARTS = 8  # a calibration has at least so many batches, so that its error can be told
 STEPS_OF_BFLOAT16 = 128  # after n steps a step changes v by 1/n of it; bfloat16 holds 8 bits
-
-
-def second_moment(exp_avg_sq: Tensor, step: float, beta2: float) -> Tensor:
-    """v_hat = exp_avg_sq / (1 - beta2^step), Kingma & Ba 2015; any shape."""
-    correction: float = 1 - beta2**step
-    return exp_avg_sq.to(torch.float32) / correction
 
 
 def from_adam(
@@ -99,7 +94,7 @@ def from_adam(
     parameters = trainable_parameters(model)
     run, beside = None, ""
     if isinstance(state, torch.optim.Optimizer):
-        found = list(_live(state, parameters))
+        found = list(live_states(state, parameters))
         everything = [
             (state.state.get(value, {}), group) for group in state.param_groups for value in group["params"]
         ]
@@ -109,11 +104,11 @@ def from_adam(
                 f"state must be an optimizer, its state_dict or a file, got {type(state).__name__}"
             )
         if isinstance(state, Mapping):
-            stored = _checked_form(state)
+            stored = checked_form(state)
         else:
-            file = _locate(Path(state).expanduser())
-            stored, run = _read(file), read_run(file.parent)
-        _check_some_moment(stored)
+            file = locate(Path(state).expanduser())
+            stored, run = read_state(file), read_run(file.parent)
+        check_some_moment(stored)
         found = list(name_states(stored, model, parameters))
         everything = [
             (stored["state"].get(number, {}), group)
@@ -122,7 +117,7 @@ def from_adam(
         ]
         if not isinstance(state, Mapping):
             beside = check_beside(file.parent, parameters)
-    mean = {name: _moment(name, parameters[name], entry, group) for name, entry, group in found}
+    mean = {name: moment(name, parameters[name], entry, group) for name, entry, group in found}
     missing = sorted(set(parameters) - set(mean))
     if missing:
         raise ValueError(
@@ -131,11 +126,11 @@ def from_adam(
         )
     mean = {name: mean[name] for name in parameters}
     batch_size = _batch_size(batch_size, run, calibrate is not None)
-    steps, beta2 = max(float(entry["step"]) for _, entry, _ in found), float(found[0][2]["betas"][1])
+    steps, beta2 = max(float(entry["step"]) for _, entry, _ in found), beta2_of(found[0][2])
     if calibrate is not None:
         known = _calibrated(mean, model, calibrate)
     elif run is not None:
-        trace = sum(_trace(entry, group) for entry, group in everything)
+        trace = sum(trace_of(entry, group) for entry, group in everything)
         known = of_run(run, model, batch_size, num_examples, trace, beta2, steps)
     else:
         known = _as_told(model, batch_size)
@@ -174,13 +169,14 @@ def _batch_size(given: int | None, run: Run | None, calibrated: bool) -> int:
     told = run.batch_size if run is not None else 0
     if run is not None and given and told and given != told:
         raise ValueError(
-            f"batch_size is {given}, but the run in {run.folder} made steps of {told} examples ({run.rows} rows x "
+            f"batch_size (--batch-size) is {given}, but the run in {run.folder} made steps of {told} examples ({run.rows} rows x "
             f"{run.accumulation} passes x {run.processes} processes); leave it out"
         )
     if not (given or told or calibrated):
+        why = "; ".join(run.unknown) if run else "no Trainer's training_args.bin lies beside the state"
         raise ValueError(
-            "batch_size is needed: the number of examples whose mean gradient made one step, which is not in the optimizer's "
-            "state (a Trainer's training_args.bin beside it would tell); or pass calibrate=batches"
+            "batch_size (--batch-size) is needed, the number of examples whose mean gradient made one step, or "
+            f"calibrate=batches (--data FILE --calibrate 64): {why}"
         )
     return given or told
 
@@ -209,7 +205,7 @@ def _check_known(known: Units) -> None:
     if known.unknown:
         raise ValueError(
             f"the scale of these moments is not known: {'; '.join(known.unknown)}. Pass calibrate=batches, a few dozen examples "
-            "of the training set, whose empirical Fisher then gives the scale"
+            "of the training set (gradmatch estimate: --data FILE --calibrate 64), whose empirical Fisher then gives the scale"
         )
 
 
@@ -253,152 +249,3 @@ def _in_parts(batches: list[Any]) -> list[Any]:
                 )
             )
     return pieces
-
-
-def _locate(path: Path) -> Path:
-    """The file of a whole state: itself, or the one in a folder.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: the folder holds it in shards.
-    """
-    if not path.is_dir():
-        if path.exists():
-            return path
-        raise FileNotFoundError(f"no optimizer state at {path}")
-    whole = [path / name for name in ("optimizer.pt", "optimizer.bin") if (path / name).is_file()]
-    if whole:
-        return whole[0]
-    shards = [found.name for pattern in SHARDS for found in sorted(path.glob(pattern))]
-    if shards:
-        raise ValueError(
-            f"{path} holds the optimizer's state in shards ({shards[0]}, of FSDP or DeepSpeed): gather it into one "
-            "state_dict first (FSDP: StateDictType.FULL_STATE_DICT), whose file is optimizer.bin"
-        )
-    raise FileNotFoundError(f"no optimizer state at {path / 'optimizer.pt'}")
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the unpickler trips over first
-        reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
-        raise ValueError(
-            f"{file} cannot be read ({reason}): it is cut short, no file of torch.save, or holds more than tensors and numbers; "
-            "save optimizer.state_dict(), not the optimizer"
-        ) from error
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"{file} holds a {type(loaded).__name__}, not an optimizer's state_dict")
-    return _checked_form(loaded, f"{file} is no")
-
-
-def _checked_form(state: Mapping[str, Any], what: str = "this is no") -> Mapping[str, Any]:
-    """A state_dict as torch's optimizers write it.
-
-    Raises:
-        ValueError: no such mapping; the part that looks like one is named.
-    """
-    if {"state", "param_groups"} <= set(state):
-        return state
-    inside = [
-        key
-        for key, value in state.items()
-        if isinstance(value, Mapping) and {"state", "param_groups"} <= set(value)
-    ]
-    hint = f"; its part {inside[0]!r} is one: give that" if inside else ""
-    raise ValueError(f"{what} optimizer's state_dict: it lacks 'state' and 'param_groups'{hint}")
-
-
-def _check_some_moment(state: Mapping[str, Any]) -> None:
-    """Refuse another optimizer's state before its numbers are given names.
-
-    Raises:
-        ValueError: quantised states, or none with a second moment.
-    """
-    entries = state["state"].values()
-    for number, entry in state["state"].items():
-        _check_precise(f"parameter {number}", entry)
-    if not any("exp_avg_sq" in entry for entry in entries):
-        held = ", ".join(sorted({str(key) for entry in entries for key in entry})) or "nothing"
-        raise ValueError(
-            f"the optimizer's state has no exp_avg_sq for any parameter (it holds {held}): only Adam and AdamW have one, "
-            "after a step"
-        )
-
-
-def _check_precise(name: str, entry: Mapping[str, Any]) -> None:
-    """Refuse the states of other optimizers, which may hold an exp_avg_sq of another meaning.
-
-    Raises:
-        ValueError: they are; the optimizer is named where its states tell.
-    """
-    known = next((words for key, words in OTHERS.items() if key in entry), None)
-    if known is not None:
-        raise ValueError(f"the state of {name} is that of {known}; train with torch's own Adam or AdamW")
-    strange = sorted(str(key) for key in set(entry) - STATES)
-    if "exp_avg_sq" in entry and strange:
-        raise ValueError(
-            f"the state of {name} holds {', '.join(strange)} besides exp_avg_sq: it is not that of torch's Adam or AdamW, and its "
-            "exp_avg_sq may be another quantity"
-        )
-
-
-def _live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Iterator[Entry]:
-    """States by the identity of their parameters.
-
-    Raises:
-        ValueError: the optimizer holds none of the model's parameters.
-    """
-    names = {id(value): name for name, value in parameters.items()}
-    pairs = [(value, group) for group in optimizer.param_groups for value in group["params"]]
-    if not any(id(value) in names for value, _ in pairs):
-        raise ValueError(
-            f"the optimizer holds {len(pairs)} parameters, none of them this model's (a copy, or loaded again?): give the "
-            "model that it trains, or optimizer.state_dict(), whose states are matched by order"
-        )
-    for value, group in pairs:
-        if id(value) in names:
-            yield names[id(value)], optimizer.state.get(value, {}), group
-
-
-def _moment(name: str, parameter: Tensor, entry: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
-    """v_hat of one parameter.
-
-    Raises:
-        ValueError: what is wrong with its state.
-    """
-    if group.get("amsgrad"):
-        raise ValueError(
-            "amsgrad keeps a running maximum, not a mean of squares; curvature cannot be read off it"
-        )
-    _check_precise(repr(name), entry)
-    if "exp_avg_sq" not in entry:
-        held = ", ".join(sorted(entry)) or "nothing"
-        raise ValueError(
-            f"the optimizer's state of {name!r} has no exp_avg_sq (it holds {held}): only Adam and AdamW have one, after a step "
-            "in which the parameter had a gradient; set requires_grad to False on it to leave it out"
-        )
-    value = entry["exp_avg_sq"]
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == torch.float16:
-        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"exp_avg_sq of {name!r} is {kind}: float32 is needed (16-bit floats hold nothing below 6e-8, most of it)"
-        )
-    if value.shape != parameter.shape:
-        raise ValueError(
-            f"the state of {name!r} has shape {list(value.shape)}, the parameter {list(parameter.shape)}"
-        )
-    step = float(entry.get("step", 0))
-    if step < 1:
-        raise ValueError(f"the optimizer has taken no step on {name!r} yet")
-    if bool((value < 0).any()):
-        raise ValueError(f"exp_avg_sq of {name!r} has negative values: it is no mean of squares")
-    return second_moment(value, step, float(group["betas"][1]))
-
-
-def _trace(entry: Mapping[str, Any], group: Mapping[str, Any]) -> float:
-    """Sum of v_hat, of any parameter that was trained: the squared norm of a step's gradient has all of them."""
-    value, step = entry.get("exp_avg_sq"), float(entry.get("step", 0))
-    if value is None or step < 1:
-        return 0.0
-    return float(value.sum(dtype=torch.float64)) / (1 - float(group["betas"][1]) ** step)

@@ -1,6 +1,6 @@
 """Curvature from Adam's moments of real Trainer runs, against the Fisher of the very same steps.
 
-    python -m experiments.adam_units            (tiny random models on the CPU, about two minutes; expected: within 25 %)
+    python -m experiments.adam_units            (tiny random models on the CPU, two to four minutes; expected: within 25 %)
 
 For every variant of the training arguments a tiny model is trained, all its batches and all its weights are kept, and the
 reference is computed from them: the mean over steps of (sum over the step's examples of d log p)^2 / examples. `told` is
@@ -44,13 +44,12 @@ def decoder(kind: str) -> tf.PreTrainedModel:
         sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 60}
         quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         return tf.GPT2LMHeadModel(tf.GPT2Config(**sizes, **quiet, bos_token_id=1, eos_token_id=2))
-    return tf.LlamaForCausalLM(
-        tf.LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=60, tie_word_embeddings=False, max_position_embeddings=32, pad_token_id=0, bos_token_id=1,
-            eos_token_id=2,
-        )  # fmt: skip
-    )
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60,
+        "num_key_value_heads": 2, "tie_word_embeddings": False, "max_position_embeddings": 32, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**sizes))
 
 
 def make(kind: str) -> tf.PreTrainedModel:
@@ -137,7 +136,9 @@ def train(kind: str, folder: Path, steps: int = STEPS, count: int = EXAMPLES, **
         "report_to": "none", "disable_tqdm": True, "use_cpu": True, **arguments,
     }  # fmt: skip
     given = tf.TrainingArguments(str(folder), **options)
-    trainer = tf.Trainer(model, given, train_dataset=rows(kind, count), data_collator=collator, callbacks=[watch])
+    trainer = tf.Trainer(
+        model, given, train_dataset=rows(kind, count), data_collator=collator, callbacks=[watch]
+    )
     trainer.remove_callback(tf.PrinterCallback)
     trainer.train()
     passes = given.gradient_accumulation_steps
@@ -215,7 +216,9 @@ def main() -> None:
             calibrated = "-"
             if arguments.get("optim") is None:
                 found = from_adam(run.folder, run.model, num_examples=EXAMPLES, calibrate=batches(kind, 16))
-                whole = estimate(run.model, batches(kind, EXAMPLES), method="empirical_fisher", progress=False)
+                whole = estimate(
+                    run.model, batches(kind, EXAMPLES), method="empirical_fisher", progress=False
+                )
                 calibrated = f"{found.trace() / whole.trace():.2f}"
             print(f"{name:34} {calibrated:>10}  {told(run)}", flush=True)
 

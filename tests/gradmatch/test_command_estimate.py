@@ -108,7 +108,7 @@ def test_adam(tmp_path):
         (["--data", "x.csv", "--adam", "o.pt"], "give either --data (to measure) or --adam"),
         ([], "give either --data (to measure) or --adam"),
         (["--adam", "o.pt", "--batch-size", 8], "--adam needs --num-examples"),
-        (["--adam", "o.pt", "--num-examples", 50], "and --batch-size, that of a step"),
+        (["--adam", "o.pt", "--num-examples", 5, "--calibrate", 4], "--calibrate needs both --adam"),
         (["--data", "x.csv", "--limit", "0"], "--examples must be at least 1, got 0"),
         (
             ["--data", "x.csv", "--method", "kfac", "--tolerance", "0.1"],
