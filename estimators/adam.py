@@ -33,6 +33,7 @@ from gradmatch.estimators.adam_state import (
 from gradmatch.estimators.blocks import check_count, units
 from gradmatch.estimators.curvature import Curvature
 from gradmatch.estimators.distributed import unwrap
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.estimation import estimate
 from gradmatch.estimators.fingerprint import fingerprint, model_sampler
 from gradmatch.estimators.matching import name_states
@@ -168,16 +169,16 @@ def _batch_size(given: int | None, run: Run | None, calibrated: bool) -> int:
     """
     told = run.batch_size if run is not None else 0
     if run is not None and given and told and given != told:
-        raise ValueError(
-            f"batch_size (--batch-size) is {given}, but the run in {run.folder} made steps of {told} examples ({run.rows} rows x "
-            f"{run.accumulation} passes x {run.processes} processes); leave it out"
-        )
+        raise GradmatchError(
+            f"batch_size is {given}, but the run in {run.folder} made steps of {told} examples ({run.rows} rows x "
+            f"{run.accumulation} passes x {run.processes} processes)", "batch_size", run.folder, "leave batch_size away",
+        )  # fmt: skip
     if not (given or told or calibrated):
         why = "; ".join(run.unknown) if run else "no Trainer's training_args.bin lies beside the state"
-        raise ValueError(
-            "batch_size (--batch-size) is needed, the number of examples whose mean gradient made one step, or "
-            f"calibrate=batches (--data FILE --calibrate 64): {why}"
-        )
+        raise GradmatchError(
+            f"the number of examples whose mean gradient made one step is not known: {why}", "batch_size",
+            remedy="pass batch_size=, or calibrate=, a few dozen examples of the training set",
+        )  # fmt: skip
     return given or told
 
 
@@ -203,10 +204,10 @@ def _check_known(known: Units) -> None:
         ValueError: it names everything that stands against it.
     """
     if known.unknown:
-        raise ValueError(
-            f"the scale of these moments is not known: {'; '.join(known.unknown)}. Pass calibrate=batches, a few dozen examples "
-            "of the training set (gradmatch estimate: --data FILE --calibrate 64), whose empirical Fisher then gives the scale"
-        )
+        raise GradmatchError(
+            f"the scale of these moments is not known: {'; '.join(known.unknown)}", "units",
+            remedy="pass calibrate=, a few dozen examples of the training set, whose empirical Fisher then gives the scale",
+        )  # fmt: skip
 
 
 def _calibrated(mean: Mapping[str, Tensor], model: nn.Module, batches: Iterable[Any]) -> Units:

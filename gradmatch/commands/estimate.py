@@ -115,7 +115,9 @@ def check(args: argparse.Namespace) -> None:
         FileExistsError: the output is there already.
     """
     if args.calibrate is not None and not (args.adam and args.data):
-        raise ValueError("--calibrate needs both --adam, whose scale is asked for, and --data with labelled rows")
+        raise ValueError(
+            "--calibrate needs both --adam, whose scale is asked for, and --data with labelled rows"
+        )
     if args.calibrate is None and bool(args.data) == bool(args.adam):
         raise ValueError(
             "give either --data (to measure) or --adam (to read an optimizer's state); both with --calibrate ROWS"
@@ -168,12 +170,12 @@ def from_state(args: argparse.Namespace) -> Any:
     """Curvature from Adam's state, its scale from the run's files or by a few rows of data."""
     from gradmatch.estimators import from_adam
 
-    steps, batches = args.batch_size, None
-    if args.data:
-        args.examples, args.batch_size = args.calibrate, None
-        model, batches = open_data(args)
-    else:
+    steps = args.batch_size
+    if not args.data:
         model, _, _ = load(args, "auto")
+        return from_adam(args.adam, model, num_examples=args.num_examples, batch_size=steps)
+    args.examples, args.batch_size = args.calibrate, None
+    model, batches = open_data(args)
     known = args.num_examples or batches.rows
     return from_adam(args.adam, model, num_examples=known, batch_size=steps, calibrate=batches)
 

@@ -200,7 +200,7 @@ CHANGED = {
     "arguments cut": (write("training_args.bin", b"PK"), "training_args.bin cannot be read"),
     "arguments of something": (another, "holds a Counter, not the arguments of a Trainer"),
     "arguments of another trainer": (foreign, r"training_args.bin is a tests.*Arguments, whose trainer may compute another loss"),
-    "code": (lambda folder: torch.save(Exploding(), folder / "training_args.bin"), "training_args.bin is a .*exit"),
+    "code": (lambda folder: torch.save(Exploding(), folder / "training_args.bin"), "training_args.bin is a .*Quitter"),
     "optim": (edit_arguments(optim="paged_adamw_8bit"), "trained with optim='paged_adamw_8bit': only of AdamW"),
     "smoothing": (edit_arguments(label_smoothing_factor=0.1), "sets label_smoothing_factor"),
     "deepspeed elsewhere": (edit_arguments(deepspeed="zero.json"), "sets deepspeed"),
@@ -226,7 +226,9 @@ def test_files_that_were_changed_are_refused_by_name(name, trained, tmp_path):
     if message is None:
         found = read_run(folder)
         assert found.batch_size == 3 * 2
-        message = r"batch_size .* is 8, but the run in .* made steps of 6 examples \(3 rows x 2 passes x 1 processes\)"
+        message = (
+            r"batch_size is 8, but the run in .* made steps of 6 examples \(3 rows x 2 passes x 1 processes\)"
+        )
     with pytest.raises(ValueError, match=message):
         from_adam(folder, trained.model, num_examples=EXAMPLES, batch_size=8 if name == "rows" else None)
 
@@ -243,7 +245,7 @@ def test_deepspeeds_own_clipping_wins(engine, clip, trained, tmp_path):
 
 def test_a_bare_state_needs_a_batch_size_and_is_taken_as_told(trained, tmp_path):
     shutil.copy(trained.folder / "optimizer.pt", tmp_path)
-    with pytest.raises(ValueError, match=r"batch_size .* is needed, .*no Trainer's training_args.bin"):
+    with pytest.raises(ValueError, match=r"one step is not known: no Trainer's training_args.bin"):
         from_adam(tmp_path, trained.model, num_examples=5)
     found = from_adam(tmp_path, trained.model, num_examples=5, batch_size=8)
     assert "no file tells" in found.info["assumed"]
