@@ -23,6 +23,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def locate(model: str, folder: Path) -> str:
-    """A path relative to the recipe where there is one, else the text as it is (a hub id, or a path from here)."""
+    """A path relative to the recipe where there is one, else the text as it is (a hub id, or a path from here).
+
+    In "model@revision" and "model+adapter" each part is looked for.
+    """
     beside = folder / Path(model).expanduser()
-    return str(beside) if beside.exists() else model
+    if beside.exists():
+        return str(beside)
+    first, plus, adapter = model.rpartition("+")
+    if plus:
+        return f"{locate(first, folder)}+{locate(adapter, folder)}"
+    name, at, revision = model.partition("@")
+    return f"{locate(name, folder)}@{revision}" if at else model

@@ -14,6 +14,7 @@ from gradmatch.estimators.tensorfile import TensorFile
 from gradmatch.models.adapter_config import CONFIG, check_config, scale_of
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.orientation import conv1d_weights
+from gradmatch.models.reference import published
 from gradmatch.models.stores import FileStore, MemoryStore, Spec, Store, torch_dtype
 
 if TYPE_CHECKING:
@@ -179,7 +180,13 @@ def open_adapter(path: Path, base: Checkpoint, *, allow_pickle: bool = False) ->
     untied = bool(freed) or any(OUTPUT.search(name) and name not in base for name in trained)
     changed = {**base.config, "tie_word_embeddings": False} if base.config and untied else base.changed
     return Checkpoint(
-        store, path=path, config=changed or base.config, aliases=aliases, changed=changed, folder=base.folder
+        store,
+        path=path,
+        config=changed or base.config,
+        aliases=aliases,
+        changed=changed,
+        folder=base.folder,
+        names=(*base.names, published(path)),
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.estimators.fingerprint import Sample, sample_file, sample_tensor
+from gradmatch.models.reference import published
 from gradmatch.models.stores import FileStore, Spec, Store, read
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
         config: the model's config.json, or None.
         aliases: tied names -> the name that holds the values.
         module: the module it was opened from, or None.
+        names: what to call it where others read it (see `published`): its own, an adapter's base first, those of all models that
+            were stacked.
         changed: a config that replaces the one in `path` (other layers, another vocabulary), or None.
         original: the checkpoint before its vocabulary was aligned; itself otherwise.
         report: what the merge that made it has to say, or None.
@@ -38,6 +41,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         module: Any = None,
         changed: Mapping[str, Any] | None = None,
         folder: Path | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         self.store = store
         self.path = path
@@ -45,6 +49,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         self.config = config
         self.aliases = dict(aliases or {})
         self.module = module
+        self.names = tuple(names) or (published(path) if path else self.where,)
         self.changed = changed
         self.original = self
         self.report: Any = None

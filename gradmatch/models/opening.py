@@ -19,6 +19,7 @@ from gradmatch.estimators.tensorfile import TensorFile
 from gradmatch.models.adapter_config import CONFIG, named_base
 from gradmatch.models.adapters import open_adapter
 from gradmatch.models.checkpoint import Checkpoint
+from gradmatch.models.reference import split_adapter, split_revision
 from gradmatch.models.stores import FileStore, MemoryStore
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def open_checkpoint(
     """Open any model as a lazy mapping name -> tensor.
 
     Args:
-        path: folder, safetensors file, hub id, PEFT adapter folder, state dict or module.
+        path: folder, safetensors file, hub id ("me/base", "me/base@revision"), PEFT adapter folder, "model+adapter", state dict or
+            module.
         base: the model that an adapter is expanded on; None: the one that its config names.
         allow_pickle: read .bin / .pt files too, with weights_only.
 
@@ -57,6 +59,13 @@ def open_checkpoint(
         return path
     if not isinstance(path, (str, os.PathLike)):
         return _in_memory(path)
+    model, adapter = split_adapter(str(path))
+    if adapter:
+        return open_checkpoint(
+            adapter_folder(adapter, str(path)),
+            base=open_checkpoint(model, allow_pickle=allow_pickle),
+            allow_pickle=allow_pickle,
+        )
     folder = Path(path).expanduser()
     if folder.is_file():
         return _from_file(folder, allow_pickle)
@@ -69,6 +78,21 @@ def open_checkpoint(
             allow_pickle=allow_pickle,
         )
     return _from_folder(folder, allow_pickle)
+
+
+def adapter_folder(adapter: str, whole: str) -> Path:
+    """The folder of the adapter in "model+adapter".
+
+    Raises:
+        ValueError: it is none.
+    """
+    folder = Path(adapter).expanduser()
+    folder = folder if folder.exists() else from_hub(adapter)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{whole!r}: what stands behind the + must be an adapter, and {adapter} has no {CONFIG}; two models are two tasks"
+        )
+    return folder
 
 
 def _in_memory(model: Any) -> Checkpoint:
@@ -204,11 +228,12 @@ def _tied_copy(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def from_hub(name: str, patterns: Sequence[str] = WANTED) -> Path:
-    """The local snapshot of a hub repository, of the files that match `patterns`.
+    """The local snapshot of a hub repository ("me/base", "me/base@revision"), of the files that match `patterns`.
 
     Raises:
         FileNotFoundError: neither a path nor a repository that can be reached.
     """
+    name, revision = split_revision(name)
     folder = Path(name).expanduser().parent
     siblings = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     hint = nearest(Path(name).name, siblings)
@@ -217,8 +242,8 @@ def from_hub(name: str, patterns: Sequence[str] = WANTED) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # the library's errors share no base class across versions
         raise FileNotFoundError(
-            f"no file or folder {name}{hint}, and no hub repository of that name could be fetched ({type(error).__name__}: {error})"
+            f"no file or folder {name}{hint}, and no hub repository of that name {f'at revision {revision} ' if revision else ''}could be fetched ({type(error).__name__}: {error})"
         ) from error

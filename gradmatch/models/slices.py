@@ -103,6 +103,7 @@ def stack(slices: Sequence[Slice], *, allow_pickle: bool = False) -> Checkpoint:
         aliases=opened[0].aliases,
         changed=config,
         folder=opened[0].folder,
+        names=list(dict.fromkeys(name for one in opened for name in one.names)),
     )
 
 

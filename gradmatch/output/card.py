@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.estimators.files import write_atomically
 from gradmatch.estimators.fingerprint import fingerprint
 from gradmatch.models.checkpoint import Checkpoint
+from gradmatch.models.reference import hub_id, published
 
 if TYPE_CHECKING:
     from gradmatch.output.report import Report
@@ -24,12 +27,14 @@ CARD = "gradmatch.json"
 
 def card_files(made: Plan, report: Report) -> dict[str, bytes]:
     """Name -> content of the card's files, and of the heads kept per task."""
-    content = {
-        "recipe": recipe(made),
-        "inputs": input_fingerprints(made),
-        "report": report.to_dict(),
-        "versions": versions(),
-    }
+    content = _public(
+        {
+            "recipe": recipe(made),
+            "inputs": input_fingerprints(made),
+            "report": report.to_dict(),
+            "versions": versions(),
+        }
+    )
     files = {CARD: _json(content), "README.md": readme(content).encode()}
     for task, tensors in report.heads.items():
         from safetensors.torch import save
@@ -45,7 +50,7 @@ def recipe(made: Plan) -> dict[str, Any]:
     request, inputs = made.request, made.inputs
     options, transforms = used_options(made)
     return {
-        "base": inputs.base.where,
+        "base": "+".join(inputs.base.names),
         "method": request.method,
         "formula": made.formula,
         "source": request.rule.source,
@@ -59,9 +64,9 @@ def recipe(made: Plan) -> dict[str, Any]:
         "tasks": [
             {
                 "name": task.name,
-                "model": task.checkpoint.where,
+                "model": "+".join(task.checkpoint.names),
                 "weight": task.weight,
-                "curvature": str(task.curvature.path or "in memory") if task.curvature else None,
+                "curvature": _where(task.curvature),
                 "num_examples": task.curvature.num_examples if task.curvature else None,
             }
             for task in inputs.tasks
@@ -109,10 +114,7 @@ def readme(content: Mapping[str, Any]) -> str:
     made, report = content["recipe"], content["report"]
     lines = [
         "---",
-        "library_name: transformers",
-        "tags:",
-        "- merge",
-        "- gradmatch",
+        front_matter(made),
         "---",
         "",
         "# Merged model",
@@ -143,30 +145,48 @@ def readme(content: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def front_matter(made: Mapping[str, Any]) -> str:
+    """The card's head in YAML, by which the hub knows what was merged: every model that has a hub id."""
+    from huggingface_hub import ModelCardData
+
+    named = [
+        name for model in (made, *made["tasks"]) for name in (model.get("base") or model["model"]).split("+")
+    ]
+    models = list(dict.fromkeys(filter(None, map(hub_id, named)))) or None
+    relation = {"base_model_relation": "merge"} if models else {}
+    data = ModelCardData(
+        library_name="transformers", tags=["merge", "gradmatch"], base_model=models, **relation
+    )
+    return str(data.to_yaml()).strip()
+
+
 def rewrite_card(result: Any) -> None:
     """Write a report that was completed after the merge into its folder's card; nothing to do in memory."""
     if not isinstance(result, Checkpoint) or result.path is None:
         return
     content = json.loads((result.path / CARD).read_text(encoding="utf-8"))
-    content["report"] = json.loads(_json(result.report.to_dict()))
+    content["report"] = json.loads(_json(_public(result.report.to_dict())))
     for name, text in ((CARD, _json(content)), ("README.md", readme(content).encode())):
         write_atomically(result.path / name, text)
 
 
 def _json(content: Any) -> bytes:
-    return (json.dumps(_finite(content), indent=2, default=str, allow_nan=False) + "\n").encode()
+    return (json.dumps(content, indent=2, default=str, allow_nan=False) + "\n").encode()
 
 
-def _finite(content: Any) -> Any:
-    """The content with null for numbers that JSON has no spelling for (a weight without a limit, an infinite norm)."""
+def _public(content: Any) -> Any:
+    """The content with null for numbers that JSON has no spelling for (a weight without a limit), and no path of this machine."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
+    if isinstance(content, (str, os.PathLike)):
+        path = Path(content)
+        return published(path) if path.is_absolute() and path.exists() else str(content)
     if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
-    return [_finite(value) for value in content] if isinstance(content, (list, tuple)) else content
+        return {key: _public(value) for key, value in content.items()}
+    return [_public(value) for value in content] if isinstance(content, (list, tuple)) else content
 
 
 def _where(curvature: Any) -> Any:
     if curvature is None or isinstance(curvature, float):
         return curvature
-    return str(curvature.path or "in memory")
+    return published(Path(curvature.path)) if curvature.path else "in memory"

@@ -225,6 +225,7 @@ def _replaced(checkpoint: Checkpoint, store: AlignedStore, rows: int) -> Checkpo
         module=checkpoint.module,
         changed=changed,
         folder=checkpoint.folder,
+        names=checkpoint.names,
     )
     result.original = checkpoint
     return result

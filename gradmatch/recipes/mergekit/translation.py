@@ -14,7 +14,6 @@ from typing import Any
 from gradmatch.common.files import locate
 from gradmatch.common.settings import numbers, times
 from gradmatch.models.checkpoint import Checkpoint
-from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.slices import Slice, stack
 from gradmatch.models.task import Model, Task
 from gradmatch.recipes.mergekit.keys import RANDOM, check_keys
@@ -157,11 +156,7 @@ def _name(model: Any) -> str:
 
 def _model(name: str, folder: Path) -> Model | Checkpoint:
     """What a reference stands for: a folder or hub id, or for "model+adapter" the adapter expanded on that model."""
-    whole = locate(name, folder)
-    model, plus, adapter = name.partition("+")
-    if not plus or Path(whole).exists():
-        return whole
-    return open_checkpoint(locate(adapter, folder), base=open_checkpoint(locate(model, folder)))
+    return locate(name, folder)
 
 
 def _tokenizer(content: Mapping[str, Any], base: tuple[str, Any] | None, where: str) -> dict[str, Any]:
