@@ -96,9 +96,9 @@ def prepare(
     made.files = files
     made.notes += apart
     if inputs.base.folder:
-        from gradmatch.output.layout import module_notes
+        from gradmatch.output.carried import carried_notes
 
-        made.notes += module_notes(inputs.base.folder)
+        made.notes += carried_notes(inputs.base.folder)
     return made
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradmatch.models.curvatures import CurvatureStore
 from gradmatch.output.card import versions
-from gradmatch.output.layout import CARRIED, carried
+from gradmatch.output.carried import CARRIED, carried
 
 if TYPE_CHECKING:
     from gradmatch.models.stores import Store

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradmatch.estimators.files import claim, let_go, sync, sync_data, write_atomically
+from gradmatch.output.carried import carry_along
 from gradmatch.output.identity import check_apart
-from gradmatch.output.layout import Layout, carry_along
+from gradmatch.output.layout import Layout
 from gradmatch.output.publishing import (
     beside,
     check_absent,

@@ -128,7 +128,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     heads: dict[int, list[str]] = field(default_factory=dict)
-    files: dict[str, bytes] = field(default_factory=dict)
+    files: dict[str, bytes | None] = field(default_factory=dict)
 
     @property
     def merged(self) -> list[Step]:
