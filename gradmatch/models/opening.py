@@ -29,13 +29,10 @@ INDEX = "model.safetensors.index.json"
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+# What is fetched of a hub repository: no pickles; code is carried along and never run.
 WANTED = (
-    "*.safetensors",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-)  # of a hub repository; no code, no pickles
+    "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "*.codes", "*.bpe", "*.vocab", "*.merges", "*.py",
+)  # fmt: skip
 
 
 def open_checkpoint(
