@@ -91,10 +91,10 @@ def prepare(
     from gradmatch.plan.vocab import align
 
     apart = check_units(inputs, request, allow_mismatch)
-    files = align(inputs, request.embeddings)
+    files, said = align(inputs, request)
     made = plan(inputs, request)
     made.files = files
-    made.notes += apart
+    made.notes += [*apart, *said]
     if inputs.base.folder:
         from gradmatch.output.carried import carried_notes
 

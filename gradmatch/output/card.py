@@ -153,10 +153,9 @@ def front_matter(made: Mapping[str, Any]) -> str:
         name for model in (made, *made["tasks"]) for name in (model.get("base") or model["model"]).split("+")
     ]
     models = list(dict.fromkeys(filter(None, map(hub_id, named)))) or None
-    relation = {"base_model_relation": "merge"} if models else {}
-    data = ModelCardData(
-        library_name="transformers", tags=["merge", "gradmatch"], base_model=models, **relation
-    )
+    data = ModelCardData(library_name="transformers", tags=["merge", "gradmatch"], base_model=models)
+    if models:
+        data["base_model_relation"] = "merge"
     return str(data.to_yaml()).strip()
 
 

@@ -138,10 +138,7 @@ def carry_along(plan: Plan, folder: Path) -> list[str]:
     if (plan.request.dtype or base.changed) and (folder / "config.json").is_file():
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if base.changed:
-            config = {
-                **base.changed,
-                **{key: value for key, value in config.items() if key.endswith("_token_id")},
-            }
+            config = dict(base.changed)
         if plan.request.dtype:
             config.pop("torch_dtype", None)
             config["dtype"] = plan.request.dtype

@@ -42,6 +42,7 @@ class Request:
         seed: of random transforms and stochastic rounding.
         head_names: patterns of tensors that count as heads, beside those that differ.
         missing, missing_curvature, heads, embeddings, batchnorm, precision, rounding, verify: see POLICIES.
+        tokenizer: whose the output has, with its ids and rows: "base" or a task's name; empty: as `embeddings` says.
         shard_bytes: largest size of an output file.
         notes: to be kept with the plan and the report (a translated recipe's differences).
     """
@@ -58,6 +59,7 @@ class Request:
     missing_curvature: str = "error"
     heads: str = "error"
     embeddings: str = "error"
+    tokenizer: str = ""
     batchnorm: str = "error"
     precision: str = "auto"
     rounding: str = "nearest"

@@ -9,70 +9,180 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from gradmatch.common.files import read_json
+from gradmatch.common.names import nearest
 from gradmatch.common.settings import layer_of
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.gathered import ABSENT, AlignedStore, Rows
-from gradmatch.models.tokenizers import rewritten, vocabulary
+from gradmatch.models.rewriting import IDS, check_loaded, dump, renumbered, rewritten, tokenizer_files
+from gradmatch.models.tokenizers import unread, vocabulary
 
 if TYPE_CHECKING:
     from gradmatch.plan.opened import Inputs
+    from gradmatch.plan.request import Request
 
 EMBEDDINGS = re.compile(
     r"embed_tokens|word_embeddings|embed_in|embed_out|tok_embeddings|wte|shared|^output\.|predictions\.(bias|decoder)"
     r"|lm_head\.(weight|bias|decoder)",
     re.IGNORECASE,
 )  # input and output embeddings and their biases, as transformers calls them
+GENERATION, SIZE = "generation_config.json", "vocab_size"
 POSITIONS = re.compile(r"wpe|position|token_type", re.IGNORECASE)  # embeddings of something else
 
 
-def align(inputs: Inputs, policy: str) -> dict[str, bytes]:
-    """Compare the vocabularies; with a policy, align every model and curvature on a common one.
+def align(inputs: Inputs, request: Request) -> tuple[dict[str, bytes | None], list[str]]:
+    """Compare the vocabularies; where a policy or a tokenizer is chosen, align every model and curvature on a common one.
 
     Args:
         inputs: changed in place.
-        policy: "error", "intersect" or "union".
+        request: its `embeddings` ("error", "intersect" or "union") and `tokenizer` (whose the output has).
 
     Returns:
-        Tokenizer files that replace the base's in the output.
+        Tokenizer files that replace the base's in the output (None: left out), and notes.
 
     Raises:
-        ValueError: vocabularies differ and no policy was chosen, or a tokenizer that cannot be rewritten.
+        ValueError: vocabularies differ and no policy was chosen, one cannot be read, or a tokenizer that cannot be rewritten.
     """
     models = [inputs.base, *(task.checkpoint for task in inputs.tasks)]
-    tables = _tables(models)
-    base = tables[0]
-    if base is None:
-        return {}
-    known = [
-        base if table is None else table for table in tables
-    ]  # a model without a tokenizer uses the base's
-    sizes = _rows(models, known)
-    differs = [i for i, table in enumerate(known) if table != base or sizes[i] != sizes[0]]
-    if not differs:
-        return {}
-    if policy == "error":
-        position = differs[0]
-        name = inputs.tasks[position - 1].name
-        raise ValueError(
-            _difference(name, base, known[position])
-            if known[position] != base
-            else f"the embeddings of {name} have {sizes[position]} rows and the base's {sizes[0]}, for the same tokens; "
-            "choose embeddings='union' or 'intersect' to merge the rows of tokens and keep the base's padding"
-        )
-    tokens = common_tokens(known, policy)
-    padding = _padding(models[0], base) if policy == "union" or len(tokens) == len(base) else 0
-    tensors = _vocabulary_tensors(models, known)
-    end = max(base.values()) + 1
-    aligned = [
-        AlignedStore(model.store, Rows(_index(tokens, table, [ABSENT] * padding, end)), tensors)
-        for model, table in zip(models[1:], known[1:], strict=True)
+    names = ["the base", *(task.name for task in inputs.tasks)]
+    owner = _owner(request.tokenizer, names)
+    notes = [
+        f"the vocabulary of {name} could not be read ({file} alone): its rows are taken to be those of the same tokens"
+        for name, model in zip(names, models, strict=True)
+        if (file := unread(model.folder))
     ]
-    rows0 = Rows(_index(tokens, base, list(range(end, end + padding)), end))
-    store0 = AlignedStore(models[0].store, rows0, tensors, donors=aligned)
+    tables = _tables(models)
+    known = next((table for table in tables if table is not None), None)
+    if known is None:
+        return _taken(models, owner, notes), notes
+    reference = tables[0] if tables[0] is not None else known
+    given = [reference if table is None else table for table in tables]
+    sizes = [_rows(model, table) for model, table in zip(models, given, strict=True)]
+    held = [_with_rows(*one, notes) for one in zip(names, given, sizes, strict=True)]
+    differs = [i for i, table in enumerate(held) if table != held[0] or sizes[i] != sizes[0]]
+    if not differs:
+        return _taken(models, owner, notes), notes
+    if request.embeddings == "error" and owner is None:
+        raise ValueError(_difference(names[differs[0]], models[differs[0]], held, sizes, differs[0], tables))
+    for i in (0, *differs):
+        if tables[i] is None and (sizes[i] != sizes[0] or unread(models[i].folder) or i == 0):
+            raise ValueError(
+                f"the vocabulary of {names[i]} is not known ({unread(models[i].folder) or 'it has no tokenizer'}), so that its rows cannot "
+                "be aligned; save its tokenizer beside it, as tokenizer.json"
+            )
+    ids, rows, keeps = _numbered(held, sizes, request.embeddings, owner)
+    tensors = _vocabulary_tensors(models, sizes)
+    padding = set(range(rows)) - set(ids.values())
+    index = [_index(ids, table, rows) for table in held]
+    for row in padding:  # rows of no token stay the rows of the model whose numbers are kept
+        if row < sizes[keeps]:
+            index[keeps][row] = row
+    _gather(inputs, index, tensors)
+    if ids == held[0] and owner is None:
+        return {}, notes
+    if owner is not None and owner > 0:
+        return _taken([inputs.base, *models[1:]], owner, notes), notes
+    base = inputs.base
+    donors = [model.folder for model in models[1:] if model.folder is not None]
+    files = rewritten(base.folder, donors, ids)
+    assert base.folder is not None
+    moved = ids if any(ids.get(token) != number for token, number in held[0].items()) else None
+    if moved:
+        old = {number: token for token, number in held[0].items()}
+        if base.changed:
+            base.config = base.changed = renumbered(base.changed, old, moved)
+        if (base.folder / GENERATION).is_file():
+            files[GENERATION] = dump(renumbered(read_json(base.folder / GENERATION), old, moved))
+    said = check_loaded(base.folder, files, base.changed or {}, ids)
+    return files, [*notes, said] if said else notes
+
+
+def _owner(tokenizer: str, names: Sequence[str]) -> int | None:
+    """The position of the model whose tokenizer was asked for; None where none was.
+
+    Raises:
+        ValueError: no model is called so.
+    """
+    if not tokenizer:
+        return None
+    if tokenizer == "base":
+        return 0
+    if tokenizer not in names[1:]:
+        raise ValueError(
+            f"tokenizer is {tokenizer!r}{nearest(tokenizer, names[1:])}; choose base or a task: {', '.join(names[1:])}"
+        )
+    return names.index(tokenizer, 1)
+
+
+def _taken(models: Sequence[Checkpoint], owner: int | None, notes: list[str]) -> dict[str, bytes | None]:
+    """The tokenizer's files and special ids of the model that was asked for, in place of the base's."""
+    if not owner:
+        return {}
+    base, model = models[0], models[owner]
+    if model.folder is None or not (own := tokenizer_files(model.folder)):
+        raise ValueError(
+            f"{model.where} has no tokenizer, which the output was to have; choose another tokenizer"
+        )
+    files: dict[str, bytes | None] = dict.fromkeys(tokenizer_files(base.folder) if base.folder else ())
+    files |= {name: (model.folder / name).read_bytes() for name in own}
+    theirs = {key: value for key, value in (model.config or {}).items() if IDS.search(key)}
+    if base.config is not None:
+        base.config = base.changed = {**(base.changed or base.config), **theirs}
+    if (model.folder / GENERATION).is_file():
+        files[GENERATION] = (model.folder / GENERATION).read_bytes()
+    notes.append(f"tokenizer and ids of special tokens: those of {model.where}")
+    return files
+
+
+def _numbered(
+    tables: Sequence[Mapping[str, int]], sizes: Sequence[int], policy: str, owner: int | None
+) -> tuple[dict[str, int], int, int]:
+    """Token -> id of the output, its number of rows, and the model whose rows of no token stay (padding).
+
+    A union's new tokens take the ids after the base's last one, whose rows may be padding there; so does `add_tokens`.
+
+    Raises:
+        ValueError: no token in common.
+    """
+    if owner is not None:
+        return dict(tables[owner]), sizes[owner], owner
+    base = dict(tables[0])
+    ordered = sorted(base, key=lambda token: base[token])
+    if policy == "union":
+        following = max(base.values()) + 1
+        for table in tables[1:]:
+            for token in sorted(table, key=lambda token: table[token]):
+                if token not in base:
+                    base[token] = following
+                    following += 1
+        return base, max(sizes[0], following), 0
+    kept = [token for token in ordered if all(token in table for table in tables)]
+    if not kept:
+        raise ValueError("the vocabularies have no token in common")
+    if len(kept) == len(base):
+        return base, sizes[0], 0
+    return {token: number for number, token in enumerate(kept)}, len(kept), 0
+
+
+def _index(ids: Mapping[str, int], table: Mapping[str, int], rows: int) -> list[int]:
+    """Source row of every output row."""
+    index = [ABSENT] * rows
+    for token, number in ids.items():
+        index[number] = table.get(token, ABSENT)
+    return index
+
+
+def _gather(inputs: Inputs, index: Sequence[list[int]], tensors: Sequence[str]) -> None:
+    """Put every model and curvature on the common rows."""
+    aligned = [
+        AlignedStore(task.checkpoint.store, Rows(rows), tensors)
+        for task, rows in zip(inputs.tasks, index[1:], strict=True)
+    ]
+    rows0 = Rows(index[0])
+    store0 = AlignedStore(inputs.base.store, rows0, tensors, donors=aligned)
     for task, store in zip(inputs.tasks, aligned, strict=True):
         store.base = store0
         task.checkpoint = _replaced(task.checkpoint, store, len(store.rows.index))
@@ -84,71 +194,26 @@ def align(inputs: Inputs, policy: str) -> dict[str, bytes]:
     inputs.store = store0
     if inputs.base_curvature is not None and not isinstance(inputs.base_curvature, float):
         inputs.base_curvature.rows = dict.fromkeys(tensors, rows0)
-    if tokens == sorted(base, key=lambda token: base[token]):
-        return {}
-    numbered = (
-        {token: number for number, token in enumerate(tokens)}
-        if policy == "intersect"
-        else _numbered(tokens, base)
-    )
-    donors = [model.path for model in models[1:] if model.path is not None]
-    return rewritten(models[0].path, donors, numbered)
 
 
-def common_tokens(tables: Sequence[Mapping[str, int]], policy: str) -> list[str]:
-    """The output's tokens: the base's order, then (union) what the others add, in their order.
-
-    Raises:
-        ValueError: no token in common.
-    """
-    base = sorted(tables[0], key=lambda token: tables[0][token])
-    if policy == "intersect":
-        tokens = [token for token in base if all(token in table for table in tables)]
-        if not tokens:
-            raise ValueError("the vocabularies have no token in common")
-        return tokens
-    added = dict.fromkeys(
-        token
-        for table in tables[1:]
-        for token in sorted(table, key=lambda token: table[token])
-        if token not in tables[0]
-    )
-    return [*base, *added]
+def _with_rows(name: str, table: Mapping[str, int], rows: int, notes: list[str]) -> dict[str, int]:
+    """The tokens that have a row; others can be written but not read by their model, and are told."""
+    beyond = sorted((number, token) for token, number in table.items() if number >= rows)
+    if beyond:
+        number, token = beyond[0]
+        notes.append(
+            f"the tokenizer of {name} has {len(beyond)} tokens beyond the {rows} rows of its embeddings, first {token!r} ({number}): they "
+            "have no weights and take no part"
+        )
+    return {token: number for token, number in table.items() if number < rows}
 
 
-def _index(
-    tokens: Sequence[str], table: Mapping[str, int], padding: Sequence[int], base_end: int
-) -> list[int]:
-    """Source row of every output row. Padding rows (of the base, after its last token) keep their place before new tokens."""
-    rows = [table.get(token, ABSENT) for token in tokens]
-    rows[base_end:base_end] = padding
-    return rows
-
-
-def _numbered(tokens: Sequence[str], base: Mapping[str, int]) -> dict[str, int]:
-    """Ids of a union: the base's own, then the next ones."""
-    following = max(base.values()) + 1
-    numbered = dict(base)
-    for token in tokens:
-        if token not in numbered:
-            numbered[token] = following
-            following += 1
-    return numbered
-
-
-def _padding(model: Checkpoint, table: Mapping[str, int]) -> int:
-    """Rows of the embeddings beyond the last token."""
-    rows = int((model.config or {}).get("vocab_size", 0))
-    return max(0, rows - (max(table.values()) + 1))
-
-
-def _vocabulary_tensors(models: Sequence[Checkpoint], tables: Sequence[Mapping[str, int]]) -> list[str]:
+def _vocabulary_tensors(models: Sequence[Checkpoint], sizes: Sequence[int]) -> list[str]:
     """Tensors with one row a token in every model: input and output embeddings and output biases.
 
     Raises:
-        ValueError: the model is as wide as its vocabulary is long, and no name tells the embeddings.
+        ValueError: there is none, or the model is as wide as its vocabulary is long, and no name tells the embeddings.
     """
-    sizes = _rows(models, tables)
     found = [
         name
         for name in models[0].store
@@ -160,6 +225,11 @@ def _vocabulary_tensors(models: Sequence[Checkpoint], tables: Sequence[Mapping[s
             if name in model.store
         )
     ]
+    if not found:
+        raise ValueError(
+            f"no tensor has a row for each token of every model ({', '.join(map(str, sizes))} rows by their configs and tokenizers); "
+            "give all models the base's vocabulary first"
+        )
     if all(models[0].spec(name).shape[1:] != (sizes[0],) for name in found):
         return found
     named = [name for name in found if EMBEDDINGS.search(name)]
@@ -171,12 +241,17 @@ def _vocabulary_tensors(models: Sequence[Checkpoint], tables: Sequence[Mapping[s
     return named
 
 
-def _rows(models: Sequence[Checkpoint], tables: Sequence[Mapping[str, int]]) -> list[int]:
-    """Each model's number of embedding rows."""
-    return [
-        (model.config or {}).get("vocab_size") or max(table.values()) + 1
-        for model, table in zip(models, tables, strict=True)
-    ]
+def _rows(model: Checkpoint, table: Mapping[str, int]) -> int:
+    """A model's number of embedding rows, by its config (also of a tower's), else as many as it has tokens."""
+    found = next((part[SIZE] for part in _parts(model.config) if type(part.get(SIZE)) is int), None)
+    return found or max(table.values()) + 1
+
+
+def _parts(config: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """A config and the ones nested in it."""
+    if config:
+        yield config
+        yield from (value for value in config.values() if isinstance(value, Mapping))
 
 
 def _tables(models: Sequence[Checkpoint]) -> list[dict[str, int] | None]:
@@ -184,16 +259,30 @@ def _tables(models: Sequence[Checkpoint]) -> list[dict[str, int] | None]:
     tables: list[dict[str, int] | None] = []
     parsed: dict[bytes, dict[str, int] | None] = {}
     for model in models:
-        folder = model.path if model.path is not None and Path(model.path).is_dir() else None
-        key, parse = vocabulary(folder)
+        key, parse = vocabulary(model.folder)
         if key not in parsed:
             parsed[key] = parse()
         tables.append(parsed[key])
     return tables
 
 
-def _difference(name: str, base: Mapping[str, int], table: Mapping[str, int]) -> str:
+def _difference(
+    name: str,
+    model: Checkpoint,
+    tables: Sequence[Mapping[str, int]],
+    sizes: Sequence[int],
+    position: int,
+    read: Sequence[Mapping[str, int] | None],
+) -> str:
     """What to say of two vocabularies that differ."""
+    base, table = tables[0], tables[position]
+    rows = f"the embeddings of {name} have {sizes[position]} rows and the base's {sizes[0]}"
+    if read[position] is None or read[0] is None:
+        whose, file = (name, unread(model.folder)) if read[position] is None else ("the base", "")
+        why = f"could not be read ({file} alone)" if file else "is not known, it has no tokenizer"
+        return f"{rows}, and the vocabulary of {whose} {why}; save its tokenizer beside it, as tokenizer.json"
+    if table == base:
+        return f"{rows}, for the same tokens; choose embeddings='union' or 'intersect' to merge the rows of tokens and keep the base's padding"
     missing = [token for token in base if token not in table]
     added = [token for token in table if token not in base]
     moved = [token for token in base if token in table and table[token] != base[token]]
@@ -213,9 +302,21 @@ def _difference(name: str, base: Mapping[str, int], table: Mapping[str, int]) ->
     )
 
 
+def _resized(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The config with another vocabulary size, wherever it holds one."""
+    return {
+        key: rows
+        if key == SIZE
+        else {**value, SIZE: rows}
+        if isinstance(value, Mapping) and SIZE in value
+        else value
+        for key, value in config.items()
+    } | ({} if any(SIZE in part for part in _parts(config)) else {SIZE: rows})
+
+
 def _replaced(checkpoint: Checkpoint, store: AlignedStore, rows: int) -> Checkpoint:
     """The checkpoint with aligned tensors and a config of the new size."""
-    config = None if checkpoint.config is None else {**checkpoint.config, "vocab_size": rows}
+    config = None if checkpoint.config is None else _resized(checkpoint.config, rows)
     changed = None if config is None else json.loads(json.dumps(config))
     result = Checkpoint(
         store,

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from gradmatch import Task, merge
 from gradmatch.estimators import Curvature
-from gradmatch.models.tokenizers import rewritten, vocabulary
+from gradmatch.models.rewriting import rewritten
+from gradmatch.models.tokenizers import vocabulary
 
 BASE = ["[PAD]", "[CLS]", "a", "b", "c", "d"]
 
@@ -98,15 +99,14 @@ def test_union(tmp_path, kind):
         assert tokenizer("a e [NEW]")["input_ids"] == [1, 2, 7, 6]
 
 
-def test_union_keeps_the_bases_padding_rows_in_place(tmp_path):
+def test_the_new_tokens_of_a_union_take_the_bases_padding_rows_first(tmp_path):
+    """As add_tokens does: the ids of the tokenizer have no gaps, and each is its row."""
     base = save(tmp_path / "base", BASE, 0, rows=8)
     one = save(tmp_path / "one", [*BASE, "e"], 1, rows=8)
     found = embeddings(merge(base, [Task(one)], method="averaging", embeddings="union"))
-    assert len(found) == 9
-    torch.testing.assert_close(
-        found[6], row("padding 6", 0)
-    )  # the task has no such padding row: its "e" is there
-    torch.testing.assert_close(found[8], row("e", 1))
+    assert len(found) == 8
+    torch.testing.assert_close(found[6], row("e", 1))
+    torch.testing.assert_close(found[7], row("padding 7", 0))
 
 
 def test_intersect_renumbers_tokenizer_and_config(tmp_path):
