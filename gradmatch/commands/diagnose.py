@@ -20,6 +20,7 @@ examples:
   gradmatch diagnose recipe.yaml                        before merging, from files alone
   gradmatch diagnose recipe.yaml merged/                after merging
   gradmatch diagnose recipe.yaml merged/ --data amazon=amazon.jsonl --data nyt=nyt.jsonl --html why.html
+  gradmatch diagnose recipe.yaml merged/ --data nyt=nyt.jsonl --data base=general.txt       what does the base forget?
 
 Data files hold a few hundred examples with their true labels: .jsonl, .csv or .tsv with columns text and label, .txt for
 language models, or .safetensors with the model's inputs and "labels". The tokenizer is the base's.
@@ -36,13 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "merged", nargs="?", help="folder or file of the merge (default: it is planned from the recipe)"
     )
-    parser.add_argument(
-        "--json", metavar="FILE", help="write the diagnosis as JSON (default with data: none)"
-    )
+    parser.add_argument("--json", metavar="FILE", help="write the diagnosis as JSON")
     parser.add_argument("--html", metavar="FILE", help="write it as one self-contained page")
     parser.add_argument(
         "--quick", action="store_true", help="no forecast, paths and redundancy: losses and mismatch only"
     )
+    parser.add_argument("--quiet", action="store_true", help="no word of the cost, no progress bar")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,12 +52,13 @@ def run(args: argparse.Namespace) -> int:
     arguments = sources(args)
     from gradmatch.diagnosis import diagnose
 
-    data = read_data(args, arguments)
+    data = read_data(args, arguments, ("base",))
     settings = {name: arguments.pop(name) for name in SETTINGS if name in arguments}
     base, tasks = arguments.pop("base"), arguments.pop("tasks")
     products = args.products or arguments.pop("products", None)
     if arguments.pop("weights", None):
-        tasks, arguments = chosen(args.merged, base, tasks, data, products, settings, arguments)
+        own = {task: batches for task, batches in (data or {}).items() if task != "base"}
+        tasks, arguments = chosen(args.merged, base, tasks, own or None, products, settings, arguments)
     options = {key: value for key, value in arguments.items() if key not in POLICIES}
     result = diagnose(
         base,
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         products=products,
         forecast=not args.quick,
         thorough=not args.quick,
+        progress=not args.quiet,
         **settings,
         **options,
     )

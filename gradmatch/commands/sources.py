@@ -93,14 +93,16 @@ def sources(args: argparse.Namespace) -> dict[str, Any]:
     return arguments
 
 
-def read_data(args: argparse.Namespace, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """Batches of every --data file, tokenised as the base wants it; None without one."""
+def read_data(
+    args: argparse.Namespace, arguments: dict[str, Any], also: Sequence[str] = ()
+) -> dict[str, Any] | None:
+    """Batches of every --data file, tokenised as the base wants it; None without one. `also`: what they may belong to beside tasks."""
     if not args.data:
         return None
     from gradmatch.plan.opened import task_names
 
     check_reading(args)
-    files = parse_data(args.data, task_names(arguments["tasks"]))
+    files = parse_data(args.data, [*task_names(arguments["tasks"]), *also])
     return {
         task: read_source(args, file, str(arguments["base"]), task, needs_labels=True)
         for task, file in files.items()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gradmatch.diagnosis.evidence import Evidence, Saving
 
-BROKEN, INPUT, CHOICE = 0, 1, 2
+BROKEN, INPUT, CHOICE, SYMPTOM = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Cause:
         subject: the task, model or layer that it is about.
         evidence: one sentence with its numbers.
         remedy: the one change that helps most.
-        rank: BROKEN, INPUT or CHOICE.
+        rank: BROKEN, INPUT, CHOICE, or SYMPTOM: what the merge does, whatever the reason.
         cost: nats that the repair saves over all tasks' examples (inf: the merge is useless); None: not known.
         source: "measured" (losses of the repaired merge), "forecast" (quadratic), or "" where there is no cost.
         numbers: the evidence as values.

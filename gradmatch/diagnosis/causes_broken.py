@@ -12,6 +12,8 @@ from gradmatch.plan.vocab import EMBEDDINGS
 if TYPE_CHECKING:
     from gradmatch.diagnosis.evidence import Evidence
 
+MOST = 0.5  # of the tensors: more that do not fit are no head and no vocabulary
+
 
 def not_finite(evidence: Evidence) -> list[Cause]:
     """NaN or infinite weights; the merge's own are told only where no input explains them."""
@@ -72,13 +74,17 @@ def shapes_differ(evidence: Evidence) -> list[Cause]:
         else:
             what = f"{model!r} lacks {missing[0]}"
         count = len(shapes) + len(missing)
+        other = count > max(MOST * len(evidence.base), 2)  # more than a head and a vocabulary
         causes.append(
             Cause(
                 "shapes_differ",
                 model,
-                f"{what}; {count} tensors cannot be merged",
+                f"{what}; {count} of {len(evidence.base)} tensors cannot be merged"
+                + (f": {model!r} is of another size or architecture" if other else ""),
                 "check the path of the merged model: it is no merge of these models"
                 if model == "merged"
+                else f"give a fine-tune of this base in place of {model!r}: models of another size have no common weights"
+                if other
                 else "carry such layers beside the trunk (a head or vocabulary policy of the merge), or take a fine-tune of this base",
                 BROKEN,
                 None,

@@ -107,7 +107,7 @@ def tasks_conflict(evidence: Evidence) -> list[Cause]:
 
     Pairs that share a task are told as one cause, of the task that most of them share.
     """
-    known = [task for task in evidence.objectives if task in evidence.losses and evidence.gained(task)]
+    known = [task for task in evidence.kept if task in evidence.losses and evidence.gained(task)]
     found = {pair: _best_compromise(evidence, *pair) for pair in combinations(known, 2)}
     left = {pair: compromise for pair, compromise in found.items() if compromise[0] < NEXT_TO_NOTHING}
     causes = []

@@ -93,6 +93,24 @@ def curvature_of_another(evidence: Evidence) -> list[Cause]:
     return causes
 
 
+def curvature_units(evidence: Evidence) -> list[Cause]:
+    """Curvatures of different sizes, so that the rule weighs units and not tasks."""
+    if not evidence.uses_curvature:
+        return []
+    return [
+        Cause(
+            "curvature_units",
+            apart.smaller,
+            apart.text,
+            f"estimate both in the same way, with `gradmatch estimate` on data of {apart.smaller!r} and of {apart.larger!r}",
+            INPUT,
+            *priced(saving_of(evidence, averaged)),
+            {"ratio": apart.ratio},
+        )
+        for apart in evidence.units
+    ]
+
+
 def noisy_curvature(evidence: Evidence) -> list[Cause]:
     """A curvature too noisy to weigh with: from a handful of examples, or of many with heavy tails where that costs something.
 
@@ -307,6 +325,7 @@ def zero_tensors(evidence: Evidence) -> list[Cause]:
 INPUT_FINDERS: tuple[Finder, ...] = (
     relabelled,
     curvature_of_another,
+    curvature_units,
     noisy_curvature,
     rounded_away,
     no_merge_of_these,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gradmatch.diagnosis.evidence import Evidence, Saving
+    from gradmatch.measure.forecast import BestWeights
 
 # Of three nearly orthogonal vectors, one three times as long as each other holds 9 / 11 of the sum's energy.
 DOMINANCE = 3.0
@@ -96,11 +97,11 @@ def overshoot(evidence: Evidence, lowered: Mapping[str, float]) -> list[Cause]:
     """
     if not evidence.measured or not evidence.path:
         return []
-    examples = {task: objective.num_examples for task, objective in evidence.objectives.items()}
+    examples = {task: objective.num_examples for task, objective in evidence.kept.items()}
     totals = {
         s: sum(losses[t] * n for t, n in examples.items()) for s, losses in evidence.path.items() if 0 < s < 1
     }
-    if not totals:
+    if not totals or not examples:
         return []
     share = min(totals, key=totals.__getitem__)
     saving = evidence.saving(evidence.along_path(share))
@@ -172,10 +173,16 @@ def _price(evidence: Evidence, saving: Saving | None, repaired: dict[str, float]
     return None, ""
 
 
+def best_weights(evidence: Evidence) -> BestWeights:
+    """The weights that the forecast likes best, over the tasks that are kept."""
+    importance = {p.task: 1 / p.num_examples for p in evidence.products if evidence.alpha[p.task] >= 0}
+    return best_coefficients(evidence.products, importance or None)
+
+
 def _auto(evidence: Evidence, *tasks: str) -> str:
     """What the forecast would choose."""
     if not evidence.products:
         return ""
-    best = best_coefficients(evidence.products).coefficients
+    best = best_weights(evidence).coefficients
     found = ", ".join(f"{best[task]:.2g}" for task in tasks)
     return f" (the forecast's best {'are' if len(tasks) > 1 else 'is'} {found})"

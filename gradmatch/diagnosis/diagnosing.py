@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
+from gradmatch.diagnosis.cause import Cause
 from gradmatch.diagnosis.causes import find_causes
 from gradmatch.diagnosis.evidence import Evidence
-from gradmatch.diagnosis.found import Found
-from gradmatch.diagnosis.measuring import measure, worse_than_base
+from gradmatch.diagnosis.measuring import measure, passes
 from gradmatch.diagnosis.recipes import effective_weights, in_span, reach_of
 from gradmatch.diagnosis.report import report_of
 from gradmatch.diagnosis.scan import scan_weights
 from gradmatch.diagnosis.text import describe
+from gradmatch.estimators.curvature import Curvature
 from gradmatch.measure.forecast import Products
 from gradmatch.measure.opening import (
     CurvatureLike,
@@ -32,28 +36,54 @@ from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.curvatures import open_curvature
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.task import Task
+from gradmatch.models.units import compare_units
 from gradmatch.plan.request import POLICIES
 from gradmatch.rules import find_rule
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from gradmatch.measure.objective import Objective
     from gradmatch.models.task import Model
 
 
-class Diagnosis(Found):
-    """Why a merge is as it is: what was found, and the ways to show it. Attributes as in `Found`."""
+@dataclass(repr=False)
+class Diagnosis:
+    """Why a merge is as it is: what was found, and the ways to show it.
+
+    Attributes:
+        causes: ranked; empty for a merge in which nothing was found.
+        evidence: what they were found in.
+
+    Example:
+        >>> import torch, gradmatch
+        >>> base = {"w": torch.ones(4, 4)}
+        >>> gradmatch.diagnose(base, [gradmatch.Task({"w": torch.full((4, 4), float("nan"))}, name="a")], base)
+        Diagnosis(1 cause: not_finite (a))
+    """
+
+    causes: list[Cause]
+    evidence: Evidence
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no cause was found."""
+        return not self.causes
+
+    @property
+    def notes(self) -> list[str]:
+        """What else is to be said, and what could not be looked at."""
+        return self.evidence.notes
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values, in the form of `gradmatch.diagnosis.report.Report`."""
-        content: dict[str, Any] = json.loads(report_of(self).model_dump_json())  # writes infinity as text
-        return content
+        """Everything as plain JSON values, see `gradmatch.diagnosis.report.report_of`."""
+        return report_of(self.causes, self.evidence)
 
     def to_html(self) -> str:
         """One self-contained page: text, tables and drawings, no network."""
         from gradmatch.diagnosis.page import page
 
-        return page(report_of(self))
+        return page(self.to_dict())
 
     def to_frame(self) -> Any:
         """The causes as a pandas DataFrame, one row each.
@@ -63,7 +93,7 @@ class Diagnosis(Found):
         """
         try:
             import pandas as pd  # type: ignore[import-untyped]
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise ImportError(
                 "to_frame needs pandas: pip install pandas; to_dict works without it"
             ) from error
@@ -73,7 +103,17 @@ class Diagnosis(Found):
         )
 
     def __str__(self) -> str:
-        return describe(self)
+        return describe(self.to_dict())
+
+    def __repr__(self) -> str:
+        told = ", ".join(f"{cause.name} ({cause.subject})" for cause in self.causes[:4])
+        count = f"{len(self.causes)} cause{'s' * (len(self.causes) > 1)}: {told}" if told else "nothing found"
+        return f"Diagnosis({count}{', ...' * (len(self.causes) > 4)})"
+
+    def _repr_html_(self) -> str:
+        from gradmatch.diagnosis.page import summary
+
+        return summary(self.to_dict())
 
 
 def diagnose(
@@ -93,6 +133,7 @@ def diagnose(
     forecast: bool = True,
     mismatch: bool = True,
     thorough: bool = True,
+    progress: bool = False,
     **options: Any,
 ) -> Diagnosis:
     """Explain a merge: rank what went wrong, with evidence, cost in nats, and remedy.
@@ -109,18 +150,20 @@ def diagnose(
         base_curvature: H0's curvature, or a number, as for `merge`.
         base_weight: factor on H0.
         delta0: the floor that the merge used.
-        data: task -> batches with true labels; a few hundred examples a task suffice.
-        num_examples: task -> N its loss sums over; else its curvature's, else the number of examples given.
+        data: task -> batches with true labels; a few hundred examples a task suffice. Under "base", data of the base's own, to see
+            what it forgets.
+        num_examples: task (or "base") -> N its loss sums over; else its curvature's, else the number of examples given.
         module: structure to run the data through; not needed where `base` is a module or a transformers folder.
         likelihood: as `gradmatch.estimators.estimate` takes it.
         products: stored forecast products (file or list); measured from data where absent.
         forecast: measure products (T^2 forward-mode passes over the data).
         mismatch: measure the gradient mismatch (2 T backward passes over the data); no cause rests on it.
-        thorough: also the path from the base, redundancy curves and barriers (about 10 T more forward passes).
+        thorough: also the path from the base, redundancy curves and barriers (about 10 more forward passes over all data).
+        progress: say what it will read and run, and show a progress bar, on stderr.
         **options: of the rule, for a planned merge.
 
     Raises:
-        ValueError: no task, data of an unknown task, data without a module, an unknown method.
+        ValueError: no task, a task called "base" or "merged", data of an unknown task, data without a module, an unknown method.
         TypeError: tasks that are no Tasks.
         FileNotFoundError: an input that is not there.
     """
@@ -135,13 +178,19 @@ def diagnose(
         complete = len(curvatures) == len(names) and opened_h0 is not None
         method = "gradient_matching" if complete else "task_arithmetic"
     find_rule(method)
-    check_tasks("data", data, names)
-    check_tasks("num_examples", num_examples, names)
+    for reserved in ("base", "merged"):
+        if reserved in names:
+            raise ValueError(
+                f"a task is called {reserved!r}, which is what the {reserved} model goes by here; give it another name"
+            )
+    check_tasks("data", data, [*names, "base"])
+    check_tasks("num_examples", num_examples, [*names, "base"])
     alpha = effective_weights(method, weights, options)
     notes: list[str] = []
-    sizes = {**{t: c.num_examples for t, c in curvatures.items()}, **(num_examples or {})}
+    given = {**curvatures, **({"base": opened_h0} if isinstance(opened_h0, Curvature) else {})}
+    sizes = {**{t: c.num_examples for t, c in given.items()}, **(num_examples or {})}
     objectives = open_objectives(
-        {task: data[task] for task in names if task in data} if data else {},
+        {task: data[task] for task in (*names, "base") if task in data} if data else {},
         sizes,
         base,
         theta0,
@@ -154,12 +203,19 @@ def diagnose(
         theta, refusal = planned_merge(base, tasks, method, base_curvature, base_weight, delta0, options)
     else:
         theta = open_checkpoint(merged, base=theta0)
+    base_objective = objectives.pop("base", None)
+    if progress:
+        say_cost(
+            [theta0, *models.values(), theta],
+            [*objectives.values(), base_objective],
+            passes(len(names), forecast, mismatch, thorough),
+        )
     evidence = Evidence(
         base=theta0,
         tasks=dict(models),
         merged=theta,
         alpha=alpha,
-        scan=scan_weights(theta0, models, theta, reach_of(method, alpha, options)),
+        scan=scan_weights(theta0, models, theta, reach_of(method, alpha, options), progress=progress),
         method=method,
         refusal=refusal,
         policies={name: options[name] for name in POLICIES if name in options},
@@ -168,12 +224,13 @@ def diagnose(
         base_weight=base_weight,
         curvatures=curvatures,
         base_curvature=opened_h0,
+        units=compare_units(given),
         objectives=objectives,
+        base_objective=base_objective,
         fingerprints=curvature_owners(theta0, models, curvatures, opened_h0),
         notes=notes,
     )
-    result = Diagnosis([], evidence)
-    result.overlaps, result.weighted_conflicts = compared_curvatures(theta0, models, curvatures)
+    evidence.overlaps, evidence.weighted_conflicts = compared_curvatures(theta0, models, curvatures)
     notes += linear_instead(getattr(theta if merged is None else merged, "report", None), theta)
     if isinstance(products, str | os.PathLike):
         evidence.products = load_products(products)
@@ -184,15 +241,34 @@ def diagnose(
             "the stored products are of another span than that of the task vectors: they were left out"
         )
         evidence.products = []
-    if not objectives:
+    if not objectives and base_objective is None:
         notes.append("no data: costs are not measured, only what files tell is told (pass data, or --data)")
     else:
-        measure(result, forecast, mismatch, thorough)
+        with tqdm(
+            total=passes(len(names), forecast, mismatch, thorough),
+            desc="losses",
+            unit="pass",
+            disable=not progress,
+        ) as bar:
+            measure(evidence, forecast, mismatch, thorough, bar.update)
         evidence.gradients.clear()  # as large as the models, and needed no more
     if not curvatures:
         notes.append(
             "no curvature: nothing is said of noise, floors and overlap (`gradmatch estimate` makes one)"
         )
-    notes += worse_than_base(evidence)
-    result.causes = find_causes(evidence)
-    return result
+    return Diagnosis(find_causes(evidence), evidence)
+
+
+def say_cost(
+    models: Sequence[Mapping[str, Tensor] | None], losses: Sequence[Objective | None], runs: int
+) -> None:
+    """Print what is read and run, before it starts."""
+    read = [model for model in models if model is not None]
+    size = sum(
+        spec.nbytes for model in read if isinstance(model, Checkpoint) for spec in map(model.spec, model)
+    )
+    seen = sum(loss.seen for loss in losses if loss is not None)
+    text = f"reading {len(read)} models" + (f" ({size / 1e9:.2g} GB)" if size else "")
+    if seen:
+        text += f", then about {runs} forward passes over {seen} examples, and one or two for each cause that is suspected"
+    print(text, file=sys.stderr)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from gradmatch.measure.forecast import Products
     from gradmatch.measure.mismatch import Mismatch
     from gradmatch.measure.objective import Objective
+    from gradmatch.measure.redundancy import RedundancyPoint
+    from gradmatch.models.units import Apart
 
 Model = Mapping[str, "Tensor"]
 
@@ -56,9 +58,11 @@ class Evidence:
         curvatures: task -> Curvature, as far as given; base_curvature likewise, or a number.
         scan: the pass over the weights.
         fingerprints: (whose curvature) -> the model among those at hand that it was taken at, or "" for none of them.
-        objectives: task -> its loss on data, as far as given.
-        losses: model -> task -> (n,) nats of each example; model is "base", a task, or "merged".
-        uniform: task -> nats per example of a uniform guess.
+        units: curvatures whose sizes the numbers of examples do not explain.
+        objectives: task -> its loss on data, as far as given; base_objective: the base's, on data of its own.
+        losses: model -> task -> (n,) nats of each example; model is "base", a task, or "merged". The base's own data go by "base".
+        predictions: task (or "base") -> (n,) predictions of each example, where that is not one each (tokens).
+        uniform: task (or "base") -> nats per example of a uniform guess.
         confusions: model -> task -> (C, C) counts, where outputs are classes.
         products: exact products of each task over span{tau}.
         mismatch: gradient mismatch at the merge.
@@ -67,6 +71,10 @@ class Evidence:
         notes: what could not be looked at, and why.
         gradients: task -> grad l_t(theta_t) by parameter, where it was measured or stored.
         places: task -> its matrix -> the matrix of the base that it resembles instead of its own.
+        redundancy: task -> its redundancy curve, loss in nats per example.
+        barriers: (task, task) -> height of the loss between the two fine-tunes, nats per example of both.
+        overlaps: (task, task) -> overlap of their curvatures in [0, 1].
+        weighted_conflicts: (task, task) -> share of their curvature on weights that they moved in opposite directions.
     """
 
     base: Model
@@ -83,8 +91,11 @@ class Evidence:
     curvatures: dict[str, Curvature] = field(default_factory=dict)
     base_curvature: Curvature | float | None = None
     fingerprints: dict[str, str] = field(default_factory=dict)
+    units: list[Apart] = field(default_factory=list)
     objectives: dict[str, Objective] = field(default_factory=dict)
+    base_objective: Objective | None = None
     losses: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    predictions: dict[str, Tensor] = field(default_factory=dict)
     uniform: dict[str, float] = field(default_factory=dict)
     confusions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     products: list[Products] = field(default_factory=list)
@@ -95,6 +106,10 @@ class Evidence:
     notes: list[str] = field(default_factory=list)
     gradients: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     places: dict[str, dict[str, str]] = field(default_factory=dict)
+    redundancy: dict[str, list[RedundancyPoint]] = field(default_factory=dict)
+    barriers: dict[tuple[str, str], float] = field(default_factory=dict)
+    overlaps: dict[tuple[str, str], float] = field(default_factory=dict)
+    weighted_conflicts: dict[tuple[str, str], float] = field(default_factory=dict)
     _pairs: dict[tuple[str, str, float, float], dict[str, Tensor]] = field(default_factory=dict)
 
     @property
@@ -113,15 +128,30 @@ class Evidence:
         rule = find_rule(self.method)
         return isinstance(rule, Linear) and rule.searches
 
+    @property
+    def kept(self) -> dict[str, Objective]:
+        """Task -> its loss, of the tasks that the merge is to be good at: those that are not taken away."""
+        return {task: loss for task, loss in self.objectives.items() if self.alpha[task] >= 0}
+
+    def per(self, task: str, losses: Tensor) -> float:
+        """Mean loss of one prediction: nats per token where an example has several, else per example."""
+        counts = self.predictions.get(task)
+        return float(losses.sum() / (len(losses) if counts is None else counts.sum()))
+
+    def told(self, task: str, losses: Tensor) -> str:
+        """The same in words."""
+        mean = self.per(task, losses)
+        if task not in self.predictions:
+            return f"{mean:.3f} nats per example"
+        return f"{mean:.3f} nats per token (perplexity {math.exp(min(mean, 700.0)):.4g})"
+
     def coefficients(self) -> dict[str, float]:
         """Task -> coefficient of tau_t in the merge's update: measured on its weights, else as asked for."""
         return self.alpha if self.merged is None else self.scan.projection()[0]
 
     def gain(self) -> float:
-        """sum_t N_t task_gain(t): nats that fine-tuning had gained, over the tasks whose data is known."""
-        return sum(
-            max(0.0, self.task_gain(task)) * self.objectives[task].num_examples for task in self.objectives
-        )
+        """sum_t N_t task_gain(t): nats that fine-tuning had gained, over the kept tasks whose data is known."""
+        return sum(max(0.0, self.task_gain(task)) * loss.num_examples for task, loss in self.kept.items())
 
     def task_gain(self, task: str) -> float:
         """(min(l_t(theta0), l of a uniform guess) - l_t(theta_t)) / N_t: what fine-tuning gained, nats per example.
@@ -146,9 +176,7 @@ class Evidence:
     def cost(self) -> float:
         """sum_t l_t(theta) - l_t(theta_t): nats that the merge lost against the fine-tunes."""
         merged = self.losses["merged"]
-        return sum(
-            self.rise(merged, task) * objective.num_examples for task, objective in self.objectives.items()
-        )
+        return sum(self.rise(merged, task) * objective.num_examples for task, objective in self.kept.items())
 
     def measure(self, weights: Model) -> dict[str, Tensor]:
         """Task -> (n,) losses of any weights, in nats."""
@@ -157,13 +185,13 @@ class Evidence:
     def saving(
         self, repaired: Model, tasks: Iterable[str] | None = None, start: Mapping[str, Tensor] | None = None
     ) -> Saving:
-        """What the tasks (None: all) would save if the merge (or what has the losses `start`) were `repaired`.
+        """What the tasks (None: all kept ones) would save if the merge (or what has the losses `start`) were `repaired`.
 
         Paired over examples, scaled to N.
         """
         merged = self.losses["merged"] if start is None else start
         nats = variance = 0.0
-        for task in self.objectives if tasks is None else tasks:
+        for task in self.kept if tasks is None else tasks:
             objective = self.objectives[task]
             difference = (merged[task] - objective.losses(repaired)).nan_to_num(
                 nan=0.0, posinf=1e3, neginf=-1e3
@@ -176,7 +204,7 @@ class Evidence:
 
     def matters(self, saving: Saving) -> bool:
         """Whether a saving is more than the ordinary price of merging, and more than noise."""
-        examples = sum(objective.num_examples for objective in self.objectives.values())
+        examples = sum(objective.num_examples for objective in self.kept.values())
         return saving.nats > STANDARD_ERRORS * saving.error and saving.nats > max(
             SHARE_OF_GAIN * self.gain(), LEAST_NATS * examples
         )

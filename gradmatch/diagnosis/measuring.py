@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -18,33 +18,35 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmatch.diagnosis.evidence import Evidence
-    from gradmatch.diagnosis.found import Found
     from gradmatch.measure.objective import Objective
 
 DROPS = (0.0, 0.5, 0.9, 0.99)
 FEW = 64  # examples of each task for redundancy curves: their shape is what is looked at
 
 
-def worse_than_base(evidence: Evidence) -> list[str]:
-    """Tasks whose loss at the merge is above the base's by more than two standard errors of the difference."""
-    found = []
-    for task, merged in evidence.losses.get("merged", {}).items():
-        difference = merged - evidence.losses["base"][task]
-        error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
-        if float(difference.mean()) > 2 * error:
-            found.append(
-                f"{task!r} is worse off than at the base: {float(merged.mean()):.3f} against "
-                f"{float(evidence.losses['base'][task].mean()):.3f} nats per example"
-            )
-    return found
+def passes(tasks: int, forecast: bool, mismatch: bool, thorough: bool) -> int:
+    """Forward passes over all data that `measure` takes, counted so: a backward pass is two, a forward-mode derivative three.
+
+    What repairs save is measured beside these, one pass for each cause that is suspected.
+    """
+    return (
+        tasks + 2  # every model
+        + (3 * tasks + 4 if forecast else 0)
+        + (3 if forecast else 6) * mismatch
+        + (len(POINTS) - 2 + 2 * len(DROPS) + tasks - 1 if thorough else 1)
+    )  # fmt: skip
 
 
-def measure(result: Found, forecast: bool, mismatch: bool, thorough: bool) -> None:
-    """Losses, mismatch, products, paths: everything that needs data."""
-    evidence = result.evidence
+def measure(
+    evidence: Evidence, forecast: bool, mismatch: bool, thorough: bool, tick: Callable[[int], object] = int
+) -> None:
+    """Losses, mismatch, products, paths: everything that needs data. `tick` is told of passes done, as `passes` counts them."""
     broken = {model for model, found in evidence.scan.nonfinite.items() if found}
     broken |= {model for model, shapes in evidence.scan.shapes.items() if shapes}
-    module = next(iter(evidence.objectives.values())).module
+    losses = dict(evidence.objectives)
+    if evidence.base_objective is not None:
+        losses["base"] = evidence.base_objective
+    module = next(iter(losses.values())).module
     needed = {name for name, _ in module.named_parameters() if name in evidence.base}
     broken |= {model for model, missing in evidence.scan.missing.items() if needed & set(missing)}
     if "base" in broken or broken & set(evidence.tasks):
@@ -55,11 +57,14 @@ def measure(result: Found, forecast: bool, mismatch: bool, thorough: bool) -> No
         models["merged"] = evidence.merged
     for model, weights in models.items():
         evidence.losses[model] = {}
-        for task, objective in evidence.objectives.items():
+        for task, objective in losses.items():
             evidence.losses[model][task], confusion = objective.evaluate(weights)
             if confusion is not None:
                 evidence.confusions.setdefault(model, {})[task] = confusion
-    evidence.uniform = {task: objective.uniform_loss() for task, objective in evidence.objectives.items()}
+        tick(1)
+    evidence.uniform = {task: objective.uniform_loss() for task, objective in losses.items()}
+    counts = {task: objective.predictions() for task, objective in losses.items()}
+    evidence.predictions = {task: found for task, found in counts.items() if found is not None}
     overflowing = [model for model, found in evidence.losses.items() if not _finite(found)]
     if set(overflowing) - {"merged"}:
         evidence.notes.append(f"outputs of {', '.join(overflowing)} are not finite: nothing was forecast")
@@ -78,21 +83,26 @@ def measure(result: Found, forecast: bool, mismatch: bool, thorough: bool) -> No
             )
             for task, objective in evidence.objectives.items()
         ]
+        tick(3 * len(evidence.tasks) + 4)
     if not evidence.measured or evidence.merged is None:
         return
     if overflowing:
         evidence.notes.append("the merge's outputs are not finite: no mismatch was measured")
     elif complete and mismatch:
         measure_mismatch(evidence)
+        tick(3 if forecast else 6)
     _measure_batchnorm(evidence)
     for share in POINTS[1:-1] if thorough else (0.5,):
         at = evidence.measure(evidence.along_path(share))
-        evidence.path[share] = {task: float(losses.mean()) for task, losses in at.items()}
+        evidence.path[share] = {task: float(values.mean()) for task, values in at.items()}
+        tick(1)
     for share, model in ((0.0, "base"), (1.0, "merged")):
-        evidence.path[share] = {t: float(losses.mean()) for t, losses in evidence.losses[model].items()}
+        evidence.path[share] = {t: float(evidence.losses[model][t].mean()) for t in evidence.objectives}
     if thorough:
-        _measure_redundancy(result)
-        _measure_barriers(result)
+        _measure_redundancy(evidence)
+        tick(2 * len(DROPS))
+        _measure_barriers(evidence)
+        tick(len(evidence.tasks) - 1)
 
 
 def _finite(losses: Mapping[str, Tensor]) -> bool:
@@ -143,6 +153,8 @@ def _gradient_of(evidence: Evidence, task: str) -> dict[str, Tensor]:
 def _measure_batchnorm(evidence: Evidence) -> None:
     """Statistics of the merge's activations over all tasks' data, and how far the stored ones are off."""
     assert evidence.merged is not None
+    if not evidence.objectives:
+        return
     module = next(iter(evidence.objectives.values())).module
     if not any(isinstance(layer, health.BATCH_NORMS) for layer in module.modules()):
         return
@@ -151,8 +163,7 @@ def _measure_batchnorm(evidence: Evidence) -> None:
     evidence.batchnorm = health.batchnorm_shift(evidence.merged, evidence.batchnorm_repair)
 
 
-def _measure_redundancy(result: Found) -> None:
-    evidence = result.evidence
+def _measure_redundancy(evidence: Evidence) -> None:
     if any(whole.first(FEW).seen < whole.seen for whole in evidence.objectives.values()):
         evidence.notes.append(f"redundancy curves: on the first {FEW} or so examples of each task")
     for task, whole in evidence.objectives.items():
@@ -166,14 +177,13 @@ def _measure_redundancy(result: Found) -> None:
         def score(weights: Mapping[str, Tensor], o: Objective = objective, t: str = task) -> float:
             return float(o.losses({**evidence.tasks[t], **weights}).mean())
 
-        result.redundancy[task] = redundancy_curve(evidence.base, tau, score, DROPS)
+        evidence.redundancy[task] = redundancy_curve(evidence.base, tau, score, DROPS)
 
 
-def _measure_barriers(result: Found) -> None:
+def _measure_barriers(evidence: Evidence) -> None:
     """Half-way between each two fine-tunes, the mean loss of both tasks against the mean of the ends."""
-    evidence = result.evidence
     for a, b in combinations(evidence.objectives, 2):
         middle = evidence.pair_losses(a, b, 0.5, 0.5)
         ends = [sum(float(evidence.losses[m][t].mean()) for t in (a, b)) / 2 for m in (a, b)]
         half = sum(float(losses.mean()) for losses in middle.values()) / 2
-        result.barriers[a, b] = barrier_height([(0.0, ends[0]), (0.5, half), (1.0, ends[1])])
+        evidence.barriers[a, b] = barrier_height([(0.0, ends[0]), (0.5, half), (1.0, ends[1])])

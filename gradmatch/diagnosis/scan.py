@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from tqdm import tqdm
 
 from gradmatch.common.layers import layer_group
 from gradmatch.measure import conflict, health, similarity
@@ -140,7 +141,12 @@ class Scan:
 
 
 def scan_weights(
-    base: Model, tasks: Mapping[str, Model], merged: Model | None, reach: Sequence[float] | None
+    base: Model,
+    tasks: Mapping[str, Model],
+    merged: Model | None,
+    reach: Sequence[float] | None,
+    *,
+    progress: bool = False,
 ) -> Scan:
     """Read every tensor of every model once and note what it says.
 
@@ -149,6 +155,7 @@ def scan_weights(
         tasks: task -> theta_t.
         merged: theta, where there is one.
         reach: largest coefficient that the rule can give each task's entries, in the order of the tasks; None: no bound.
+        progress: show a progress bar.
     """
     scan = Scan(list(tasks))
     models = {**tasks, **({} if merged is None else {"merged": merged})}
@@ -156,7 +163,7 @@ def scan_weights(
         scan.missing[model] = [name for name in base if name not in weights]
         scan.extra[model] = [name for name in weights if name not in base]
         scan.shapes[model] = {}
-    for name in base:
+    for name in tqdm(list(base), desc="weights", unit="tensor", disable=not progress):
         theta0 = base[name]
         held = {model: weights[name] for model, weights in models.items() if name in weights}
         for model, theta in {"base": theta0, **held}.items():

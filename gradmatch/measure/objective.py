@@ -68,6 +68,7 @@ class Objective:
         self.scale = self.num_examples / self.seen
         self._likelihood = make_likelihood(likelihood)
         self._uniform: float | None = None  # known after the first evaluation
+        self._predictions: Tensor | None = None  # likewise
 
     def first(self, count: int) -> Objective:
         """The same loss on the first batches alone, as many as `count` examples fill: a cheaper, noisier one."""
@@ -78,11 +79,13 @@ class Objective:
                 fewer.batches.append(batch)
                 fewer.seen += batch.size
         fewer.scale = self.num_examples / fewer.seen
+        fewer._uniform = fewer._predictions = None
         return fewer
 
     def evaluate(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
         """Losses (see `losses`) and confusion counts (see `confusion`) in one pass over the batches."""
         losses, counts, ignorance = [], None, 0.0
+        predictions = []
         with self._evaluating(), torch.no_grad():
             for index, batch in enumerate(self.batches):
                 try:
@@ -91,11 +94,13 @@ class Objective:
                     losses.append(torch.full((batch.size,), math.inf, dtype=torch.float64))
                     continue
                 ignorance += self._ignorance(reading)
+                predictions.append(_counted(reading))
                 losses.append(-self._log_prob(reading).double().cpu())
                 found = self._counts(reading)
                 counts = found if counts is None or found is None else counts + found
         if self._uniform is None:
             self._uniform = ignorance / self.seen
+            self._predictions = torch.cat(predictions) if len(predictions) == len(losses) else None
         return torch.cat(losses), counts
 
     def losses(self, weights: Weights) -> Tensor:
@@ -137,6 +142,12 @@ class Objective:
             self.evaluate({})
         assert self._uniform is not None
         return self._uniform
+
+    def predictions(self) -> Tensor | None:
+        """(seen,) how many predictions of each example count (a language model's tokens); None where every example has one."""
+        self.uniform_loss()
+        found = self._predictions
+        return None if found is None or bool((found == 1).all()) else found
 
     def gradient(self, weights: Weights) -> dict[str, Tensor]:
         """Gradient of the summed loss (true labels) by parameter name, in nats per unit of weight.
@@ -285,6 +296,14 @@ class Objective:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def _counted(reading: Reading) -> Tensor:
+    """(B,) number of predictions that count, of each example."""
+    batch, width = reading.view.shape[:2]
+    if reading.valid is None:
+        return torch.full((batch,), float(width), dtype=torch.float64)
+    return reading.valid.sum(1).double().cpu()
 
 
 def _all_finite(values: Tensor) -> bool:

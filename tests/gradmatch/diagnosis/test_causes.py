@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gradmatch import Task, diagnose
-from gradmatch.diagnosis.cause import BROKEN, CHOICE, INPUT, Cause
+from gradmatch.diagnosis.cause import BROKEN, CHOICE, INPUT, SYMPTOM, Cause
 from gradmatch.diagnosis.causes import ranked
 from gradmatch.diagnosis.causes_input import relabelled
 from gradmatch.diagnosis.evidence import accuracy_of_rows, best_relabelling
@@ -79,6 +79,11 @@ def test_shapes_that_differ_and_tensors_that_are_missing():
     assert "2.weight is [7, 24] in 'a' and [3, 24]" in found["a"].evidence
     assert "'c' lacks 2.bias" in found["c"].evidence
     assert any("refused" in note for note in result.notes)
+    assert "a head or vocabulary policy" in found["a"].remedy
+    tasks["b"] = {n: torch.randn(*(2 * s for s in v.shape)) for n, v in base.items()}
+    other = next(c for c in told(base, tasks, None).causes if c.subject == "b")
+    assert "4 of 4 tensors cannot be merged: 'b' is of another size or architecture" in other.evidence
+    assert "head" not in other.remedy
 
 
 @pytest.mark.parametrize("shift", [1, -2])
@@ -255,6 +260,7 @@ def confusions_of(others_on_a, own):
     right = torch.eye(len(own), dtype=torch.long) * 50
     return SimpleNamespace(
         objectives=dict.fromkeys("ab"),
+        kept=dict.fromkeys("ab"),
         confusions={
             "base": {"a": others_on_a, "b": right},
             "b": {"a": others_on_a, "b": right},
@@ -302,17 +308,35 @@ def test_every_weight_too_large_and_its_price():
     cause = next(c for c in result.causes if c.name == "all_weights_too_large")
     path = {s: sum(losses.values()) * 300 for s, losses in result.evidence.path.items()}
     assert cause.cost == pytest.approx(path[1.0] - path[cause.numbers["share"]], rel=1e-4)
-    assert any("is worse off than at the base" in note for note in result.notes)
+    below = next(c for c in result.causes if c.name == "worse_than_base")
+    assert result.causes[-1] is below
+    assert below.numbers["a"] == pytest.approx(
+        float((result.evidence.losses["merged"]["a"] - result.evidence.losses["base"]["a"]).mean())
+    )
     healthy = told(base, tasks, average(base, tasks), data=data, module=module)
     assert healthy.healthy
     assert not healthy.notes[:-1]  # but that there is no curvature
 
 
-def test_every_weight_too_small_is_a_note():
+def test_every_weight_too_small_is_a_cause_with_the_best_weights_and_a_note_without():
     module, base, tasks, data = learned()
     weights = dict.fromkeys(tasks, 0.02)
     merged = average(base, tasks, weights)
-    result = told(base, tasks, merged, data=data, module=module, weights=weights)
+    (cause,) = told(base, tasks, merged, data=data, module=module, weights=weights).causes
+    assert (cause.name, cause.rank) == ("weights_far_from_best", CHOICE)
+    best = average(base, tasks, cause.numbers)
+    saved = sum(
+        float(
+            (
+                nn.functional.cross_entropy(_forward(merged, x), y)
+                - nn.functional.cross_entropy(_forward(best, x), y)
+            )
+            * len(y)
+        )
+        for [(x, y)] in data.values()
+    )
+    assert cause.cost == pytest.approx(saved, rel=1e-3)
+    result = told(base, tasks, merged, data=data, module=module, weights=weights, forecast=False)
     assert result.healthy
     losses = [
         o.losses(average(base, tasks, dict.fromkeys(tasks, 0.16)))
@@ -321,9 +345,12 @@ def test_every_weight_too_small_is_a_note():
     saved = result.evidence.losses["merged"].values()
     nats = sum(float(was.sum() - now.sum()) for was, now in zip(saved, losses, strict=True))
     (note,) = [note for note in result.notes if "too small" in note]
-    assert (
-        f"at 8 times the merge's update the tasks lose {nats:.0f} nats less (the forecast's best are " in note
-    )
+    assert f"at 8 times the merge's update the tasks lose {nats:.0f} nats less" in note
+
+
+def _forward(theta, x):
+    hidden = torch.tanh(nn.functional.linear(x, theta["0.weight"], theta["0.bias"]))
+    return nn.functional.linear(hidden, theta["2.weight"], theta["2.bias"])
 
 
 def test_stale_batchnorm_without_data_is_silent_and_with_data_priced():
@@ -361,10 +388,18 @@ def test_ranking_puts_broken_before_inputs_before_choices_and_dear_before_cheap(
     cheap = Cause("cheap", "", "", "", CHOICE, 1.0)
     causes = [cheap, replace(cheap, name="unknown", cost=None), replace(cheap, name="dear", cost=9.0)]
     causes += [
+        replace(cheap, name="symptom", rank=SYMPTOM, cost=99.0),
         replace(cheap, name="input", rank=INPUT, cost=0.0),
         replace(cheap, name="broken", rank=BROKEN, cost=None),
     ]
-    assert [cause.name for cause in ranked(causes)] == ["broken", "input", "dear", "cheap", "unknown"]
+    assert [cause.name for cause in ranked(causes)] == [
+        "broken",
+        "input",
+        "dear",
+        "cheap",
+        "unknown",
+        "symptom",
+    ]
 
 
 @pytest.mark.parametrize("classes", [4, 9])

@@ -109,9 +109,9 @@ def test_conflicts_weighted_by_curvature_against_a_slow_loop(world):
             moving += (p + q) * (a * b != 0)
             against += (p + q) * (a * b < 0)
     result = diagnose(module, given, method="averaging")
-    assert result.weighted_conflicts == {("a", "b"): pytest.approx(against / moving, rel=1e-6)}
+    assert result.evidence.weighted_conflicts == {("a", "b"): pytest.approx(against / moving, rel=1e-6)}
     assert result.to_dict()["weighted_conflicts"] == {"a | b": pytest.approx(against / moving, rel=1e-6)}
-    assert "weights counted by their curvature" in result.to_html()
+    assert "The same, counted by curvature" in result.to_html()
 
 
 def test_points_between_half_precision_weights_are_not_rounded():
