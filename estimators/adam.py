@@ -2,33 +2,49 @@
 
 For gradients that are means over batches of B examples, E[g_B^2] = gbar^2 + Var(g_n) / B, so near an optimum, where the
 mean gradient gbar is small, the Fisher is F ~ B v_hat with v_hat = exp_avg_sq / (1 - beta2^step), and H = N B v_hat.
-Far from an optimum gbar^2 is counted B-fold, and clipped gradients make everything smaller: it is an approximation.
-Decoupled weight decay (AdamW) leaves v alone. Adam's own is part of its gradient, g_B + wd theta, whose mean is zero at
-the regularised optimum, so that v is the Fisher there as well.
+Far from an optimum gbar^2 is counted B-fold: it is an approximation. What else a training loop does to the gradient
+(means over tokens, clipping, accumulation) is undone where the Trainer's files tell it (`steps.py`), settled by a few
+examples (`calibrate`), or refused. Decoupled weight decay (AdamW) leaves v alone. Adam's own is part of its gradient,
+g_B + wd theta, whose mean is zero at the regularised optimum, so that v is the Fisher there as well.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from gradmatch.estimators.blocks import check_count
+from gradmatch.estimators.adam_state import (
+    beta2_of,
+    check_some_moment,
+    checked_form,
+    live_states,
+    locate,
+    moment,
+    read_state,
+    trace_of,
+)
+from gradmatch.estimators.blocks import check_count, units
 from gradmatch.estimators.curvature import Curvature
 from gradmatch.estimators.distributed import unwrap
+from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.estimation import estimate
 from gradmatch.estimators.fingerprint import fingerprint, model_sampler
-from gradmatch.estimators.matching import Entry, name_states
+from gradmatch.estimators.matching import name_states
 from gradmatch.estimators.problem import trainable_parameters
+from gradmatch.estimators.steps import Units, of_run, own_loss
+from gradmatch.estimators.trainer import Run, check_beside, read_run
 
+log = logging.getLogger(__name__)
 
-def second_moment(exp_avg_sq: Tensor, step: float, beta2: float) -> Tensor:
-    """v_hat = exp_avg_sq / (1 - beta2^step), Kingma & Ba 2015; any shape."""
-    correction: float = 1 - beta2**step
-    return exp_avg_sq.to(torch.float32) / correction
+PARTS = 8  # a calibration has at least so many batches, so that its error can be told
+STEPS_OF_BFLOAT16 = 128  # after n steps a step changes v by 1/n of it; bfloat16 holds 8 bits
 
 
 def from_adam(
@@ -36,160 +52,201 @@ def from_adam(
     model: nn.Module,
     *,
     num_examples: int,
-    batch_size: int,
+    batch_size: int | None = None,
+    calibrate: Iterable[Any] | None = None,
 ) -> Curvature:
     """Curvature of the summed loss from the state of Adam or AdamW.
 
     Args:
-        state: a live optimizer, its state_dict, or the `optimizer.pt` that transformers' Trainer writes beside a
-            checkpoint (or the folder it is in); files are read with weights_only=True.
+        state: a live optimizer, its state_dict, or the `optimizer.pt` that transformers' Trainer writes into a
+            checkpoint (or that folder); files are read with weights_only=True. Beside a file the Trainer's own files are
+            read too: what they tell of batches, accumulation and clipping is undone, and the model there must be the one given.
         model: the model it trained; states are matched to its trainable parameters by identity, by the names that the
             optimizer kept, or by order, and checked by shape. Parameters that are frozen are left out.
         num_examples: N, the size of the training set.
-        batch_size: examples whose mean gradient made one step, all devices and accumulation steps together.
+        batch_size: examples whose mean gradient made one step, all devices and accumulation steps together; may be left out
+            where the Trainer's files tell it. Without such files the loss is taken for the model's own (of a module that is not
+            of transformers: a mean over examples of -log p), and gradients for unclipped.
+        calibrate: batches of a few examples with true labels, as for `estimate`. The curvature as a whole is then scaled so that its trace is
+            that of their empirical Fisher at this model, whatever the units of the state were.
+
+    Returns:
+        Per-example means; `info["assumed"]` says what they rest on, `info["scale_error"]` how well the scale is known.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that cannot be read, not Adam's state, amsgrad, 8-bit states, no step taken, a parameter
-            without state, or parameters that do not fit the model, or in several ways; each is named.
+        ValueError: a file that cannot be read, another optimizer's state, amsgrad, no step taken, a parameter without state,
+            parameters that do not fit the model, or in several ways, a state of another model than the one given, a batch size
+            that is not the run's, or a step whose scale is not known; each is named.
         TypeError: num_examples or batch_size is no whole number, or `state` is none of the above.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> model(torch.ones(4, 2)).mean().backward()
+        >>> optimizer.step()
+        >>> from_adam(optimizer, model, num_examples=100, batch_size=4)["bias"]  # 4 x 1^2
+        tensor([4.])
     """
     check_count("num_examples", num_examples)
-    check_count("batch_size", batch_size)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     model = unwrap(model)
     parameters = trainable_parameters(model)
+    run, beside = None, ""
     if isinstance(state, torch.optim.Optimizer):
-        found = list(_live(state, parameters))
+        found = list(live_states(state, parameters))
+        everything = [
+            (state.state.get(value, {}), group) for group in state.param_groups for value in group["params"]
+        ]
     else:
         if not isinstance(state, (Mapping, str, os.PathLike)):
             raise TypeError(
                 f"state must be an optimizer, its state_dict or a file, got {type(state).__name__}"
             )
-        stored = _checked_form(state) if isinstance(state, Mapping) else _read(state)
-        _check_some_moment(stored)
+        if isinstance(state, Mapping):
+            stored = checked_form(state)
+        else:
+            file = locate(Path(state).expanduser())
+            stored, run = read_state(file), read_run(file.parent)
+        check_some_moment(stored)
         found = list(name_states(stored, model, parameters))
-    mean = {name: batch_size * _moment(name, parameters[name], entry, group) for name, entry, group in found}
+        everything = [
+            (stored["state"].get(number, {}), group)
+            for group in stored["param_groups"]
+            for number in group["params"]
+        ]
+        if not isinstance(state, Mapping):
+            beside = check_beside(file.parent, parameters)
+    mean = {name: moment(name, parameters[name], entry, group) for name, entry, group in found}
     missing = sorted(set(parameters) - set(mean))
     if missing:
         raise ValueError(
             f"the optimizer has no state for {missing[0]!r} ({len(missing)} in all): it was not trained by it, or never had a "
             "gradient; set requires_grad to False on it to leave it out"
         )
+    mean = {name: mean[name] for name in parameters}
+    batch_size = _batch_size(batch_size, run, calibrate is not None)
+    steps, beta2 = max(float(entry["step"]) for _, entry, _ in found), beta2_of(found[0][2])
+    if calibrate is not None:
+        known = _calibrated(mean, model, calibrate)
+    elif run is not None:
+        trace = sum(trace_of(entry, group) for entry, group in everything)
+        known = of_run(run, model, batch_size, num_examples, trace, beta2, steps)
+    else:
+        known = _as_told(model, batch_size)
+    kinds = {entry["exp_avg_sq"].dtype for _, entry, _ in found}
+    if torch.bfloat16 in kinds and steps > STEPS_OF_BFLOAT16:
+        (known.unknown if calibrate is None else known.assumed).append(
+            f"moments are bfloat16, whose 8 bits lose what {steps:.0f} steps add up"
+        )
+    _check_known(known)
+    for value in mean.values():
+        value.mul_(known.factor)
     info = {
         "estimator": "adam",
+        "reduction": "batch",
+        "units": units(num_examples),
         "labels": "true labels",
-        "batch_size": str(batch_size),
+        "batch_size": str(batch_size or "unknown"),
+        "steps": f"{steps:.0f}",
+        "beta2": f"{beta2:g}",
+        "assumed": "; ".join(known.assumed),
+        **({"scale_error": f"{known.error:.3g}"} if known.error else {}),
+        **({"beside": beside} if beside else {}),
         "fingerprint": fingerprint(parameters, model_sampler(model)),
         "torch": torch.__version__,
     }
-    return Curvature.from_dict({name: mean[name] for name in parameters}, num_examples, info)
+    log.info("Adam's moments: %s", info["assumed"])
+    return Curvature.from_dict(mean, num_examples, info)
 
 
-def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    file = Path(path).expanduser()
-    file = file / "optimizer.pt" if file.is_dir() else file
-    if not file.exists():
-        raise FileNotFoundError(f"no optimizer state at {file}")
-    try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the unpickler trips over first
-        reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
-        raise ValueError(
-            f"{file} cannot be read ({reason}): it is cut short, no file of torch.save, or holds more than tensors and numbers; "
-            "save optimizer.state_dict(), not the optimizer"
-        ) from error
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"{file} holds a {type(loaded).__name__}, not an optimizer's state_dict")
-    return _checked_form(loaded, f"{file} is no")
-
-
-def _checked_form(state: Mapping[str, Any], what: str = "this is no") -> Mapping[str, Any]:
-    """A state_dict as torch's optimizers write it.
+def _batch_size(given: int | None, run: Run | None, calibrated: bool) -> int:
+    """Examples a step, from the caller or the run's files; 0 where nothing needs it.
 
     Raises:
-        ValueError: no such mapping; the part that looks like one is named.
+        ValueError: they differ, or neither tells.
     """
-    if {"state", "param_groups"} <= set(state):
-        return state
-    inside = [
-        key
-        for key, value in state.items()
-        if isinstance(value, Mapping) and {"state", "param_groups"} <= set(value)
-    ]
-    hint = f"; its part {inside[0]!r} is one: give that" if inside else ""
-    raise ValueError(f"{what} optimizer's state_dict: it lacks 'state' and 'param_groups'{hint}")
+    told = run.batch_size if run is not None else 0
+    if run is not None and given and told and given != told:
+        raise GradmatchError(
+            f"batch_size is {given}, but the run in {run.folder} made steps of {told} examples ({run.rows} rows x "
+            f"{run.accumulation} passes x {run.processes} processes)", "batch_size", run.folder, "leave batch_size away",
+        )  # fmt: skip
+    if not (given or told or calibrated):
+        why = "; ".join(run.unknown) if run else "no Trainer's training_args.bin lies beside the state"
+        raise GradmatchError(
+            f"the number of examples whose mean gradient made one step is not known: {why}", "batch_size",
+            remedy="pass batch_size=, or calibrate=, a few dozen examples of the training set",
+        )  # fmt: skip
+    return given or told
 
 
-def _check_some_moment(state: Mapping[str, Any]) -> None:
-    """Refuse another optimizer's state before its numbers are given names.
+def _as_told(model: nn.Module, batch_size: int) -> Units:
+    """Units of a state without a run: what the caller says, and the loss of the model's kind."""
+    words, share = own_loss(model)
+    found = Units(float(batch_size))
+    if share is not None:
+        found.factor *= share**2
+    elif "tokens" in words:
+        found.unknown.append(words)
+    loss = words if share is not None else "a mean over examples of -log p"
+    found.assumed.append(
+        f"the loss of a step is {loss}, {batch_size} examples a step, gradients not clipped; no file tells"
+    )
+    return found
+
+
+def _check_known(known: Units) -> None:
+    """Refuse a scale that is not known.
 
     Raises:
-        ValueError: quantised states, or none with a second moment.
+        ValueError: it names everything that stands against it.
     """
-    entries = state["state"].values()
-    for number, entry in state["state"].items():
-        _check_precise(f"parameter {number}", entry)
-    if not any("exp_avg_sq" in entry for entry in entries):
-        held = ", ".join(sorted({str(key) for entry in entries for key in entry})) or "nothing"
-        raise ValueError(
-            f"the optimizer's state has no exp_avg_sq for any parameter (it holds {held}): only Adam and AdamW have one, "
-            "after a step"
-        )
+    if known.unknown:
+        raise GradmatchError(
+            f"the scale of these moments is not known: {'; '.join(known.unknown)}", "units",
+            remedy="pass calibrate=, a few dozen examples of the training set, whose empirical Fisher then gives the scale",
+        )  # fmt: skip
 
 
-def _check_precise(name: str, entry: Mapping[str, Any]) -> None:
-    """Refuse the states of bitsandbytes.
+def _calibrated(mean: Mapping[str, Tensor], model: nn.Module, batches: Iterable[Any]) -> Units:
+    """Units such that the trace is that of the empirical Fisher of these examples, per example.
 
     Raises:
-        ValueError: they are.
+        ValueError: no examples, or a trace of zero.
     """
-    if {"state1", "absmax2", "qmap2"} & set(entry):
+    if isinstance(batches, (Tensor, Mapping)):
         raise ValueError(
-            f"the state of {name} is that of bitsandbytes, quantised to 8 bits; train with torch's own Adam or AdamW"
+            f"calibrate is a single {type(batches).__name__}; it must yield batches: wrap it in a list"
         )
-
-
-def _live(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Iterator[Entry]:
-    """States by the identity of their parameters.
-
-    Raises:
-        ValueError: the optimizer holds none of the model's parameters.
-    """
-    names = {id(value): name for name, value in parameters.items()}
-    pairs = [(value, group) for group in optimizer.param_groups for value in group["params"]]
-    if not any(id(value) in names for value, _ in pairs):
+    measured = estimate(model, _in_parts(list(batches)), method="empirical_fisher", progress=False)
+    there, here = measured.trace(), sum(float(value.sum(dtype=torch.float64)) for value in mean.values())
+    if not there > 0 or not here > 0:
         raise ValueError(
-            f"the optimizer holds {len(pairs)} parameters, none of them this model's (a copy, or loaded again?): give the "
-            "model that it trains, or optimizer.state_dict(), whose states are matched by order"
+            f"calibrate: the moments have a trace of {here:g}, the empirical Fisher {there:g}; neither may be 0"
         )
-    for value, group in pairs:
-        if id(value) in names:
-            yield names[id(value)], optimizer.state.get(value, {}), group
+    seen, error = measured.info["examples_seen"], float(measured.info.get("relative_error", "nan"))
+    words = f"scaled as a whole by {there / here:.4g} to the trace of the empirical Fisher of {seen} examples"
+    return Units(there / here, error, [f"{words}, known to {100 * error:.0f} % (one standard error)"])
 
 
-def _moment(name: str, parameter: Tensor, entry: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
-    """v_hat of one parameter.
-
-    Raises:
-        ValueError: what is wrong with its state.
-    """
-    if group.get("amsgrad"):
-        raise ValueError(
-            "amsgrad keeps a running maximum, not a mean of squares; curvature cannot be read off it"
-        )
-    _check_precise(repr(name), entry)
-    if "exp_avg_sq" not in entry:
-        held = ", ".join(sorted(entry)) or "nothing"
-        raise ValueError(
-            f"the optimizer's state of {name!r} has no exp_avg_sq (it holds {held}): only Adam and AdamW have one, after a step "
-            "in which the parameter had a gradient; set requires_grad to False on it to leave it out"
-        )
-    value = entry["exp_avg_sq"]
-    if value.shape != parameter.shape:
-        raise ValueError(
-            f"the state of {name!r} has shape {list(value.shape)}, the parameter {list(parameter.shape)}"
-        )
-    step = float(entry.get("step", 0))
-    if step < 1:
-        raise ValueError(f"the optimizer has taken no step on {name!r} yet")
-    return second_moment(value, step, float(group["betas"][1]))
+def _in_parts(batches: list[Any]) -> list[Any]:
+    """The batches, cut so that there are at least `PARTS`, where they have the rows."""
+    if not batches or len(batches) >= PARTS:
+        return batches
+    each, pieces = -(-PARTS // len(batches)), []
+    for batch in batches:
+        size = next((v.shape[0] for v in pytree.tree_leaves(batch) if isinstance(v, Tensor) and v.dim()), 1)
+        step = max(1, size // each)
+        for first in range(0, size, step):
+            cut = slice(first, first + step)
+            pieces.append(
+                pytree.tree_map(
+                    lambda v, cut=cut, size=size: (
+                        v[cut] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v
+                    ),
+                    dict(batch) if isinstance(batch, Mapping) else batch,
+                )
+            )
+    return pieces

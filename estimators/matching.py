@@ -44,7 +44,10 @@ def _kept_names(
     trainable: Mapping[str, Tensor],
 ) -> list[str] | None:
     """The names that the optimizer was given, where they are this model's."""
-    named = [WRAPPERS.sub("", name) for group in groups for name in group.get("param_names", [])]
+    given = [name for group in groups for name in group.get("param_names", group["params"])]
+    named = [
+        WRAPPERS.sub("", name) for name in given if isinstance(name, str)
+    ]  # FSDP's whole states go by name
     known = set(named) <= set(everything) or set(trainable) <= set(named)
     return named if len(named) == count and known else None
 

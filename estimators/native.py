@@ -1,82 +1,55 @@
-"""C kernels: compiled once a machine into the user's cache, loaded by ctypes; where that fails torch does the work.
+"""The compiled extension, built when the package is installed where there is a C compiler; without it torch does the work.
 
-`GRADMATCH_KERNEL=0` switches all of them off, `GRADMATCH_KERNEL=1` on wherever they can be used; without it each has a rule
-of its own. The compiler is `$CC`, or gcc.
+`GRADMATCH_KERNEL=0` switches it off. What gives the same bits as torch is used wherever it is there; what does not is used
+where `GRADMATCH_KERNEL=1` asks for it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import logging
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from gradmatch.estimators.files import cache_folder
+NAME = "gradmatch._compiled"
 
 log = logging.getLogger(__name__)
 
 
 def asked() -> bool | None:
-    """Whether `GRADMATCH_KERNEL` asks for kernels (True) or against them (False); None where it is not set."""
+    """Whether `GRADMATCH_KERNEL` asks for the extension (True) or against it (False); None where it is not set."""
     value = os.environ.get("GRADMATCH_KERNEL", "")
     return None if value == "" else value != "0"
 
 
-def has_compiler() -> bool:
-    """Whether a compiler can be found at all."""
-    return shutil.which(_compiler()[0]) is not None
-
-
 @lru_cache(maxsize=8)
-def load(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL | None:
-    """The library of a source, compiled where it has not been yet; None where that fails, once with a warning that says why."""
-    try:
-        return ctypes.CDLL(str(compiled(source, flags)))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        log.warning("%s: no kernel, torch does the work: %s", source.name, detail)
-        return None
+def load(source: Path) -> ctypes.CDLL | None:
+    """The library with the functions of a source; None where it was not built, or was built from another text of the source.
 
+    Args:
+        source: the C file, which lies beside the Python file that calls it.
 
-def compiled(source: Path, flags: tuple[str, ...]) -> Path:
-    """The library of this source, compiler and processor, in the user's cache.
-
-    Raises:
-        OSError: no compiler, or no place to write.
-        subprocess.CalledProcessError: the compiler's complaint.
+    Example:
+        >>> library = load(Path(__file__).with_name("squares.c"))
+        >>> library is None or library.values_of_chunk() > 0
+        True
     """
-    compiler = _compiler()
-    identity = [source.read_text(encoding="utf-8"), *compiler, *flags, _processor()]
-    name = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
-    folder = cache_folder()
-    target = folder / f"{source.stem}-{name}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            made = Path(aside) / "made.so"
-            command = [*compiler, *flags, "-shared", "-fPIC", str(source), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            os.replace(made, target)
-    return target
-
-
-def _compiler() -> list[str]:
-    """The words of the compiler's command."""
-    return shlex.split(os.environ.get("CC", "")) or ["gcc"]
-
-
-def _processor() -> str:
-    """What the processor can do: a cache may be shared by machines, and the code is made for one kind."""
+    found = importlib.util.find_spec(NAME)
+    if found is None or found.origin is None:
+        return None
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = [platform.processor()]
-    known = [line for line in lines if line.startswith(("flags", "Features"))]
-    return "\n".join([platform.machine(), *known[:1]])
+        library = ctypes.CDLL(found.origin)
+        stamp = getattr(library, f"source_of_{source.stem}")
+    except (OSError, AttributeError) as error:
+        log.warning("%s: torch does the work: %s", found.origin, error)
+        return None
+    stamp.restype = ctypes.c_char_p
+    if stamp().decode() != hashlib.sha256(source.read_bytes()).hexdigest():
+        log.warning(
+            "%s was built from another %s: torch does the work; install again", found.origin, source.name
+        )
+        return None
+    return library

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-MAPPING = threading.Lock()  # two threads must not map one file twice
+OPENING = threading.RLock()  # two threads must not open or map one file twice
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the format's reference reader
 ITEM_SIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -98,13 +98,16 @@ class TensorFile(Mapping[str, TensorInfo]):
         Raises:
             ValueError: another file lies there than when the header was read, so the byte ranges are not its own.
         """
-        if self._fd is None:
-            fd = os.open(self.path, os.O_RDONLY)
-            if _version(os.fstat(fd)) != self._version:
-                os.close(fd)
-                raise ValueError(f"{self.path}: the file changed since its header was read; open it again")
-            self._fd = fd
-        return self._fd
+        with OPENING:
+            if self._fd is None:
+                fd = os.open(self.path, os.O_RDONLY)
+                if _version(os.fstat(fd)) != self._version:
+                    os.close(fd)
+                    raise ValueError(
+                        f"{self.path}: the file changed since its header was read; open it again"
+                    )
+                self._fd = fd
+            return self._fd
 
     def close(self) -> None:
         """Close the descriptor. A later read opens it again."""
@@ -186,7 +189,7 @@ class TensorFile(Mapping[str, TensorInfo]):
 
     def _pages(self) -> torch.Tensor:
         """The whole file as a read-only map, (bytes,) uint8."""
-        with MAPPING:
+        with OPENING:
             if self._bytes is None:
                 import torch
 

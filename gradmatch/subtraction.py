@@ -166,8 +166,8 @@ def largest_alpha(made: Plan, shares: Sequence[float] = SHARES) -> dict[float, f
     """
     import torch
 
+    from gradmatch.engine.buffers import Buffers
     from gradmatch.engine.context import Context, pieces
-    from gradmatch.engine.kernels import Buffers
     from gradmatch.engine.stacked import curvature_pair
 
     context, buffers = Context(made), Buffers()

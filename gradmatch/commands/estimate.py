@@ -16,7 +16,8 @@ METHODS = ("fisher", "empirical_fisher", "ggn", "hessian", "kfac", "gram")
 TASKS = ("auto", "classification", "causal_lm")
 EXAMPLE = """example:
   gradmatch estimate ./sst2-model --data sst2.csv --text-column sentence --limit 2000 -o sst2.curvature.safetensors
-  gradmatch estimate ./sst2-model --adam ./sst2-model/checkpoint-500 --num-examples 67349 --batch-size 16 -o sst2.safetensors
+  gradmatch estimate ./sst2-model --adam ./sst2-model/checkpoint-500 --num-examples 67349 -o sst2.safetensors
+  gradmatch estimate ./lm --adam ./lm/checkpoint-500 --data texts.jsonl --calibrate 64 -o lm.safetensors
 
 N of the summed loss is the number of rows of the data, whatever --limit says: the mean over some rows stands for all.
 Several processes share the work: torchrun --nproc-per-node=4 -m gradmatch.cli estimate ..."""
@@ -63,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--adam", metavar="STATE", help="read the curvature off Adam's state (optimizer.pt) instead of data"
     )
+    what.add_argument(
+        "--calibrate",
+        type=int,
+        metavar="ROWS",
+        help="with --adam and --data: scale it by the empirical Fisher of so many rows, where the run's files do not tell its units",
+    )
     what.add_argument("--device", help="default: cuda where there is one, else cpu")
     what.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -88,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"  {int(seen):,} examples in {seconds:.0f} s; labels: {curvature.info['labels']}; likelihood: {curvature.info['likelihood']}"
         )
+    if args.adam:
+        print(f"  {curvature.info['assumed']}")
     if "relative_error" in curvature.info:
         error = float(curvature.info["relative_error"])
         print(
@@ -105,14 +114,18 @@ def check(args: argparse.Namespace) -> None:
         IsADirectoryError: the output is a folder.
         FileExistsError: the output is there already.
     """
-    if bool(args.data) == bool(args.adam):
-        raise ValueError("give either --data (to measure) or --adam (to read an optimizer's state)")
-    if args.adam and (args.num_examples is None or args.batch_size is None):
+    if args.calibrate is not None and not (args.adam and args.data):
         raise ValueError(
-            "--adam needs --num-examples, the size of the training set, and --batch-size, that of a step"
+            "--calibrate needs both --adam, whose scale is asked for, and --data with labelled rows"
         )
+    if args.calibrate is None and bool(args.data) == bool(args.adam):
+        raise ValueError(
+            "give either --data (to measure) or --adam (to read an optimizer's state); both with --calibrate ROWS"
+        )
+    if args.adam and args.num_examples is None and not args.data:
+        raise ValueError("--adam needs --num-examples, the size of the training set")
     check_reading(args)
-    for option in ("num_examples", "samples"):
+    for option in ("num_examples", "samples", "calibrate"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
@@ -125,7 +138,7 @@ def check(args: argparse.Namespace) -> None:
         raise IsADirectoryError(f"-o {args.out} is a folder; name the file to write in it")
     if Path(args.out).exists() and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it")
-    if args.data:
+    if not args.adam:
         from gradmatch.estimators.estimation import check_options
         from gradmatch.estimators.protocol import check_gives, find_estimator
 
@@ -154,23 +167,24 @@ def join_processes() -> bool:
 
 
 def from_state(args: argparse.Namespace) -> Any:
-    """Curvature from Adam's state."""
+    """Curvature from Adam's state, its scale from the run's files or by a few rows of data."""
     from gradmatch.estimators import from_adam
 
-    model, _, _ = load(args, "auto")
-    return from_adam(args.adam, model, num_examples=args.num_examples, batch_size=args.batch_size)
+    steps = args.batch_size
+    if not args.data:
+        model, _, _ = load(args, "auto")
+        return from_adam(args.adam, model, num_examples=args.num_examples, batch_size=steps)
+    args.examples, args.batch_size = args.calibrate, None
+    model, batches = open_data(args)
+    known = args.num_examples or batches.rows
+    return from_adam(args.adam, model, num_examples=known, batch_size=steps, calibrate=batches)
 
 
 def from_data(args: argparse.Namespace, first: bool) -> Any:
     """Curvature measured on data."""
     from gradmatch.estimators import estimate
-    from gradmatch.measure.tables import check_source
 
-    check_source(args.data)  # before the model is loaded
-    if args.pair_column:
-        args.text_column = [*(args.text_column or [""]), args.pair_column]
-    model, tokenizer, task = load(args, args.task)
-    batches = read_source(args, args.data, model, tokenizer=tokenizer, task=task)
+    model, batches = open_data(args)
     if args.quiet and first:
         say(batches, sys.stdout)  # columns belong to what an estimate is of
     return estimate(
@@ -178,6 +192,17 @@ def from_data(args: argparse.Namespace, first: bool) -> Any:
         reduction=args.reduction, seed=args.seed, gradient=args.gradient, standard_error=args.standard_error,
         tolerance=args.tolerance, progress=not args.quiet, checkpoint=f"{args.out}.partial",
     )  # fmt: skip
+
+
+def open_data(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and its batches of the data."""
+    from gradmatch.measure.tables import check_source
+
+    check_source(args.data)  # before the model is loaded
+    if args.pair_column:
+        args.text_column = [*(args.text_column or [""]), args.pair_column]
+    model, tokenizer, task = load(args, args.task)
+    return model, read_source(args, args.data, model, tokenizer=tokenizer, task=task)
 
 
 def load(args: argparse.Namespace, task: str) -> tuple[Any, Any, str]:
@@ -209,7 +234,7 @@ def load(args: argparse.Namespace, task: str) -> tuple[Any, Any, str]:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with bars(not args.quiet):
         model = kind.from_pretrained(args.model, dtype=torch.float32).to(device)
-    tokenizer = None if args.adam else AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model) if args.data else None
     return model, tokenizer, task
 
 

@@ -1,9 +1,10 @@
 /* Merging of blocks in one pass: read, widen, compute, round and check, a chunk at a time, so that nothing leaves the first cache
  * but what is read and written.
  *
- * Arithmetic is in float32, in the order in which torch's operations do it (`kernels.py`, `electing.py`), a multiplication and an
- * addition fused where torch fuses them: the results are the same bits. Compile with -ffp-contract=off, so that nothing else is
- * fused (and with -fno-strict-aliasing, as floats are looked at as bits). The caller repeats a block with torch where a kernel answers anything but DONE; the exact error is found there.
+ * Every formula is computed as its readable rule in `gradmatch/rules` writes it: in float32, operation by operation in the same
+ * order, so the results are the same bits. Compile with -ffp-contract=off (no multiplication and addition may be fused) and with
+ * -fno-strict-aliasing (floats are looked at as bits). Where a kernel answers anything but DONE the caller repeats the block by
+ * the readable rule, which finds the exact error.
  */
 #include <errno.h>
 #include <stddef.h>
@@ -16,12 +17,23 @@ enum { F32 = 0, BF16 = 1, F16 = 2 };
 #define CHUNK 1024        /* values computed at a time: a dozen arrays of them stay in the first cache */
 #define STEP (16 * CHUNK) /* values read at a time */
 #define LANES 16
+#define INLINE static inline __attribute__((always_inline))
 
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-#define MADD(a, b, c) __builtin_fmaf(a, b, c)
-#else
-#define MADD(a, b, c) ((a) * (b) + (c))
+/* The same code for several kinds of processor, chosen when the library is loaded, where the system can do that. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
+#if __has_attribute(target_clones)
+#define KERNEL __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
+#endif
+#ifndef KERNEL
+#define KERNEL
+#endif
+
+const char *source_of_blocks(void) { return BLOCKS_SOURCE; }
+
+int values_of_step(void) { return STEP; }
+
+int values_of_chunk(void) { return CHUNK; }
 
 /* Values in memory, or (data = NULL) in a file from a byte on; `room` then has space for STEP of them. */
 typedef struct {
@@ -39,15 +51,40 @@ typedef struct {
     double error, update;        /* sums of squares: rounded - merged, merged - theta0 */
 } target;
 
-int values_of_step(void) { return STEP; }
+INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
 
-static int64_t size_of(int kind) { return kind == F32 ? 4 : 2; }
+INLINE float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
 
-static int is_finite(uint32_t bits) { return (bits & 0x7f800000u) != 0x7f800000u; }
+INLINE int is_finite(uint32_t bits) { return (bits & 0x7f800000u) != 0x7f800000u; }
+
+/* A half as float: its exponent counts from 15 instead of 127, which a product with 2^112 corrects, subnormals included. */
+INLINE float widened(uint16_t half) {
+    const uint32_t moved = (uint32_t)(half & 0x7fffu) << 13;
+    const uint32_t infinite = moved >= 0x0f800000u ? 0x7f800000u : 0; /* the largest exponent stays the largest */
+    return float_of(bits_of(float_of(moved) * 0x1p112f) | infinite | (uint32_t)(half & 0x8000u) << 16);
+}
+
+/* A float to the nearest half, ties to even. */
+INLINE uint16_t narrowed(float value) {
+    const uint32_t size = bits_of(value) & 0x7fffffffu;
+    const uint32_t normal = (size + (size >> 13 & 1) + 0xfff - 0x38000000u) >> 13;
+    const uint32_t subnormal = bits_of(float_of(size) + 0.5f) - 0x3f000000u; /* the last bit of 0.5 is a half's smallest step */
+    const uint32_t large = size > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const uint32_t nearest = size >= 0x47800000u ? large : size < 0x38800000u ? subnormal : normal;
+    return (uint16_t)(nearest | (bits_of(value) >> 16 & 0x8000u));
+}
 
 /* n <= CHUNK values from place `at` on, as float32, in `held` or where they are; NULL where the file ends. */
-static const float *values(const source *from, ptrdiff_t at, ptrdiff_t n, ptrdiff_t count, float *held) {
-    const int64_t size = size_of(from->kind);
+INLINE const float *values(const source *from, ptrdiff_t at, ptrdiff_t n, ptrdiff_t count, float *held) {
+    const int64_t size = from->kind == F32 ? 4 : 2;
     const char *place = from->data ? from->data + at * size : from->room + at % STEP * size;
     if (!from->data && at % STEP == 0) {
         const size_t wanted = size * (count - at < STEP ? count - at : STEP);
@@ -58,23 +95,16 @@ static const float *values(const source *from, ptrdiff_t at, ptrdiff_t n, ptrdif
         }
     }
     if (from->kind == F32) return (const float *)place;
-    if (from->kind == BF16) {
-        const uint16_t *bits = (const uint16_t *)place;
-        uint32_t *wide = (uint32_t *)held;
-        for (ptrdiff_t i = 0; i < n; i++) wide[i] = (uint32_t)bits[i] << 16;
-    } else {
-#ifdef __FLT16_MAX__
-        const _Float16 *half = (const _Float16 *)place;
-        for (ptrdiff_t i = 0; i < n; i++) held[i] = half[i];
-#else /* a compiler without the type: torch does it */
-        return NULL;
-#endif
-    }
+    const uint16_t *half = (const uint16_t *)place;
+    if (from->kind == BF16)
+        for (ptrdiff_t i = 0; i < n; i++) held[i] = float_of((uint32_t)half[i] << 16);
+    else
+        for (ptrdiff_t i = 0; i < n; i++) held[i] = widened(half[i]);
     return held;
 }
 
 /* sum (a - b)^2, b = 0 where it is NULL */
-static double squares(const float *a, const float *b, ptrdiff_t n) {
+INLINE double squares(const float *a, const float *b, ptrdiff_t n) {
     float part[LANES] = {0};
     double sum = 0;
     ptrdiff_t i = 0;
@@ -89,33 +119,26 @@ static double squares(const float *a, const float *b, ptrdiff_t n) {
 }
 
 /* Write n merged values to place `at` on, to the nearest even; theta0 may be NULL. */
-static void store(target *to, const float *merged, const float *theta0, ptrdiff_t at, ptrdiff_t n) {
-    const uint32_t *bits = (const uint32_t *)merged;
+INLINE void store(target *to, const float *merged, const float *theta0, ptrdiff_t at, ptrdiff_t n) {
     float rounded[CHUNK];
     int bad = 0;
-    if (to->kind == F32) {
-        for (ptrdiff_t i = 0; i < n; i++) bad |= !is_finite(bits[i]);
+    for (ptrdiff_t i = 0; i < n; i++) bad |= !is_finite(bits_of(merged[i]));
+    if (to->kind == F32)
         memcpy((float *)to->data + at, merged, n * sizeof(float));
-    } else if (to->kind == BF16) {
+    else {
         uint16_t *out = (uint16_t *)to->data + at;
-        uint32_t *wide = (uint32_t *)rounded;
-        for (ptrdiff_t i = 0; i < n; i++) {
-            const uint32_t nearest = bits[i] + 0x7fff + (bits[i] >> 16 & 1);
-            bad |= !is_finite(bits[i]) | !is_finite(nearest);
-            wide[i] = nearest & 0xffff0000u;
-            out[i] = nearest >> 16;
-        }
-    } else {
-#ifdef __FLT16_MAX__
-        _Float16 *out = (_Float16 *)to->data + at;
-        for (ptrdiff_t i = 0; i < n; i++) {
-            out[i] = (_Float16)merged[i];
-            rounded[i] = out[i];
-        }
-        for (ptrdiff_t i = 0; i < n; i++) bad |= !is_finite(bits[i]) | !is_finite(((uint32_t *)rounded)[i]);
-#else
-        bad = 1;
-#endif
+        if (to->kind == BF16)
+            for (ptrdiff_t i = 0; i < n; i++) {
+                const uint32_t bits = bits_of(merged[i]), nearest = bits + 0x7fff + (bits >> 16 & 1);
+                out[i] = nearest >> 16;
+                rounded[i] = float_of(nearest & 0xffff0000u);
+            }
+        else
+            for (ptrdiff_t i = 0; i < n; i++) {
+                out[i] = narrowed(merged[i]);
+                rounded[i] = widened(out[i]);
+            }
+        for (ptrdiff_t i = 0; i < n; i++) bad |= !is_finite(bits_of(rounded[i]));
     }
     to->bad |= bad;
     if (to->kind != F32 && theta0 && (to->first + at) / to->block % to->every == 0) {
@@ -125,7 +148,7 @@ static void store(target *to, const float *merged, const float *theta0, ptrdiff_
 }
 
 /* sum_k c_k x_k; theta0 may be NULL, or x where it is the first of them. */
-int linear(ptrdiff_t count, ptrdiff_t terms, const source *x, const float *c, const source *theta0, target *to) {
+KERNEL int linear(ptrdiff_t count, ptrdiff_t terms, const source *x, const float *c, const source *theta0, target *to) {
     float merged[CHUNK], room[CHUNK], base_room[CHUNK];
     for (ptrdiff_t at = 0; at < count; at += CHUNK) {
         const ptrdiff_t n = count - at < CHUNK ? count - at : CHUNK;
@@ -135,188 +158,163 @@ int linear(ptrdiff_t count, ptrdiff_t terms, const source *x, const float *c, co
             const float *from = x + k == theta0 ? base : values(x + k, at, n, count, room), weight = c[k];
             if (!from) return NOT_READ;
             if (k)
-                for (ptrdiff_t i = 0; i < n; i++) merged[i] = MADD(from[i], weight, merged[i]);
+                for (ptrdiff_t i = 0; i < n; i++) merged[i] += weight * from[i];
             else
-                for (ptrdiff_t i = 0; i < n; i++) merged[i] = from[i] * weight;
+                for (ptrdiff_t i = 0; i < n; i++) merged[i] = weight * from[i];
         }
         store(to, merged, base, at, n);
     }
     return to->bad ? NOT_PLAIN : DONE;
 }
 
-/* One task of Eq. 12; where it has no mean curvature, it is flat. */
+/* One task of Eq. 12: alpha_t, and N_t of its mean curvature; where it has none (curved = 0), it is flat. */
 typedef struct {
     source theta, mean;
-    float alpha, examples, alpha_examples; /* alpha_t, N_t, alpha_t N_t */
+    float alpha, examples;
     int32_t curved;
 } task;
 
-/* Coordinates at which Hbar is the remainder of a cancellation, as `kernels.cancelled` says. */
-static int64_t cancelled(const float *h_bar, const float *size, float delta0, ptrdiff_t n) {
+/* theta0 + sum_t alpha_t (H0 + H_t) tau_t / Hbar, H_t = N_t F_t, H0 = scale * h0 + delta0, or `number` where h0 is NULL.
+ * health: how many Hbar are at the floor; the sum of squares of the update. NOT_PLAIN where Hbar is not positive, or only the
+ * remainder of a cancellation, as `arithmetic.cancelled` says. */
+KERNEL int eq12(ptrdiff_t count, ptrdiff_t tasks, const task *given, const source *theta0, const source *h0, float scale,
+                float number, float delta0, target *to, double *health) {
+    float prior[CHUNK], h_bar[CHUNK], numerator[CHUNK], size[CHUNK], h[CHUNK], base_room[CHUNK], room[CHUNK], mean_room[CHUNK];
     const float rounding = 8 * 0x1p-23f, twice = 2 * delta0;
-    int64_t count = 0;
-    for (ptrdiff_t i = 0; i < n; i++)
-        count += ((h_bar[i] <= twice) & (h_bar[i] < 0.1f * size[i])) | (h_bar[i] < rounding * size[i]) | (h_bar[i] < 0);
-    return count;
-}
-
-/* theta0 + Hbar^-1 sum_t alpha_t (H0 + H_t) tau_t, H0 = scale * h0 + delta0, or `number` where h0 is NULL. health: how many
- * Hbar are at the floor; the sum of squares of the update. */
-int eq12(ptrdiff_t count, ptrdiff_t tasks, const task *given, const source *theta0, const source *h0, float scale, float number,
-         float delta0, target *to, double *health) {
-    float prior[CHUNK], h_bar[CHUNK], numerator[CHUNK], base_room[CHUNK], room[CHUNK], mean_room[CHUNK], size[CHUNK],
-        curved[CHUNK];
-    int negative = 0;
-    for (ptrdiff_t t = 0; t < tasks; t++) negative |= given[t].alpha < 0;
     for (ptrdiff_t at = 0; at < count; at += CHUNK) {
         const ptrdiff_t n = count - at < CHUNK ? count - at : CHUNK;
         const float *base = values(theta0, at, n, count, base_room);
-        if (!base) return NOT_READ;
-        if (h0) {
-            const float *mean = values(h0, at, n, count, room);
-            if (!mean) return NOT_READ;
-            for (ptrdiff_t i = 0; i < n; i++) prior[i] = MADD(mean[i], scale, delta0);
-        } else
-            for (ptrdiff_t i = 0; i < n; i++) prior[i] = number;
-        for (ptrdiff_t i = 0; i < n; i++) h_bar[i] = prior[i], size[i] = __builtin_fabsf(prior[i]);
+        const float *mean0 = h0 ? values(h0, at, n, count, room) : NULL;
+        if (!base || (h0 && !mean0)) return NOT_READ;
+        for (ptrdiff_t i = 0; i < n; i++) prior[i] = h0 ? scale * mean0[i] + delta0 : number;
         for (ptrdiff_t t = 0; t < tasks; t++) {
-            const float alpha = given[t].alpha, examples = given[t].examples, product = given[t].alpha_examples;
+            const float alpha = given[t].alpha, examples = given[t].examples;
             const float *theta = values(&given[t].theta, at, n, count, room);
             const float *mean = given[t].curved ? values(&given[t].mean, at, n, count, mean_room) : NULL;
             if (!theta || (given[t].curved && !mean)) return NOT_READ;
-            const float *weight = prior;
-            if (mean) {
-                for (ptrdiff_t i = 0; i < n; i++) {
-                    curved[i] = MADD(mean[i], examples, prior[i]);
-                    h_bar[i] = MADD(mean[i], product, h_bar[i]);
-                    size[i] = MADD(__builtin_fabsf(mean[i]), __builtin_fabsf(product), size[i]);
-                }
-                weight = curved;
-            }
+            for (ptrdiff_t i = 0; i < n; i++) h[i] = mean ? examples * mean[i] : 0.0f;
             if (t)
-                for (ptrdiff_t i = 0; i < n; i++) numerator[i] = MADD(alpha * weight[i], theta[i] - base[i], numerator[i]);
+                for (ptrdiff_t i = 0; i < n; i++) {
+                    h_bar[i] += alpha * h[i];
+                    size[i] += __builtin_fabsf(alpha * h[i]);
+                    numerator[i] += alpha * (prior[i] + h[i]) * (theta[i] - base[i]);
+                }
             else
-                for (ptrdiff_t i = 0; i < n; i++) numerator[i] = weight[i] * (theta[i] - base[i]) * alpha;
+                for (ptrdiff_t i = 0; i < n; i++) {
+                    h_bar[i] = alpha * h[i];
+                    size[i] = __builtin_fabsf(alpha * h[i]);
+                    numerator[i] = alpha * (prior[i] + h[i]) * (theta[i] - base[i]);
+                }
         }
-        int64_t floored = 0;
-        for (ptrdiff_t i = 0; i < n; i++) floored += h_bar[i] <= 2 * delta0;
-        if ((floored || negative) && cancelled(h_bar, size, delta0, n)) return NOT_PLAIN;
+        int32_t floored = 0, cancelled = 0;
+        for (ptrdiff_t i = 0; i < n; i++) {
+            h_bar[i] = prior[i] + h_bar[i];
+            const float all = __builtin_fabsf(prior[i]) + size[i];
+            floored += h_bar[i] <= twice;
+            cancelled |= ((h_bar[i] <= twice) & (h_bar[i] < 0.1f * all)) | (h_bar[i] < rounding * all) | (h_bar[i] < 0);
+        }
+        if (cancelled) return NOT_PLAIN;
         for (ptrdiff_t i = 0; i < n; i++) numerator[i] /= h_bar[i];
         health[0] += floored;
         health[1] += squares(numerator, NULL, n);
-        for (ptrdiff_t i = 0; i < n; i++) numerator[i] += base[i];
+        for (ptrdiff_t i = 0; i < n; i++) numerator[i] = base[i] + numerator[i];
         store(to, numerator, base, at, n);
     }
     return to->bad ? NOT_PLAIN : DONE;
 }
 
-/* One task of TIES: entries within +-excluded (none below 0) are dropped; `votes` numbers the distinct |weight|. */
+/* One task of TIES: alpha_t, the threshold of its trim (0: none), and c_t of what is added. */
 typedef struct {
     source theta;
-    float weight, excluded;
-    int32_t votes;
+    float alpha, threshold, c;
 } voter;
 
-#define GROUPS 8
-
-/* theta0 + scale * sum_t w_t tau'_t with tau' by TIES, + rest * theta0. sizes (groups): the distinct |weight|; half: scale / 2.
+/* c0 theta0 + sum_t c_t tau'_t, with tau' by TIES: trim, elect, share, times `scale`. work: tasks * CHUNK floats.
  * health: places in conflict, exact cancellations, sum of elected signs. */
-int ties(ptrdiff_t count, ptrdiff_t tasks, const voter *given, const source *theta0, ptrdiff_t groups, const float *sizes,
-         float half, float majority, int normalize, float rest, target *to, double *health) {
-    float total[CHUNK], size[CHUNK], tau[CHUNK], base_room[CHUNK], room[CHUNK], ups[CHUNK], downs[CHUNK],
-        up[GROUPS][CHUNK], down[GROUPS][CHUNK];
-    memset(up[0], 0, sizeof up[0]), memset(down[0], 0, sizeof down[0]); /* read even where no task has a weight */
-    float smallest = groups ? sizes[0] : 0;
-    for (ptrdiff_t g = 1; g < groups; g++) smallest = sizes[g] < smallest ? sizes[g] : smallest;
+KERNEL int ties(ptrdiff_t count, ptrdiff_t tasks, const voter *given, const source *theta0, float c0, float scale, float majority,
+                int normalize, float *work, target *to, double *health) {
+    float total[CHUNK], size[CHUNK], highest[CHUNK], lowest[CHUNK], elected[CHUNK], base_room[CHUNK], room[CHUNK];
     for (ptrdiff_t at = 0; at < count; at += CHUNK) {
         const ptrdiff_t n = count - at < CHUNK ? count - at : CHUNK;
         const float *base = values(theta0, at, n, count, base_room);
         if (!base) return NOT_READ;
-        memset(total, 0, sizeof total);
-        memset(size, 0, sizeof size);
-        for (ptrdiff_t g = 0; g < groups; g++) memset(up[g], 0, sizeof up[g]), memset(down[g], 0, sizeof down[g]);
         for (ptrdiff_t t = 0; t < tasks; t++) {
-            const float weight = given[t].weight, least = given[t].excluded, absolute = __builtin_fabsf(weight);
+            const float alpha = given[t].alpha, threshold = given[t].threshold;
             const float *theta = values(&given[t].theta, at, n, count, room);
+            float *trimmed = work + t * CHUNK;
             if (!theta) return NOT_READ;
-            float *plus = weight > 0 ? up[given[t].votes] : down[given[t].votes];
-            float *minus = weight > 0 ? down[given[t].votes] : up[given[t].votes];
             for (ptrdiff_t i = 0; i < n; i++) {
-                const float step = theta[i] - base[i];
-                const float kept = (step >= -least) & (step <= least) ? 0.0f : step;
-                total[i] = MADD(kept, weight, total[i]);
-                size[i] = MADD(__builtin_fabsf(kept), absolute, size[i]);
-                plus[i] += kept > 0 ? 1.0f : 0.0f;
-                minus[i] += kept < 0 ? 1.0f : 0.0f;
+                const float tau = theta[i] - base[i];
+                trimmed[i] = tau * (__builtin_fabsf(tau) >= threshold ? 1.0f : 0.0f);
+                const float vote = alpha * trimmed[i];
+                total[i] = t ? total[i] + vote : vote;
+                highest[i] = t && highest[i] > vote ? highest[i] : vote;
+                lowest[i] = t && lowest[i] < vote ? lowest[i] : vote;
             }
         }
-        memcpy(ups, up[0], sizeof ups);
-        memcpy(downs, down[0], sizeof downs);
-        for (ptrdiff_t g = 1; g < groups; g++)
-            for (ptrdiff_t i = 0; i < n; i++) ups[i] += up[g][i], downs[i] += down[g][i];
-        int32_t conflicts = 0, cancellations = 0, signs = 0;
+        int32_t conflicts = 0, cancelled = 0, signs = 0;
         for (ptrdiff_t i = 0; i < n; i++) {
-            const int opposed = (ups[i] > 0) & (downs[i] > 0), sign = (total[i] > 0) - (total[i] < 0);
+            const int opposed = (highest[i] > 0) & (lowest[i] < 0), sign = (total[i] > 0) - (total[i] < 0);
             conflicts += opposed;
+            cancelled += opposed & (total[i] == 0);
             signs += sign;
-            cancellations += opposed & (total[i] == 0);
-            tau[i] = opposed & (total[i] == 0) ? majority : (float)sign;
+            elected[i] = sign ? (float)sign : majority;
         }
-        health[0] += conflicts;
-        health[1] += cancellations;
-        health[2] += signs;
-        for (ptrdiff_t i = 0; i < n; i++) total[i] = MADD(tau[i], size[i], total[i]); /* twice the sum over those who agree */
-        if (normalize && groups) {
-            memset(size, 0, sizeof size);
-            for (ptrdiff_t g = 0; g < groups; g++)
-                for (ptrdiff_t i = 0; i < n; i++) {
-                    const float pro = up[g][i], contra = down[g][i];
-                    size[i] = MADD(tau[i] > 0 ? pro : contra, sizes[g], size[i]);
-                }
-            for (ptrdiff_t i = 0; i < n; i++) size[i] = size[i] < smallest ? smallest : size[i]; /* nobody agrees */
-            for (ptrdiff_t i = 0; i < n; i++) total[i] = base[i] + half * total[i] / size[i];
-        } else
-            for (ptrdiff_t i = 0; i < n; i++) total[i] = MADD(total[i], half, base[i]);
-        if (rest != 0)
-            for (ptrdiff_t i = 0; i < n; i++) total[i] = MADD(base[i], rest, total[i]);
+        health[0] += conflicts, health[1] += cancelled, health[2] += signs;
+        for (ptrdiff_t t = 0; t < tasks; t++) {
+            const float alpha = given[t].alpha, absolute = __builtin_fabsf(alpha), *trimmed = work + t * CHUNK;
+            for (ptrdiff_t i = 0; i < n; i++) {
+                const float agrees = alpha * trimmed[i] * elected[i] > 0 ? absolute : 0.0f;
+                size[i] = t ? size[i] + agrees : agrees;
+            }
+        }
+        for (ptrdiff_t i = 0; i < n; i++) size[i] = size[i] == 0 || !normalize ? 1.0f : size[i]; /* 0: nobody agrees */
+        for (ptrdiff_t t = 0; t < tasks; t++) {
+            const float alpha = given[t].alpha, c = given[t].c, *trimmed = work + t * CHUNK;
+            for (ptrdiff_t i = 0; i < n; i++) {
+                const float agrees = alpha * trimmed[i] * elected[i] > 0 ? 1.0f : 0.0f;
+                const float share = c * (scale * (trimmed[i] * agrees / size[i]));
+                total[i] = t ? total[i] + share : share;
+            }
+        }
+        for (ptrdiff_t i = 0; i < n; i++) total[i] = c0 * base[i] + total[i];
         store(to, total, base, at, n);
     }
     return to->bad ? NOT_PLAIN : DONE;
 }
 
-/* One threshold that is looked for: how many |theta - theta0| are above `high`, and those from `low` to `high`. */
+/* One histogram of the bits of |theta - theta0|: of the upper 16 where prefix < 0, else of the lower 16 of those whose upper are
+ * `prefix`. */
 typedef struct {
     source theta;
-    float *inside; /* as many places as there are values */
-    int64_t above, held;
-    float low, high;
-} window;
+    int64_t *counts;
+    int32_t prefix;
+} histogram;
 
-int count_windows(ptrdiff_t count, ptrdiff_t windows, window *wanted, const source *theta0) {
-    float base_room[CHUNK], room[CHUNK], magnitude[CHUNK];
+KERNEL int count_bits(ptrdiff_t count, ptrdiff_t histograms, const histogram *wanted, const source *theta0) {
+    float base_room[CHUNK], room[CHUNK];
+    uint32_t bits[CHUNK];
     for (ptrdiff_t at = 0; at < count; at += CHUNK) {
         const ptrdiff_t n = count - at < CHUNK ? count - at : CHUNK;
         const float *base = values(theta0, at, n, count, base_room);
         if (!base) return NOT_READ;
-        for (window *one = wanted; one < wanted + windows; one++) {
-            const float low = one->low, high = one->high, *theta = values(&one->theta, at, n, count, room);
+        for (const histogram *one = wanted; one < wanted + histograms; one++) {
+            const float *theta = values(&one->theta, at, n, count, room);
+            const uint32_t prefix = one->prefix;
+            int64_t *counts = one->counts;
             if (!theta) return NOT_READ;
-            int32_t above = 0;
-            for (ptrdiff_t i = 0; i < n; i++) {
-                magnitude[i] = __builtin_fabsf(theta[i] - base[i]);
-                above += magnitude[i] > high;
-            }
-            one->above += above;
-            for (ptrdiff_t first = 0; first < n; first += LANES) { /* most groups have nothing inside */
-                const ptrdiff_t last = first + LANES < n ? first + LANES : n;
-                int any = 0;
-                for (ptrdiff_t i = first; i < last; i++) any |= (magnitude[i] >= low) & (magnitude[i] <= high);
-                if (any)
-                    for (ptrdiff_t i = first; i < last; i++) {
-                        one->inside[one->held] = magnitude[i];
-                        one->held += (magnitude[i] >= low) & (magnitude[i] <= high);
-                    }
-            }
+            for (ptrdiff_t i = 0; i < n; i++) bits[i] = bits_of(theta[i] - base[i]) & 0x7fffffffu;
+            if (one->prefix < 0)
+                for (ptrdiff_t i = 0; i < n; i++) counts[bits[i] >> 16]++;
+            else
+                for (ptrdiff_t first = 0; first < n; first += LANES) { /* most groups have none */
+                    const ptrdiff_t last = first + LANES < n ? first + LANES : n;
+                    int any = 0;
+                    for (ptrdiff_t i = first; i < last; i++) any |= bits[i] >> 16 == prefix;
+                    if (any)
+                        for (ptrdiff_t i = first; i < last; i++)
+                            if (bits[i] >> 16 == prefix) counts[bits[i] & 0xffffu]++;
+                }
         }
     }
     return DONE;

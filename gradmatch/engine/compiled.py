@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_int64, c_ssize_t, c_void_p
+from pathlib import Path
+
+from gradmatch.estimators import native
+
+SOURCE = Path(__file__).with_name("blocks.c")
 
 
 class Source(Structure):
@@ -22,53 +27,63 @@ class Target(Structure):
     """Where merged values go, and what is measured of their rounding."""
 
     _fields_ = (
-        ("data", c_void_p), ("first", c_int64), ("block", c_int64), ("every", c_int64), ("kind", c_int32), ("bad", c_int32),
-        ("error", c_double), ("update", c_double),
-    )  # fmt: skip
+        ("data", c_void_p),
+        ("first", c_int64),
+        ("block", c_int64),
+        ("every", c_int64),
+        ("kind", c_int32),
+        ("bad", c_int32),
+        ("error", c_double),
+        ("update", c_double),
+    )
 
 
 class CurvedTask(Structure):
     """A task of Eq. 12."""
 
     _fields_ = (
-        ("theta", Source), ("mean", Source), ("alpha", c_float), ("examples", c_float), ("alpha_examples", c_float),
+        ("theta", Source),
+        ("mean", Source),
+        ("alpha", c_float),
+        ("examples", c_float),
         ("curved", c_int32),
-    )  # fmt: skip
+    )
 
 
 class Voter(Structure):
     """A task of TIES."""
 
-    _fields_ = (("theta", Source), ("weight", c_float), ("excluded", c_float), ("votes", c_int32))
+    _fields_ = (("theta", Source), ("alpha", c_float), ("threshold", c_float), ("c", c_float))
 
 
-class Window(Structure):
-    """One threshold that is looked for."""
+class Histogram(Structure):
+    """Counts of the bits of one task vector."""
 
-    _fields_ = (
-        ("theta", Source), ("inside", c_void_p), ("above", c_int64), ("held", c_int64), ("low", c_float), ("high", c_float),
-    )  # fmt: skip
+    _fields_ = (("theta", Source), ("counts", c_void_p), ("prefix", c_int32))
 
 
 class Kernels:
     """The library, its functions typed."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        source, target, numbers, doubles = (
-            POINTER(Source),
-            POINTER(Target),
-            POINTER(c_float),
-            POINTER(c_double),
-        )
+        source, target = POINTER(Source), POINTER(Target)
+        number, numbers, health, size, flag = c_float, POINTER(c_float), POINTER(c_double), c_ssize_t, c_int
         self.step: int = library.values_of_step()
-        self.linear, self.eq12, self.ties, self.windows = (
-            library.linear, library.eq12, library.ties, library.count_windows,
-        )  # fmt: skip
-        self.linear.argtypes = [c_ssize_t, c_ssize_t, source, numbers, source, target]
-        self.eq12.argtypes = [
-            c_ssize_t, c_ssize_t, POINTER(CurvedTask), source, source, c_float, c_float, c_float, target, doubles,
-        ]  # fmt: skip
+        self.chunk: int = library.values_of_chunk()
+        self.linear, self.eq12, self.ties = library.linear, library.eq12, library.ties
+        self.count_bits = library.count_bits
+        self.linear.argtypes = [size, size, source, numbers, source, target]
+        task = POINTER(CurvedTask)
+        self.eq12.argtypes = [size, size, task, source, source, number, number, number, target, health]
+        voter = POINTER(Voter)
         self.ties.argtypes = [
-            c_ssize_t, c_ssize_t, POINTER(Voter), source, c_ssize_t, numbers, c_float, c_float, c_int, c_float, target, doubles,
-        ]  # fmt: skip
-        self.windows.argtypes = [c_ssize_t, c_ssize_t, POINTER(Window), source]
+            *(size, size, voter, source, number, number, number, flag, c_void_p),
+            *(target, health),
+        ]
+        self.count_bits.argtypes = [size, size, POINTER(Histogram), source]
+
+
+def kernels() -> Kernels | None:
+    """The compiled functions, where they were built and `GRADMATCH_KERNEL` is not 0."""
+    library = None if native.asked() is False else native.load(SOURCE)
+    return Kernels(library) if library else None

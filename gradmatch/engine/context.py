@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -16,8 +16,8 @@ from gradmatch.plan.opened import Inputs
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gradmatch.engine.buffers import Buffers
     from gradmatch.engine.compiled import Kernels
-    from gradmatch.engine.kernels import Buffers
     from gradmatch.estimators.tensorfile import TensorFile
     from gradmatch.models.stores import Store
     from gradmatch.plan.step import Plan, Step
@@ -27,15 +27,22 @@ BLOCK = (
 )
 
 
+class Found(NamedTuple):
+    """What a transform asks of more than a piece: see `gradmatch.rules.block.Edit`."""
+
+    cuts: Sequence[Sequence[tuple[float, int]]] = ()  # at each rank: (value, place) of every task
+    sums: Tensor | None = None  # (k, T), float64
+
+
 @dataclass
 class Context:
     """The plan, and what passes over the whole model found before the pieces are merged."""
 
     plan: Plan
-    thresholds: Mapping[tuple[int, float], Tensor] = field(default_factory=dict)  # (edit, density) -> (T,)
+    found: dict[tuple[int, str], Found] = field(default_factory=dict)  # by position of the edit, and tensor
     majority: float = 1.0
     norms: Sequence[float] = ()
-    kernels: Kernels | None = None  # compiled ones, where they serve
+    kernels: Kernels | None = None  # compiled ones, where they are there
 
     @property
     def inputs(self) -> Inputs:

@@ -17,11 +17,12 @@ from gradmatch.engine import fused
 from gradmatch.engine.context import Context, add, pieces
 from gradmatch.engine.evaluate import evaluate, linear_terms
 from gradmatch.engine.rounding import converted, finish
+from gradmatch.engine.thresholds import look
 from gradmatch.engine.workers import over_units, units
 from gradmatch.models.stores import torch_dtype
 
 if TYPE_CHECKING:
-    from gradmatch.engine.kernels import Buffers
+    from gradmatch.engine.buffers import Buffers
     from gradmatch.plan.step import Plan, Step
 
 
@@ -90,13 +91,13 @@ def _merge_unit(
             values = context.inputs.store.block(step.name, start, stop)
             sink.write(step, start, values if values.dtype == dtype else converted(step, values, dtype))
         return stats
+    look(context, step, buffers)
     coefficients = linear_terms(context, step, buffers, stats)
     for start, stop in pieces(step, first, last, fused.PIECE if context.kernels else 1):
         written = buffers.get("written", stop - start, dtype)
-        if context.kernels and fused.merge(context, step, start, written, coefficients, buffers, stats):
-            sink.write(step, start, written)
-            continue
-        for at, out, merged, theta0 in evaluate(context, step, start, written, coefficients, buffers, stats):
-            finish(context, step, at, merged, theta0, out, buffers, stats)
+        if not fused.merge(context, step, start, written, coefficients, buffers, stats):
+            for at, end in pieces(step, start, stop):
+                merged, theta0 = evaluate(context, step, at, end, coefficients, buffers, stats)
+                finish(context, step, at, merged, theta0, written[at - start : end - start], buffers, stats)
         sink.write(step, start, written)
     return stats

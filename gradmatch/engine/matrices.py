@@ -14,8 +14,8 @@ from gradmatch.rules import Solve
 from gradmatch.rules.block import Curved, NotPositiveError, Product
 
 if TYPE_CHECKING:
+    from gradmatch.engine.buffers import Buffers
     from gradmatch.engine.context import Context
-    from gradmatch.engine.kernels import Buffers
     from gradmatch.models.curvatures import CurvatureStore, Factors
     from gradmatch.plan.step import Step
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradmatch.engine.context import add
+from gradmatch.engine.buffers import Buffers, stored
+from gradmatch.engine.context import BLOCK, add
 from gradmatch.engine.draws import uniform
 from gradmatch.engine.explain import explain, same_everywhere
-from gradmatch.engine.kernels import CACHE, Buffers, stored
 
 if TYPE_CHECKING:
     from gradmatch.engine.context import Context
@@ -55,7 +55,7 @@ def finish(
     else:
         out.copy_(merged)
     lost = None
-    if dtype not in INFINITE or first // CACHE % MEASURED == 0:
+    if dtype not in INFINITE or first // BLOCK % MEASURED == 0:
         error = buffers.get("load", count, merged.dtype).copy_(out).sub_(merged)
         lost = float(torch.dot(error, error))
     if not (finite_bits(out) if dtype in INFINITE else math.isfinite(lost or 0.0)):

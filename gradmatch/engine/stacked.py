@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradmatch.engine.context import Context, add, curvature, fetch, pieces
+from gradmatch.engine.buffers import Buffers, stored
+from gradmatch.engine.context import Context, Found, add, curvature, fetch, pieces
 from gradmatch.engine.draws import uniform
 from gradmatch.engine.explain import not_positive
-from gradmatch.engine.kernels import Buffers, cancelled, stored
 from gradmatch.models.stores import torch_dtype
 from gradmatch.rules import Elementwise
-from gradmatch.rules.block import Block, Edit
-from gradmatch.rules.edits import TRANSFORMS, trims
+from gradmatch.rules.block import Block, Cut, Edit, total
+from gradmatch.rules.edits import TRANSFORMS
+from gradmatch.rules.edits.ties import trim
 
 if TYPE_CHECKING:
     from gradmatch.plan.step import Step
@@ -25,26 +26,37 @@ if TYPE_CHECKING:
 def gram_matrix(context: Context, step: Step, buffers: Buffers) -> list[list[float]]:
     """<x_s, x_t> over a whole tensor, in float64, read piece by piece; x = theta or tau (after the transforms), as `step.gram`."""
     count = len(step.tasks)
-    total = torch.zeros(count, count, dtype=torch.float64)
+    gram = torch.zeros(count, count, dtype=torch.float64)
     for first, last in pieces(step, 0, step.spec.numel):
         theta0, tau = task_vectors(context, step, first, last, buffers, {})
         x = (tau if step.gram == "tau" else tau + theta0).double()
-        total += x @ x.T
-    matrix: list[list[float]] = total.tolist()
+        gram += x @ x.T
+    matrix: list[list[float]] = gram.tolist()
     return matrix
 
 
-def prior_of(
-    context: Context, step: Step, first: int, last: int, buffers: Buffers
-) -> tuple[Tensor | float, float]:
-    """(h0, scale): H0 = scale * h0 + delta0, with h0 the base's mean curvature as it is stored, or a number."""
+def prior_scale(context: Context) -> tuple[float, float]:
+    """(number, scale): H0 = number + delta0 where the base's curvature is a number or none, else scale * mean + delta0."""
     request, given = context.plan.request, context.inputs.base_curvature
-    if given is None:
-        return 0.0, 1.0
-    if isinstance(given, float):
-        return given, request.base_weight
-    h0 = curvature(buffers, "h0", given, step.name, first, last)
-    return (0.0 if h0 is None else h0), request.base_weight * given.num_examples
+    if given is None or isinstance(given, float):
+        return (given or 0.0) * request.base_weight, 1.0
+    return 0.0, request.base_weight * given.num_examples
+
+
+def prior_of(context: Context, step: Step, first: int, last: int, buffers: Buffers) -> Tensor:
+    """H0 of a piece, (n,), in the dtype of the arithmetic."""
+    given, dtype, delta0 = (
+        context.inputs.base_curvature,
+        torch_dtype(step.compute),
+        context.plan.request.delta0,
+    )
+    number, scale = prior_scale(context)
+    mean = None
+    if given is not None and not isinstance(given, float):
+        mean = curvature(buffers, "h0", given, step.name, first, last)
+    if mean is None:
+        return torch.full((last - first,), number + delta0, dtype=dtype)
+    return mean.to(dtype) * scale + delta0
 
 
 def task_vectors(
@@ -66,46 +78,41 @@ def task_vectors(
     for row, t in enumerate(step.tasks):
         theta = fetch(buffers, "theta", inputs.tasks[t].store, step.name, first, last)
         torch.sub(stored(theta, scratch), theta0, out=tau[row])
-    chain = step.edits if edits is None else step.edits[:edits]
-    if not chain:
-        return theta0, tau
-    shape = step.spec.shape
-    whole = (
-        shape if count == step.spec.numel else (-1, shape[-1]) if shape and count % shape[-1] == 0 else (-1,)
-    )
-    stacked = tau.reshape(len(step.tasks), *whole)
-    alpha = tau.new_tensor(step.alpha).reshape(-1, *[1] * (stacked.dim() - 1))
-    for position, (name, options) in enumerate(chain):
-        edit = Edit(
-            stacked, alpha, partial(_noise, context, step, first, stacked, options), majority=context.majority
-        )
-        if name == "ties" and options["trim"] == "global" and trims(options):
-            edit.threshold = tau.new_tensor(global_threshold(context, step, position)).reshape(alpha.shape)
-        before, stacked = stacked, TRANSFORMS[name].apply(edit, options)
+    for position in range(len(step.edits) if edits is None else edits):
+        name, options = step.edits[position]
+        edit = edit_of(context, step, position, first, tau)
         if name == "ties":
-            _count_signs(before, edit, stats)
-    return theta0, stacked.reshape(len(step.tasks), count)
+            _count_signs(edit, stats)
+        tau = TRANSFORMS[name].apply(edit, options).reshape(len(step.tasks), count)
+    return theta0, tau
 
 
-def global_threshold(context: Context, step: Step, position: int) -> list[float]:
-    """Each participating task's threshold of a global trim, from the pass over the whole model."""
-    density = step.edits[position][1]["density"]
-    shares = density if isinstance(density, tuple) else (density,) * len(step.tasks)
-    return [
-        float(context.thresholds[position, share][t]) if share < 1 else 0.0
-        for t, share in zip(step.tasks, shares, strict=True)
+def edit_of(context: Context, step: Step, position: int, first: int, tau: Tensor) -> Edit:
+    """What a transform is given of a piece, from the task vectors (T, n) after those before it."""
+    shape, count = step.spec.shape, tau.shape[1]
+    rows = (-1, shape[-1]) if shape and shape[-1] and count % shape[-1] == 0 else (-1,)
+    stacked = tau.reshape(len(tau), *(shape if count == step.spec.numel else rows))
+    alpha = tau.new_tensor(step.alpha).reshape(-1, *[1] * (stacked.dim() - 1))
+    noise = partial(_noise, context, step, first, stacked, step.edits[position][1])
+    found = context.found.get((position, step.name), Found())
+    cuts = [
+        Cut(
+            tau.new_tensor([value for value, _ in cut]).reshape(alpha.shape),
+            torch.tensor([place for _, place in cut], device=tau.device).reshape(alpha.shape),
+        )
+        for cut in found.cuts
     ]
+    return Edit(stacked, alpha, noise, first, cuts, found.sums, context.majority)
 
 
-def _count_signs(before: Tensor, edit: Edit, stats: dict[str, float]) -> None:
-    """Sign statistics of a piece: conflicts, exact cancellations, and the sum of elected signs."""
-    weighted = edit.alpha * (before if edit.threshold is None else before * (before.abs() >= edit.threshold))
-    total = weighted.sum(0)
-    conflict = (weighted > 0).any(0) & (weighted < 0).any(0)
-    cancelled = (total == 0) & conflict
+def _count_signs(edit: Edit, stats: dict[str, float]) -> None:
+    """Sign statistics of a piece that TIES is given: conflicts, exact cancellations, and the sum of elected signs."""
+    weighted = edit.alpha * trim(edit.tau, edit.cuts[0].value)
+    summed = total(weighted)
+    conflict = (weighted.amax(0) > 0) & (weighted.amin(0) < 0)
     add(stats, {
-        "conflicts": float(conflict.sum()), "cancelled": float(cancelled.sum()), "signs": float(total.sign().sum()),
-        "weights": float(total.numel()),
+        "conflicts": float(conflict.sum()), "cancelled": float((conflict & (summed == 0)).sum()),
+        "signs": float(summed.sign().sum()), "weights": float(summed.numel()),
     })  # fmt: skip
 
 
@@ -137,10 +144,7 @@ def make_block(
         block.norms = tau.new_tensor(norms).reshape(rows, 1)
     h0 = tau.new_full((1,), request.delta0)
     if "base_curvature" in needs:
-        prior, scale = prior_of(context, step, first, last, buffers)
-        load = buffers.get("load", last - first, tau.dtype)
-        mean0 = stored(prior, load) if isinstance(prior, Tensor) else tau.new_full((last - first,), prior)
-        h0 = block.h0 = mean0 * scale + request.delta0
+        h0 = block.h0 = prior_of(context, step, first, last, buffers)
     if "gradient" in needs:
         block.g = buffers.get("g_stack", rows * (last - first), tau.dtype).view(rows, last - first)
         for row, t in enumerate(step.tasks):
@@ -150,9 +154,9 @@ def make_block(
     if isinstance(step.rule, Elementwise) and step.rule.divides:
         inside: Any = step.options.get("hbar_weight")
         terms: Tensor = (column if inside is None else inside) * block.h
-        h_bar = terms.sum(0) + h0
-        broken = cancelled(h_bar, h0.abs() + terms.abs().sum(0), request.delta0)
-        floored = float((h_bar < 2 * request.delta0).sum()) if request.delta0 else 0.0
+        h_bar = h0 + total(terms)
+        broken = cancelled(h_bar, h0.abs() + total(terms.abs()), request.delta0)
+        floored = float((h_bar <= 2 * request.delta0).sum()) if request.delta0 else 0.0
         add(stats, {"floored": floored, "weights": last - first})
     elif step.guarded:
         broken = int((h0 < 0).sum())
@@ -185,10 +189,7 @@ def curvature_pair(
 ) -> tuple[Tensor, Tensor]:
     """H0 and sum_t alpha_t H_t of a piece."""
     dtype, count = torch_dtype(step.compute), last - first
-    prior, scale = prior_of(context, step, first, last, buffers)
-    h0 = buffers.get("h0", count, dtype)
-    h0.copy_(prior) if isinstance(prior, Tensor) else h0.fill_(prior)
-    h0.mul_(scale).add_(context.plan.request.delta0)
+    h0 = prior_of(context, step, first, last, buffers)
     h = buffers.get("h_bar", count, dtype).zero_()
     for t, alpha in zip(step.tasks, step.alpha, strict=True):
         store = context.inputs.tasks[t].mean
@@ -196,3 +197,14 @@ def curvature_pair(
         if mean is not None and store is not None:
             h.add_(stored(mean, buffers.get("load", count, dtype)), alpha=alpha * store.num_examples)
     return h0, h
+
+
+def cancelled(h_bar: Tensor, size: Tensor, delta0: float) -> int:
+    """Coordinates at which Hbar = H0 + sum alpha_t H_t is not positive: below 0, or the remainder of a cancellation.
+
+    A remainder is what is left at about delta0, or at the rounding error of the sum. h_bar, size: (n,), with size =
+    |H0| + sum |alpha_t H_t| (equal to h_bar where nothing is negative, and 0 where nothing is known, which does not count).
+    """
+    rounding = 8 * torch.finfo(h_bar.dtype).eps
+    remainder = (h_bar <= 2 * delta0) & (h_bar < 0.1 * size) | (h_bar < rounding * size)
+    return int((remainder | (h_bar < 0)).sum())

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from gradmatch.engine.compiled import kernels
 from gradmatch.engine.context import Context
-from gradmatch.engine.fused import kernels_for
 from gradmatch.engine.loop import Sink, run
-from gradmatch.engine.thresholds import global_thresholds
+from gradmatch.engine.thresholds import look_over_model
 
 if TYPE_CHECKING:
     from gradmatch.plan.step import Plan
@@ -21,9 +21,8 @@ def stream(
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Carry out a plan but for what is finished already; returns every tensor's statistics."""
-    context = Context(made, kernels=kernels_for(made))
-    if any(name == "ties" for step in made.steps for name, _ in step.edits):
-        context.thresholds = global_thresholds(context)
+    context = Context(made, kernels=kernels())
+    look_over_model(context)
     context.norms = fisher_norms(context)
     stats = {name: dict(values) for name, values in finished.items()}
     left = [step for step in made.steps if step.name not in stats]

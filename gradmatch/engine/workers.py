@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from gradmatch.engine.buffers import Buffers
 from gradmatch.engine.context import BLOCK, byte_ranges
-from gradmatch.engine.kernels import Buffers
 
 if TYPE_CHECKING:
     from gradmatch.engine.context import Context
@@ -30,7 +30,10 @@ def units(steps: Sequence[Step], context: Context) -> Iterator[tuple[Step, int, 
     """(step, first, last, units of this tensor): what one worker takes at a time."""
     for step in steps:
         numel = step.spec.numel
-        size = max(1, numel) if step.gram or step.span != "block" else UNIT
+        whole = (
+            step.gram or step.span != "block" or "tensor" in step.scopes
+        )  # something of all of it comes first
+        size = max(1, numel) if whole else UNIT
         starts = list(range(0, numel, size)) or [0]
         for start in starts:
             yield step, start, min(start + size, numel), len(starts)

@@ -113,7 +113,7 @@ def _merged(result: Plan, copied: Step, tasks: tuple[int, ...], here: float | No
         coefficients = c0, c
     return replace(
         copied, kind="average" if statistic else rule.kind, compute=_compute_dtype(specs, request.precision),
-        path=path_of(rule, options, edits, alpha, coefficients), why=why, rule=rule, tasks=tasks, alpha=alpha, options=options,
+        path=path_of(rule, options, edits), why=why, rule=rule, tasks=tasks, alpha=alpha, options=options,
         edits=edits, coefficients=coefficients, bytes_read=sum(s.nbytes for s in specs) + sum(known),
     )  # fmt: skip
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gradmatch.models.stores import Spec
 from gradmatch.plan.request import Edits, Request
 from gradmatch.rules import Elementwise, Linear, Options, Rule
-from gradmatch.rules.edits import TRANSFORMS, trims
+from gradmatch.rules.edits import TRANSFORMS
 from gradmatch.rules.options import NONE
 
 if TYPE_CHECKING:
     from gradmatch.plan.opened import Inputs
 
 Coefficients = tuple[float, list[float]]
-VOTES = 255  # tasks whose votes the kernel of TIES counts in bytes
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,6 @@ class Step:
         return self.rule.needs if self.rule else frozenset()
 
     @property
-    def sign(self) -> int:
-        """+1 or -1 where the in-place kernel of Eq. 12 serves (the sign of alpha), else 0."""
-        return self.rule.in_place(self.options) if isinstance(self.rule, Elementwise) else 0
-
-    @property
     def guarded(self) -> bool:
         """Whether the share `options.keep` of the base's curvature is kept from what is taken away."""
         return self.rule is not None and self.rule.guarded
@@ -101,41 +95,27 @@ class Step:
             return "tensor" if self.along == "columns" or len(self.spec.shape) > 2 else "rows"
         return "rows" if "rows" in spans else "block"
 
+    @property
+    def scopes(self) -> list[str]:
+        """Of what each edit must know something before its first piece: "", the "tensor" or the "model"."""
+        return [TRANSFORMS[name].scope(options) for name, options in self.edits]
 
-def path_of(
-    rule: Rule, options: Options, edits: Edits, alpha: tuple[float, ...], coefficients: Coefficients | None
-) -> str:
-    """What computes a step: the rule's kind, or something faster that gives the same.
 
-    "linear": coefficients of the models as they are. "eq12" and "ties": kernels that work in place, block by block.
-    "rows": every row or column by itself. "stacked": the readable rule on stacked pieces. "whole", "solve": all of the tensor.
+def path_of(rule: Rule, options: Options, edits: Edits) -> str:
+    """What computes a step.
+
+    "linear": coefficients of the models as they are. "rows": every row or column by itself. "stacked": the rule on stacked
+    pieces; "eq12" and "ties" are such rules that the compiled extension computes too. "whole", "solve": all of the tensor.
     """
     if isinstance(rule, Linear):
         if options.get("along", "tensor") != "tensor":
             return "rows"
         if not edits:
             return "linear"
-        return (
-            "ties" if coefficients and scale_of_ties(edits, alpha, coefficients[1]) is not None else "stacked"
-        )
+        return "ties" if [name for name, _ in edits] == ["ties"] else "stacked"
     if isinstance(rule, Elementwise):
-        return "eq12" if rule.in_place(options) and not edits else "stacked"
+        return "eq12" if rule.eq12(options) and not edits else "stacked"
     return rule.kind
-
-
-def scale_of_ties(edits: Edits, alpha: tuple[float, ...], c: list[float]) -> float | None:
-    """k with c_t = k alpha_t, where TIES is the only edit and needs no more of a tensor than a block; else None."""
-    if len(edits) != 1 or edits[0][0] != "ties" or len(alpha) > VOTES:
-        return None
-    options: Any = edits[0][1]
-    if options.trim != "global" and trims(options):
-        return None
-    largest = max(range(len(c)), key=lambda t: abs(alpha[t]))
-    if alpha[largest] == 0:
-        return None
-    k = c[largest] / alpha[largest]
-    exact = all(abs(ct - k * weight) <= 1e-12 * abs(ct) for ct, weight in zip(c, alpha, strict=True))
-    return k * float(options.scale) if exact else None
 
 
 @dataclass

@@ -100,7 +100,7 @@ GRADIENT_MATCHING = Elementwise(
     + " H_t",
     "Eq. 12 of Daheim et al. 2024",
     lambda b: gradient_matching(b.theta0, b.tau, b.alpha, b.h0, b.h, b.options.hbar_weight),
-    needs=BOTH, options=HbarOptions(), divides=True, bounded=True, in_place=lambda o: 1 if o.hbar_weight is None else 0,
+    needs=BOTH, options=HbarOptions(), divides=True, bounded=True, eq12=lambda o: o.hbar_weight is None,
 )  # fmt: skip
 WEIGHTED = Linear(
     mean_formula, "weighted average of weights", lambda a, gram, o: weighted(a, o.normalize), options=Normalize(), lacks=NORMALIZES
@@ -119,7 +119,7 @@ RULES: dict[str, Rule] = {
     ),
     "fisher": Elementwise(
         "(sum_t alpha_t H_t)^-1 sum_t alpha_t H_t theta_t", "FA in Daheim et al. 2024",
-        lambda b: fisher(b.theta0, b.tau, b.alpha, b.delta0, b.h), needs=CURVATURE, divides=True, bounded=True, in_place=lambda o: 1,
+        lambda b: fisher(b.theta0, b.tau, b.alpha, b.delta0, b.h), needs=CURVATURE, divides=True, bounded=True, eq12=lambda o: True,
     ),
     "fisher_base": Elementwise(
         "(H0 theta0 + sum_t alpha_t H_t tau_t) / (H0 + sum_t alpha_t H_t)", "FA1 in Daheim et al. 2024",
@@ -137,7 +137,7 @@ RULES: dict[str, Rule] = {
         "theta0 - sum_t alpha_t (H0 - sum_s alpha_s H_s)^-1 (H0 + H_t) tau_t, guarded so that keep H0 remains",
         "Eq. 13 of Daheim et al. 2024",
         lambda b: removal(b.theta0, b.tau, b.alpha, b.h0, b.h, b.options.keep, b.options.guard),
-        needs=BOTH, options=RemovalOptions(), guarded=True, in_place=lambda o: -1, lacks=REMOVES, removes=True,
+        needs=BOTH, options=RemovalOptions(), guarded=True, lacks=REMOVES, removes=True,
     ),
     "ewr": Elementwise(
         "(H0 theta0 - sum_t alpha_t H_t tau_t) / (H0 + sum_t alpha_t H_t)", "elastic weight removal, Daheim et al. 2023",

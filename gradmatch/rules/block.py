@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def total(x: Tensor | Sequence[Tensor]) -> Tensor:
+    """sum_t x_t, one task after another, so that the bits do not depend on how tensors are cut. x: (T, *s). Returns (*s,).
+
+    Example:
+        >>> import torch
+        >>> total(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist()
+        [4.0, 6.0]
+    """
+    summed: Tensor = reduce(operator.add, x)
+    return summed
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The r largest |tau_t| of a tensor or model, told by the last of them; of equal ones those that come first are larger.
+
+    Attributes:
+        value: (T, 1, ..., 1), its magnitude; infinite where r = 0, negative where nothing is beyond it.
+        place: (T, 1, ..., 1), its place in the flat tensor.
+    """
+
+    value: Tensor
+    place: Tensor
+
+    def holds(self, tau: Tensor, first: int) -> Tensor:
+        """Which entries of a piece that begins at place `first` are among them. tau: (T, *s). Returns (T, *s), bool."""
+        import torch
+
+        size = tau.abs()
+        place = torch.arange(first, first + tau[0].numel(), device=tau.device).reshape(tau.shape[1:])
+        return (size > self.value) | ((size == self.value) & (place <= self.place))
 
 
 @dataclass
@@ -18,15 +53,25 @@ class Edit:
         tau: (T, *s).
         alpha: (T, 1, ..., 1).
         noise: gives (T, *s) uniform draws, the same for the same seed, task, tensor and place.
-        threshold: (T, 1, ..., 1), from a pass over the whole model, or None where the piece is the whole tensor.
+        first: place of the piece's first entry in the tensor.
+        cuts: the cuts that the transform asks for by its `ranks`.
+        sums: (k, T), its `sums` over the whole tensor, in float64; None where it asks for none.
         majority: sign of the sum of all elected signs, for entries that cancel exactly.
     """
 
     tau: Tensor
     alpha: Tensor
     noise: Callable[[], Tensor]
-    threshold: Tensor | None = None
+    first: int = 0
+    cuts: Sequence[Cut] = ()
+    sums: Tensor | None = None
     majority: float = 1.0
+
+    def column(self, value: float | tuple[float, ...]) -> Tensor | float:
+        """An option as a number, or (T, 1, ..., 1) where every task has its own."""
+        return (
+            self.tau.new_tensor(value).reshape(self.alpha.shape) if isinstance(value, tuple) else float(value)
+        )
 
 
 class Block:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gradmatch.rules.block import total
 from gradmatch.rules.options import Options, option
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ def gradient_matching(
     squared unit of weight); h0 may be a number (isotropic). With H_t = 0 it is task arithmetic. A `hbar_weight` w takes the
     place of alpha inside Hbar alone: the merge is then linear in alpha, in the span of the Hbar^-1 (H0 + H_t) tau_t.
     """
-    h_bar = h0 + ((alpha if hbar_weight is None else hbar_weight) * h).sum(0)
-    return theta0 + (alpha * (h0 + h) * tau).sum(0) / h_bar
+    h_bar = h0 + total((alpha if hbar_weight is None else hbar_weight) * h)
+    return theta0 + total(alpha * (h0 + h) * tau) / h_bar
 
 
 def fisher(theta0: Tensor, tau: Tensor, alpha: Tensor, delta0: float, h: Tensor) -> Tensor:

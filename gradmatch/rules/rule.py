@@ -149,13 +149,13 @@ class Elementwise(Rule):
     Attributes:
         elementwise: a `gradmatch.rules.block.Block` (n coordinates) -> merged values (n,).
         divides: whether it divides by Hbar = H0 + sum_t alpha_t H_t, which must then be positive.
-        in_place: options -> +1 or -1 where the in-place kernel of Eq. 12 computes it too (the sign of alpha), else 0.
+        eq12: options -> whether it is Eq. 12 as it stands, which the compiled extension computes too.
     """
 
     elementwise: Callable[[Block], Tensor]
     _: KW_ONLY
     divides: bool = False
-    in_place: Callable[[Any], int] = lambda options: 0
+    eq12: Callable[[Any], bool] = lambda options: False
 
     kind: ClassVar[str] = "elementwise"
 

@@ -101,6 +101,23 @@ def test_adam(tmp_path):
     torch.testing.assert_close(found["classifier.weight"], 2 * model.classifier.weight.grad**2)
 
 
+def test_adam_of_a_language_model_is_calibrated_by_rows(tmp_path, capsys):
+    model = save_language_model(tmp_path / "model")
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n\n".join(text for text in TEXTS if " " in text))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    ids = torch.ones(2, 3, dtype=torch.long)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    words = (tmp_path / "model", "--adam", tmp_path / "optimizer.pt", "-o", tmp_path / "c.safetensors")
+    assert run(*words, "--num-examples", 50, "--batch-size", 2) == 2
+    assert "a mean over predicted tokens, and no file tells" in capsys.readouterr().err
+    assert run(*words, "--data", lines, "--calibrate", 3) == 0
+    assert "to the trace of the empirical Fisher of 3 examples" in capsys.readouterr().out
+    assert Curvature.load(tmp_path / "c.safetensors").num_examples == 4
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -108,7 +125,7 @@ def test_adam(tmp_path):
         (["--data", "x.csv", "--adam", "o.pt"], "give either --data (to measure) or --adam"),
         ([], "give either --data (to measure) or --adam"),
         (["--adam", "o.pt", "--batch-size", 8], "--adam needs --num-examples"),
-        (["--adam", "o.pt", "--num-examples", 50], "and --batch-size, that of a step"),
+        (["--adam", "o.pt", "--num-examples", 5, "--calibrate", 4], "--calibrate needs both --adam"),
         (["--data", "x.csv", "--limit", "0"], "--examples must be at least 1, got 0"),
         (
             ["--data", "x.csv", "--method", "kfac", "--tolerance", "0.1"],

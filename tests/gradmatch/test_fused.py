@@ -1,31 +1,36 @@
-"""Compiled kernels give the bits that torch gives, and leave to it what they cannot do."""
-
-import shutil
+"""The compiled extension gives the bits of the readable rules, and leaves to them what it cannot do."""
 
 import pytest
 import torch
 
 from gradmatch import Task, merge
-from gradmatch.engine import context, fused, kernels, rounding, workers
+from gradmatch.engine import compiled, context, fused, rounding, workers
 from gradmatch.estimators import Curvature, native
-from gradmatch.merging import prepare
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIZE = 5003  # odd, and more than a chunk of the kernels
+BUILT = pytest.mark.skipif(
+    native.load(compiled.SOURCE) is None, reason="the extension is not built here: pip install -e ."
+)
+
+
+def same_bytes(one, other):
+    """Whether two results are the same bit for bit, signs of zeros included."""
+    integers = {4: torch.int32, 2: torch.int16, 8: torch.int64}
+    return all(
+        torch.equal(*(t[key].view(integers[t[key].element_size()]) for t in (one, other))) for key in one
+    )
 
 
 @pytest.fixture
 def compare(monkeypatch):
-    """A merge with and without kernels, with pieces, blocks and units of many sizes; returns both, and whether each piece was done by a kernel."""
-    if shutil.which("gcc") is None:
-        pytest.skip("no C compiler")
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(kernels, "CACHE", 1000)
-    monkeypatch.setattr(rounding, "CACHE", 1000)
-    monkeypatch.setattr(fused, "CACHE", 1000)
-    monkeypatch.setattr(context, "BLOCK", 1000)
+    """A merge without and with the extension, with pieces and units of many sizes; returns both, and whether each piece was its."""
+    if native.load(compiled.SOURCE) is None:
+        pytest.skip("the extension is not built here: pip install -e .")
+    for module in (context, fused, rounding):
+        monkeypatch.setattr(module, "BLOCK", 1000)
     monkeypatch.setattr(workers, "UNIT", 4000)
-    done = {"merge": [], "windows": []}
+    done = {"merge": [], "count_bits": []}
 
     def watched(name):
         plain = getattr(fused, name)
@@ -44,10 +49,10 @@ def compare(monkeypatch):
         results = []
         for asked in ("0", "1"):
             monkeypatch.setenv("GRADMATCH_KERNEL", asked)
-            done["merge"].clear()
-            done["windows"].clear()
+            for calls in done.values():
+                calls.clear()
             results.append(merge(base, tasks, allow_mismatch=True, **options))
-        assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+        assert same_bytes(*results)
         return results, done
 
     return both
@@ -86,8 +91,8 @@ def test_same_bits(compare, method, weights, out, dtype):
     results, done = compare(base, tasks, method=method, dtype=out)
     assert done["merge"]
     assert all(done["merge"])
-    assert all(done["windows"])
-    assert bool(done["windows"]) == (method == "ties")
+    assert all(done["count_bits"])
+    assert bool(done["count_bits"]) == (method == "ties")
     reports_agree(results)
 
 
@@ -145,23 +150,44 @@ def test_same_bits_from_and_to_files(compare, tmp_path):
         assert all(torch.equal(results[1][key], monolithic[key]) for key in base)
 
 
-@pytest.mark.parametrize("case", ["no normalize", "two trims", "nine weights", "slerp", "removal", "double"])
-def test_what_they_cannot_do_is_left_to_torch(compare, case):
-    count = 9 if case == "nine weights" else 2
-    base, tuned = models(torch.float64 if case == "double" else torch.float32, count)
-    tasks = [Task(model, weight=0.1 + 0.1 * t) for t, model in enumerate(tuned)]
-    options = {
-        "no normalize": {"method": "ties", "normalize": False},
-        "two trims": {"method": "task_arithmetic", "transforms": [{"dare": {"density": 0.5}}, "ties"]},
-        "nine weights": {"method": "ties"},
-        "slerp": {"method": "slerp"},
-        "removal": {"method": "removal", "base_curvature": 0.3},
-        "double": {"method": "averaging"},
-    }[case]
-    if case == "removal":
-        tasks = [Task(model, known(t, 10), 0.1) for t, model in enumerate(tuned)]
-    _, done = compare(base, tasks, **options)
-    assert all(done["merge"]) == (case in ("no normalize", "slerp"))
+SERVED = {
+    "no normalize": {"method": "ties", "normalize": False},
+    "trim by tensor": {"method": "ties", "trim": "tensor", "scale": 0.7},
+    "nothing trimmed": {"method": "ties", "density": 1.0},
+    "slerp": {"method": "slerp"},
+    "twenty tasks": {"method": "ties"},
+    "twenty curvatures": {"method": "gradient_matching", "base_curvature": 0.3},
+}
+LEFT = {
+    "another edit": {"method": "task_arithmetic", "transforms": [{"dare": {"density": 0.5}}, "ties"]},
+    "removal": {"method": "removal", "base_curvature": 0.3},
+    "hbar_weight": {"method": "gradient_matching", "base_curvature": 0.3, "hbar_weight": 1.0},
+    "double": {"method": "averaging"},
+}
+
+
+@pytest.mark.parametrize("case", SERVED | LEFT)
+def test_what_is_served_and_what_is_left_to_torch(compare, case):
+    base, tuned = models(
+        torch.float64 if case == "double" else torch.float32, 20 if case.startswith("twenty") else 2
+    )
+    tasks = [Task(model, known(t, 10), 0.1 + 0.1 * t) for t, model in enumerate(tuned)]
+    _, done = compare(base, tasks, **(SERVED | LEFT)[case])
+    assert done["merge"]
+    assert all(done["merge"]) if case in SERVED else not any(done["merge"])
+
+
+def test_every_half_is_widened_and_narrowed_as_torch_does(compare):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    every = every[every.isfinite()]
+    exact = every.float()
+    between = torch.cat(
+        [exact, exact * (1 + 2**-12), exact * (1 + 2**-12) * (1 + 2**-20), exact + 2**-25, exact / 3]
+    )
+    for values, dtype in ((every, "float32"), (between[between.abs() < 65520], "float16")):
+        results, done = compare({"w": values}, [Task({"w": values})], method="averaging", dtype=dtype)
+        assert all(done["merge"])
+        assert torch.equal(results[1]["w"], values.to(DTYPES[dtype]))
 
 
 def test_infinite_values_that_all_share_stay(compare):
@@ -207,6 +233,7 @@ def test_overflow_is_refused(monkeypatch, asked):
         merge(base, [Task(tuned[0])], method="averaging", dtype="float16")
 
 
+@BUILT
 def test_a_file_that_shrinks_while_it_is_merged_is_found(monkeypatch, tmp_path):
     monkeypatch.setenv("GRADMATCH_KERNEL", "1")
     base, tuned = models(torch.float32, 1)
@@ -224,30 +251,25 @@ def test_a_file_that_shrinks_while_it_is_merged_is_found(monkeypatch, tmp_path):
         merge(base, [Task(tmp_path / "one")], method="task_arithmetic")
 
 
-def test_they_serve_large_merges_unasked(monkeypatch):
-    base, tuned = models(torch.float32, 1)
-    made = prepare(base, [Task(tuned[0])], method="averaging")
-    monkeypatch.delenv("GRADMATCH_KERNEL", raising=False)
-    monkeypatch.delenv("CC", raising=False)
-    assert fused.kernels_for(made) is None
-    monkeypatch.setattr(fused, "LARGE", SIZE)
-    assert (fused.kernels_for(made) is not None) == (shutil.which("gcc") is not None)
-    monkeypatch.setenv("GRADMATCH_KERNEL", "0")
-    assert fused.kernels_for(made) is None
+@BUILT
+def test_it_is_used_unless_it_is_switched_off(monkeypatch):
+    for asked, used in (("", True), ("1", True), ("0", False)):
+        monkeypatch.setenv("GRADMATCH_KERNEL", asked)
+        assert (compiled.kernels() is not None) == used
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_without_a_compiler_torch_does_the_work(monkeypatch, tmp_path, caplog, compiler):
-    base, tuned = models(torch.float32, 1)
-    expected = merge(base, [Task(tuned[0], weight=0.3)], method="task_arithmetic")
-    monkeypatch.setenv("CC", compiler)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("GRADMATCH_KERNEL", "1")
-    native.load.cache_clear()
-    try:
-        for _ in range(2):
-            found = merge(base, [Task(tuned[0], weight=0.3)], method="task_arithmetic")
-    finally:
-        native.load.cache_clear()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-    assert sum("blocks.c: no kernel, torch does the work" in line for line in caplog.messages) == 1
+@BUILT
+@pytest.mark.parametrize("spoilt", ["another source", "no library"])
+def test_a_library_of_another_source_is_not_used(monkeypatch, tmp_path, caplog, spoilt):
+    source = tmp_path / "blocks.c"
+    source.write_bytes(compiled.SOURCE.read_bytes() + b"/* newer */")
+    if spoilt == "no library":
+        spec = native.importlib.util.find_spec(native.NAME)
+        spec.origin = str(source)
+        monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: spec)
+    for _ in range(2):
+        assert native.load(source) is None
+    assert sum("torch does the work" in line for line in caplog.messages) == 1
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
+    assert native.load(tmp_path / "squares.c") is None  # nothing built: not a word
+    assert len(caplog.messages) == 1

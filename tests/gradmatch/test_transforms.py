@@ -1,4 +1,4 @@
-"""Edits of task vectors against slow loops; the in-place kernels and the threshold search against the readable functions."""
+"""Edits of task vectors against slow loops, and the search for what they ask of tensors and models against sorting."""
 
 import math
 
@@ -7,14 +7,14 @@ import torch
 
 import gradmatch.engine.thresholds as search
 from gradmatch import TRANSFORMS, Task, merge
+from gradmatch.engine import compiled, context
 from gradmatch.engine.context import Context
 from gradmatch.engine.draws import GRID, uniform
-from gradmatch.engine.electing import ties
-from gradmatch.engine.kernels import Buffers, eq12, linear_combination
 from gradmatch.merging import prepare
-from gradmatch.rules import gradient_matching, removal
-from gradmatch.rules.edits import breadcrumbs, dare, della
-from gradmatch.rules.edits import ties as readable_ties
+from gradmatch.rules.block import Cut, Edit
+from gradmatch.rules.edits import dare, della, ties
+from gradmatch.rules.edits.breadcrumbs import ranks
+from gradmatch.rules.edits.dare import l1_ratio
 from gradmatch.rules.edits.della import keep_probability, widest
 from gradmatch.rules.edits.ties import elect, kept_count, share, trim
 from tests.gradmatch.cases import problem, state, tuned
@@ -110,7 +110,9 @@ def test_two_trims_over_the_model_follow_one_another():
 @pytest.mark.parametrize("method", ["dare_ties", "della", "breadcrumbs_ties"])
 def test_a_trim_that_drops_nothing_takes_no_pass(method, monkeypatch):
     base, _, models, _ = problem(2)
-    monkeypatch.setattr(search, "select", lambda *_: pytest.fail("a pass over the model for no threshold"))
+    monkeypatch.setattr(
+        search, "_tally_model", lambda *_: pytest.fail("a pass over the model for no threshold")
+    )
     assert set(merge(base, [Task(m) for m in models], method=method)) == set(base)
 
 
@@ -179,7 +181,7 @@ def test_steps_of_ties_on_a_hand_worked_example():
     sign = elect(kept, alpha, -1.0)
     assert sign.tolist() == [1.0, -1.0, -1.0, -1.0]
     assert share(kept, alpha, sign).tolist() == [[3.0, -0.5, 0.0, 0.0], [0.0, -1.0, 0.0, -2.0]]
-    assert readable_ties(tau, alpha, torch.tensor([[1.0], [2.0]]), -1.0, 2.0).sum(0).tolist() == [
+    assert ties(tau, alpha, torch.tensor([[1.0], [2.0]]), -1.0, 2.0).sum(0).tolist() == [
         6.0,
         -3.0,
         0.0,
@@ -189,10 +191,33 @@ def test_steps_of_ties_on_a_hand_worked_example():
 
 @pytest.mark.parametrize(
     ("density", "numel", "kept"),
-    [(0.2, 10, 2), (0.29, 100, 29), (0.2, 3, 1), (0.01, 7, 1), (1.0, 5, 5), (0.5, 0, 0)],
+    [
+        (0.2, 10, 2),
+        (0.29, 100, 29),
+        (0.2, 3, 1),
+        (0.01, 7, 1),
+        (1.0, 5, 5),
+        (0.5, 0, 0),
+        (0.7, 10**9, 7 * 10**8),
+        (0.1 + 0.2, 10**10, 3 * 10**9),
+        (1 - 0.9, 10**10, 10**9),
+    ],
 )
 def test_kept_count(density, numel, kept):
     assert kept_count(density, numel) == kept
+
+
+@pytest.mark.parametrize("density", [0.29, 0.35, 0.7, 0.9])
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs"])
+@pytest.mark.parametrize("trim_scope", ["global", "tensor"])
+def test_a_density_of_a_tasks_own_keeps_as_many(density, method, trim_scope):
+    base = {"w": stacked(1, (60, 16), 1, torch.float32)[0]}
+    model = {"w": base["w"] + stacked(1, (60, 16), 2, torch.float32)[0]}
+    scope = {"trim": trim_scope} if method == "ties" else {}
+    shared = merge(base, [Task(model)], method=method, density=density, **scope)
+    own = merge(base, [Task(model, options={"density": density})], method=method, **scope)
+    assert torch.equal(shared["w"], own["w"])
+    assert int((own["w"] != base["w"]).sum()) == round(density * 960)
 
 
 def test_dare_is_unbiased_and_zero_or_rescaled():
@@ -205,12 +230,17 @@ def test_dare_is_unbiased_and_zero_or_rescaled():
 
 
 def test_dare_l1_restores_each_models_sum():
-    tau = stacked(2, (40, 40))
-    noise = torch.rand(tau.shape, generator=torch.Generator().manual_seed(1))
-    found = dare(tau, noise, torch.tensor([0.25, 0.5]).reshape(2, 1, 1), "l1")
-    torch.testing.assert_close(found.abs().sum((1, 2)), tau.abs().sum((1, 2)))
-    assert not dare(tau, torch.ones_like(tau), 0.5, "l1").any()  # nothing kept: zero, not NaN
-    assert torch.isfinite(dare(torch.ones(2), torch.tensor([0.1, 0.9]), 0.5, "l1")).all()  # 0-dim tensors
+    base, (first, second) = {"w": torch.zeros(40, 40)}, stacked(2, (40, 40), dtype=torch.float32)
+    found = [
+        merge(base, [Task({"w": tau}, name="a")], method="dare", density=0.25, rescale="l1")["w"]
+        for tau in (first, second)
+    ]
+    for edited, tau in zip(found, (first, second), strict=True):
+        torch.testing.assert_close(edited.abs().sum(), tau.abs().sum())
+    assert l1_ratio(torch.tensor([2.0, 3.0]), torch.tensor([4.0, 0.0])).tolist() == [
+        0.5,
+        0.0,
+    ]  # nothing kept: zero, not NaN
 
 
 def test_noise_does_not_depend_on_how_a_tensor_is_cut():
@@ -244,20 +274,37 @@ def test_della_divides_by_the_probability():
     torch.testing.assert_close(found, torch.where(noise == 0, tau / probability, 0.0))
 
 
+def crumbs_by_sorting(tau, density, gamma):
+    """Breadcrumbs of one task vector, by sorting all of it."""
+    kept = kept_count(density, tau.numel())
+    outliers = min(math.floor(gamma * tau.numel() + 1e-9), tau.numel() - kept)
+    order = tau.flatten().abs().argsort(descending=True, stable=True)[outliers : outliers + kept]
+    return (
+        torch.zeros(tau.numel(), dtype=tau.dtype)
+        .index_copy(0, order, tau.flatten()[order])
+        .reshape(tau.shape)
+    )
+
+
 @pytest.mark.parametrize(
     ("density", "gamma", "kept"),
-    [(0.4, 0.1, [8, 7, 6, 5]), (1.0, 0.3, list(range(9, -1, -1))), (0.9, 0.3, list(range(8, -1, -1))), (0.01, 0.0, [9])],
-)  # fmt: skip
-def test_breadcrumbs(density, gamma, kept):
-    tau = torch.arange(10.0).reshape(1, 2, 5) * torch.tensor([1.0, -1.0]).reshape(1, 2, 1) + 0.0
-    found = breadcrumbs(tau, density, gamma).flatten().abs()
-    expected = torch.zeros(10)
-    expected[kept] = torch.tensor(kept, dtype=torch.float32)
-    assert torch.equal(found, expected)
+    [(0.4, 0.1, (1, 5)), (1.0, 0.3, (0, 10)), (0.9, 0.3, (1, 10)), (0.01, 0.0, (0, 1))],
+)
+def test_ranks_of_breadcrumbs(density, gamma, kept):
+    assert ranks(density, gamma, 10) == kept
 
 
-def test_breadcrumbs_keeps_an_exact_count_among_equals():
-    assert int((breadcrumbs(torch.ones(1, 10), 0.5, 0.1) != 0).sum()) == 5
+@pytest.mark.parametrize("kind", ["smooth", "repeated", "equal", "mostly zero"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("block", [GRID, 64])
+def test_breadcrumbs_keep_an_exact_count_among_equals(kind, dtype, block, monkeypatch):
+    monkeypatch.setattr(context, "BLOCK", block)
+    tau = stacked(1, (30, 10), dtype=dtype)[0]
+    tau = {"smooth": tau, "repeated": tau.round(), "equal": tau.sign(), "mostly zero": tau * (tau > 2)}[kind]
+    for density, gamma in ((0.5, 0.1), (0.14, 0.01), (0.9, 0.3)):
+        base = {"w": torch.zeros_like(tau)}
+        found = merge(base, [Task({"w": tau})], method="breadcrumbs", density=density, gamma=gamma)
+        assert torch.equal(found["w"], crumbs_by_sorting(tau, density, gamma))
 
 
 @pytest.mark.parametrize("option", ["density", "gamma"])
@@ -269,7 +316,7 @@ def test_breadcrumbs_options_of_one_task(option):
     for model, own in ((models[0], {option: 0.3}), (models[1], {})):
         settings = {"density": 0.6, "gamma": 0.1, **own}
         for name in base:
-            expected[name] += breadcrumbs((model[name] - base[name])[None], **settings)[0]
+            expected[name] += crumbs_by_sorting(model[name] - base[name], **settings)
     assert all(torch.allclose(found[name], expected[name], atol=1e-12) for name in base)
 
 
@@ -283,63 +330,7 @@ def test_large_tensors_are_edited_as_whole_rows_and_tensors():
     noise = uniform(0, "a", "w", 0, tau.numel(), torch.float32).reshape(tau.shape)
     torch.testing.assert_close(della_found["w"], base["w"] + della(tau, noise, 0.5, 0.2)[0])
     crumbs = merge(base, [Task(model)], method="breadcrumbs", density=0.5, gamma=0.1)
-    torch.testing.assert_close(crumbs["w"], base["w"] + breadcrumbs(tau, 0.5, 0.1)[0])
-
-
-@pytest.mark.parametrize(("keep", "guard"), [(None, "floor"), (0.3, "floor"), (0.3, "scale")])
-@pytest.mark.parametrize("h0", ["tensor", 0.5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_eq12_kernel_is_the_readable_rule(keep, guard, h0, dtype):
-    count, tasks = 1000, 3
-    theta0, theta = stacked(1, (count,), 1, dtype)[0], stacked(tasks, (count,), 2, dtype)
-    mean, prior = stacked(tasks, (count,), 3, dtype).abs(), stacked(1, (count,), 4, dtype)[0].abs()
-    mean[1] = 0
-    alphas, counts, delta0 = [0.5, 1.2, 0.3], [10.0, 20.0, 30.0], 1e-2
-    sign = 1.0 if keep is None else -1.0
-    known = [mean[0], None, mean[2]]  # one is flat
-    given = [(sign * a, n, t, f) for a, n, t, f in zip(alphas, counts, theta, known, strict=True)]
-    found = torch.empty_like(theta0)
-    health = eq12(Buffers(), found, theta0, prior if h0 == "tensor" else h0, 2.0, delta0, given, keep, guard)
-    full = 2.0 * (prior if h0 == "tensor" else torch.full_like(theta0, h0)) + delta0
-    alpha = torch.tensor(alphas, dtype=dtype).reshape(-1, 1)
-    h = torch.tensor(counts, dtype=dtype).reshape(-1, 1) * mean
-    if keep is None:
-        expected = gradient_matching(theta0, theta - theta0, alpha, full, h)
-        assert health.floored == int((full + (alpha * h).sum(0) < 2 * delta0).sum())
-    else:
-        expected = removal(theta0, theta - theta0, alpha, full, h, keep, guard)
-        assert health.clamped == int((full - (alpha * h).sum(0) < keep * full).sum())
-        assert health.update_h0 == pytest.approx(float((full * (expected - theta0) ** 2).sum()), rel=1e-3)
-    assert health.update == pytest.approx(float(((expected - theta0) ** 2).sum()), rel=1e-3)
-    tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
-    torch.testing.assert_close(found, expected, **tolerance)
-
-
-@pytest.mark.parametrize("alphas", [(1.0, 1.0, 1.0), (0.5, -1.5, 0.0)])
-@pytest.mark.parametrize("majority", [1.0, -1.0])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_ties_kernel_is_the_readable_transform(alphas, majority, normalize):
-    count = 600
-    theta0 = torch.zeros(count, dtype=torch.float64)
-    tau = (stacked(3, (count,), 5) * 2).round() / 2  # many equal values, many exact cancellations
-    thresholds = [1.0, 0.5, 0.0]
-    alpha = torch.tensor(alphas, dtype=torch.float64).reshape(3, 1)
-    found = torch.empty_like(theta0)
-    health = ties(Buffers(), found, theta0, tau, thresholds, alphas, 0.7, majority, normalize=normalize)
-    column = torch.tensor(thresholds, dtype=torch.float64).reshape(3, 1)
-    expected = 0.7 * (alpha * readable_ties(tau, alpha, column, majority, 1.0, normalize)).sum(0)
-    torch.testing.assert_close(found, expected, **CLOSE)
-    weighted = alpha * trim(tau, column)
-    opposed = (weighted > 0).any(0) & (weighted < 0).any(0)
-    assert health.conflicts == int(opposed.sum())
-    assert health.cancelled == int((opposed & (weighted.sum(0) == 0)).sum())
-    assert health.signs == float(weighted.sum(0).sign().sum())
-
-
-def test_linear_combination():
-    out, ones = torch.empty(3), torch.ones(3, dtype=torch.bfloat16)
-    assert linear_combination(out, out.clone(), [2.0, -0.5], [ones, ones]).tolist() == [1.5] * 3
-    assert linear_combination(out, out.clone(), [], []).tolist() == [0.0] * 3
+    torch.testing.assert_close(crumbs["w"], base["w"] + crumbs_by_sorting(tau[0], 0.5, 0.1))
 
 
 def exact_threshold(taus, density):
@@ -349,8 +340,9 @@ def exact_threshold(taus, density):
 
 @pytest.mark.parametrize("kind", ["smooth", "repeated", "mostly zero", "one scale a tensor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("path", ["predicted", "radix"])
-def test_thresholds_are_exact_order_statistics(kind, dtype, path, monkeypatch):
+@pytest.mark.parametrize("asked", ["0", "1"])
+def test_thresholds_are_exact_order_statistics(kind, dtype, asked, monkeypatch):
+    monkeypatch.setenv("GRADMATCH_KERNEL", asked)
     shapes = {"a": (300, 700), "b": (40, 30), "c": (7,)}
     base = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
     model = state(3, dtype, shapes=shapes)
@@ -360,11 +352,12 @@ def test_thresholds_are_exact_order_statistics(kind, dtype, path, monkeypatch):
         model = {name: t * (t.abs() > 2.2) for name, t in model.items()}
     elif kind == "one scale a tensor":
         model = {name: t * 10.0**i for i, (name, t) in enumerate(model.items())}
-    if path == "radix":
-        monkeypatch.setattr(search, "predicted", lambda *_: {})
-    made = prepare(base, [Task(model)], method="ties", density=0.1)
-    found = search.global_thresholds(Context(made))
-    assert float(found[0, 0.1][0]) == exact_threshold(model.values(), 0.1)
+    seen = Context(prepare(base, [Task(model)], method="ties", density=0.1), kernels=compiled.kernels())
+    search.look_over_model(seen)
+    exact = exact_threshold(model.values(), 0.1)
+    assert {name: found.cuts[0][0][0] for (_, name), found in seen.found.items()} == dict.fromkeys(
+        shapes, exact
+    )
 
 
 def test_thresholds_after_another_edit():
@@ -383,10 +376,9 @@ def test_thresholds_after_another_edit():
 
 def test_every_transform_keeps_shapes_and_zero():
     tau = torch.zeros(2, 3, 4)
+    everything = Cut(torch.full((2, 1, 1), -1.0), torch.zeros(2, 1, 1))
     for transform in TRANSFORMS.values():
-        from gradmatch.rules.block import Edit
-
-        edit = Edit(tau, torch.ones(2, 1, 1), lambda: torch.rand(2, 3, 4))
+        edit = Edit(tau, torch.ones(2, 1, 1), lambda: torch.rand(2, 3, 4), cuts=[everything] * 2)
         found = transform.apply(edit, transform.options)
         assert found.shape == tau.shape
         assert not found.any()

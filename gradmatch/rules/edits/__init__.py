@@ -8,8 +8,8 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.settings import numbers
-from gradmatch.rules.edits.breadcrumbs import breadcrumbs
-from gradmatch.rules.edits.dare import dare
+from gradmatch.rules.edits.breadcrumbs import breadcrumbs, ranks
+from gradmatch.rules.edits.dare import dare, drop, l1_ratio
 from gradmatch.rules.edits.della import della, widest
 from gradmatch.rules.edits.ties import kept_count, ties
 from gradmatch.rules.options import Options, declared, option
@@ -30,15 +30,22 @@ class Transform:
     """What the engine must know of an edit.
 
     Attributes:
-        apply: the edit of one piece, from an `Edit` (task vectors, weights, noise, thresholds) and its options.
+        apply: the edit of one piece, from an `Edit` (task vectors, weights, noise, cuts) and its options.
         options: with their defaults.
         span: how much of a tensor one piece must hold: any "block", whole "rows", or the whole "tensor". May depend on
-            the options.
+            the options. Memory follows from it: a few blocks, or a few of the longest row or the largest tensor.
+        scope: of what it must know something before it edits the first piece: nothing (""), the "tensor" or the "model".
+        ranks: (options of one task, n) -> ranks, counted from the largest |tau| of the n entries of its scope, at which it
+            asks for a `Cut`.
+        sums: (edit, options) -> (k, T) numbers of a piece, of which it asks for the sum over the tensor.
     """
 
     apply: Callable[[Edit, Any], Tensor]
     options: Options
-    span: Callable[[Any], str]
+    span: Callable[[Any], str] = lambda options: "block"
+    scope: Callable[[Any], str] = lambda options: ""
+    ranks: Callable[[Any, int], Sequence[int]] | None = None
+    sums: Callable[[Edit, Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         """A plain table of defaults becomes `Options`."""
@@ -135,68 +142,58 @@ class BreadcrumbsOptions(Options):
     )
 
 
-def thresholds(tau: Tensor, density: Tensor | float) -> Tensor:
-    """Each task's k-th largest |tau|, (T, 1, ..., 1), with k from the density; 0 where everything stays."""
-    flat = tau.abs().reshape(tau.shape[0], -1)
-    shares = [density] * len(flat) if isinstance(density, float) else density.flatten().tolist()
-    found = [_kth_largest(row, share) for row, share in zip(flat, shares, strict=True)]
-    return tau.new_tensor(found).reshape(-1, *[1] * (tau.dim() - 1))
-
-
-def _kth_largest(values: Tensor, density: float) -> float:
-    """The smallest of the largest share `density` of some magnitudes, (n,)."""
-    n = values.numel()
-    return 0.0 if density >= 1 or not n else float(values.kthvalue(n + 1 - kept_count(density, n)).values)
-
-
-def _column(value: Any, edit: Edit) -> Tensor | float:
-    """An option as a number, or (T, 1, ..., 1) where every task has its own."""
-    return edit.tau.new_tensor(value).reshape(edit.alpha.shape) if isinstance(value, tuple) else float(value)
+def of_task(options: Options, position: int) -> Options:
+    """One task's options: its own where there is one value a task."""
+    own = {key: value[position] for key, value in options.items() if isinstance(value, tuple)}
+    return replace(options, **own)
 
 
 def _ties(edit: Edit, options: TiesOptions) -> Tensor:
-    """TIES with the thresholds of the chosen scope."""
-    if edit.threshold is None:
-        edit.threshold = thresholds(edit.tau, _column(options.density, edit))
-    return ties(edit.tau, edit.alpha, edit.threshold, edit.majority, options.scale, options.normalize)
+    threshold = edit.cuts[0].value
+    return ties(edit.tau, edit.alpha, threshold, edit.majority, options.scale, options.normalize)
 
 
 def _dare(edit: Edit, options: DareOptions) -> Tensor:
-    return dare(edit.tau, edit.noise(), _column(options.density, edit), options.rescale)
+    ratio = None if edit.sums is None else l1_ratio(*edit.sums).to(edit.tau).reshape(edit.alpha.shape)
+    return dare(edit.tau, edit.noise(), edit.column(options.density), options.rescale, ratio)
+
+
+def _l1_sums(edit: Edit, options: DareOptions) -> Tensor:
+    """sum |tau| before and after DARE's drop, (2, T)."""
+    import torch
+
+    kept = drop(edit.tau, edit.noise(), edit.column(options.density))
+    return torch.stack([x.reshape(len(x), -1).abs().double().sum(1) for x in (edit.tau, kept)])
 
 
 def _della(edit: Edit, options: Any) -> Tensor:
     epsilon = widest(options.density) if options.epsilon is None else options.epsilon
-    return della(edit.tau, edit.noise(), _column(options.density, edit), _column(epsilon, edit))
+    return della(edit.tau, edit.noise(), edit.column(options.density), edit.column(epsilon))
 
 
 def _breadcrumbs(edit: Edit, options: BreadcrumbsOptions) -> Tensor:
-    density, gamma = options.density, options.gamma
-    if not isinstance(density, tuple) and not isinstance(gamma, tuple):
-        return breadcrumbs(edit.tau, density, gamma)
-    count = edit.tau.shape[0]
-    densities = density if isinstance(density, tuple) else (density,) * count
-    gammas = gamma if isinstance(gamma, tuple) else (gamma,) * count
-    rows = [breadcrumbs(edit.tau[t : t + 1], densities[t], gammas[t]) for t in range(count)]
-    merged = edit.tau.new_empty(edit.tau.shape)
-    for t, row in enumerate(rows):
-        merged[t] = row[0]
-    return merged
-
-
-def trims(options: Any) -> bool:
-    """Whether any task loses entries to TIES' trim."""
-    shares = options.density if isinstance(options.density, tuple) else (options.density,)
-    return any(share < 1 for share in shares)
+    outliers, kept = edit.cuts
+    return breadcrumbs(edit.tau, outliers, kept, edit.first)
 
 
 TRANSFORMS: dict[str, Transform] = {
     "ties": Transform(
         _ties,
         TiesOptions(),
-        lambda options: "tensor" if options.trim == "tensor" and trims(options) else "block",
+        scope=lambda options: "model" if options.trim == "global" else "tensor",
+        ranks=lambda options, n: (kept_count(options.density, n),),
     ),
-    "dare": Transform(_dare, DareOptions(), lambda options: "tensor" if options.rescale == "l1" else "block"),
-    "della": Transform(_della, DellaOptions(), lambda options: "rows"),
-    "breadcrumbs": Transform(_breadcrumbs, BreadcrumbsOptions(), lambda options: "tensor"),
+    "dare": Transform(
+        _dare,
+        DareOptions(),
+        scope=lambda options: "tensor" if options.rescale == "l1" else "",
+        sums=_l1_sums,
+    ),
+    "della": Transform(_della, DellaOptions(), span=lambda options: "rows"),
+    "breadcrumbs": Transform(
+        _breadcrumbs,
+        BreadcrumbsOptions(),
+        scope=lambda options: "tensor",
+        ranks=lambda options, n: ranks(options.density, options.gamma, n),
+    ),
 }

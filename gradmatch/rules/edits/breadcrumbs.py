@@ -4,22 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradmatch.rules.edits.ties import kept_count
+from gradmatch.rules.edits.ties import kept_count, whole_part
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gradmatch.rules.block import Cut
 
-def breadcrumbs(tau: Tensor, density: float, gamma: float) -> Tensor:
+
+def ranks(density: float, gamma: float, numel: int) -> tuple[int, int]:
+    """(outliers, outliers + kept) of `numel` entries: the last masked outlier and the last kept entry, by rank from the largest.
+
+    Where gamma + density > 1 the density is kept and fewer outliers are masked. At least one entry stays.
+
+    Example:
+        >>> ranks(0.4, 0.1, 10)
+        (1, 5)
+    """
+    kept = kept_count(density, numel)
+    outliers = min(whole_part(gamma, numel), numel - kept)
+    return outliers, outliers + kept
+
+
+def breadcrumbs(tau: Tensor, outliers: Cut, kept: Cut, first: int = 0) -> Tensor:
     """Davari & Belilovsky 2024: per tensor, mask the share gamma of largest |tau|, keep the next `density`, mask the rest.
 
-    tau: (T, *s). Returns (T, *s). Where gamma + density > 1 the density is kept and fewer outliers are masked. At least
-    one entry stays. Equal magnitudes are told apart by position, so the count kept is exact.
+    tau: (T, *s), a piece that begins at place `first` of its tensor; the cuts are at `ranks`. Returns (T, *s). Equal
+    magnitudes are told apart by position, so the count kept is exact.
     """
-    flat = tau.reshape(tau.shape[0], -1)
-    n = flat.shape[1]
-    kept = kept_count(density, n)
-    outliers = min(int(gamma * n + 1e-9), n - kept)
-    order = flat.abs().argsort(dim=1, descending=True, stable=True)[:, outliers : outliers + kept]
-    mask = flat.new_zeros(flat.shape).scatter_(1, order, 1.0)
-    return (flat * mask).reshape(tau.shape)
+    return tau * (kept.holds(tau, first) & ~outliers.holds(tau, first))

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import TYPE_CHECKING
+
+from gradmatch.rules.block import total
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+def whole_part(share: float, numel: int) -> int:
+    """The whole part of share * numel, of the share as it is written: 0.35 of 960 are 336, whatever 0.35 is in binary.
+
+    Example:
+        >>> whole_part(0.29, 100), int(0.29 * 100)
+        (29, 28)
+    """
+    return int(numel * Fraction(f"{share:.12g}"))
+
+
 def kept_count(density: float, numel: int) -> int:
     """How many of `numel` entries a density keeps: the whole part of density * numel, and at least one."""
-    return max(1, int(density * numel + 1e-9)) if numel else 0
+    return max(1, whole_part(density, numel)) if numel else 0
 
 
 def trim(tau: Tensor, threshold: Tensor | float) -> Tensor:
@@ -27,7 +40,7 @@ def elect(tau: Tensor, alpha: Tensor, majority: float) -> Tensor:
 
     tau: (T, *s); alpha: (T, 1, ..., 1); majority: sign of the sum of all elected signs of the model (+1 or -1).
     """
-    sign = (alpha * tau).sum(0).sign()
+    sign = total(alpha * tau).sign()
     return sign + (sign == 0) * majority
 
 
@@ -37,11 +50,11 @@ def share(tau: Tensor, alpha: Tensor, sign: Tensor, normalize: bool = True) -> T
     tau: (T, *s); alpha: (T, 1, ..., 1); sign: (*s,). Returns (T, *s), such that sum_t alpha_t tau'_t is the disjoint mean
     (the weighted mean over the agreeing, non-zero entries). Without `normalize` it is their weighted sum.
     """
-    agrees = ((alpha * tau).sign() == sign) & (tau != 0)
+    agrees = (alpha * tau).sign() == sign
     if not normalize:
         return tau * agrees
-    total = (alpha.abs() * agrees).sum(0)
-    return tau * agrees / total.masked_fill(total == 0, 1)
+    weight = total(alpha.abs() * agrees)
+    return tau * agrees / weight.masked_fill(weight == 0, 1)
 
 
 def ties(
