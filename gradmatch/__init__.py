@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gradmatch.models.opening import open_checkpoint
     from gradmatch.models.task import Task
     from gradmatch.output.report import Report
-    from gradmatch.rules import RULES
+    from gradmatch.rules import RULES, Rule
     from gradmatch.rules.edits import TRANSFORMS
     from gradmatch.subtraction import analogy, subtract
 
@@ -23,6 +23,7 @@ EXPORTS = {
     "Diagnosis": "gradmatch.diagnosis",
     "RULES": "gradmatch.rules",
     "Report": "gradmatch.output.report",
+    "Rule": "gradmatch.rules",
     "TRANSFORMS": "gradmatch.rules.edits",
     "Task": "gradmatch.models.task",
     "analogy": "gradmatch.subtraction",
@@ -38,6 +39,7 @@ __all__ = [
     "Checkpoint",
     "Diagnosis",
     "Report",
+    "Rule",
     "Task",
     "analogy",
     "diagnose",

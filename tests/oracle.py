@@ -84,3 +84,93 @@ def relative_l1(found, expected):
     """sum |found - expected| / sum |expected| over all tensors."""
     wrong = sum((found[name].double() - expected[name].double()).abs().sum() for name in expected)
     return float(wrong / sum(value.double().abs().sum() for value in expected.values()))
+
+
+def tsv_m(theta0, taus, scale=1.0):
+    """TSV-M of one matrix, one rank-one term at a time; polar factors by (X X')^(-1/2) X. Vectors: the mean."""
+    if theta0.dim() < 2:
+        return theta0 + scale * sum(taus) / len(taus)
+    flat = [tau.reshape(len(theta0), -1) for tau in taus]
+    rank = min(flat[0].shape) // len(taus)
+    left, right, sizes = [], [], []
+    for tau in flat:
+        values, vectors = torch.linalg.eigh(tau.T @ tau)  # ascending
+        for i in range(1, rank + 1):
+            size = values[-i].sqrt()
+            left.append(tau @ vectors[:, -i] / size)
+            right.append(vectors[:, -i])
+            sizes.append(size)
+    u, v = (orthonormal(torch.stack(vectors, 1)) for vectors in (left, right))
+    merged = sum(size * torch.outer(u[:, i], v[:, i]) for i, size in enumerate(sizes))
+    return theta0 + scale * merged.reshape(theta0.shape)
+
+
+def orthonormal(x):
+    """X (X'X)^(-1/2), the nearest matrix of orthonormal columns."""
+    values, vectors = torch.linalg.eigh(x.T @ x)
+    return x @ vectors @ torch.diag(values**-0.5) @ vectors.T
+
+
+def iso_c(theta0, taus, scale=1.0):
+    """Iso-C of one matrix of full rank: the mean singular value times the orthonormal factor. Vectors: the mean."""
+    if theta0.dim() < 2:
+        return theta0 + scale * sum(taus) / len(taus)
+    total = sum(taus).reshape(len(theta0), -1)
+    wide = total.shape[1] > total.shape[0]
+    total = total.T if wide else total
+    size = torch.linalg.eigvalsh(total.T @ total).clamp(min=0).sqrt().mean()
+    merged = size * orthonormal(total)
+    return theta0 + scale * (merged.T if wide else merged).reshape(theta0.shape)
+
+
+def sce(theta0, taus, select_topk=1.0):
+    """SCE, entry by entry."""
+    entries = list(zip(*(tau.flatten().tolist() for tau in taus), strict=True))
+    means = [sum(values) / len(values) for values in entries]
+    spread = [sum((v - m) ** 2 for v in values) for values, m in zip(entries, means, strict=True)]
+    if select_topk < 1:
+        kept = int(select_topk * sum(s != 0 for s in spread))
+        chosen = sorted(range(len(spread)), key=lambda i: -spread[i])[:kept]
+        entries = [values if i in chosen else [0.0] * len(taus) for i, values in enumerate(entries)]
+    sizes = [sum(v * v for v in column) / len(entries) for column in zip(*entries, strict=True)]
+    merged = []
+    for values in entries:
+        sign = 1 if sum(values) >= 0 else -1
+        agree = [(w, v) for w, v in zip(sizes, values, strict=True) if v * sign > 0]
+        merged.append(sum(w * v for w, v in agree) / sum(w for w, _ in agree) if agree else 0.0)
+    return theta0 + torch.tensor(merged, dtype=torch.float64).reshape(theta0.shape)
+
+
+def multislerp(xs, weights):
+    """The tangent-space way: project the unit vectors at their mean direction, average, and go back to the sphere."""
+    weights = [w / sum(weights) for w in weights]
+    unit = [x.flatten() / x.norm() for x in xs]
+    mean = sum(w * u for w, u in zip(weights, unit, strict=True))
+    mean = mean / mean.norm()
+    tangent = sum(w * (u - (u @ mean) * mean) for w, u in zip(weights, unit, strict=True))
+    angle = tangent.norm()
+    direction = mean * angle.cos() + (tangent * angle.sin() / angle if angle > 1e-12 else 0)
+    return (direction * sum(w * x.norm() for w, x in zip(weights, xs, strict=True))).reshape(xs[0].shape)
+
+
+def nearswap(theta0, theta, t):
+    """Entry by entry."""
+    moved = [
+        a if a == b else (1 - min(1, t / abs(a - b))) * a + min(1, t / abs(a - b)) * b
+        for a, b in zip(theta0.flatten().tolist(), theta.flatten().tolist(), strict=True)
+    ]
+    return torch.tensor(moved, dtype=torch.float64).reshape(theta0.shape)
+
+
+def arcee_fusion(theta0, theta):
+    """Row by row and entry by entry."""
+    rows, importance = theta0.reshape(-1, theta0.shape[-1]) if theta0.dim() else theta0.reshape(1, 1), []
+    for one, two in zip(rows, theta.reshape(rows.shape), strict=True):
+        p, q = torch.softmax(two, 0) + 1e-8, torch.softmax(one, 0) + 1e-8
+        divergence = float((p * (p / q).log()).sum())
+        importance += [abs(float(b - a)) * divergence for a, b in zip(one, two, strict=True)]
+    ordered = sorted(importance)
+    first, median, third = (ordered[int(q * (len(ordered) - 1))] for q in (0.25, 0.5, 0.75))
+    least = median + 1.5 * (third - first)
+    taken = torch.tensor([value >= least for value in importance]).reshape(theta0.shape)
+    return torch.where(taken, theta, theta0)

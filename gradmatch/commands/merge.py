@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from gradmatch.commands.options import add_options, given_options
 from gradmatch.commands.sources import add_data, add_models, number_or_text, parse_task, read_data
-from gradmatch.common.yamltext import load_yaml
 from gradmatch.plan.request import POLICIES
 from gradmatch.plan.step import Plan
 from gradmatch.recipes.recipe import SETTINGS, load_recipe, options_alone
@@ -19,7 +19,7 @@ examples:
   gradmatch merge recipe.yaml merged/ --dry-run         the complete check and the plan, nothing written
   gradmatch merge --base base --task a,curvature=a.safetensors --task b,curvature=b.safetensors \\
       --base-curvature base.safetensors -o merged/
-  gradmatch merge --base base --task a,weight=0.5 --task b,weight=0.5 --method ties --option density=0.2 -o merged/
+  gradmatch merge --base base --task a,weight=0.5 --task b,weight=0.5 --method ties --density 0.2 -o merged/
   gradmatch merge recipe.yaml merged/ --weights auto --data a=a.jsonl --data b=b.jsonl      weights chosen by forecast
   gradmatch merge mergekit.yml merged/                  a file with merge_method: is understood as mergekit's
 """
@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("recipe", nargs="?", help="YAML recipe, ours or mergekit's; flags below override it")
     parser.add_argument("out_folder", nargs="?", metavar="OUT", help="folder to write")
-    parser.add_argument("--method", help=f"one of {', '.join(RULES)} (default: gradient_matching)")
+    parser.add_argument(
+        "--method", help=f"one of {', '.join(RULES)} (default: gradient_matching), or package.module:RULE"
+    )
     add_model_arguments(parser)
     parser.add_argument(
         "--transform",
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", choices=("auto",), help="auto: chosen by forecast, from --data or --products"
     )
     add_data(parser)
+    add_options(parser)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +66,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", help="folder to write")
     add_models(parser)
     parser.add_argument(
-        "--option", action="append", default=[], metavar="KEY=VALUE", help="option of the method; repeatable"
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="option of the method, as its flag below or one of your own rule; repeatable",
     )
     parser.add_argument("--dtype", help="of the output: float32, bfloat16, ... (default: the base's)")
     for policy, choices in POLICIES.items():
@@ -139,12 +146,7 @@ def overrides(args: argparse.Namespace, also: Sequence[str] = ()) -> dict[str, A
         given["base_curvature"] = number_or_text(args.base_curvature)
     if args.task:
         given["tasks"] = [parse_task(text) for text in args.task]
-    for text in args.option:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--option {text!r} is not KEY=VALUE")
-        given |= options_alone({key: load_yaml(value, f"--option {text!r}")}, also)
-    return given
+    return {**given, **options_alone(given_options(args), also)}
 
 
 def make_plan(arguments: dict[str, Any]) -> Plan:

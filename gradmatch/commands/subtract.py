@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from gradmatch.commands.merge import add_model_arguments, make_plan, overrides, print_plan
+from gradmatch.commands.options import add_options
 from gradmatch.rules import RULES, removals
 from gradmatch.rules.removal import GUARDS
 from gradmatch.subtraction import scaled
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="floor",
         help="floor H0 - alpha H_t there (default), or scale H_t down",
     )
+    add_options(parser, [RULES[name] for name in removals()])
 
 
 def run(args: argparse.Namespace) -> int:

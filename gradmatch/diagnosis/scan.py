@@ -192,7 +192,7 @@ def scan_tensor(
     """Everything about one tensor (see `TensorScan`). theta0, merged: (*s,); thetas: T of (*s,)."""
     before = theta0.float()
     after = torch.stack([theta.float() for theta in thetas])  # (T, *s)
-    taus = (after - before).flatten(1)  # (T, P)
+    taus = (after - before).reshape(len(thetas), -1)  # (T, P)
     t = len(thetas)
     against, moving = torch.zeros(t, t, dtype=torch.float64), torch.zeros(t, t, dtype=torch.float64)
     for i in range(t):
@@ -204,7 +204,7 @@ def scan_tensor(
         base_square=float(before.double().square().sum()),
         base_dots=taus.double() @ before.double().flatten(),
         gram=similarity.gram(taus),
-        cosine=similarity.row_cosines(before.reshape(1, -1).expand(t, -1), after.flatten(1)),
+        cosine=similarity.row_cosines(before.reshape(1, -1).expand(t, -1), after.reshape(t, -1)),
         rank=[similarity.effective_rank(tau.view(theta0.shape)) if theta0.ndim > 1 else 0.0 for tau in taus],
         conflicts=against,
         moved_both=moving,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gradmatch.common.settings import FIRST
+from gradmatch.common.settings import FIRST, layer_of
 from gradmatch.models.stores import Spec
 
 if TYPE_CHECKING:
@@ -44,6 +44,25 @@ def participants(name: str, spec: Spec, result: Plan) -> tuple[int, ...]:
             )
         tasks.append(position)
     return tuple(tasks)
+
+
+def check_sizes(base: Checkpoint, tasks: Sequence[OpenTask]) -> None:
+    """Tell models of another size apart from models with another head or vocabulary.
+
+    Raises:
+        ValueError: tensors inside the layers, or most of all tensors, have another shape than the base's.
+    """
+    for task in tasks:
+        shared = [name for name in base if name in task.checkpoint and base.spec(name).floating]
+        differ = [name for name in shared if task.checkpoint.spec(name).shape != base.spec(name).shape]
+        inside = [name for name in differ if layer_of(name) is not None]
+        if inside or len(differ) > len(shared) / 2:
+            name = (inside or differ)[0]
+            raise ValueError(
+                f"tensor {name!r} has shape {list(base.spec(name).shape)} in the base and "
+                f"{list(task.checkpoint.spec(name).shape)} in {task.name}, and so have {len(differ) - 1} more of "
+                f"{len(shared)} tensors another; only models of one architecture and size can be merged"
+            )
 
 
 def check_extra(result: Plan, heads: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from gradmatch.common.names import nearest
 from gradmatch.common.settings import Depth, value_at
 from gradmatch.common.warning import warn
 from gradmatch.models.stores import SAFETENSORS_NAME, Spec
-from gradmatch.plan.matching import check_extra, check_kinds, participants
+from gradmatch.plan.matching import check_extra, check_kinds, check_sizes, participants
 from gradmatch.plan.policies import (
     batchnorm_action,
     check_file_names,
@@ -30,6 +30,8 @@ from gradmatch.rules.options import takes
 
 if TYPE_CHECKING:
     from gradmatch.plan.opened import Inputs, OpenTask
+
+LITTLE = 0.1  # share of the weights that are merged, below which it is remarked
 
 
 def plan(inputs: Inputs, request: Request) -> Plan:
@@ -47,6 +49,7 @@ def plan(inputs: Inputs, request: Request) -> Plan:
     result = Plan(request, inputs, [])
     base = inputs.base
     tied_differently(base, inputs.tasks)
+    check_sizes(base, inputs.tasks)
     heads = head_prefixes(base, inputs.tasks, request)
     if request.heads == "keep-per-task":
         check_file_names([task.name for task in inputs.tasks])
@@ -76,7 +79,11 @@ def plan(inputs: Inputs, request: Request) -> Plan:
             )
         result.steps.append(_merged(result, copied, tasks, depth.of(name), why if action else ""))
     result.notes += request.notes
-    for note in (*idle_patterns(base, inputs.tasks, request), *_unusual_sums(result)):
+    for note in (
+        *idle_patterns(base, inputs.tasks, request),
+        *_little_merged(result),
+        *_unusual_sums(result),
+    ):
         result.notes.append(note)
         warn(note)
     inputs.describe(result.notes, request)
@@ -132,6 +139,25 @@ def _rule_of(rule: Rule, spec: Spec, factors: bool) -> tuple[Rule, str]:
 def _shared(rule: Rule, options: Options) -> Options:
     """The options of a rule that stands in for another: those of the same names."""
     return replace(rule.options, **{name: value for name, value in options.items() if name in rule.options})
+
+
+def _little_merged(result: Plan) -> list[str]:
+    """What to say where the policies leave little to merge.
+
+    Raises:
+        ValueError: nothing at all.
+    """
+    whole = sum(step.spec.numel for step in result.steps if step.spec.floating)
+    merged = sum(step.spec.numel for step in result.merged)
+    if whole and not merged:
+        why = {step.why for step in result.steps if step.spec.floating}
+        raise ValueError(
+            f"no tensor would be merged, so the result would be the base ({'; '.join(sorted(why))}); check the policies, or that the "
+            "tasks are models of this base"
+        )
+    if merged < LITTLE * whole:
+        return [f"{merged} of the base's {whole} weights are merged; all others are the base's"]
+    return []
 
 
 def _unusual_sums(result: Plan) -> list[str]:

@@ -100,17 +100,19 @@ def head_prefixes(base: Checkpoint, tasks: Sequence[OpenTask], request: Request)
     for name in names:
         differs = len({model.spec(name).shape if name in model else None for model in models}) > 1
         if differs and name not in trunk:
-            prefixes.setdefault(_widest(name, trunk))
+            prefixes.setdefault(_widest(name, trunk, base))
     return list(prefixes)
 
 
-def _widest(name: str, trunk: Sequence[str]) -> str:
-    """The shortest dotted prefix of a name under which nothing of the trunk lies."""
+def _widest(name: str, trunk: Sequence[str], base: Checkpoint) -> str:
+    """The shortest dotted prefix of a name that is a head: nothing of the trunk lies under it, nor most of the base's weights."""
+    sizes = {other: base.spec(other).numel for other in base}
     parts = name.split(".")
-    for length in range(1, len(parts) + 1):
-        prefix = ".".join(parts[:length])
-        if not any(other.startswith(prefix + ".") for other in trunk):
-            return prefix
+    for length in range(1, len(parts)):
+        prefix = ".".join(parts[:length]) + "."
+        held = sum(size for other, size in sizes.items() if other.startswith(prefix))
+        if held <= sum(sizes.values()) / 2 and not any(other.startswith(prefix) for other in trunk):
+            return prefix.removesuffix(".")
     return name
 
 

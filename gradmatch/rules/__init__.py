@@ -62,7 +62,7 @@ TWO = (2, 2)
 class Score(Options):
     """What a greedy soup is judged by."""
 
-    score: Any = option(None, help="a function of a state dict, larger is better; from Python alone")
+    score: Any = option(None, flag=False, help="a function of a state dict, larger is better")
 
 
 def mean_formula(options: Any) -> str:

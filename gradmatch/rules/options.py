@@ -23,6 +23,7 @@ def option(
     kind: Any = None,
     says: str = "",
     per_task: bool = False,
+    flag: bool = True,
     help: str = "",
 ) -> Any:
     """Declare one field of an `Options`.
@@ -34,6 +35,7 @@ def option(
         kind: a value of the right kind, where the default is None.
         says: what the number is, for the error of one out of range.
         per_task: whether a task may have a value of its own (`Task(..., options={...})`).
+        flag: whether the command line can give it.
         help: what it does, for `--help`.
 
     Example:
@@ -48,7 +50,7 @@ def option(
         ValueError: share is 2, it must lie in [0, 1]
     """
     told = {"within": within, "choices": tuple(choices), "kind": kind, "says": says, "per_task": per_task}
-    return dataclasses.field(default=default, metadata={**told, "help": help})
+    return dataclasses.field(default=default, metadata={**told, "flag": flag, "help": help})
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Every rule: against scalar arithmetic, and for the invariants that RULES says it has and lacks."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,19 +9,31 @@ import torch
 from gradmatch import RULES, Task, merge
 from gradmatch.estimators import Curvature
 from gradmatch.rules.spherical import karcher, model_stock, nuslerp, slerp
+from gradmatch.testing import check_rule
+from tests import oracle
 from tests.gradmatch.cases import SHAPES, curvature, problem, scalars, state, tuned
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
-# What turns each method into its undisturbed form: nothing dropped.
-NEUTRAL = {
-    "ties": {"density": 1.0}, "dare": {"density": 1.0}, "dare_linear": {"density": 1.0}, "dare_ties": {"density": 1.0},
-    "della": {"density": 1.0, "epsilon": 0.0}, "della_linear": {"density": 1.0, "epsilon": 0.0},
-    "breadcrumbs": {"density": 1.0}, "breadcrumbs_ties": {"density": 1.0},
+WHOLE = {"density": 1.0}
+NEUTRAL = {  # what turns a method that drops entries into its undisturbed form
+    "ties": WHOLE, "dare": WHOLE, "dare_linear": WHOLE, "dare_ties": WHOLE, "breadcrumbs": WHOLE, "breadcrumbs_ties": WHOLE,
+    "della": WHOLE | {"epsilon": 0.0}, "della_linear": WHOLE | {"epsilon": 0.0},
+}  # fmt: skip
+OPTIONS = {  # without which a method says nothing, or is by chance symmetric
     "slerp": {"t": 0.3},
     "greedy_soup": {"score": lambda state: 0.0},
     "kronecker": {"tolerance": 1e-13, "iterations": 1000},
-}  # fmt: skip
-INVARIANTS = ("single", "equal", "zero", "order")
+}
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_every_rule_keeps_its_promises(method):
+    check_rule(RULES[method], **OPTIONS.get(method, {}))
+
+
+@pytest.mark.parametrize("method", [method for method, rule in RULES.items() if rule.transforms])
+def test_invariants_hold_where_nothing_is_dropped(method):
+    check_rule(replace(RULES[method], lacks={}), **NEUTRAL[method])
 
 
 def second_moments(width, generator):
@@ -42,84 +55,8 @@ def gram_curvature(model, seed, num_examples, transposed=(), kfac=False):
     return Curvature.from_dict(mean, num_examples, factor_a=factors, factor_b=outputs)
 
 
-def arguments(method, count=3):
-    """Everything a method may need, float64."""
-    base, base_curvature, models, curvatures = problem(count)
-    if method == "regmean":
-        curvatures = [gram_curvature(m, seed, 10) for seed, m in enumerate(models)]
-    if method == "kronecker":
-        curvatures = [gram_curvature(m, seed, 10, kfac=True) for seed, m in enumerate(models)]
-        base_curvature = gram_curvature(base, 99, 50, kfac=True)
-    options = dict(NEUTRAL.get(method, {}))
-    if "base_curvature" in RULES[method].needs:
-        options["base_curvature"] = base_curvature
-    return base, models, curvatures, options
-
-
-def run(method, base, models, curvatures, weights, options):
-    tasks = [
-        Task(m, c, w, f"t{i}") for i, (m, c, w) in enumerate(zip(models, curvatures, weights, strict=True))
-    ]
-    return merge(base, tasks, method=method, **options)
-
-
 def same(found, expected):
     return all(torch.allclose(found[name], expected[name], rtol=1e-9, atol=1e-9) for name in expected)
-
-
-def check_single(method):
-    base, models, curvatures, options = arguments(method, 1)
-    return same(run(method, base, models, curvatures, [1.0], options), models[0])
-
-
-def check_equal(method):
-    base, models, curvatures, options = arguments(method, 3)
-    count = int(min(3, RULES[method].models[1]))
-    found = run(method, base, [models[0]] * count, [curvatures[0]] * count, [1 / count] * count, options)
-    return same(found, models[0])
-
-
-def check_zero(method):
-    count = int(min(3, RULES[method].models[1]))
-    base, models, curvatures, options = arguments(method, count)
-    try:
-        return same(run(method, base, models, curvatures, [0.0] * count, options), base)
-    except ValueError:
-        return False  # weights that cannot be normalised
-
-
-def check_order(method):
-    count = int(min(3, RULES[method].models[1]))
-    base, models, curvatures, options = arguments(method, count)
-    weights = [0.5, 1.2, 0.3][:count]
-    tasks = [
-        Task(m, c, w, f"t{i}") for i, (m, c, w) in enumerate(zip(models, curvatures, weights, strict=True))
-    ]
-    return same(
-        merge(base, tasks, method=method, **options), merge(base, tasks[::-1], method=method, **options)
-    )
-
-
-CHECKS = {"single": check_single, "equal": check_equal, "zero": check_zero, "order": check_order}
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("invariant", INVARIANTS)
-@pytest.mark.parametrize("method", RULES)
-def test_invariants_hold_exactly_where_the_rule_says_so(method, invariant):
-    lacks = {
-        key: why for key, why in RULES[method].lacks.items() if "dropped" not in why
-    }  # NEUTRAL drops nothing
-    if invariant == "single" and RULES[method].models[0] > 1:
-        assert "single" in lacks
-        return
-    assert CHECKS[invariant](method) == (invariant not in lacks), lacks.get(invariant, "should hold")
-
-
-@pytest.mark.parametrize("method", [m for m, rule in RULES.items() if rule.transforms])
-def test_methods_that_drop_entries_do_not_return_a_single_model(method):
-    base, models, curvatures, _ = arguments(method, 1)
-    assert not same(run(method, base, models, curvatures, [1.0], {}), models[0])
 
 
 def eq12(theta0, taus, alphas, h0, hs, delta0):
@@ -565,3 +502,115 @@ def test_hbar_weight_is_a_number_of_at_least_0(value, error):
             base_curvature=base_curvature,
             hbar_weight=value,
         )
+
+
+MATRICES = {"layers.0.w": (7, 9), "layers.1.w": (9, 6), "conv": (6, 2, 2, 2), "norm": (5,), "scale": ()}
+
+
+def matrices(count, rank=None):
+    """A base and fine-tunes of it in float64, of full rank or of a low one."""
+    base = state(0, shapes=MATRICES)
+    models = [tuned(base, seed) for seed in range(1, count + 1)]
+    for model in models if rank else ():
+        for name in ("layers.0.w", "layers.1.w"):
+            u, s, vt = torch.linalg.svd(model[name] - base[name], full_matrices=False)
+            model[name] = base[name] + (u[:, :rank] * s[:rank]) @ vt[:rank]
+    return base, models
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.3])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c"])
+def test_spectral_rules_are_the_published_ones(method, count, scale):
+    base, models = matrices(count)
+    found = merge(base, [Task(m) for m in models], method=method, scale=scale)
+    for name in base:
+        expected = getattr(oracle, method)(base[name], [m[name] - base[name] for m in models], scale)
+        torch.testing.assert_close(found[name], expected, rtol=1e-10, atol=1e-10)
+    report = found.report
+    assert report.tensors == {"whole": 3, "linear": 2}
+    assert report.formula.endswith("; of 2 tensors: theta0 + scale * mean_t alpha_t tau_t")
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c"])
+def test_directions_of_zero_singular_values_take_no_part(method):
+    base, models = matrices(2, rank=2)
+    models.append({name: value.clone() for name, value in base.items()})  # trained nothing
+    found = merge(base, [Task(m) for m in models], method=method)
+    for name in ("layers.0.w", "layers.1.w"):
+        update = found[name] - base[name]
+        spanned = torch.cat([m[name] - base[name] for m in models], 1)
+        outside = update - spanned @ torch.linalg.pinv(spanned) @ update
+        assert float(outside.norm()) < 1e-10 * float(update.norm())
+        assert int(torch.linalg.matrix_rank(update)) == 4
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c"])
+def test_weights_multiply_the_task_vectors_of_spectral_rules(method):
+    base, models = matrices(3)
+    weights = [0.5, 1.5, 0.0]
+    found = merge(base, [Task(m, weight=w) for m, w in zip(models, weights, strict=True)], method=method)
+    scaled = [
+        {name: base[name] + w * (m[name] - base[name]) for name in base}
+        for m, w in zip(models, weights, strict=True)
+    ]
+    expected = merge(base, [Task(m) for m in scaled], method=method)
+    assert same(found, expected)
+
+
+@pytest.mark.parametrize("select_topk", [1.0, 0.4, 0.0])
+def test_sce(select_topk):
+    base, models = matrices(3)
+    found = merge(base, [Task(m) for m in models], method="sce", select_topk=select_topk)
+    for name in base:
+        expected = oracle.sce(base[name], [m[name] - base[name] for m in models], select_topk)
+        torch.testing.assert_close(found[name], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_sce_of_tiny_task_vectors_weighs_them_alike():
+    base = {"w": torch.zeros(3, dtype=torch.float64)}
+    models = [
+        {"w": torch.tensor(values, dtype=torch.float64)}
+        for values in ([1e-4, 1e-4, -1e-4], [3e-4, -1e-5, -3e-4])
+    ]
+    found = merge(base, [Task(m) for m in models], method="sce")["w"]
+    torch.testing.assert_close(found, torch.tensor([2e-4, 1e-4, -2e-4], dtype=torch.float64), **CLOSE)
+
+
+@pytest.mark.parametrize("origin", ["base", "zero"])
+def test_multislerp(origin):
+    base, models = matrices(3)
+    weights = [0.5, 1.2, 0.3]
+    tasks = [Task(m, weight=w) for m, w in zip(models, weights, strict=True)]
+    found = merge(base, tasks, method="multislerp", origin=origin, eps=0.0)
+    for name, start in base.items():
+        start = start if origin == "base" else torch.zeros_like(start)
+        expected = start + oracle.multislerp([m[name] - start for m in models], weights)
+        torch.testing.assert_close(found[name], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_multislerp_of_directions_that_cancel():
+    base = {"w": torch.zeros(2, dtype=torch.float64)}
+    east, west, none = (
+        {"w": torch.tensor(v, dtype=torch.float64)} for v in ([1.0, 0.0], [-1.0, 0.0], [0.0, 0.0])
+    )
+    assert not merge(base, [Task(east), Task(west)], method="multislerp")["w"].any()
+    assert not merge(base, [Task(none)] * 3, method="multislerp")["w"].any()
+    with pytest.raises(ValueError, match=r"'w': the weighted directions of the models cancel"):
+        merge(base, [Task(east), Task(west), Task(none)], method="multislerp")
+
+
+@pytest.mark.parametrize("t", [0.0, 0.05, 10.0])
+def test_nearswap(t):
+    base, (model,) = matrices(1)
+    found = merge(base, [Task(model)], method="nearswap", t=t)
+    for name in base:
+        torch.testing.assert_close(found[name], oracle.nearswap(base[name], model[name], t), **CLOSE)
+
+
+def test_arcee_fusion():
+    base, (model,) = matrices(1)
+    found = merge(base, [Task(model)], method="arcee_fusion")
+    for name in base:
+        torch.testing.assert_close(found[name], oracle.arcee_fusion(base[name], model[name]), **CLOSE)
+        assert name == "scale" or 0 < int((found[name] != base[name]).sum()) < base[name].numel()
