@@ -37,7 +37,9 @@ def for_method(problem: Problem, method: str) -> BackpackEstimator:
     """
     try:
         import backpack as _  # noqa: F401
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name not in ("backpack", "einops", "unfoldnd"):
+            raise  # something that BackPACK imports is broken, not missing
         raise ImportError(
             'backend="backpack" needs BackPACK: pip install --no-deps backpack-for-pytorch einops unfoldnd'
         ) from error

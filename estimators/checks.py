@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from gradmatch.estimators.batches import Batch
 from gradmatch.estimators.general import differentiable
+from gradmatch.estimators.memory import raise_if_full
 from gradmatch.estimators.uses import watchable
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def check_independence(model: nn.Module, batch: Batch, output: Any) -> None:
         with torch.no_grad():
             found = differentiable(model(*less.args, **less.kwargs))
     except Exception as error:  # some models need the very batch they were given
+        raise_if_full(error)
         log.debug("the model does not run on fewer rows: %s", error)
         return
     if all(
@@ -135,6 +137,7 @@ def _outputs(model: nn.Module, batch: Batch) -> list[tuple[str, str, Tensor]]:
         with torch.no_grad():
             model(*batch.args, **batch.kwargs)
     except Exception as error:  # some models need the very batch they were given
+        raise_if_full(error)
         log.debug("the model does not run on fewer rows: %s", error)
     finally:
         for handle in handles:

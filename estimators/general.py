@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gradmatch.estimators.layout import WHOLE, fits, split
+from gradmatch.estimators.memory import raise_if_full
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +171,7 @@ def reproduces(call: Recorded, output: Any, tolerance: float) -> bool:
             with torch.no_grad():
                 again = dict(differentiable(call.module(*args, **kwargs)))
         except Exception as error:  # whatever an arbitrary module raises when it is given one example
+            raise_if_full(error)
             log.debug("%s cannot be run on single examples: %s", type(call.module).__name__, error)
             return False
         for i, value in expected:

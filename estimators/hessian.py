@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradmatch.estimators.batches import Batch
 from gradmatch.estimators.fisher import GIVES, finish
+from gradmatch.estimators.memory import raise_if_full
 from gradmatch.estimators.problem import Problem
 from gradmatch.estimators.randomness import signs
 from gradmatch.estimators.sinks import DIAGONAL, GRADIENT, SPREAD, zeros
@@ -77,6 +78,7 @@ def hessian_product(problem: Problem, batch: Batch, z: Vector) -> tuple[Vector, 
             try:
                 found = _forward_over_reverse(problem, batch, values, z)
             except (RuntimeError, NotImplementedError) as error:
+                raise_if_full(error)
                 log.info("no forward-mode derivative, going backward twice: %s", str(error).split("\n")[0])
                 problem.notes["product"] = "backward twice"
             else:

@@ -40,6 +40,16 @@ def note(kept: dict[int, int], values: Iterable[object], own: Iterable[int] = ()
                 kept[storage.data_ptr()] = storage.nbytes()
 
 
+def raise_if_full(error: BaseException) -> None:
+    """Raise an error again that is about the machine's memory: no other way of computing is tried in its place.
+
+    Raises:
+        BaseException: the error given.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+        raise error
+
+
 def parse_bytes(text: str) -> int:
     """Read "500MB", "2GB" or "1.5 GiB"; K, M, G and T are powers of 1024.
 

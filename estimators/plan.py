@@ -30,7 +30,7 @@ from gradmatch.estimators.general import (
 )
 from gradmatch.estimators.handlers import elementwise, find_handler, is_elementwise
 from gradmatch.estimators.layout import LAYOUTS, WHOLE, alike, fits, split
-from gradmatch.estimators.memory import kept_storages, note
+from gradmatch.estimators.memory import kept_storages, note, raise_if_full
 from gradmatch.estimators.per_example import Engine
 from gradmatch.estimators.recurrent import recurrent_gradients, unrollable
 from gradmatch.estimators.units import Call, Unit, wide
@@ -248,6 +248,7 @@ def _expands(
         try:
             evidence, _ = _gather_evidence(model, units, batch, seed_of)
         except Exception as error:  # the model's own code met a shape that it did not expect
+            raise_if_full(error)
             log.debug("%s cannot be given to each example: %s", unit.name, error)
             continue
         if _settle(unit, evidence[unit.name], batch.size) and _same_output(model, units, batch, reference):
@@ -366,6 +367,7 @@ def _agree(
     try:
         fast = run(recorded, own)
     except Exception as error:  # anything may go wrong in an arbitrary module
+        raise_if_full(error)
         log.debug("%s does not run for two examples at once: %s", unit.name, error)
         return False
     return all(

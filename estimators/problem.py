@@ -17,7 +17,7 @@ from gradmatch.estimators.batches import Batch
 from gradmatch.estimators.handlers import find_handler, transposed_linear
 from gradmatch.estimators.inference import infer_likelihood
 from gradmatch.estimators.likelihood import Likelihood, Reading, Seed, find_logits
-from gradmatch.estimators.memory import parts
+from gradmatch.estimators.memory import parts, raise_if_full
 from gradmatch.estimators.per_example import Engine
 from gradmatch.estimators.plan import Plan, make_plan
 from gradmatch.estimators.products import Workspace
@@ -171,6 +171,7 @@ def with_length_check(run: Callable[[], T], model: nn.Module, batch: Batch) -> T
     try:
         return run()
     except (IndexError, RuntimeError) as error:
+        raise_if_full(error)
         longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         length = batch.ids.shape[1] if batch.ids is not None and batch.ids.dim() == 2 else 0
         if (

@@ -245,6 +245,18 @@ def test_errors(name):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_full_memory_is_not_taken_for_a_missing_derivative(error, monkeypatch):
+    def full(*given):
+        raise error
+
+    monkeypatch.setattr("gradmatch.estimators.hessian._forward_over_reverse", full)
+    with pytest.raises(type(error), match=str(error)):
+        estimate(mlp(), [(X, Y)], method="hessian", progress=False)
+
+
 def test_noise_has_a_positive_variance():
     with pytest.raises(ValueError, match="variance must be positive and finite, got 0"):
         Gaussian(0.0)
