@@ -162,11 +162,7 @@ def from_adam(
 
 
 def _batch_size(given: int | None, run: Run | None, calibrated: bool) -> int:
-    """Examples a step, from the caller or the run's files; 0 where nothing needs it.
-
-    Raises:
-        ValueError: they differ, or neither tells.
-    """
+    """Examples a step, from the caller or the run's files; 0 where nothing needs it."""
     told = run.batch_size if run is not None else 0
     if run is not None and given and told and given != told:
         raise GradmatchError(
@@ -191,6 +187,9 @@ def _as_told(model: nn.Module, batch_size: int) -> Units:
     elif "tokens" in words:
         found.unknown.append(words)
     loss = words if share is not None else "a mean over examples of -log p"
+    log.warning(
+        "no file tells how gradients were scaled or clipped: info['assumed'] says what is taken for granted"
+    )
     found.assumed.append(
         f"the loss of a step is {loss}, {batch_size} examples a step, gradients not clipped; no file tells"
     )
@@ -198,11 +197,7 @@ def _as_told(model: nn.Module, batch_size: int) -> Units:
 
 
 def _check_known(known: Units) -> None:
-    """Refuse a scale that is not known.
-
-    Raises:
-        ValueError: it names everything that stands against it.
-    """
+    """Refuse a scale that is not known."""
     if known.unknown:
         raise GradmatchError(
             f"the scale of these moments is not known: {'; '.join(known.unknown)}", "units",
@@ -211,11 +206,7 @@ def _check_known(known: Units) -> None:
 
 
 def _calibrated(mean: Mapping[str, Tensor], model: nn.Module, batches: Iterable[Any]) -> Units:
-    """Units such that the trace is that of the empirical Fisher of these examples, per example.
-
-    Raises:
-        ValueError: no examples, or a trace of zero.
-    """
+    """Units such that the trace is that of the empirical Fisher of these examples, per example."""
     if isinstance(batches, (Tensor, Mapping)):
         raise ValueError(
             f"calibrate is a single {type(batches).__name__}; it must yield batches: wrap it in a list"

@@ -29,12 +29,7 @@ def second_moment(exp_avg_sq: Tensor, step: float, beta2: float) -> Tensor:
 
 
 def locate(path: Path) -> Path:
-    """The file of a whole state: itself, or the one in a folder.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: the folder holds it in shards.
-    """
+    """The file of a whole state: itself, or the one in a folder."""
     if not path.is_dir():
         if path.exists():
             return path
@@ -52,11 +47,7 @@ def locate(path: Path) -> Path:
 
 
 def read_state(file: Path) -> Mapping[str, Any]:
-    """An optimizer's state_dict from its file.
-
-    Raises:
-        ValueError: cut short, no such file, or holding anything but tensors and plain values.
-    """
+    """An optimizer's state_dict from its file."""
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler trips over first
@@ -71,11 +62,7 @@ def read_state(file: Path) -> Mapping[str, Any]:
 
 
 def checked_form(state: Mapping[str, Any], what: str = "this is no") -> Mapping[str, Any]:
-    """A state_dict as torch's optimizers write it.
-
-    Raises:
-        ValueError: no such mapping; the part that looks like one, or the part that is wrong, is named.
-    """
+    """A state_dict as torch's optimizers write it."""
     if {"state", "param_groups"} <= set(state):
         entries, groups = state["state"], state["param_groups"]
         if not isinstance(entries, Mapping) or not all(
@@ -99,11 +86,7 @@ def checked_form(state: Mapping[str, Any], what: str = "this is no") -> Mapping[
 
 
 def check_some_moment(state: Mapping[str, Any]) -> None:
-    """Refuse another optimizer's state before its numbers are given names.
-
-    Raises:
-        ValueError: quantised states, or none with a second moment.
-    """
+    """Refuse another optimizer's state before its numbers are given names."""
     entries = state["state"].values()
     for number, entry in state["state"].items():
         _check_precise(f"parameter {number}", entry)
@@ -116,11 +99,7 @@ def check_some_moment(state: Mapping[str, Any]) -> None:
 
 
 def _check_precise(name: str, entry: Mapping[str, Any]) -> None:
-    """Refuse the states of other optimizers, which may hold an exp_avg_sq of another meaning.
-
-    Raises:
-        ValueError: they are; the optimizer is named where its states tell.
-    """
+    """Refuse the states of other optimizers, which may hold an exp_avg_sq of another meaning."""
     known = next((words for key, words in OTHERS.items() if key in entry), None)
     if known is not None:
         raise ValueError(f"the state of {name} is that of {known}; train with torch's own Adam or AdamW")
@@ -133,11 +112,7 @@ def _check_precise(name: str, entry: Mapping[str, Any]) -> None:
 
 
 def live_states(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Iterator[Entry]:
-    """States by the identity of their parameters.
-
-    Raises:
-        ValueError: the optimizer holds none of the model's parameters.
-    """
+    """States by the identity of their parameters."""
     names = {id(value): name for name, value in parameters.items()}
     pairs = [(value, group) for group in optimizer.param_groups for value in group["params"]]
     if not any(id(value) in names for value, _ in pairs):
@@ -151,11 +126,7 @@ def live_states(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Pa
 
 
 def moment(name: str, parameter: Tensor, entry: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
-    """v_hat of one parameter.
-
-    Raises:
-        ValueError: what is wrong with its state.
-    """
+    """v_hat of one parameter."""
     if group.get("amsgrad"):
         raise ValueError(
             "amsgrad keeps a running maximum, not a mean of squares; curvature cannot be read off it"
@@ -187,11 +158,7 @@ def moment(name: str, parameter: Tensor, entry: Mapping[str, Any], group: Mappin
 
 
 def beta2_of(group: Mapping[str, Any]) -> float:
-    """The weight with which Adam's mean of squares keeps its past.
-
-    Raises:
-        ValueError: a group without betas between 0 and 1.
-    """
+    """The weight with which Adam's mean of squares keeps its past."""
     betas = group.get("betas")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not 0 <= float(betas[1]) < 1:
         raise ValueError(f"a group of the optimizer has betas {betas!r}: Adam has two, from 0 to below 1")

@@ -29,12 +29,7 @@ LAYERS = (
 
 
 def for_method(problem: Problem, method: str) -> BackpackEstimator:
-    """The estimator for a run, after checking that BackPACK can do it.
-
-    Raises:
-        ImportError: BackPACK is not installed.
-        ValueError: another method, options it lacks, or a layer it does not know; named.
-    """
+    """The estimator for a run, after checking that BackPACK can do it."""
     try:
         import backpack as _  # noqa: F401
     except ModuleNotFoundError as error:
@@ -122,11 +117,7 @@ class BackpackEstimator:
         return finish(problem, seen)
 
     def _loss(self, likelihood: Any, labels: Any, output: Any) -> tuple[Any, float]:
-        """An extended loss summed over the batch, and what to multiply it by to have -log p.
-
-        Raises:
-            ValueError: a likelihood for which BackPACK has no loss, or no labels.
-        """
+        """An extended loss summed over the batch, and what to multiply it by to have -log p."""
         from backpack import extend
 
         if labels is None:

@@ -92,12 +92,7 @@ class BatchReader:
         self._warned: set[str] = set()
 
     def __call__(self, raw: Any, index: int = 0, first: int = 0) -> Batch:
-        """Read one batch.
-
-        Raises:
-            TypeError: no mapping, tuple or tensor.
-            ValueError: no tensor in it, or no rows.
-        """
+        """Read one batch."""
         raw = pytree.tree_map(self._move, dict(raw) if isinstance(raw, Mapping) else raw)
         args: tuple[Any, ...] = ()
         kwargs: dict[str, Any] = {}
@@ -202,11 +197,7 @@ def _preferred(kwargs: dict[str, Any]) -> list[Any]:
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> int:
-    """Rows of the batch: the leading dimension of its first input (input_ids and pixel_values before others).
-
-    Raises:
-        ValueError: no tensor, or no rows.
-    """
+    """Rows of the batch: the leading dimension of its first input (input_ids and pixel_values before others)."""
     for value in pytree.tree_leaves((_preferred(kwargs), args, kwargs)):
         if isinstance(value, Tensor) and value.dim() > 0:
             if value.shape[0] == 0:

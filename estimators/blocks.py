@@ -16,12 +16,7 @@ FACTOR_A, FACTOR_B = "factor_a/", "factor_b/"
 
 
 def check_count(name: str, value: object) -> None:
-    """Refuse what is no number of examples; numpy's whole numbers are.
-
-    Raises:
-        TypeError: not a whole number.
-        ValueError: below 1.
-    """
+    """Refuse what is no number of examples; numpy's whole numbers are."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if int(value) < 1:
@@ -34,11 +29,7 @@ def units(num_examples: int, of: str = "nats") -> str:
 
 
 def check_kind(prefix: str, name: object, value: object) -> None:
-    """Refuse what has no values of a curvature.
-
-    Raises:
-        TypeError: a name that is no text, or a block that is no tensor of real numbers.
-    """
+    """Refuse what has no values of a curvature."""
     import torch
 
     if not isinstance(name, str):
@@ -49,11 +40,7 @@ def check_kind(prefix: str, name: object, value: object) -> None:
 
 
 def check_stored(file: TensorFile) -> None:
-    """What a header tells about blocks that others wrote: `save` writes no such file.
-
-    Raises:
-        ValueError: no mean, numbers that are no floats, or a block of another shape than its mean.
-    """
+    """What a header tells about blocks that others wrote: `save` writes no such file."""
     means = {key.removeprefix(MEAN): info.shape for key, info in file.items() if key.startswith(MEAN)}
     if not means:
         raise ValueError(

@@ -21,9 +21,6 @@ def check_determinism(model: nn.Module, batch: Batch, output: Any) -> None:
     """A second run must give the output of the first: dropout that ignores eval mode would be measured as curvature.
 
     Every module's outputs are compared only where the model's own differ: to keep them all takes memory.
-
-    Raises:
-        ValueError: they differ; the first module that does is named.
     """
     with torch.no_grad():
         again = differentiable(model(*batch.args, **batch.kwargs))
@@ -42,11 +39,7 @@ def check_determinism(model: nn.Module, batch: Batch, output: Any) -> None:
 
 
 def check_inputs_kept(given: Batch, used: Batch) -> None:
-    """A run must leave its inputs as they are: they are used again.
-
-    Raises:
-        ValueError: an input was changed in place.
-    """
+    """A run must leave its inputs as they are: they are used again."""
     pairs = zip(
         pytree.tree_leaves((given.args, given.kwargs)),
         pytree.tree_leaves((used.args, used.kwargs)),
@@ -61,11 +54,7 @@ def check_inputs_kept(given: Batch, used: Batch) -> None:
 
 
 def check_independence(model: nn.Module, batch: Batch, output: Any) -> None:
-    """The outputs for a row must not change when the last row is taken away; `output` is the whole batch's.
-
-    Raises:
-        ValueError: they do; the first module at which it shows is named.
-    """
+    """The outputs for a row must not change when the last row is taken away; `output` is the whole batch's."""
     if batch.size < 2:
         return
     less = batch.rows(0, batch.size - 1)

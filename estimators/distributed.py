@@ -25,11 +25,7 @@ def place() -> tuple[int, int]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DataParallel, DistributedDataParallel and torch.compile.
-
-    Raises:
-        ValueError: an FSDP model, whose parameters no rank holds whole.
-    """
+    """The model inside DataParallel, DistributedDataParallel and torch.compile."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

@@ -91,6 +91,14 @@ def estimate(
         ValueError: options, batches or labels that make no sense, a model that mixes examples or has no trainable
             parameter; the message names the place.
         TypeError: a batch, likelihood or num_examples of a wrong type, or a model that is itself compiled by torch.jit.
+
+    Example:
+        >>> from torch import nn
+        >>> model, batches = nn.Linear(2, 3), [(torch.randn(8, 2), torch.randint(0, 3, (8,))) for _ in range(4)]
+        >>> curvature = estimate(model, batches, progress=False)
+        >>> curvature.num_examples, curvature.total("weight").shape
+        (32, torch.Size([3, 2]))
+        >>> curvature.save("task.curvature.safetensors")  # doctest: +SKIP
     """
     check_options(method, samples, reduction, tolerance, labels, num_examples, seed)
     if isinstance(batches, (Tensor, Mapping)) or (
@@ -158,11 +166,7 @@ def estimate(
 def read_chunk(
     chunk: int | str | None, problem: Problem, whole: bool = False
 ) -> tuple[int | None, int | None]:
-    """Rows and bytes of the parts in which batches are worked on; with `whole`, "auto" is the whole batch.
-
-    Raises:
-        ValueError: below one row or byte, or no amount of memory.
-    """
+    """Rows and bytes of the parts in which batches are worked on; with `whole`, "auto" is the whole batch."""
     if chunk == "auto":
         sums = sum(value.numel() * 4 for value in problem.parameters.values())
         return None, None if whole or problem.device.type != "cpu" else max(sums // 2, LEAST_BYTES)
@@ -195,12 +199,7 @@ def check_options(
     num_examples: int | None,
     seed: int = 0,
 ) -> None:
-    """Everything about the options that can be wrong, before the model is touched.
-
-    Raises:
-        ValueError: an unknown name, a number out of range, or a combination that would be biased.
-        TypeError: samples, seed or num_examples is no whole number.
-    """
+    """Everything about the options that can be wrong, before the model is touched."""
     find_estimator(method)
     choose("reduction", reduction, ("example", "batch"))
     choose("labels", labels, ("auto", "sampled", "exact"))
@@ -221,11 +220,7 @@ def check_options(
 
 
 def check_given(method: str, problem: Problem, parts: Mapping[str, Any]) -> None:
-    """An estimator must have delivered what was asked of it.
-
-    Raises:
-        ValueError: means, standard errors or gradients are missing, or a mean of no parameter; named.
-    """
+    """An estimator must have delivered what was asked of it."""
     unknown = sorted(set(parts.get("mean", {})) - set(problem.parameters))
     if unknown:
         raise ValueError(

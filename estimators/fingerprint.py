@@ -50,11 +50,7 @@ def sample_tensor(tensor: Tensor) -> Sample:
 
 
 def sample_file(file: TensorFile, name: str) -> Sample:
-    """Shape and sampled values, as bfloat16 bytes, of a tensor in a file; three small reads and no torch.
-
-    Raises:
-        KeyError: no such tensor.
-    """
+    """Shape and sampled values, as bfloat16 bytes, of a tensor in a file; three small reads and no torch."""
     import numpy as np
 
     info = file[name]

@@ -99,9 +99,6 @@ def standard_error(mean: Tensor, spread: Tensor, examples: int, units: int) -> T
     """sqrt((sum_k S_k^2 / n_k - n m^2) / (n (K - 1))): of the mean m of K sums S_k over n_k examples each, n in all.
 
     With one example a unit this is the usual sqrt(sum_n (s_n - m)^2 / (n (n - 1))). `spread` is sum_k S_k^2 / n_k.
-
-    Raises:
-        ValueError: a single unit has no spread.
     """
     if units < 2:
         raise ValueError(
@@ -111,11 +108,7 @@ def standard_error(mean: Tensor, spread: Tensor, examples: int, units: int) -> T
 
 
 def choose_labels(problem: Problem, columns: int | None, limit: int) -> None:
-    """Settle once, at the first batch, between sampled labels and the exact expectation.
-
-    Raises:
-        ValueError: labels="exact" where the likelihood has no exact expectation.
-    """
+    """Settle once, at the first batch, between sampled labels and the exact expectation."""
     if problem.labels == "exact" and columns is None:
         raise ValueError(
             f'labels="exact" is out of reach for the likelihood {problem.known_likelihood.name} (it predicts several tokens a '

@@ -44,11 +44,7 @@ def step(problem: Problem, batch: Batch) -> None:
 
 
 def finish(problem: Problem, seen: int) -> dict[str, Any]:
-    """Per-example means.
-
-    Raises:
-        ValueError: the model has no linear layer.
-    """
+    """Per-example means."""
     factor_a = {
         name: problem.sums[FACTOR_A + name] / seen
         for name in problem.parameters

@@ -67,11 +67,7 @@ def _predictions(problem: Problem, batch: Batch) -> int:
 
 
 def hessian_product(problem: Problem, batch: Batch, z: Vector) -> tuple[Vector, Vector]:
-    """Gradient and Hessian-vector product of the batch's summed loss, by parameter name.
-
-    Raises:
-        RuntimeError: an operation of the model has neither derivative.
-    """
+    """Gradient and Hessian-vector product of the batch's summed loss, by parameter name."""
     values = {name: value.detach() for name, value in problem.parameters.items()}
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention has first derivatives only
         if not problem.notes.get("product"):

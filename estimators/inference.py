@@ -45,12 +45,7 @@ NUMBERED = (
 
 
 def make_likelihood(given: str | Any) -> Likelihood | None:
-    """The likelihood of a name or of a user's object; None for "auto", which needs a batch.
-
-    Raises:
-        ValueError: unknown name.
-        TypeError: an object without sample and log_prob.
-    """
+    """The likelihood of a name or of a user's object; None for "auto", which needs a batch."""
     if isinstance(given, (Categorical, Bernoulli, Gaussian, Own)):
         return given
     if isinstance(given, str):
@@ -68,11 +63,7 @@ def make_likelihood(given: str | Any) -> Likelihood | None:
 
 
 def infer_likelihood(model: nn.Module, output: Any, batch: Batch) -> Likelihood:
-    """HF models by their head and problem type; other modules by the shapes of outputs and labels.
-
-    Raises:
-        ValueError: the shapes leave it open; the message says what to pass.
-    """
+    """HF models by their head and problem type; other modules by the shapes of outputs and labels."""
     base = getattr(model, "get_base_model", None)
     inner = base() if callable(base) else model
     name = type(inner).__name__

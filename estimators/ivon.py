@@ -44,6 +44,10 @@ def from_ivon(optimizer: Any, model: nn.Module) -> Curvature:
         TypeError: no IVON optimizer.
         ValueError: a Hessian still at its initial value, groups of different ess, or parameters that only one of
             optimizer and model has.
+
+    Example:
+        >>> optimizer = ivon.IVON(model.parameters(), lr=0.1, ess=60_000)  # doctest: +SKIP
+        >>> curvature = from_ivon(optimizer, model)  # after training with it  # doctest: +SKIP
     """
     groups = getattr(optimizer, "param_groups", None)
     if not groups or not all({"hess", "ess", "weight_decay"} <= set(group) for group in groups):

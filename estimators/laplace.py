@@ -21,6 +21,11 @@ def from_laplace(laplace: Any, model: nn.Module | None = None) -> Curvature:
 
     Raises:
         ValueError: not fitted, not diagonal, of another size than the model's trainable parameters, or zero everywhere.
+
+    Example:
+        >>> laplace = Laplace(model, "classification", hessian_structure="diag")  # doctest: +SKIP
+        >>> laplace.fit(loader)  # doctest: +SKIP
+        >>> curvature = from_laplace(laplace)  # doctest: +SKIP
     """
     count = int(getattr(laplace, "n_data", 0))
     if count < 1:

@@ -94,17 +94,16 @@ class Categorical:
         name: "classification", "token_classification", "causal_lm", "masked_lm" or "seq2seq".
         ignore_index: labels of this value do not count.
         class_dim: where the logits keep their classes (1 for images of labels).
+
+    Example:
+        >>> segmentation = Categorical("token_classification", class_dim=1)  # logits (B, classes, height, width)
     """
 
     def __init__(self, name: str = "classification", ignore_index: int = IGNORE, class_dim: int = -1) -> None:
         self.name, self.ignore_index, self.class_dim = name, ignore_index, class_dim
 
     def read(self, output: Any, batch: Batch) -> Reading:
-        """Logits as (B, T, C), labels as (B, T), and which predictions count.
-
-        Raises:
-            ValueError: shapes that do not fit, or a masked language model without labels.
-        """
+        """Logits as (B, T, C), labels as (B, T), and which predictions count."""
         logits = checked_logits(output, batch)
         if logits.dim() < 2:
             raise ValueError(
@@ -153,11 +152,7 @@ class Categorical:
         return Reading(logits, view, labels, valid, batch)
 
     def true(self, reading: Reading) -> Seed:
-        """d/df [-log softmax(f)_y] = p - onehot(y); p - y for labels that are probabilities.
-
-        Raises:
-            ValueError: no labels, or one that is no class.
-        """
+        """d/df [-log softmax(f)_y] = p - onehot(y); p - y for labels that are probabilities."""
         if reading.labels is not None and reading.labels.is_floating_point():
             return self._finish(reading, _probabilities(reading) - reading.labels)
         return self._seed(reading, _probabilities(reading), self._classes(reading))
@@ -245,12 +240,7 @@ class Categorical:
 
 
 def checked_logits(output: Any, batch: Batch) -> Tensor:
-    """The tensor of predictions in whatever the model returned, with B rows and no NaN.
-
-    Raises:
-        ValueError: another number of rows, or NaN.
-        TypeError: no tensor to be found.
-    """
+    """The tensor of predictions in whatever the model returned, with B rows and no NaN."""
     if batch.labels is not None and not isinstance(batch.labels, Tensor):
         raise TypeError(
             f"batch {batch.index}: labels are a {type(batch.labels).__name__}; the built-in likelihoods take a tensor or numbers"
@@ -278,11 +268,7 @@ def checked_logits(output: Any, batch: Batch) -> Tensor:
 
 
 def find_logits(output: Any) -> Tensor:
-    """A tensor itself; else `.logits` / ["logits"] (also "prediction_logits"); else the first floating tensor, however deep.
-
-    Raises:
-        TypeError: none of these.
-    """
+    """A tensor itself; else `.logits` / ["logits"] (also "prediction_logits"); else the first floating tensor, however deep."""
     if isinstance(output, Tensor):
         return output
     for key in LOGITS:
@@ -318,11 +304,7 @@ def _probabilities(reading: Reading) -> Tensor:
 
 
 def required(reading: Reading) -> Any:
-    """The labels.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """The labels."""
     if reading.labels is None:
         raise ValueError(f"batch {reading.batch.index} has no labels; true labels are needed here")
     return reading.labels

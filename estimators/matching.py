@@ -21,11 +21,7 @@ Shapes = list[tuple[int, ...] | None]
 def name_states(
     state: Mapping[str, Any], model: nn.Module, trainable: Mapping[str, nn.Parameter]
 ) -> Iterator[Entry]:
-    """The states of the trainable parameters; those of frozen ones, which the optimizer may hold too, are left out.
-
-    Raises:
-        ValueError: no way of ordering the model's parameters gives the shapes of the states, or several do.
-    """
+    """The states of the trainable parameters; those of frozen ones, which the optimizer may hold too, are left out."""
     groups = state["param_groups"]
     pairs = [(state["state"].get(number, {}), group) for group in groups for number in group["params"]]
     everything = dict(model.named_parameters())
@@ -59,11 +55,7 @@ def _order(
     everything: Mapping[str, nn.Parameter],
     trainable: Mapping[str, nn.Parameter],
 ) -> list[str]:
-    """The one order of the model's parameters, all or the trainable ones, that has the shapes of the states.
-
-    Raises:
-        ValueError: there is none, or several.
-    """
+    """The one order of the model's parameters, all or the trainable ones, that has the shapes of the states."""
     shapes: Shapes = [
         tuple(entry["exp_avg_sq"].shape) if "exp_avg_sq" in entry else None for entry in entries
     ]

@@ -41,21 +41,13 @@ def note(kept: dict[int, int], values: Iterable[object], own: Iterable[int] = ()
 
 
 def raise_if_full(error: BaseException) -> None:
-    """Raise an error again that is about the machine's memory: no other way of computing is tried in its place.
-
-    Raises:
-        BaseException: the error given.
-    """
+    """Raise an error again that is about the machine's memory: no other way of computing is tried in its place."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
         raise error
 
 
 def parse_bytes(text: str) -> int:
-    """Read "500MB", "2GB" or "1.5 GiB"; K, M, G and T are powers of 1024.
-
-    Raises:
-        ValueError: not a positive number of bytes.
-    """
+    """Read "500MB", "2GB" or "1.5 GiB"; K, M, G and T are powers of 1024."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(?:I?B)?\s*", text.upper())
     size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
     if size < 1:

@@ -7,11 +7,7 @@ from collections.abc import Iterable
 
 
 def choose(option: str, value: str, known: Iterable[str]) -> None:
-    """Refuse an unknown name and offer the nearest.
-
-    Raises:
-        ValueError: not among the known ones.
-    """
+    """Refuse an unknown name and offer the nearest."""
     names = list(known)
     if value not in names:
         close = difflib.get_close_matches(str(value), names, 1)

@@ -95,9 +95,6 @@ class Engine:
             seed: a tensor of the recorded forward and the gradient of the summed loss at it.
             sink: what receives them.
             keep: keep the graph for another pass over the same forward.
-
-        Raises:
-            ValueError: the output depends on no unit, so on no trainable parameter.
         """
         gather = _Gather(self, sink, keep, seed[0].device.type)
         self._run(seed, gather.take, keep)

@@ -102,9 +102,6 @@ def make_plan(
         parameters: the trainable ones, by name.
         batch: the first batch; a few rows of it are used.
         seed_of: what the check differentiates.
-
-    Raises:
-        ValueError: the model mixes examples; the module is named.
     """
     rows = min(batch.size, PROBE_ROWS)
     given = batch.rows(0, rows)

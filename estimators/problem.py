@@ -89,11 +89,7 @@ class Problem:
         return self.engine
 
     def parts(self, batch: Batch) -> Iterator[Batch]:
-        """A batch in the parts in which it is worked on.
-
-        Raises:
-            ValueError: from the model's plan.
-        """
+        """A batch in the parts in which it is worked on."""
         rows = self.chunk or batch.size
         if self.budget is not None and batch.size > 1:
             self.ensure_plan(batch)
@@ -102,11 +98,7 @@ class Problem:
         return parts(batch, rows)
 
     def forward(self, batch: Batch) -> Any:
-        """Forward of one batch with the engine listening.
-
-        Raises:
-            ValueError: from the model's plan, or a sequence longer than the model takes.
-        """
+        """Forward of one batch with the engine listening."""
         self.ensure_plan(batch)
         return with_length_check(partial(self.listening.forward, self.model, batch), self.model, batch)
 
@@ -163,11 +155,7 @@ class Problem:
 
 
 def with_length_check(run: Callable[[], T], model: nn.Module, batch: Batch) -> T:
-    """Run; an index error of a sequence longer than the model takes becomes a clear one.
-
-    Raises:
-        ValueError: the sequence is longer than the model's positions.
-    """
+    """Run; an index error of a sequence longer than the model takes becomes a clear one."""
     try:
         return run()
     except (IndexError, RuntimeError) as error:
@@ -184,11 +172,7 @@ def with_length_check(run: Callable[[], T], model: nn.Module, batch: Batch) -> T
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require gradients, by name, tied ones once.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The parameters that require gradients, by name, tied ones once."""
     found = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if not found:
         raise ValueError(

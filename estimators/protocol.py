@@ -92,11 +92,7 @@ def find_estimator(method: str) -> Estimator:
 
 
 def check_gives(method: str, estimator: Estimator, **wanted: bool) -> None:
-    """Refuse the options that an estimator does not serve.
-
-    Raises:
-        ValueError: one was asked for; it is named.
-    """
+    """Refuse the options that an estimator does not serve."""
     gives = gives_of(estimator)
     asked = [option for option, given in wanted.items() if given and option not in gives]
     if asked:
@@ -107,11 +103,7 @@ def check_gives(method: str, estimator: Estimator, **wanted: bool) -> None:
 
 
 def gives_of(estimator: Estimator) -> tuple[str, ...]:
-    """Its GIVES, checked.
-
-    Raises:
-        ValueError: something else than the three options in it.
-    """
+    """Its GIVES, checked."""
     gives: Iterable[str] = getattr(estimator, "GIVES", ())
     found = (gives,) if isinstance(gives, str) else tuple(gives)
     for option in found:

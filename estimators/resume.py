@@ -64,11 +64,7 @@ class Journal:
             save_file(sums, aside, metadata=metadata)
 
     def load(self, problem: Problem, convergence: Convergence) -> int:
-        """Restore what was saved; how many batches are done, 0 without a file.
-
-        Raises:
-            ValueError: the file is of another run, or no such file at all; it names what differs.
-        """
+        """Restore what was saved; how many batches are done, 0 without a file."""
         if not self.path.exists():
             return 0
         from safetensors import SafetensorError, safe_open
@@ -101,11 +97,7 @@ class Journal:
         return int(state["batches"])
 
     def check(self, batch: Batch) -> None:
-        """The last batch that was done before the interruption must be the one that it was then.
-
-        Raises:
-            ValueError: other data, another order or another batch size.
-        """
+        """The last batch that was done before the interruption must be the one that it was then."""
         seen = end(batch)
         if self.last is not None and self.last != (seen, digest(batch)):
             raise ValueError(

@@ -101,11 +101,7 @@ def traces(problem: Problem) -> list[float]:
 
 
 def converged(convergence: Convergence, tolerance: float) -> bool:
-    """The same answer on every rank, from the groups of all.
-
-    Raises:
-        ValueError: the estimator keeps no sums whose traces could be watched.
-    """
+    """The same answer on every rank, from the groups of all."""
     together = Convergence.merged(distributed.gather(convergence))
     if any(not row for row in together.traces):
         raise ValueError(

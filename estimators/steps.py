@@ -84,11 +84,7 @@ def own_loss(model: nn.Module) -> tuple[str, float | None]:
 def of_run(
     run: Run, model: nn.Module, batch_size: int, num_examples: int, trace: float, beta2: float, steps: float
 ) -> Units:
-    """Units of a Trainer's run; `trace` is that of v_hat over everything that was trained.
-
-    Raises:
-        ValueError: another optimizer than AdamW.
-    """
+    """Units of a Trainer's run; `trace` is that of v_hat over everything that was trained."""
     optim = str(run.arguments.get("optim", ADAMS[0])).lower()
     if optim not in ADAMS:
         raise ValueError(
@@ -152,7 +148,7 @@ def _undivided(run: Run, model: nn.Module, found: Units) -> float:
         return 1.0
     averaged = together if run.arguments.get("average_tokens_across_devices") else 1
     found.assumed.append(
-        f"gradients summed, not averaged, over {run.accumulation} passes (this head ignores num_items_in_batch)"
+        f"gradients summed, not averaged, over {run.accumulation} passes and {averaged} processes (this head ignores num_items_in_batch)"
     )
     return 1 / (run.accumulation * averaged)
 

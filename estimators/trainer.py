@@ -74,11 +74,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run | None:
-    """The run whose checkpoint a folder is; None where no Trainer left its files there.
-
-    Raises:
-        ValueError: a file that cannot be read; named.
-    """
+    """The run whose checkpoint a folder is; None where no Trainer left its files there."""
     if not (folder / ARGUMENTS).is_file() and not (folder / STATE).is_file():
         return None
     run = Run(folder, version=str(_json(folder / "config.json").get("transformers_version", "")))
@@ -133,11 +129,7 @@ class _Inert:
 
 
 def _arguments(file: Path) -> tuple[str, dict[str, Any]]:
-    """Class name and attributes of the object in a file; enumerations as their values.
-
-    Raises:
-        ValueError: no such file of torch.save.
-    """
+    """Class name and attributes of the object in a file; enumerations as their values."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
         foreign = [name for name in names if name.split(".")[0] not in TRUSTED]
@@ -160,11 +152,7 @@ def _arguments(file: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _read_state(run: Run) -> None:
-    """Steps, epochs, the rows of a batch as they were, and the logged norms.
-
-    Raises:
-        ValueError: not the file that a Trainer writes.
-    """
+    """Steps, epochs, the rows of a batch as they were, and the logged norms."""
     file = run.folder / STATE
     found = _json(file)
     try:
@@ -196,13 +184,14 @@ def check_beside(folder: Path, parameters: Mapping[str, Tensor]) -> str:
 
     Up to 192 values of every tensor are compared, in the narrower of the two dtypes; tensors by their names, those of
     other names by their values. A file that holds tensors fused otherwise than the module leaves these uncompared.
-
-    Raises:
-        ValueError: another model, or the same at another step; a tensor and both values are named.
     """
     files = [TensorFile(path) for path in sorted(folder.glob("*.safetensors")) if "model" in path.name]
     where = {name: file for file in files for name in file}
     if not where:
+        log.warning(
+            "%s holds no safetensors file of a model: whether the state is the given model's is not checked",
+            folder,
+        )
         return f"no model in {folder.name} to compare with"
     compared, others = 0, []
     for name, value in parameters.items():
@@ -223,11 +212,7 @@ def check_beside(folder: Path, parameters: Mapping[str, Tensor]) -> str:
 
 
 def _check_same(file: TensorFile, name: str, value: Tensor) -> None:
-    """Compare one tensor with the model's.
-
-    Raises:
-        ValueError: another shape or other values.
-    """
+    """Compare one tensor with the model's."""
     advice = (
         f"the optimizer's state beside {file.path} belongs to that model, and the given model is another, or the same at "
         "another step: give the model of that folder"

@@ -25,16 +25,19 @@ class Bernoulli:
     """Independent yes/no outputs (multi-label): log p = sum_k y_k log s(f_k) + (1 - y_k) log(1 - s(f_k)), s the sigmoid.
 
     Labels are 0, 1 or -100 (ignored), in the shape of the logits.
+
+    Example:
+        >>> from gradmatch.estimators import estimate
+        >>> batch = (torch.randn(4, 2), torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [1.0, -100.0]]))
+        >>> found = estimate(torch.nn.Linear(2, 2), [batch], likelihood=Bernoulli(), progress=False)
+        >>> found.info["likelihood"]
+        'bernoulli'
     """
 
     name = "bernoulli"
 
     def read(self, output: Any, batch: Batch) -> Reading:
-        """Logits as (B, K, 1), labels likewise.
-
-        Raises:
-            ValueError: labels of another size, or outside 0 .. 1.
-        """
+        """Logits as (B, K, 1), labels likewise."""
         logits = checked_logits(output, batch)
         view = logits.detach().reshape(batch.size, -1, 1)
         labels, valid = _values(batch, view, logits), None
@@ -47,11 +50,7 @@ class Bernoulli:
         return Reading(logits, view, labels, valid, batch)
 
     def true(self, reading: Reading) -> Seed:
-        """d/df = s(f) - y.
-
-        Raises:
-            ValueError: no labels.
-        """
+        """d/df = s(f) - y."""
         return _finish_values(reading, torch.sigmoid(wide(reading.view)) - required(reading))
 
     def sampled(self, reading: Reading, uniforms: Uniforms) -> Seed:
@@ -83,6 +82,12 @@ class Gaussian:
 
     Args:
         variance: of the noise, in squared units of the target. 1 makes the Fisher that of half the squared error.
+
+    Example:
+        >>> from gradmatch.estimators import estimate
+        >>> batch = (torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1))
+        >>> estimate(torch.nn.Linear(1, 1), [batch], method="ggn", likelihood=Gaussian(2.0), progress=False)["weight"]
+        tensor([[2.5000]])
     """
 
     name = "regression"
@@ -93,21 +98,13 @@ class Gaussian:
         self.variance = variance
 
     def read(self, output: Any, batch: Batch) -> Reading:
-        """Outputs as (B, K, 1), targets likewise.
-
-        Raises:
-            ValueError: targets of another size.
-        """
+        """Outputs as (B, K, 1), targets likewise."""
         means = checked_logits(output, batch)
         view = means.detach().reshape(batch.size, -1, 1)
         return Reading(means, view, _values(batch, view, means), None, batch)
 
     def true(self, reading: Reading) -> Seed:
-        """d/df = (f - y) / variance.
-
-        Raises:
-            ValueError: no targets.
-        """
+        """d/df = (f - y) / variance."""
         return _finish_values(reading, (wide(reading.view) - required(reading)) / self.variance)
 
     def sampled(self, reading: Reading, uniforms: Uniforms) -> Seed:
@@ -143,11 +140,7 @@ class Own:
         return Reading(output, torch.empty(batch.size, 1, 1), batch.labels, None, batch)
 
     def true(self, reading: Reading) -> Seed:
-        """Seed at log_prob itself.
-
-        Raises:
-            ValueError: no labels, or a log-probability of another shape than (B,).
-        """
+        """Seed at log_prob itself."""
         loss = -self.log_prob(reading)
         return loss, torch.ones_like(loss)
 
@@ -163,21 +156,13 @@ class Own:
         return None
 
     def exact(self, reading: Reading, column: int) -> Seed:
-        """Not available.
-
-        Raises:
-            ValueError: always; `columns` says so beforehand.
-        """
+        """Not available."""
         raise ValueError(
             f"the likelihood {self.name} has no exact expectation over labels; use sampled labels"
         )
 
     def log_prob(self, reading: Reading) -> Tensor:
-        """The user's log_prob at the true labels, (B,).
-
-        Raises:
-            ValueError: no labels, or a log-probability of another shape than (B,).
-        """
+        """The user's log_prob at the true labels, (B,)."""
         return self._log_prob(reading, required(reading))
 
     def _log_prob(self, reading: Reading, labels: Any) -> Tensor:
