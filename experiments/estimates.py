@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from experiments.models import batches, load_classifier, load_split, subset
+from experiments.files import write_json
+from experiments.models import load_classifier, narrowed
+from experiments.rows import load_split
 from gradmatch.estimators import Curvature, estimate, from_adam, from_ivon
 
 # What each kind of estimate hands to `gradmatch.estimators.estimate`; the other kinds have a function of their own below.
@@ -42,10 +43,9 @@ def estimate_stage(
     kind: of KINDS, or `batch means` (the mean of squared gradients of batch means, true labels: 1/B of a Fisher where the
     mean gradient is small), `adam` (B v_hat of the fine-tuning's own optimizer) or `ivon` (steps that leave the mean where it is).
     """
-    classifier = load_classifier(model / "model")
     rows = load_split(data, domain, "train")
-    device = next(classifier.parameters()).device
-    given = [batch for _, batch in batches(subset(rows, examples, seed), batch_size, device)]
+    classifier = narrowed(load_classifier(model / "model"), rows.classes)
+    given = rows.subset(examples, seed).given(batch_size, classifier)
     start = time.perf_counter()
     if kind == "adam":
         state = str(model / "optimizer.pt")
@@ -58,7 +58,7 @@ def estimate_stage(
         found = estimate(classifier, given, num_examples=len(rows), samples=samples, seed=seed, **KINDS[kind])
     seconds = time.perf_counter() - start
     found.save(out / "curvature.safetensors")
-    (out / "cost.json").write_text(json.dumps({"seconds": seconds, "num_examples": len(rows)}))
+    write_json(out / "cost.json", {"seconds": seconds, "num_examples": len(rows)})
 
 
 def squared_batch_means(model: nn.Module, given: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ def ivon(model: nn.Module, given: list[dict[str, Tensor]], num_examples: int, se
 def compare_estimate(out: Path, *, estimate: Path, reference: Path) -> None:
     """How far an estimate is from the reference of the same model: `out/error.json`."""
     found, truth = (Curvature.load(folder / "curvature.safetensors") for folder in (estimate, reference))
-    (out / "error.json").write_text(json.dumps(errors(found, truth), indent=1), encoding="utf-8")
+    write_json(out / "error.json", errors(found, truth))
 
 
 def errors(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, float]:
@@ -103,23 +103,10 @@ def errors(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str
 
     Both by parameter name, per-example means. The floor of the logarithm is 1e-14, below every value that counts.
     """
-    squared = norm = trace = expected = 0.0
-    moments = torch.zeros(6, dtype=torch.float64)  # n, sums of x, y, xx, yy, xy
-    for f, h in _pairs(found, truth):
-        squared, norm = squared + float((f - h).square().sum()), norm + float(h.square().sum())
-        trace, expected = trace + float(f.sum()), expected + float(h.sum())
-        x, y = (value[h > 0].clamp(min=1e-14).log() for value in (f, h))
-        moments += torch.stack([torch.tensor(float(len(x))).double(), x.sum(), y.sum(), x @ x, y @ y, x @ y])
-    n, x, y, xx, yy, xy = moments.tolist()
-    covariance = xy / n - x * y / n**2
-    spread = ((xx / n - (x / n) ** 2) * (yy / n - (y / n) ** 2)) ** 0.5
+    f, h = (torch.cat([values[name].double().flatten() for name in truth]) for values in (found, truth))
+    x, y = (value[h > 0].clamp(min=1e-14).log() for value in (f, h))
     return {
-        "relative_error": (squared / norm) ** 0.5,
-        "trace_ratio": trace / expected,
-        "log_correlation": covariance / spread if spread > 0 else float("nan"),
+        "relative_error": float((f - h).norm() / h.norm()),
+        "trace_ratio": float(f.sum() / h.sum()),
+        "log_correlation": float(torch.corrcoef(torch.stack([x, y]))[0, 1]),  # NaN where one is constant
     }
-
-
-def _pairs(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    for name in truth:
-        yield found[name].double().flatten(), truth[name].double().flatten()

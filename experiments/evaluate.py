@@ -2,50 +2,63 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from experiments.models import batches, load_classifier, load_split
+from experiments.files import write_json
+from experiments.models import load_classifier
+from experiments.rows import Rows, load_split
 
 Array = NDArray[np.float64]
+Weights = Mapping[str, Tensor]
+Metrics = dict[str, dict[str, float]]
+QUANTITIES = ("accuracy", "nll", "ece")
+BATCH = 64
 
 
 def evaluate(out: Path, *, data: Path, model: Path, domains: Sequence[str], split: str) -> None:
     """Evaluate a model folder: `out/metrics.json`, and `out/<domain>.npz` with the probabilities and labels."""
-    classifier = load_classifier(model / "model")
-    write_metrics(
-        out, {domain: predict(classifier, load_split(data, domain, split), domain) for domain in domains}
-    )
+    write_metrics(out, load_classifier(model / "model"), data, domains, split)
 
 
-def write_metrics(out: Path, predictions: Mapping[str, tuple[Array, NDArray[np.int64]]]) -> None:
-    """`out/metrics.json` and `out/<domain>.npz` from each domain's probabilities (n, classes) and labels (n,)."""
-    for domain, (probabilities, labels) in predictions.items():
+def write_metrics(out: Path, model: nn.Module, data: Path, domains: Sequence[str], split: str) -> None:
+    """`out/metrics.json` and `out/<domain>.npz` of a model."""
+    metrics = {}
+    for domain in domains:
+        probabilities, labels = predict(model, load_split(data, domain, split), domain)
         np.savez(out / f"{domain}.npz", probabilities=probabilities.astype(np.float32), labels=labels)
-    metrics = {domain: measure(*found) for domain, found in predictions.items()}
-    (out / "metrics.json").write_text(json.dumps(with_averages(metrics), indent=1), encoding="utf-8")
+        metrics[domain] = measure(probabilities, labels)
+    write_json(out / "metrics.json", with_averages(metrics))
+
+
+def scorer(base: Path, data: Path, domains: Sequence[str], split: str) -> Callable[[Weights], Metrics]:
+    """Metrics of weights, which are placed into the base's module, as a function of the weights."""
+    model = load_classifier(base / "model")
+    rows = {domain: load_split(data, domain, split) for domain in domains}
+
+    def score(weights: Weights) -> Metrics:
+        model.load_state_dict(dict(weights))
+        return with_averages({domain: measure(*predict(model, own)) for domain, own in rows.items()})
+
+    return score
 
 
 @torch.inference_mode()
-def predict(
-    model: nn.Module, rows: object, title: str = "", batch_size: int = 64
-) -> tuple[Array, NDArray[np.int64]]:
-    """Class probabilities (n, classes) and labels (n,) in the order of the rows; forward in float32, eval mode."""
+def predict(model: nn.Module, rows: Rows, title: str = "") -> tuple[Array, NDArray[np.int64]]:
+    """Probabilities (n, classes of the rows) and labels (n,) in the order of the rows; forward in float32, eval mode."""
     device = next(model.parameters()).device
-    probabilities: list[Array] = []
-    labels: list[int] = []
-    order: list[int] = []
-    progress = tqdm(desc=title, total=len(rows), leave=False, disable=not title)  # type: ignore[arg-type]
-    for indices, batch in batches(rows, batch_size, device):
+    probabilities, labels, order = [], [], []
+    progress = tqdm(desc=title, total=len(rows), leave=False, disable=not title)
+    for indices, batch in rows.batches(BATCH, device):
         labels += batch.pop("labels").tolist()
-        probabilities.append(model(**batch).logits.double().softmax(-1).cpu().numpy())
+        logits = model(**batch).logits[:, rows.classes]
+        probabilities.append(logits.double().softmax(-1).cpu().numpy())
         order += indices
         progress.update(len(indices))
     progress.close()
@@ -75,11 +88,11 @@ def expected_calibration_error(confidence: Array, correct: NDArray[np.bool_], bi
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def with_averages(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+def with_averages(metrics: Mapping[str, Mapping[str, float]]) -> Metrics:
     """Add `macro` (each domain counts alike) and `per_example` (each example counts alike) averages."""
-    total = sum(part["n"] for part in metrics.values())
-    names = ("accuracy", "nll", "ece")
-    macro = {name: sum(part[name] for part in metrics.values()) / len(metrics) for name in names}
-    pooled = {name: sum(part["n"] * part[name] for part in metrics.values()) / total for name in names}
+    parts = metrics.values()
+    total = sum(part["n"] for part in parts)
+    macro = {name: sum(part[name] for part in parts) / len(metrics) for name in QUANTITIES}
+    pooled = {name: sum(part["n"] * part[name] for part in parts) / total for name in QUANTITIES}
     averages = {"macro": {**macro, "n": total}, "per_example": {**pooled, "n": total}}
     return {**{domain: dict(part) for domain, part in metrics.items()}, **averages}

@@ -1,4 +1,4 @@
-"""Stages: merge fine-tuned models, and choose a merge's option on validation examples."""
+"""Stages: merge fine-tuned models, measure a merge that is not kept, choose a merge's option on validation examples."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.evaluate import measure, predict, with_averages
-from experiments.models import load_classifier, load_split
+from experiments.evaluate import Metrics, scorer, write_metrics
+from experiments.files import write_json
+from experiments.mismatch import objective, write_mismatch
+from experiments.models import load_classifier
 from gradmatch import Task, merge
 
 CURVATURE = "curvature.safetensors"
-Metrics = Mapping[str, Mapping[str, float]]
 
 
 def merge_stage(
@@ -30,8 +31,7 @@ def merge_stage(
 
     sources: base, tasks, base_curvature, curvatures (folders of stages), delta0.
     """
-    chosen = chosen_options(choice)
-    merged_model(method, alpha, {**options, **chosen}, out=out / "model", **sources)
+    merged_model(method, alpha, {**options, **chosen_options(choice)}, out=out / "model", **sources)
 
 
 def merged_model(
@@ -57,6 +57,34 @@ def merged_model(
     return merge(str(base / "model"), merge_tasks, method=method, base_curvature=h0, out=out, **given)
 
 
+def merge_and_measure(
+    out: Path,
+    *,
+    method: str,
+    alpha: float,
+    options: Mapping[str, Any],
+    data: Path,
+    domains: Sequence[str],
+    gradients: Mapping[str, Path],
+    examples: int,
+    seed: int,
+    choice: Path | None = None,
+    **sources: Any,
+) -> None:
+    """`out/metrics.json` on the test examples of `domains` (with `out/<domain>.npz`), `out/mismatch.json` over the tasks.
+
+    sources: as `merged_model` takes them; gradients: task -> folder of its own gradient, empty to leave the mismatch out;
+    choice: folder of a `choose` stage.
+    """
+    theta = dict(merged_model(method, alpha, {**options, **chosen_options(choice)}, **sources))
+    model = load_classifier(sources["base"] / "model")
+    model.load_state_dict(theta)
+    write_metrics(out, model, data, domains, "test")
+    if gradients:
+        losses = {task: objective(data, sources["base"], task, examples, seed) for task in gradients}
+        write_mismatch(out, theta, losses, gradients, sources["base_curvature"], sources["delta0"])
+
+
 def choose(
     out: Path,
     *,
@@ -72,14 +100,10 @@ def choose(
 
     Best: lowest negative log-likelihood, macro average over the domains. Test examples are never read.
     """
-    model = load_classifier(sources["base"] / "model")
-    rows = {domain: load_split(data, domain, "validation") for domain in domains}
-
-    def score(setting: Mapping[str, Any]) -> Metrics:
-        model.load_state_dict(dict(merged_model(method, alpha, {**options, **setting}, **sources)))
-        return with_averages({domain: measure(*predict(model, rows[domain])) for domain in domains})
-
-    write_choice(out, grid, score)
+    score = scorer(sources["base"], data, domains, "validation")
+    write_choice(
+        out, grid, lambda setting: score(merged_model(method, alpha, {**options, **setting}, **sources))
+    )
 
 
 def chosen_options(choice: Path | None) -> dict[str, Any]:
@@ -100,5 +124,4 @@ def write_choice(
         macro = score({option: value})["macro"]
         tried.append({"value": value, "nll": macro["nll"], "accuracy": macro["accuracy"]})
     best = min(tried, key=lambda cell: cell["nll"])
-    card = {"chosen": {option: best["value"]}, "tried": tried}
-    (out / "choice.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    write_json(out / "choice.json", {"chosen": {option: best["value"]}, "tried": tried})

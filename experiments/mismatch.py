@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from experiments.models import batches, load_classifier, load_split, subset
+from experiments.files import write_json
+from experiments.models import load_classifier, narrowed
+from experiments.rows import load_split
 from gradmatch.estimators import Curvature
 from gradmatch.measure.mismatch import gradient_mismatch
 from gradmatch.measure.objective import Objective
+
+BATCH = 32
 
 
 def objective(data: Path, model: Path, domain: str, examples: int, seed: int) -> Objective:
     """l_t: the loss of a domain's training set, from `examples` of it, scaled up to all."""
     rows = load_split(data, domain, "train")
-    module = load_classifier(model / "model")
-    device = next(module.parameters()).device
-    chosen = [batch for _, batch in batches(subset(rows, examples, seed), 32, device)]
-    return Objective(module, chosen, num_examples=len(rows))
+    module = narrowed(load_classifier(model / "model"), rows.classes)
+    return Objective(module, rows.subset(examples, seed).given(BATCH, module), num_examples=len(rows))
 
 
 def task_gradient(out: Path, *, data: Path, model: Path, domain: str, examples: int, seed: int) -> None:
     """grad l_t(theta_t) of a fine-tuned model, which the mismatch of every merge is compared with."""
-    write_gradient(out, objective(data, model, domain, examples, seed))
-
-
-def write_gradient(out: Path, loss: Objective) -> None:
-    """`out/gradient.safetensors`: the gradient of a loss at its own module's weights."""
+    loss = objective(data, model, domain, examples, seed)
     save_file(loss.gradient(dict(loss.module.state_dict())), out / "gradient.safetensors")
 
 
@@ -82,4 +79,4 @@ def write_mismatch(
         "tasks": found.task_norms(),
         "layers": found.layers()["total"],
     }
-    (out / "mismatch.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    write_json(out / "mismatch.json", card)

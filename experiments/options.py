@@ -8,7 +8,7 @@ from typing import Any
 
 from gradmatch.common.names import nearest
 from gradmatch.plan.request import Request
-from gradmatch.rules import RULES
+from gradmatch.rules import find_rule
 from gradmatch.rules.edits import TRANSFORMS
 
 SHARED = tuple(
@@ -27,11 +27,13 @@ def check_names(
     Raises:
         ValueError: an unknown name; the nearest of all known ones is offered. Or transforms that are no names.
     """
-    if method not in RULES:
+    try:
+        rule = find_rule(method)
+    except (ValueError, TypeError):
         return
     given = options.get("transforms", ())
-    own = set(RULES[method].options)
-    for edit in (*([given] if isinstance(given, str) else given), *RULES[method].transforms):
+    own = set(rule.options)
+    for edit in (*([given] if isinstance(given, str) else given), *rule.transforms):
         if not isinstance(edit, str) and not (isinstance(edit, Mapping) and len(edit) == 1):
             raise ValueError(f"transforms: each is a name or {{name: options}}, not {edit!r}")
         name = edit if isinstance(edit, str) else next(iter(edit))
@@ -53,11 +55,12 @@ def check_rule(where: str, method: str, tasks: int, lacking: Iterable[str]) -> N
     Raises:
         ValueError: either.
     """
-    fewest, most = RULES[method].models
+    rule = find_rule(method)
+    fewest, most = rule.models
     if not fewest <= tasks <= most:
         raise ValueError(f"{where}: {method} takes {fewest} to {most:g} models, but there are {tasks} tasks")
     for need in lacking:
-        if need in RULES[method].needs:
+        if need in rule.needs:
             raise ValueError(
                 f"{where}: {method} needs {ESTIMATES[need]}, which this study does not estimate; "
                 "gradient_matching takes diagonals"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding, Trainer, set_seed
+from transformers import Trainer, set_seed
 
-from experiments.finetune import run, save, training_arguments
-from experiments.models import load_classifier, load_split, load_tokenizer
+from experiments.files import write_json
+from experiments.finetune import run, texts_of, training_arguments
+from experiments.models import load_classifier, load_tokenizer, save
+from experiments.rows import load_split
 from gradmatch.estimators import Curvature
 
 
@@ -47,15 +48,10 @@ def finetune_penalised(
     start: Path,
     base_curvature: Path,
     delta0: float,
-    precision: str,
     seed: int,
-    steps: int,
-    learning_rate: float,
-    batch_size: int,
-    warmup_steps: int,
-    weight_decay: float,
+    **training: Any,
 ) -> None:
-    """As `experiments.finetune.finetune` from a run's folder (same order of batches, same schedule), with Eq. 8's penalty.
+    """As `experiments.finetune.finetune` on texts from a run's folder (same order of batches, same schedule), with Eq. 8's penalty.
 
     H0 = N0 F0 + delta0 is that of the base. Writes `out/model`.
     """
@@ -64,20 +60,15 @@ def finetune_penalised(
     rows = load_split(data, domain, "train")
     fisher = Curvature.load(base_curvature / "curvature.safetensors")
     device = next(model.parameters()).device
-    arguments = training_arguments(
-        out / "model", precision=precision, seed=seed, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
-        warmup_steps=warmup_steps, weight_decay=weight_decay, train_sampling_strategy="group_by_length",
-    )  # fmt: skip
     trainer = PenalisedTrainer(
         model,
-        arguments,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        train_dataset=rows,
+        training_arguments(out / "model", seed=seed, **training),
+        **texts_of([rows], tokenizer),
         h0={name: (fisher.total(name) + delta0).to(device) for name in fisher},
         num_examples=len(rows),
     )
     run(trainer)
-    save(trainer, tokenizer, out / "model")
+    save(model, out / "model", tokenizer)
 
 
 def stationarity(
@@ -95,5 +86,4 @@ def stationarity(
             for key, value in {"gradient": g, "pull": pull, "residual": g + pull, "tau": tau}.items():
                 squares[key] += float(value.double().square().sum())
     norms = {key: value**0.5 for key, value in squares.items()}
-    card = {**norms, "relative": norms["residual"] / norms["gradient"]}
-    (out / "stationarity.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    write_json(out / "stationarity.json", {**norms, "relative": norms["residual"] / norms["gradient"]})

@@ -12,6 +12,7 @@ from typing import Any
 from gradmatch.estimators.files import write_atomically
 
 Record = dict[str, Any]
+Value = Callable[[Record], "float | None"]
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -75,9 +76,7 @@ def models_in_order(records: Iterable[Record]) -> list[str]:
     return list(dict.fromkeys(record["model"] for record in of_kind(records, "evaluation")))
 
 
-def mean_over_seeds(
-    records: Sequence[Record], value: Callable[[Record], float | None]
-) -> tuple[float, float] | None:
+def mean_over_seeds(records: Sequence[Record], value: Value) -> tuple[float, float] | None:
     """Mean and standard deviation over the records (one per seed; 0 for one seed) of a number in each.
 
     None where a record lacks the number.
@@ -87,3 +86,19 @@ def mean_over_seeds(
         return None
     found = [float(number) for number in numbers if number is not None]
     return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0
+
+
+def columns(domains: Sequence[str]) -> list[tuple[str, Value, str, bool]]:
+    """Of a table of evaluations: title, value of a record, format, whether larger is better."""
+
+    def metric(part: str, key: str, scale: float = 1.0) -> Value:
+        return lambda record: scale * float(record["metrics"][part][key])
+
+    return [
+        *((domain, metric(domain, "accuracy", 100), ".1f", True) for domain in domains),
+        ("macro", metric("macro", "accuracy", 100), ".1f", True),
+        ("per ex.", metric("per_example", "accuracy", 100), ".1f", True),
+        ("NLL", metric("macro", "nll"), ".3f", False),
+        ("ECE", metric("macro", "ece"), ".3f", False),
+        ("mismatch / n", lambda record: record.get("mismatch", {}).get("per_example"), ".3f", False),
+    ]

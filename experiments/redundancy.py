@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.evaluate import measure, predict
+from experiments.files import write_json
+from experiments.models import load_classifier
+from experiments.rows import Images, load_split
 from gradmatch import analogy
 from gradmatch.measure.redundancy import redundancy_curve
 from gradmatch.measure.similarity import cosines, gram
@@ -41,22 +43,14 @@ def compare_vectors(out: Path, *, base: Path, tasks: Mapping[str, Path]) -> None
     )
     norms = dict(zip(tasks, total.diagonal().sqrt().tolist(), strict=True))
     card = {"tasks": list(tasks), "cosines": cosines(total).tolist(), "norms": norms}
-    (out / "cosines.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    write_json(out / "cosines.json", card)
 
 
 def drop(
-    out: Path,
-    *,
-    base: Path,
-    model: Path,
-    data: Path,
-    domain: str,
-    images: bool,
-    shares: Sequence[float],
-    seed: int,
+    out: Path, *, base: Path, model: Path, data: Path, domain: str, shares: Sequence[float], seed: int
 ) -> None:
     """Test accuracy of a fine-tune on its own task after dropping shares of its task vector: `out/curve.json`."""
-    score = scorer(base, data, domain, images)
+    score = scorer(base, data, domain)
     theta0 = weights_of(base)
     progress = tqdm(total=2 * len(shares), desc=f"dropping {domain}")
 
@@ -67,61 +61,33 @@ def drop(
     curve = redundancy_curve(theta0, task_vector(theta0, weights_of(model)), counted, shares, seed=seed)
     progress.close()
     points = [{"dropped": point.dropped, "plain": point.plain, "rescaled": point.rescaled} for point in curve]
-    (out / "curve.json").write_text(json.dumps(points, indent=1), encoding="utf-8")
+    write_json(out / "curve.json", points)
 
 
 def compare_analogy(
-    out: Path,
-    *,
-    base: Path,
-    a: Path,
-    b: Path,
-    c: Path,
-    data: Path,
-    target: str,
-    images: bool,
-    weights: Sequence[float],
+    out: Path, *, base: Path, a: Path, b: Path, c: Path, data: Path, target: str, weights: Sequence[float]
 ) -> None:
     """Test accuracy on `target` of the base, of a, b and c alone, and of c + weight (b - a): `out/analogy.json`."""
-    score = scorer(base, data, target, images)
+    score = scorer(base, data, target)
     found = {"base": score(weights_of(base))}
     found |= {name: score(weights_of(folder)) for name, folder in (("a", a), ("b", b), ("c", c))}
     points = []
     for weight in weights:
         made = analogy(*(str(folder / "model") for folder in (base, a, b, c)), weight=weight)
         points.append({"weight": weight, "accuracy": score(dict(made))})
-    (out / "analogy.json").write_text(
-        json.dumps({"alone": found, "points": points}, indent=1), encoding="utf-8"
-    )
+    write_json(out / "analogy.json", {"alone": found, "points": points})
 
 
-def scorer(base: Path, data: Path, domain: str, images: bool) -> Callable[[Weights], float]:
+def scorer(base: Path, data: Path, domain: str) -> Callable[[Weights], float]:
     """Test accuracy on a domain as a function of the weights; an image set's name may end in ' on photographs'."""
-    if images:
-        from experiments.vision.models import Rows, classes_of, load, load_split
-        from experiments.vision.stages import predict
-
-        name = domain.removesuffix(PHOTOGRAPHS)
-        rows, own = load_split(data, name, "test"), classes_of(data, name)
-        if name != domain:
-            rows = Rows(on_photographs(rows.images), rows.labels)
-        model = load(base / "model")
-
-        def predicted() -> tuple[Any, Any]:
-            return predict(model, rows, own)
-    else:
-        from experiments import evaluate, models
-
-        texts = models.load_split(data, domain, "test")
-        model = models.load_classifier(base / "model")
-
-        def predicted() -> tuple[Any, Any]:
-            return evaluate.predict(model, texts)
+    name = domain.removesuffix(PHOTOGRAPHS)
+    rows, model = load_split(data, name, "test"), load_classifier(base / "model")
+    if name != domain:
+        rows = Images(on_photographs(rows.images), rows.labels, rows.classes)
 
     def score(weights: Weights) -> float:
         model.load_state_dict(dict(weights))
-        probabilities, labels = predicted()
-        return float((probabilities.argmax(-1) == labels).mean())
+        return measure(*predict(model, rows))["accuracy"]
 
     return score
 

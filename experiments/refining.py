@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments.evaluate import measure, predict, with_averages
-from experiments.merging import merged_model
-from experiments.mismatch import objective
-from experiments.models import batches, load_classifier, load_split, subset
+from experiments.evaluate import scorer
+from experiments.files import write_json
+from experiments.merging import CURVATURE, merged_model
+from experiments.mismatch import BATCH, objective
+from experiments.models import load_classifier, narrowed
+from experiments.rows import load_split
 from gradmatch.estimators import Curvature, estimate
 from gradmatch.refine import refine
 
@@ -35,31 +36,26 @@ def refine_stage(
     theta0 = dict(load_classifier(sources["base"] / "model").state_dict())
     theta = dict(merged_model(method, 1.0, {}, **sources))
     tasks = list(sources["tasks"])
-    losses = {task: objective(data, sources["base"], task, examples, seed) for task in tasks}
-    model = load_classifier(sources["base"] / "model")
 
     def fisher(task: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        model.load_state_dict(dict(weights))
         rows = load_split(data, task, "train")
-        given = [batch for _, batch in batches(subset(rows, examples, seed), 32)]
+        model = narrowed(load_classifier(sources["base"] / "model"), rows.classes)
+        model.load_state_dict(dict(weights))
+        given = rows.subset(examples, seed).given(BATCH, model)
         found = estimate(model, given, num_examples=len(rows), seed=seed, progress=False)
         return {name: found.total(name) for name in found}
 
-    h0 = Curvature.load(sources["base_curvature"] / "curvature.safetensors")
+    h0 = Curvature.load(sources["base_curvature"] / CURVATURE)
     found = refine(
         theta,
         theta0,
-        losses,
+        {task: objective(data, sources["base"], task, examples, seed) for task in tasks},
         alpha=dict.fromkeys(tasks, 1.0),
         h0={name: h0.total(name) + sources["delta0"] for name in h0},
         curvature=fisher,
         steps=steps,
         damping=damping,
     )
-    metrics = []
-    for weights in (theta, found.theta):
-        model.load_state_dict(dict(weights))
-        own = {task: measure(*predict(model, load_split(data, task, "test"))) for task in tasks}
-        metrics.append(with_averages(own))
-    card = {"values": found.values, "sizes": found.sizes, "before": metrics[0], "after": metrics[1]}
-    (out / "refined.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    score = scorer(sources["base"], data, tasks, "test")
+    told = {"before": score(theta), "after": score(found.theta)}
+    write_json(out / "refined.json", {"values": found.values, "sizes": found.sizes, **told})

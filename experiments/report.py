@@ -6,21 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from experiments.records import Record, mean_over_seeds, models_in_order, of_kind
-
-Value = Callable[[Record], "float | None"]
+from experiments.records import Record, columns, mean_over_seeds, models_in_order, of_kind
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned: the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        first, *rest = [
-            cell.ljust(width) if not column else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join([first, *rest]).rstrip()
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        return "  ".join([cells[0].ljust(widths[0]), *aligned[1:]]).rstrip()
 
     return "\n".join([line(header), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows)])
 
@@ -46,30 +41,15 @@ def sentiment_report(records: Sequence[Record]) -> str:
 
 def _sentiment_table(evaluations: Sequence[Record]) -> str:
     domains = evaluations[0]["domains"]
-
-    def metric(part: str, name: str, scale: float = 1.0) -> Value:
-        return lambda record: scale * record["metrics"][part][name]
-
-    def mismatch(name: str) -> Value:
-        return lambda record: record["mismatch"][name] if "mismatch" in record else None
-
-    columns: list[tuple[str, Value, str]] = [
-        (domain, metric(domain, "accuracy", 100), ".1f") for domain in domains
-    ]
-    columns += [
-        ("macro", metric("macro", "accuracy", 100), ".1f"),
-        ("per ex.", metric("per_example", "accuracy", 100), ".1f"),
-    ]
-    columns += [("NLL", metric("macro", "nll"), ".3f"), ("ECE", metric("macro", "ece"), ".3f")]
-    columns += [
-        ("mismatch/n", mismatch("per_example"), ".3f"),
-        ("preconditioned", mismatch("preconditioned"), ".3g"),
+    shown = [
+        *((title, value, form) for title, value, form, _ in columns(domains)),
+        ("preconditioned", lambda record: record.get("mismatch", {}).get("preconditioned"), ".3g"),
     ]
     seeds = len({record["seed"] for record in evaluations})
     rows = []
     for model in models_in_order(evaluations):
         of_model = [record for record in evaluations if record["model"] == model]
-        values = [(mean_over_seeds(of_model, value), form) for _, value, form in columns]
+        values = [(mean_over_seeds(of_model, value), form) for _, value, form in shown]
         name = model if len(of_model) == seeds else f"{model} ({len(of_model)} of {seeds} seeds)"
         rows.append([name, *(format(value[0], form) if value else "" for value, form in values)])
     tests = sum(evaluations[0]["metrics"][domain]["n"] for domain in domains)
@@ -77,11 +57,11 @@ def _sentiment_table(evaluations: Sequence[Record]) -> str:
         f"mean of {seeds} seeds" if seeds > 1 else "one seed"
     )
     notes = (
-        "mismatch/n: norm of sum_t [grad l_t(theta) - grad l_t(theta_t)] over the tasks' training examples (Eq. 6), divided by their number.\n"
+        "mismatch / n: norm of sum_t [grad l_t(theta) - grad l_t(theta_t)] over the tasks' training examples (Eq. 6), divided by their number.\n"
         "preconditioned: norm of H0^-1 times that sum (Eq. 10); compare it between rows only, since it is large where the base's\n"
         "data say nothing and H0 is its floor delta0."
     )
-    table = format_table(["model", *(name for name, _, _ in columns)], rows)
+    table = format_table(["model", *(name for name, _, _ in shown)], rows)
     return f"{title}\n\n{table}\n\n{notes}"
 
 
@@ -136,15 +116,19 @@ def _sweeps(records: Sequence[Record]) -> str:
 
 def forecast_correlation(sweeps: Sequence[Record]) -> float | None:
     """Spearman's rho between forecast and measured mean loss on the tasks, over merges and alphas; mean over seeds."""
+    points = [{**point, "seed": record["seed"]} for record in sweeps for point in record["points"]]
+    known = [point for point in points if "forecast" in point]
+    return _rho(known, lambda point: (point["forecast"]["mean"], point["metrics"]["tasks"]["nll"]))
+
+
+def _rho(records: Sequence[Record], point: Callable[[Record], tuple[float, float]]) -> float | None:
+    """Spearman's rho over the points of a seed's records, mean over seeds; None where a seed has none, or fewer than three."""
     from experiments.statistics import spearman
 
     rhos = []
-    for seed in dict.fromkeys(record["seed"] for record in sweeps):
-        points = [point for record in sweeps if record["seed"] == seed for point in record["points"]]
-        known = [point for point in points if "forecast" in point]
-        if len(known) > 2:
-            measured = [point["metrics"]["tasks"]["nll"] for point in known]
-            rhos.append(spearman([point["forecast"]["mean"] for point in known], measured))
+    for seed in dict.fromkeys(record["seed"] for record in records):
+        points = [point(record) for record in records if record["seed"] == seed]
+        rhos.append(spearman(*zip(*points, strict=True)) if len(points) > 2 else math.nan)
     return fmean(rhos) if rhos and not any(map(math.isnan, rhos)) else None
 
 
@@ -191,21 +175,12 @@ def comparison_sentence(comparison: Record, records: Sequence[Record]) -> str:
 
 def mismatch_correlation(records: Sequence[Record]) -> tuple[float, int] | None:
     """Spearman's rho between total mismatch and test error on the tasks over the merges, mean over seeds; their number."""
-    from experiments.statistics import spearman
-
-    merges = [
-        record
-        for record in of_kind(records, "evaluation")
-        if record["role"] == "merge" and "mismatch" in record
-    ]
-    rhos = []
-    for seed in dict.fromkeys(record["seed"] for record in merges):
-        cells = [record for record in merges if record["seed"] == seed]
-        errors = [1 - record["metrics"]["tasks"]["accuracy"] for record in cells]
-        rhos.append(spearman([record["mismatch"]["total"] for record in cells], errors))
-    if not rhos or any(math.isnan(rho) for rho in rhos):
-        return None
-    return fmean(rhos), len({record["model"] for record in merges})
+    evaluated = of_kind(records, "evaluation")
+    merges = [record for record in evaluated if record["role"] == "merge" and "mismatch" in record]
+    rho = _rho(
+        merges, lambda record: (record["mismatch"]["total"], 1 - record["metrics"]["tasks"]["accuracy"])
+    )
+    return None if rho is None else (rho, len({record["model"] for record in merges}))
 
 
 def _mismatch_ratio(records: Sequence[Record]) -> str:

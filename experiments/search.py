@@ -7,7 +7,6 @@ the config, so that no password comes into a record. The trial of a worker that 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,11 +16,12 @@ import optuna
 from optuna.samplers import BaseSampler, GridSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
+from experiments.evaluate import scorer
+from experiments.files import write_json
 from experiments.merging import merged_model
 
 STORAGE = "GRADMATCH_STORAGE"
 Space = Mapping[str, Mapping[str, Any]]  # option -> {"values": [...]} or {"low": , "high": , "log": }
-Metrics = Mapping[str, Mapping[str, float]]
 
 
 def take_part(
@@ -36,9 +36,7 @@ def take_part(
     trials: int,
     seed: int,
     data: Path,
-    images: bool,
     domains: list[str],
-    delta0: float,
     **sources: Any,
 ) -> None:
     """Stage: run trials until the study has `trials` that are complete, then write `out/search.json`.
@@ -47,23 +45,22 @@ def take_part(
     The objective is the negative log-likelihood on validation examples, macro average over `domains`. All workers of a
     search end with the same study; each writes what it saw, and the test metrics of the best.
     """
-    score = scorer(sources["base"], data, domains, images)
+    on_validation, on_test = (
+        scorer(sources["base"], data, domains, split) for split in ("validation", "test")
+    )
 
     def merged(chosen: Mapping[str, Any]) -> Any:
-        given = {**options, **chosen}
-        return merged_model(method, given.pop("alpha", 1.0), given, delta0=delta0, **sources)
+        return merged_model(method, 1.0, {**options, **chosen}, **sources)
 
     def objective(chosen: Mapping[str, Any]) -> float:
-        return score(merged(chosen), "validation")["macro"]["nll"]
+        return on_validation(merged(chosen))["macro"]["nll"]
 
     url = os.environ.get(STORAGE) or f"sqlite:///{out.parent / study}.sqlite"
     found = run_trials(url, study, objective, space, sampler, trials, seed + 1000 * worker)
     best = found.best_trial
-    card = {
-        "trials": [{"number": trial.number, "params": trial.params, "nll": trial.value} for trial in complete(found)],
-        "best": {"params": best.params, "nll": best.value, "test": score(merged(best.params), "test")},
-    }  # fmt: skip
-    (out / "search.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    trials_ = [{"number": one.number, "params": one.params, "nll": one.value} for one in complete(found)]
+    told = {"params": best.params, "nll": best.value, "test": on_test(merged(best.params))}
+    write_json(out / "search.json", {"trials": trials_, "best": told})
 
 
 def run_trials(
@@ -128,26 +125,3 @@ def suggested(trial: optuna.Trial, space: Space) -> dict[str, Any]:
 def complete(study: optuna.Study) -> list[FrozenTrial]:
     """The trials that have a value."""
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-
-
-def scorer(
-    base: Path, data: Path, domains: list[str], images: bool
-) -> Callable[[Mapping[str, Any], str], Metrics]:
-    """Metrics of weights on a split, per domain and averaged."""
-    if images:
-        from experiments.vision import models, stages
-
-        classifier = models.load(base / "model")
-        return lambda weights, split: stages.score(classifier, weights, data, domains, split)
-    from experiments.evaluate import measure, predict, with_averages
-    from experiments.models import load_classifier, load_split
-
-    model = load_classifier(base / "model")
-
-    def score(weights: Mapping[str, Any], split: str) -> Metrics:
-        model.load_state_dict(dict(weights))
-        return with_averages(
-            {name: measure(*predict(model, load_split(data, name, split))) for name in domains}
-        )
-
-    return score

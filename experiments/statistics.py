@@ -1,99 +1,38 @@
-"""Stages and formulas: paired bootstrap of accuracies, distances of weights, rank correlation, intervals."""
+"""Intervals and rank correlation: scipy's, and the one bootstrap that scipy has not.
+
+scipy's `bootstrap` draws one sample, or several independently or in pairs. Here seeds and documents are crossed: one draw of seeds
+serves every domain, a draw of whole documents every seed, and a ratio takes both its parts from one draw.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 
 Array = NDArray[np.float64]
 # Per domain (n_d,): which document a text is a part of; None: each is its own.
-Documents = Sequence[NDArray[np.int64] | None]
-
-
-def compare(
-    out: Path,
-    *,
-    ours: Mapping[str, Path],
-    theirs: Mapping[str, Path],
-    data: Path,
-    domains: Sequence[str],
-    draws: int = 4000,
-) -> None:
-    """Macro accuracy of one model minus another's, over the same test examples, with its bootstrap interval.
-
-    ours, theirs: seed -> folder of an evaluation; data: whose test examples they are. Writes `out/comparison.json`.
-    """
-    differences = correct_less(ours, theirs, domains)
-    low, high = paired_bootstrap(differences, documents_of(data, domains), draws)
-    by_seed = np.mean([part.mean(1) for part in differences], axis=0)
-    card = {
-        "difference": float(by_seed.mean()),
-        "low": low,
-        "high": high,
-        "seeds": len(ours),
-        "by_seed": dict(zip(ours, by_seed.tolist(), strict=True)),
-        "draws": draws,
-    }
-    (out / "comparison.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
-
-
-def distance(out: Path, *, model: Path, base: Path, joint: Path) -> None:
-    """||theta - theta_joint||, and as a share of ||theta_0 - theta_joint||: `out/distance.json`."""
-    theta, start, target = (
-        load_file(folder / "model" / "model.safetensors") for folder in (model, base, joint)
-    )
-    left, whole = (
-        sum(float((weights[name] - target[name]).double().square().sum()) for name in target) ** 0.5
-        for weights in (theta, start)
-    )
-    (out / "distance.json").write_text(json.dumps({"distance": left, "relative": left / whole}))
-
-
-def correct_less(ours: Mapping[Any, Path], theirs: Mapping[Any, Path], domains: Sequence[str]) -> list[Array]:
-    """Per domain (seeds, n_d): 1 where only ours is right, -1 where only theirs is; folders of evaluations by seed."""
-    return [
-        np.stack(
-            [
-                _correct(ours[seed] / f"{domain}.npz") - _correct(theirs[seed] / f"{domain}.npz")
-                for seed in ours
-            ]
-        )
-        for domain in domains
-    ]
-
-
-def documents_of(data: Path, domains: Sequence[str]) -> Documents:
-    """Which document each test example of a domain belongs to, where the data say so (texts)."""
-    from datasets import load_from_disk
-
-    found: list[NDArray[np.int64] | None] = []
-    for domain in domains:
-        folder = data / domain / "test"  # a data set of texts; images have a file instead
-        rows = load_from_disk(str(folder)) if folder.is_dir() else None
-        known = rows is not None and "document" in rows.column_names
-        found.append(np.unique(rows["document"], return_inverse=True)[1] if known else None)
-    return found
+Documents = Sequence["NDArray[np.int64] | None"]
+LEVEL = 0.95
+TAILS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+DRAWS = 4000
 
 
 def paired_bootstrap(
-    differences: Sequence[Array], documents: Documents, draws: int, seed: int = 0
+    differences: Sequence[Array], documents: Documents, draws: int = DRAWS, seed: int = 0
 ) -> tuple[float, float]:
     """95 % interval of mean_d mean_s mean_n x_dsn, by drawing seeds s and, within each domain d, whole documents again.
 
     differences: per domain (seeds, n_d). The same seeds are drawn for every domain of a draw.
     """
-    low, high = np.quantile(_drawn_means(differences, documents, draws, seed), [0.025, 0.975])
+    low, high = np.quantile(_drawn_means(differences, documents, draws, seed), TAILS)
     return float(low), float(high)
 
 
 def bootstrap_ratio(
-    above: Sequence[Array], below: Sequence[Array], documents: Documents, draws: int = 4000, seed: int = 0
+    above: Sequence[Array], below: Sequence[Array], documents: Documents, draws: int = DRAWS, seed: int = 0
 ) -> tuple[float, float, float]:
     """mean(above) / mean(below) and its 95 % interval; both as in `paired_bootstrap`, the same draws for both.
 
@@ -103,18 +42,8 @@ def bootstrap_ratio(
     value = sum(part.mean() for part in above) / whole if whole else np.nan
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = _drawn_means(above, documents, draws, seed) / _drawn_means(below, documents, draws, seed)
-    low, high = np.nanquantile(ratios, [0.025, 0.975], method="nearest")
+    low, high = np.nanquantile(ratios, TAILS, method="nearest")
     return float(value), float(low), float(high)
-
-
-def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of the 95 % interval of Student's t; infinitely wide for one value."""
-    from scipy.stats import t
-
-    n = len(values)
-    if n < 2:
-        return float(np.mean(values)), float("inf")
-    return float(np.mean(values)), float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
 
 
 def _drawn_means(differences: Sequence[Array], documents: Documents, draws: int, seed: int) -> Array:
@@ -133,27 +62,41 @@ def _drawn_means(differences: Sequence[Array], documents: Documents, draws: int,
     return total / len(differences)
 
 
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of the 95 % interval of Student's t; infinitely wide for one value."""
+    from scipy.stats import sem, t
+
+    mean = float(np.mean(values))
+    half = t.ppf(TAILS[1], len(values) - 1) * sem(values) if len(values) > 1 else np.inf
+    return mean, float(half)
+
+
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rho = correlation of the ranks of x and y, ties sharing their mean rank. NaN for constant input."""
-    first, second = _ranks(np.asarray(x, dtype=float)), _ranks(np.asarray(y, dtype=float))
-    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
+    """Spearman's rank correlation, ties sharing their mean rank. NaN for constant input, and for fewer than two points."""
+    from scipy.stats import ConstantInputWarning, spearmanr
+
+    if len(x) < 2:
         return float("nan")
-    return float(np.corrcoef(first, second)[0, 1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        return float(spearmanr(x, y).statistic)
 
 
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share observed in `count` trials."""
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
-    return middle - half, middle + half
+def wilson(successes: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share, from the successes in `count` trials."""
+    from scipy.stats import binomtest
+
+    found = binomtest(successes, count).proportion_ci(LEVEL, method="wilson")
+    return float(found.low), float(found.high)
 
 
-def _ranks(values: Array) -> Array:
-    less = (values[None] < values[:, None]).sum(1)
-    equal = (values[None] == values[:, None]).sum(1)
-    return less + (equal - 1) / 2
+def mean_interval(values: Array, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of (n,) values and its 95 % percentile bootstrap interval."""
+    from scipy.stats import bootstrap
 
-
-def _correct(path: Path) -> Array:
-    saved = np.load(path)
-    return (saved["probabilities"].argmax(-1) == saved["labels"]).astype(float)  # type: ignore[no-any-return]
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:  # of which there is one draw
+        return float(values.mean()), float(values.mean()), float(values.mean())
+    options = {"n_resamples": draws, "method": "percentile", "random_state": np.random.default_rng(seed)}
+    interval = bootstrap((values,), np.mean, confidence_level=LEVEL, **options).confidence_interval
+    return float(values.mean()), float(interval.low), float(interval.high)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
-from experiments.evaluate import measure, predict, with_averages
-from experiments.merging import Metrics, chosen_options, merged_model
+from experiments.evaluate import Weights, scorer
+from experiments.files import write_json
+from experiments.merging import chosen_options, merged_model
 from experiments.mismatch import objective
-from experiments.models import load_classifier, load_split
 from gradmatch.measure.objective import Objective
-
-Weights = Mapping[str, Tensor]
 
 
 def sweep(
@@ -37,41 +33,15 @@ def sweep(
 
     An option chosen on validation examples (at alpha = 1) is kept fixed. No merge is written.
     """
-    model = load_classifier(sources["base"] / "model")
-    rows = {domain: load_split(data, domain, "test") for domain in domains}
+    score, chosen = scorer(sources["base"], data, domains, "test"), chosen_options(choice)
     tasks = sources["tasks"] if forecast else {}
     losses = {task: objective(data, folder, task, forecast, seed) for task, folder in tasks.items()}
-
-    def score(weights: Weights) -> Metrics:
-        model.load_state_dict(dict(weights))
-        return with_averages({domain: measure(*predict(model, rows[domain])) for domain in domains})
-
-    write_sweep(out, method, alphas, options, choice, score, losses, **sources)
-
-
-def write_sweep(
-    out: Path,
-    method: str,
-    alphas: Sequence[float],
-    options: Mapping[str, Any],
-    choice: Path | None,
-    score: Callable[[Weights], Metrics],
-    losses: Mapping[str, Objective],
-    **sources: Any,
-) -> None:
-    """`out/sweep.json`: the metrics, and the forecast by `losses`, of the merge at every alpha.
-
-    choice: the folder of a `choose` stage. losses: by task, each on the module of its fine-tune; none: no forecast.
-    sources: as `merging.merged_model` takes them.
-    """
-    chosen = chosen_options(choice)
     points = []
     for alpha in tqdm(alphas, desc="alpha"):
         weights = dict(merged_model(method, alpha, {**options, **chosen}, **sources))
         told = {"forecast": forecast_losses(weights, losses)} if losses else {}
         points.append({"alpha": alpha, "metrics": score(weights), **told})
-    found = {"chosen": chosen, "points": points}
-    (out / "sweep.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    write_json(out / "sweep.json", {"chosen": chosen, "points": points})
 
 
 def forecast_losses(weights: Weights, losses: Mapping[str, Objective]) -> dict[str, float]:

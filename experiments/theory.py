@@ -6,7 +6,6 @@ Numbers of equations as in Daheim et al. 2024. Each stage writes `out/claim.json
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +14,24 @@ import torch
 from torch import Tensor
 
 from experiments.convex import Objective, World, finetuned, ridge_world, sampled_fisher, softmax_world
+from experiments.files import write_json
 from experiments.statistics import wilson
 from gradmatch import Task, merge
 from gradmatch.estimators import Curvature
+
+TOLD = {  # claim -> statement, threshold
+    1: (
+        "exact on ridge regression: distance to the joint solution / its distance to theta0",
+        "GM <= 1e-9, TA and FA >= 1e-2",
+    ),
+    2: ("the mismatch is the error of AM (Eq. 6) and TA (Eq. 10): relative difference", "<= 1e-8"),
+    3: ("special cases of Eq. 12: relative difference, largest", "<= 1e-12"),
+    4: ("GM nearer to the joint model than TA on softmax regression, alpha = 1", "in >= 95 % of seeds"),
+    10: (
+        "Newton steps from the diagonal-Fisher merge: distance to theta* / first distance (convex part)",
+        "<= 1e-3 after three steps in every seed, shrinking at each step",
+    ),
+}
 
 
 def gradient_matching_full(world: World, alpha: Tensor, hessians: Tensor, h0: Tensor) -> Tensor:
@@ -47,15 +61,7 @@ def exactness(out: Path, *, seeds: Sequence[int]) -> None:
         fisher.append(float((fisher_average_full(world, alpha, hessians) - target).norm() / size))
     value = {"GM, largest": max(ours), "TA, smallest": min(arithmetic), "FA, smallest": min(fisher)}
     passed = max(ours) <= 1e-9 and min(arithmetic + fisher) >= 1e-2
-    _write(
-        out,
-        1,
-        "exact on ridge regression: distance to the joint solution / its distance to theta0",
-        "GM <= 1e-9, TA and FA >= 1e-2",
-        value,
-        len(seeds),
-        passed,
-    )
+    _write(out, 1, value, len(seeds), passed)
 
 
 def identities(out: Path, *, seeds: Sequence[int]) -> None:
@@ -76,15 +82,7 @@ def identities(out: Path, *, seeds: Sequence[int]) -> None:
         sixth.append(float((error + mismatch(toy, alpha, target)).norm() / error.norm()))
     value = {"Eq. 6, largest": max(sixth), "Eq. 10, largest": max(tenth)}
     passed = max(sixth + tenth) <= 1e-8
-    _write(
-        out,
-        2,
-        "the mismatch is the error of AM (Eq. 6) and TA (Eq. 10): relative difference",
-        "<= 1e-8",
-        value,
-        len(seeds),
-        passed,
-    )
+    _write(out, 2, value, len(seeds), passed)
 
 
 def mismatch(world: World, alpha: Tensor, theta: Tensor) -> Tensor:
@@ -126,15 +124,7 @@ def special_cases(out: Path, *, seeds: Sequence[int]) -> None:
         }
         for name, (found, expected) in cases.items():
             gaps[name] = max(gaps.get(name, 0.0), float((found - expected).norm() / expected.norm()))
-    _write(
-        out,
-        3,
-        "special cases of Eq. 12: relative difference, largest",
-        "<= 1e-12",
-        gaps,
-        len(seeds),
-        max(gaps.values()) <= 1e-12,
-    )
+    _write(out, 3, gaps, len(seeds), max(gaps.values()) <= 1e-12)
 
 
 def gaussian_product(world: World, alpha: Tensor, hessians: Tensor) -> Tensor:
@@ -166,23 +156,11 @@ def closer(out: Path, *, seeds: Sequence[int]) -> None:
         target = world.target(torch.ones(3, dtype=torch.float64))
         arithmetic = world.arithmetic(torch.ones(3, dtype=torch.float64))
         ratios.append(float((merged - target).norm() / (arithmetic - target).norm()))
-    share = sum(ratio < 1 for ratio in ratios) / len(ratios)
-    low, high = wilson(share, len(ratios))
-    value = {
-        "share of seeds": share,
-        "interval low": low,
-        "interval high": high,
-        "median ratio of distances": sorted(ratios)[len(ratios) // 2],
-    }
-    _write(
-        out,
-        4,
-        "GM nearer to the joint model than TA on softmax regression, alpha = 1",
-        "in >= 95 % of seeds",
-        value,
-        len(seeds),
-        share >= 0.95,
-    )
+    nearer = sum(ratio < 1 for ratio in ratios)
+    share, (low, high) = nearer / len(ratios), wilson(nearer, len(ratios))
+    value = {"share of seeds": share, "interval low": low, "interval high": high}
+    value["median ratio of distances"] = sorted(ratios)[len(ratios) // 2]
+    _write(out, 4, value, len(seeds), share >= 0.95)
 
 
 def _fisher_merge(seed: int) -> tuple[World, Tensor]:
@@ -221,26 +199,10 @@ def refinement(out: Path, *, seeds: Sequence[int]) -> None:
         "share that shrinks at each step": shrinking / len(paths),
         "seeds whose objective rose": rises,
     }
-    _write(
-        out,
-        10,
-        "Newton steps from the diagonal-Fisher merge: distance to theta* / first distance (convex part)",
-        "<= 1e-3 after three steps in every seed, shrinking at each step",
-        value,
-        len(seeds),
-        max(third) <= 1e-3 and shrinking == len(paths) and not rises,
-    )
+    _write(out, 10, value, len(seeds), max(third) <= 1e-3 and shrinking == len(paths) and not rises)
 
 
-def _write(
-    out: Path, number: int, statement: str, threshold: str, value: dict[str, float], seeds: int, passed: bool
-) -> None:
-    card = {
-        "claim": number,
-        "statement": statement,
-        "threshold": threshold,
-        "value": value,
-        "seeds": seeds,
-        "holds": bool(passed),
-    }
-    (out / "claim.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+def _write(out: Path, number: int, value: dict[str, float], seeds: int, passed: bool) -> None:
+    statement, threshold = TOLD[number]
+    card = {"claim": number, "statement": statement, "threshold": threshold, "value": value, "seeds": seeds}
+    write_json(out / "claim.json", {**card, "holds": bool(passed)})

@@ -30,6 +30,26 @@ class Row:
     source: str
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a part of a claim says, before anything is measured."""
+
+    claim: int
+    part: str
+    statement: str
+    threshold: str
+    source: str
+
+    def row(self, measured: str, interval: str, seeds: int, verdict: str) -> Row:
+        """What came out."""
+        said = (self.claim, self.part, self.statement, self.threshold)
+        return Row(*said, measured, interval, seeds, verdict, self.source)
+
+    def missing(self) -> Row:
+        """No record tells of it."""
+        return self.row("no records", "", 0, NOT_SHOWN)
+
+
 def judge(
     value: float, low: float, high: float, *, least: float | None = None, most: float | None = None
 ) -> str:
@@ -38,11 +58,6 @@ def judge(
         return HOLDS if value >= least else REFUTED if high < least else NOT_SHOWN
     assert most is not None
     return HOLDS if value <= most else REFUTED if low > most else NOT_SHOWN
-
-
-def missing(claim: int, part: str, statement: str, threshold: str, source: str) -> Row:
-    """A part that no record tells of."""
-    return Row(claim, part, statement, threshold, "no records", "", 0, NOT_SHOWN, source)
 
 
 def verdict_of(parts: Sequence[str]) -> str:
@@ -67,8 +82,7 @@ COLUMNS = ("claim", "statement", "threshold", "measured", "interval", "seeds", "
 def cells(row: Mapping[str, object]) -> list[str]:
     """The row as text, for tables."""
     part = f" {row['part']}" if row["part"] else ""
-    rest = [str(row[name]) for name in COLUMNS[1:]]
-    return [f"{row['claim']}{part}", *rest]
+    return [f"{row['claim']}{part}", *(str(row[name]) for name in COLUMNS[1:])]
 
 
 def as_records(found: Sequence[Row]) -> list[Record]:
@@ -80,8 +94,7 @@ def markdown(found: Sequence[Mapping[str, object]], origins: Mapping[str, str]) 
     """The table in Markdown, which records each study was read from, and the summary."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     for row in found:
-        text = cells(row)
-        text[-1] = f"**{text[-1]}**"
-        lines.append("| " + " | ".join(text) + " |")
+        *text, verdict = cells(row)
+        lines.append("| " + " | ".join([*text, f"**{verdict}**"]) + " |")
     read = "; ".join(f"{name} from {where}" for name, where in origins.items())
     return "\n".join([*lines, "", summary(found), RULE, f"Read: {read}."])

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from experiments.records import Record, mean_over_seeds, models_in_order, of_kind, write_atomically
+from experiments.records import Record, columns, mean_over_seeds, models_in_order, of_kind, write_atomically
 from paper_figures.style import save
 
-Value = Callable[[Record], "float | None"]
 ROLES = {"base": "base and fine-tunes", "task": "base and fine-tunes", "joint": "target", "merge": "merges"}
 
 
@@ -26,26 +25,6 @@ def draw(records: Sequence[Record], folder: Path, name: str = "table_sentiment")
     path = folder / f"{name}.md"
     write_atomically(path, markdown(header, rows, bold))
     return [path, *save(picture(header, rows, bold, roles), folder, name)]
-
-
-def columns(domains: Sequence[str]) -> list[tuple[str, Value, str, bool]]:
-    """Title, value of a record, format, whether larger is better."""
-
-    def metric(part: str, key: str, scale: float = 1.0) -> Value:
-        return lambda record: scale * float(record["metrics"][part][key])
-
-    def mismatch(record: Record) -> float | None:
-        return float(record["mismatch"]["per_example"]) if "mismatch" in record else None
-
-    accuracies = [(domain, metric(domain, "accuracy", 100), ".1f", True) for domain in domains]
-    return [
-        *accuracies,
-        ("macro", metric("macro", "accuracy", 100), ".1f", True),
-        ("per ex.", metric("per_example", "accuracy", 100), ".1f", True),
-        ("NLL", metric("macro", "nll"), ".3f", False),
-        ("ECE", metric("macro", "ece"), ".3f", False),
-        ("mismatch / n", mismatch, ".3f", False),
-    ]
 
 
 Cells = tuple[list[str], list[list[str]], set[tuple[int, int]], list[str]]

@@ -84,7 +84,7 @@ def test_imports_of_gradmatch_go_down():
         assert len(parts) == 1 or not any(parts <= floor for floor in APART), f"{a} imports {b}, beside it"
 
 
-@pytest.mark.parametrize("package", ["gradmatch", "gradmatch.estimators"])
+@pytest.mark.parametrize("package", TREE)
 def test_nothing_goes_in_a_circle(package):
     tree = TREE[package]
     graph = {a: {b for b in targets if b in tree and b != a} for a, targets in tree.items()}

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from experiments.diagnosis.loading import Run, Weights, examples, fast, load_run
 from experiments.diagnosis.scores import correlations, scales
-from experiments.models import load_split
+from experiments.rows import load_split
 from gradmatch import Task, merge
 from gradmatch.choosing.auto import make_directions
 from gradmatch.diagnosis.evidence import accuracy_of

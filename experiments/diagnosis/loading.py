@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments.finetune import uses_bfloat16
-from experiments.models import batches, load_classifier, load_split, subset
+from experiments.models import load_classifier
+from experiments.precision import autocast
+from experiments.rows import load_split
 from gradmatch.estimators import Curvature
 
 Weights = Mapping[str, torch.Tensor]
@@ -45,8 +46,7 @@ def load_run(
 
 def examples(data: Path, domain: str, split: str, count: int, seed: int) -> list[dict[str, torch.Tensor]]:
     """`count` examples drawn by the seed, in batches of like length."""
-    rows = load_split(data, domain, split)
-    return [batch for _, batch in batches(subset(rows, count, seed), 32)]
+    return load_split(data, domain, split).subset(count, seed).given(32)
 
 
 def fast() -> AbstractContextManager[Any]:
@@ -54,5 +54,4 @@ def fast() -> AbstractContextManager[Any]:
 
     Only for losses and accuracies of finished models; gradients and Jacobian-vector products stay in float32.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(device, dtype=torch.bfloat16) if uses_bfloat16("auto") else nullcontext()
+    return autocast("auto")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from experiments.files import write_json
 from experiments.removal import language, scorers, stages
 from experiments.removal.tradeoff import GRID, envelope
 from experiments.tasks import texts
-
-CHOICE = "choice.json"
 
 
 def choose(
@@ -29,13 +27,13 @@ def choose(
     count: int,
     nats: float,
     data: Path,
-    max_length: int,
-    batch_size: int,
-    precision: str,
     generation: Mapping[str, Any],
     scorer: str,
     split_seed: int,
     seed: int,
+    max_length: int,
+    batch_size: int,
+    precision: str,
     **folders: Path,
 ) -> None:
     """Try each value of the grid's one option along alphas; `out/choice.json` keeps all paths and the best value.
@@ -68,7 +66,7 @@ def choose(
         tried.append({"value": value, "path": path, "toxicity": mean_toxicity(np.asarray(path), nats)})
     best = min(tried, key=lambda cell: cell["toxicity"])
     card = {"option": option, "chosen": best["value"], "prompts": len(chosen), "nats": nats, "tried": tried}
-    (out / CHOICE).write_text(json.dumps(card, indent=1), encoding="utf-8")
+    write_json(out / stages.CHOICE, card)
 
 
 def mean_toxicity(path: NDArray[np.float64], nats: float) -> float:
@@ -92,18 +90,3 @@ def spare_prompts(source: Mapping[str, Any], count: int, seed: int) -> list[str]
             "lower the limit"
         )
     return [prompt.text for prompt in spare]
-
-
-def evaluate(out: Path, *, chosen: Path, options: Mapping[str, Any], **rest: Any) -> None:
-    """Stage: `stages.evaluate` with the option that was chosen."""
-    stages.evaluate(out, options=_with_choice(options, chosen), **rest)
-
-
-def forecast(out: Path, *, chosen: Path, options: Mapping[str, Any], **rest: Any) -> None:
-    """Stage: `stages.forecast` with the option that was chosen."""
-    stages.forecast(out, options=_with_choice(options, chosen), **rest)
-
-
-def _with_choice(options: Mapping[str, Any], chosen: Path) -> dict[str, Any]:
-    card = json.loads((chosen / CHOICE).read_text(encoding="utf-8"))
-    return {**options, card["option"]: card["chosen"]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from experiments import assets
+from experiments.precision import autocast
 from experiments.tasks.texts import Text
 
 IGNORED = -100  # the label of a token that the loss leaves out
@@ -65,14 +65,6 @@ def context_length(model: nn.Module) -> int:
     return int(
         getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 10**9
     )
-
-
-def autocast(precision: str) -> AbstractContextManager[Any]:
-    """Forward in bfloat16 (weights stay float32) where `precision` says so; `auto`: where the processor has it."""
-    from experiments.finetune import uses_bfloat16
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(device, torch.bfloat16, enabled=uses_bfloat16(precision))
 
 
 def encode(text: Text, tokenizer: Any, max_length: int) -> tuple[list[int], int]:
@@ -212,11 +204,10 @@ def _sample(model: Any, tokenizer: Any, inputs: Any, tokens: int, top_p: float) 
     """Continuations of one padded batch, without the prompts; None for all where the model gives no probabilities for one."""
     from experiments.removal.sampling import NotFiniteError, Nucleus
 
+    options = {"max_new_tokens": tokens, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    options |= {"logits_processor": [Nucleus(top_p)], "pad_token_id": tokenizer.pad_token_id}
     try:
-        ids = model.generate(
-            **inputs, max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            logits_processor=[Nucleus(top_p)], pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+        ids = model.generate(**inputs, **options)
     except NotFiniteError:
         return [None] * len(inputs["input_ids"])
     return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -6,9 +6,8 @@ on handwritten digits, fine-tuned exactly as Eq. 8 says; a small network, fine-t
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from experiments.files import write_json
 from gradmatch import Task, subtract
 from gradmatch.estimators import Curvature, estimate
 
@@ -29,17 +29,23 @@ KEEP = 0.1
 LABELS = {"removal": "GM", "negation": "TA", "ewr": "EWR", "fisher_negation": "Fisher negation"}
 
 Vector = dict[str, Tensor]
-Logits = Callable[[Vector, Tensor], Tensor]
+Logits = Callable[[Vector, Any], Tensor]  # of weights, and of inputs
 
 
 @dataclass(frozen=True)
-class Digits:
-    """Examples (n, 64) with labels (n,): to keep, to remove (labels wrong), and unseen ones of both kinds."""
+class Parts:
+    """Inputs with labels (n,): to remove (labels wrong), and unseen ones of both kinds."""
+
+    remove: tuple[Any, Tensor]
+    unseen: tuple[Any, Tensor]
+    unseen_wrong: tuple[Any, Tensor]
+
+
+@dataclass(frozen=True)
+class Digits(Parts):
+    """Images (n, 64), and those to keep."""
 
     keep: tuple[Tensor, Tensor]
-    remove: tuple[Tensor, Tensor]
-    unseen: tuple[Tensor, Tensor]
-    unseen_wrong: tuple[Tensor, Tensor]
 
     @property
     def both(self) -> tuple[Tensor, Tensor]:
@@ -72,32 +78,36 @@ def digits(seed: int, dtype: torch.dtype) -> Digits:
     )
 
 
-def measure(logits: Logits, theta: Vector, truth: Vector, base: Vector, data: Digits) -> dict[str, float]:
-    """How near an edit is to the model trained without what was to go, and what it knows.
+def measured(logits: Logits, edits: Mapping[tuple[str, float], Vector], data: Parts) -> list[dict[str, Any]]:
+    """How near each edit is to the model trained without what was to go, and what it knows; by name and alpha.
 
-    distance: ||theta - truth|| / ||base - truth||. kl: mean KL(truth || edit) of predictions on unseen images, nats.
-    removed: share of the removed examples that still get their wrong label. accuracy: on unseen images. gap: loss of
+    distance: ||theta - truth|| / ||base - truth||. kl: mean KL(truth || edit) of predictions on unseen examples, nats.
+    removed: share of the removed examples that still get their wrong label. accuracy: on unseen ones. gap: loss of
     unseen wrong examples less that of the removed ones, nats; 0 where nothing tells who was a member.
     """
+    truth, base = edits["retrained", 0.0], edits["base", 0.0]
 
-    def norm(a: Vector, b: Vector) -> float:
-        return float(torch.cat([(a[name] - b[name]).double().flatten() for name in b]).norm())
+    def distance(theta: Vector) -> float:
+        return sum(float((theta[name] - truth[name]).double().square().sum()) for name in base) ** 0.5
 
-    def loss(part: tuple[Tensor, Tensor]) -> float:
-        return float(cross_entropy(logits(theta, part[0]), part[1]))
+    def accuracy(found: Tensor, labels: Tensor) -> float:
+        return float((found.argmax(-1) == labels).double().mean())
 
-    def accuracy(part: tuple[Tensor, Tensor]) -> float:
-        return float((logits(theta, part[0]).argmax(-1) == part[1]).double().mean())
-
-    x = data.unseen[0]
-    true, found = (logits(vector, x).double().log_softmax(-1) for vector in (truth, theta))
-    return {
-        "distance": norm(theta, truth) / norm(base, truth),
-        "kl": float((true.exp() * (true - found)).sum(-1).mean()),
-        "removed": accuracy(data.remove),
-        "accuracy": accuracy(data.unseen),
-        "gap": loss(data.unseen_wrong) - loss(data.remove),
-    }
+    true = logits(truth, data.unseen[0]).double().log_softmax(-1)
+    rows = []
+    for (name, alpha), theta in edits.items():
+        parts = (data.unseen, data.remove, data.unseen_wrong)
+        unseen, known, wrong = (logits(theta, x) for x, _ in parts)
+        found = unseen.double().log_softmax(-1)
+        row = {
+            "distance": distance(theta) / distance(base),
+            "kl": float((true.exp() * (true - found)).sum(-1).mean()),
+            "removed": accuracy(known, data.remove[1]),
+            "accuracy": accuracy(unseen, data.unseen[1]),
+            "gap": float(cross_entropy(wrong, data.unseen_wrong[1]) - cross_entropy(known, data.remove[1])),
+        }
+        rows.append({"edit": name, "alpha": alpha, **row})
+    return rows
 
 
 def removal_full(theta0: Tensor, tau: Tensor, alpha: float, h0: Tensor, h: Tensor, keep: float) -> Tensor:
@@ -123,15 +133,9 @@ def diagonal_edits(
         warnings.filterwarnings("ignore", message=".*clamped.*")  # it is part of what is compared
         for method, label in LABELS.items():
             for alpha in alphas:
-                shared: dict[str, Any] = {
-                    "base_curvature": h0,
-                    "delta0": delta0,
-                    "keep": KEEP,
-                    "guard": "scale",
-                }
-                edits[label, alpha] = dict(
-                    subtract(base, Task(task, h), method=method, weight=alpha, **shared)
-                )
+                shared: Any = {"base_curvature": h0, "delta0": delta0, "keep": KEEP, "guard": "scale"}
+                edited = subtract(base, Task(task, h), method=method, weight=alpha, **shared)
+                edits[label, alpha] = dict(edited)
     return edits
 
 
@@ -157,13 +161,9 @@ def ridge(out: Path, *, seed: int, dimension: int = 12) -> None:
     diagonals = [Curvature.from_dict({"w": matrix.diag()}, 1) for matrix in (h0, h)]
     edits |= diagonal_edits({"w": base}, {"w": task}, *diagonals, (1.0,), 1e-12)
     gap = float((base - truth).norm())
-    _write(
-        out,
-        [
-            {"edit": e, "alpha": a, "distance": float((t["w"] - truth).norm()) / gap}
-            for (e, a), t in edits.items()
-        ],
-    )
+    distances = {key: float((theta["w"] - truth).norm()) / gap for key, theta in edits.items()}
+    rows = [{"edit": e, "alpha": a, "distance": value} for (e, a), value in distances.items()]
+    write_json(out / "rows.json", rows)
 
 
 def logistic(out: Path, *, seed: int, alphas: Sequence[float]) -> None:
@@ -212,7 +212,7 @@ def logistic(out: Path, *, seed: int, alphas: Sequence[float]) -> None:
     vectors = {key: {"w": value} for key, value in edits.items()}
     diagonals = [Curvature.from_dict({"w": matrix.diag()}, 1) for matrix in (h0, h)]
     vectors |= diagonal_edits({"w": base}, {"w": task}, *diagonals, alphas, 1e-12)
-    _measured(out, logits, vectors, data)
+    write_json(out / "rows.json", measured(logits, vectors, data))
 
 
 def network(
@@ -251,17 +251,4 @@ def network(
     edits: dict[tuple[str, float], Vector] = {("base", 0.0): base, ("retrained", 0.0): truth}
     edits["fine-tuned on the rest", 0.0] = trained(base, data.keep, tuning_steps, learning_rate, L2)
     edits |= diagonal_edits(base, task, *curvatures, alphas, L2)
-    _measured(out, logits, edits, data)
-
-
-def _measured(out: Path, logits: Logits, edits: dict[tuple[str, float], Vector], data: Digits) -> None:
-    truth, base = edits["retrained", 0.0], edits["base", 0.0]
-    rows = [
-        {"edit": e, "alpha": a, **measure(logits, theta, truth, base, data)}
-        for (e, a), theta in edits.items()
-    ]
-    _write(out, rows)
-
-
-def _write(out: Path, rows: list[dict[str, Any]]) -> None:
-    (out / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    write_json(out / "rows.json", measured(logits, edits, data))

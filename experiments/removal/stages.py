@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from experiments.files import write_json
+from experiments.precision import autocast, used_precision
 from experiments.removal import language, scorers
 from experiments.tasks import texts
 from gradmatch import Task, subtract
@@ -22,7 +24,7 @@ from gradmatch.estimators import Curvature, estimate
 from gradmatch.measure.objective import Objective
 from gradmatch.removal import Problem, alpha_path, budget, path_table, removal_report, report_table
 
-CURVATURE = "curvature.safetensors"
+CURVATURE, CHOICE = "curvature.safetensors", "choice.json"
 SIDES = ("keep", "remove")
 PARTS = 4
 REMOVAL_OPTIONS = ("base_weight", "delta0", "keep", "guard")
@@ -37,9 +39,9 @@ def finetune(
     precision: str,
     seed: int,
     steps: int,
-    learning_rate: float,
     batch_size: int,
     warmup_steps: int,
+    learning_rate: float,
     weight_decay: float,
 ) -> None:
     """Fine-tune the base on the training texts to remove: `out/model`, and `out/training.json` (losses, precision).
@@ -64,7 +66,7 @@ def finetune(
     feed = language.batches(rows, tokenizer, max_length=max_length, batch_size=batch_size, order=order)
     progress = tqdm(feed, total=steps, desc="fine-tuning on what is to go")
     for step, (_, batch) in enumerate(progress, start=1):
-        with language.autocast(precision):
+        with autocast(precision):
             loss = model(**{key: value.to(device) for key, value in batch.items()}).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -84,8 +86,8 @@ def finetune(
         {"step": end, "loss": float(np.mean(history[end - stride : end]))}
         for end in range(stride, steps + 1, stride)
     ]
-    card = {"examples": len(rows), "precision": _precision(precision), "losses": losses}
-    (out / "training.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    card = {"examples": len(rows), "precision": used_precision(precision), "losses": losses}
+    write_json(out / "training.json", card)
 
 
 def curvature(
@@ -115,7 +117,7 @@ def curvature(
     for part in range(PARTS):
         chosen = seen[part::PARTS]
         feed = language.batches(chosen, tokenizer, max_length=max_length, batch_size=batch_size)
-        with language.autocast(precision):
+        with autocast(precision):
             found = estimate(
                 network,
                 (batch for _, batch in feed),
@@ -138,9 +140,9 @@ def curvature(
         "num_examples": len(rows),
         "trace": float(np.mean(traces)),
         "relative_error": float(np.std(traces, ddof=1) / np.sqrt(PARTS) / np.mean(traces)),
-        "precision": _precision(precision),
+        "precision": used_precision(precision),
     }
-    (out / "error.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    write_json(out / "error.json", card)
 
 
 def _add(total: dict[str, Tensor], found: Curvature, share: float) -> None:
@@ -178,12 +180,14 @@ def forecast(
     max_length: int,
     examples: int,
     nats: float,
+    chosen: Path | None = None,
     **folders: Path,
 ) -> None:
     """The path of one method, without data and with a few validation texts; its budget; and the report at that alpha.
 
-    Writes `out/forecast.json`. Test texts are never read.
+    chosen: the folder of a `choosing.choose` stage. Writes `out/forecast.json`. Test texts are never read.
     """
+    options = with_choice(options, chosen)
     module, tokenizer = language.load(folders["base"] / "model")
 
     def objective(side: str) -> Objective:
@@ -197,20 +201,20 @@ def forecast(
     )
     without, with_data = alpha_path(blind, alphas), alpha_path(seeing, alphas)
     retain_only = problem_of(method=method, options=options, retain=seeing.retain, **folders)
-    chosen = budget(retain_only, nats, largest=max(alphas), steps=4)
-    report = removal_report(blind, chosen.alpha or min(alphas))
+    bounded = budget(retain_only, nats, largest=max(alphas), steps=4)
+    report = removal_report(blind, bounded.alpha or min(alphas))
     print(
-        f"{path_table(with_data)}\nbudget of {nats} nats per example: alpha = {chosen.alpha:.3f} ({chosen.bound})"
+        f"{path_table(with_data)}\nbudget of {nats} nats per example: alpha = {bounded.alpha:.3f} ({bounded.bound})"
     )
     print(report_table(report))
     card = {
         "without_data": [vars(point) for point in without],
         "with_data": [vars(point) for point in with_data],
-        "budget": {"nats": nats, "alpha": chosen.alpha, "bound": chosen.bound, "tried": len(chosen.path)},
+        "budget": {"nats": nats, "alpha": bounded.alpha, "bound": bounded.bound, "tried": len(bounded.path)},
         "report": report,
         "examples": examples,
     }
-    (out / "forecast.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    write_json(out / "forecast.json", card)
 
 
 def evaluate(
@@ -227,13 +231,15 @@ def evaluate(
     generation: Mapping[str, Any],
     scorer: str,
     seed: int,
+    chosen: Path | None = None,
     **folders: Path,
 ) -> None:
     """Edit the base with one method and alpha, and measure: losses of texts of both sides, toxicity of continuations.
 
     Writes `out/losses.npz` ((n, 2) nats and tokens a side), `out/generations.jsonl` (each prompt's continuation and score)
-    and `out/metrics.json`. The base itself is evaluated by alpha = 0.
+    and `out/metrics.json`. The base itself is evaluated by alpha = 0. chosen: the folder of a `choosing.choose` stage.
     """
+    options = with_choice(options, chosen)
     model, tokenizer = language.load(folders["base"] / "model")
     notes = edit(model, method, alpha, options, **folders) if alpha else {}
     shared = {"max_length": max_length, "batch_size": batch_size, "precision": precision}
@@ -264,15 +270,15 @@ def evaluate(
         metrics[f"toxic_share_{file.stem}"] = float((known > scorers.TOXIC).mean()) if len(known) else None
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (out / "generations.jsonl").write_text(text, encoding="utf-8")
-    card = {
-        "method": method,
-        "alpha": alpha,
-        "seed": seed,
-        "precision": _precision(precision),
-        "scorer": scorer,
-        **metrics,
-    }
-    (out / "metrics.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    card = {"method": method, "alpha": alpha, "seed": seed, "scorer": scorer, **metrics}
+    card["precision"] = used_precision(precision)
+    write_json(out / "metrics.json", card)
+
+
+def with_choice(options: Mapping[str, Any], chosen: Path | None) -> dict[str, Any]:
+    """The options, and the one that a `choosing.choose` stage chose."""
+    card = json.loads((chosen / CHOICE).read_text(encoding="utf-8")) if chosen else {}
+    return {**options, **({card["option"]: card["chosen"]} if card else {})}
 
 
 def edit(
@@ -291,9 +297,3 @@ def edit(
         )
     model.load_state_dict(dict(edited), strict=False)
     return {"clamped": edited.report.clamped_share}
-
-
-def _precision(precision: str) -> str:
-    from experiments.finetune import uses_bfloat16
-
-    return "bfloat16" if uses_bfloat16(precision) else "float32"

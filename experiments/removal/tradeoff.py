@@ -4,7 +4,7 @@ A method's curve says how little toxicity can be had at a perplexity: the lower 
 unchanged model on. The area between two curves over the perplexities that both reach, divided by their width, is the mean
 difference of toxicity at equal perplexity. Over several seeds it is the mean of theirs; its interval draws seeds, prompts and
 texts again, the same for both methods. What the seeds share, the unedited model and its curvature, is not drawn; and of few
-seeds a percentile bootstrap is narrow.
+seeds a percentile bootstrap is narrow. scipy's bootstrap does not draw three crossed samples, nor a curve from them.
 """
 
 from __future__ import annotations
@@ -132,30 +132,11 @@ def area_between(
     known = np.isfinite(values).all() and np.isfinite(found).any()
     low, high = np.nanpercentile(found, [tail, 100 - tail]) if known else (np.nan, np.nan)
     start, end = np.mean(spans, axis=0)
-    return Area(
-        method,
-        other,
-        float(np.mean(values)),
-        float(low),
-        float(high),
-        values,
-        (float(start), float(end)),
-        draws,
-    )
+    ends = (float(low), float(high))
+    return Area(method, other, float(np.mean(values)), *ends, values, (float(start), float(end)), draws)
 
 
 def complete(path: Path) -> Path:
     """The points of a path at which every loss and every score is a number; refused ones drop out."""
     whole = np.isfinite(path.losses).all((1, 2)) & np.isfinite(path.scores).all(1)
     return Path(path.alphas[whole], path.losses[whole], path.scores[whole])
-
-
-def mean_interval(
-    values: Array, *, draws: int = 1000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float, float]:
-    """Mean of (n,) values and its percentile bootstrap interval."""
-    generator = np.random.default_rng(seed)
-    resampled = values[generator.integers(0, len(values), (draws, len(values)))].mean(1)
-    tail = 50 * (1 - level)
-    low, high = np.percentile(resampled, [tail, 100 - tail])
-    return float(values.mean()), float(low), float(high)

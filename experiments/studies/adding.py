@@ -7,66 +7,39 @@ alpha = 1 and gradient matching both return the fine-tune: there is nothing to c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from experiments import config as configs
-from experiments.config import Pair, Seeds, Study
-from experiments.options import check_rule
-from experiments.pipeline import Stage, is_done, origin, result
+from experiments.config import Pair
+from experiments.pipeline import Stage, is_done, recorded, result
 from experiments.records import Record, of_kind
-from experiments.studies import sentiment
-from experiments.studies.sentiment import Merge, takes
-from experiments.studies.sentiment_cells import (
-    DIFFERENTIATED,
-    EVALUATED,
-    MERGING,
-    MISMATCH,
-    SOURCES,
-    choice_stage,
-    slug,
-)
-from gradmatch.rules import RULES
+from experiments.studies.cells import Cells, slug
+from experiments.studies.classifiers import Config as Source
+from experiments.studies.classifiers import Merge, OnTexts, takes
+from gradmatch.rules import find_rule
 
-CODE = (*SOURCES, *MERGING, *MISMATCH, "experiments.evaluate", "experiments.merging", "experiments.mismatch")
 Cell = tuple[int, tuple[str, ...], str]  # seed, subset of tasks, merge
 
 
-class Config(Study):
-    """Keys of the config: `sentiment` is the config whose models, curvatures and data are used (quick_models: its quick variant)."""
+class Config(OnTexts):
+    """Keys of the config, beside those of the models that it uses."""
 
     experiment: Literal["adding"]
-    sentiment: Path
-    quick_models: bool = False
-    seeds: Seeds = ()  # of that config; empty: all of them
     merges: dict[str, Merge] = Field(min_length=2)
     compare: Pair  # of these two, which has the smaller mismatch
 
-    @model_validator(mode="after")
-    def _known(self) -> Config:
-        tasks = len(check_source(self.sentiment, self.seeds, self.quick_models).data.tasks)
+    def _check(self, source: Source) -> None:
+        tasks = len(source.data.tasks)
         for name, spec in self.merges.items():
-            size = min(tasks, RULES[spec.method].models[1])  # of the largest subset that it takes
-            check_rule(f"merge {name!r}", spec.method, int(size), lacking=("gram", "factors"))
+            size = int(min(tasks, find_rule(spec.method).models[1]))  # of the largest subset that it takes
+            self.check_rules({f"merge {name!r}": spec.method}, size)
         for name in self.compare:
             if name not in self.merges:
                 raise ValueError(f"`compare` names {name!r}, but the merges are {', '.join(self.merges)}")
-        return self
-
-
-def check_source(path: Path, seeds: Sequence[int], quick: bool) -> sentiment.Config:
-    """The sentiment config that a study reads. Raises ValueError where it is none, or lacks some of the seeds."""
-    source = configs.load(path, quick=quick)
-    if source.experiment != "sentiment":
-        raise ValueError(f"{path} is no config of the sentiment experiment")
-    absent = [seed for seed in seeds if seed not in source.seeds]
-    if absent:
-        raise ValueError(f"{path} has no seed {absent[0]}; it has {', '.join(map(str, source.seeds))}")
-    return source  # type: ignore[no-any-return]
 
 
 def stages(config: Config) -> list[Stage]:
@@ -76,44 +49,21 @@ def stages(config: Config) -> list[Stage]:
 
 def cells(config: Config) -> tuple[dict[Cell, Stage], dict[Cell, Stage]]:
     """The measured merges, and the choices of those that choose an option."""
-    source = configs.load(config.sentiment, quick=config.quick_models)
-    made = sentiment.Cells(source)
-    measured: dict[Cell, Stage] = {}
-    choices: dict[Cell, Stage] = {}
-    for seed in config.seeds or source.seeds:
-        for size in range(2, len(source.data.tasks) + 1):
-            for subset in combinations(source.data.tasks, size):
-                for name, spec in config.merges.items():
-                    if not takes(spec.method, size):
-                        continue
-                    cell = (seed, subset, name)
-                    inputs: dict[str, Any] = made.sources(seed, subset)
-                    settings = {**spec.model_dump(exclude={"choose"}), "delta0": source.delta0}
-                    title = f"adding/seed{seed}/{'-'.join(subset)}"
-                    if spec.choose:
-                        choices[cell] = inputs["choice"] = choice_stage(
-                            f"{title}/choose-{slug(name)}", spec, source, settings, inputs, made.data, subset
-                        )
-                    measured[cell] = Stage(
-                        f"{title}/{slug(name)}",
-                        "experiments.cell:merge_and_measure",
-                        {
-                            **settings,
-                            "domains": list(subset),
-                            "examples": source.mismatch_examples,
-                            "seed": seed,
-                        },
-                        {
-                            **inputs,
-                            "data": made.data,
-                            "gradients": {task: made.gradients[seed, task] for task in subset},
-                        },
-                        CODE,
-                        size
-                        * (
-                            (source.data.test or 1000) / EVALUATED + source.mismatch_examples / DIFFERENTIATED
-                        ),
-                    )
+    source = config.source
+    made, measured, choices = Cells(source), {}, {}
+    tasks = source.data.tasks
+    subsets = [subset for size in range(2, len(tasks) + 1) for subset in combinations(tasks, size)]
+    for seed, subset, (name, spec) in product(config.seeds or source.seeds, subsets, config.merges.items()):
+        if not takes(spec.method, len(subset)):
+            continue
+        sources, settings = made.sources(seed, subset), {**spec.settings, "delta0": source.delta0}
+        title = f"adding/seed{seed}/{'-'.join(subset)}"
+        gradients = {task: made.gradients[seed, task] for task in subset}
+        if spec.choose:
+            choice = made.choice(f"{title}/choose-{slug(name)}", spec, settings, sources)
+            choices[seed, subset, name] = sources["choice"] = choice
+        title = f"{title}/{slug(name)}"
+        measured[seed, subset, name] = made.measured(title, seed, settings, sources, subset, gradients)
     return measured, choices
 
 
@@ -121,25 +71,15 @@ def records(config: Config, store: Path) -> list[Record]:
     """One record per merge of a subset and seed; stages that failed are left out."""
     measured, choices = cells(config)
     found = []
-    for cell, stage in measured.items():
-        if not is_done(stage, store):
-            continue
-        seed, subset, name = cell
-        record: Record = {
-            "experiment": config.experiment,
-            "name": config.name,
-            "kind": "subset",
-            "seed": seed,
-            "tasks": list(subset),
-            "model": name,
-            "compare": list(config.compare),
-            "merge": config.merges[name].model_dump(exclude={"choose"}),
-            "metrics": result(stage, store, "metrics.json"),
-            "mismatch": result(stage, store, "mismatch.json"),
-        }
-        if cell in choices:
-            record["choice"] = result(choices[cell], store, "choice.json")
-        found.append(record | origin(stage, store))
+    for (seed, subset, name), stage in measured.items():
+        own = {"seed": seed, "tasks": list(subset), "model": name, "compare": list(config.compare)}
+        own["merge"] = config.merges[name].settings
+        for row in recorded(stage, store, "subset", "metrics.json", under="metrics", **own):
+            row["mismatch"] = result(stage, store, "mismatch.json")
+            choice = choices.get((seed, subset, name))
+            if choice and is_done(choice, store):
+                row["choice"] = result(choice, store, "choice.json")
+            found.append(row)
     return found
 
 
@@ -231,5 +171,5 @@ def smaller_share(cells: Sequence[Record]) -> tuple[float, float, float, int]:
             "total"
         ]
     pairs = [values for values in by_subset.values() if {ours, theirs} <= set(values)]
-    share = fmean(values[ours] < values[theirs] for values in pairs)
-    return share, *wilson(share, len(pairs)), len(pairs)
+    smaller = sum(values[ours] < values[theirs] for values in pairs)
+    return smaller / len(pairs), *wilson(smaller, len(pairs)), len(pairs)

@@ -8,28 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from experiments import config as configs
-from experiments.config import Seeds, Strict, Study, Weights, different
-from experiments.options import check_rule
-from experiments.pipeline import Stage, is_done, origin, result
+from experiments.config import Count, Strict, Weights, different
+from experiments.pipeline import Stage, is_done, recorded, result
 from experiments.records import Record, of_kind
-from experiments.studies import sentiment
-from experiments.studies.adding import CODE, check_source
-from experiments.studies.sentiment import Merge, check_merge
-from experiments.studies.sentiment_cells import (
-    EVALUATED,
-    SOURCES,
-    SQUARED,
-    TRAINED,
-    choice_stage,
-    slug,
-)
+from experiments.studies.cells import TRAINED, Cells, Sources, slug
+from experiments.studies.classifiers import Config as Source
+from experiments.studies.classifiers import Merge, OnTexts, check_values
 
 PLAIN = "plain"
+REFINED = 8  # examples a second of a Newton step, as in `studies.cells`
 
 
 class Refinement(Strict):
@@ -37,26 +28,23 @@ class Refinement(Strict):
 
     method: str = "gradient_matching"
     examples: int = Field(default=128, gt=1)  # of each task
-    steps: int = Field(default=3, gt=0)
+    steps: Count = 3
     dampings: Weights = Field(default=(0.0,), min_length=1)
 
     @field_validator("method")
     @classmethod
     def _known(cls, method: str) -> str:
-        check_merge(method, {})
+        check_values(method, {})
         return method
 
 
-class Config(Study):
-    """Keys of the config: `sentiment` is the config of the plain fine-tunes (quick_models: its quick variant).
+class Config(OnTexts):
+    """Keys of the config, beside those of the models that it uses: plain fine-tunes.
 
     delta0: the floors of H0 in the penalty; without any, nothing is fine-tuned with it.
     """
 
     experiment: Literal["assumption"]
-    sentiment: Path
-    quick_models: bool = False
-    seeds: Seeds = ()  # of that config; empty: all of them
     delta0: Weights = ()
     merges: dict[str, Merge] = Field(min_length=1)
     refine: Refinement | None = None
@@ -67,182 +55,122 @@ class Config(Study):
         different([f"{value:g}" for value in delta0])  # as the records call them
         return delta0
 
-    @model_validator(mode="after")
-    def _known(self) -> Config:
-        tasks = len(check_source(self.sentiment, self.seeds, self.quick_models).data.tasks)
+    def _check(self, source: Source) -> None:
         methods = {f"merge {name!r}": spec.method for name, spec in self.merges.items()}
-        if self.refine:
-            methods["refine"] = self.refine.method
-        for name, method in methods.items():
-            check_rule(name, method, tasks, lacking=("gram", "factors"))
-        return self
+        self.check_rules(
+            methods | ({"refine": self.refine.method} if self.refine else {}), len(source.data.tasks)
+        )
 
 
-class Cells:
+class Stages:
     """The stages of one config, by (seed, how the tasks were fine-tuned, ...)."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.source = configs.load(config.sentiment, quick=config.quick_models)
-        self.made = sentiment.Cells(self.source)
-        self.seeds = config.seeds or self.source.seeds
+        self.config, self.source = config, config.source
+        self.made = Cells(self.source)
         self.stationarity: dict[tuple[int, str, str], Stage] = {}
         self.merges: dict[tuple[int, str, str], Stage] = {}
         self.choices: dict[tuple[int, str, str], Stage] = {}
         self.refined: dict[tuple[int, float], Stage] = {}
-        self.references: dict[tuple[int, str], Stage] = {}
-        tasks = self.source.data.tasks
-        for seed in self.seeds:
-            sources = self.made.sources(seed, tasks)
+        self.references: dict[int, Stage] = {}
+        seeds = config.seeds or self.source.seeds
+        for seed in seeds:
+            sources = self.made.sources(seed, self.source.data.tasks)
             self._merged(seed, PLAIN, sources, self.source.delta0)
             for damping in config.refine.dampings if config.refine else ():
                 self.refined[seed, damping] = self._refine(seed, damping, sources)
-            self.references[seed, "joint"] = self.made.evaluations[seed, "joint"]
-        for seed in self.seeds:
+            self.references[seed] = self.made.evaluations[seed, "joint"]
+        for seed in seeds:
             for delta0 in config.delta0:
                 self._merged(seed, f"{delta0:g}", self._penalised(seed, delta0), delta0)
 
-    def _penalised(self, seed: int, delta0: float) -> dict[str, Any]:
+    def _penalised(self, seed: int, delta0: float) -> Sources:
         """The sources of a merge of fine-tunes with the penalty."""
-        source, title = self.source, f"assumption/seed{seed}/delta0-{delta0:g}"
-        base, h0 = self.made.trained[seed, "base"], self.made.curvatures[seed, "base"]
-        sources: dict[str, Any] = {"base": base, "base_curvature": h0, "tasks": {}, "curvatures": {}}
-        for task in source.data.tasks:
-            training = source.task_training
-            steps = source.task_steps.get(task, training.steps)
-            tuned = Stage(
+        made, title = self.made, f"assumption/seed{seed}/delta0-{delta0:g}"
+        base, h0 = made.trained[seed, "base"], made.curvatures[seed, "base"]
+        tuned: dict[str, Stage] = {}
+        for task in self.source.data.tasks:
+            training = self.source.training_of(task)
+            tuned[task] = made.stage(
                 f"{title}/{task}",
-                "experiments.penalised:finetune_penalised",
-                {
-                    "domain": task,
-                    "delta0": delta0,
-                    "precision": source.precision,
-                    "seed": seed,
-                    **training.model_dump(),
-                    "steps": steps,
-                },
-                {"data": self.made.data, "start": base, "base_curvature": h0},
-                (*SOURCES, "experiments.finetune"),
-                2 + 1.2 * steps * training.batch_size / TRAINED,
+                "penalised:finetune_penalised",
+                {"domain": task, "delta0": delta0, "precision": self.source.precision, "seed": seed}
+                | training.model_dump(),
+                2 + 1.2 * training.steps * training.batch_size / TRAINED,
+                start=base,
+                base_curvature=h0,
             )
-            sources["tasks"][task] = tuned
-            sources["curvatures"][task] = Stage(
-                f"{title}/curvature-{task}",
-                "experiments.estimation:curvature",
-                {"domain": task, "seed": seed, **source.fisher.model_dump()},
-                {"data": self.made.data, "model": tuned},
-                (*SOURCES, "gradmatch.estimators"),
-                source.fisher.examples / SQUARED,
-            )
-        return sources
+        curvatures = {
+            task: made.fisher(f"{title}/curvature-{task}", seed, task, tuned[task]) for task in tuned
+        }
+        return {"base": base, "base_curvature": h0, "tasks": tuned, "curvatures": curvatures}
 
-    def _merged(self, seed: int, tuning: str, sources: dict[str, Any], delta0: float) -> None:
-        data, tasks = self.source.data, self.source.data.tasks
-        title = f"assumption/seed{seed}/{tuning}"
-        for task in tasks:
-            self.stationarity[seed, tuning, task] = Stage(
-                f"{title}/stationarity-{task}",
-                "experiments.penalised:stationarity",
-                {"delta0": delta0},
-                {
-                    "base": sources["base"],
-                    "model": sources["tasks"][task],
-                    "base_curvature": sources["base_curvature"],
-                    "curvature": sources["curvatures"][task],
-                },
-                (*SOURCES, "gradmatch.estimators.curvature"),
-                1,
-            )
+    def _merged(self, seed: int, tuning: str, sources: Sources, delta0: float) -> None:
+        title, made = f"assumption/seed{seed}/{tuning}", self.made
+        for task, tuned in sources["tasks"].items():
+            inputs = {"base": sources["base"], "model": tuned, "base_curvature": sources["base_curvature"]}
+            inputs["curvature"] = sources["curvatures"][task]
+            name, function = f"{title}/stationarity-{task}", "experiments.penalised:stationarity"
+            self.stationarity[seed, tuning, task] = Stage(name, function, {"delta0": delta0}, inputs)
         for name, spec in self.config.merges.items():
-            settings = {**spec.model_dump(exclude={"choose"}), "delta0": delta0}
-            inputs = dict(sources)
+            settings, inputs = {**spec.settings, "delta0": delta0}, dict(sources)
             tried = spec if spec.choose else spec.model_copy(update={"choose": {"alpha": (spec.alpha,)}})
-            self.choices[seed, tuning, name] = choice_stage(  # its likelihood says which fine-tuning is best
-                f"{title}/choose-{slug(name)}",
-                tried,
-                self.source,
-                settings,
-                sources,
-                self.made.data,
-                tasks,
-            )
+            # Its likelihood says which fine-tuning is best.
+            choice = made.choice(f"{title}/choose-{slug(name)}", tried, settings, sources)
+            self.choices[seed, tuning, name] = choice
             if spec.choose:
-                inputs["choice"] = self.choices[seed, tuning, name]
-            self.merges[seed, tuning, name] = Stage(
-                f"{title}/merge-{slug(name)}",
-                "experiments.cell:merge_and_measure",
-                {
-                    **settings,
-                    "domains": data.domains,
-                    "examples": self.source.mismatch_examples,
-                    "seed": seed,
-                },
-                {**inputs, "data": self.made.data, "gradients": {}},
-                CODE,
-                (data.test or 1000) * len(data.domains) / EVALUATED,
-            )
+                inputs["choice"] = choice
+            name_, domains = f"{title}/merge-{slug(name)}", self.source.data.domains
+            self.merges[seed, tuning, name] = made.measured(name_, seed, settings, inputs, domains)
 
-    def _refine(self, seed: int, damping: float, sources: dict[str, Any]) -> Stage:
+    def _refine(self, seed: int, damping: float, sources: Sources) -> Stage:
         refine = self.config.refine
         assert refine is not None
-        return Stage(
-            f"assumption/seed{seed}/refine-{damping:g}",
-            "experiments.refining:refine_stage",
-            {
-                **refine.model_dump(exclude={"dampings"}),
-                "damping": damping,
-                "delta0": self.source.delta0,
-                "seed": seed,
-            },
-            {**sources, "data": self.made.data},
-            (*CODE, "gradmatch.refine", "gradmatch.estimators"),
-            refine.steps * refine.examples * len(sources["tasks"]) / 8,
-        )
+        settings = {
+            **refine.model_dump(exclude={"dampings"}),
+            "damping": damping,
+            "delta0": self.source.delta0,
+        }
+        title = f"assumption/seed{seed}/refine-{damping:g}"
+        seconds = refine.steps * refine.examples * len(sources["tasks"]) / REFINED
+        return self.made.stage(title, "refining:refine_stage", {**settings, "seed": seed}, seconds, **sources)
 
     def all(self) -> list[Stage]:
         """Every stage: the plain fine-tunes of all seeds, then one seed's penalised ones after another's."""
-        ordered = [
-            ((False, seed), stage)
-            for group in (self.references, self.refined)
-            for (seed, _), stage in group.items()  # type: ignore[attr-defined]
-        ]
-        ordered += [
-            ((tuning != PLAIN, seed), stage)
-            for group in (self.merges, self.choices, self.stationarity)
-            for (seed, tuning, _), stage in group.items()
-        ]
-        return [stage for _, stage in sorted(ordered, key=lambda item: item[0])]
+        first = [*self.references.values(), *self.refined.values()]
+        tuned = {**self.merges, **{(*cell, "choice"): stage for cell, stage in self.choices.items()}}
+        tuned |= {(*cell, "stationarity"): stage for cell, stage in self.stationarity.items()}
+        ordered = sorted(tuned, key=lambda cell: (cell[1] != PLAIN, cell[0]))
+        return [*first, *(tuned[cell] for cell in ordered)]
 
 
 def stages(config: Config) -> list[Stage]:
     """The merges, what Eq. 8 leaves, the refinements; fine-tunes and curvatures come with them."""
-    return Cells(config).all()
+    return Stages(config).all()
 
 
 def records(config: Config, store: Path) -> list[Record]:
     """One record per merge, per fine-tune's stationarity, per refinement; stages that failed are left out."""
-    cells = Cells(config)
-    tasks = list(cells.source.data.tasks)
+    study = Stages(config)
+    tasks = list(study.source.data.tasks)
     found: list[Record] = []
-
-    def add(kind: str, stage: Stage, file: str, **own: Any) -> None:
-        if is_done(stage, store):
-            content = result(stage, store, file)
-            common = {"experiment": config.experiment, "name": config.name, "kind": kind, "tasks": tasks}
-            content = {"metrics": content} if file == "metrics.json" else content
-            found.append({**common, **own, **content, **origin(stage, store)})
-
-    for (seed, tuning, name), stage in cells.merges.items():
-        tried, choice = cells.choices[seed, tuning, name], {}
+    for (seed, tuning, name), stage in study.merges.items():
+        tried, own = (
+            study.choices[seed, tuning, name],
+            {"tasks": tasks, "seed": seed, "tuning": tuning, "merge": name},
+        )
         if is_done(tried, store):
-            choice = {"choice": result(tried, store, "choice.json")}
-        add("merge", stage, "metrics.json", seed=seed, tuning=tuning, merge=name, **choice)
-    for (seed, name), stage in cells.references.items():
-        add("reference", stage, "metrics.json", seed=seed, merge=name)
-    for (seed, tuning, task), stage in cells.stationarity.items():
-        add("stationarity", stage, "stationarity.json", seed=seed, tuning=tuning, task=task)
-    for (seed, damping), stage in cells.refined.items():
-        add("refinement", stage, "refined.json", seed=seed, damping=damping)
+            own["choice"] = result(tried, store, "choice.json")
+        found += recorded(stage, store, "merge", "metrics.json", under="metrics", **own)
+    for seed, stage in study.references.items():
+        own = {"tasks": tasks, "seed": seed, "merge": "joint"}
+        found += recorded(stage, store, "reference", "metrics.json", under="metrics", **own)
+    for (seed, tuning, task), stage in study.stationarity.items():
+        own = {"tasks": tasks, "seed": seed, "tuning": tuning, "task": task}
+        found += recorded(stage, store, "stationarity", "stationarity.json", **own)
+    for (seed, damping), stage in study.refined.items():
+        own = {"tasks": tasks, "seed": seed, "damping": damping}
+        found += recorded(stage, store, "refinement", "refined.json", **own)
     return found
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from experiments import config as configs
-from experiments.config import Seeds, Strict, Study
-from experiments.pipeline import Stage, is_done, origin, result
+from experiments.config import Count, Seeds, Strict
+from experiments.pipeline import Stage, is_done, recorded, result
 from experiments.records import Record, of_kind
-from experiments.statistics import bootstrap_ratio, correct_less, documents_of, t_interval
-from experiments.studies import sentiment
-from experiments.studies.adding import CODE, check_source
-from experiments.studies.sentiment_cells import EVALUATED, SOURCES, SQUARED, slug
+from experiments.statistics import bootstrap_ratio, t_interval
+from experiments.studies.cells import SQUARED, Cells, Sources, slug
+from experiments.studies.classifiers import Config as Source
+from experiments.studies.classifiers import OnTexts, read_source
 
 Cell = tuple[int, str, str]  # seed, estimate, model
 
@@ -26,40 +25,35 @@ class Estimate(Strict):
 
     kind: Literal["fisher", "ggn", "empirical", "batch", "batch means", "adam", "ivon"] = "fisher"
     examples: int = Field(default=320, gt=1)
-    samples: int = Field(default=1, gt=0)
-    batch_size: int = Field(default=32, gt=0)
+    samples: Count = 1
+    batch_size: Count = 32
 
 
-class Config(Study):
-    """Keys of the config: `sentiment` is the config whose models and data are used (quick_models: its quick variant).
+class Config(OnTexts):
+    """Keys of the config, beside those of the models that it uses.
 
     Every estimate is compared with `reference` on the tasks of `reference_seeds`, and squared batch means with the squares of
     the same examples one by one; `full` is the estimate whose gain over task arithmetic counts as all of it.
     """
 
     experiment: Literal["curvature"]
-    sentiment: Path
-    quick_models: bool = False
-    seeds: Seeds = ()  # of that config; empty: all of them
     estimates: dict[str, Estimate] = Field(min_length=1)
     full: str
     reference: Estimate
     reference_seeds: Seeds = (0,)
 
-    @model_validator(mode="after")
-    def _known(self) -> Config:
-        check_source(self.sentiment, (*self.seeds, *self.reference_seeds), self.quick_models)
+    def _check(self, source: Source) -> None:
+        read_source(self.sentiment, self.reference_seeds, quick=self.quick_models, kinds=("sentiment",))
         if self.full not in self.estimates:
             raise ValueError(f"`full` is {self.full!r}, but the estimates are {', '.join(self.estimates)}")
-        return self
 
 
-class Cells:
+class Stages:
     """The stages of one config: estimates, errors and biases by (seed, estimate, model), merges by (seed, estimate or TA)."""
 
     def __init__(self, config: Config) -> None:
-        self.source = configs.load(config.sentiment, quick=config.quick_models)
-        self.made = sentiment.Cells(self.source)
+        self.source = config.source
+        self.made = Cells(self.source)
         self.seeds = config.seeds or self.source.seeds
         tasks = self.source.data.tasks
         self.estimates: dict[Cell, Stage] = {}
@@ -69,134 +63,92 @@ class Cells:
         for seed in self.seeds:
             self._merge(seed, "TA", "task_arithmetic", self.made.sources(seed, tasks))
             for name, spec in config.estimates.items():
-                for model in ("base", *tasks):
-                    self.estimates[seed, name, model] = self._estimate(seed, name, model, spec)
-                inputs = self.made.sources(seed, tasks) | {
-                    "base_curvature": self.estimates[seed, name, "base"],
-                    "curvatures": {task: self.estimates[seed, name, task] for task in tasks},
+                own = {model: self._estimate(seed, name, model, spec) for model in ("base", *tasks)}
+                self.estimates |= {(seed, name, model): stage for model, stage in own.items()}
+                sources = self.made.sources(seed, tasks) | {
+                    "base_curvature": own.pop("base"),
+                    "curvatures": own,
                 }
-                self._merge(seed, name, "gradient_matching", inputs)
+                self._merge(seed, name, "gradient_matching", sources)
                 if spec.kind == "batch means":
                     single = Estimate(kind="empirical", examples=spec.examples)
                     for task in tasks:
                         one_by_one = self._estimate(seed, f"{name} one by one", task, single)
-                        self.biases[seed, name, task] = self._error(
-                            f"curvature/seed{seed}/bias-{slug(name)}-{task}",
-                            self.estimates[seed, name, task],
-                            one_by_one,
-                        )
+                        self._error("bias", self.biases, (seed, name, task), one_by_one)
         for seed in (seed for seed in config.reference_seeds if seed in self.seeds):
             for task in tasks:
                 reference = self._estimate(seed, "reference", task, config.reference)
                 for name in config.estimates:
-                    self.errors[seed, name, task] = self._error(
-                        f"curvature/seed{seed}/error-{slug(name)}-{task}",
-                        self.estimates[seed, name, task],
-                        reference,
-                    )
+                    self._error("error", self.errors, (seed, name, task), reference)
 
-    def _error(self, title: str, estimate: Stage, reference: Stage) -> Stage:
-        inputs = {"estimate": estimate, "reference": reference}
-        return Stage(title, "experiments.estimates:compare_estimate", {}, inputs, seconds=1)
+    def _error(self, kind: str, group: dict[Cell, Stage], cell: Cell, reference: Stage) -> None:
+        seed, name, task = cell
+        title, inputs = f"curvature/seed{seed}/{kind}-{slug(name)}-{task}", {"estimate": self.estimates[cell]}
+        function = "experiments.estimates:compare_estimate"
+        group[cell] = Stage(title, function, {}, {**inputs, "reference": reference})
 
     def _estimate(self, seed: int, name: str, model: str, spec: Estimate) -> Stage:
-        data = self.source.data
-        training = self.source.base_training if model == "base" else self.source.task_training
-        return Stage(
-            f"curvature/seed{seed}/{slug(name)}-{model}",
-            "experiments.estimates:estimate_stage",
-            {
-                "domain": data.base if model == "base" else model,
-                "seed": seed,
-                "trained_batch_size": training.batch_size,
-                **spec.model_dump(),
-            },
-            {"data": self.made.data, "model": self.made.trained[seed, model]},
-            (*SOURCES, "gradmatch.estimators"),
-            1 if spec.kind == "adam" else 1 + spec.examples * spec.samples / SQUARED,
-        )
+        source = self.source
+        training = source.base_training if model == "base" else source.task_training
+        settings = {"domain": source.data.base if model == "base" else model, "seed": seed}
+        settings |= {"trained_batch_size": training.batch_size, **spec.model_dump()}
+        seconds = 1 if spec.kind == "adam" else 1 + spec.examples * spec.samples / SQUARED
+        title, tuned = f"curvature/seed{seed}/{slug(name)}-{model}", self.made.trained[seed, model]
+        return self.made.stage(title, "estimates:estimate_stage", settings, seconds, model=tuned)
 
-    def _merge(self, seed: int, name: str, method: str, inputs: dict[str, Any]) -> None:
-        data = self.source.data
+    def _merge(self, seed: int, name: str, method: str, sources: Sources) -> None:
         settings = {"method": method, "alpha": 1.0, "options": {}, "delta0": self.source.delta0}
-        self.merges[seed, name] = Stage(
-            f"curvature/seed{seed}/merge-{slug(name)}",
-            "experiments.cell:merge_and_measure",
-            {
-                **settings,
-                "domains": list(data.tasks),
-                "examples": self.source.mismatch_examples,
-                "seed": seed,
-            },
-            {**inputs, "data": self.made.data, "gradients": {}},
-            CODE,
-            (data.test or 1000) * len(data.tasks) / EVALUATED,
-        )
-
-    def all(self) -> list[Stage]:
-        """Every stage."""
-        return [*self.merges.values(), *self.errors.values(), *self.biases.values()]
+        title, tasks = f"curvature/seed{seed}/merge-{slug(name)}", self.source.data.tasks
+        self.merges[seed, name] = self.made.measured(title, seed, settings, sources, tasks)
 
 
 def stages(config: Config) -> list[Stage]:
-    """The merges and the errors; the estimates and the models come with them."""
-    return Cells(config).all()
+    """The merges, the errors and the biases; the estimates and the models come with them."""
+    study = Stages(config)
+    return [*study.merges.values(), *study.errors.values(), *study.biases.values()]
 
 
 def records(config: Config, store: Path) -> list[Record]:
     """One record per merge and seed (with the seconds of its estimates), per estimate's share of the gain, per error and bias."""
-    cells = Cells(config)
-    common = {"experiment": config.experiment, "name": config.name, "full": config.full}
+    study = Stages(config)
+    specs = {name: spec.model_dump() for name, spec in config.estimates.items()}
     found: list[Record] = []
-    for (seed, name), stage in cells.merges.items():
-        if is_done(stage, store):
-            found.append(
-                common | {"kind": "merge", "seed": seed, "estimate": name, "metrics": result(stage, store, "metrics.json")}
-                | ({"spec": config.estimates[name].model_dump()} if name in config.estimates else {})
-                | {"estimate_seconds": _seconds(cells, seed, name, store)} | origin(stage, store)
-            )  # fmt: skip
-    found += [common | {"kind": "gain", **gain} for gain in _gains(config, cells, store)]
-    for kind, stages_ in (("error", cells.errors), ("bias", cells.biases)):
-        for (seed, name, task), stage in stages_.items():
-            if is_done(stage, store):
-                found.append(
-                    common | {"kind": kind, "seed": seed, "estimate": name, "task": task, **result(stage, store, "error.json")}
-                    | {"spec": config.estimates[name].model_dump()}
-                    | ({"reference": config.reference.model_dump()} if kind == "error" else {}) | origin(stage, store)
-                )  # fmt: skip
+    for (seed, name), stage in study.merges.items():
+        own = {"full": config.full, "seed": seed, "estimate": name}
+        own |= {"spec": specs[name]} if name in specs else {}
+        for row in recorded(stage, store, "merge", "metrics.json", under="metrics", **own):
+            found.append(row | {"estimate_seconds": _seconds(study, seed, name, store)})
+    found += [{"kind": "gain", "full": config.full, **gain} for gain in _gains(config, study, store)]
+    for kind, group in (("error", study.errors), ("bias", study.biases)):
+        for (seed, name, task), stage in group.items():
+            own = {"full": config.full, "seed": seed, "estimate": name, "task": task, "spec": specs[name]}
+            own |= {"reference": config.reference.model_dump()} if kind == "error" else {}
+            found += recorded(stage, store, kind, "error.json", **own)
     return found
 
 
-def _gains(config: Config, cells: Cells, store: Path) -> Iterator[dict[str, Any]]:
+def _gains(config: Config, study: Stages, store: Path) -> Iterator[Record]:
     """Per estimate, (accuracy - TA) / (accuracy of the full estimate - TA) over its seeds, with its bootstrap interval."""
-    tasks = cells.source.data.tasks
-    documents = documents_of(cells.made.data.folder(store), tasks)
+    from experiments.comparing import correct_less, documents_of
+
+    tasks = study.source.data.tasks
+    documents = documents_of(study.made.data.folder(store), tasks)
     for name, spec in config.estimates.items():
         wanted = ("TA", config.full, name)
-        seeds = [
-            seed for seed in cells.seeds if all(is_done(cells.merges[seed, other], store) for other in wanted)
-        ]
+        seeds = [s for s in study.seeds if all(is_done(study.merges[s, other], store) for other in wanted)]
         if not seeds:
             continue
-        base, full, own = (
-            {seed: cells.merges[seed, other].folder(store) for seed in seeds} for other in wanted
-        )
+        base, full, own = ({s: study.merges[s, other].folder(store) for s in seeds} for other in wanted)
         gained, whole = correct_less(own, base, tasks), correct_less(full, base, tasks)
         kept, low, high = bootstrap_ratio(gained, whole, documents)
         if kept == kept:  # not NaN: the full estimate gains something
-            yield {
-                "estimate": name,
-                "spec": spec.model_dump(),
-                "seeds": seeds,
-                "kept": kept,
-                "low": low,
-                "high": high,
-            }
+            told = {"estimate": name, "spec": spec.model_dump(), "seeds": seeds}
+            yield {**told, "kept": kept, "low": low, "high": high}
 
 
-def _seconds(cells: Cells, seed: int, name: str, store: Path) -> float:
+def _seconds(study: Stages, seed: int, name: str, store: Path) -> float:
     """Seconds of all estimates of one merge, without loading models; 0 for task arithmetic."""
-    own = [stage for (s, n, _), stage in cells.estimates.items() if (s, n) == (seed, name)]
+    own = [stage for (s, n, _), stage in study.estimates.items() if (s, n) == (seed, name)]
     return sum(result(stage, store, "cost.json")["seconds"] for stage in own)
 
 

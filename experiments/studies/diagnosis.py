@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from experiments import config as configs
 from experiments.config import Seeds, Study
 from experiments.diagnosis.cases import CASES, HEALTHY, VARIANTS
 from experiments.pipeline import Stage, is_done, origin, result
 from experiments.records import Record, of_kind
-from experiments.studies import sentiment
-from experiments.studies.adding import check_source
-from experiments.studies.sentiment_cells import MERGING, SOURCES
+from experiments.studies.cells import Cells
+from experiments.studies.classifiers import read_source
 
-CODE = ("experiments.diagnosis", "gradmatch.diagnosis", *MERGING, "gradmatch.estimators")
 KNOWN = {**CASES, **VARIANTS}
 
 
@@ -50,7 +47,8 @@ class Config(Study):
                 f"seed {both[0]} is in `development` and in `seeds`, which are checked as seeds that no rule was set on"
             )
         if self.sentiment:
-            check_source(self.sentiment, (*self.encoders, *self.development_encoders), quick=False)
+            seeds = (*self.encoders, *self.development_encoders)
+            read_source(self.sentiment, seeds, kinds=("sentiment",))
         elif self.encoders:
             raise ValueError(f"`encoders` has {list(self.encoders)}, but no config `sentiment` trains them")
         return self
@@ -63,15 +61,10 @@ def stages(config: Config) -> list[Stage]:
 
 def cells(config: Config) -> dict[int, Stage]:
     """Seed -> its stage."""
-    cases = list(config.cases or KNOWN)
+    function, cases = "experiments.diagnosis.confusion:diagnose_cases", list(config.cases or KNOWN)
     return {
         seed: Stage(
-            f"diagnosis/seed{seed}",
-            "experiments.diagnosis.confusion:diagnose_cases",
-            {"seed": seed, "cases": cases},
-            {},
-            CODE,
-            1.5 * len(cases),
+            f"diagnosis/seed{seed}", function, {"seed": seed, "cases": cases}, seconds=1.5 * len(cases)
         )
         for seed in (*config.development, *config.seeds)
     }
@@ -81,59 +74,34 @@ def encoder_cells(config: Config) -> dict[int, Stage]:
     """Seed of the sentiment config -> the stage on its fine-tunes."""
     if config.sentiment is None:
         return {}
-    source = configs.load(config.sentiment)
-    made = sentiment.Cells(source)
+    source = read_source(config.sentiment, kinds=("sentiment",))
+    made = Cells(source)
     return {
-        seed: Stage(
+        seed: made.stage(
             f"diagnosis/encoder-seed{seed}",
-            "experiments.diagnosis.encoder:diagnose_encoder",
+            "diagnosis.encoder:diagnose_encoder",
             {"seed": seed, "count": config.examples},
-            model_inputs(made, seed),
-            (*CODE, *SOURCES, "experiments.finetune"),
             600,
+            **made.sources(seed, source.data.tasks),
         )
         for seed in config.encoders or source.seeds
-    }
-
-
-def model_inputs(made: Any, seed: int) -> dict[str, Any]:
-    """The stages of a sentiment run that hold its data, base, fine-tunes and curvatures."""
-    tasks = made.config.data.tasks
-    return {
-        "data": made.data,
-        "base": made.trained[seed, "base"],
-        "tasks": {task: made.trained[seed, task] for task in tasks},
-        "base_curvature": made.curvatures[seed, "base"],
-        "curvatures": {task: made.curvatures[seed, task] for task in tasks},
     }
 
 
 def records(config: Config, store: Path) -> list[Record]:
     """One record per case and seed."""
     found = []
-    tiny = [
-        (seed, "check" if seed not in config.development else "development", s)
-        for seed, s in cells(config).items()
-    ]
-    real = [
-        (seed, "encoder development" if seed in config.development_encoders else "encoder", stage)
-        for seed, stage in encoder_cells(config).items()
-    ]
-    for seed, split, stage in [*tiny, *real]:
-        if is_done(stage, store):
-            rows: list[dict[str, Any]] = result(stage, store, "cases.json")
-            found += [
-                {
-                    "experiment": config.experiment,
-                    "name": config.name,
-                    "kind": "case",
-                    "seed": seed,
-                    "split": split,
-                    **origin(stage, store),
-                    **row,
-                }
-                for row in rows
-            ]
+    for kind, made, looked_at in (
+        ("", cells(config), config.development),
+        ("encoder", encoder_cells(config), config.development_encoders),
+    ):
+        for seed, stage in made.items():
+            split = " ".join(
+                filter(None, (kind, "development" if seed in looked_at else "" if kind else "check"))
+            )
+            if is_done(stage, store):
+                own = {"kind": "case", "seed": seed, "split": split, **origin(stage, store)}
+                found += [{**own, **row} for row in result(stage, store, "cases.json")]
     return found
 
 

@@ -7,50 +7,29 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from experiments import config as configs
-from experiments.config import Seeds, Study, Weights
-from experiments.pipeline import Stage, is_done, origin, result
+from experiments.config import Weights
+from experiments.pipeline import Stage, recorded
 from experiments.records import Record, of_kind
-from experiments.studies import sentiment
-from experiments.studies.adding import check_source
-from experiments.studies.diagnosis import model_inputs
-from experiments.studies.sentiment_cells import EVALUATED, MERGING, SOURCES
-
-CODE = (
-    *SOURCES,
-    *MERGING,
-    "experiments.diagnosis.loading",
-    "experiments.diagnosis.scores",
-    "experiments.finetune",
-    "gradmatch.diagnosis",
-    "gradmatch.estimators",
-)
+from experiments.studies.cells import EVALUATED, Cells
+from experiments.studies.classifiers import OnTexts
 
 
-class Config(Study):
-    """Keys of the config.
+class Config(OnTexts):
+    """Keys of the config, beside those of the models that it uses.
 
-    `sentiment` is the config whose base, fine-tunes and curvatures are used; `examples` of `split` are what the forecast
-    sees of each task, `kfac` of them make the Kronecker factors, and `test` examples are what merges are measured on; `grid`
-    are the weights that the search tries for each task.
+    `examples` of `split` are what the forecast sees of each task, `kfac` of them make the Kronecker factors, and `test`
+    examples are what merges are measured on; `grid` are the weights that the search tries for each task.
     """
 
     experiment: Literal["forecast"]
-    sentiment: Path
     split: Literal["train", "validation"] = "train"
     examples: int = Field(default=256, gt=1)
     kfac: int = Field(default=128, gt=1)
     test: int = Field(default=300, gt=1)
     draws: int = Field(default=12, ge=0)
     grid: Weights = Field(default=(0.1, 0.3, 0.5, 0.8, 1.1), min_length=1)
-    seeds: Seeds = ()  # of the sentiment config's; none given: all
-
-    @model_validator(mode="after")
-    def _is_sentiment(self) -> Config:
-        check_source(self.sentiment, self.seeds, quick=False)
-        return self
 
 
 def stages(config: Config) -> list[Stage]:
@@ -60,19 +39,18 @@ def stages(config: Config) -> list[Stage]:
 
 def cells(config: Config) -> dict[int, Stage]:
     """Seed -> its stage."""
-    source = configs.load(config.sentiment)
-    made = sentiment.Cells(source)
-    tasks = source.data.tasks
-    settings = config.model_dump(include={"split", "kfac", "test", "draws"})
-    settings |= {"count": config.examples, "grid": list(config.grid)}
+    source = config.source
+    made, tasks = Cells(source), source.data.tasks
+    settings = config.model_dump(include={"split", "kfac", "test", "draws"}) | {"count": config.examples}
+    settings |= {"grid": list(config.grid), "delta0": source.delta0}
+    seconds = len(config.grid) ** len(tasks) * config.test * len(tasks) / EVALUATED + 200
     return {
-        seed: Stage(
+        seed: made.stage(
             f"forecast/seed{seed}",
-            "experiments.diagnosis.forecasting:forecast",
-            {**settings, "seed": seed, "delta0": source.delta0},
-            model_inputs(made, seed),
-            CODE,
-            len(config.grid) ** len(tasks) * config.test * len(tasks) / EVALUATED + 200,
+            "diagnosis.forecasting:forecast",
+            {**settings, "seed": seed},
+            seconds,
+            **made.sources(seed, tasks),
         )
         for seed in config.seeds or source.seeds
     }
@@ -80,12 +58,8 @@ def cells(config: Config) -> dict[int, Stage]:
 
 def records(config: Config, store: Path) -> list[Record]:
     """One record per seed."""
-    found = []
-    for seed, stage in cells(config).items():
-        if is_done(stage, store):
-            common = {"experiment": config.experiment, "name": config.name, "kind": "forecast", "seed": seed}
-            found.append({**common, **origin(stage, store), **result(stage, store, "forecast.json")})
-    return found
+    made = cells(config).items()
+    return [row for s, stage in made for row in recorded(stage, store, "forecast", "forecast.json", seed=s)]
 
 
 WHERE = {

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from experiments import config as configs
-from experiments.config import Seeds, Strict, Study
-from experiments.pipeline import Stage, is_done, origin, result
+from experiments.config import Seeds, Strict, Study, nearest
+from experiments.pipeline import Stage, is_done, origin, recorded, result
 from experiments.records import Record, of_kind
-from experiments.studies.sentiment_cells import EVALUATED, MERGING, SOURCES
+from experiments.studies.cells import EVALUATED, Cells, slug
+from experiments.studies.classifiers import Config as Source
+from experiments.studies.classifiers import read_source
 
-CODE = ("gradmatch.measure.redundancy", "gradmatch.measure.similarity")
-SCORING = {  # whether images -> what decides an accuracy
-    False: (*SOURCES, "experiments.evaluate"),
-    True: ("experiments.vision.models", "experiments.vision.packages", "experiments.vision.stages"),
-}
 PHOTOGRAPHS = " on photographs"
 
 
@@ -42,114 +38,84 @@ class Config(Study):
     analogies: dict[str, Analogy] = Field(default_factory=dict)
     weights: tuple[float, ...] = (0.3, 0.6, 1.0)
 
+    @property
+    def made(self) -> dict[str, Source]:
+        """The configs whose models are used, checked."""
+        kinds = ("sentiment", "vision")
+        return {name: read_source(path, self.seeds, kinds=kinds) for name, path in self.sources.items()}
+
     @model_validator(mode="after")
     def _known(self) -> Config:
-        made = {name: configs.load(path) for name, path in self.sources.items()}
-        for name, source in made.items():
-            if source.experiment not in ("sentiment", "vision"):
-                raise ValueError(f"{self.sources[name]} is no config of the sentiment or vision experiment")
-            absent = [seed for seed in self.seeds if seed not in source.seeds]
-            if absent:
-                seeds = ", ".join(map(str, source.seeds))
-                raise ValueError(f"{self.sources[name]} has no seed {absent[0]}; it has {seeds}")
+        made = self.made
         for name, spec in self.analogies.items():
             if spec.source not in made:
-                raise ValueError(
-                    f"analogy {name!r}: no source {spec.source!r}{configs.nearest(spec.source, self.sources)}"
-                )
-            data = made[spec.source].data
-            for model in (spec.a, spec.b, spec.c):
-                if model not in data.tasks:
-                    raise ValueError(
-                        f"analogy {name!r}: no task {model!r}{configs.nearest(model, data.tasks)}"
-                    )
-            images = made[spec.source].experiment == "vision"
-            if (spec.target.removesuffix(PHOTOGRAPHS) if images else spec.target) not in data.domains:
-                raise ValueError(
-                    f"analogy {name!r}: no domain {spec.target!r}{configs.nearest(spec.target, data.domains)}"
-                )
+                raise ValueError(f"analogy {name!r}: no source {spec.source!r}{nearest(spec.source, made)}")
+            source = made[spec.source]
+            images = source.experiment == "vision"
+            target = spec.target.removesuffix(PHOTOGRAPHS) if images else spec.target
+            wanted = [("task", model, source.data.tasks) for model in (spec.a, spec.b, spec.c)]
+            for what, asked, known in (*wanted, ("domain", target, source.data.domains)):
+                if asked not in known:
+                    raise ValueError(f"analogy {name!r}: no {what} {asked!r}{nearest(asked, known)}")
         return self
 
 
-class Cells:
+class Stages:
     """The stages of one config, by (source, seed, ...)."""
 
     def __init__(self, config: Config) -> None:
         self.cosines: dict[tuple[str, int], Stage] = {}
         self.curves: dict[tuple[str, int, str], Stage] = {}
         self.analogies: dict[tuple[str, int], Stage] = {}
-        for name, path in config.sources.items():
-            source = configs.load(path)
-            made = configs.study(source.experiment).Cells(source)
-            images = source.experiment == "vision"
+        for name, source in config.made.items():
+            made = Cells(source)
+            seconds = made.tested / EVALUATED
             for seed in config.seeds or source.seeds:
-                base = made.trained[seed, "base"]
+                base, title = made.trained[seed, "base"], f"redundancy/{name}/seed{seed}"
                 tasks = {task: made.trained[seed, task] for task in source.data.tasks}
-                seconds = (source.data.test or 1000) / EVALUATED
-                title = f"redundancy/{name}/seed{seed}"
-                self.cosines[name, seed] = Stage(
-                    f"{title}/cosines",
-                    "experiments.redundancy:compare_vectors",
-                    {},
-                    {"base": base, "tasks": tasks},
-                    CODE,
-                    5,
-                )
+                function, inputs = "experiments.redundancy:compare_vectors", {"base": base, "tasks": tasks}
+                self.cosines[name, seed] = Stage(f"{title}/cosines", function, {}, inputs, seconds=5)
                 for task, tuned in tasks.items():
-                    self.curves[name, seed, task] = Stage(
+                    self.curves[name, seed, task] = made.stage(
                         f"{title}/drop-{task}",
-                        "experiments.redundancy:drop",
-                        {"domain": task, "images": images, "shares": list(config.shares), "seed": seed},
-                        {"base": base, "model": tuned, "data": made.data},
-                        (*CODE, *SCORING[images]),
+                        "redundancy:drop",
+                        {"domain": task, "shares": list(config.shares), "seed": seed},
                         2 * len(config.shares) * seconds,
+                        base=base,
+                        model=tuned,
                     )
                 for label, spec in config.analogies.items():
                     if spec.source == name:
-                        models: dict[str, Any] = {
-                            "a": tasks[spec.a],
-                            "b": tasks[spec.b],
-                            "c": tasks[spec.c],
-                        }
-                        self.analogies[label, seed] = Stage(
-                            f"{title}/analogy-{''.join(c if c.isalnum() else '_' for c in label)}",
-                            "experiments.redundancy:compare_analogy",
-                            {"target": spec.target, "images": images, "weights": list(config.weights)},
-                            {"base": base, **models, "data": made.data},
-                            (*CODE, *SCORING[images], *MERGING, "gradmatch.subtraction"),
+                        self.analogies[label, seed] = made.stage(
+                            f"{title}/analogy-{slug(label)}",
+                            "redundancy:compare_analogy",
+                            {"target": spec.target, "weights": list(config.weights)},
                             (4 + len(config.weights)) * seconds,
+                            base=base,
+                            **{part: tasks[getattr(spec, part)] for part in ("a", "b", "c")},
                         )
-
-    def all(self) -> list[Stage]:
-        """Every stage."""
-        return [*self.cosines.values(), *self.curves.values(), *self.analogies.values()]
 
 
 def stages(config: Config) -> list[Stage]:
     """Cosines, curves and analogies; the models they read come with them."""
-    return Cells(config).all()
+    made = Stages(config)
+    return [*made.cosines.values(), *made.curves.values(), *made.analogies.values()]
 
 
 def records(config: Config, store: Path) -> list[Record]:
     """One record per matrix, per point of a curve, per analogy and seed; stages that failed are left out."""
-    cells = Cells(config)
+    made = Stages(config)
     found: list[Record] = []
-
-    def add(kind: str, stage: Stage, content: dict[str, Any], **own: Any) -> None:
-        common = {"experiment": config.experiment, "name": config.name, "kind": kind}
-        found.append({**common, **own, **content, **origin(stage, store)})
-
-    for (source, seed), stage in cells.cosines.items():
+    for (source, seed), stage in made.cosines.items():
+        found += recorded(stage, store, "cosines", "cosines.json", source=source, seed=seed)
+    for (source, seed, task), stage in made.curves.items():
         if is_done(stage, store):
-            add("cosines", stage, result(stage, store, "cosines.json"), source=source, seed=seed)
-    for (source, seed, task), stage in cells.curves.items():
-        if is_done(stage, store):
-            for point in result(stage, store, "curve.json"):
-                add("redundancy", stage, point, source=source, seed=seed, task=task)
-    for (label, seed), stage in cells.analogies.items():
-        if is_done(stage, store):
-            spec = config.analogies[label].model_dump()
-            add("analogy", stage, {**result(stage, store, "analogy.json"), **spec}, analogy=label, seed=seed)
+            own = {"kind": "redundancy", "source": source, "seed": seed, "task": task}
+            points = result(stage, store, "curve.json")
+            found += [{**own, **point, **origin(stage, store)} for point in points]
+    for (label, seed), stage in made.analogies.items():
+        own = {"analogy": label, "seed": seed, **config.analogies[label].model_dump()}
+        found += recorded(stage, store, "analogy", "analogy.json", **own)
     return found
 
 

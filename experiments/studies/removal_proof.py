@@ -12,23 +12,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from experiments.config import Seeds, Strict, Study, Training, different
+from experiments.config import Count, Seeds, Strict, Study, Training, different
 from experiments.pipeline import Stage, is_done, origin, result
 from experiments.records import Record, of_kind
 from experiments.statistics import t_interval
-from experiments.studies.sentiment_cells import MERGING, SQUARED, TRAINED
+from experiments.studies.cells import SQUARED, TRAINED
+from experiments.studies.classifiers import local_model
+from experiments.studies.sentiment import texts_stage
 from experiments.tasks.sentiment import VADER_FILES
 
-EDITING = ("gradmatch.subtraction", *MERGING)
-MODELS = ("experiments.models", "experiments.assets")
+VALIDATED = 50  # validation texts of the encoder's domains: nothing is chosen on them
 METRICS = ("distance", "kl", "removed", "accuracy", "gap")
 
 
 class Network(Strict):
     """The small network on digits: steps of training and of fine-tuning, its learning rate."""
 
-    steps: int = Field(default=600, gt=0)
-    tuning_steps: int = Field(default=20, gt=0)
+    steps: Count = 600
+    tuning_steps: Count = 20
     learning_rate: float = Field(default=1e-3, gt=0)
 
 
@@ -39,9 +40,9 @@ class Encoder(Strict):
     source: str = "vader"  # or a folder with one `<domain>.jsonl` of text, label, document
     keep: tuple[str, ...] = Field(default=("movies", "amazon"), min_length=1)
     remove: str = "tweets"
-    wrong: int = Field(default=600, gt=0)  # texts with wrong labels, of the domain's training texts
+    wrong: Count = 600  # texts with wrong labels, of the domain's training texts
     max_length: int = Field(default=48, gt=2)
-    test: int = Field(default=300, gt=0)
+    test: Count = 300
     training: Training
     tuning: Training
     examples: int = Field(default=300, gt=1)
@@ -76,18 +77,12 @@ def cells(config: Config) -> dict[tuple[str, int], Stage]:
     """(problem, seed) -> the stage that measures it."""
     made: dict[tuple[str, int], Stage] = {}
     alphas = list(config.alphas)
+    toys: dict[str, dict[str, Any]] = {"ridge": {}, "logistic": {"alphas": alphas}}
+    toys["network"] = {"alphas": alphas, **config.network.model_dump()}
     for seed in config.seeds:
-        toys = {
-            "ridge": {},
-            "logistic": {"alphas": alphas},
-            "network": {"alphas": alphas, **config.network.model_dump()},
-        }
         for problem, settings in toys.items():
-            function = f"experiments.removal.proof:{problem}"
-            name = f"proof/seed{seed}/{problem}"
-            made[problem, seed] = Stage(
-                name, function, {"seed": seed, **settings}, {}, (*EDITING, "gradmatch.estimators"), 5
-            )
+            name, function = f"proof/seed{seed}/{problem}", f"experiments.removal.proof:{problem}"
+            made[problem, seed] = Stage(name, function, {"seed": seed, **settings}, seconds=5)
         if config.encoder:
             made["encoder", seed] = _encoder(config.encoder, seed, alphas)
     return made
@@ -95,33 +90,16 @@ def cells(config: Config) -> dict[tuple[str, int], Stage]:
 
 def _encoder(spec: Encoder, seed: int, alphas: list[float]) -> Stage:
     """The stages of the encoder: data, base, retrained, task, fine-tuned on the rest, two curvatures, what each edit did."""
-    clean = Stage(
-        "proof/data",
-        "experiments.tasks.sentiment:prepare",
-        {
-            "source": spec.source,
-            "domains": [*spec.keep, spec.remove],
-            "encoder": spec.encoder,
-            "max_length": spec.max_length,
-            "limits": {"validation": 50, "test": spec.test},
-            "split_seed": 0,
-        },
-        code=MODELS,
-        seconds=10,
-        reads=()
-        if spec.source == "vader"
-        else tuple(f"{spec.source}/{d}.jsonl" for d in (*spec.keep, spec.remove)),
-    )
-    data = Stage(
-        "proof/poisoned",
-        "experiments.removal.encoder:poison",
-        {"domain": spec.remove, "count": spec.wrong},
-        {"data": clean},
-        MODELS,
-        seconds=2,
-    )
+    keep, everything, title = list(spec.keep), [*spec.keep, spec.remove], f"proof/seed{seed}"
+    encoder = local_model(spec.encoder)
+    own = spec.source != "vader"
+    corpora = {name: {"path": f"{spec.source}/{name}.jsonl" if own else "vader"} for name in everything}
+    settings = {"corpora": corpora, "encoder": spec.encoder, "max_length": spec.max_length, "split_seed": 0}
+    clean = texts_stage("proof/data", {**settings, "limits": {"validation": VALIDATED, "test": spec.test}})
+    wrong, function = {"domain": spec.remove, "count": spec.wrong}, "experiments.removal.encoder:poison"
+    data = Stage("proof/poisoned", function, wrong, {"data": clean}, seconds=2)
 
-    def trained(name: str, domains: Sequence[str], training: Training, start: Stage | None) -> Stage:
+    def trained(name: str, domains: Sequence[str], training: Training, **start: Stage) -> Stage:
         new = {} if start else {"start": spec.encoder, "num_labels": 2}
         settings = {
             "domains": list(domains),
@@ -130,51 +108,39 @@ def _encoder(spec: Encoder, seed: int, alphas: list[float]) -> Stage:
             **training.model_dump(),
             **new,
         }
-        inputs = {"data": data, **({"start": start} if start else {})}
         seconds = 2 + training.steps * training.batch_size / TRAINED
-        return Stage(
-            f"proof/seed{seed}/{name}", "experiments.finetune:finetune", settings, inputs, MODELS, seconds
-        )
+        function, inputs = "experiments.finetune:finetune", {"data": data, **start}
+        return Stage(f"{title}/{name}", function, settings, inputs, seconds, () if start else encoder)
 
-    base = trained("base", [*spec.keep, spec.remove], spec.training, None)
+    def curvature(name: str, domains: Sequence[str]) -> Stage:
+        settings = {"domains": list(domains), "seed": seed, "examples": spec.examples}
+        function, inputs = "experiments.removal.encoder:curvature", {"data": data, "model": models[name]}
+        return Stage(f"{title}/curvature-{name}", function, settings, inputs, spec.examples / SQUARED)
+
+    base = trained("base", everything, spec.training)
     models = {
         "base": base,
-        "retrained": trained("retrained", spec.keep, spec.training, None),
-        "task": trained("task", [spec.remove], spec.tuning, base),
-        "rest": trained("rest", spec.keep, spec.tuning, base),
+        "retrained": trained("retrained", keep, spec.training),
+        "task": trained("task", [spec.remove], spec.tuning, start=base),
+        "rest": trained("rest", keep, spec.tuning, start=base),
     }
     curvatures = {
-        name: Stage(
-            f"proof/seed{seed}/curvature-{name}",
-            "experiments.removal.encoder:curvature",
-            {"domains": list(domains), "seed": seed, "examples": spec.examples},
-            {"data": data, "model": models[name]},
-            (*MODELS, "gradmatch.estimators"),
-            spec.examples / SQUARED,
-        )
-        for name, domains in (("base", [*spec.keep, spec.remove]), ("task", [spec.remove]))
+        "base_curvature": curvature("base", everything),
+        "task_curvature": curvature("task", [spec.remove]),
     }
-    return Stage(
-        f"proof/seed{seed}/encoder",
-        "experiments.removal.encoder:compare",
-        {"keep": list(spec.keep), "remove": spec.remove, "alphas": alphas},
-        {"data": data, **models, "base_curvature": curvatures["base"], "task_curvature": curvatures["task"]},
-        (*MODELS, *EDITING, "experiments.removal.proof", "gradmatch.estimators"),
-        (4 * len(alphas) + 3) * 5,
-    )
+    settings = {"keep": keep, "remove": spec.remove, "alphas": alphas}
+    function, inputs = "experiments.removal.encoder:compare", {"data": data, **models, **curvatures}
+    return Stage(f"{title}/encoder", function, settings, inputs, (4 * len(alphas) + 3) * 5)
 
 
 def records(config: Config, store: Path) -> list[Record]:
     """One record an edit, problem and seed; stages that failed are left out."""
-    shared = {"experiment": config.experiment, "name": config.name}
-    return [{**shared, **record} for record in _rows(config, store)]
-
-
-def _rows(config: Config, store: Path) -> Iterator[Record]:
-    for (problem, seed), stage in cells(config).items():
-        if is_done(stage, store):
-            for row in result(stage, store, "rows.json"):
-                yield {"kind": "proof", "problem": problem, "seed": seed, **row, **origin(stage, store)}
+    return [
+        {"kind": "proof", "problem": problem, "seed": seed, **row, **origin(stage, store)}
+        for (problem, seed), stage in cells(config).items()
+        if is_done(stage, store)
+        for row in result(stage, store, "rows.json")
+    ]
 
 
 def report(found: list[Record]) -> str:

@@ -7,16 +7,13 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from experiments import config as configs
-from experiments.config import Strict, Study
+from experiments.config import Count, Strict, Study
 from experiments.options import check_names, check_rule
 from experiments.pipeline import Stage, card, is_done, origin, result
 from experiments.records import Record, of_kind
-from experiments.studies.sentiment import check_merge
-from experiments.studies.sentiment_cells import EVALUATED, MERGING, SOURCES
-
-CODE = (*SOURCES, *MERGING, "experiments.merging", "experiments.evaluate")
-IMAGES = ("experiments.vision.models", "experiments.vision.packages", "experiments.vision.stages")
+from experiments.studies.cells import EVALUATED, VALIDATED, Cells
+from experiments.studies.classifiers import Config as Source
+from experiments.studies.classifiers import check_values, read_source
 
 
 class Range(Strict):
@@ -31,11 +28,7 @@ class Range(Strict):
     def _either(self) -> Range:
         if bool(self.values) == (self.low is not None and self.high is not None):
             raise ValueError("give either `values` or both `low` and `high`")
-        if (
-            self.low is not None
-            and self.high is not None
-            and not (self.low < self.high and (self.low > 0 or not self.log))
-        ):
+        if not self.values and not (self.low < self.high and (self.low > 0 or not self.log)):
             raise ValueError("`low` must be below `high`, and positive where `log`")
         return self
 
@@ -50,62 +43,40 @@ class Config(Study):
     options: dict[str, Any] = Field(default_factory=dict)
     space: dict[str, Range] = Field(min_length=1)  # `alpha` is the weight of every task
     sampler: Literal["tpe", "grid"] = "tpe"
-    trials: int = Field(default=20, gt=0)
+    trials: Count = 20
+
+    @property
+    def made(self) -> Source:
+        """The config whose models are used, checked."""
+        return read_source(self.source, (self.seed,), kinds=("sentiment", "vision"))
 
     @model_validator(mode="after")
     def _known(self) -> Config:
-        source = configs.load(self.source)
-        if source.experiment not in ("sentiment", "vision"):
-            raise ValueError(f"{self.source} is no config of the sentiment or vision experiment")
-        if self.seed not in source.seeds:
-            raise ValueError(
-                f"{self.source} has no seed {self.seed}; it has {', '.join(map(str, source.seeds))}"
-            )
+        source = self.made
         check_names(self.method, self.options, self.space)
-        check_merge(self.method, self.options)
         check_rule("method", self.method, len(source.data.tasks), lacking=("gram", "factors"))
-        for name, tried in self.space.items():
-            for value in tried.values or (tried.low, tried.high):
-                check_merge(self.method, {**self.options, name: value})
-            if self.sampler == "grid" and not tried.values:
+        tried = {name: own.values or (own.low, own.high) for name, own in self.space.items()}
+        check_values(self.method, self.options, tried)
+        for name, own in self.space.items():
+            if self.sampler == "grid" and not own.values:
                 raise ValueError(f"space.{name}: a grid needs `values`")
         return self
 
 
 def stages(config: Config) -> list[Stage]:
     """A stage per worker; the models they read come with them."""
-    source = configs.load(config.source)
-    made = configs.study(source.experiment).Cells(source)
-    data = source.data
-    images = source.experiment == "vision"
-    seconds = config.trials * len(data.domains) * (data.validation or 500) / EVALUATED / config.workers
-    settings = {
-        "method": config.method,
-        "options": config.options,
-        "space": {name: tried.model_dump(mode="json") for name, tried in config.space.items()},
-        "sampler": config.sampler,
-        "seed": config.seed,
-        "images": images,
-        "domains": data.domains,
-        "delta0": source.delta0,
-    }
-    function, code = "experiments.search:take_part", (*CODE, *(IMAGES if images else ()))
-    inputs = {**made.sources(config.seed, data.tasks), "data": made.data}
-    shared = Stage(
-        "", function, settings, inputs, code
-    )  # what all workers have in common: it names their study
-    settings |= {"study": f"search-{shared.key}", "trials": config.trials}
-    return [
-        Stage(
-            f"search/{config.name}/worker{worker}",
-            function,
-            {"worker": worker, **settings},
-            inputs,
-            code,
-            seconds,
-        )
-        for worker in range(config.workers)
-    ]
+    made = Cells(config.made)
+    data, sources = made.config.data, made.sources(config.seed, made.config.data.tasks)
+    settings = config.model_dump(mode="json", include={"method", "options", "space", "sampler", "seed"})
+    settings |= {"domains": data.domains, "delta0": made.config.delta0}
+    seconds = config.trials * len(data.domains) * (data.validation or VALIDATED) / EVALUATED / config.workers
+
+    def stage(name: str, **own: Any) -> Stage:
+        return made.stage(f"search/{name}", "search:take_part", settings | own, seconds, **sources)
+
+    shared = stage("")  # what all workers have in common: it names their study
+    own = {"study": f"search-{shared.key}", "trials": config.trials}
+    return [stage(f"{config.name}/worker{n}", worker=n, **own) for n in range(config.workers)]
 
 
 def records(config: Config, store: Path) -> list[Record]:
@@ -115,12 +86,7 @@ def records(config: Config, store: Path) -> list[Record]:
         return []
     last = max(done, key=lambda stage: str(card(stage, store)["finished"]))
     found = result(last, store, "search.json")
-    common = {
-        "experiment": config.experiment,
-        "name": config.name,
-        "seed": config.seed,
-        "method": config.method,
-    }
+    common = {"seed": config.seed, "method": config.method}
     trials = [common | {"kind": "trial"} | trial for trial in found["trials"]]
     return [*trials, common | {"kind": "best"} | found["best"] | origin(last, store)]
 

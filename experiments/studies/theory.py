@@ -8,17 +8,10 @@ from typing import Literal
 from pydantic import Field
 
 from experiments.config import Study
-from experiments.pipeline import Stage, is_done, origin, result
+from experiments.pipeline import Stage, recorded
 from experiments.records import Record
-from experiments.studies.sentiment_cells import MERGING
 
 CLAIMS = ("exactness", "identities", "special_cases", "closer", "refinement")
-CODE = (
-    "experiments.convex",
-    "gradmatch.estimators",
-    "experiments.statistics",
-    *MERGING,
-)
 
 
 class Config(Study):
@@ -30,27 +23,15 @@ class Config(Study):
 
 def stages(config: Config) -> list[Stage]:
     """One stage per claim."""
-    seeds = list(range(config.seeds))
+    settings, seconds = {"seeds": list(range(config.seeds))}, 0.1 * config.seeds
     return [
-        Stage(
-            f"theory/{claim}",
-            f"experiments.theory:{claim}",
-            {"seeds": seeds},
-            code=CODE,
-            seconds=0.1 * config.seeds,
-        )
-        for claim in CLAIMS
+        Stage(f"theory/{claim}", f"experiments.theory:{claim}", settings, seconds=seconds) for claim in CLAIMS
     ]
 
 
 def records(config: Config, store: Path) -> list[Record]:
     """One record per claim; stages that failed are left out."""
-    found = []
-    for stage in stages(config):
-        if is_done(stage, store):
-            common = {"experiment": config.experiment, "name": config.name, "kind": "claim"}
-            found.append({**common, **result(stage, store, "claim.json"), **origin(stage, store)})
-    return found
+    return [row for stage in stages(config) for row in recorded(stage, store, "claim", "claim.json")]
 
 
 def report(found: list[Record]) -> str:

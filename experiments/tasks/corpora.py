@@ -1,11 +1,11 @@
-"""Sentiment corpora in the forms they are given away in: folders of their own, one domain of VADER's, or the hub's data sets.
+"""Sentiment corpora in the forms they are given away in: folders of their own, one domain of VADER's, or tables.
 
 What each becomes is what `experiments.tasks.sentiment` splits and tokenises; a data set with a test split of its own keeps it.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import re
 import zipfile
 from collections import Counter
@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import assets
+from experiments.files import write_json
 from experiments.tasks.sentiment import (
     MIN_PER_SPLIT,
     SPLITS,
@@ -23,11 +25,11 @@ from experiments.tasks.sentiment import (
     read_vader,
     without_duplicates,
 )
+from gradmatch.measure.tables import Table
 
 TEST = "test/"  # how the documents of a given test split begin
 RATING = re.compile(r"\[([+-]\d)\]")
 STANDING_IN = '~data.corpora data.base=movies "data.tasks=[amazon, tweets, nyt]" encoder=encoder, and ~task_steps where the config has it'
-LINES = (".jsonl", ".json")  # files of a JSON object a line
 ENDINGS = {".neg": 0, ".pos": 1, ".0": 0, ".1": 1}  # of files with a text a line
 
 
@@ -39,67 +41,26 @@ def read_corpus(
     test: str | None = None,
     **columns: Any,
 ) -> list[Example]:
-    """The examples of one domain from a folder, a .jsonl file, `vader`, or a hub name (subset, train, test: of the latter).
+    """The examples of one domain from a folder, a table (a file, or a set of the hub: subset, train, test), or `vader`.
 
     Raises FileNotFoundError, ValueError.
     """
-    kind = "no text in any row"
     local = Path(path)
     if path == "vader":
-        from experiments import assets
-
         if domain not in VADER_FILES:
             raise ValueError(f"vader has no domain {domain!r}; it has {', '.join(VADER_FILES)}")
         return read_vader(assets.folder("sentiment"), domain)
-    if local.is_file():
-        if local.suffix not in LINES:
-            raise ValueError(
-                f"{path}: a file of a corpus is one of {', '.join(LINES)}, an object with a text and a label a line; this is "
-                f"{local.suffix or 'without an ending'}"
-            )
-        found = [
-            _from_row(row, domain, f"{path}, line {number}", str(number), **columns)
-            for number, row in json_lines(local)
-        ]
-        kind = "each line of it is an object with a text and a label"
-    elif local.is_dir():
+    if local.is_dir() and any(file.suffix in (".zip", *ENDINGS) for file in local.iterdir()):
         found = list(_of_folder(local))
-        kind = (
-            "a folder has zip files with neg/ and pos/ or with rated sentences, or pairs of files with a text a line "
-            f"that end in {', '.join(ENDINGS)}"
-        )
-    elif local.suffix == ".jsonl":
-        present = ", ".join(sorted(file.stem for file in local.parent.glob("*.jsonl"))) or "none"
-        raise FileNotFoundError(f"no {path}; domains in that folder: {present}")
     else:
-        found = list(_of_hub(domain, path, subset, train, test, columns))
+        found = list(_of_table(domain, path, subset, train, test, columns))
     examples = [example for example in found if example.text]
     if not examples:
-        raise ValueError(f"{path} holds no text that can be read: {kind}")
+        raise ValueError(
+            f"{path} holds no text that can be read: a folder has zip files with neg/ and pos/ or with rated sentences, pairs "
+            f"of files with a text a line that end in {', '.join(ENDINGS)}, or a table with texts and labels"
+        )
     return examples
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number (from 1) and object of each line that is not blank. Raises ValueError, which says the line."""
-    with path.open(encoding="utf-8") as file:
-        try:
-            lines = file.readlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path} is not in UTF-8 (byte {error.start}: {error.reason}); save it so"
-            ) from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.rstrip())
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: no JSON ({error.msg} at column {error.colno}); each line is an object"
-            ) from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: no object but {line.strip()[:40]!r}")
-        yield number, row
 
 
 def _of_folder(folder: Path) -> Iterator[Example]:
@@ -129,28 +90,27 @@ def _of_member(name: str, text: str) -> Iterator[Example]:
             yield Example(clean(sentence), int(rating > 0), f"{name}/{review}")
 
 
-def _of_hub(
-    domain: str, name: str, subset: str | None, train: str, test: str | None, columns: Mapping[str, Any]
+def _of_table(
+    domain: str, path: str, subset: str | None, train: str, test: str | None, columns: Mapping[str, Any]
 ) -> Iterator[Example]:
-    """The train split (or a slice of it, as `train[:5%]`), after the test split, whose documents say so.
+    """The train split (of the hub's also a slice of it, as `train[:5%]`), after the test split, whose documents say so.
 
-    Of a text that is in both, the first is kept: the test's.
+    Of a text that is in both, the first is kept: the test's. A file is one split, `train`.
     """
+    one = Path(path).is_file()
     for split, mark in ((test, TEST), (train, "")):
         if split is not None:
-            for number, row in enumerate(_hub_rows(name, subset, split)):
-                yield _from_row(row, domain, name, f"{mark}{split}/{number}", **columns)
+            for number, row in enumerate(_table(path, subset, split)):
+                document = str(number + 1) if one else f"{mark}{split}/{number}"
+                yield _from_row(row, domain, f"{path}, row {number + 1}", document, **columns)
 
 
-def _hub_rows(name: str, subset: str | None, split: str) -> Any:
-    from datasets import load_dataset
-
+def _table(path: str, subset: str | None, split: str) -> Table:
     try:
-        return load_dataset(name, subset, split=split)
-    except Exception as error:  # the hub's errors have many types
+        return Table(f"{path}:{subset}" if subset else path, split=split)
+    except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"cannot load the texts {name!r}: no such file or folder, and no hub that has them is within reach "
-            f"({type(error).__name__}); the texts of vaderSentiment, which need only PyPI, stand in for them: {STANDING_IN}"
+            f"{error}; the texts of vaderSentiment, which need only PyPI, stand in for them: {STANDING_IN}"
         ) from error
 
 
@@ -171,12 +131,14 @@ def _from_row(
             f"{where}: no column {columns}; it has {', '.join(map(str, row))}: name yours by {keys}"
         )
     try:
-        positive = float(row[label]) >= positive_from
+        value = float(row[label])
+        if not math.isfinite(value):
+            raise ValueError("no number")
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{where}: the label (column {label!r}) is {row[label]!r}, which is no number; labels from {positive_from:g} are positive"
         ) from error
-    return Example(clean(str(row[text])), int(positive), str(row.get("document", document)))
+    return Example(clean(str(row[text])), int(value >= positive_from), str(row.get("document", document)))
 
 
 def split_corpus(domain: str, examples: Sequence[Example], seed: int) -> dict[str, list[Example]]:
@@ -193,7 +155,7 @@ def split_corpus(domain: str, examples: Sequence[Example], seed: int) -> dict[st
     return found
 
 
-def prepare_corpora(
+def prepare(
     out: Path,
     *,
     corpora: Mapping[str, Mapping[str, Any]],
@@ -202,7 +164,11 @@ def prepare_corpora(
     limits: Mapping[str, int | None],
     split_seed: int,
 ) -> None:
-    """Stage: as `experiments.tasks.sentiment.prepare`, from a corpus per domain (arguments of `read_corpus`)."""
+    """Stage: read a corpus per domain (arguments of `read_corpus`), clean, split and tokenise.
+
+    limits: split -> at most so many examples per domain, drawn by the seed. `out/<domain>/<split>` are `datasets` on disk,
+    `out/counts.json` says how many.
+    """
     from datasets import Dataset, disable_progress_bars
 
     from experiments.models import load_tokenizer, locate
@@ -227,4 +193,4 @@ def prepare_corpora(
             columns = {**tokens, "labels": labels, "document": [example.document for example in chosen]}
             Dataset.from_dict(columns).save_to_disk(out / domain / split)
             counts[f"{domain}/{split}"] = {"n": len(chosen), "labels": Counter(labels)}
-    (out / "counts.json").write_text(json.dumps(counts, indent=1, sort_keys=True), encoding="utf-8")
+    write_json(out / "counts.json", counts)

@@ -1,4 +1,4 @@
-"""Sentiment in several domains: human-rated texts from PyPI, or one's own; cleaned, split without leakage, tokenised.
+"""Sentiment in several domains: human-rated texts from PyPI; cleaned, split without leakage.
 
 A text's document decides its split, and a text that occurs twice (but for case and punctuation), within a domain or in
 two, is kept once: so no document and no text is on two sides of a split.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import html
-import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,22 +44,6 @@ def read_vader(folder: Path, domain: str) -> list[Example]:
         if abs(float(rating)) >= NEUTRAL:
             document = identifier.split("_")[0] if domain in SEVERAL_PER_DOCUMENT else identifier
             examples.append(Example(clean(text), int(float(rating) > 0), document))
-    return examples
-
-
-def read_folder(folder: Path, domain: str) -> list[Example]:
-    """One's own data: `<domain>.jsonl` with text, label and, where texts belong together, document."""
-    path = folder / f"{domain}.jsonl"
-    if not path.is_file():
-        present = ", ".join(sorted(file.stem for file in folder.glob("*.jsonl"))) or "none"
-        raise FileNotFoundError(f"no {path}; domains in that folder: {present}")
-    examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        row = json.loads(line)
-        missing = [key for key in ("text", "label") if key not in row]
-        if missing:
-            raise ValueError(f"{path}, line {number}: no {' and no '.join(missing)} (found {', '.join(row)})")
-        examples.append(Example(clean(row["text"]), int(row["label"]), str(row.get("document", number))))
     return examples
 
 
@@ -112,43 +94,3 @@ def in_splits(domain: str, examples: Iterable[Example], seed: int) -> dict[str, 
             )
         members.sort(key=lambda example: hashlib.sha256(f"{seed}/{example.text}".encode()).digest())
     return found
-
-
-def prepare(
-    out: Path,
-    *,
-    source: str,
-    domains: Sequence[str],
-    encoder: str,
-    max_length: int,
-    limits: Mapping[str, int | None],
-    split_seed: int,
-) -> None:
-    """Stage: read, clean, split and tokenise; `out/<domain>/<split>` are `datasets` on disk, `out/counts.json` says what.
-
-    limits: split -> at most so many examples per domain, drawn by the seed.
-    """
-    from datasets import Dataset, disable_progress_bars
-
-    from experiments import assets
-    from experiments.models import load_tokenizer, locate
-
-    disable_progress_bars()
-    tokenizer = load_tokenizer(locate(encoder))
-    if source == "vader":
-        read = {domain: read_vader(assets.folder("sentiment"), domain) for domain in domains}
-    else:
-        read = {domain: read_folder(Path(source), domain) for domain in domains}
-    counts = {}
-    for domain, examples in without_duplicates(read).items():
-        for split, members in in_splits(domain, examples, split_seed).items():
-            chosen = members[: limits.get(split)]
-            tokens = tokenizer([example.text for example in chosen], truncation=True, max_length=max_length)
-            labels = [example.label for example in chosen]
-            columns = {**tokens, "labels": labels, "document": [example.document for example in chosen]}
-            Dataset.from_dict(columns).save_to_disk(out / domain / split)
-            counts[f"{domain}/{split}"] = {
-                "n": len(chosen),
-                **{f"label {k}": v for k, v in Counter(labels).items()},
-            }
-    (out / "counts.json").write_text(json.dumps(counts, indent=1, sort_keys=True), encoding="utf-8")

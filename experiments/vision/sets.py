@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import json
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,15 +15,17 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+from experiments import assets
+from experiments.files import write_json
+from experiments.rows import CARD
 from experiments.tasks.sentiment import MIN_PER_SPLIT, SPLITS, split_of
-from experiments.vision import packages
 
 Images = tuple[NDArray[np.uint8], NDArray[np.int64]]  # (n, H, W) or (n, H, W, 3), and (n,) classes from 0 on
 
 
 def read_animals() -> Images:
     """10,000 silhouettes of ten animals, 28 x 28."""
-    folder = packages.folder("animals")
+    folder = assets.folder("animals")
     images, labels = (
         ArraysOnly(io.BytesIO(gzip.decompress((folder / f"animal_{kind}_version_3.gz").read_bytes()))).load()
         for kind in ("data", "label")
@@ -48,7 +49,7 @@ class ArraysOnly(pickle.Unpickler):
 
 def read_mnist() -> Images:
     """5,000 digits of MNIST, 28 x 28."""
-    text = gzip.decompress((packages.folder("mnist") / "mnist_5k.csv.gz").read_bytes())
+    text = gzip.decompress((assets.folder("mnist") / "mnist_5k.csv.gz").read_bytes())
     rows = np.loadtxt(io.BytesIO(text), delimiter=",", dtype=np.int64)
     return rows[:, :-1].reshape(-1, 28, 28).astype(np.uint8), rows[:, -1]
 
@@ -189,11 +190,8 @@ def prepare(
         first += classes
         for split, indices in in_splits(name, found, split_seed).items():
             chosen = indices[: limits.get(split)]
-            tensors = {
-                "images": resized(found[0][chosen], pixels),
-                "labels": torch.tensor(found[1][chosen]),
-            }
+            tensors = {"images": resized(found[0][chosen], pixels), "labels": torch.tensor(found[1][chosen])}
             (out / name).mkdir(exist_ok=True)
             save_file(tensors, out / name / f"{split}.safetensors")
             card[name][split] = len(chosen)
-    (out / "sets.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    write_json(out / CARD, card)

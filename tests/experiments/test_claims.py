@@ -34,30 +34,24 @@ def sweep(model, seed, *accuracies):
 
 
 def subset(model, tasks, mismatch, accuracy, seed=0):
-    return {"kind": "subset", "seed": seed, "tasks": tasks, "model": model, "compare": ["GM", "TA"],
-            "metrics": {"macro": {"accuracy": accuracy}}, "mismatch": {"per_example": mismatch, "total": mismatch}}  # fmt: skip
+    found = {"kind": "subset", "seed": seed, "tasks": tasks, "model": model, "compare": ["GM", "TA"]}
+    found["metrics"] = {"macro": {"accuracy": accuracy}}
+    return found | {"mismatch": {"per_example": mismatch, "total": mismatch}}
 
 
 def proof(problem, edit, seed, distance, kl=None):
-    found = {
-        "kind": "proof",
-        "problem": problem,
-        "edit": edit,
-        "seed": seed,
-        "alpha": 1.0,
-        "distance": distance,
-    }
-    return found if kl is None else {**found, "kl": kl}
+    found = {"kind": "proof", "problem": problem, "edit": edit, "seed": seed, "alpha": 1.0}
+    return found | {"distance": distance} | ({} if kl is None else {"kl": kl})
 
 
 def area(low, high):
-    return {"kind": "area", "ours": "GM", "theirs": "TA", "measure": "toxicity", "difference": (low + high) / 2,
-            "low": low, "high": high}  # fmt: skip
+    found = {"kind": "area", "ours": "GM", "theirs": "TA", "measure": "toxicity"}
+    return found | {"difference": (low + high) / 2, "low": low, "high": high}
 
 
 def gain(estimate, kept, low, high, kind="fisher", examples=1000, seeds=3):
-    return {"kind": "gain", "estimate": estimate, "full": "full", "spec": {"kind": kind, "examples": examples},
-            "kept": kept, "low": low, "high": high, "seeds": list(range(seeds))}  # fmt: skip
+    found = {"kind": "gain", "estimate": estimate, "full": "full", "seeds": list(range(seeds))}
+    return found | {"spec": {"kind": kind, "examples": examples}, "kept": kept, "low": low, "high": high}
 
 
 def biases(*ratios):
@@ -69,97 +63,115 @@ def refined(*values):
     return {"kind": "refinement", "seed": 0, "values": values}
 
 
-CASES = [
-    (claims.exactness, {"theory": [theory(1, True, **{"GM, largest": 1e-15})]}, {"": HOLDS}),
-    (claims.identities, {"theory": [theory(2, False, **{"Eq. 6, largest": 1.0})]}, {"": REFUTED}),
-    (claims.special_cases, {"theory": [theory(3, True, a=1e-14, b=1e-13)]}, {"": HOLDS}),
-    (claims.closer, {"theory": [theory(4, True, **{"interval low": 0.9, "interval high": 1.0})]}, {"": HOLDS}),
-    (claims.closer, {}, {"": NOT_SHOWN}),
+def subsets(count, *measured):
+    """Merges of two tasks on so many seeds: (model, mismatch, accuracy)."""
+    return [subset(model, ["a", "b"], *own, seed) for seed in range(count) for model, *own in measured]
+
+
+RIDGE = ("ridge", "GM, full H"), ("ridge", "TA")
+PROOFS = [
+    *(proof(*edit, s, d) for s in (0, 1) for edit, d in zip(RIDGE, (1e-14, 0.5), strict=True)),
+    *(
+        proof("logistic", edit, s, d + s / 100, k)
+        for s in (0, 1)
+        for edit, d, k in (("GM", 0.5, 0.9), ("TA", 0.7, 0.8))
+    ),
+]
+FLAT = [
+    sweep("GM", 0, 0.90, 0.89),
+    sweep("TA", 0, 0.90, 0.70),
+    sweep("GM", 1, 0.9, 0.9),
+    sweep("TA", 1, 0.9, 0.8),
+]
+GAINS = [  # the worst Fisher of at least 500 counts, and the full estimate is no cheap one
+    *(
+        gain("full", 1, 1, 1),
+        gain("500", 0.95, 0.8, 1.1, examples=500),
+        gain("600", 1.1, 1, 1.2, examples=600),
+    ),
+    *(gain("100", 0.1, 0, 0.2, examples=100), gain("Adam", 0.5, 0.2, 0.8, "adam")),
+    *(gain("IVON", 0.8, 0.5, 1.1, "ivon"), *biases(1.1, 0.9, 1.0)),  # .75 to 1.25
+]
+CASES = [  # claim, study, its records, verdicts
+    (claims.exactness, "theory", [theory(1, True, **{"GM, largest": 1e-15})], {"": HOLDS}),
+    (claims.identities, "theory", [theory(2, False, **{"Eq. 6, largest": 1.0})], {"": REFUTED}),
+    (claims.special_cases, "theory", [theory(3, True, a=1e-14, b=1e-13)], {"": HOLDS}),
+    (claims.closer, "theory", [theory(4, True, **{"interval low": 0.9, "interval high": 1.0})], {"": HOLDS}),
+    (claims.closer, "vision", [], {"": NOT_SHOWN}),
     (
         claims.closer,
-        {"vision": [evaluation("GM", 0, 0.5), evaluation("TA", 0, 1.0), evaluation("GM", 1, 0.5)]},
+        "vision",
+        [evaluation("GM", 0, 0.5), evaluation("TA", 0, 1.0), evaluation("GM", 1, 0.5)],
         {"": NOT_SHOWN, "vision": REPORTED},
     ),
-    (
-        claims.accuracy,
-        {"alpha": [comparison(0.01, 0.03)], "vision": [comparison(-0.01, 0.03)]},
-        {"text": HOLDS, "vision": NOT_SHOWN},
-    ),
-    (
-        claims.accuracy,  # one seed is too few
-        {
-            "alpha": [comparison(0.01, 0.03, seeds=1)],
-            "vision": [comparison(-0.3, -0.1)],
-        },
-        {"text": NOT_SHOWN, "vision": REFUTED},
-    ),
-    (claims.accuracy, {}, {"text": NOT_SHOWN, "vision": NOT_SHOWN}),
+    (claims.accuracy, "alpha", [comparison(0.01, 0.03)], {"text": HOLDS, "vision": NOT_SHOWN}),
+    (claims.accuracy, "vision", [comparison(-0.01, 0.03)], {"vision": NOT_SHOWN}),
+    (claims.accuracy, "alpha", [comparison(0.01, 0.03, seeds=1)], {"text": NOT_SHOWN}),  # too few
+    (claims.accuracy, "vision", [comparison(-0.3, -0.1)], {"text": NOT_SHOWN, "vision": REFUTED}),
+    (claims.flat, "alpha", FLAT, {"range": HOLDS, "best": HOLDS}),
     (
         claims.flat,
-        {"alpha": [sweep("GM", 0, 0.90, 0.89), sweep("TA", 0, 0.90, 0.70), sweep("GM", 1, 0.9, 0.9), sweep("TA", 1, 0.9, 0.8)]},
-        {"range": HOLDS, "best": HOLDS},
-    ),
-    (
-        claims.flat,
-        {"alpha": [sweep("GM", 0, 0.95, 0.75), sweep("TA", 0, 0.90, 0.70)]},
+        "alpha",
+        [sweep("GM", 0, 0.95, 0.75), sweep("TA", 0, 0.90, 0.70)],
         {"range": REFUTED, "best": REFUTED},
     ),
-    (claims.flat, {}, {"range": NOT_SHOWN, "best": NOT_SHOWN}),
+    (claims.flat, "alpha", [], {"range": NOT_SHOWN, "best": NOT_SHOWN}),
     (
         claims.mismatch,
-        {"adding": [subset(model, ["a", "b"], size, accuracy, seed) for seed in range(3)
-                    for model, size, accuracy in (("GM", 1, 0.9), ("TA", 3, 0.7), ("AM", 2, 0.8))]},
+        "adding",
+        subsets(3, ("GM", 1, 0.9), ("TA", 3, 0.7), ("AM", 2, 0.8)),
         {"2 tasks": HOLDS, "smaller": HOLDS},
     ),
     (
         claims.mismatch,
-        {"adding": [subset(model, ["a", "b"], size, accuracy, seed) for seed in range(9)
-                    for model, size, accuracy in (("GM", 3, 0.9), ("TA", 1, 0.7), ("AM", 2, 0.8))]},
+        "adding",
+        subsets(9, ("GM", 3, 0.9), ("TA", 1, 0.7), ("AM", 2, 0.8)),
         {"2 tasks": REFUTED, "smaller": REFUTED},
     ),
-    (claims.mismatch, {}, {"rank": NOT_SHOWN, "smaller": NOT_SHOWN}),
+    (claims.mismatch, "adding", [], {"rank": NOT_SHOWN, "smaller": NOT_SHOWN}),
     (
         claims.removal,
-        {
-            "proof": [
-                *(proof("ridge", edit, s, d) for s in (0, 1) for edit, d in (("GM, full H", 1e-14), ("TA", 0.5))),
-                *(proof("logistic", edit, s, d + s / 100, k)
-                  for s in (0, 1) for edit, d, k in (("GM", 0.5, 0.9), ("TA", 0.7, 0.8))),
-            ],
-            "toxicity": [area(0.01, 0.02), {"kind": "point", "seed": 0}],
-        },
-        {"a": HOLDS, "b, logistic": [HOLDS, REFUTED], "b, network": NOT_SHOWN, "c": HOLDS},
+        "proof",
+        PROOFS,
+        {"a": HOLDS, "b, logistic": [HOLDS, REFUTED], "b, network": NOT_SHOWN, "c": NOT_SHOWN},
     ),
+    (claims.removal, "proof", [proof(*edit, 0, 0.5) for edit in RIDGE], {"a": REFUTED}),
     (
         claims.removal,
-        {"proof": [proof("ridge", edit, 0, 0.5) for edit in ("GM, full H", "TA")], "toxicity": [area(-0.01, 0.02)]},
-        {"a": REFUTED, "c": NOT_SHOWN},
+        "toxicity",
+        [area(0.01, 0.02), {"kind": "point", "seed": 0}],
+        {"a": NOT_SHOWN, "c": HOLDS},
     ),
-    (claims.removal, {"toxicity": [area(-0.02, -0.01)]}, {"a": NOT_SHOWN, "c": REFUTED}),
+    (claims.removal, "toxicity", [area(-0.01, 0.02)], {"c": NOT_SHOWN}),
+    (claims.removal, "toxicity", [area(-0.02, -0.01)], {"c": REFUTED}),
     (
-        claims.cheap,  # the worst Fisher counts, and the full estimate is no cheap one
-        {"curvature": [gain("full", 1, 1, 1), gain("500", 0.95, 0.8, 1.1, examples=500), gain("600", 1.1, 1, 1.2, examples=600),
-                       gain("100", 0.1, 0, 0.2, examples=100), gain("Adam", 0.5, 0.2, 0.8, "adam"), gain("IVON", 0.8, 0.5, 1.1, "ivon"),
-                       *biases(1.1, 0.9, 1.0)]},
-        {"Fisher": HOLDS, "Adam": REFUTED, "IVON": NOT_SHOWN, "batch bias": NOT_SHOWN},  # .75 to 1.25
+        claims.cheap,
+        "curvature",
+        GAINS,
+        {"Fisher": HOLDS, "Adam": REFUTED, "IVON": NOT_SHOWN, "batch bias": NOT_SHOWN},
     ),
-    (claims.cheap, {"curvature": [gain("IVON", 0.99, 0.95, 1.1, "ivon", seeds=2), *biases(2.0, 2.1, 2.0)]},
-     {"IVON": NOT_SHOWN, "batch bias": REFUTED}),
-    (claims.cheap, {"curvature": biases(1.1, 1.0, 1.05)}, {"Fisher": NOT_SHOWN, "batch bias": HOLDS}),
-    (claims.cheap, {}, {"Adam": NOT_SHOWN, "batch bias": NOT_SHOWN}),
+    (
+        claims.cheap,
+        "curvature",
+        [gain("IVON", 0.99, 0.95, 1.1, "ivon", seeds=2), *biases(2.0, 2.1, 2.0)],
+        {"IVON": NOT_SHOWN, "batch bias": REFUTED},
+    ),
+    (claims.cheap, "curvature", biases(1.1, 1.0, 1.05), {"Fisher": NOT_SHOWN, "batch bias": HOLDS}),
+    (claims.cheap, "curvature", [], {"Adam": NOT_SHOWN, "batch bias": NOT_SHOWN}),
     (
         claims.refinement,
-        {"theory": [theory(10, False, **dict.fromkeys(claims.SHOWN[10], 0.7))]},
+        "theory",
+        [theory(10, False, **dict.fromkeys(claims.SHOWN[10], 0.7))],
         {"convex": REFUTED},
     ),
-    (claims.refinement, {"assumption": [refined(3.0, 2.0, 1.5), refined(3.0, 2.9)]}, {"network": HOLDS}),
-    (claims.refinement, {"assumption": [refined(3.0, 2.0, 2.5)]}, {"network": REFUTED, "convex": NOT_SHOWN}),
-]  # fmt: skip
+    (claims.refinement, "assumption", [refined(3.0, 2.0, 1.5), refined(3.0, 2.9)], {"network": HOLDS}),
+    (claims.refinement, "assumption", [refined(3.0, 2.0, 2.5)], {"network": REFUTED, "convex": NOT_SHOWN}),
+]
 
 
-@pytest.mark.parametrize(("claim", "evidence", "verdicts"), CASES)
-def test_verdicts(claim, evidence, verdicts):
-    rows = claim(evidence)
+@pytest.mark.parametrize(("claim", "source", "records", "verdicts"), CASES)
+def test_verdicts(claim, source, records, verdicts):
+    rows = list(claim({source: records}))
     for part, verdict in verdicts.items():
         found = [row.verdict for row in rows if row.part == part]
         assert found == verdict if isinstance(verdict, list) else set(found) == {verdict}, part
@@ -172,7 +184,7 @@ def test_numbers_are_those_of_the_records():
     assert text.measured == "+2.0 points (by seed +1.0, +3.0)"
     cells = [evaluation(model, seed, value) for model, value in (("GM", 0.6), ("TA", 1.2)) for seed in (0, 1)]
     assert (
-        claims.closer({"alpha": cells})[1].measured
+        list(claims.closer({"alpha": cells}))[1].measured
         == "ratio of distances 0.50 (GM 0.60, TA 1.20 of the base's)"
     )
     (ratio, _) = claims.flat({"alpha": [sweep("GM", 0, 0.9, 0.85), sweep("TA", 0, 0.9, 0.7)]})
@@ -183,8 +195,8 @@ def test_numbers_are_those_of_the_records():
 
 
 def test_the_whole_claim_and_the_summary():
-    rows = [{"claim": 1, "verdict": HOLDS}, {"claim": 2, "verdict": HOLDS}, {"claim": 2, "verdict": NOT_SHOWN},
-            {"claim": 3, "verdict": NOT_SHOWN}, {"claim": 3, "verdict": REFUTED}, {"claim": 1, "verdict": REPORTED}]  # fmt: skip
+    parts = ((1, HOLDS), (2, HOLDS), (2, NOT_SHOWN), (3, NOT_SHOWN), (3, REFUTED), (1, REPORTED))
+    rows = [{"claim": claim, "verdict": verdict} for claim, verdict in parts]
     assert summary(rows).endswith("holds: 1; refuted: 3; not shown: 2.")
 
 
@@ -227,26 +239,20 @@ def test_without_a_run_the_newer_file_counts_and_else_the_committed_one(evidence
 
 
 def test_a_half_run_study_is_read_from_its_file(evidence, tmp_path):
-    store = tmp_path / "results" / "stages"
-    found = study.records(load(evidence), store)
-    own = of_kind(found, "origins")[0]["origins"]["theory"]
-    assert own.startswith("experiments/results/theory.jsonl (of ")  # another config: 40 seeds
-    (tmp_path / "results").mkdir()
-    write_records(tmp_path / "results" / "theory.jsonl", [theory(1, True)])
-    found = study.records(load(evidence), store)
-    assert of_kind(found, "origins")[0]["origins"] == {
-        "theory": "results/theory.jsonl (of no recorded config)"
-    }
-    write_records(
-        tmp_path / "results" / "theory.jsonl",
-        [theory(1, True) | {"config": digest(load(evidence.parent / "theory.yaml"))}],
-    )
-    found = study.records(load(evidence), store)
-    assert of_kind(found, "origins")[0]["origins"] == {"theory": "results/theory.jsonl"}
-    (tmp_path / "results" / "theory.jsonl").unlink()
+    results = tmp_path / "results"
+
+    def origin():
+        (found,) = of_kind(study.records(load(evidence), results / "stages"), "origins")
+        return found["origins"]["theory"]
+
+    assert origin().startswith("experiments/results/theory.jsonl (of ")  # another config: 40 seeds
+    own = digest(load(evidence.parent / "theory.yaml"))
+    for carried, said in (({}, " (of no recorded config)"), ({"config": own}, "")):
+        write_records(results / "theory.jsonl", [theory(1, True) | carried])
+        assert origin() == f"results/theory.jsonl{said}"
+    (results / "theory.jsonl").unlink()
     (evidence.parent / "theory.yaml").write_text("experiment: theory\nname: new\nseeds: 3\n")
-    found = study.records(load(evidence), store)
-    assert of_kind(found, "origins")[0]["origins"] == {"theory": "what has been run of it"}
+    assert origin() == "what has been run of it"
 
 
 def test_evidence_can_be_a_part_of_a_config(evidence, tmp_path):

@@ -8,8 +8,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from experiments.comparing import compare, distance
 from experiments.evaluate import expected_calibration_error, measure, with_averages
-from experiments.statistics import bootstrap_ratio, compare, distance, paired_bootstrap, spearman
+from experiments.statistics import (
+    bootstrap_ratio,
+    mean_interval,
+    paired_bootstrap,
+    spearman,
+    t_interval,
+    wilson,
+)
 
 
 def test_measures():
@@ -120,3 +128,18 @@ def test_rank_correlation():
     assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486832980505138)  # scipy.stats.spearmanr
     assert math.isnan(spearman([1, 1, 1], [1, 2, 3]))
     assert math.isnan(spearman([1], [1]))
+
+
+def test_intervals():
+    assert t_interval([1.0, 2.0, 3.0]) == (
+        2.0,
+        pytest.approx(4.302653 / 3**0.5, rel=1e-6),
+    )  # Student's, 2 degrees
+    assert t_interval([1.0]) == (1.0, math.inf)
+    assert wilson(9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)
+    assert wilson(40, 40)[1] == pytest.approx(1.0)
+    for constant in (np.full(10, 0.3), [0.3]):
+        assert mean_interval(constant) == pytest.approx((0.3, 0.3, 0.3))
+    mean, low, high = mean_interval(np.arange(100) % 2 == 0)
+    assert low < mean == 0.5 < high
+    assert high - low == pytest.approx(4 * 0.5 / np.sqrt(100), rel=0.2)

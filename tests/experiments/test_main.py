@@ -20,10 +20,15 @@ def configs(tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["list", "--workers", "2"], ["list", "--dry-run"], ["list", "--quick"], ["list", "--results", "x"],
-        ["claims", "--workers", "2"], ["claims", "--dry-run"], ["run", "x.yaml", "--configs", "y"],
+        ["list", "--workers", "2"],
+        ["list", "--dry-run"],
+        ["list", "--quick"],
+        ["list", "--results", "x"],
+        ["claims", "--workers", "2"],
+        ["claims", "--dry-run"],
+        ["run", "x.yaml", "--configs", "y"],
     ],
-)  # fmt: skip
+)
 def test_an_option_that_would_have_no_effect_is_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         main(arguments)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import config as configs
-from experiments import pipeline
+from experiments import running
 from experiments.__main__ import main
-from experiments.pipeline import Stage, code_digest, in_order, is_done, plan, run
+from experiments.pipeline import Stage, in_order, is_done, plan
+from experiments.running import run
 
 HERE = Path(__file__).parent
 
@@ -54,31 +54,6 @@ def ran(log):
     return sorted(names)
 
 
-@pytest.mark.parametrize(
-    ("config", "stage", "modules"),
-    [
-        ("removal-toxicity", "removal/seed0/evaluate-GM-0.25", "experiments.removal.stages"),
-        ("removal-toxicity", "removal/seed0/forecast", "experiments.removal.stages"),
-        ("assumption", "assumption/seed0/refine-0", "experiments.evaluate experiments.mismatch experiments.merging"),
-        ("removal-proof", "proof/seed0/ridge", "gradmatch.plan gradmatch.models"),
-        ("removal-proof", "proof/poisoned", "experiments.models"),
-        ("removal-proof", "proof/seed0/encoder", "experiments.removal.proof gradmatch.plan gradmatch.models"),
-        ("forecast", "forecast/seed0", "experiments.diagnosis.scores experiments.diagnosis.loading"),
-        ("forecast", "forecast/seed0", "experiments.models gradmatch.merging"),
-        ("diagnosis", "diagnosis/encoder-seed1", "experiments.models gradmatch.merging"),
-        ("redundancy", "redundancy/texts/seed0/drop-nyt", "experiments.evaluate experiments.models"),
-        ("redundancy", "redundancy/images/seed0/drop-mnist", "experiments.vision.models experiments.vision.stages"),
-        ("redundancy", "redundancy/texts/seed0/analogy-amazon_towards_tweets", "gradmatch.subtraction"),
-        ("theory", "theory/closer", "gradmatch.merging gradmatch.plan gradmatch.models experiments.statistics"),
-    ],
-)  # fmt: skip
-def test_a_stage_names_the_code_that_its_function_calls(config, stage, modules):
-    found = configs.load(HERE.parent.parent / "configs" / f"{config}.yaml")
-    stages = in_order(configs.study(found.experiment).stages(found))
-    (one,) = (other for other in stages if other.name == stage)
-    assert set(modules.split()) <= set(one.code)
-
-
 def test_a_second_run_does_nothing(tmp_path, log):
     target = chain(log)
     outcome = run([target], tmp_path / "store")
@@ -87,28 +62,6 @@ def test_a_second_run_does_nothing(tmp_path, log):
     assert ran(log) == ["a", "add", "b", "c"]
     assert run([chain(log)], tmp_path / "store").ran == []
     assert ran(log) == []
-
-
-def test_local_files_are_part_of_the_key(tmp_path):
-    def key(*reads):
-        return Stage("a", "stage_functions:count", reads=reads).key
-
-    file, folder = tmp_path / "a.jsonl", tmp_path / "set"
-    assert key() == key("some/hub-name") == key(str(file))  # which is not there yet
-    file.write_text("one")
-    first = key(str(file))
-    assert key(str(file)) == first != key()
-    file.write_text("two, longer")
-    assert key(str(file)) != first
-    file.write_text("one")
-    assert key(str(file)) == first
-    folder.mkdir()
-    keys = {key(str(folder))}
-    (folder / "x").write_text("x")
-    keys.add(key(str(folder)))
-    (folder / "x").rename(folder / "y")
-    keys.add(key(str(folder)))
-    assert len(keys) == 3
 
 
 def test_a_change_runs_just_what_depends_on_it(tmp_path, log):
@@ -156,7 +109,7 @@ def start(stages, store, workers=1, **options):
     """A process that runs the stages."""
     made = ", ".join(f"Stage({one.name!r}, {one.function!r}, {one.settings!r})" for one in stages)
     code = (
-        "from experiments.pipeline import Stage, run; from pathlib import Path; "
+        "from experiments.pipeline import Stage; from experiments.running import run; from pathlib import Path; "
         f"run([{made}], Path({str(store)!r}), {workers})"
     )
     return subprocess.Popen([sys.executable, "-c", code], **options)
@@ -202,7 +155,7 @@ def test_a_killed_run_takes_its_helpers_along(tmp_path, log):
     process = start(targets, tmp_path, workers=2)
 
     def is_free(target):
-        with pipeline._lock(target, tmp_path) as mine:
+        with running._lock(target, tmp_path) as mine:
             return mine
 
     try:
@@ -221,7 +174,7 @@ def test_the_config_says_how_many_workers_and_the_command_overrides_it(tmp_path,
     path.write_text("{experiment: theory, seeds: 2, workers: 3}")
     asked = []
     monkeypatch.setattr(
-        pipeline, "run", lambda stages, store, count: asked.append(count) or run(stages, store)
+        running, "run", lambda stages, store, count: asked.append(count) or run(stages, store)
     )
     assert main(["run", str(path), "--results", str(tmp_path), *words]) == 0
     assert asked == [workers]
@@ -243,23 +196,7 @@ def test_stages_come_after_what_they_read_and_once(log):
 
 def test_the_plan_says_what_is_cached(tmp_path, log):
     stages = in_order([chain(log)])
-    pipeline.execute(stages[0], tmp_path)
+    running.execute(stages[0], tmp_path)
     listing = plan(stages, tmp_path)
     assert f"cached        a-{stages[0].key}" in listing
     assert "4 stages, 3 to run, about 0.1 minutes" in listing
-
-
-def test_comments_and_docstrings_do_not_count_as_code(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(tmp_path))
-    module = tmp_path / "module_under_test.py"
-
-    def digest(text):
-        module.write_text(text)
-        code_digest.cache_clear()
-        return code_digest("module_under_test")
-
-    first = digest('"""One."""\ndef f(x):\n    """Two."""\n    return x + 1\n')
-    assert digest("# other\ndef f(x):\n    return (x +\n 1)  # words\n") == first
-    assert digest("def f(x):\n    return x + 2\n") != first
-    with pytest.raises(ModuleNotFoundError, match="no code found for 'no_such_module'"):
-        code_digest("no_such_module")

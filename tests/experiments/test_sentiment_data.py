@@ -5,14 +5,13 @@ from collections import Counter
 
 import pytest
 
+from experiments.tasks.corpora import prepare
 from experiments.tasks.sentiment import (
     SPLITS,
     Example,
     clean,
     fingerprint,
     in_splits,
-    prepare,
-    read_folder,
     read_vader,
     split_of,
     without_duplicates,
@@ -37,18 +36,6 @@ def test_reading_the_rated_texts(vader):
     assert read_vader(vader, "movies") == [Example("fine", 1, "7")]
     with pytest.raises(ValueError, match="no domain 'films' in this data; there are movies"):
         read_vader(vader, "films")
-
-
-def test_reading_ones_own(tmp_path):
-    (tmp_path / "a.jsonl").write_text(
-        '{"text": "x", "label": 1}\n{"text": "y", "label": 0, "document": "d"}\n'
-    )
-    assert read_folder(tmp_path, "a") == [Example("x", 1, "1"), Example("y", 0, "d")]
-    with pytest.raises(FileNotFoundError, match="domains in that folder: a"):
-        read_folder(tmp_path, "b")
-    (tmp_path / "b.jsonl").write_text('{"text": "x", "label": 1}\n{"sentence": "y"}\n')
-    with pytest.raises(ValueError, match=r"b.jsonl, line 2: no text and no label \(found sentence\)"):
-        read_folder(tmp_path, "b")
 
 
 def test_texts_that_differ_in_case_and_signs_are_one():
@@ -99,15 +86,9 @@ def test_no_leakage_in_what_is_written(tmp_path, tiny_encoder, tiny_texts):
         ]
         (own / f"{domain}.jsonl").write_text("\n".join(lines + extra))
     out = tmp_path / "out"
-    prepare(
-        out,
-        source=str(own),
-        domains=["films", "books"],
-        encoder=str(tiny_encoder),
-        max_length=6,
-        limits={"validation": 12},
-        split_seed=0,
-    )
+    corpora = {domain: {"path": str(own / f"{domain}.jsonl")} for domain in ("films", "books")}
+    given = {"encoder": str(tiny_encoder), "max_length": 6, "limits": {"validation": 12}, "split_seed": 0}
+    prepare(out, corpora=corpora, **given)
     counts = json.loads((out / "counts.json").read_text())
     assert counts["films/validation"]["n"] == 12
     assert sum(counts[f"books/{split}"]["n"] for split in ("train", "test")) <= 150

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from experiments import pipeline
+from experiments import running
 from experiments.__main__ import main
 from experiments.records import of_kind, read_records
 
@@ -69,7 +69,7 @@ def test_a_run_gives_records_a_table_and_a_model(run, results):
 def test_a_second_run_does_nothing_and_says_the_same(run, results, monkeypatch):
     run()
     before = (results / "tiny.jsonl").read_bytes()
-    monkeypatch.setattr(pipeline, "execute", None)  # nothing may run
+    monkeypatch.setattr(running, "execute", None)  # nothing may run
     code, out, err = run()
     assert (code, err) == (0, "")
     assert (results / "tiny.jsonl").read_bytes() == before
@@ -161,7 +161,7 @@ def test_nothing_works_without_a_model(tiny_config, tmp_path, capsys):
 
 def test_data_that_change_are_read_again(tiny_config, tiny_texts, tmp_path):
     from experiments.config import load
-    from experiments.studies.sentiment import Cells
+    from experiments.studies.cells import Cells
 
     folder = shutil.copytree(tiny_texts, tmp_path / "own")
     config = load(tiny_config, [f"data.source={folder}"])
@@ -186,7 +186,7 @@ def test_training_keeps_the_optimizer_and_says_its_losses(run, results):
 def test_bfloat16_is_used_where_it_is_asked_for_or_fast(monkeypatch):
     import torch
 
-    from experiments.finetune import uses_bfloat16
+    from experiments.precision import uses_bfloat16
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)

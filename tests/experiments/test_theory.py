@@ -75,12 +75,6 @@ def test_refinement_shrinks_the_distance_at_each_step(tmp_path):
     assert value["after four steps, largest"] < value["after three steps, largest"] < 0.1
 
 
-def test_wilson_interval():
-    low, high = theory.wilson(0.9, 10)
-    assert (low, high) == (pytest.approx(0.5958, abs=1e-4), pytest.approx(0.9821, abs=1e-4))
-    assert theory.wilson(1.0, 40)[1] == pytest.approx(1.0)
-
-
 def test_the_study_prints_its_verdicts(tmp_path, capsys):
     config = tmp_path / "theory.yaml"
     config.write_text("experiment: theory\nseeds: 2\n")

@@ -31,10 +31,9 @@ def language_model(tmp_path_factory):
         folder
     )
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(letters), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=CONTEXT, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 0, "tie_word_embeddings": True}
+    config = LlamaConfig(vocab_size=len(letters), max_position_embeddings=CONTEXT, **size, **ends)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

@@ -13,7 +13,6 @@ from experiments.__main__ import main
 from experiments.pipeline import in_order
 from experiments.records import read_records
 from experiments.removal import encoder, proof
-from experiments.statistics import t_interval
 from experiments.studies import removal_proof
 
 
@@ -64,11 +63,6 @@ def test_without_scikit_learn_the_digits_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r"gradmatch\[removal\]"):
         proof.digits(0, torch.float32)
-
-
-def test_interval_is_students():
-    assert t_interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.302653 * 1 / 3**0.5, rel=1e-6))
-    assert t_interval([1.0]) == (1.0, float("inf"))
 
 
 def test_report_judges_by_the_interval(tmp_path):

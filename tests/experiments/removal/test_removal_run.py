@@ -42,24 +42,20 @@ def test_the_whole_study(tiny_config, results, capsys):
     out = capsys.readouterr().out
     records = read_records(results / "whole.jsonl")
     points = of_kind(records, "point")
-    assert [(p["label"], p["alpha"]) for p in points] == [
-        ("base", 0.0), ("GM", 0.1), ("GM", 0.2), ("TA", 0.5), ("TA", 1.0),
-    ]  # fmt: skip
+    path = [("base", 0.0), ("GM", 0.1), ("GM", 0.2), ("TA", 0.5), ("TA", 1.0)]
+    assert [(p["label"], p["alpha"]) for p in points] == path
     for point in points:
         assert math.isfinite(point["metrics"]["perplexity_keep"])
         assert 0 <= point["metrics"]["toxicity_few"] <= 1
         assert point["metrics"]["refused_few"] == 0
-        lines = [
-            json.loads(line) for line in Path(point["generations"]).read_text(encoding="utf-8").splitlines()
-        ]
+        lines = read_records(Path(point["generations"]))
         assert len(lines) == 6
         assert set(lines[0]) == {"list", "prompt", "continuation", "score"}
     perplexities = {(p["label"], p["alpha"]): p["metrics"]["perplexity_remove"] for p in points}
     assert perplexities["TA", 1.0] > perplexities["TA", 0.5] > perplexities["base", 0.0]
     areas = of_kind(records, "area")
-    assert [(a["measure"], a["ours"], a["theirs"]) for a in areas] == [
-        ("toxicity", "GM", "TA"), ("forgetting", "GM", "TA"),
-    ]  # fmt: skip
+    assert [a["measure"] for a in areas] == ["toxicity", "forgetting"]
+    assert {(a["ours"], a["theirs"]) for a in areas} == {("GM", "TA")}
     (forecast,) = of_kind(records, "forecast")
     assert [point["alpha"] for point in forecast["with_data"]] == [0.1, 0.2]
     assert {point["collateral_by"] for point in forecast["with_data"]} == {"ggn"}
@@ -161,10 +157,10 @@ def test_bad_configs(tiny_config, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("remove.source={folder}/absent.jsonl", r"remove: no texts at .*absent\.jsonl"),
-        ("keep={{source: {folder}/broken.jsonl}}", r"keep: .*broken\.jsonl, line 2: no JSON"),
+        ("remove.source={folder}/absent.jsonl", r"remove: no data file .*absent\.jsonl"),
+        ("keep={{source: {folder}/broken.jsonl}}", r"keep: .*broken\.jsonl cannot be read: JSON parse error"),
         ("prompts.few.column=prompt", r"prompts\.few: .*prompts\.txt has no column 'prompt'; it has text"),
-        ("prompts.few.source={folder}/cafe.txt", r"prompts\.few: .*codec can't decode"),
+        ("prompts.few.source={folder}/cafe.txt", r"prompts\.few: .*cafe\.txt is no UTF-8 text"),
         ("keep={{source: encyclopedi}}", "keep: no list 'encyclopedi'; did you mean 'encyclopedic'"),
     ],
 )
@@ -195,12 +191,12 @@ def test_training_that_diverges_stops(tiny_config, language_model, files, tmp_pa
     (tmp_path / "base" / "model").symlink_to(language_model)
     row = {"text": "abc", "document": "1", "context": ""}
     (tmp_path / "data" / "remove" / "train.jsonl").write_text(json.dumps(row) + "\n")
+    folders = {name: tmp_path / name for name in ("data", "base")}
     settings = {"max_length": 16, "precision": "float32", "seed": 0, "batch_size": 1, "warmup_steps": 0}
     with pytest.raises(ValueError, match="lower the learning rate"):
         stages.finetune(
-            tmp_path / "out", data=tmp_path / "data", base=tmp_path / "base", steps=8, learning_rate=1e30,
-            weight_decay=0.0, **settings,
-        )  # fmt: skip
+            tmp_path / "out", **folders, steps=8, learning_rate=1e30, weight_decay=0.0, **settings
+        )
 
 
 def test_quick_applies_the_configs_own_overrides(tiny_config, tmp_path):
@@ -221,10 +217,8 @@ def test_every_config_is_a_plan(path):
 
 
 def test_options_are_chosen_on_spare_prompts(tiny_config, tmp_path, capsys):
-    choosing = [
-        "prompts.few.limit=4", "choosing.prompts=few", "choosing.count=5", "methods.GM.choose.base_weight=[1, 50]",
-    ]  # fmt: skip
-    assert run(tiny_config, tmp_path, *choosing) == 0
+    choosing = ["choosing.prompts=few", "choosing.count=5", "methods.GM.choose.base_weight=[1, 50]"]
+    assert run(tiny_config, tmp_path, "prompts.few.limit=4", *choosing) == 0
     records = read_records(tmp_path / "whole.jsonl")
     (choice,) = of_kind(records, "choice")
     assert choice["option"] == "base_weight"

@@ -120,23 +120,25 @@ def test_drawn_does_not_depend_on_the_given_order():
 
 
 def test_bad_sources(files, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no texts at .*absent.txt"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no data file .*absent.txt.*lists from PyPI need no file: toxic"
+    ):
         read(Source(source=str(tmp_path / "absent.txt")))
     with pytest.raises(ValueError, match=r"has no column 'text'; it has body, page, score"):
         read(Source(source=str(files / "rude.jsonl")))
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(ValueError, match="no texts in column 'text'"):
         read(Source(source=str(tmp_path / "empty.txt")))
-    with pytest.raises(FileNotFoundError, match="no data set that the hub gives"):
-        read(Source(source=str(tmp_path / "no-such-data-set")))
+    with pytest.raises(FileNotFoundError, match="no hub set of that name"):
+        read(Source(source="no-such/data-set"))
 
 
 def test_the_key_of_a_source_that_the_hub_does_not_give_is_named(files, tmp_path):
     nice, absent = {"source": str(files / "nice.txt")}, {"source": str(tmp_path / "no-such-data-set")}
     shared = {"remove": nice, "limits": {}, "split_seed": 0}
-    with pytest.raises(ValueError, match=r"^prompts\.mine: .*no data set that the hub gives"):
+    with pytest.raises(ValueError, match=r"^prompts\.mine: .*no data file"):
         prepare(tmp_path / "out", keep=nice, prompts={"mine": absent}, **shared)
-    with pytest.raises(ValueError, match=r"^keep: .*no data set that the hub gives"):
+    with pytest.raises(ValueError, match=r"^keep: .*no data file"):
         prepare(tmp_path / "out", keep=absent, prompts={}, **shared)
 
 

@@ -3,15 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.removal.tradeoff import (
-    Path,
-    area_between,
-    complete,
-    difference,
-    envelope,
-    mean_interval,
-    points,
-)
+from experiments.removal.tradeoff import Path, area_between, complete, difference, envelope, points
 
 
 def path(nats, toxicity, texts=6, prompts=5):
@@ -148,10 +140,3 @@ def test_paths_that_cannot_be_compared():
         area_between({"a": [good, good], "b": [good]}, "a", "b")
     with pytest.raises(ValueError, match="a has 0 paths"):
         area_between({"a": [], "b": []}, "a", "b")
-
-
-def test_mean_interval_of_a_constant_and_of_coins():
-    assert mean_interval(np.full(10, 0.3)) == pytest.approx((0.3, 0.3, 0.3))
-    mean, low, high = mean_interval(np.arange(100) % 2 == 0)
-    assert low < mean == 0.5 < high
-    assert high - low == pytest.approx(4 * 0.5 / np.sqrt(100), rel=0.2)

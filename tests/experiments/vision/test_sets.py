@@ -90,7 +90,7 @@ def test_the_packaged_sets(tmp_path, monkeypatch):
     (tmp_path / "mnist_5k.csv.gz").write_bytes(gzip.compress(text.encode()))
     for kind, array in (("data", x), ("label", y)):
         (tmp_path / f"animal_{kind}_version_3.gz").write_bytes(gzip.compress(pickle.dumps(array)))
-    monkeypatch.setattr(sets.packages, "folder", lambda name: tmp_path)
+    monkeypatch.setattr(sets.assets, "folder", lambda name: tmp_path)
     found = {name: sets.read(name, None) for name in sets.PACKAGED}
     np.testing.assert_array_equal(found["animals"][0], x)
     np.testing.assert_array_equal(found["mnist"][0], x[::2])

@@ -1,6 +1,7 @@
 """The vision study on a tiny random model and synthetic images: from raw sets to records, and what its parts promise."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,11 +9,12 @@ import torch
 import yaml
 from transformers import Dinov2Config, Dinov2ForImageClassification
 
+from experiments import models, rows
 from experiments.__main__ import main
 from experiments.config import ConfigError, load
 from experiments.records import of_kind, read_records
-from experiments.studies import vision
-from experiments.vision import models, training
+from experiments.studies.cells import Cells
+from experiments.vision import heads
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,7 @@ def world(tmp_path_factory):
         "merges": {
             "TA": {"method": "task_arithmetic"},
             "GM": {"method": "gradient_matching"},
+            "RegMean": {"method": "regmean"},
             "GM*": {"method": "gradient_matching", "choose": {"base_weight": [0.1, 1.0]}},
         },
         "sweep": {"merges": ["GM*"], "alphas": [0.5, 1.0], "forecast": 8},
@@ -59,19 +62,19 @@ def test_a_run_gives_the_records_of_the_sentiment_study(world, capsys):
     assert "GM*" in capsys.readouterr().out
     records = read_records(world / "results" / "tiny.jsonl")
     found = {record["model"]: record for record in of_kind(records, "evaluation")}
-    assert list(found) == ["base", "cups", "hats", "joint", "TA", "GM", "GM*"]
+    assert list(found) == ["base", "cups", "hats", "joint", "TA", "GM", "RegMean", "GM*"]
     assert found["base"]["metrics"]["shapes"]["accuracy"] > 0.9  # brightness tells, and the head was fitted
     assert set(found["GM"]["metrics"]) == {"shapes", "cups", "hats", "macro", "per_example", "tasks"}
-    assert all(math.isfinite(found[name]["mismatch"]["total"]) for name in ("joint", "TA", "GM"))
+    assert all(math.isfinite(found[name]["mismatch"]["total"]) for name in ("joint", "TA", "GM", "RegMean"))
     (comparison,) = of_kind(records, "comparison")
     assert comparison["tasks"]["low"] <= comparison["tasks"]["difference"] <= comparison["tasks"]["high"]
     (sweep,) = of_kind(records, "sweep")
     assert sweep["points"][1]["metrics"] == found["GM*"]["metrics"]  # alpha = 1 is the merge itself
     assert all(math.isfinite(point["forecast"]["mean"]) for point in sweep["points"])
     data = next((world / "results" / "stages" / "vision").glob("data-*"))
-    assert models.classes_of(data, "hats") == slice(5, 9)
+    assert rows.classes_of(data, "hats") == slice(5, 9)
     head = {
-        name: models.load(models.Path(record["folder"])).classifier.weight
+        name: models.load_classifier(record["folder"]).classifier.weight
         for name, record in found.items()
         if name in ("base", "cups", "joint", "GM")
     }
@@ -82,7 +85,7 @@ def test_a_run_gives_the_records_of_the_sentiment_study(world, capsys):
 def test_a_probe_is_the_minimum_of_its_objective():
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.randn(60, 5, generator=generator), torch.arange(60) % 3
-    weight, bias = training.fit_probe(x, labels, 3, ridge=0.1)
+    weight, bias = heads.fit_probe(x, labels, 3, ridge=0.1)
     scale = x.double().square().mean().sqrt()
     w, b = (weight * scale).requires_grad_(), bias.clone().requires_grad_()
     loss = torch.nn.functional.cross_entropy(x.double() / scale @ w.T + b, labels) + 0.05 * w.square().sum()
@@ -91,36 +94,31 @@ def test_a_probe_is_the_minimum_of_its_objective():
 
 
 def test_the_loss_sees_the_classes_of_the_labels_own_set():
-    loss = training.CommonHeadLoss({"a": {"classes": 2}, "b": {"classes": 3}})
+    loss = heads.CommonHeadLoss({"a": {"classes": 2}, "b": {"classes": 3}})
     logits, labels = torch.randn(4, 5), torch.tensor([0, 1, 2, 4])
-    expected = torch.stack([
+    owners = (slice(0, 2), slice(0, 2), slice(2, 5), slice(2, 5))
+    each = [
         torch.nn.functional.cross_entropy(logits[i : i + 1, own], labels[i : i + 1] - own.start)
-        for i, own in enumerate((slice(0, 2), slice(0, 2), slice(2, 5), slice(2, 5)))
-    ]).mean()  # fmt: skip
-
-    class Output:
-        pass
-
-    output = Output()
-    output.logits = logits
-    torch.testing.assert_close(loss(output, labels), expected)
+        for i, own in enumerate(owners)
+    ]
+    torch.testing.assert_close(loss(SimpleNamespace(logits=logits), labels), torch.stack(each).mean())
 
 
 def test_weights_are_saved_under_the_names_that_curvature_has(world):
     from safetensors import safe_open
 
     with safe_open(world / "model" / "model.safetensors", "pt") as file:
-        assert set(file.keys()) == set(models.load(world / "model").state_dict())
+        assert set(file.keys()) == set(models.load_classifier(world / "model").state_dict())
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("data.tasks=[cups, cup]", "no set 'cup': packages hold animals"),
-        ("data.tasks=[shapes]", "`base` and `tasks` must name one base set"),
+        ("data.tasks=[shapes]", "`base` and `tasks` must differ"),
         ("data.pixel=8", "data.pixel: unknown key; did you mean 'pixels'"),
         ("encoder=dinov2", "data.pixels is 8, but dinov2 takes multiples of 14"),
-        ("merges.TA.method=regmean", "regmean needs Gram matrices"),
+        ("merges.TA.method=kronecker", "kronecker needs Kronecker factors"),
     ],
 )
 def test_faults(world, override, message):
@@ -131,7 +129,7 @@ def test_faults(world, override, message):
 def test_a_set_that_changed_is_read_again(world, tmp_path):
     def key(where):
         config = load(world / "tiny.yaml", [f"data.sets.hats={where}"])
-        return vision.Cells(config).data.key
+        return Cells(config).data.key
 
     np.savez(tmp_path / "a.npz", x=np.zeros((4, 8, 8), np.uint8), y=np.arange(4) % 2)
     first = key(tmp_path)
@@ -142,13 +140,13 @@ def test_a_set_that_changed_is_read_again(world, tmp_path):
 
 def test_a_hub_model_without_network_names_what_stands_in():
     with pytest.raises(FileNotFoundError, match="encoder=dinov2 stands in"):
-        models.new_classifier("no/such-model", 8, 2)
+        heads.new_classifier("no/such-model", 8, 2)
 
 
 def test_redundancy_and_analogies_of_the_same_models(world, capsys):
     analogy = {"source": "images", "a": "cups", "b": "hats", "c": "cups", "target": "cups on photographs"}
-    content = {"experiment": "redundancy", "sources": {"images": str(world / "tiny.yaml")}, "shares": [0.0, 0.9],
-               "analogies": {"cups outside": analogy}}  # fmt: skip
+    content = {"experiment": "redundancy", "sources": {"images": str(world / "tiny.yaml")}}
+    content |= {"shares": [0.0, 0.9], "analogies": {"cups outside": analogy}}
     (world / "redundancy.yaml").write_text(yaml.safe_dump(content))
     assert main(["run", str(world / "redundancy.yaml"), "--results", str(world / "results"), "--debug"]) == 0
     assert "cups + w (hats - cups) on cups on photographs" in capsys.readouterr().out

@@ -1,0 +1,69 @@
+"""Stages: two models over the same test examples, and the distance of a merge from the joint model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from experiments.files import write_json
+from experiments.statistics import DRAWS, Array, Documents, paired_bootstrap
+
+
+def compare(
+    out: Path, *, ours: Mapping[str, Path], theirs: Mapping[str, Path], data: Path, domains: Sequence[str]
+) -> None:
+    """Macro accuracy of one model minus another's, over the same test examples, with its bootstrap interval.
+
+    ours, theirs: seed -> folder of an evaluation; data: whose test examples they are. Writes `out/comparison.json`.
+    """
+    differences = correct_less(ours, theirs, domains)
+    low, high = paired_bootstrap(differences, documents_of(data, domains))
+    by_seed = np.mean([part.mean(1) for part in differences], axis=0)
+    card = {
+        "difference": float(by_seed.mean()),
+        "low": low,
+        "high": high,
+        "seeds": len(ours),
+        "by_seed": dict(zip(ours, by_seed.tolist(), strict=True)),
+        "draws": DRAWS,
+    }
+    write_json(out / "comparison.json", card)
+
+
+def distance(out: Path, *, model: Path, base: Path, joint: Path) -> None:
+    """||theta - theta_joint||, and as a share of ||theta_0 - theta_joint||: `out/distance.json`."""
+    theta, start, target = (
+        load_file(folder / "model" / "model.safetensors") for folder in (model, base, joint)
+    )
+    left, whole = (
+        sum(float(np.square(weights[name].astype(float) - target[name]).sum()) for name in target) ** 0.5
+        for weights in (theta, start)
+    )
+    write_json(out / "distance.json", {"distance": left, "relative": left / whole})
+
+
+def correct_less(ours: Mapping[Any, Path], theirs: Mapping[Any, Path], domains: Sequence[str]) -> list[Array]:
+    """Per domain (seeds, n_d): 1 where only ours is right, -1 where only theirs is; folders of evaluations by seed."""
+
+    def correct(folder: Path, domain: str) -> Array:
+        saved = np.load(folder / f"{domain}.npz")
+        return (saved["probabilities"].argmax(-1) == saved["labels"]).astype(float)
+
+    return [np.stack([correct(ours[s], name) - correct(theirs[s], name) for s in ours]) for name in domains]
+
+
+def documents_of(data: Path, domains: Sequence[str]) -> Documents:
+    """Which document each test example of a domain belongs to, where the data say so (texts)."""
+    from datasets import load_from_disk
+
+    found: list[Any] = []
+    for domain in domains:
+        folder = data / domain / "test"  # a data set of texts; images have a file instead
+        rows = load_from_disk(str(folder)) if folder.is_dir() else None
+        known = rows is not None and "document" in rows.column_names
+        found.append(np.unique(rows["document"], return_inverse=True)[1] if known else None)
+    return found

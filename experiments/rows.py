@@ -1,0 +1,125 @@
+"""Rows of a split as every stage takes them, whether texts or images: counted, drawn, batched, with the outputs that are theirs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+MODEL_COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "labels")
+CARD = "sets.json"  # what `vision.sets.prepare` says of the sets
+# Of ImageNet, which the vision models were trained with.
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Batch = dict[str, Tensor]
+
+
+class Rows:
+    """The rows of one split. `classes`: which of a model's outputs are theirs; labels count from the first of these."""
+
+    classes = slice(None)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def subset(self, count: int, seed: int) -> Rows:
+        """`count` of them drawn without replacement by the seed; all where there are fewer."""
+        raise NotImplementedError
+
+    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[tuple[list[int], Batch]]:
+        """(indices of rows, what the model takes)."""
+        raise NotImplementedError
+
+    def given(self, size: int, model: nn.Module | None = None) -> list[Batch]:
+        """All batches, on the model's device."""
+        device = next(model.parameters()).device if model else "cpu"
+        return [batch for _, batch in self.batches(size, device)]
+
+
+class Texts(Rows):
+    """Tokenised texts: a `datasets.Dataset`, memory-mapped."""
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def subset(self, count: int, seed: int) -> Texts:
+        return Texts(self.table.shuffle(seed=seed).select(range(count))) if count < len(self) else self
+
+    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[tuple[list[int], Batch]]:
+        """Padded, of like length; the longest first, so that the largest memory is needed at once rather than at the end."""
+        names = [name for name in MODEL_COLUMNS if name in self.table.column_names]
+        lengths = [len(ids) for ids in self.table["input_ids"]]
+        order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+        for start in range(0, len(order), size):
+            indices = order[start : start + size]
+            chosen, width, batch = self.table[indices], lengths[indices[0]], {}
+            for name in names:
+                values = [torch.as_tensor(value) for value in chosen[name]]
+                if name != "labels":  # 0: [PAD] is hidden by the mask
+                    values = [nn.functional.pad(value, (0, width - len(value))) for value in values]
+                batch[name] = torch.stack(values).to(device)
+            yield indices, batch
+
+
+class Images(Rows, torch.utils.data.Dataset[Batch]):
+    """Images (n, 1 or 3, P, P) of bytes and labels (n,), ready for the model when they are read."""
+
+    def __init__(self, images: Tensor, labels: Tensor, classes: slice) -> None:
+        self.images, self.labels, self.classes = images, labels, classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Batch:
+        """One image with its label in the common head, as a fine-tuning on several sets takes it."""
+        return {
+            "pixel_values": normalised(self.images[index]),
+            "labels": self.labels[index] + self.classes.start,
+        }
+
+    def subset(self, count: int, seed: int) -> Images:
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        return Images(self.images[chosen], self.labels[chosen], self.classes)
+
+    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[tuple[list[int], Batch]]:
+        """In their order."""
+        for start in range(0, len(self), size):
+            indices = list(range(start, min(start + size, len(self))))
+            images, labels = (part[start : start + size] for part in (self.images, self.labels))
+            yield indices, {"pixel_values": normalised(images).to(device), "labels": labels.to(device)}
+
+
+def normalised(images: Tensor) -> Tensor:
+    """(..., 1 or 3, P, P) bytes -> (..., 3, P, P), as the model was trained: grey three times over, ImageNet's mean and scale."""
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
+    return (images.float() / 255 - mean) / deviation
+
+
+def load_split(data: Path, name: str, split: str) -> Any:
+    """One split of one domain (texts) or set (images) of a `prepare` stage: `Texts` or `Images`."""
+    file = data / name / f"{split}.safetensors"
+    if file.is_file():
+        saved = load_file(file)
+        return Images(saved["images"], saved["labels"], classes_of(data, name))
+    from datasets import load_from_disk
+
+    return Texts(load_from_disk(str(data / name / split)))
+
+
+def sets_of(data: Path) -> dict[str, Any]:
+    """What `vision.sets.prepare` says of each set: first class, number of classes, images of each split."""
+    loaded: dict[str, Any] = json.loads((data / CARD).read_text(encoding="utf-8"))
+    return loaded
+
+
+def classes_of(data: Path, name: str) -> slice:
+    """The classes of one image set in the common head."""
+    own = sets_of(data)[name]
+    return slice(own["first"], own["first"] + own["classes"])
