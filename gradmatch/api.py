@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradmatch import merging
+from gradmatch.rules import Linear, find_rule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +41,7 @@ def merge(
     Args:
         base: path, hub id, state dict or module that the tasks were fine-tuned from.
         tasks: the fine-tuned models with their curvatures and weights.
-        method: a name of `RULES`.
+        method: a name of `RULES`, or "package.module:NAME" of a rule of one's own (`gradmatch/rules/README.md`).
         base_curvature: H0's curvature (file or object), or a number for an isotropic one.
         base_weight: H0 = base_weight * N0 F0 + delta0.
         delta0: floor in nats per squared unit of weight; where nothing else is known the merge is task arithmetic.
@@ -83,7 +84,8 @@ def merge(
         from gradmatch.choosing.choose import merge_auto
 
         return merge_auto(base, tasks, weights, data, products, method=method, **settings)
-    if method == "greedy_soup":
+    rule = find_rule(method)
+    if isinstance(rule, Linear) and rule.searches:
         from gradmatch.choosing.soup import greedy_soup
 
         return greedy_soup(base, tasks, **settings)

@@ -14,7 +14,7 @@ from gradmatch.estimators.tensorfile import TensorFile
 from gradmatch.merging import prepare
 from gradmatch.models.slices import Slice, stack
 from gradmatch.rules.linear import weighted
-from tests.gradmatch.cases import problem
+from tests.gradmatch.cases import problem, state
 
 BASE, H0, MODELS, CURVATURES = problem(2)
 PLAIN = [Task(m) for m in MODELS]
@@ -492,3 +492,65 @@ def test_a_missing_base_curvature_names_a_method_of_the_same_purpose(method, ins
     base, _, models, curvatures = problem(1)
     with pytest.raises(ValueError, match=rf"base_curvature=1.0 .*, or use method='{instead}'"):
         merge(base, [Task(models[0], curvatures[0])], method=method)
+
+
+def test_models_of_another_size_are_not_called_another_head():
+    small = {name: value[..., :3] if value.dim() == 2 else value for name, value in MODELS[0].items()}
+    said = r"'layers.0.w' has shape \[4, 6\] in the base and \[4, 3\] in task 1, and so have 2 more of 5 tensors another"
+    for heads in ("error", "base"):
+        with pytest.raises(ValueError, match=said) as error:
+            merge(BASE, [Task(small)], method="averaging", heads=heads)
+        assert "head" not in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "net.", "model.net."])
+@pytest.mark.parametrize("heads", ["base", "keep-per-task"])
+def test_a_head_never_holds_the_network_whatever_its_names_begin_with(prefix, heads):
+    def network(classes, seed):
+        shapes = {
+            "features.0.weight": (4, 3),
+            "features.2.weight": (8, 4),
+            "classifier.0.weight": (classes, 8),
+            "classifier.0.bias": (classes,),
+        }
+        return {prefix + name: value for name, value in state(seed, shapes=shapes).items()}
+
+    base, models = network(2, 0), [network(3, 1), network(4, 2)]
+    made = prepare(
+        base, [Task(m, name=n) for m, n in zip(models, "ab", strict=True)], method="averaging", heads=heads
+    )
+    assert [step.name.removeprefix(prefix) for step in made.merged] == [
+        "features.0.weight",
+        "features.2.weight",
+    ]
+
+
+def test_a_merge_that_merges_nothing_is_an_error_and_one_that_merges_little_is_told():
+    base = {"few": torch.ones(2), "many": torch.ones(100)}
+    with pytest.raises(
+        ValueError, match=r"no tensor would be merged, .* \(in no task: the base's\); check the policies"
+    ):
+        prepare(base, [Task({"other": torch.ones(3)})], method="averaging", missing="base")
+    with pytest.warns(UserWarning, match="2 of the base's 102 weights are merged; all others are the base's"):
+        prepare(base, [Task({"few": torch.ones(2)})], method="averaging", missing="base")
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "options", "total"),
+    [
+        ("linear", (1.0, -0.5), {"normalize": False}, "0.5"),
+        ("weighted", (1.0, 1.0), {"normalize": False}, "2"),
+        ("linear", (1.0, {"*norm*": 0.5, "*": 0.0}), {"normalize": False}, "1.5"),
+        ("linear", (1.0, -0.5), {}, None),
+        ("linear", (0.25, 0.75), {"normalize": False}, None),
+        ("task_arithmetic", (1.0, -0.5), {}, None),  # the base keeps the rest
+        ("passthrough", (1.0,), {"scale": 0.5}, None),  # what was asked for
+    ],
+)  # fmt: skip
+def test_weights_that_scale_whole_models_are_remarked(recwarn, method, weights, options, total):
+    tasks = [Task(m, weight=w) for m, w in zip(MODELS, weights, strict=False)]
+    made = prepare(BASE, tasks, method=method, **options)
+    said = [note for note in made.notes if "do not sum to 1" in note]
+    assert [f"({total} for " in note for note in said] == [True] * (total is not None)
+    if method == "linear":
+        assert made.formula == "sum_t alpha_t theta_t" + " / sum_t alpha_t" * options.get("normalize", True)

@@ -2,18 +2,21 @@
 
 import importlib.metadata
 import json
+import re
 import types
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
-from gradmatch import RULES, Rule, Task, diagnose, merge
+from gradmatch import RULES, Rule, Task, diagnose, merge, rules
 from gradmatch.cli import main
 from gradmatch.rules import Elementwise, Linear, Options, Solve, Whole, find_rule, option
 from gradmatch.testing import check_rule
 from tests.gradmatch.cases import curvature, problem, state, tuned
 
+README = (Path(rules.__file__).parent / "README.md").read_text(encoding="utf-8")
 BASE, H0, MODELS, CURVATURES = problem(2)
 TASKS = [Task(model, name=name) for model, name in zip(MODELS, "ab", strict=True)]
 LACKS = {"single": "it halves", "equal": "it halves"}
@@ -248,3 +251,16 @@ def test_options_check_themselves_and_may_differ_by_tensor(options, monkeypatch)
     if isinstance(options, Times):
         with pytest.raises(ValueError, match=r"by: by is 3, it must lie in \[0, 2\]"):
             merge(BASE, TASKS, method="by", by=[0.0, 3.0])
+
+
+def test_the_readme_has_a_row_of_every_rule_and_its_example_runs(monkeypatch):
+    table = README.partition("## A rule of one's own")[0]
+    assert [name for name in RULES if f"`{name}`" not in table] == []
+    monkeypatch.setitem(RULES, "largest", None)
+    (example,) = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    exec(compile(example, "README.md", "exec"), {})
+    found = merge(BASE, TASKS, method="largest", scale=0.5)
+    name = "norm.bias"
+    taus = torch.stack([m[name] - BASE[name] for m in MODELS])
+    largest = torch.where(taus[0].abs() > taus[1].abs(), taus[0], taus[1])
+    torch.testing.assert_close(found[name], BASE[name] + 0.5 * largest)
