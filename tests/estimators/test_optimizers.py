@@ -99,121 +99,105 @@ class Scaled(nn.Module):
         return self.linear(x) * self.after.gamma
 
 
-def trained_in_groups(model, decay):
-    kept, decayed = [model.linear.bias], [model.linear.weight, model.after.gamma]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": decay}, {"params": kept, "weight_decay": 0.0}]
-    )
-    model(torch.randn(8, 4)).square().sum().backward()
-    optimizer.step()
-    state = optimizer.state_dict()
-    for group in state["param_groups"]:
-        group.pop("param_names", None)
-    return optimizer, state
-
-
-def test_adam_follows_groups_before_the_models_order():
-    model = Scaled()
-    optimizer, state = trained_in_groups(model, decay=0.1)
-    live, stored = (from_adam(given, model, num_examples=1, batch_size=1) for given in (optimizer, state))
-    assert all(torch.equal(live[name], stored[name]) for name in live)
-
-
-def test_adam_refuses_states_that_fit_in_two_ways():
-    model = Scaled()
-    _, state = trained_in_groups(model, decay=0.0)
-    with pytest.raises(ValueError, match=r"two ways: the same state could be that of '\S+' or of '\S+'"):
-        from_adam(state, model, num_examples=1, batch_size=1)
-
-
-def test_adam_with_named_parameters_needs_no_order():
-    model = mlp()
-    optimizer = torch.optim.Adam(list(model.named_parameters())[::-1])
-    train(model, optimizer, 1)
-    live = from_adam(optimizer, model, num_examples=5, batch_size=4)
-    stored = from_adam(optimizer.state_dict(), model, num_examples=5, batch_size=4)
-    for name in live:
-        assert torch.equal(live[name], stored[name])
-
-
-def same(live, stored):
-    assert list(live) == list(stored)
-    assert all(torch.equal(live[name], stored[name]) for name in live)
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_adam_leaves_out_what_is_frozen(named):
+def frozen(named):
     model = mlp()
     model[2].requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.named_parameters() if named else model.parameters())
-    model(torch.randn(4, 4)).sum().backward()
-    optimizer.step()
-    live = from_adam(optimizer, model, num_examples=5, batch_size=4)
-    same(live, from_adam(optimizer.state_dict(), model, num_examples=5, batch_size=4))
-    assert list(live) == [name for name, value in model.named_parameters() if value.requires_grad]
+    return model, model.named_parameters() if named else model.parameters()
 
 
-def test_adam_of_groups_in_another_order():
-    """The head first, as in code that gives it a learning rate of its own."""
-    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
-    optimizer = torch.optim.AdamW(
-        [{"params": model[1].parameters()}, {"params": model[0].parameters(), "lr": 1e-5}]
-    )
-    train(model, optimizer)
-    live = from_adam(optimizer, model, num_examples=5, batch_size=4)
-    same(live, from_adam(optimizer.state_dict(), model, num_examples=5, batch_size=4))
+def of_layers(model, order):
+    return model, [{"params": list(model[n].parameters()), "lr": 10.0**-n} for n in order]
 
 
-def test_adam_of_layers_backwards():
-    model = nn.Sequential(*(nn.Linear(n, n + 1) for n in range(4, 9)))
-    optimizer = torch.optim.AdamW([{"params": list(layer.parameters())} for layer in model][::-1])
-    model(torch.randn(4, 4)).square().sum().backward()
-    optimizer.step()
-    live = from_adam(optimizer, model, num_examples=5, batch_size=4)
-    same(live, from_adam(optimizer.state_dict(), model, num_examples=5, batch_size=4))
+def decayed_first(decay):
+    model = Scaled()
+    decayed = [model.linear.weight, model.after.gamma]
+    return model, [
+        {"params": decayed, "weight_decay": decay},
+        {"params": [model.linear.bias], "weight_decay": 0.0},
+    ]
 
 
-def test_adam_refuses_groups_that_could_be_either():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    optimizer = torch.optim.AdamW([{"params": layer.parameters()} for layer in model])
-    model(torch.randn(4, 4)).square().sum().backward()
-    optimizer.step()
-    with pytest.raises(
-        ValueError, match=r"two ways: the same state could be that of '0\.weight' or of '1\.weight'"
-    ):
-        from_adam(optimizer.state_dict(), model, num_examples=1, batch_size=1)
-
-
-def test_adam_of_a_wrapped_model_has_the_models_names():
+def wrapped():
     model = mlp()
-    wrapped = nn.DataParallel(model)
-    optimizer = torch.optim.AdamW(wrapped.named_parameters())
-    train(model, optimizer)
-    live = from_adam(optimizer, wrapped, num_examples=5, batch_size=4)
-    same(live, from_adam(optimizer.state_dict(), model, num_examples=5, batch_size=4))
-    assert list(live) == [name for name, _ in model.named_parameters()]
+    return model, nn.DataParallel(model).named_parameters()
 
 
-def test_adam_of_the_trainer_keeps_layer_norms_of_any_name_out_of_decay():
-    """CLIP's are called layer_norm1, which no pattern of the Trainer has; its class_embedding has one dimension and is decayed."""
-    config = tf.CLIPVisionConfig(
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=4,
-        patch_size=2,
+def clip():
+    """Its norms are called layer_norm1, which no pattern of the Trainer has; its class_embedding has one dimension and is decayed."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = tf.CLIPVisionModel(tf.CLIPVisionConfig(**sizes, image_size=4, patch_size=2))
+    groups = (
+        tf.Trainer(model, tf.TrainingArguments("unused", report_to=[], use_cpu=True))
+        .create_optimizer()
+        .param_groups
     )
-    model = tf.CLIPVisionModel(config)
-    args = tf.TrainingArguments("unused", report_to=[], use_cpu=True)
-    optimizer = tf.Trainer(model, args).create_optimizer()
-    assert sorted(len(group["params"]) for group in optimizer.param_groups)[0] > 0
-    model(torch.randn(2, 3, 4, 4)).last_hidden_state.square().sum().backward()
-    for value in model.parameters():
-        value.grad = torch.randn_like(value) if value.grad is None else value.grad
+    assert all(group["params"] for group in groups)
+    return model, [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
+
+
+def after_a_step(model, given):
+    optimizer = torch.optim.AdamW(given)
+    for group in optimizer.param_groups:
+        for value in group["params"]:
+            value.grad = torch.randn_like(value) if value.requires_grad else None
     optimizer.step()
-    live = from_adam(optimizer, model, num_examples=5, batch_size=4)
-    same(live, from_adam(optimizer.state_dict(), model, num_examples=5, batch_size=4))
+    return optimizer
+
+
+ORDERS = {  # how the parameters were given to the optimizer -> (model, what it was given)
+    "frozen, named": lambda: frozen(True),
+    "frozen": lambda: frozen(False),
+    "names backwards": lambda: (lambda model: (model, list(model.named_parameters())[::-1]))(mlp()),
+    "the head first": lambda: of_layers(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), (1, 0)),
+    "layers backwards": lambda: of_layers(
+        nn.Sequential(*(nn.Linear(n, n + 1) for n in range(4, 9))), range(4, -1, -1)
+    ),
+    "groups before the model's order": lambda: decayed_first(0.1),
+    "wrapped": wrapped,
+    "the Trainer's, norms of any name": clip,
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_stored_states_get_the_names_of_live_ones(name):
+    model, given = ORDERS[name]()
+    optimizer = after_a_step(model, given)
+    live, stored = (
+        from_adam(state, model, num_examples=5, batch_size=4) for state in (optimizer, optimizer.state_dict())
+    )
+    assert (
+        list(live)
+        == list(stored)
+        == [name for name, value in model.named_parameters() if value.requires_grad]
+    )
+    assert all(torch.equal(live[name], stored[name]) for name in live)
+
+
+def test_a_whole_state_of_fsdp_goes_by_names():
+    model = mlp()
+    optimizer = after_a_step(model, model.parameters())
+    state = optimizer.state_dict()
+    names = [name for name, _ in model.named_parameters()]
+    named = {
+        "state": {names[n]: entry for n, entry in state["state"].items()},
+        "param_groups": [{**state["param_groups"][0], "params": names}],
+    }
+    one, other = (from_adam(each, model, num_examples=5, batch_size=4) for each in (state, named))
+    assert all(torch.equal(one[name], other[name]) for name in names)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [lambda: decayed_first(0.0), lambda: of_layers(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), (0, 1))],
+)
+def test_adam_refuses_states_that_fit_in_two_ways(given):
+    model, groups = given()
+    state = after_a_step(model, groups).state_dict()
+    for group in state["param_groups"]:
+        group.pop("param_names", None)
+    with pytest.raises(ValueError, match=r"two ways: the same state could be that of '\S+' or of '\S+'"):
+        from_adam(state, model, num_examples=1, batch_size=1)
 
 
 def test_adams_own_weight_decay_is_part_of_its_gradient():
