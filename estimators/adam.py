@@ -32,7 +32,6 @@ from gradmatch.estimators.adam_state import (
 )
 from gradmatch.estimators.blocks import check_count, units
 from gradmatch.estimators.curvature import Curvature
-from gradmatch.estimators.distributed import unwrap
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.estimation import estimate
 from gradmatch.estimators.fingerprint import fingerprint, model_sampler
@@ -40,6 +39,7 @@ from gradmatch.estimators.matching import name_states
 from gradmatch.estimators.problem import trainable_parameters
 from gradmatch.estimators.steps import Units, of_run, own_loss
 from gradmatch.estimators.trainer import Run, check_beside, read_run
+from gradmatch.estimators.wrapped import unwrap
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 
 from gradmatch.estimators.batches import Batch, BatchReader
@@ -22,28 +22,6 @@ def place() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DataParallel, DistributedDataParallel and torch.compile."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
-    sharded = [
-        type(m).__name__
-        for m in model.modules()
-        if type(m).__name__.startswith("FSDP") or "FullyShard" in type(m).__name__
-    ]
-    if sharded or any(type(value).__name__ == "DTensor" for value in model.parameters()):
-        raise ValueError(
-            "the model is sharded by FSDP: per-example gradients need whole layers. Load its checkpoint unsharded on every "
-            "rank (estimates need no optimizer state, and only one copy of the weights and of the sums)"
-        )
-    return model
 
 
 def shared_out(batches: Iterable[Any], reader: BatchReader) -> Iterator[tuple[int, int, Batch, bool]]:

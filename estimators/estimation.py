@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmatch.estimators import distributed
 from gradmatch.estimators.blocks import check_count, units
 from gradmatch.estimators.convergence import Convergence
 from gradmatch.estimators.curvature import Curvature
@@ -23,6 +22,7 @@ from gradmatch.estimators.protocol import ESTIMATORS, check_gives, find_estimato
 from gradmatch.estimators.resume import Journal, identity
 from gradmatch.estimators.running import Loop, add_up_ranks, advice, count_examples, provenance, run
 from gradmatch.estimators.sinks import GRADIENT
+from gradmatch.estimators.wrapped import uncompiled, unwrap
 
 __all__ = ["ESTIMATORS", "check_options", "estimate"]
 
@@ -112,51 +112,52 @@ def estimate(
     estimator = find_estimator(method)
     wanted = {"standard_error": standard_error, "gradient": gradient, "tolerance": tolerance is not None}
     check_gives(method, estimator, **wanted)
-    model = distributed.unwrap(model)
+    model = unwrap(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             "the model is compiled by torch.jit, which takes no hooks: give the nn.Module that it was made from, or one that "
             "calls it (the whole of it then takes the slower general path)"
         )
-    problem = Problem(
-        model, trainable_parameters(model), make_likelihood(likelihood), samples, seed, standard_error, gradient,
-        reduction, labels, kfac_form,
-    )  # fmt: skip
-    whole = reduction == "batch" or backend != "engine" or method not in PER_EXAMPLE
-    problem.chunk, problem.budget = read_chunk(chunk, problem, whole)
-    if backend == "backpack":
-        from gradmatch.estimators import backpack
+    with uncompiled(model):
+        problem = Problem(
+            model, trainable_parameters(model), make_likelihood(likelihood), samples, seed, standard_error, gradient,
+            reduction, labels, kfac_form,
+        )  # fmt: skip
+        whole = reduction == "batch" or backend != "engine" or method not in PER_EXAMPLE
+        problem.chunk, problem.budget = read_chunk(chunk, problem, whole)
+        if backend == "backpack":
+            from gradmatch.estimators import backpack
 
-        estimator = backpack.for_method(problem, method)
-    print_of_weights = fingerprint(problem.parameters, model_sampler(model))
-    journal = (
-        Journal(checkpoint, identity(problem, method, print_of_weights, likelihood, backend))
-        if checkpoint
-        else None
-    )
-    convergence = Convergence()
-    loop = Loop(method, progress, tolerance, journal, checkpoint_seconds)
-    with prepared(model), problem.hooks:
-        estimator.start(problem)
-        loop.done = journal.load(problem, convergence) if journal else 0
-        run(problem, estimator, batches, convergence, loop)
-    add_up_ranks(problem, convergence)
-    seen = problem.counts["examples"]
-    if seen == 0:
-        raise ValueError("`batches` ended without yielding anything")
-    if problem.counts["predictions"] == 0:
-        raise ValueError("all labels are ignored: no example has a single prediction that counts")
-    parts = estimator.finish(problem, seen)
-    total = num_examples or size_of_training_set(batches, seen, "stopped" in problem.notes)
-    check_given(method, problem, parts)
-    if gradient:
-        parts["gradient"] = {
-            name: problem.sums[GRADIENT + name] * (total / seen) for name in problem.parameters
-        }
-    log.info("%s", advice(convergence, seen))
-    covered = fingerprint(parts["mean"], model_sampler(model))  # of the parameters that the file holds
-    info = provenance(problem, method, covered, convergence)
-    info["units"] = units(total, getattr(estimator, "UNITS", "nats"))
+            estimator = backpack.for_method(problem, method)
+        print_of_weights = fingerprint(problem.parameters, model_sampler(model))
+        journal = (
+            Journal(checkpoint, identity(problem, method, print_of_weights, likelihood, backend))
+            if checkpoint
+            else None
+        )
+        convergence = Convergence()
+        loop = Loop(method, progress, tolerance, journal, checkpoint_seconds)
+        with prepared(model), problem.hooks:
+            estimator.start(problem)
+            loop.done = journal.load(problem, convergence) if journal else 0
+            run(problem, estimator, batches, convergence, loop)
+        add_up_ranks(problem, convergence)
+        seen = problem.counts["examples"]
+        if seen == 0:
+            raise ValueError("`batches` ended without yielding anything")
+        if problem.counts["predictions"] == 0:
+            raise ValueError("all labels are ignored: no example has a single prediction that counts")
+        parts = estimator.finish(problem, seen)
+        total = num_examples or size_of_training_set(batches, seen, "stopped" in problem.notes)
+        check_given(method, problem, parts)
+        if gradient:
+            parts["gradient"] = {
+                name: problem.sums[GRADIENT + name] * (total / seen) for name in problem.parameters
+            }
+        log.info("%s", advice(convergence, seen))
+        covered = fingerprint(parts["mean"], model_sampler(model))  # of the parameters that the file holds
+        info = provenance(problem, method, covered, convergence)
+        info["units"] = units(total, getattr(estimator, "UNITS", "nats"))
     curvature = Curvature.from_dict(num_examples=total, info=info, **parts)
     if journal:
         journal.remove()

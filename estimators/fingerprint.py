@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -41,12 +42,17 @@ def edges(numel: int) -> list[tuple[int, int]]:
 
 def sample_tensor(tensor: Tensor) -> Sample:
     """Shape and sampled values, as bfloat16 bytes, of a tensor in memory."""
+    flat = tensor.detach().reshape(-1)
+    return sample_blocks(tuple(tensor.shape), lambda first, last: flat[first:last])
+
+
+def sample_blocks(shape: tuple[int, ...], block: Callable[[int, int], Tensor]) -> Sample:
+    """The same of a tensor that is read by ranges of elements, first to last."""
     import torch
 
-    flat = tensor.detach().reshape(-1)
-    pieces = [flat[first:last] for first, last in edges(flat.numel())]
+    pieces = [block(first, last) for first, last in edges(math.prod(shape))]
     rounded = torch.cat(pieces).to("cpu", torch.bfloat16)
-    return tuple(tensor.shape), rounded.view(torch.int16).numpy().tobytes()
+    return shape, rounded.view(torch.int16).numpy().tobytes()
 
 
 def sample_file(file: TensorFile, name: str) -> Sample:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from gradmatch.estimators.blocks import units
 from gradmatch.estimators.curvature import Curvature
-from gradmatch.estimators.distributed import unwrap
 from gradmatch.estimators.fingerprint import fingerprint, model_sampler
+from gradmatch.estimators.wrapped import unwrap
 
 log = logging.getLogger(__name__)
 

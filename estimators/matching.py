@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradmatch.estimators.wrapped import bare_names
+
 # The parameters that transformers' Trainer keeps out of weight decay, in a second group, beside those of nn.LayerNorm.
 NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
-WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of DistributedDataParallel and torch.compile
 FEW_GROUPS = 4  # so many are tried in every order (24), more of them forwards and backwards
 
 Entry = tuple[str, Mapping[str, Any], Mapping[str, Any]]  # name, state of the parameter, its group
@@ -41,9 +42,9 @@ def _kept_names(
 ) -> list[str] | None:
     """The names that the optimizer was given, where they are this model's."""
     given = [name for group in groups for name in group.get("param_names", group["params"])]
-    named = [
-        WRAPPERS.sub("", name) for name in given if isinstance(name, str)
-    ]  # FSDP's whole states go by name
+    whole = [name for name in given if isinstance(name, str)]  # FSDP's whole states go by name
+    bare = bare_names(whole)
+    named = [bare[name] for name in whole]
     known = set(named) <= set(everything) or set(trainable) <= set(named)
     return named if len(named) == count and known else None
 

@@ -182,7 +182,9 @@ def choose_weights(
         ValueError: data of other tasks than these or not of all, products of other weights, directions or settings.
         FileNotFoundError: a products file that is not there.
     """
-    theta0, models, _, curvatures = open_models(base, tasks, allow_pickle=allow_pickle)
+    theta0, models, _, curvatures = open_models(
+        base, tasks, data=data is not None, base_curvature=base_curvature, allow_pickle=allow_pickle
+    )
     names, span = list(models), SPAN_OF[method]
     if data is not None:
         check_tasks("data", data, names)
@@ -252,7 +254,10 @@ def _listed(values: Mapping[str, float]) -> str:
 
 def fingerprints(base: Checkpoint, tasks: Mapping[str, Checkpoint]) -> dict[str, str]:
     """Fingerprint of every model by name, "base" first: whose products a file holds."""
-    return {role: fingerprint(list(model), model.sample) for role, model in {"base": base, **tasks}.items()}
+    return {
+        role: fingerprint(list(model.original), model.original.sample)
+        for role, model in {"base": base, **tasks}.items()
+    }
 
 
 def settings_of(span: str, base_weight: float, delta0: float) -> dict[str, float]:

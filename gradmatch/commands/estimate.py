@@ -228,12 +228,18 @@ def load(args: argparse.Namespace, task: str) -> tuple[Any, Any, str]:
         AutoTokenizer,
     )
 
+    from gradmatch.models.loading import load as load_module
+    from gradmatch.models.opening import open_checkpoint
+
+    config = AutoConfig.from_pretrained(args.model)
     if task == "auto":
-        task = task_of(AutoConfig.from_pretrained(args.model), args.model)
+        task = task_of(config, args.model)
     kind = AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
+    with torch.device("meta"):
+        kind = type(kind.from_config(config))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with bars(not args.quiet):
-        model = kind.from_pretrained(args.model, dtype=torch.float32).to(device)
+        model = load_module(open_checkpoint(args.model), kind).to(device)
     tokenizer = AutoTokenizer.from_pretrained(args.model) if args.data else None
     return model, tokenizer, task
 

@@ -63,9 +63,13 @@ def run(args: argparse.Namespace) -> int:
     from gradmatch.measure.products import load_products, save_products
     from gradmatch.models.curvatures import open_curvature
 
-    base, tasks, _, curvatures = open_models(arguments["base"], arguments["tasks"])
+    h0 = arguments.get("base_curvature")
+    h0 = open_curvature(h0) if isinstance(h0, str) else h0
+    base, tasks, _, curvatures = open_models(
+        arguments["base"], arguments["tasks"], data=bool(args.data), base_curvature=h0
+    )
     names = list(tasks)
-    h0, base_weight = arguments.get("base_curvature"), arguments.get("base_weight", 1.0)
+    base_weight = arguments.get("base_weight", 1.0)
     delta0 = arguments.get("delta0", 1e-6)
     prints, settings = fingerprints(base, tasks), settings_of(args.span, base_weight, delta0)
     data = read_data(args, arguments)
@@ -76,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         forecast_objectives(module_of(base, base), data, sizes) if data else None,
         products=load_products(args.products, prints, settings) if args.products else None,
         curvatures=curvatures or None,
-        base_curvature=open_curvature(h0) if isinstance(h0, str) else h0,
+        base_curvature=h0,
         span=args.span,
         groups=args.group,
         curvature_weight=base_weight,

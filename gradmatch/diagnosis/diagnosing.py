@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -37,6 +37,7 @@ from gradmatch.models.curvatures import open_curvature
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.task import Task
 from gradmatch.models.units import compare_units
+from gradmatch.models.views import like
 from gradmatch.plan.request import POLICIES
 from gradmatch.rules import find_rule
 
@@ -168,11 +169,11 @@ def diagnose(
         FileNotFoundError: an input that is not there.
     """
     tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
-    theta0, models, weights, curvatures = open_models(base, tasks)
-    names = list(models)
     opened_h0 = (
         open_curvature(base_curvature) if isinstance(base_curvature, str | os.PathLike) else base_curvature
     )
+    theta0, models, weights, curvatures = open_models(base, tasks, data=bool(data), base_curvature=opened_h0)
+    names = list(models)
     told = method is not None
     if method is None:
         complete = len(curvatures) == len(names) and opened_h0 is not None
@@ -200,9 +201,12 @@ def diagnose(
     theta: Mapping[str, Tensor] | None
     refusal = ""
     if merged is None:
-        theta, refusal = planned_merge(base, tasks, method, base_curvature, base_weight, delta0, options)
+        opened = [
+            replace(task, model=models[name], name=name) for name, task in zip(names, tasks, strict=True)
+        ]
+        theta, refusal = planned_merge(theta0, opened, method, base_curvature, base_weight, delta0, options)
     else:
-        theta = open_checkpoint(merged, base=theta0)
+        theta = like(open_checkpoint(merged, base=theta0), theta0)
     base_objective = objectives.pop("base", None)
     if progress:
         say_cost(

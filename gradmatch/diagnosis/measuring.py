@@ -13,6 +13,8 @@ from gradmatch.measure.barrier import POINTS, barrier_height
 from gradmatch.measure.mismatch import gradient_mismatch
 from gradmatch.measure.products import measure_products, stored_gradient, task_vector
 from gradmatch.measure.redundancy import redundancy_curve
+from gradmatch.measure.seats import Seats
+from gradmatch.models.batchnorm import BATCH_NORMS, batchnorm_statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -156,10 +158,10 @@ def _measure_batchnorm(evidence: Evidence) -> None:
     if not evidence.objectives:
         return
     module = next(iter(evidence.objectives.values())).module
-    if not any(isinstance(layer, health.BATCH_NORMS) for layer in module.modules()):
+    if not any(isinstance(layer, BATCH_NORMS) for layer in module.modules()):
         return
     runs = [(batch.args, batch.kwargs) for o in evidence.objectives.values() for batch in o.batches]
-    evidence.batchnorm_repair = health.batchnorm_statistics(module, evidence.merged, runs)
+    evidence.batchnorm_repair = batchnorm_statistics(module, Seats(module).placed(evidence.merged), runs)
     evidence.batchnorm = health.batchnorm_shift(evidence.merged, evidence.batchnorm_repair)
 
 

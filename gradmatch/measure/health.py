@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch.func import functional_call
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from gradmatch.estimators.curvature import Curvature
-
-BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm)
 
 
 def count_nonfinite(tensor: Tensor) -> int:
@@ -63,71 +59,6 @@ def fisher_noise(curvature: Curvature) -> float | None:
             square += float(curvature.mean(name).double().square().sum())
             error += float(se.double().square().sum())
     return max(least or 0.0, float((error / square) ** 0.5)) if square > 0 else least
-
-
-@contextmanager
-def observed_inputs(module: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect, for every BatchNorm by name, per-channel (count, mean, mean of squares) of what goes in; rows of (3, C)."""
-    seen: dict[str, list[Tensor]] = {}
-
-    def observe(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().double()
-            flat = x.transpose(0, 1).flatten(1)  # (C, everything else)
-            count = torch.full((len(flat),), float(flat.shape[1]), dtype=torch.float64)
-            seen.setdefault(name, []).append(torch.stack([count, flat.mean(1), flat.square().mean(1)]))
-
-        return hook
-
-    handles = [
-        layer.register_forward_pre_hook(observe(name))
-        for name, layer in module.named_modules()
-        if isinstance(layer, BATCH_NORMS)
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def batchnorm_statistics(
-    module: nn.Module, weights: Mapping[str, Tensor], runs: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]
-) -> dict[str, Tensor]:
-    """Mean and variance of each BatchNorm's input on data: name.running_mean and name.running_var, (C,) each.
-
-    The layers keep normalising with batch statistics meanwhile (as in training), so that every layer sees inputs that are
-    already corrected below it.
-
-    Args:
-        module: its structure.
-        weights: of the model to look at.
-        runs: (args, kwargs) of forward passes.
-    """
-    modes = [(layer, layer.training) for layer in module.modules()]
-    module.eval()
-    buffers = {name: value.clone() for name, value in module.named_buffers()}
-    own = {**dict(module.named_parameters()), **buffers}
-    placed = {name: value.to(own[name]) for name, value in weights.items() if name in own}
-    try:
-        for layer in module.modules():
-            if isinstance(layer, BATCH_NORMS):
-                layer.train()
-        with observed_inputs(module) as seen, torch.no_grad():
-            for args, kwargs in runs:
-                fresh = {name: value.clone() for name, value in placed.items()}
-                functional_call(module, {**buffers, **fresh}, args, kwargs)
-    finally:
-        for layer, training in modes:
-            layer.training = training
-    statistics: dict[str, Tensor] = {}
-    for name, rows in seen.items():
-        count, mean, square = torch.stack(rows).unbind(1)
-        share = count / count.sum(0)
-        centre = (share * mean).sum(0)
-        statistics[f"{name}.running_mean"] = centre.float()
-        statistics[f"{name}.running_var"] = ((share * square).sum(0) - centre.square()).clamp(min=0).float()
-    return statistics
 
 
 def batchnorm_shift(stored: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,12 @@ from gradmatch.estimators.batches import BatchReader
 from gradmatch.estimators.inference import infer_likelihood, make_likelihood
 from gradmatch.estimators.likelihood import Categorical, Likelihood, Reading, find_logits
 from gradmatch.estimators.values import Bernoulli, Gaussian
+from gradmatch.estimators.wrapped import unwrap
+from gradmatch.measure.seats import Seats, Tensors, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Weights = Mapping[str, "Tensor"]
 CHUNK = 2**18  # values of float64 at a time: 2 MB
 
 
@@ -57,7 +58,7 @@ class Objective:
         num_examples: int | None = None,
         likelihood: str | Any = "auto",
     ) -> None:
-        self.module = module
+        self.module = module = unwrap(module)
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         reader = BatchReader(module, device)
         self.batches = [reader(raw, index) for index, raw in enumerate(batches)]
@@ -67,6 +68,7 @@ class Objective:
         self.num_examples = num_examples or self.seen
         self.scale = self.num_examples / self.seen
         self._likelihood = make_likelihood(likelihood)
+        self._seats = Seats(module)
         self._uniform: float | None = None  # known after the first evaluation
         self._predictions: Tensor | None = None  # likewise
 
@@ -87,9 +89,10 @@ class Objective:
         losses, counts, ignorance = [], None, 0.0
         predictions = []
         with self._evaluating(), torch.no_grad():
+            placed = self._seats.placed(weights)
             for index, batch in enumerate(self.batches):
                 try:
-                    reading = self._read(weights, index)
+                    reading = self._read(placed, index)
                 except OutputNotFiniteError:
                     losses.append(torch.full((batch.size,), math.inf, dtype=torch.float64))
                     continue
@@ -154,10 +157,12 @@ class Objective:
 
         A tied parameter appears once. Parameters that the loss does not reach have a zero gradient.
         """
-        leaves = {name: leaf.requires_grad_(True) for name, leaf in self._leaves(weights).items()}
+        placed = self._seats.placed(weights)
+        leaves = {name: leaf.requires_grad_(True) for name, leaf in self._seats.leaves(placed).items()}
         total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
         with self._evaluating():
-            for reading in self._readings({**weights, **leaves}):
+            for index in range(len(self.batches)):
+                reading = self._read(self._seats.spread(placed, leaves), index)
                 loss = -self._log_prob(reading).sum()
                 gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
                 for value, gradient in zip(total.values(), gradients, strict=True):
@@ -180,13 +185,14 @@ class Objective:
         Raises:
             ValueError: a likelihood whose output Hessian is not known.
         """
-        leaves = self._leaves(weights)
+        placed = self._seats.placed(weights)
+        moves = [self._seats.moves(direction) for direction in directions]
         total = torch.zeros(len(directions), len(directions), dtype=torch.float64)
         with self._evaluating(), torch.no_grad():
             for index in range(len(self.batches)):
                 products, readings = [], []
-                for direction in directions:
-                    reading, tangent = self._jvp(weights, leaves, direction, index)
+                for move in moves:
+                    reading, tangent = self._jvp(placed, move, index)
                     readings.append(reading)
                     products.append(tangent)
                 total += output_hessian(self._known_hessian(), readings[0], torch.stack(products))
@@ -207,11 +213,11 @@ class Objective:
         Raises:
             ValueError: a likelihood whose output Hessian is not known.
         """
-        leaves = self._leaves(weights)
+        placed, move = self._seats.placed(weights), self._seats.moves(direction)
         loss = slope = bend = 0.0
         with self._evaluating(), torch.no_grad():
             for index in range(len(self.batches)):
-                reading, tangent = self._jvp(weights, leaves, direction, index)
+                reading, tangent = self._jvp(placed, move, index)
                 with torch.enable_grad():
                     outputs = reading.output.detach().requires_grad_(True)
                     nll = -self._log_prob(replace(reading, output=outputs)).sum(dtype=torch.float64)
@@ -221,21 +227,19 @@ class Objective:
                 bend += float(output_hessian(self._known_hessian(), reading, tangent[None]))
         return loss * self.scale, slope * self.scale, bend * self.scale
 
-    def _jvp(
-        self, weights: Weights, leaves: Weights, direction: Weights, index: int
-    ) -> tuple[Reading, Tensor]:
+    def _jvp(self, placed: Tensors, move: Tensors, index: int) -> tuple[Reading, Tensor]:
         """The outputs of one batch and their derivative along a direction, (B, T, C)."""
-        moving = {name: leaf for name, leaf in leaves.items() if name in direction}
-        tangents = {name: direction[name].to(leaf) for name, leaf in moving.items()}
+        leaves = {name: leaf for name, leaf in self._seats.leaves(placed).items() if name in move}
+        tangents = {name: move[name].to(leaf) for name, leaf in leaves.items()}
         rest: list[Reading] = []
 
         def outputs(parameters: dict[str, Tensor]) -> Tensor:
-            reading = self._read({**weights, **leaves, **parameters}, index)
+            reading = self._read(self._seats.spread(placed, parameters), index)
             rest.append(reading)
             value: Tensor = reading.output
             return value
 
-        tangent = torch.func.jvp(outputs, (moving,), (tangents,))[1]
+        tangent = torch.func.jvp(outputs, (leaves,), (tangents,))[1]
         self._known_hessian()
         return rest[-1], self._as_viewed(tangent, rest[-1])
 
@@ -246,22 +250,10 @@ class Objective:
             return values.reshape(shape)
         return values.movedim(getattr(self._likelihood, "class_dim", -1), -1).reshape(shape)
 
-    def _leaves(self, weights: Weights) -> dict[str, Tensor]:
-        """The module's parameters (a tied one once) at the given values, detached."""
-        return {
-            name: weights.get(name, parameter).detach().to(parameter)
-            for name, parameter in self.module.named_parameters()
-        }
-
-    def _readings(self, weights: Weights) -> Iterator[Reading]:
-        return (self._read(weights, index) for index in range(len(self.batches)))
-
-    def _read(self, weights: Weights, index: int) -> Reading:
-        """The module's answer on one batch, with `weights` in place of its own (names it lacks are ignored)."""
-        own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        placed = {name: weights[name].to(own[name]) for name in weights if name in own}
+    def _read(self, placed: Tensors, index: int) -> Reading:
+        """The module's answer on one batch, with these tensors in place of its own."""
         batch = self.batches[index]
-        output = functional_call(self.module, placed, batch.args, batch.kwargs)
+        output = functional_call(self.module, placed, batch.args, batch.kwargs, tie_weights=False)
         if not _all_finite(find_logits(output).detach()):
             raise OutputNotFiniteError(
                 f"the outputs are NaN or infinite in batch {index}: these weights have no finite loss"
@@ -287,15 +279,21 @@ class Objective:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Eval mode, and attention kernels that have a forward-mode derivative."""
+        """Eval mode, bare layers, and kernels of attention and of experts that have a forward-mode derivative."""
         modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()
+        experts = getattr(getattr(self.module, "config", None), "_experts_implementation", None) or "eager"
+        module: Any = self.module
         try:
+            if experts != "eager":
+                module.set_experts_implementation("eager")
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
                 yield
         finally:
-            for module, training in modes:
-                module.training = training
+            if experts != "eager":
+                module.set_experts_implementation(experts)
+            for part, training in modes:
+                part.training = training
 
 
 def _counted(reading: Reading) -> Tensor:

@@ -20,8 +20,10 @@ from gradmatch.measure.conflict import curvature_overlap, sign_conflict
 from gradmatch.measure.objective import Objective
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.curvatures import open_curvature
+from gradmatch.models.loading import load
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.task import Task
+from gradmatch.models.views import as_module, like
 from gradmatch.output.card import CARD
 from gradmatch.plan.opened import task_names
 
@@ -35,9 +37,16 @@ CurvatureLike = Curvature | str | os.PathLike[str]
 
 
 def open_models(
-    base: Model | Checkpoint, tasks: Sequence[Task], *, allow_pickle: bool = False
+    base: Model | Checkpoint,
+    tasks: Sequence[Task],
+    *,
+    data: bool = False,
+    base_curvature: object = None,
+    allow_pickle: bool = False,
 ) -> tuple[Checkpoint, dict[str, Checkpoint], dict[str, float], dict[str, Curvature]]:
     """Base, and by task: model, weight (the mean where it varies over tensors), curvature where there is one.
+
+    Where data are to be run, or a curvature has other names than the files, all are under the names of the base's module.
 
     Raises:
         ValueError: no tasks.
@@ -61,7 +70,10 @@ def open_models(
         weights[name] = sum(found) / len(found)
         if task.curvature is not None:
             curvatures[name] = open_curvature(task.curvature)
-    return theta0, models, weights, curvatures
+    known = [*curvatures.values(), *([base_curvature] if isinstance(base_curvature, Curvature) else [])]
+    if data or any(name not in theta0 for curvature in known for name in curvature):
+        theta0 = as_module(theta0)
+    return theta0, {name: like(model, theta0) for name, model in models.items()}, weights, curvatures
 
 
 def check_tasks(what: str, given: Mapping[str, Any] | None, names: Sequence[str]) -> None:
@@ -94,13 +106,6 @@ def open_objectives(
     if not data:
         return {}
     structure = module or module_of(base, theta0)
-    parameters = [name for name, _ in structure.named_parameters()]
-    lacking = [name for name in parameters if name not in theta0]
-    if len(lacking) == len(parameters):
-        raise ValueError(
-            f"the module to run data through has no parameter of the base: {lacking[0]!r} and the others are not among "
-            f"{next(iter(theta0), 'nothing')!r}, ...; pass module= of the architecture that the weights belong to"
-        )
     objectives = {}
     for task, batches in data.items():
         if isinstance(batches, Mapping | torch.Tensor | str):
@@ -225,27 +230,13 @@ def compared_curvatures(
 
 
 def module_of(base: Model | Checkpoint, opened: Checkpoint) -> nn.Module:
-    """The structure to run data through: the base where it is a module, else what its config.json describes.
+    """The structure to run data through: the base where it is a module, else what its config.json describes, with its weights.
 
     Raises:
-        ValueError: neither.
+        ValueError: neither, or a parameter that the base's files do not give.
     """
     if isinstance(base, torch.nn.Module):
         return base
     if isinstance(opened.module, torch.nn.Module):
         return opened.module
-    architectures = (opened.config or {}).get("architectures") or []
-    if opened.folder is None or not architectures:
-        raise ValueError(
-            "data needs a module to run through: pass module=, or a base that is a module or a folder with a config.json"
-        )
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(opened.folder)
-    architecture = getattr(transformers, architectures[0], None)
-    if architecture is None:
-        raise ValueError(
-            f"{opened.path} wants the architecture {architectures[0]!r}, which transformers lacks; pass module="
-        )
-    module: nn.Module = architecture(config)
-    return module
+    return load(opened)

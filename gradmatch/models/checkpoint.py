@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.estimators.fingerprint import Sample, sample_file, sample_tensor
+from gradmatch.estimators.fingerprint import Sample, sample_blocks, sample_file
 from gradmatch.models.reference import published
 from gradmatch.models.stores import FileStore, Spec, Store, read
 
@@ -84,7 +85,6 @@ class Checkpoint(Mapping[str, "Tensor"]):
     def sample(self, name: str) -> Sample:
         """Shape and a few values of a tensor, as a fingerprint takes them (see `gradmatch.estimators.curvature`)."""
         name = self.aliases.get(name, name)
-        ranges = self.store.files(name)
-        if isinstance(self.store, FileStore) and ranges:
-            return sample_file(ranges[0][0], self.store.prefix + name)
-        return sample_tensor(self[name])
+        if isinstance(self.store, FileStore):
+            return sample_file(*self.store.source(name))
+        return sample_blocks(self.spec(name).shape, functools.partial(self.store.block, name))

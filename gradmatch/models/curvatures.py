@@ -2,89 +2,92 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gradmatch.estimators.curvature import FACTOR_A, FACTOR_B, GRADIENT, MEAN, Curvature
 from gradmatch.estimators.tensorfile import TensorFile
-from gradmatch.models.renamed import file_names
-from gradmatch.models.stores import SAFETENSORS_NAME, FileStore, Spec
+from gradmatch.models.checkpoint import Checkpoint
+from gradmatch.models.gathered import Gathered
+from gradmatch.models.stores import FileStore, MemoryStore, Spec, Store
+from gradmatch.models.views import Arrangement, arrange, like
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmatch.models.checkpoint import Checkpoint
     from gradmatch.models.gathered import Rows
 
 
 class CurvatureStore:
-    """Blocks of a curvature as a store: per-example means, gradients or input factors, of one file or in memory."""
+    """Blocks of a curvature as a store under the base's names: per-example means, gradients or factors, of one file or in memory.
 
-    def __init__(self, curvature: Curvature, prefix: str, aliases: Mapping[str, Sequence[str]]) -> None:
+    Args:
+        curvature: as given.
+        prefix: which of its blocks.
+        arranged: how its names become the base's; None: they are so.
+    """
+
+    def __init__(self, curvature: Curvature, prefix: str, arranged: Arrangement | None = None) -> None:
         self.num_examples, self.path = curvature.num_examples, curvature.path
-        self.curvature, self._prefix, self._aliases = curvature, prefix, aliases
-        self._file = FileStore([TensorFile(curvature.path)], prefix) if curvature.path else None
-        self._flat: dict[str, Tensor] = {}
-        self.rows: Mapping[str, Rows] = {}
+        self.curvature, self._arranged = curvature, arranged
+        store = blocks(curvature, prefix)
+        factors = prefix in (
+            FACTOR_A,
+            FACTOR_B,
+        )  # of a tensor that is stacked of several they belong to none of them
+        self._store = arranged.of(store, converted=not factors) if arranged else store
+
+    def beside(self, prefix: str) -> CurvatureStore:
+        """Other blocks of the same curvature, under the same names."""
+        return CurvatureStore(self.curvature, prefix, self._arranged)
 
     def key(self, name: str) -> str | None:
-        """The name under which a parameter is stored (a tied one may go by any of its names), or None."""
-        return next((known for known in (name, *self._aliases.get(name, ())) if known in self), None)
+        """The name of a block, or None where the curvature has none for this parameter."""
+        return name if name in self._store else None
 
-    def __iter__(self) -> Any:
-        return iter(self._file if self._file else self.curvature)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store)
 
     def __contains__(self, name: object) -> bool:
-        if self._file:
-            return name in self._file
-        return isinstance(name, str) and self._tensor(name) is not None
+        return name in self._store
+
+    def align(self, names: Iterable[str], rows: Rows) -> None:
+        """Take the rows of a common vocabulary from now on; those of tokens that the model lacks are zero."""
+        parts = {name: rows.part(self._store, name) for name in names if name in self._store}
+        self._store = Gathered(self._store, parts, fill=0.0)
 
     def spec(self, name: str) -> Spec:
         """Shape and dtype of a block."""
-        if self._file:
-            spec = self._file.spec(name)
-        else:
-            tensor = self._tensor(name)
-            assert tensor is not None
-            spec = Spec(SAFETENSORS_NAME[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
-        return self.rows[name].shape(spec) if name in self.rows else spec
+        return self._store.spec(name)
 
     def block(self, name: str, first: int, last: int) -> Tensor:
-        """Elements of a block, flat; rows of tokens that the model lacks are zero."""
-        if name in self.rows:
-            plain = copy.copy(self)
-            plain.rows = {}
-            values, absent, low = self.rows[name].gather(plain, name, first, last)
-            values[absent] = 0
-            start = first - low * values.shape[1]
-            return values.reshape(-1)[start : start + last - first]
-        if self._file:
-            return self._file.block(name, first, last)
-        if name not in self._flat:
-            tensor = self._tensor(name)
-            assert tensor is not None
-            self._flat[name] = tensor.detach().to("cpu").reshape(-1)
-        return self._flat[name][first:last]
+        """Elements of a block, flat."""
+        return self._store.block(name, first, last)
 
     def file(self, name: str) -> FileStore | None:
         """The file whose blocks are this store's as they are, or None."""
-        return None if name in self.rows else self._file
+        return self._store if isinstance(self._store, FileStore) else None
 
     def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
-        """Its byte range, for read-ahead."""
-        return self._file.files(name) if self._file else ()
+        """Its byte ranges, for read-ahead."""
+        return self._store.files(name)
 
-    def _tensor(self, name: str) -> Tensor | None:
-        if self._prefix == MEAN:
-            return self.curvature.mean(name) if name in self.curvature else None
-        if self._prefix == GRADIENT:
-            return self.curvature.gradient(name)
-        factor = self.curvature.factor_a if self._prefix == FACTOR_A else self.curvature.factor_b
-        return factor(name)
+
+def blocks(curvature: Curvature, prefix: str = MEAN) -> Store:
+    """One kind of a curvature's blocks by its own names."""
+    if curvature.path:
+        return FileStore([TensorFile(curvature.path)], prefix)
+    read = {
+        MEAN: curvature.mean,
+        GRADIENT: curvature.gradient,
+        FACTOR_A: curvature.factor_a,
+        FACTOR_B: curvature.factor_b,
+    }[prefix]
+    found = {name: read(name) for name in curvature}
+    return MemoryStore({name: value for name, value in found.items() if value is not None}, "the curvature")
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,11 @@ class Factors:
     b: CurvatureStore
 
     @classmethod
-    def of(cls, curvature: Curvature, aliases: Mapping[str, Sequence[str]]) -> Factors:
+    def of(cls, curvature: Curvature, arranged: Arrangement | None = None) -> Factors:
         """Those of a curvature; possibly none at all."""
-        return cls(CurvatureStore(curvature, FACTOR_A, aliases), CurvatureStore(curvature, FACTOR_B, aliases))
+        return cls(
+            CurvatureStore(curvature, FACTOR_A, arranged), CurvatureStore(curvature, FACTOR_B, arranged)
+        )
 
     def size(self, name: str, shape: Sequence[int], owner: str) -> int:
         """Bytes of the factors of one tensor; 0 where it has none.
@@ -139,24 +144,29 @@ def _square(store: CurvatureStore, name: str) -> Tensor | None:
     )
 
 
-def checked_aliases(
-    curvature: Curvature,
-    model: Checkpoint,
-    name: str,
-    aliases: Mapping[str, Sequence[str]],
-    allow_mismatch: bool,
-) -> Mapping[str, Sequence[str]]:
-    """Other names of the model's tensors, with those of its module where the curvature uses them; checked to be its model's.
+def arranged_curvature(
+    curvature: Curvature, model: Checkpoint, base: Checkpoint, name: str, allow_mismatch: bool
+) -> Arrangement | None:
+    """How a curvature's blocks lie in the base's names and layout (None: as they are), after checking whose it is.
+
+    Args:
+        curvature: of the model, under the names of the module that it was estimated on.
+        model: as opened.
+        base: of the merge.
+        name: how to call the model.
+        allow_mismatch: accept a curvature of other weights.
 
     Raises:
         ValueError: the curvature of another model.
     """
-    renamed = file_names(model, curvature)
-    if not allow_mismatch:
-        curvature.check_model(lambda parameter: model.sample(renamed.get(parameter, parameter)), name)
-    if not renamed:
-        return aliases
-    return {**aliases, **{file: (*aliases.get(file, ()), module) for module, file in renamed.items()}}
+    own = Checkpoint(blocks(curvature), path=curvature.path, aliases={})
+    if not allow_mismatch and "fingerprint" in curvature.info:
+        known = model if all(parameter in model for parameter in curvature) else like(model, own)
+        curvature.check_model(known.sample, name)
+    tied = any(alias in own and held not in own for alias, held in base.aliases.items())
+    if all(parameter in base.store for parameter in own) and not tied:
+        return None
+    return arrange(own, base, beside=[model])
 
 
 def open_curvature(curvature: Curvature | str | os.PathLike[str]) -> Curvature:

@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradmatch.common.files import read_json
 from gradmatch.common.names import nearest
-from gradmatch.common.settings import FIRST
+from gradmatch.common.settings import FIRST, layer_of
+from gradmatch.common.warning import warn
 from gradmatch.estimators.tensorfile import TensorFile
+from gradmatch.estimators.wrapped import unwrap
 from gradmatch.models.adapter_config import CONFIG, named_base
 from gradmatch.models.adapters import open_adapter
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.reference import split_adapter, split_revision
-from gradmatch.models.stores import FileStore, MemoryStore
+from gradmatch.models.stores import FileStore, MemoryStore, Store, equal
 
 if TYPE_CHECKING:
     from gradmatch.models.task import Model
 
 INDEX = "model.safetensors.index.json"
-
+WHOLE = "model.safetensors"
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
+PACKED = ("I8", "U8", "I32")  # what quantised weights are packed in; tables of indices are I64
+SCALE = re.compile(r"scale|absmax|scb$|zero|quant", re.IGNORECASE)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+StoreT = TypeVar("StoreT", bound=Store)
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 # What is fetched of a hub repository: no pickles; code is carried along and never run.
 WANTED = (
@@ -71,7 +77,7 @@ def open_checkpoint(
     if (folder / CONFIG).is_file():
         return open_adapter(
             folder,
-            base or open_checkpoint(named_base(folder), allow_pickle=allow_pickle),
+            base or open_checkpoint(_base_at_hand(folder), allow_pickle=allow_pickle),
             allow_pickle=allow_pickle,
         )
     return _from_folder(folder, allow_pickle)
@@ -92,30 +98,48 @@ def adapter_folder(adapter: str, whole: str) -> Path:
     return folder
 
 
+def _base_at_hand(adapter: Path) -> Path:
+    """The folder of the base that an adapter names, where it is here already; nothing is downloaded that nobody named.
+
+    Raises:
+        ValueError: it is not.
+    """
+    named = named_base(adapter)
+    if Path(named).expanduser().exists():
+        return Path(named).expanduser()
+    try:
+        return from_hub(named, local=True)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{adapter} is an adapter of {named!r}, which is neither a folder nor in the hub's cache here; fetch it, or name the base"
+        ) from error
+
+
 def _in_memory(model: Any) -> Checkpoint:
     """A state dict or a module; a transformers model brings its config along."""
     if isinstance(model, Mapping):
         store = MemoryStore(model)
-        return Checkpoint(store, aliases=store.aliases)
+        return Checkpoint(_checked(store, "the state dict"), aliases=store.aliases)
     if not hasattr(model, "state_dict"):
         raise TypeError(f"a model is a path, a hub id, a state dict or a module, not {type(model).__name__}")
-    module = model
-    store = MemoryStore(module.state_dict(), type(module).__name__)
+    module = unwrap(model) if hasattr(model, "named_modules") else model
+    where = type(module).__name__
+    store = MemoryStore(module.state_dict(), where)
     if any(".lora_" in name or name.startswith("base_model.model.") for name in store):
         raise ValueError(
-            f"{type(module).__name__} has adapters beside its weights: pass the folder that its save_pretrained writes, or the model "
+            f"{where} has adapters beside its weights: pass the folder that its save_pretrained writes, or the model "
             "that its merge_and_unload() returns"
         )
     owned: Any = getattr(module, "config", None)
     config = owned.to_dict() if hasattr(owned, "to_dict") else None
-    return Checkpoint(store, config=config, aliases=store.aliases, module=module)
+    return Checkpoint(_checked(store, where, config), config=config, aliases=store.aliases, module=module)
 
 
 def _from_file(path: Path, allow_pickle: bool) -> Checkpoint:
     """A safetensors file, or a pickle where that is allowed."""
     if path.suffix not in PICKLES:
         file = TensorFile(path)
-        return Checkpoint(FileStore([file]), path=path, aliases=_stored_aliases([file]))
+        return Checkpoint(_checked(FileStore([file]), path), path=path, aliases=_stored_aliases([file]))
     if not allow_pickle:
         raise ValueError(
             f"{path} is a pickle, which can run code when it is opened; save it as safetensors, or pass allow_pickle "
@@ -125,21 +149,16 @@ def _from_file(path: Path, allow_pickle: bool) -> Checkpoint:
 
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     store = MemoryStore(state, str(path))
-    return Checkpoint(store, path=path, aliases=store.aliases)
+    return Checkpoint(_checked(store, path), path=path, aliases=store.aliases)
 
 
 def _from_folder(path: Path, allow_pickle: bool) -> Checkpoint:
     """A folder as transformers saves it."""
     config = read_json(path / "config.json") if (path / "config.json").is_file() else None
-    if config and config.get("quantization_config"):
-        raise ValueError(
-            f"{path} is quantised (quantization_config in its config.json); quantised weights cannot be averaged: "
-            "merge the unquantised model and quantise the result"
-        )
     if (path / INDEX).is_file():
-        files = indexed_files(path)
-    elif (path / "model.safetensors").is_file():
-        files = [TensorFile(path / "model.safetensors")]
+        files = _whole_before_shards(path) if (path / WHOLE).is_file() else indexed_files(path)
+    elif (path / WHOLE).is_file():
+        files = [TensorFile(path / WHOLE)]
     else:
         candidates = sorted(path.glob("*.safetensors"))
         if len(candidates) > 1:
@@ -158,10 +177,78 @@ def _from_folder(path: Path, allow_pickle: bool) -> Checkpoint:
                 f"{path} holds {len(pickles)} pickled shards; save it with save_pretrained as safetensors first"
             )
         opened = _from_file(pickles[0], allow_pickle)
-        return Checkpoint(opened.store, path=path, config=config, aliases=opened.aliases)
-    checkpoint = Checkpoint(FileStore(files), path=path, config=config, aliases=_stored_aliases(files))
-    checkpoint.aliases |= _tied_copy(checkpoint)
+        return Checkpoint(
+            _checked(opened.store, path, config), path=path, config=config, aliases=opened.aliases
+        )
+    store = _checked(FileStore(files), path, config)
+    checkpoint = Checkpoint(store, path=path, config=config, aliases=_stored_aliases(files))
+    checkpoint.aliases |= _tied_copies(checkpoint)
     return checkpoint
+
+
+def _whole_before_shards(path: Path) -> list[TensorFile]:
+    """The file that transformers reads of a folder which holds model.safetensors and an index of shards too."""
+    shards = set(listed_shards(path).values())
+    if shards == {WHOLE}:
+        return indexed_files(path)
+    there = all((path / shard).is_file() for shard in shards)
+    left = "shards that it lists are left aside" if there else "index is stale: shards that it lists are gone"
+    warn(
+        f"{path}: {WHOLE} is read, as transformers does, and not {INDEX}; the {left}. Remove what is not wanted"
+    )
+    return [TensorFile(path / WHOLE)]
+
+
+def _checked(store: StoreT, where: object, config: Mapping[str, Any] | None = None) -> StoreT:
+    """The store, unless its weights are quantised, which its config or its contents tell.
+
+    Raises:
+        ValueError: quantised weights.
+    """
+    told = next(_quantised_by(config), None)
+    for name in () if told else store:
+        spec = store.spec(name)
+        if spec.dtype in EIGHT_BITS or (spec.dtype in PACKED and len(spec.shape) > 1):
+            module = name.rpartition(".")[0]
+            beside = (
+                other for other in store if other != name and other.startswith(f"{module}." if module else "")
+            )
+            scale = next((other for other in beside if SCALE.search(other[len(module) :])), None)
+            if scale is not None:
+                told = f"{name!r} is {spec} with {scale!r} beside it"
+                break
+    if told:
+        raise ValueError(
+            f"{where} is quantised ({told}); quantised weights cannot be averaged: merge the unquantised model and quantise the result"
+        )
+    return store
+
+
+def _quantised_by(config: Any, at: str = "") -> Iterator[str]:
+    """Where a config says that weights are quantised, in nested configs too."""
+    if isinstance(config, Mapping):
+        if config.get("quantization_config"):
+            yield f"{at}quantization_config in its config.json"
+        for key, value in config.items():
+            yield from _quantised_by(value, f"{at}{key}.")
+
+
+def listed_shards(path: Path, index: str = INDEX) -> dict[str, str]:
+    """Tensor -> shard, as a folder's index says.
+
+    Raises:
+        ValueError: no such table, or one that leaves its folder.
+    """
+    weight_map = read_json(path / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path / index} has no weight_map from tensor to shard")
+    for shard in weight_map.values():
+        pure = PurePosixPath(str(shard))
+        if not isinstance(shard, str) or pure.is_absolute() or ".." in pure.parts or "\\" in shard:
+            raise ValueError(
+                f"{path / index} points outside its folder: {shard!r}; do not trust this checkpoint"
+            )
+    return weight_map
 
 
 def indexed_files(path: Path, index: str = INDEX) -> list[TensorFile]:
@@ -171,17 +258,8 @@ def indexed_files(path: Path, index: str = INDEX) -> list[TensorFile]:
         ValueError: the index leaves its folder, or names other tensors than the shards hold.
         FileNotFoundError: a shard is missing.
     """
-    weight_map = read_json(path / index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path / index} has no weight_map from tensor to shard")
-    files: dict[str, TensorFile] = {}
-    for shard in sorted({str(shard) for shard in weight_map.values()}):
-        pure = PurePosixPath(shard)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in shard:
-            raise ValueError(
-                f"{path / index} points outside its folder: {shard!r}; do not trust this checkpoint"
-            )
-        files[shard] = TensorFile(path / shard)
+    weight_map = listed_shards(path, index)
+    files = {shard: TensorFile(path / shard) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in files[shard]:
             raise ValueError(
@@ -203,29 +281,36 @@ def _stored_aliases(files: list[TensorFile]) -> dict[str, str]:
     return {key: value for key, value in pairs if value in names and key not in names}
 
 
-def _tied_copy(checkpoint: Checkpoint) -> dict[str, str]:
-    """An lm_head that a folder stores beside the embedding which its config ties it to: equal values under two names."""
-    config = checkpoint.config or {}
-    heads = [name for name in checkpoint.store if name.endswith("lm_head.weight")]
-    if not config.get("tie_word_embeddings", bool(config)):
+def _tied_copies(checkpoint: Checkpoint) -> dict[str, str]:
+    """Matrices that a folder stores beside the embeddings which its config ties them to: equal in every value."""
+    config, store = checkpoint.config or {}, checkpoint.store
+    flags = [part.get("tie_word_embeddings", True) for part in (config, config.get("text_config") or {})]
+    if not config or not all(flags):
         return {}
+    same: dict[Any, list[str]] = {}
+    for name in store:
+        if layer_of(name) is None and len(store.spec(name).shape) == 2 and store.spec(name).floating:
+            same.setdefault(store.spec(name), []).append(name)
     tied: dict[str, str] = {}
-    for head in heads:
-        sample, spec = checkpoint.sample(head), checkpoint.spec(head)
-        held = [
-            name
-            for name in checkpoint.store
-            if name != head
-            and FIRST.search(name)
-            and checkpoint.spec(name) == spec
-            and checkpoint.sample(name) == sample
-        ]
-        tied |= {head: held[0]} if held else {}
+    for names in same.values():
+        kept = next(
+            (name for name in sorted(names, key=lambda n: "shared" not in n) if FIRST.search(name)), None
+        )
+        if kept is None or len(names) < 2:
+            continue
+        sample = checkpoint.sample(kept)  # most that differ do so here
+        tied |= {
+            name: kept
+            for name in names
+            if name != kept and checkpoint.sample(name) == sample and equal(store, name, store, kept)
+        }
     return tied
 
 
-def from_hub(name: str, patterns: Sequence[str] = WANTED) -> Path:
+def from_hub(name: str, patterns: Sequence[str] = WANTED, local: bool = False) -> Path:
     """The local snapshot of a hub repository ("me/base", "me/base@revision"), of the files that match `patterns`.
+
+    With `local`, only one that is here already.
 
     Raises:
         FileNotFoundError: neither a path nor a repository that can be reached.
@@ -239,7 +324,9 @@ def from_hub(name: str, patterns: Sequence[str] = WANTED) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(patterns), local_files_only=local)
+        )
     except Exception as error:  # the library's errors share no base class across versions
         raise FileNotFoundError(
             f"no file or folder {name}{hint}, and no hub repository of that name {f'at revision {revision} ' if revision else ''}could be fetched ({type(error).__name__}: {error})"

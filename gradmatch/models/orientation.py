@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+from gradmatch.models.structure import structure
 
 if TYPE_CHECKING:
     from gradmatch.models.checkpoint import Checkpoint
@@ -22,27 +22,8 @@ def conv1d_weights(checkpoint: Checkpoint) -> frozenset[str] | None:
         >>> sorted(conv1d_weights(open_checkpoint(gpt2)))[0]
         'h.0.attn.c_attn.weight'
     """
-    if checkpoint.module is not None:
-        return _of_module(checkpoint.module)
-    return _of_config(json.dumps(checkpoint.config, default=str)) if checkpoint.config else None
-
-
-@lru_cache(maxsize=8)
-def _of_config(config: str) -> frozenset[str] | None:
-    import torch
-    import transformers
-
-    content = json.loads(config)
-    kind: Any = getattr(transformers, next(iter(content.get("architectures") or ()), ""), None)
-    try:
-        with torch.device("meta"):
-            if kind is not None:
-                return _of_module(kind(kind.config_class.from_dict(content)))
-            return _of_module(
-                transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**content))
-            )
-    except Exception:  # whatever an architecture may raise on a config of another version: it cannot tell
-        return None
+    found = structure(checkpoint)
+    return None if found is None or found.module is None else _of_module(found.module)
 
 
 def _of_module(module: Any) -> frozenset[str]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.settings import FIRST, LAYER, layer_of
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.opening import open_checkpoint
-from gradmatch.models.stores import Spec, Store
+from gradmatch.models.stores import Renamed, Store
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from gradmatch.estimators.tensorfile import TensorFile
     from gradmatch.models.task import Model
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -27,34 +24,6 @@ class Slice:
     model: Model
     first: int
     last: int
-
-
-class RenamedStore:
-    """Tensors of other stores under new names."""
-
-    def __init__(self, where: Mapping[str, tuple[Store, str]]) -> None:
-        self._where = dict(where)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._where
-
-    def spec(self, name: str) -> Spec:
-        """Shape and dtype at the source."""
-        store, source = self._where[name]
-        return store.spec(source)
-
-    def block(self, name: str, first: int, last: int) -> Tensor:
-        """Elements at the source."""
-        store, source = self._where[name]
-        return store.block(source, first, last)
-
-    def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
-        """Byte ranges at the source."""
-        store, source = self._where[name]
-        return store.files(source)
 
 
 def stack(slices: Sequence[Slice], *, allow_pickle: bool = False) -> Checkpoint:
@@ -97,7 +66,7 @@ def stack(slices: Sequence[Slice], *, allow_pickle: bool = False) -> Checkpoint:
             where[name] = (opened[-1].store, name)
     config = _followed(opened[0].config, sources)
     return Checkpoint(
-        RenamedStore(where),
+        Renamed(where),
         path=opened[0].path,
         config=config,
         aliases=opened[0].aliases,

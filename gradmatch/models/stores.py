@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+EQUAL = 2**24  # elements that are compared at a time
 SAFETENSORS_NAME = {torch_name: name for name, torch_name in TORCH_NAME.items()}
 
 
@@ -69,23 +70,80 @@ class Store(Protocol):
 class FileStore:
     """Tensors of one or more safetensors files; a name must occur in one file only.
 
+    Args:
+        files: opened ones.
+        prefix: only tensors whose key begins with it, without it.
+
     Raises:
         ValueError: two files hold the same name.
     """
 
     def __init__(self, files: Sequence[TensorFile], prefix: str = "") -> None:
-        self._where: dict[str, TensorFile] = {}
-        self.prefix = prefix
+        self._where: dict[str, tuple[TensorFile, str]] = {}
         for file in files:
-            for name in file:
-                if not name.startswith(prefix):
+            for key in file:
+                if not key.startswith(prefix):
                     continue
-                short = name.removeprefix(prefix)
-                if short in self._where:
+                name = key.removeprefix(prefix)
+                if name in self._where:
                     raise ValueError(
-                        f"tensor {short!r} is in {self._where[short].path} and in {file.path}; keep one of the two"
+                        f"tensor {name!r} is in {self._where[name][0].path} and in {file.path}; keep one of the two"
                     )
-                self._where[short] = file
+                self._where[name] = (file, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
+    def renamed(self, names: Mapping[str, str]) -> FileStore:
+        """The same files under other names: new name -> name here."""
+        store = FileStore(())
+        store._where = {new: self._where[old] for new, old in names.items()}
+        return store
+
+    def source(self, name: str) -> tuple[TensorFile, str]:
+        """The file that holds a tensor, and its key there."""
+        return self._where[name]
+
+    def spec(self, name: str) -> Spec:
+        """Shape and dtype from the header."""
+        file, key = self._where[name]
+        return Spec(file[key].dtype, file[key].shape)
+
+    def block(self, name: str, first: int, last: int) -> Tensor:
+        """A view of the file's pages."""
+        file, key = self._where[name]
+        return file.block(key, first, last)
+
+    def read(self, name: str, first: int, last: int, buffer: Tensor) -> Tensor:
+        """Elements first to last, flat, in the stored dtype, read into the front of `buffer` (bytes, uint8).
+
+        Raises:
+            ValueError: the file ended early.
+        """
+        file, key = self._where[name]
+        held = buffer[: (last - first) * ITEM_SIZE[file[key].dtype]]
+        file.read_into(key, held.numpy().data, first)
+        return held.view(torch_dtype(file[key].dtype))
+
+    def place(self, name: str, first: int) -> tuple[int, int]:
+        """The file descriptor, and the byte in that file at which element `first` lies."""
+        file, key = self._where[name]
+        return file.fileno(), file[key].start + first * ITEM_SIZE[file[key].dtype]
+
+    def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
+        """The tensor's own byte range."""
+        file, key = self._where[name]
+        return [(file, file[key].start, file[key].stop)]
+
+
+class Renamed:
+    """Tensors of other stores under new names: new name -> store and name there."""
+
+    def __init__(self, where: Mapping[str, tuple[Store, str]]) -> None:
+        self._where = dict(where)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -94,35 +152,26 @@ class FileStore:
         return name in self._where
 
     def spec(self, name: str) -> Spec:
-        """Shape and dtype from the header."""
-        info = self._where[name][self.prefix + name]
-        return Spec(info.dtype, info.shape)
+        """Shape and dtype at the source."""
+        store, source = self._where[name]
+        return store.spec(source)
 
     def block(self, name: str, first: int, last: int) -> Tensor:
-        """A view of the file's pages."""
-        return self._where[name].block(self.prefix + name, first, last)
-
-    def read(self, name: str, first: int, last: int, buffer: Tensor) -> Tensor:
-        """Elements first to last, flat, in the stored dtype, read into the front of `buffer` (bytes, uint8).
-
-        Raises:
-            ValueError: the file ended early.
-        """
-        info = self._where[name][self.prefix + name]
-        held = buffer[: (last - first) * ITEM_SIZE[info.dtype]]
-        self._where[name].read_into(self.prefix + name, held.numpy().data, first)
-        return held.view(torch_dtype(info.dtype))
-
-    def place(self, name: str, first: int) -> tuple[int, int]:
-        """The file descriptor, and the byte in that file at which element `first` lies."""
-        file = self._where[name]
-        info = file[self.prefix + name]
-        return file.fileno(), info.start + first * ITEM_SIZE[info.dtype]
+        """Elements at the source."""
+        store, source = self._where[name]
+        return store.block(source, first, last)
 
     def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
-        """The tensor's own byte range."""
-        info = self._where[name][self.prefix + name]
-        return [(self._where[name], info.start, info.stop)]
+        """Byte ranges at the source."""
+        store, source = self._where[name]
+        return store.files(source)
+
+
+def renamed(store: Store, names: Mapping[str, str]) -> Store:
+    """Some tensors of a store under new names: new name -> name in the store."""
+    if isinstance(store, FileStore):
+        return store.renamed(names)  # still files, which the engine reads without a detour
+    return Renamed({new: (store, old) for new, old in names.items()})
 
 
 class MemoryStore:
@@ -186,6 +235,23 @@ def read(store: Store, name: str) -> Tensor:
     """One whole tensor in its shape and stored dtype, in memory of its own."""
     spec = store.spec(name)
     return store.block(name, 0, spec.numel).clone().reshape(spec.shape)
+
+
+def equal(one: Store, name: str, other: Store, other_name: str) -> bool:
+    """Whether two tensors are the same in shape, dtype and every value (bit by bit, so that NaN equals itself)."""
+    import torch
+
+    spec = one.spec(name)
+    if other.spec(other_name) != spec:
+        return False
+    for first in range(0, spec.numel, EQUAL):
+        last = min(first + EQUAL, spec.numel)
+        held = (
+            store.block(key, first, last).contiguous() for store, key in ((one, name), (other, other_name))
+        )
+        if not torch.equal(*(values.view(torch.uint8) for values in held)):
+            return False
+    return True
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
-from gradmatch.estimators.curvature import MEAN
-from gradmatch.models.curvatures import CurvatureStore
+from gradmatch.models.curvatures import blocks
 
 if TYPE_CHECKING:
     from gradmatch.estimators.curvature import Curvature
@@ -74,7 +73,7 @@ def compare_units(curvatures: Mapping[str, Curvature]) -> list[Apart]:
 
 def sampled_traces(curvature: Curvature) -> dict[str, float]:
     """Sum of each block's per-example means (nats per squared unit of weight); of large blocks, estimated from BLOCKS parts."""
-    store = CurvatureStore(curvature, MEAN, {})
+    store = blocks(curvature)
     traces = {}
     for name in curvature:
         numel = store.spec(name).numel

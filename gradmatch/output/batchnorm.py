@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.estimators.tensorfile import TensorFile
+from gradmatch.models.batchnorm import batchnorm_statistics
 from gradmatch.models.checkpoint import Checkpoint
+from gradmatch.models.loading import fill
+from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.stores import FileStore, torch_dtype
+from gradmatch.models.structure import Structure, architecture, build
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +29,7 @@ def check_batches(base: Checkpoint, batches: Any) -> None:
     Raises:
         ValueError: no module to run and no config that describes one, or no batches.
     """
-    if base.module is None and (base.folder is None or not architecture(base)):
+    if base.module is None and architecture(base.config) is None:
         raise ValueError(
             "batchnorm='recalibrate' runs the model: pass the base as a module, or as a folder whose config.json names an "
             "architecture of transformers; or choose 'average' or 'copy'"
@@ -37,23 +41,6 @@ def check_batches(base: Checkpoint, batches: Any) -> None:
             "batchnorm='recalibrate' needs batches=... (inputs, (inputs, targets) tuples or dicts of tensors); from the command "
             "line choose 'average' or 'copy'"
         )
-
-
-def architecture(base: Checkpoint) -> Any:
-    """The class of transformers that the config names, or None."""
-    import transformers
-
-    names = (base.config or {}).get("architectures") or []
-    return getattr(transformers, names[0], None) if names else None
-
-
-def module_of(base: Checkpoint) -> Any:
-    """What the statistics are measured on: the base's own module, or a new one of its config's architecture."""
-    if base.module is not None:
-        return copy.deepcopy(base.module)
-    import transformers
-
-    return architecture(base)(transformers.AutoConfig.from_pretrained(base.folder))
 
 
 def recalibrate_folder(sink: FolderSink, batches: Iterable[Any]) -> None:
@@ -87,40 +74,29 @@ def recalibrate(base: Checkpoint, merged: Mapping[str, Tensor], batches: Iterabl
     Raises:
         ValueError: no batches, or a module that does not take the merged tensors.
     """
-    import torch
-
-    model = module_of(base)
+    module = copy.deepcopy(base.module)
+    if module is None:
+        module = build(architecture(base.config), base.config or {})
     try:
-        model.load_state_dict(dict(merged))
-    except RuntimeError as error:
-        raise ValueError(
-            f"batchnorm='recalibrate': {type(model).__name__} does not take the merged tensors ({error}); pass the base as a module"
-        ) from error
-    model.eval()
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)
-    }
-    for layer in layers.values():
-        layer.reset_running_stats()
-        layer.momentum = None  # a plain mean over the batches
-        layer.train()
-    seen = 0
-    with torch.no_grad():
+        fill(module, open_checkpoint(merged))
+    except ValueError as error:
+        raise ValueError(f"batchnorm='recalibrate': {error}; pass the base as a module") from error
+    count = 0
+
+    def runs() -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
+        nonlocal count
         for batch in batches:
-            seen += 1
+            count += 1
             if isinstance(batch, Mapping):
-                model(**{key: value for key, value in batch.items() if key != "labels"})
+                yield (), {key: value for key, value in batch.items() if key != "labels"}
             else:
-                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    if not seen:
+                yield (batch[0] if isinstance(batch, (tuple, list)) else batch,), {}
+
+    measured = batchnorm_statistics(module, {}, runs())
+    if not count:
         raise ValueError(EMPTY)
-    found = {
-        f"{name}.{key}" if name else key: value.clone()
-        for name, layer in layers.items()
-        for key, value in layer.named_buffers(recurse=False)
-    }
+    stored = Structure(module).names(base, base.where).plain
+    found = {stored[name]: value for name, value in measured.items() if name in stored}
     for name, value in found.items():
         if not bool(value.isfinite().all()):
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gradmatch.models.checkpoint import Checkpoint
+from gradmatch.models.structure import architecture
 
 if TYPE_CHECKING:
     from gradmatch.plan.step import Plan
@@ -42,9 +43,8 @@ def reload(checkpoint: Checkpoint) -> None:
         )
     import transformers
 
-    names = checkpoint.config.get("architectures") or []
-    loader = getattr(transformers, names[0], None) if names else None
-    _, info = (loader or transformers.AutoModel).from_pretrained(checkpoint.path, output_loading_info=True)
+    loader = architecture(checkpoint.config) or transformers.AutoModel
+    _, info = loader.from_pretrained(checkpoint.path, output_loading_info=True)
     problems = {
         key: sorted(info[key])
         for key in ("missing_keys", "unexpected_keys", "mismatched_keys")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gradmatch.common.settings import FIRST, layer_of
-from gradmatch.models.stores import Spec
+from gradmatch.models.stores import Spec, equal
 
 if TYPE_CHECKING:
     from gradmatch.models.checkpoint import Checkpoint
-    from gradmatch.plan.opened import OpenTask
+    from gradmatch.plan.opened import Inputs, OpenTask
     from gradmatch.plan.step import Plan
 
 
@@ -26,8 +27,7 @@ def participants(name: str, spec: Spec, result: Plan) -> tuple[int, ...]:
             if result.request.missing == "error":
                 raise ValueError(
                     f"tensor {name!r} {spec} of the base is missing in {task.name} ({task.checkpoint.where}); "
-                    "pass missing='base' to let tasks without a tensor take no part in it"
-                    f"{_prefix_hint(result.inputs.base, task.checkpoint)}"
+                    f"{_counterpart(name, spec, result.inputs.base, task.checkpoint)}"
                 )
             result.notes.append(f"{name}: missing in {task.name}, which takes no part in it")
             continue
@@ -94,18 +94,50 @@ def check_extra(result: Plan, heads: Sequence[str]) -> None:
             result.heads[position] = own_heads
 
 
-def check_kinds(name: str, spec: Spec, tasks: Sequence[OpenTask]) -> None:
-    """Integers of the base are copied.
+def check_kinds(name: str, spec: Spec, inputs: Inputs) -> None:
+    """Integers of the base are copied: tables and counters, which cannot be merged.
 
     Raises:
-        ValueError: a task has floats there: the base's are quantised weights, not a buffer.
+        ValueError: a task has floats there, or another matrix: these are quantised weights, not a buffer.
     """
-    for task in tasks:
-        if name in task.checkpoint and task.checkpoint.spec(name).floating:
+    for task in inputs.tasks:
+        if name not in task.checkpoint:
+            continue
+        found = task.checkpoint.spec(name)
+        if found.floating:
             raise ValueError(
-                f"tensor {name!r} is {spec.dtype} in the base and {task.checkpoint.spec(name).dtype} in {task.name}; quantised "
+                f"tensor {name!r} is {spec.dtype} in the base and {found.dtype} in {task.name}; quantised "
                 "weights cannot be merged: pass the unquantised base"
             )
+        if len(spec.shape) > 1 and not same_values(name, inputs.base, task.checkpoint):
+            raise ValueError(
+                f"tensor {name!r} holds integers, {spec} in the base and {found} in {task.name}, and they differ; quantised weights cannot "
+                "be merged: pass the unquantised models. If it is a table, keep the base's with heads='base' and head_names=[...]"
+            )
+
+
+def same_values(name: str, one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two models hold the same values, all of them, in the narrower of their dtypes."""
+    import torch
+
+    a, b = one[name], other[name]
+    return a.shape == b.shape and (torch.equal(a.to(b.dtype), b) or torch.equal(a, b.to(a.dtype)))
+
+
+def _counterpart(name: str, spec: Spec, base: Checkpoint, task: Checkpoint) -> str:
+    """What to do about a tensor that a task lacks: nothing is given up that it may only call otherwise."""
+    alike = [other for other in task if other not in base and task.spec(other).shape == spec.shape]
+    hint = _prefix_hint(base, task)
+    if alike and not hint:
+        return (
+            f"it holds {min(alike, key=lambda other: _distance(name, other))!r} of that shape, which the base lacks: give both as folders "
+            "whose config.json names their architecture, so that names are matched as transformers does"
+        )
+    return f"pass missing='base' to let tasks without a tensor take no part in it{hint}"
+
+
+def _distance(one: str, other: str) -> float:
+    return -difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _prefix_hint(base: Checkpoint, task: Checkpoint) -> str:
@@ -129,5 +161,9 @@ def _is_tied(name: str, base: Checkpoint, task: Checkpoint) -> bool:
     ties = all(model.config and model.config.get("tie_word_embeddings", True) for model in (base, task))
     if not name.endswith("lm_head.weight") or not ties:
         return False
-    sample = task.sample(name)
-    return any(task.sample(other) == sample for other in task if other in base and FIRST.search(other))
+    return any(
+        task.spec(other) == task.spec(name)
+        and equal(task.store, held, task.store, task.aliases.get(other, other))
+        for other in task
+        if other in base and FIRST.search(other)
+    )

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,11 @@ from gradmatch.common.settings import Setting
 from gradmatch.common.warning import warn
 from gradmatch.estimators.curvature import GRADIENT, MEAN, Curvature
 from gradmatch.models.checkpoint import Checkpoint
-from gradmatch.models.curvatures import CurvatureStore, Factors, checked_aliases, open_curvature
+from gradmatch.models.curvatures import CurvatureStore, Factors, arranged_curvature, open_curvature
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.stores import Spec, Store
 from gradmatch.models.task import Task
+from gradmatch.models.views import buffers_of, like
 from gradmatch.rules import Solve
 
 if TYPE_CHECKING:
@@ -56,6 +58,11 @@ class Inputs:
     base_curvature: CurvatureStore | float | None = None
     base_factors: Factors | None = None
 
+    @cached_property
+    def buffers(self) -> frozenset[str]:
+        """The base's tensors that its module keeps as buffers: no loss has a curvature in them, so it is flat there."""
+        return buffers_of(self.base)
+
     def curvatures_of(
         self, name: str, tasks: Sequence[int], request: Request, spec: Spec
     ) -> tuple[list[int], bool]:
@@ -81,9 +88,9 @@ class Inputs:
         for owner, store in stores:
             key = store.key(name) if store else None
             if store is None or key is None:
-                if request.missing_curvature == "error":
+                if request.missing_curvature == "error" and name not in self.buffers:
                     raise ValueError(
-                        f"the curvature of {owner} has no block for {name!r} (a buffer, a parameter frozen while it was "
+                        f"the curvature of {owner} has no block for {name!r} (a parameter frozen while it was "
                         "estimated, or a second copy of a tied one); pass missing_curvature='zero' to treat it as flat there"
                     )
                 continue
@@ -174,15 +181,12 @@ def open_inputs(
     if not tasks:
         raise ValueError("no tasks to merge; pass at least one Task(model, curvature, weight)")
     opened_base = open_checkpoint(base, allow_pickle=allow_pickle)
-    aliases: dict[str, list[str]] = {}
-    for alias, name in opened_base.aliases.items():
-        aliases.setdefault(name, []).append(alias)
     names = task_names(tasks)
     opened = []
     for name, task in zip(names, tasks, strict=True):
         checkpoint = open_checkpoint(task.model, base=opened_base, allow_pickle=allow_pickle)
-        opened.append(_open_task(name, task, checkpoint, aliases, request, allow_mismatch))
-    h0, factors = _base_curvature(base_curvature, opened_base, aliases, request, allow_mismatch)
+        opened.append(_open_task(name, task, checkpoint, opened_base, request, allow_mismatch))
+    h0, factors = _base_curvature(base_curvature, opened_base, request, allow_mismatch)
     inputs = Inputs(opened_base, opened_base.store, opened, h0, factors)
     owners = [*(task.factors for task in opened), factors]
     if "factors" in request.rule.needs and not any(
@@ -221,12 +225,13 @@ def task_names(tasks: Sequence[Task]) -> list[str]:
 def _open_task(
     name: str,
     task: Task,
-    checkpoint: Checkpoint,
-    aliases: Mapping[str, Sequence[str]],
+    own: Checkpoint,
+    base: Checkpoint,
     request: Request,
     allow_mismatch: bool,
 ) -> OpenTask:
-    """One task with the curvature that the rule needs."""
+    """One task under the base's names, with the curvature that the rule needs."""
+    checkpoint = like(own, base)
     opened = OpenTask(name, task.weight, checkpoint, checkpoint.store, options=task.options)
     needs = request.rule.needs
     if not needs & {"curvature", "gradient", "gram"}:
@@ -243,31 +248,30 @@ def _open_task(
             f"(--task MODEL,curvature=FILE), or choose a method without, such as {instead}"
         )
     curvature = open_curvature(task.curvature)
-    aliases = checked_aliases(curvature, checkpoint, name, aliases, allow_mismatch)
+    arranged = arranged_curvature(curvature, own, base, name, allow_mismatch)
     opened.curvature = curvature
     if "curvature" in needs:
-        opened.mean = CurvatureStore(curvature, MEAN, aliases)
+        opened.mean = CurvatureStore(curvature, MEAN, arranged)
     if "gradient" in needs:
         if not curvature.has_gradient:
             raise ValueError(
                 f"{request.method} needs the measured gradient, which the curvature of {name} lacks; estimate it with gradient=True"
             )
-        opened.gradient = CurvatureStore(curvature, GRADIENT, aliases)
+        opened.gradient = CurvatureStore(curvature, GRADIENT, arranged)
     if "gram" in needs:
-        opened.factors = Factors.of(curvature, aliases)
+        opened.factors = Factors.of(curvature, arranged)
         if not any(key for key in checkpoint if opened.factors.a.key(key)):
             raise ValueError(
                 f"the curvature of {name} holds no gram matrices; estimate it with method='gram'"
             )
     elif isinstance(request.rule, Solve):
-        opened.factors = Factors.of(curvature, aliases)
+        opened.factors = Factors.of(curvature, arranged)
     return opened
 
 
 def _base_curvature(
     given: Curvature | str | os.PathLike[str] | float | None,
     base: Checkpoint,
-    aliases: Mapping[str, Sequence[str]],
     request: Request,
     allow_mismatch: bool,
 ) -> tuple[CurvatureStore | float | None, Factors | None]:
@@ -289,6 +293,6 @@ def _base_curvature(
             )
         return float(given), None
     curvature = open_curvature(given)
-    aliases = checked_aliases(curvature, base, "the base", aliases, allow_mismatch)
-    factors = Factors.of(curvature, aliases) if isinstance(request.rule, Solve) else None
-    return CurvatureStore(curvature, MEAN, aliases), factors
+    arranged = arranged_curvature(curvature, base, base, "the base", allow_mismatch)
+    factors = Factors.of(curvature, arranged) if isinstance(request.rule, Solve) else None
+    return CurvatureStore(curvature, MEAN, arranged), factors

@@ -31,6 +31,7 @@ from gradmatch.rules.options import takes
 if TYPE_CHECKING:
     from gradmatch.plan.opened import Inputs, OpenTask
 
+NOWHERE = "in no task: the base's"
 LITTLE = 0.1  # share of the weights that are merged, below which it is remarked
 
 
@@ -66,11 +67,11 @@ def plan(inputs: Inputs, request: Request) -> Plan:
             continue
         action, why = batchnorm_action(name, base, inputs.tasks, request)
         if not action and not spec.floating:
-            check_kinds(name, spec, inputs.tasks)
+            check_kinds(name, spec, inputs)
             action, why = "copy", f"{spec.dtype} buffer: the base's"
         tasks = participants(name, spec, result) if action != "copy" else ()
         if not tasks:
-            result.steps.append(replace(copied, why=why if action == "copy" else "in no task: the base's"))
+            result.steps.append(replace(copied, why=why if action == "copy" else NOWHERE))
             continue
         if len(tasks) < fewest:
             raise ValueError(
@@ -145,7 +146,7 @@ def _little_merged(result: Plan) -> list[str]:
     """What to say where the policies leave little to merge.
 
     Raises:
-        ValueError: nothing at all.
+        ValueError: nothing at all, or few tensors because names do not fit together.
     """
     whole = sum(step.spec.numel for step in result.steps if step.spec.floating)
     merged = sum(step.spec.numel for step in result.merged)
@@ -154,6 +155,13 @@ def _little_merged(result: Plan) -> list[str]:
         raise ValueError(
             f"no tensor would be merged, so the result would be the base ({'; '.join(sorted(why))}); check the policies, or that the "
             "tasks are models of this base"
+        )
+    loose = [step for step in result.steps if step.spec.floating and step.why == NOWHERE]
+    if len(loose) > 3 * len(result.merged):
+        raise ValueError(
+            f"{len(result.merged)} of the base's tensors would be merged, and {loose[0].name!r} and {len(loose) - 1} others are in no task: the "
+            "names do not fit together; give models of one architecture, as folders whose config.json names it, so that names are "
+            "matched as transformers does"
         )
     if merged < LITTLE * whole:
         return [f"{merged} of the base's {whole} weights are merged; all others are the base's"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.names import nearest
 from gradmatch.common.settings import FIRST, idle, layer_of
+from gradmatch.plan.matching import same_values
 
 if TYPE_CHECKING:
     from gradmatch.models.checkpoint import Checkpoint
@@ -47,13 +48,9 @@ def batchnorm_action(
     if not is_statistic(name):
         return "", ""
     if request.batchnorm == "error":
-        sample = base.sample(name)
         for task in tasks:
-            if (
-                name in task.checkpoint
-                and base.spec(name).floating
-                and task.checkpoint.sample(name) != sample
-            ):
+            floating = base.spec(name).floating
+            if name in task.checkpoint and floating and not same_values(name, base, task.checkpoint):
                 raise ValueError(
                     f"BatchNorm statistic {name!r} differs between the base and {task.name}, and merged weights have "
                     "statistics of their own; choose batchnorm='recalibrate' (with batches=...), 'average' or 'copy'"

@@ -189,11 +189,11 @@ def _gather(inputs: Inputs, index: Sequence[list[int]], tensors: Sequence[str]) 
         task.store = store
         for curvature in (task.mean, task.gradient):
             if curvature is not None:
-                curvature.rows = dict.fromkeys(tensors, store.rows)
+                curvature.align(tensors, store.rows)
     inputs.base = _replaced(inputs.base, store0, len(rows0.index))
     inputs.store = store0
     if inputs.base_curvature is not None and not isinstance(inputs.base_curvature, float):
-        inputs.base_curvature.rows = dict.fromkeys(tensors, rows0)
+        inputs.base_curvature.align(tensors, rows0)
 
 
 def _with_rows(name: str, table: Mapping[str, int], rows: int, notes: list[str]) -> dict[str, int]:

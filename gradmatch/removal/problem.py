@@ -12,12 +12,14 @@ import torch
 
 from gradmatch.common.names import nearest
 from gradmatch.engine.explain import not_positive
-from gradmatch.estimators.curvature import Curvature
+from gradmatch.estimators.curvature import GRADIENT, Curvature
 from gradmatch.merging import prepare
 from gradmatch.models.curvatures import CurvatureStore, open_curvature
+from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.stores import torch_dtype
 from gradmatch.models.task import Task
 from gradmatch.models.tokenizers import check_tokenizers
+from gradmatch.models.views import as_module
 from gradmatch.rules import RULES, Block, Elementwise, Linear, removals
 from gradmatch.rules.removal import GUARDS
 from gradmatch.subtraction import largest_alpha
@@ -121,8 +123,10 @@ class Problem:
             ValueError: whatever `subtract` refuses: a task that was not fine-tuned from this base, a curvature of another
                 model, options out of range.
         """
+        measured = self.retain is not None or self.remove is not None
+        base = as_module(open_checkpoint(self.base)) if measured else self.base  # data run through a module
         return prepare(
-            self.base, [self.task], method="removal", base_curvature=self.base_curvature, base_weight=self.base_weight,
+            base, [self.task], method="removal", base_curvature=self.base_curvature, base_weight=self.base_weight,
             delta0=self.delta0, keep=self.keep, guard=self.guard, missing_curvature=self.missing_curvature,
             allow_mismatch=self.allow_mismatch,
         )  # fmt: skip
@@ -137,9 +141,9 @@ class Problem:
         (task,), prior = inputs.tasks, inputs.base_curvature
         assert task.mean is not None  # Eq. 13 needs both, so the plan has them
         assert prior is not None
-        measured = [
-            None if isinstance(given, (int, float)) else open_curvature(given)
-            for given in (self.base_curvature, self.task.curvature or 0.0)
+        gradients = [
+            store.beside(GRADIENT) if isinstance(store, CurvatureStore) else None
+            for store in (prior, task.mean)
         ]
         scale0 = self.base_weight * (prior.num_examples if isinstance(prior, CurvatureStore) else 1)
         for step in self.plan.steps:
@@ -153,7 +157,7 @@ class Problem:
                 raise ValueError(not_positive(step, int((h0 < 0).sum()), 0, h0.numel()))
             yield Piece(
                 step.name, theta0, tau, step.alpha[0], h0, task.mean.num_examples * mean, mean0,
-                mean, _gradient(measured[0], prior, step.name), _gradient(measured[1], task.mean, step.name),
+                mean, *(_gradient(store, step) for store in gradients),
             )  # fmt: skip
 
     def largest_alpha(self, share: float) -> float:
@@ -202,8 +206,9 @@ def _mean(curvature: CurvatureStore | float, step: Step, like: Tensor) -> Tensor
     return torch.zeros_like(like) if key is None else _whole(curvature, key, step)
 
 
-def _gradient(curvature: Curvature | None, store: CurvatureStore | float, name: str) -> Tensor | None:
+def _gradient(store: CurvatureStore | None, step: Step) -> Tensor | None:
     """The measured gradient per example, or None."""
-    key = store.key(name) if isinstance(store, CurvatureStore) else None
-    gradient = None if key is None or curvature is None else curvature.gradient(key)
-    return None if gradient is None or curvature is None else gradient / curvature.num_examples
+    key = store.key(step.name) if store is not None else None
+    if store is None or key is None:
+        return None
+    return store.block(key, 0, step.spec.numel).reshape(step.spec.shape) / store.num_examples

@@ -10,9 +10,10 @@ import transformers as tf
 from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
-from gradmatch.estimators import Curvature, distributed, estimate
+from gradmatch.estimators import Curvature, estimate
 from gradmatch.estimators.convergence import GROUPS, Convergence, relative_error
 from gradmatch.estimators.values import Gaussian
+from gradmatch.estimators.wrapped import unwrap
 from tests import oracle
 from tests.estimators.architectures import as_batches, make, plain
 
@@ -361,8 +362,8 @@ def test_sharded_models_are_refused():
 
 def test_wrappers_are_taken_off():
     model = net()
-    assert distributed.unwrap(nn.DataParallel(model)) is model
-    assert distributed.unwrap(torch.compile(model)) is model
+    assert unwrap(nn.DataParallel(model)) is model
+    assert unwrap(torch.compile(model)) is model
     batch = plain(4)
     found = estimate(torch.compile(model), as_batches(batch), progress=False)
     assert set(found) == set(dict(model.named_parameters()))

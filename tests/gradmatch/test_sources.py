@@ -26,7 +26,9 @@ def models(tmp_path):
 
 
 def write_adapter(folder, value, alpha):
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": alpha}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": alpha})
+    )
     factors = {"m.lora_A.weight": torch.full((1, 3), value), "m.lora_B.weight": torch.ones(4, 1)}
     save_file(factors, folder / "adapter_model.safetensors")
 
@@ -39,7 +41,7 @@ def found(models, base=None, **options):
 CHANGES = {
     "the adapter's factors": lambda folder: write_adapter(folder / "adapter", 3.0, alpha=4),
     "the adapter's config": lambda folder: (folder / "adapter" / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "lora_alpha": 8})
+        json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 8})
     ),
     "a task's weights": lambda folder: save_file(
         {"m.weight": torch.zeros(4, 3), "n.weight": torch.ones(2)}, folder / "one" / "model.safetensors"

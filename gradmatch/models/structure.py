@@ -1,0 +1,335 @@
+"""A model under the names of the module that loads it: what transformers renames, stacks, splits and ties when it loads files.
+
+Names in files, names of a module's parameters and names that a curvature carries are three things. Here they meet: any store
+of tensors is placed under a module's names by transformers' own conversion, which is run on the numbers of pieces instead of
+their values, so that what it does is known as a rearrangement (`Part`), can be undone, and is carried out lazily, block by
+block. Nothing here knows an architecture, and transformers is imported only where names differ.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gradmatch.estimators.wrapped import bare_names
+from gradmatch.models.checkpoint import Checkpoint
+from gradmatch.models.gathered import Gathered, Part
+from gradmatch.models.stores import SAFETENSORS_NAME, Renamed, Spec, Store, renamed, torch_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Stored tensors that become tensors of the module together, by a conversion that rearranges their elements.
+
+    Attributes:
+        sources, targets: name -> shape and dtype, in order.
+        convert: given tensors for the sources, those for the targets.
+        where: whose tensors, for messages.
+    """
+
+    sources: Mapping[str, Spec]
+    targets: Mapping[str, Spec]
+    convert: Callable[[Sequence[Tensor]], Mapping[str, Tensor]]
+    where: str
+
+    def parts(self, back: bool = False) -> dict[str, Part]:
+        """The targets as pieces of the sources; with `back`, the sources as pieces of the targets."""
+        given, made = (self.targets, self.sources) if back else (self.sources, self.targets)
+        parts, first = {}, 0
+        for name, spec in made.items():
+            parts[name] = Part(tuple(given), spec, functools.partial(_cut, self, back, first, spec.numel))
+            first += spec.numel
+        return parts
+
+
+def _cut(group: Group, back: bool, first: int, numel: int) -> tuple[int, Tensor]:
+    """The pieces of one tensor of a group."""
+    width, forth, inverse = _pieces(group)
+    return width, (inverse if back else forth)[first // width : (first + numel) // width]
+
+
+@functools.lru_cache(maxsize=32)
+def _pieces(group: Group) -> tuple[int, Tensor, Tensor]:
+    """The number of elements of a piece; the source's piece for each of the targets'; the target's piece for each of the sources'.
+
+    Rows of the last dimension are the pieces where the conversion leaves them whole, else single elements.
+
+    Raises:
+        ValueError: a conversion that does more than to rearrange.
+    """
+    import torch
+
+    rows = {spec.shape[-1:] for spec in (*group.sources.values(), *group.targets.values())}
+    widths = {math.prod(row) for row in rows}
+    for width in [*(widths if len(widths) == 1 else ()), 1]:
+        forth = _numbered(group, width)
+        if forth is not None:
+            inverse = torch.empty_like(forth)
+            inverse[forth] = torch.arange(len(forth))
+            return width, forth, inverse
+    raise ValueError(
+        f"{group.where}: transformers computes {next(iter(group.targets))!r} from {', '.join(group.sources)} and does not only "
+        "rearrange them; load the model with transformers, save it with save_pretrained, and merge that"
+    )
+
+
+def _numbered(group: Group, width: int) -> Tensor | None:
+    """The conversion of piece numbers; None where pieces of this width do not stay whole."""
+    import torch
+
+    def shape(spec: Spec) -> tuple[int, ...]:
+        return spec.shape if width == 1 else (*spec.shape[:-1], 1)
+
+    numbers, first = [], 0
+    for spec in group.sources.values():
+        count = spec.numel // width
+        numbers.append(torch.arange(first, first + count).reshape(shape(spec)))
+        first += count
+    try:
+        made = group.convert(numbers)
+    except (RuntimeError, ValueError, IndexError):  # such as a split of the dimension that was shrunk
+        return None
+    if any(tuple(made[name].shape) != shape(spec) for name, spec in group.targets.items()):
+        return None
+    order = torch.cat([made[name].reshape(-1) for name in group.targets])
+    return order if torch.equal(order.sort().values, torch.arange(first)) else None
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where a module's tensors are found in a store: name in the module -> name in the store, and groups that are converted."""
+
+    plain: Mapping[str, str]
+    groups: Sequence[Group] = ()
+
+    def view(self, store: Store) -> Store:
+        """The store under the module's names."""
+        plain = {new: old for new, old in self.plain.items() if old in store}
+        where: dict[str, tuple[Store, str]] = {new: (store, old) for new, old in plain.items()}
+        for group in self.groups:
+            gathered = Gathered(store, group.parts())
+            where |= {name: (gathered, name) for name in group.targets}
+        return Renamed(where) if self.groups else renamed(store, plain)
+
+
+class Structure:
+    """The names, shapes and ties of a module, and how transformers puts tensors of files under these names.
+
+    Args:
+        module: real, on the meta device, or None where nothing is known but names.
+    """
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self.module = module
+        tensors = module.state_dict() if module else {}
+        bare = bare_names(tensors)
+        self.tensors = {bare[name]: tensor for name, tensor in tensors.items()}
+        same: dict[int, list[str]] = {}
+        named = dict(module.named_parameters(remove_duplicate=False)) if module else {}
+        for name, parameter in named.items():
+            same.setdefault(id(parameter), []).append(bare.get(name, name))
+        self.buffers = {bare_names([name])[name] for name, _ in module.named_buffers()} if module else set()
+        self.ties = {name: names for names in same.values() if len(names) > 1 for name in names}
+
+    def names(self, tensors: Store | Checkpoint, where: str) -> Names:
+        """How transformers would load these tensors into the module; what it would not load keeps its name.
+
+        Args:
+            tensors: under the names of a file, of a module, or of another class with the same trunk.
+            where: whose they are, for messages.
+
+        Raises:
+            ValueError: two tensors for one parameter, or tensors that do not go together.
+        """
+        held = {short: name for name, short in bare_names(tensors).items()}
+        conversions = _conversions(self.module)
+        if conversions is None:
+            return Names(held)
+        plain: dict[str, str] = {}
+        collected: dict[str, list[tuple[str, str]]] = {}
+        for short in conversions.ordered(held):
+            name, pattern = conversions.renamed(short, self.tensors)
+            if pattern is not None and name in self.tensors:
+                collected.setdefault(name, []).append((pattern, held[short]))
+                continue
+            name = name if pattern is None else short
+            if name in plain:
+                raise ValueError(
+                    f"{where}: {plain[name]!r} and {held[short]!r} are both {name!r} of {type(self.module).__name__}; remove one of the two"
+                )
+            plain[name] = held[short]
+        groups = [self._group(conversions, name, found, tensors, where) for name, found in collected.items()]
+        return Names(plain, groups)
+
+    def _group(
+        self,
+        conversions: Conversions,
+        name: str,
+        found: list[tuple[str, str]],
+        store: Store | Checkpoint,
+        where: str,
+    ) -> Group:
+        """The stored tensors that make one parameter (and those beside it), checked to make it in its shape."""
+        import torch
+
+        convert = functools.partial(conversions.convert, name, [pattern for pattern, _ in found])
+        sources = {key: store.spec(key) for _, key in found}
+        empty = [
+            torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device="meta") for spec in sources.values()
+        ]
+        try:
+            made = convert(empty)
+        except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"{where}: transformers makes {name!r} of {', '.join(sources)}, and these do not go together ({error}); "
+                "fetch the model again"
+            ) from error
+        targets = {
+            key: Spec(SAFETENSORS_NAME[str(value.dtype).removeprefix("torch.")], tuple(value.shape))
+            for key, value in made.items()
+        }
+        for key, spec in targets.items():
+            if key in self.tensors and spec.shape != tuple(self.tensors[key].shape):
+                raise ValueError(
+                    f"{where}: {', '.join(sources)} make {key!r} of shape {list(spec.shape)}, in {type(self.module).__name__} it is "
+                    f"{list(self.tensors[key].shape)}; tensors are missing, or the config is another model's"
+                )
+        return Group(sources, targets, convert, where)
+
+
+class Conversions:
+    """transformers' conversions of one model, in the order in which it applies them; some remember what they have seen."""
+
+    def __init__(self, module: Any, transforms: Sequence[Any]) -> None:
+        from transformers import core_model_loading as loading
+
+        self._loading, self._module = loading, module
+        self._renamings = [one for one in transforms if isinstance(one, loading.WeightRenaming)]
+        self._converters = [one for one in transforms if isinstance(one, loading.WeightConverter)]
+        self._of_pattern = {pattern: one for one in self._converters for pattern in one.source_patterns}
+
+    def ordered(self, names: Iterable[str]) -> list[str]:
+        """Names in the order in which transformers goes through them."""
+        return sorted(names, key=self._loading.dot_natural_key)
+
+    def renamed(self, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, str | None]:
+        """The name in the module, and the pattern of the converter that takes the tensor, or None."""
+        prefix = self._module.base_model_prefix
+        rename = self._loading.rename_source_key
+        found: tuple[str, str | None] = rename(name, self._renamings, self._converters, prefix, tensors)
+        if found[0] not in tensors and name in tensors:  # it has the module's name already
+            found = rename(name, [], [], prefix, tensors)
+        return found
+
+    def convert(self, name: str, patterns: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What one converter makes of the tensors that it collected, each under the pattern that matched it."""
+        converter = copy.deepcopy(self._of_pattern[patterns[0]])
+        for pattern, tensor in zip(patterns, tensors, strict=True):
+            converter.add_tensor(name, name, pattern, tensor)
+        made = converter.convert(name, model=self._module, config=self._module.config)
+        return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+
+def _conversions(module: Any) -> Conversions | None:
+    """Those of a model of transformers; None for any other module.
+
+    Raises:
+        ValueError: a version of transformers that does not tell them.
+    """
+    if not hasattr(module, "base_model_prefix"):
+        return None
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError as error:
+        import transformers
+
+        raise ValueError(
+            f"the names of two models differ, and transformers {transformers.__version__} does not tell how it loads them; "
+            "install transformers 5 or newer"
+        ) from error
+    return Conversions(module, get_model_conversion_mapping(module))
+
+
+def architecture(config: Mapping[str, Any] | None) -> Any:
+    """The class of transformers that a config.json names, or None: it names none, one that is not there, or one that is no model."""
+    names = (config or {}).get("architectures") or []
+    if not names:
+        return None
+    import transformers
+
+    kind = getattr(transformers, str(names[0]), None)
+    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
+
+
+def build(kind: Any, config: Mapping[str, Any], seed: int = 0) -> nn.Module:
+    """A new module of a class of transformers, with the values that it starts from.
+
+    Raises:
+        ValueError: a config that the class refuses.
+    """
+    import torch
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module: nn.Module = kind(kind.config_class.from_dict(copy.deepcopy(dict(config))))
+    except Exception as error:  # another's code may refuse a config in any way
+        raise ValueError(
+            f"config.json does not make a {kind.__name__} ({type(error).__name__}: {error}); fetch it again"
+        ) from error
+    return module
+
+
+def structure(checkpoint: Checkpoint) -> Structure | None:
+    """That of a checkpoint's module, or of the one that its config names; None where neither is known.
+
+    Raises:
+        ValueError: a config that its architecture refuses.
+    """
+    if checkpoint.module is not None:
+        return Structure(checkpoint.module)
+    kind = architecture(checkpoint.config)
+    if kind is None and not _is_known(checkpoint.config):
+        return None
+    told = {
+        key: value
+        for key, value in (checkpoint.config or {}).items()
+        if not key.startswith("_") and key != "transformers_version"
+    }
+    try:
+        return _on_meta(kind, json.dumps(told, default=str, sort_keys=True))
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.where}: {error}") from error
+
+
+def _is_known(config: Mapping[str, Any] | None) -> bool:
+    """Whether a config that names no architecture is of a kind of model that transformers has."""
+    if not config or config.get("architectures") or not config.get("model_type"):
+        return False
+    from transformers import CONFIG_MAPPING, MODEL_MAPPING
+
+    kind = config["model_type"]
+    return kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_MAPPING
+
+
+@functools.lru_cache(maxsize=4)
+def _on_meta(kind: Any, config: str) -> Structure:
+    """A module of shapes alone; without a class, the bare model of the config's kind."""
+    import torch
+
+    content = json.loads(config)
+    if kind is None:
+        from transformers import CONFIG_MAPPING, MODEL_MAPPING
+
+        found = MODEL_MAPPING[CONFIG_MAPPING[content["model_type"]]]
+        kind = found[0] if isinstance(found, tuple) else found
+    with torch.device("meta"):
+        return Structure(build(kind, content))
