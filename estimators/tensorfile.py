@@ -14,7 +14,7 @@ import os
 import struct
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,8 +115,9 @@ class TensorFile(Mapping[str, TensorInfo]):
             os.close(self._fd)
             self._fd = None
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if self._fd is not None:  # bound above: at the end of a script the module's own names may be gone
+            close(self._fd)
 
     def read_bytes(self, name: str, first: int = 0, count: int | None = None) -> bytearray:
         """Read `count` elements of a tensor from element `first` on (row-major), as raw little-endian bytes.

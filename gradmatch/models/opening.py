@@ -189,7 +189,7 @@ def _from_folder(path: Path, allow_pickle: bool) -> Checkpoint:
 def _whole_before_shards(path: Path) -> list[TensorFile]:
     """The file that transformers reads of a folder which holds model.safetensors and an index of shards too."""
     shards = set(listed_shards(path).values())
-    if shards == {WHOLE}:
+    if WHOLE in shards:
         return indexed_files(path)
     there = all((path / shard).is_file() for shard in shards)
     left = "shards that it lists are left aside" if there else "index is stale: shards that it lists are gone"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from gradmatch.models.task import Model
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+NESTED = (
+    "text_config",
+    "llm_config",
+    "language_config",
+)  # of the part of a model of several that a stack is made of
+LANGUAGE = re.compile(r"language|text|llm", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,8 @@ def stack(slices: Sequence[Slice], *, allow_pickle: bool = False) -> Checkpoint:
     """One checkpoint of the given layers on top of one another.
 
     Tensors outside the layers come from the first slice's model (embeddings) and the last one's (final norm, head). The
-    config's layer count, and every list in it with one entry a layer, follow.
+    config's layer count, and every list in it with one entry a layer, follow. Of a model with a vision tower, the language
+    model's layers are stacked; the tower is the first slice's.
 
     Args:
         slices: from the first layer up.
@@ -40,31 +48,33 @@ def stack(slices: Sequence[Slice], *, allow_pickle: bool = False) -> Checkpoint:
         A checkpoint to merge with method="passthrough", or to combine with others cut alike.
 
     Raises:
-        ValueError: no slices, or a range that the model does not have.
+        ValueError: no slices, a range that the model does not have, or several stacks of layers of which the config does not tell
+            the one that is meant.
     """
     if not slices:
         raise ValueError("no slices to stack; give at least one model with a layer range")
     opened = [open_checkpoint(one.model, allow_pickle=allow_pickle) for one in slices]
     where: dict[str, tuple[Store, str]] = {}
     sources: list[int] = []
+    tower, nested = _tower(opened[0])
     for name in opened[0].store:
-        if layer_of(name) is None and FIRST.search(name):
+        if _layer(name, tower) is None and (FIRST.search(name) or layer_of(name) is not None):
             where[name] = (opened[0].store, name)
     for one, checkpoint in zip(slices, opened, strict=True):
-        count = 1 + max((layer_of(name) or 0 for name in checkpoint.store), default=-1)
+        count = 1 + max((_layer(name, tower) or 0 for name in checkpoint.store), default=-1)
         if not 0 <= one.first < one.last <= count:
             raise ValueError(
                 f"layers {one.first} to {one.last} of {checkpoint.where}: it has {count}, a range needs 0 <= first < last <= {count}"
             )
         for name in checkpoint.store:
-            index = layer_of(name)
+            index = _layer(name, tower)
             if index is not None and one.first <= index < one.last:
                 where[_renumbered(name, len(sources) + index - one.first)] = (checkpoint.store, name)
         sources += range(one.first, one.last)
     for name in opened[-1].store:
         if layer_of(name) is None and not FIRST.search(name):
             where[name] = (opened[-1].store, name)
-    config = _followed(opened[0].config, sources)
+    config = _followed(opened[0].config, sources, nested)
     return Checkpoint(
         Renamed(where),
         path=opened[0].path,
@@ -76,6 +86,40 @@ def stack(slices: Sequence[Slice], *, allow_pickle: bool = False) -> Checkpoint:
     )
 
 
+def _tower(checkpoint: Checkpoint) -> tuple[str, str]:
+    """The names before the number of a layer that is meant ("model.language_model.layers."), and the nested config of that part.
+
+    Raises:
+        ValueError: several stacks of layers, and none or more than one of them has the language model's count or name.
+    """
+    counts: dict[str, int] = {}
+    for name in checkpoint.store:
+        found = LAYER.search(name)
+        if found:
+            before = name[: found.start(1)]
+            counts[before] = max(counts.get(before, 0), int(found.group(1)) + 1)
+    if len(counts) < 2:
+        return next(iter(counts), ""), ""
+    config = checkpoint.config or {}
+    nested = next((key for key in NESTED if isinstance(config.get(key), Mapping)), "")
+    told = (
+        next((config[nested][key] for key in LAYER_COUNTS if key in config[nested]), None) if nested else None
+    )
+    fitting = [before for before, count in counts.items() if count == told]
+    named = [before for before in fitting if LANGUAGE.search(before)] if len(fitting) > 1 else fitting
+    if len(named) != 1:
+        raise ValueError(
+            f"{checkpoint.where} has {len(counts)} stacks of layers ({', '.join(f'{b}0 to {n - 1}' for b, n in counts.items())}), and its config "
+            "does not tell which one a range of layers means: stack models with a single one"
+        )
+    return named[0], nested
+
+
+def _layer(name: str, tower: str) -> int | None:
+    """The layer of the stacked part that a parameter belongs to, or None."""
+    return layer_of(name) if name.startswith(tower) else None
+
+
 def _renumbered(name: str, index: int) -> str:
     """A parameter's name in another layer."""
     found = LAYER.search(name)
@@ -83,10 +127,14 @@ def _renumbered(name: str, index: int) -> str:
     return f"{name[: found.start(1)]}{index}{name[found.end(1) :]}"
 
 
-def _followed(config: Mapping[str, Any] | None, sources: Sequence[int]) -> dict[str, Any] | None:
-    """The config of a model with these layers of the original."""
+def _followed(
+    config: Mapping[str, Any] | None, sources: Sequence[int], nested: str = ""
+) -> dict[str, Any] | None:
+    """The config of a model with these layers of the original; with `nested`, its part of that name follows."""
     if config is None:
         return None
+    if nested:
+        return {**config, nested: _followed(config[nested], sources)}
     old = next((config[key] for key in LAYER_COUNTS if key in config), None)
     followed = {key: (len(sources) if key in LAYER_COUNTS else value) for key, value in config.items()}
     for key, value in config.items():

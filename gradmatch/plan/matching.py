@@ -27,7 +27,11 @@ def participants(name: str, spec: Spec, result: Plan) -> tuple[int, ...]:
             if result.request.missing == "error":
                 raise ValueError(
                     f"tensor {name!r} {spec} of the base is missing in {task.name} ({task.checkpoint.where}); "
-                    f"{_counterpart(name, spec, result.inputs.base, task.checkpoint)}"
+                    + (
+                        _called_otherwise(name, result.inputs.base, task.checkpoint)
+                        or "pass missing='base' to let tasks without a tensor take no part in it"
+                        + _prefix_hint(result.inputs.base, task.checkpoint)
+                    )
                 )
             result.notes.append(f"{name}: missing in {task.name}, which takes no part in it")
             continue
@@ -82,8 +86,12 @@ def check_extra(result: Plan, heads: Sequence[str]) -> None:
         if rest and result.request.missing == "error":
             raise ValueError(
                 f"{task.name} ({task.checkpoint.where}) holds {len(rest)} tensor(s) that the base lacks, first {rest[0]!r} "
-                f"{task.checkpoint.spec(rest[0])}; pass missing='base' to drop them, or heads='keep-per-task' if it is a head"
-                f"{_prefix_hint(base, task.checkpoint)}"
+                f"{task.checkpoint.spec(rest[0])}; "
+                + (
+                    _called_otherwise(rest[0], task.checkpoint, base)
+                    or "pass missing='base' to drop them, or heads='keep-per-task' if it is a head"
+                    + _prefix_hint(base, task.checkpoint)
+                )
             )
         if tied:
             result.notes.append(
@@ -124,16 +132,15 @@ def same_values(name: str, one: Checkpoint, other: Checkpoint) -> bool:
     return a.shape == b.shape and (torch.equal(a.to(b.dtype), b) or torch.equal(a, b.to(a.dtype)))
 
 
-def _counterpart(name: str, spec: Spec, base: Checkpoint, task: Checkpoint) -> str:
-    """What to do about a tensor that a task lacks: nothing is given up that it may only call otherwise."""
-    alike = [other for other in task if other not in base and task.spec(other).shape == spec.shape]
-    hint = _prefix_hint(base, task)
-    if alike and not hint:
-        return (
-            f"it holds {min(alike, key=lambda other: _distance(name, other))!r} of that shape, which the base lacks: give both as folders "
-            "whose config.json names their architecture, so that names are matched as transformers does"
-        )
-    return f"pass missing='base' to let tasks without a tensor take no part in it{hint}"
+def _called_otherwise(name: str, own: Checkpoint, other: Checkpoint) -> str:
+    """What to say where the other model may hold a tensor under another name: it must not be given up then, or ""."""
+    alike = [one for one in other if one not in own and other.spec(one).shape == own.spec(name).shape]
+    if not alike or _prefix_hint(own, other):
+        return ""
+    return (
+        f"{other.where} has {min(alike, key=lambda one: _distance(name, one))!r} of that shape instead: give both as folders whose "
+        "config.json names their architecture, so that names are matched as transformers does"
+    )
 
 
 def _distance(one: str, other: str) -> float:
