@@ -116,7 +116,7 @@ def _merged(result: Plan, copied: Step, tasks: tuple[int, ...], here: float | No
     if request.rule.relative:
         weight_sum(alpha)  # weights that cannot be normalised are found now
     coefficients = None
-    if isinstance(rule, Linear) and not rule.gram and options.get("along", "tensor") == "tensor":
+    if isinstance(rule, Linear) and not rule.gram:
         c0, c, _ = rule.terms(alpha, None, options)
         coefficients = c0, c
     return replace(

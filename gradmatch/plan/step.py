@@ -76,14 +76,12 @@ class Step:
     @property
     def gram(self) -> str:
         """Whose inner products over the tensor are needed first: "theta", "tau" or ""."""
-        linear = isinstance(self.rule, Linear) and not self.along
-        return self.rule.gram_of(self.options) if linear and isinstance(self.rule, Linear) else ""
+        return self.rule.gram_of(self.options) if isinstance(self.rule, Linear) and not self.along else ""
 
     @property
     def along(self) -> str:
         """Which vectors of a tensor the rule treats one by one: "rows", "columns", or "" where it treats the tensor as one."""
-        chosen = self.options.get("along", "tensor")
-        return "" if chosen == "tensor" else str(chosen)
+        return along_of(self.rule, self.options)
 
     @property
     def span(self) -> str:
@@ -101,6 +99,12 @@ class Step:
         return [TRANSFORMS[name].scope(options) for name, options in self.edits]
 
 
+def along_of(rule: Rule | None, options: Options) -> str:
+    """What the option `along` chooses, of a rule that has it; see `Step.along`."""
+    by_row = isinstance(rule, Linear) and rule.rows is not None
+    return "" if not by_row or options["along"] == "tensor" else str(options["along"])
+
+
 def path_of(rule: Rule, options: Options, edits: Edits) -> str:
     """What computes a step.
 
@@ -108,7 +112,7 @@ def path_of(rule: Rule, options: Options, edits: Edits) -> str:
     pieces; "eq12" and "ties" are such rules that the compiled extension computes too. "whole", "solve": all of the tensor.
     """
     if isinstance(rule, Linear):
-        if options.get("along", "tensor") != "tensor":
+        if along_of(rule, options):
             return "rows"
         if not edits:
             return "linear"

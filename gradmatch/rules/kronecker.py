@@ -57,6 +57,13 @@ def kronecker(
     `iterations`.
 
     tau: (T, out, in) in float64; h0, h: of summed losses. H0 + sum_t alpha_t H_t must be positive. Returns the update x, (out, in).
+
+    Example:
+        >>> import torch
+        >>> tau, one = torch.tensor([[[1.0]], [[3.0]]]).double(), torch.ones(1, 1).double()
+        >>> h = [Product(n, one, one) for n in (1.0, 2.0)]
+        >>> kronecker(tau, [1.0, 1.0], Product(diagonal=1.0), h).update.item()  # as Eq. 12: (2 * 1 + 3 * 3) / (1 + 1 + 2)
+        2.75
     """
     x = _weighted(alpha, tau)
     right = _weighted(alpha, [h0(t) + curve(t) for t, curve in zip(tau, h, strict=True)])

@@ -32,7 +32,12 @@ class Normalize(Options):
 
 
 def averaging(alpha: Sequence[float]) -> Coefficients:
-    """AM: mean_t theta_t, so c0 = 0 and c_t = 1/T. The weights play no role."""
+    """AM: mean_t theta_t, so c0 = 0 and c_t = 1/T. The weights play no role.
+
+    Example:
+        >>> averaging([1.0, 3.0])
+        (0.0, [0.5, 0.5])
+    """
     return 0.0, [1 / len(alpha)] * len(alpha)
 
 
@@ -41,6 +46,10 @@ def weighted(alpha: Sequence[float], normalize: bool = True) -> Coefficients:
 
     Raises:
         ValueError: the weights sum to zero and cannot be normalised.
+
+    Example:
+        >>> weighted([1.0, 3.0])
+        (0.0, [0.25, 0.75])
     """
     total = weight_sum(alpha) if normalize else 1.0
     return 0.0, [weight / total for weight in alpha]
@@ -68,6 +77,10 @@ def task_arithmetic(alpha: Sequence[float], scale: float = 1.0, normalize: bool 
 
     Raises:
         ValueError: the weights sum to zero and cannot be normalised.
+
+    Example:
+        >>> task_arithmetic([0.5, 0.25], scale=2.0)
+        (-0.5, [1.0, 0.5])
     """
     if normalize:
         _, alpha = weighted(alpha)
@@ -76,10 +89,20 @@ def task_arithmetic(alpha: Sequence[float], scale: float = 1.0, normalize: bool 
 
 
 def negation(alpha: Sequence[float]) -> Coefficients:
-    """TA negation: theta0 - sum_t alpha_t tau_t."""
+    """TA negation: theta0 - sum_t alpha_t tau_t.
+
+    Example:
+        >>> negation([0.5])
+        (1.5, [-0.5])
+    """
     return task_arithmetic([-weight for weight in alpha])
 
 
 def passthrough(alpha: Sequence[float], scale: float = 1.0) -> Coefficients:
-    """One model's tensor as it is, times `scale`: c0 = 0, c_1 = scale."""
+    """One model's tensor as it is, times `scale`: c0 = 0, c_1 = scale.
+
+    Example:
+        >>> passthrough([1.0], scale=0.5)
+        (0.0, [0.5])
+    """
     return 0.0, [scale] + [0.0] * (len(alpha) - 1)

@@ -25,6 +25,12 @@ def matena_raffel(theta: Tensor, alpha: Tensor, f: Tensor, floor: float) -> Tens
     theta, f: (T, *s); alpha: (T, 1, ..., 1). Returns (*s,). Each F_t is at least `floor` (theirs is 1e-6). Where all
     Fishers vanish nothing is known, and the coordinate is the weighted mean. Using the mean and not N_t F_t, a task's
     number of examples plays no role.
+
+    Example:
+        >>> import torch
+        >>> theta, one = torch.tensor([[1.0], [3.0]]), torch.ones(2, 1)
+        >>> matena_raffel(theta, one, torch.tensor([[1.0], [3.0]]), floor=0.0)
+        tensor([2.5000])
     """
     weight = alpha * f.clamp(min=floor)
     total = weight.sum(0)

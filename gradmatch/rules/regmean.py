@@ -31,6 +31,12 @@ def regmean(theta: Tensor, alpha: Tensor, gram: Tensor, off_diagonal: float, rid
     theta: (T, out, in), W_t' its transpose; alpha: (T, 1, 1); gram: (T, in, in). Returns (out, in). The off-diagonal of
     each G_t is scaled by `off_diagonal`; ridge is added to every G_t as ridge * mean(diag G_t) * I, so that inputs that
     never occur are averaged. It is Eq. 12 with H0 = 0 and H_t = I (x) G_t.
+
+    Example:
+        >>> import torch
+        >>> theta, gram = torch.tensor([[[1.0]], [[3.0]]]), torch.tensor([[[1.0]], [[3.0]]])
+        >>> regmean(theta, torch.ones(2, 1, 1), gram, off_diagonal=1.0, ridge=0.0)
+        tensor([[2.5000]])
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)  # (T, in)
     g = gram * off_diagonal

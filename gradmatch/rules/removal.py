@@ -43,6 +43,12 @@ def removal(
         A step then reaches alpha (H0 + H_t) / (keep H0) times tau, which has no bound where the base knows next to nothing
         (in language models the rows of words that the kept text never uses, which can ruin the model).
     scale: every H_t is scaled down by the same factor until it holds, in both places, which bounds the step.
+
+    Example:
+        >>> import torch
+        >>> theta0, tau, half = torch.ones(1), torch.tensor([[1.0]]), torch.tensor([[0.5]])
+        >>> removal(theta0, tau, half, torch.tensor([1.0]), torch.tensor([[1.0]]), keep=0.1)  # 1 - 0.5 * 2 / (1 - 0.5)
+        tensor([-1.])
     """
     removed = (alpha * h).sum(0)
     if guard == "floor":
@@ -58,6 +64,12 @@ def ewr(theta0: Tensor, tau: Tensor, alpha: Tensor, h0: Tensor | float, h: Tenso
 
     Shapes as in `removal`. Like FA1 it mixes origins: theta0 itself shrinks by H0 / (H0 + alpha H_t) where the task's
     curvature is large. alpha = 0 returns the base.
+
+    Example:
+        >>> import torch
+        >>> theta0, tau, half = torch.ones(1), torch.tensor([[1.0]]), torch.tensor([[0.5]])
+        >>> ewr(theta0, tau, half, 1.0, torch.tensor([[2.0]]))  # (1 - 0.5 * 2) / (1 + 0.5 * 2)
+        tensor([0.])
     """
     return (h0 * theta0 - (alpha * h * tau).sum(0)) / (h0 + (alpha * h).sum(0))
 
@@ -67,5 +79,11 @@ def fisher_negation(theta0: Tensor, tau: Tensor, alpha: Tensor, h0: Tensor | flo
 
     Shapes as in `removal`. A baseline: it spares what only the base needs, but does not account for what removing a task
     does to the curvature that remains.
+
+    Example:
+        >>> import torch
+        >>> theta0, tau, half = torch.ones(1), torch.tensor([[1.0]]), torch.tensor([[0.5]])
+        >>> fisher_negation(theta0, tau, half, 1.0, torch.tensor([[1.0]]))  # 1 - 0.5 / 2
+        tensor([0.7500])
     """
     return theta0 - (alpha * h / (h0 + h) * tau).sum(0)

@@ -28,6 +28,7 @@ Gram = Sequence[Sequence[float]]
 Terms = tuple[float, list[float]] | tuple[float, list[float], str]
 NEEDS = ("curvature", "base_curvature", "gradient", "gram", "factors")
 INVARIANTS = ("single", "equal", "zero", "order")
+GRAMS = ("", "theta", "tau")
 UNLIMITED = float("inf")
 
 
@@ -36,7 +37,7 @@ class Rule:
     """What every rule says of itself.
 
     Attributes:
-        formula: the formula, or a function of the options that gives it, where they change it.
+        formula: what it computes; a function of the options where they change it, and then the text of their defaults.
         source: who published it.
         needs: of "curvature" (of the tasks), "base_curvature", "gradient" (measured), "gram", "factors" (Kronecker).
         options: an `Options` with its defaults, or a plain table of defaults.
@@ -52,6 +53,7 @@ class Rule:
         bounded: whether it multiplies a task's entries by 1 or its weight at the most, as averages do; a merge that went
             further is then told to be none of this rule.
         caution: what to warn of whenever it is used.
+        spelt: the function that was given as the formula, if it was one.
 
     Example:
         >>> halved = Rule("theta0 + mean_t tau_t / 2", "mine", elementwise=lambda b: b.theta0 + b.tau.mean(0) / 2)
@@ -59,7 +61,7 @@ class Rule:
         'elementwise'
     """
 
-    formula: str | Callable[[Any], str]
+    formula: Any
     source: str
     _: KW_ONLY
     needs: frozenset[str] = frozenset()
@@ -73,6 +75,7 @@ class Rule:
     guarded: bool = False
     bounded: bool = False
     caution: str = ""
+    spelt: Callable[[Any], str] | None = None
 
     kind: ClassVar[str] = ""
 
@@ -97,6 +100,9 @@ class Rule:
         """
         object.__setattr__(self, "options", declared(self.options))
         object.__setattr__(self, "needs", frozenset(self.needs))
+        if callable(self.formula):
+            object.__setattr__(self, "spelt", self.formula)
+            object.__setattr__(self, "formula", self.formula(self.options))
         for what, given, known in (("needs", self.needs, NEEDS), ("lacks", self.lacks, INVARIANTS)):
             for name in given:
                 if name not in known:
@@ -106,7 +112,7 @@ class Rule:
 
     def told(self, options: Mapping[str, Any]) -> str:
         """The formula under these options."""
-        return self.formula(options) if callable(self.formula) else self.formula
+        return self.spelt(options) if self.spelt else str(self.formula)
 
 
 @dataclass(frozen=True)
@@ -130,11 +136,29 @@ class Linear(Rule):
 
     kind: ClassVar[str] = "linear"
 
+    def __post_init__(self) -> None:
+        """As `Rule.__post_init__`.
+
+        Raises:
+            ValueError: also inner products of something else.
+        """
+        super().__post_init__()
+        if not callable(self.gram) and self.gram not in GRAMS:
+            raise ValueError(
+                f"gram is {self.gram!r}{nearest(self.gram, GRAMS)}; choose one of {', '.join(map(repr, GRAMS))}"
+            )
+
     def terms(
         self, alpha: Sequence[float], gram: Gram | None, options: Mapping[str, Any]
     ) -> tuple[float, list[float], str]:
-        """(c0, c, branch), the branch "" where the rule has none."""
+        """(c0, c, branch), the branch "" where the rule has none.
+
+        Raises:
+            ValueError: the rule gives another number of coefficients than there are tasks.
+        """
         c0, c, *branch = self.linear(alpha, gram, options)
+        if len(c) != len(alpha):
+            raise ValueError(f"the rule gives {len(c)} coefficients for {len(alpha)} tasks")
         return c0, list(c), str(branch[0]) if branch else ""
 
     def gram_of(self, options: Mapping[str, Any]) -> str:

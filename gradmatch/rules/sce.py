@@ -29,6 +29,12 @@ def sce(theta0: Tensor, tau: Tensor, alpha: Sequence[float], options: SceOptions
     theta0: (*s); tau: (T, *s). Returns (*s). Select: entries outside the share `select_topk` of largest variance over the tasks,
     among those that vary, are 0 in every tau_t. Calculate: w_t = mean(tau_t^2) over the tensor, normalised. Erase: m_t is 1
     where tau_t has the sign of sum_t tau_t (plus where it cancels), else 0.
+
+    Example:
+        >>> import torch
+        >>> tau = torch.tensor([[1.0, 1.0], [3.0, -1.0]])  # mean squares 1 and 5; the second entries cancel, so plus is kept
+        >>> sce(torch.zeros(2), tau, [1.0, 1.0], SceOptions())  # (1 * 1 + 5 * 3) / 6
+        tensor([2.6667, 1.0000])
     """
     flat = tau.reshape(len(tau), -1)
     if options.select_topk < 1:

@@ -22,6 +22,13 @@ def tsv_m(theta0: Tensor, tau: Tensor, alpha: Sequence[float], options: Scale) -
     theta0: (m, n); tau: (T, m, n), alpha_t tau_t = U_t S_t V_t', r = min(m, n). U (m, k) and V (n, k) are the kept directions of
     all tasks side by side, and polar(X) is the matrix of orthonormal columns nearest to X, which parts directions that the tasks
     share. Returns (m, n).
+
+    Example:
+        >>> import torch
+        >>> tau = torch.stack([torch.diag(torch.tensor(d)) for d in ([3.0, 1.0], [1.0, 2.0])])
+        >>> tsv_m(torch.zeros(2, 2), tau, [1.0, 1.0], Scale())  # the largest triplet of each
+        tensor([[3., 0.],
+                [0., 2.]])
     """
     import torch
 
@@ -37,6 +44,12 @@ def iso_c(theta0: Tensor, tau: Tensor, alpha: Sequence[float], options: Scale) -
     """Iso-C of Marczak et al. 2025: theta0 + scale * mean(S) U V', with U S V' the singular value decomposition of sum_t alpha_t tau_t.
 
     theta0: (m, n); tau: (T, m, n). Returns (m, n). Every direction of the sum moves equally far.
+
+    Example:
+        >>> import torch
+        >>> iso_c(torch.zeros(2, 2), torch.diag(torch.tensor([3.0, 1.0]))[None], [1.0], Scale())
+        tensor([[2., 0.],
+                [0., 2.]])
     """
     total = (tau.new_tensor(alpha).reshape(-1, 1, 1) * tau).sum(0)
     u, s, vt = _triplets(total, min(total.shape))

@@ -70,6 +70,11 @@ def slerp(gram: Gram, t: float) -> Branched:
     """s0 theta_1 + s1 theta_2, the angle between the unit vectors, the weights on the raw tensors.
 
     gram: (2, 2) of theta; t in [0, 1] goes from the first model to the second.
+
+    Example:
+        >>> c0, c, branch = slerp([[1.0, 0.0], [0.0, 1.0]], 0.5)  # two orthogonal models
+        >>> [round(x, 4) for x in c], branch
+        ([0.7071, 0.7071], 'slerp')
     """
     s0, s1, branch = arc([math.sqrt(gram[0][0]), math.sqrt(gram[1][1])], gram[0][1], t)
     return 0.0, [s0, s1], branch
@@ -82,6 +87,11 @@ def nuslerp(gram: Gram, alpha: Sequence[float]) -> Branched:
 
     Raises:
         ValueError: the weights sum to zero.
+
+    Example:
+        >>> c0, c, branch = nuslerp([[1.0, 0.0], [0.0, 1.0]], [1.0, 1.0])
+        >>> [round(x, 4) for x in (c0, *c)]
+        [-0.4142, 0.7071, 0.7071]
     """
     t = alpha[1] / weight_sum(alpha)
     s0, s1, branch = arc([math.sqrt(gram[0][0]), math.sqrt(gram[1][1])], gram[0][1], t)
@@ -96,6 +106,11 @@ def karcher(gram: Gram, alpha: Sequence[float], iterations: int = 100, tolerance
 
     Raises:
         ValueError: the weights sum to zero, or no tensor of non-zero norm is left.
+
+    Example:
+        >>> c0, c, branch = karcher([[1.0, 0.0], [0.0, 1.0]], [1.0, 1.0])
+        >>> [round(x, 4) for x in c]
+        [0.7071, 0.7071]
     """
     norms = [math.sqrt(gram[i][i]) for i in range(len(gram))]
     used = [i for i in range(len(gram)) if norms[i] >= TINY and alpha[i] != 0]
@@ -139,6 +154,10 @@ def model_stock(gram: Gram) -> Branched:
 
     gram: (T, T) of tau. t is clamped to [0, 1]: task vectors that oppose one another keep the base. Norms are compared
     one by one (a product of two tiny norms would underflow); a model without a task vector counts as orthogonal.
+
+    Example:
+        >>> model_stock([[1.0, 0.5], [0.5, 1.0]])[2]  # at a cosine of 1/2
+        't = 0.667'
     """
     count = len(gram)
     if count == 1:
@@ -168,6 +187,11 @@ def multislerp(
 
     Raises:
         ValueError: the weights sum to zero, or the directions of three or more models cancel.
+
+    Example:
+        >>> c0, c, branch = multislerp([[1.0, 0.0], [0.0, 1.0]], [1.0, 1.0])
+        >>> [round(x, 4) for x in (c0, *c)]
+        [-0.4142, 0.7071, 0.7071]
     """
     count = len(gram)
     if count == 1:

@@ -28,6 +28,11 @@ def nearswap(theta0: Tensor, tau: Tensor, t: float) -> Tensor:
     """w theta_1 + (1 - w) theta0 with w = min(1, t / |tau_1|): every entry moves towards the task's, by t at the most.
 
     theta0: (*s); tau: (1, *s). Returns (*s).
+
+    Example:
+        >>> import torch
+        >>> nearswap(torch.zeros(3), torch.tensor([[0.1, -0.5, 2.0]]), t=0.5)
+        tensor([ 0.1000, -0.5000,  0.5000])
     """
     return theta0 + tau[0].clamp(-t, t)
 
@@ -37,6 +42,12 @@ def arcee_fusion(theta0: Tensor, tau: Tensor, alpha: Sequence[float], options: A
 
     theta0: (*s); tau: (1, *s). Returns (*s). The divergence is that of a row (the last axis). Quartiles are the entries at
     places floor(q (n - 1)) of the sorted importances, all of which are looked at (mergekit samples a million of larger tensors).
+
+    Example:
+        >>> import torch
+        >>> theta = torch.tensor([0.1, 0.2, 0.3, 0.4, 3.0])
+        >>> arcee_fusion(torch.zeros(5), theta[None], [1.0], None)
+        tensor([0., 0., 0., 0., 3.])
     """
     theta = theta0 + tau[0]
     p, q = (x.softmax(-1) + EPS if x.dim() else x.new_tensor(1 + EPS) for x in (theta, theta0))

@@ -1,5 +1,6 @@
 """Rules of one's own: found by name, by place and by entry point, as every command and report treats ours; what is wrong is named."""
 
+import doctest
 import importlib.metadata
 import json
 import re
@@ -19,6 +20,10 @@ from tests.gradmatch.cases import curvature, problem, state, tuned
 README = (Path(rules.__file__).parent / "README.md").read_text(encoding="utf-8")
 BASE, H0, MODELS, CURVATURES = problem(2)
 TASKS = [Task(model, name=name) for model, name in zip(MODELS, "ab", strict=True)]
+RULE_MODULES = [
+    "gradmatch.rules",
+    *(f"gradmatch.rules.{one.stem}" for one in Path(rules.__file__).parent.glob("[a-z]*.py")),
+]
 LACKS = {"single": "it halves", "equal": "it halves"}
 
 
@@ -50,6 +55,7 @@ def test_rule_makes_the_kind_of_its_function():
         ({"whole": half, "linear": half}, TypeError, "got 2 of them"),
         ({"whole": 3}, TypeError, "whole must be a function, not 3"),
         ({"whole": half, "needs": {"curvatur"}}, ValueError, r"needs: 'curvatur' \(did you mean 'curvature'\?\) is none of"),
+        ({"linear": half, "gram": "taus"}, ValueError, r"gram is 'taus' \(did you mean 'tau'\?\); choose one of '', 'theta', 'tau'"),
         ({"whole": half, "lacks": {"singel": "x"}}, ValueError, r"lacks: 'singel' \(did you mean 'single'\?\)"),
     ],
 )  # fmt: skip
@@ -211,6 +217,7 @@ BROKEN = [
     (Rule("f", "s", whole=lambda t, tau, a, o: t.add_(tau.sum(0)) and t), "small models cannot be merged"),
     (Rule("f", "s", elementwise=lambda b: b.theta0 + b.tau.sum(0) - b.tau.sum(0).mean()), "must look at one coordinate alone"),
     (Rule("f", "s", elementwise=half), "'single' does not hold"),
+    (Rule("f", "s", linear=lambda a, g, o: (0.0, [1.0])), "the rule gives 1 coefficients for 3 tasks"),
     (Rule("f", "s", elementwise=half, lacks={**LACKS, "order": "x"}), "lacks names 'order', but it holds"),
     (Rule("f", "s", linear=lambda a, g, o: (0.0, [1.0 / len(a)] * len(a))), "'zero' does not hold"),
     (Rule("f", "s", elementwise=lambda b: (b.alpha * (b.theta0 + b.tau)).sum(0) / b.alpha.sum(), relative=True), "'zero' cannot be had"),
@@ -264,3 +271,11 @@ def test_the_readme_has_a_row_of_every_rule_and_its_example_runs(monkeypatch):
     taus = torch.stack([m[name] - BASE[name] for m in MODELS])
     largest = torch.where(taus[0].abs() > taus[1].abs(), taus[0], taus[1])
     torch.testing.assert_close(found[name], BASE[name] + 0.5 * largest)
+
+
+@pytest.mark.parametrize("module", ["gradmatch.testing", "gradmatch.common.parts", *RULE_MODULES])
+def test_examples_run(module):
+    found = doctest.testmod(
+        importlib.import_module(module), optionflags=doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
+    )
+    assert found.failed == 0

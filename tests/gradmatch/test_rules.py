@@ -614,3 +614,13 @@ def test_arcee_fusion():
     for name in base:
         torch.testing.assert_close(found[name], oracle.arcee_fusion(base[name], model[name]), **CLOSE)
         assert name == "scale" or 0 < int((found[name] != base[name]).sum()) < base[name].numel()
+
+
+def test_formulas_are_texts_that_follow_the_options():
+    assert all(
+        isinstance(rule.formula, str) and rule.formula == rule.told(rule.options) for rule in RULES.values()
+    )
+    rule = replace(RULES["weighted"], lacks={})
+    assert rule.formula == "sum_t alpha_t theta_t / sum_t alpha_t"
+    assert rule.told(rule.options.changed("weighted", {"normalize": False})) == "sum_t alpha_t theta_t"
+    assert "sum_t 0.5 H_t" in RULES["gradient_matching"].told({"hbar_weight": 0.5})
