@@ -6,6 +6,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -69,32 +70,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 where the answer is no, 2 for an error that names what to do, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = build_parser(argv).parse_args(argv)
-    warnings.showwarning = _show_warning
-    try:
-        code: int = import_module(COMMANDS[args.command][0]).run(args)
-    except KeyboardInterrupt:
-        print("gradmatch: interrupted; the same command continues where it stopped", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 0
-    except Exception as error:
-        if args.debug:
-            raise
-        if isinstance(error, (ValueError, TypeError, OSError, RuntimeError, ImportError)):
-            print(f"gradmatch: error: {error}", file=sys.stderr)
-        else:  # nothing that we raise to tell the user something
-            print(f"gradmatch: error: {type(error).__name__}: {error}", file=sys.stderr)
-            print(
-                "gradmatch: this is a fault of gradmatch; --debug shows where, please report it",
-                file=sys.stderr,
-            )
-        return 2
+    module = import_module(COMMANDS[args.command][0])
+    with warnings.catch_warnings():
+        warnings.showwarning = partial(_show_warning, args)
+        try:
+            code: int = module.run(args)
+        except KeyboardInterrupt:
+            print("gradmatch: interrupted; the same command continues where it stopped", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            return 0
+        except Exception as error:
+            if args.debug:
+                raise
+            if isinstance(error, (ValueError, TypeError, OSError, RuntimeError, ImportError)):
+                print(f"gradmatch: error: {_worded(error, args)}", file=sys.stderr)
+            else:  # nothing that we raise to tell the user something
+                print(f"gradmatch: error: {type(error).__name__}: {error}", file=sys.stderr)
+                print(
+                    "gradmatch: this is a fault of gradmatch; --debug shows where, please report it",
+                    file=sys.stderr,
+                )
+            return 2
     return code
 
 
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+def _worded(message: Warning | BaseException | str, args: argparse.Namespace) -> str:
+    """A message with the flags of the command that was called in place of Python's arguments."""
+    from gradmatch.commands.wording import flags, in_flags
+
+    parser = argparse.ArgumentParser()
+    import_module(COMMANDS[args.command][0]).add_arguments(parser)
+    recipe = getattr(args, "recipe", None)
+    return in_flags(str(message), flags(parser), recipe if str(recipe).endswith((".yaml", ".yml")) else None)
+
+
+def _show_warning(args: argparse.Namespace, message: Warning | str, *_: object, **__: object) -> None:
     """One line, without the place in the code."""
-    print(f"gradmatch: warning: {message}", file=sys.stderr)
+    print(f"gradmatch: warning: {_worded(message, args)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from gradmatch.models.stores import torch_dtype
 from gradmatch.rules import Elementwise
 from gradmatch.rules.block import Block, Cut, Edit, total
 from gradmatch.rules.edits import TRANSFORMS
-from gradmatch.rules.edits.ties import trim
 
 if TYPE_CHECKING:
     from gradmatch.plan.step import Step
@@ -81,9 +80,8 @@ def task_vectors(
     for position in range(len(step.edits) if edits is None else edits):
         name, options = step.edits[position]
         edit = edit_of(context, step, position, first, tau)
-        if name == "ties":
-            _count_signs(edit, stats)
         tau = TRANSFORMS[name].apply(edit, options).reshape(len(step.tasks), count)
+        add(stats, edit.health)
     return theta0, tau
 
 
@@ -103,17 +101,6 @@ def edit_of(context: Context, step: Step, position: int, first: int, tau: Tensor
         for cut in found.cuts
     ]
     return Edit(stacked, alpha, noise, first, cuts, found.sums, context.majority)
-
-
-def _count_signs(edit: Edit, stats: dict[str, float]) -> None:
-    """Sign statistics of a piece that TIES is given: conflicts, exact cancellations, and the sum of elected signs."""
-    weighted = edit.alpha * trim(edit.tau, edit.cuts[0].value)
-    summed = total(weighted)
-    conflict = (weighted.amax(0) > 0) & (weighted.amin(0) < 0)
-    add(stats, {
-        "conflicts": float(conflict.sum()), "cancelled": float((conflict & (summed == 0)).sum()),
-        "signs": float(summed.sign().sum()), "weights": float(summed.numel()),
-    })  # fmt: skip
 
 
 def _noise(context: Context, step: Step, first: int, stacked: Tensor, options: Mapping[str, Any]) -> Tensor:

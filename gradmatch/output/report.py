@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 CLAMP_WARNING = 0.01  # share of clamped weights beyond which a removal is not the one that was asked for
 KEPT_WARNING = 0.9  # share of the update beyond which rounding is no news
 
+FLOOR = "have less curvature than the floor delta0, which decides there"
+SAID = 5e-5  # a smaller share is 0.00 %
+
 
 @dataclass(repr=False)
 class Report:
@@ -89,14 +92,14 @@ class Report:
         lines = [f"{self.method}: {self.formula}"]
         lines.append(", ".join(f"{count} tensors: {action}" for action, count in self.tensors.items()))
         shares = {
-            "have less curvature than the floor delta0, which decides there": self.floor_share,
+            FLOOR: self.floor_share,
             "are clamped by the guard": self.clamped_share,
             "are in sign conflict": self.sign_conflict_share,
         }
         lines += [
             f"{100 * share:.2f} % of the weights {what}"
             for what, share in shares.items()
-            if share is not None
+            if share is not None and (share >= SAID or what != FLOOR)
         ]
         if self.kept_update is not None:
             lines.append(f"rounding kept {100 * self.kept_update:.1f} % of the update")

@@ -10,7 +10,7 @@ from pathlib import Path
 from gradmatch.plan.step import Plan, Step
 from gradmatch.rules import Solve
 
-BLOCK_BYTES = 131_072 * 8  # one piece at the widest
+BLOCK = 131_072  # values of a piece where a rule needs no more
 
 
 def describe(made: Plan, out: str | os.PathLike[str] | None = None) -> Iterator[str]:
@@ -44,15 +44,26 @@ def describe(made: Plan, out: str | os.PathLike[str] | None = None) -> Iterator[
 
 
 def peak_bytes(made: Plan) -> int:
-    """Anonymous memory of the engine: buffers of the workers, for pieces or, where a rule needs them, whole tensors and factors."""
+    """Anonymous memory of the engine: as many workers as there are hold what the tensors with most need, see `Rule.memory`."""
     workers = min(4, os.cpu_count() or 1)
-    largest, solving = BLOCK_BYTES, 0
-    for step in made.steps:
-        largest = max(largest, step.spec.numel * 4 if step.span == "tensor" else 0)
-        if isinstance(step.rule, Solve):  # everything in double precision, and as much made of it
-            solving = max(solving, 4 * step.bytes_read)
-    buffers = 8 + 3 * len(made.inputs.tasks)
-    return workers * (largest * buffers + solving)
+    shared = [
+        step for step in made.steps if step.span == "block"
+    ] * workers  # all of them may be at one large tensor
+    whole = [step for step in made.steps if step.span != "block"]
+    return sum(sorted(map(_held_bytes, shared + whole), reverse=True)[:workers])
+
+
+def _held_bytes(step: Step) -> int:
+    """What a worker holds while it merges one tensor."""
+    if step.rule is None:
+        return 0
+    fixed, per_task = step.rule.memory
+    longest_row = step.spec.shape[-1] if step.spec.shape else 1
+    piece = {"block": BLOCK, "rows": max(BLOCK, longest_row), "tensor": step.spec.numel}[step.span]
+    values = min(piece, step.spec.numel) * (fixed + per_task * len(step.tasks))
+    # a system is solved in double precision, and as much is made of the factors
+    solving = 4 * step.bytes_read if isinstance(step.rule, Solve) else 0
+    return int(values * (8 if step.compute == "F64" or solving else 4)) + solving
 
 
 def _settings(step: Step) -> str:

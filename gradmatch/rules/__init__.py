@@ -206,7 +206,7 @@ RULES: dict[str, Rule] = {
     ),
     "arcee_fusion": Whole(
         "theta0 + m tau_1, m = 1 where |tau_1| KL(softmax theta_1, softmax theta0) >= median + 1.5 IQR", "Arcee Fusion (mergekit)",
-        arcee_fusion, models=ONE, weighs=False,
+        arcee_fusion, models=ONE, weighs=False, memory=(18, 1),
         lacks={"single": "only important entries are taken", "equal": "only important entries are taken"} | IGNORES,
     ),
     "greedy_soup": Linear(

@@ -57,6 +57,7 @@ class Edit:
         cuts: the cuts that the transform asks for by its `ranks`.
         sums: (k, T), its `sums` over the whole tensor, in float64; None where it asks for none.
         majority: sign of the sum of all elected signs, for entries that cancel exactly.
+        health: what the transform has to tell of this piece, for the report.
     """
 
     tau: Tensor
@@ -66,6 +67,7 @@ class Edit:
     cuts: Sequence[Cut] = ()
     sums: Tensor | None = None
     majority: float = 1.0
+    health: dict[str, float] = field(default_factory=dict)
 
     def column(self, value: float | tuple[float, ...]) -> Tensor | float:
         """An option as a number, or (T, 1, ..., 1) where every task has its own."""

@@ -54,6 +54,8 @@ class Rule:
             further is then told to be none of this rule.
         caution: what to warn of whenever it is used.
         spelt: the function that was given as the formula, if it was one.
+        memory: (a, b): while a worker merges a piece it holds up to a + b T values for each of the piece's, T tasks. A piece
+            is a block of 131,072 values where the rule and its edits allow it, else some rows or the whole tensor.
 
     Example:
         >>> halved = Rule("theta0 + mean_t tau_t / 2", "mine", elementwise=lambda b: b.theta0 + b.tau.mean(0) / 2)
@@ -76,6 +78,7 @@ class Rule:
     bounded: bool = False
     caution: str = ""
     spelt: Callable[[Any], str] | None = None
+    memory: tuple[float, float] = (10, 4)
 
     kind: ClassVar[str] = ""
 

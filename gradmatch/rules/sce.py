@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gradmatch.rules.edits.ties import whole_part
 from gradmatch.rules.options import Options, option
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def sce(theta0: Tensor, tau: Tensor, alpha: Sequence[float], options: SceOptions
     flat = tau.reshape(len(tau), -1)
     if options.select_topk < 1:
         variance = flat.var(0, unbiased=False)
-        kept = int(options.select_topk * int((variance != 0).sum()))
+        kept = whole_part(options.select_topk, int((variance != 0).sum()))
         chosen = variance.argsort(descending=True, stable=True)[:kept]
         flat = flat * flat.new_zeros(flat.shape[1]).index_fill_(0, chosen, 1.0)
     weight = flat.square().mean(1, keepdim=True)  # (T, 1)

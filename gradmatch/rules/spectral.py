@@ -81,7 +81,7 @@ MEAN = Linear(
 )  # fmt: skip
 TSV_M = Whole(
     "theta0 + scale * polar(U) S polar(V)' of the first r/T singular triplets of every alpha_t tau_t", "Gargiulo et al. 2025",
-    tsv_m, otherwise=MEAN, options=Scale(),
+    tsv_m, otherwise=MEAN, options=Scale(), memory=(13, 7),
     lacks={"equal": "every task keeps its share of the singular triplets"},
 )  # fmt: skip
 ISO_C = Whole(

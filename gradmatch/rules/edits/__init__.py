@@ -150,7 +150,7 @@ def of_task(options: Options, position: int) -> Options:
 
 def _ties(edit: Edit, options: TiesOptions) -> Tensor:
     threshold = edit.cuts[0].value
-    return ties(edit.tau, edit.alpha, threshold, edit.majority, options.scale, options.normalize)
+    return ties(edit.tau, edit.alpha, threshold, edit.majority, options.scale, options.normalize, edit.health)
 
 
 def _dare(edit: Edit, options: DareOptions) -> Tensor:

@@ -32,7 +32,7 @@ def trim(tau: Tensor, threshold: Tensor | float) -> Tensor:
     tau: (T, *s); threshold: (T, 1, ..., 1), the k-th largest |tau_t| of the whole model (or of this tensor). Entries equal
     to the threshold all stay.
     """
-    return tau * (tau.abs() >= threshold)
+    return tau * tau.abs().ge_(threshold)
 
 
 def elect(tau: Tensor, alpha: Tensor, majority: float) -> Tensor:
@@ -41,7 +41,7 @@ def elect(tau: Tensor, alpha: Tensor, majority: float) -> Tensor:
     tau: (T, *s); alpha: (T, 1, ..., 1); majority: sign of the sum of all elected signs of the model (+1 or -1).
     """
     sign = total(alpha * tau).sign()
-    return sign + (sign == 0) * majority
+    return sign + majority * sign.abs().eq_(0)
 
 
 def share(tau: Tensor, alpha: Tensor, sign: Tensor, normalize: bool = True) -> Tensor:
@@ -50,11 +50,24 @@ def share(tau: Tensor, alpha: Tensor, sign: Tensor, normalize: bool = True) -> T
     tau: (T, *s); alpha: (T, 1, ..., 1); sign: (*s,). Returns (T, *s), such that sum_t alpha_t tau'_t is the disjoint mean
     (the weighted mean over the agreeing, non-zero entries). Without `normalize` it is their weighted sum.
     """
-    agrees = (alpha * tau).sign() == sign
+    agrees = (alpha * tau).sign().eq_(sign)
     if not normalize:
         return tau * agrees
     weight = total(alpha.abs() * agrees)
-    return tau * agrees / weight.masked_fill(weight == 0, 1)
+    return tau * agrees / (weight + (weight == 0))
+
+
+def votes(tau: Tensor, alpha: Tensor) -> dict[str, float]:
+    """Of trimmed task vectors: coordinates in conflict, those that cancel exactly, the sum of elected signs, and all of them."""
+    weighted = alpha * tau
+    summed = total(weighted)
+    conflict = (weighted.amax(0) > 0) & (weighted.amin(0) < 0)
+    return {
+        "conflicts": float(conflict.count_nonzero()),
+        "cancelled": float((conflict & (summed == 0)).count_nonzero()),
+        "signs": float(summed.sign().sum()),
+        "weights": float(summed.numel()),
+    }
 
 
 def ties(
@@ -64,10 +77,14 @@ def ties(
     majority: float,
     scale: float = 1.0,
     normalize: bool = True,
+    health: dict[str, float] | None = None,
 ) -> Tensor:
     """TIES (Yadav et al. 2023) as a map of task vectors: scale * share(trimmed, elected sign).
 
-    Task arithmetic of the result is TIES merging; any other rule may follow instead. Shapes as in its three steps.
+    Task arithmetic of the result is TIES merging; any other rule may follow instead. Shapes as in its three steps; `health`
+    takes what `votes` counts.
     """
     trimmed = trim(tau, threshold)
+    if health is not None:
+        health.update(votes(trimmed, alpha))
     return scale * share(trimmed, alpha, elect(trimmed, alpha, majority), normalize)
