@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from gradmatch.estimators.errors import GradmatchError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -51,6 +54,32 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
     """Write text (as UTF-8) or bytes, whole or not at all; see `replacing`."""
     with replacing(path) as aside:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def parse_json(text: str | bytes, where: object, pairs: Callable[[list[Any]], Any] | None = None) -> Any:
+    """The content of a JSON text; `where` names it, `pairs` makes a table of its pairs.
+
+    Raises:
+        GradmatchError: no JSON, no UTF-8, or more than can be read (depth, digits).
+    """
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except GradmatchError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise GradmatchError(f"{where} is not JSON ({error})", "not_json", where, "fetch it again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        GradmatchError: not JSON, or no object.
+    """
+    content = parse_json(path.read_bytes(), path)
+    if not isinstance(content, dict):
+        raise GradmatchError(f"{path} holds a {type(content).__name__}, not a table", "not_a_table", path)
+    return content
 
 
 def sync(path: Path) -> None:

@@ -7,7 +7,6 @@ before anything trusts it: the format is a length, a JSON table of byte ranges, 
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -19,11 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.files import parse_json
+
 if TYPE_CHECKING:
     import torch
 
 OPENING = threading.RLock()  # two threads must not open or map one file twice
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the format's reference reader
+BEGINNINGS = {  # of what is taken for a safetensors file
+    b"{": "JSON text",
+    b"[": "JSON text",
+    b"version ": "the pointer of git-lfs, which stands for it; run `git lfs pull`",
+    b"GGUF": "a GGUF file, whose weights are quantised; take the model that it was made of",
+    b"PK": "a zip archive, as torch.save writes; save it as safetensors",
+    b"\x80": "a pickle; save it as safetensors",
+    b"<": "a web page; fetch the file again",
+}
 ITEM_SIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -250,15 +261,9 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 2 <= length <= min(HEADER_LIMIT, size - 8):
-            raise ValueError(
-                f"{path}: not a safetensors file, or cut short: its first 8 bytes give a header of {length} bytes "
-                f"in a file of {size}"
-            )
+            raise GradmatchError(_no_header(path, prefix, length, size), "not_safetensors", path)
         raw = file.read(length)
-    try:
-        header = json.loads(raw, object_pairs_hook=lambda pairs: _without_duplicates(path, pairs))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: the header is not JSON ({error}); fetch the file again") from error
+    header = parse_json(raw, f"{path}: the header", lambda pairs: _without_duplicates(path, pairs))
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the header is {type(header).__name__}, not a table of tensors")
     metadata = header.pop("__metadata__", {})
@@ -276,6 +281,14 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     return metadata, {info.name: info for info in tensors}
 
 
+def _no_header(path: Path, prefix: bytes, length: int, size: int) -> str:
+    """What a file is that is no safetensors file, as far as its first bytes tell."""
+    found = next((what for start, what in BEGINNINGS.items() if prefix.startswith(start)), "")
+    if found:
+        return f"{path}: not a safetensors file but {found}"
+    return f"{path}: not a safetensors file, or cut short: its first 8 bytes give a header of {length} bytes in a file of {size}"
+
+
 def _without_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object whose keys are unique; a second tensor of one name would silently hide the first."""
     table = dict(pairs)
@@ -288,16 +301,21 @@ def _without_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, A
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int, file_size: int) -> TensorInfo:
     """Check one header entry against the format and the file's size."""
-    try:
-        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    except (TypeError, KeyError, ValueError) as error:
+    fields = [entry.get(key) for key in ("dtype", "shape", "data_offsets")] if isinstance(entry, dict) else []
+    if (
+        len(fields) != 3
+        or not isinstance(fields[1], list)
+        or not isinstance(fields[2], list)
+        or len(fields[2]) != 2
+    ):
+        raise ValueError(f"{path}: tensor {name!r} lacks a dtype, shape or data_offsets: {entry!r:.200}")
+    dtype, shape, (start, stop) = fields[0], tuple(fields[1]), fields[2]
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
+        raise ValueError(f"{path}: tensor {name!r} has dtype {dtype!r:.80}; known are {sorted(ITEM_SIZE)}")
+    if not all(type(extent) is int and extent >= 0 for extent in (*shape, start, stop)):
         raise ValueError(
-            f"{path}: tensor {name!r} lacks a dtype, shape or data_offsets: {entry!r}"
-        ) from error
-    if dtype not in ITEM_SIZE:
-        raise ValueError(f"{path}: tensor {name!r} has dtype {dtype!r}; known are {sorted(ITEM_SIZE)}")
-    if not all(isinstance(extent, int) and extent >= 0 for extent in (*shape, start, stop)):
-        raise ValueError(f"{path}: tensor {name!r} has a shape or offset that is no whole number: {entry!r}")
+            f"{path}: tensor {name!r} has a shape or offset that is no whole number: {entry!r:.200}"
+        )
     expected = math.prod(shape) * ITEM_SIZE[dtype]
     if stop - start != expected:
         raise ValueError(

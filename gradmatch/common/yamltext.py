@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from gradmatch.estimators.errors import GradmatchError
+
 FLOAT = re.compile(
     r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"
 )  # PyYAML itself wants a point and a sign: 1.0e-6
@@ -38,14 +40,15 @@ def load_yaml(text: str | bytes, where: str) -> Any:
     """The content of a YAML text; `where` names it in errors.
 
     Raises:
-        ValueError: no YAML, a key given twice, several documents, or no UTF-8.
+        GradmatchError: no YAML, a key given twice, an unknown tag, several documents, or no UTF-8.
     """
     try:
         documents = list(yaml.load_all(text, Loader))
         if len(documents) > 1:
-            raise ValueError(
-                f"{where} holds {len(documents)} YAML documents (---), as recipes for mergekit-multi do; put each into a file of its own"
-            )
+            text = f"{where} holds {len(documents)} YAML documents (---), as recipes for mergekit-multi do"
+            raise GradmatchError(text, "several_documents", where, "put each into a file of its own")
         return documents[0] if documents else None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where} is not YAML: {error}") from error
+    except GradmatchError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise GradmatchError(f"{where} is not YAML: {error}", "not_yaml", where) from error

@@ -240,11 +240,12 @@ def listed_shards(path: Path, index: str = INDEX) -> dict[str, str]:
         ValueError: no such table, or one that leaves its folder.
     """
     weight_map = read_json(path / index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path / index} has no weight_map from tensor to shard")
+    named = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())
+    if not weight_map or not named:
+        raise ValueError(f"{path / index} has no weight_map from the name of a tensor to that of its shard")
     for shard in weight_map.values():
-        pure = PurePosixPath(str(shard))
-        if not isinstance(shard, str) or pure.is_absolute() or ".." in pure.parts or "\\" in shard:
+        pure = PurePosixPath(shard)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in shard:
             raise ValueError(
                 f"{path / index} points outside its folder: {shard!r}; do not trust this checkpoint"
             )
