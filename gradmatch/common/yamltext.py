@@ -51,4 +51,5 @@ def load_yaml(text: str | bytes, where: str) -> Any:
     except GradmatchError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise GradmatchError(f"{where} is not YAML: {error}", "not_yaml", where) from error
+        said = " ".join(str(error).split())
+        raise GradmatchError(f"{where} is not YAML: {said}", "not_yaml", where) from error

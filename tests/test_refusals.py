@@ -1,0 +1,268 @@
+"""What the command refuses: a table of (what is given, what is said), run row by row; docs/refused.md is written from it.
+
+`python tests/test_refusals.py` writes the page.
+"""
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "refused.md"
+M = "merge --base base --task one --method task_arithmetic -o out "  # a merge that works
+G = "merge --base base --task one,curvature=one.safetensors --base-curvature base.safetensors -o out "
+S = "subtract --base base --task one,curvature=one.safetensors --base-curvature base.safetensors -o out "
+E = "estimate cls -o c.safetensors "
+B = "budget --base base --task one,curvature=one.safetensors --base-curvature base.safetensors "
+D = "diagnose --base cls --task cls2,name=t "
+TASKS = "tasks: [{model: one}]\n"
+OURS = "base: base\nmethod: task_arithmetic\n"
+LORA = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 4,
+    "target_modules": ["w"],
+    "base_model_name_or_path": "base",
+}
+
+# Section -> rows: what is given in words, files written first, the command, and words of the message.
+REFUSALS = {
+    "Models": [
+        ("no such folder, and no hub within reach", {}, "merge --base bse --task one -o out", "no file or folder bse (did you mean 'base'?)"),
+        ("an empty folder", {"empty/x": ""}, "merge --base empty --task one -o out", "empty holds no model.safetensors, no model.safetensors.index.json and no adapter_config.json"),
+        ("a pickle, not asked for", {"old/pytorch_model.bin": "x"}, "merge --base old --task one -o out", "is a pickle, which can run code when it is opened; save it as safetensors, or pass"),
+        ("a quantised model", {"base/config.json": '{"quantization_config": {"bits": 4}}'}, M, "base is quantised"),
+        ("a file that is cut short", {"base/model.safetensors": "short"}, M, "model.safetensors: not a safetensors file, or cut short"),
+        ("JSON in place of weights", {"base/model.safetensors": '{"weights": 1, "more": 2}'}, M, "model.safetensors: not a safetensors file but JSON text"),
+        ("a git-lfs pointer in place of weights", {"base/model.safetensors": "version https://git-lfs.github.com/spec/v1\n"}, M, "the pointer of git-lfs, which stands for it; run `git lfs pull`"),
+        ("an index that is no JSON", {"base/model.safetensors": None, "base/model.safetensors.index.json": "{"}, M, "model.safetensors.index.json is not JSON"),
+        ("an index that leaves its folder", {"base/model.safetensors": None, "base/model.safetensors.index.json": '{"weight_map": {"w": "../x"}}'}, M, "points outside its folder: '../x'; do not trust this checkpoint"),
+        ("an index whose shards are lists", {"base/model.safetensors": None, "base/model.safetensors.index.json": '{"weight_map": {"w": ["x"]}}'}, M, "has no weight_map from the name of a tensor to that of its shard"),
+        ("a task that lacks a tensor", {}, "merge --base base --task short --method averaging -o out", "of the base is missing in short (short); pass --missing base"),
+        ("a task with tensors of its own", {}, "merge --base short --task one --method averaging -o out", "that the base lacks, first 'layers.1.w'"),
+        ("a tensor of another shape", {}, "merge --base base --task wide --method averaging -o out", "'layers.0.w' has shape [4, 4] in the base and [4, 5] in wide"),
+        ("NaN in the weights", {}, "merge --base base --task nan --method averaging -o out", "NaN"),
+    ],
+    "Adapters": [
+        ("of another kind than LoRA", {"ad/adapter_config.json": json.dumps({**LORA, "peft_type": "IA3"}), "ad/adapter_model.safetensors": "x"}, "merge --base base --task ad --method averaging -o out", "peft_type='IA3'"),
+        ("without a base", {"ad/adapter_config.json": json.dumps({**LORA, "base_model_name_or_path": None})}, "inspect ad", "ad is an adapter and names no base model"),
+        ("with a setting that changes what it means", {"ad/adapter_config.json": json.dumps({**LORA, "layer_replication": [[0, 1]]})}, "merge --base base --task ad --method averaging -o out", "layer_replication"),
+    ],
+    "Merging": [
+        ("nothing to merge", {}, "merge", "nothing to merge: give a recipe, or --base and at least one --task"),
+        ("no output", {}, "merge --base base --task one", "no output folder: name it after the recipe or with --out"),
+        ("an output that is there", {"out/x": ""}, M, "exists; pass overwrite (--overwrite)"),
+        ("an output that no merge wrote", {"out/thesis.tex": ""}, M + "--overwrite", "holds files but no gradmatch.json, so no merge wrote it and it is not replaced"),
+        ("an output inside an input", {}, "merge --base base --task one --method averaging -o base/out", "are the same or lie in one another"),
+        ("an output in a file", {"file": ""}, "merge --base base --task one --method averaging -o file/out", "file is a file, so the output"),
+        ("an unknown method", {}, M + "--method tis", "unknown method 'tis' (did you mean 'ties'?)"),
+        ("an unknown option", {}, M + "--method ties --option densty=1", "ties has no option 'densty' (did you mean 'density'?)"),
+        ("an option beyond its bounds", {}, M + "--method ties --option density=2", "density is 2"),
+        ("an option of another kind", {}, M + "--option scale=much", "scale is 'much'; it must be a number"),
+        ("an option that is a flag", {}, M + "--option delta0=1", "'delta0' is no option of a method but a key (and flag) of its own"),
+        ("an option that is no pair", {}, M + "--option scale", "--option 'scale' is not KEY=VALUE"),
+        ("a task with another key", {}, "merge --base base --task one,wieght=1 -o out", "'wieght=1' is none of curvature=FILE, weight=W, name=NAME"),
+        ("a weight that is not finite", {}, M.replace("--task one", "--task one,weight=.nan"), "the weight of one is nan; it must be finite"),
+        ("two tasks of one name", {}, "merge --base base --task one,name=a --task two,name=a -o out --method averaging", "two tasks are called 'a'"),
+        ("two tasks for a rule of one", {}, "merge --base base --task one --task two --method passthrough -o out", "passthrough takes 1 task, got 2"),
+        ("an output type that is none", {}, M + "--dtype int64", "dtype is 'int64'"),
+        ("an unknown transform", {}, M + "--transform tis", "unknown transform 'tis' (did you mean 'ties'?)"),
+        ("weights that sum to zero and are to be normalised", {}, "merge --base base --task one,weight=1 --task two,weight=-1 --method linear -o out", "sum to zero and cannot be normalised"),
+        ("weights to be chosen, and nothing to choose from", {}, M + "--weights auto", "--weights auto needs data"),
+        ("greedy soup from the command", {}, "merge --base base --task one --method greedy_soup -o out", "is called from Python"),
+        ("reloading without a config", {}, M + "--verify reload", "has no config.json"),
+    ],
+    "Curvature": [
+        ("none for a task", {}, "merge --base base --task one --base-curvature 1 -o out", "gradient_matching needs a curvature"),
+        ("none for the base", {}, "merge --base base --task one,curvature=one.safetensors -o out", "gradient_matching needs the base's curvature; pass --base-curvature"),
+        ("no such file", {}, "merge --base base --task one,curvature=eno.safetensors --base-curvature 1 -o out", "no curvature file eno.safetensors"),
+        ("weights in place of a curvature", {}, "merge --base base --task one,curvature=one/model.safetensors --base-curvature 1 -o out", "not a curvature file (no format_version and num_examples in its header)"),
+        ("JSON in place of a curvature", {"p.safetensors": '{"products": [1, 2]}'}, "merge --base base --task one,curvature=p.safetensors --base-curvature 1 -o out", "p.safetensors: not a safetensors file but JSON text"),
+        ("of other weights", {}, G.replace("curvature=one", "curvature=two"), "was taken at other weights than"),
+        ("of another model", {}, G.replace("curvature=one", "curvature=odd"), "has shape [3] for 'layers.0.w', the model has [4, 4]; it belongs to another model"),
+        ("negative", {}, "merge --base base --task one,curvature=one.safetensors --base-curvature -1 -o out", "base_curvature is -1"),
+        ("of which a negative weight leaves nothing", {}, G.replace("one.safetensors ", "one.safetensors,weight=-50 ", 1), "is not positive"),
+        ("without Gram matrices, for RegMean", {}, G + "--method regmean", "holds no gram matrices; estimate it with"),
+        ("without Kronecker factors, for a rule that needs them", {}, G + "--method kronecker", "needs curvatures with Kronecker factors"),
+    ],
+    "Recipes": [
+        ("no such file", {"r.yaml": ""}, "merge rr.yaml out", "no recipe rr.yaml (did you mean 'r.yaml'?)"),
+        ("a folder", {}, "merge base out", "base is a folder, a recipe is a YAML file"),
+        ("no YAML", {"r.yaml": "a: [1"}, "merge r.yaml out", "r.yaml is not YAML"),
+        ("a key given twice", {"r.yaml": "base: a\nbase: b\n"}, "merge r.yaml out", "the key 'base' is given twice"),
+        ("an unknown tag", {"r.yaml": "base: !!python/name:os.system\n"}, "merge r.yaml out", "could not determine a constructor for the tag"),
+        ("several documents", {"r.yaml": "a: 1\n---\nb: 2\n"}, "merge r.yaml out", "holds 2 YAML documents"),
+        ("no table", {"r.yaml": "- base\n"}, "merge r.yaml out", "a recipe is a table of keys"),
+        ("no tasks", {"r.yaml": OURS}, "merge r.yaml out", "tasks"),
+        ("an unknown key", {"r.yaml": OURS + TASKS + "wieghts: auto\n"}, "merge r.yaml out", "wieghts"),
+        ("a value of another kind", {"r.yaml": OURS + TASKS + "delta0: {a: 1}\n"}, "merge r.yaml out", "delta0"),
+        ("a mixture of experts (mergekit-moe)", {"r.yaml": "base_model: a\nexperts: []\n"}, "merge r.yaml out", "describes a mixture of experts"),
+        ("mergekit's, with an unknown method", {"r.yaml": "merge_method: slurp\nmodels: [{model: base}]\n"}, "merge r.yaml out", "merge_method 'slurp' is unknown here (did you mean 'slerp'?)"),
+        ("mergekit's, with both models and slices", {"r.yaml": "merge_method: linear\nmodels: []\nslices: []\n"}, "merge r.yaml out", "give either models or slices"),
+        ("mergekit's, with an unknown parameter", {"r.yaml": "merge_method: linear\nmodels: [{model: base, parameters: {wieght: 1}}]\n"}, "merge r.yaml out", "wieght"),
+        ("mergekit's, without the base that the method needs", {"r.yaml": "merge_method: ties\nmodels: [{model: base, parameters: {weight: 1, density: 1}}]\n"}, "merge r.yaml out", "ties needs a base_model"),
+        ("a remedy, with the recipe's own key", {"r.yaml": "base: base\nmethod: averaging\ntasks: [{model: short}]\n"}, "merge r.yaml out", "pass --missing base (in r.yaml: `missing: base`)"),
+    ],
+    "Removing": [
+        ("nothing to subtract", {}, "subtract --base base", "nothing to subtract: give --base and at least one --task"),
+        ("no output", {}, "subtract --base base --task one", "no output folder: name it with --out"),
+        ("a negative weight", {}, S + "--weight -1", "at least 0 to subtract"),
+        ("nothing to be kept", {}, S + "--keep 0", "keep is 0, it must lie in (0, 1]"),
+        ("a budget of nothing", {}, B + "--nats 0", "--nats must be positive, got 0"),
+        ("a share above one", {}, B + "--share 2", "--share must lie in [0, 1], got 2"),
+        ("alphas that are negative", {}, B + "--alphas -1", "alphas must be finite and not negative"),
+        ("a budget, and no alpha above 0", {}, B + "--nats 1 --alphas 0", "--alphas holds nothing above 0"),
+        ("one file to keep and to remove", {}, B + "--retain d.txt --remove d.txt", "--retain and --remove are the same file d.txt"),
+        ("no folder for the report", {}, B + "--report no/r.json", "no folder for --report no/r.json"),
+        ("a task without curvature", {}, "budget --base base --task one --base-curvature base.safetensors", "has no curvature"),
+    ],
+    "Estimating": [
+        ("neither data nor an optimizer's state", {}, E, "give either --data (to measure) or --adam"),
+        ("a model that is not there", {}, "estimate cl -o c.safetensors --data d.csv", "no file or folder cl (did you mean 'cls'?)"),
+        ("a file in place of a model", {}, "estimate cls/config.json -o c.safetensors --data d.csv", "is a file; name the folder that save_pretrained wrote"),
+        ("a model of no kind that can be trained on", {"cls/config.json": '{"model_type": "bert"}'}, E + "--data d.csv", "is saved as no architecture: pass --task"),
+        ("an output of another kind", {}, "estimate cls -o c.pt --data d.csv", "known by their ending; name it c.safetensors"),
+        ("an output that is there", {"c.safetensors": ""}, E + "--data d.csv", "c.safetensors exists; pass --overwrite"),
+        ("an output that is a folder", {"c.safetensors/x": ""}, E + "--data d.csv", "c.safetensors is a folder; name the file"),
+        ("an unknown method", {}, E + "--data d.csv --method fischer", "unknown method 'fischer'; did you mean 'fisher'?"),
+        ("no samples", {}, E + "--data d.csv --samples 0", "--samples must be at least 1, got 0"),
+        ("a tolerance that is none", {}, E + "--data d.csv --tolerance 2", "a relative error between 0 and 1"),
+        ("squares of whole batches, where these are wrong", {}, E + "--data d.csv --method ggn --reduction batch", "is right only for"),
+        ("Adam's state that is not there", {}, E + "--adam cls/optimizer.pt --num-examples 9 --batch-size 2", "no optimizer state at"),
+        ("a state that is none", {"optimizer.pt": "x"}, E + "--adam optimizer.pt --num-examples 9 --batch-size 2", "optimizer.pt cannot be read"),
+    ],
+    "Data": [
+        ("no such file", {}, E + "--data dd.csv", "no data file dd.csv (did you mean 'd.csv'?)"),
+        ("no such set of the hub", {}, E + "--data nobody/nothing", "no file nobody/nothing here, and no hub set of that name"),
+        ("another kind of file", {"d.xml": "<a/>"}, E + "--data d.xml", "d.xml: unknown kind of file '.xml'"),
+        ("an empty file", {"e.csv": ""}, E + "--data e.csv", "e.csv holds no rows: the file is empty"),
+        ("columns without rows", {"e.csv": "text,label\n"}, E + "--data e.csv", "e.csv holds no rows"),
+        ("rows without text", {"e.csv": "text,label\n,1\n"}, E + "--data e.csv", "e.csv holds no text"),
+        ("no text column", {"e.csv": "a,b\n1,2\n"}, E + "--data e.csv", "which column is the text? there are: a, b; name it: --text-column"),
+        ("a column that is not there", {}, E + "--data d.csv --text-column txt", "no column 'txt' (did you mean 'text'?)"),
+        ("three text columns", {"e.csv": "a,b,c\n1,2,3\n"}, E + "--data e.csv --text-column a,b,c", "the text is one column, or two different ones of a pair"),
+        ("numbers for texts", {"e.jsonl": '{"text": 5}\n'}, E + "--data e.jsonl", "row 0: column 'text' holds no text but 5"),
+        ("a split of a file", {}, E + "--data d.csv --split test", "d.csv is one file, and one split: there is no 'test' in it"),
+        ("no UTF-8", {"e.txt": b"caf\xe9\n"}, E + "--data e.txt", "e.txt is no UTF-8 text"),
+        ("JSON that is cut", {"e.jsonl": '{"text": '}, E + "--data e.jsonl", "e.jsonl cannot be read"),
+        ("rows of other lengths", {"e.csv": "text,label\na,1\nb,1,2\n"}, E + "--data e.csv", "e.csv cannot be read: Expected 2 fields in line 3, saw 3"),
+        ("more fields than names", {"e.csv": "text,label\na,1,2\n"}, E + "--data e.csv", "e.csv cannot be read: Length of header"),
+        ("a stray quotation mark", {"e.csv": 'text,label\n"a,1\nb,0\n"c,1\n'}, E + "--data e.csv", "e.csv cannot be read: ',' expected after"),
+        ("a row without a label", {"e.csv": "text,label\na,1\nb,\n"}, E + "--data e.csv", "row 1: column 'label' holds no label, and so it is in 1 of 2 rows"),
+        ("a word that is no class", {"e.csv": "text,label\na,clas1\n"}, E + "--data e.csv", "holds the unknown label 'clas1' (did you mean 'class1'?)"),
+        ("a fraction for a class", {"e.csv": "text,label\na,0.5\n"}, E + "--data e.csv", "holds the label '0.5', which is no class's number"),
+        ("a class that the model lacks", {"e.csv": "text,label\na,7\n"}, E + "--data e.csv", "holds the label '7'; the model has the classes 0 to 1"),
+        ("no examples", {}, E + "--data d.csv --examples 0", "--examples must be at least 1, got 0"),
+        ("no labels, where losses are measured", {"e.csv": "text\na\n"}, D + "--data t=e.csv", "e.csv has no labels, which BertForSequenceClassification needs"),
+        ("data of no task", {}, D + "--data d.csv", "--data 'd.csv' is not TASK=FILE; the tasks are t"),
+        ("data of another task", {}, D + "--data u=d.csv", "--data names a task 'u'; the tasks are t"),
+    ],
+    "Diagnosing and forecasting": [
+        ("nothing to look at", {}, "diagnose", "nothing to look at: give a recipe, or --base and at least one --task"),
+        ("nothing to forecast from", {}, "forecast --base cls --task cls2", "nothing to choose weights from"),
+        ("products that are not there", {}, "forecast --base cls --task cls2 --products p.json", "no products file p.json"),
+        ("products that are none", {"p.json": "[]"}, "forecast --base cls --task cls2 --products p.json", "p.json is no products file"),
+        ("a recipe for groups of layers", {}, "forecast --base cls --task cls2 --write r.yaml --group x", "--write and --group do not go together"),
+        ("inspecting nothing", {}, "inspect bse", "no file or folder bse (did you mean 'base'?)"),
+    ],
+}  # fmt: skip
+ROWS = [row for rows in REFUSALS.values() for row in rows]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    import torch
+    from safetensors.torch import save_file
+
+    from gradmatch.estimators import Curvature
+    from tests.gradmatch.tiny import save_classifier
+
+    folder = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    base = {f"layers.{layer}.w": torch.randn(4, 4) for layer in range(2)}
+    models = {"base": base, "short": {"layers.0.w": base["layers.0.w"]}}
+    models |= {
+        name: {key: value + torch.randn(4, 4) for key, value in base.items()} for name in ("one", "two")
+    }
+    models["wide"] = {**base, "layers.0.w": torch.ones(4, 5)}
+    models["nan"] = {**base, "layers.0.w": torch.full((4, 4), torch.nan)}
+    for name, tensors in models.items():
+        (folder / name).mkdir()
+        save_file(tensors, folder / name / "model.safetensors")
+    for name in ("base", "one", "two"):
+        module = torch.nn.ParameterDict({key.replace(".", "_"): value for key, value in models[name].items()})
+        known = Curvature.from_dict(
+            {key: torch.rand(4, 4) for key in base}, 10, info_of(models[name], module)
+        )
+        known.save(folder / f"{name}.safetensors")
+    Curvature.from_dict({key: torch.ones(3) for key in base}, 10).save(folder / "odd.safetensors")
+    for name in ("cls", "cls2"):
+        save_classifier(folder / name)
+    (folder / "d.csv").write_text("text,label\ngood,1\nbad,0\n")
+    (folder / "d.txt").write_text("good\nbad\n")
+    return folder
+
+
+def info_of(tensors, _):
+    from gradmatch.estimators.fingerprint import fingerprint
+    from gradmatch.models.opening import open_checkpoint
+
+    return {"fingerprint": fingerprint(tensors, open_checkpoint(tensors).sample), "estimator": "fisher"}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_what_is_refused(files, tmp_path, monkeypatch, capsys, row):
+    from gradmatch.cli import main
+
+    _, written, command, words = row
+    shutil.copytree(files, tmp_path / "w")
+    monkeypatch.chdir(tmp_path / "w")
+    for name, content in written.items():
+        path = Path(name)
+        path.parent.mkdir(exist_ok=True)
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main(shlex.split(command)) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert words in err, err
+    assert err.startswith("gradmatch: error: ")
+    assert len(err) < 1000
+
+
+def page():
+    """docs/refused.md."""
+    lines = [
+        "# What is refused, and what is said",
+        "",
+        "gradmatch does not guess: what it does not understand of a file, or what would give a wrong number, is refused with code 2 and",
+        "one line that names the thing and what to do. Each row is run by `tests/test_refusals.py`, from which this page is written",
+        "(`python tests/test_refusals.py`). In Python the same is a `gradmatch.GradmatchError`, a ValueError with `code`, `where` and `remedy`",
+        "(or FileNotFoundError, FileExistsError, TypeError where these say it best).",
+    ]
+    for section, rows in REFUSALS.items():
+        lines += ["", f"## {section}", "", "| given | command | said |", "|---|---|---|"]
+        lines += [
+            "| "
+            + " | ".join(
+                cell.replace("|", "\\|") for cell in (given, f"`gradmatch {command.strip()}`", words)
+            )
+            + " |"
+            for given, _, command, words in rows
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_page_is_the_table():
+    assert PAGE.read_text(encoding="utf-8") == page(), "python tests/test_refusals.py writes it anew"
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"written: {PAGE}", file=sys.stderr)
