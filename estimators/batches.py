@@ -89,6 +89,9 @@ class BatchReader:
         self.device = device
         self.model = model
         self.parameters, self.takes_any = _forward_parameters(model)
+        # Models that number places from 0 on whatever the mask says; others (RoBERTa) number tokens that are no padding.
+        own = any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
+        self.counts_places = "position_ids" in self.parameters and not own
         self._warned: set[str] = set()
 
     def __call__(self, raw: Any, index: int = 0, first: int = 0) -> Batch:
@@ -135,6 +138,9 @@ class BatchReader:
         size = _batch_size(args, kwargs, index)
         if isinstance(mask, Tensor):
             mask = mask.bool() if mask.dim() == 2 else None
+        if isinstance(mask, Tensor) and self.counts_places and "position_ids" not in kwargs:
+            moved = ~mask[:, 0] & mask.any(1)  # by padding on the left
+            kwargs |= {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if bool(moved.any()) else {}
         return Batch(args, kwargs, labels, mask, ids, size, index, first)
 
     def _split_mapping(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], Any, tuple[Any, ...]]:

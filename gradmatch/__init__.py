@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradmatch.api import merge
     from gradmatch.diagnosis import Diagnosis, diagnose
+    from gradmatch.estimators.adam import from_adam
+    from gradmatch.estimators.curvature import Curvature
+    from gradmatch.estimators.errors import GradmatchError
+    from gradmatch.estimators.estimation import estimate
     from gradmatch.models.checkpoint import Checkpoint
     from gradmatch.models.heads import load_head
     from gradmatch.models.opening import open_checkpoint
     from gradmatch.models.task import Task
     from gradmatch.output.report import Report
+    from gradmatch.refine import refine
     from gradmatch.rules import RULES, Rule
     from gradmatch.rules.edits import TRANSFORMS
     from gradmatch.subtraction import analogy, subtract
@@ -20,7 +25,9 @@ if TYPE_CHECKING:
 # Where each public name lives; imported on first use, so that a command line that needs no torch does not wait for it.
 EXPORTS = {
     "Checkpoint": "gradmatch.models.checkpoint",
+    "Curvature": "gradmatch.estimators.curvature",
     "Diagnosis": "gradmatch.diagnosis",
+    "GradmatchError": "gradmatch.estimators.errors",
     "RULES": "gradmatch.rules",
     "Report": "gradmatch.output.report",
     "Rule": "gradmatch.rules",
@@ -28,30 +35,42 @@ EXPORTS = {
     "Task": "gradmatch.models.task",
     "analogy": "gradmatch.subtraction",
     "diagnose": "gradmatch.diagnosis",
+    "estimate": "gradmatch.estimators.estimation",
+    "from_adam": "gradmatch.estimators.adam",
     "load_head": "gradmatch.models.heads",
     "merge": "gradmatch.api",
     "open_checkpoint": "gradmatch.models.opening",
+    "refine": "gradmatch.refine",
     "subtract": "gradmatch.subtraction",
 }
 __all__ = [
     "RULES",
     "TRANSFORMS",
     "Checkpoint",
+    "Curvature",
     "Diagnosis",
+    "GradmatchError",
     "Report",
     "Rule",
     "Task",
     "analogy",
     "diagnose",
+    "estimate",
+    "from_adam",
     "load_head",
     "merge",
     "open_checkpoint",
+    "refine",
     "subtract",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("gradmatch")
     if name not in EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(EXPORTS[name]), name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -168,3 +170,12 @@ def exact_step(
         alpha[task] * float(loss.ggn_products(theta, [direction])[0, 0]) for task, loss in losses.items()
     )
     return descent / curved if curved > 0 else 1.0
+
+
+class _CallableModule(ModuleType):
+    """`gradmatch.refine` is this module and its function both, whichever of them was imported first."""
+
+    __call__ = staticmethod(refine)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -118,3 +118,12 @@ def test_a_users_own_folder_estimators_does_no_harm(tmp_path):
     (tmp_path / "estimators" / "__init__.py").write_text("raise SystemExit('the wrong package')")
     check = f"import sys; sys.path.append({str(ROOT)!r}); from gradmatch.estimators import estimate; from gradmatch import merge"
     subprocess.run([sys.executable, "-c", check], cwd=tmp_path, check=True)
+
+
+def test_names_that_users_call_come_from_the_top():
+    check = (
+        "import gradmatch.refine; from gradmatch import Curvature, GradmatchError, estimate, from_adam, refine, __version__;"
+        "print(callable(refine), callable(gradmatch.refine.refine), __version__[0], issubclass(GradmatchError, ValueError))"
+    )
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True", "0", "True"]

@@ -263,3 +263,22 @@ def test_without_the_datasets_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'gradmatch\[data\]'"):
         Table(tmp_path / "d.txt")
+
+
+def test_numbers_do_not_depend_on_the_batch_where_ones_own_batches_are_padded_on_the_left(tmp_path, models):
+    from transformers import GPT2LMHeadModel
+
+    from gradmatch.estimators import estimate
+
+    model = GPT2LMHeadModel.from_pretrained(models / "lm")
+    texts = ["good film", "the plot was bad", "not a very great plot"]
+    words = tokenizer()
+    words.padding_side = "left"
+    encoded = words(texts, padding=True, return_tensors="pt")
+    together = {**encoded, "labels": encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)}
+    alone = [words(text, return_tensors="pt") for text in texts]
+    settings = {"method": "empirical_fisher", "progress": False}
+    one = estimate(model, [{**each, "labels": each["input_ids"]} for each in alone], **settings)
+    other = estimate(model, [together], **settings)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-9)
