@@ -16,6 +16,7 @@ from gradmatch.common.files import read_json
 from gradmatch.common.names import nearest
 from gradmatch.common.settings import FIRST, layer_of
 from gradmatch.common.warning import warn
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.tensorfile import TensorFile
 from gradmatch.estimators.wrapped import unwrap
 from gradmatch.models.adapter_config import CONFIG, named_base
@@ -62,6 +63,8 @@ def open_checkpoint(
         return path
     if not isinstance(path, (str, os.PathLike)):
         return _in_memory(path)
+    if not os.fspath(path):
+        raise GradmatchError("a model is a path or a hub id, not an empty name", "empty_name")
     model, adapter = split_adapter(str(path))
     if adapter:
         return open_checkpoint(
