@@ -15,7 +15,7 @@ def locate(model: str, folder: Path) -> str:
     In "model@revision" and "model+adapter" each part is looked for.
     """
     beside = folder / Path(model).expanduser()
-    if beside.exists():
+    if model and beside.exists():
         return str(beside)
     first, plus, adapter = model.rpartition("+")
     if plus:
