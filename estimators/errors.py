@@ -9,21 +9,29 @@ class GradmatchError(ValueError):
     """Something that gradmatch does not do with what it was given. It is a ValueError, so `except ValueError` catches it.
 
     Args:
-        message: what is wrong, with both values.
-        code: a short name that stays the same from version to version, such as "shape_mismatch".
+        message: what is wrong, with both values, and after the last semicolon what to do about it.
+        code: a short name that stays the same from version to version, such as "shape_mismatch"; docs/refused.md lists them.
         where: the file, tensor, key or row that is meant.
-        remedy: what to do about it; arguments are named as in Python, and the command prints them as its flags.
+        remedy: what to do, where the message does not say it; arguments are named as in Python, and the command prints
+            them as its flags.
+
+    Attributes:
+        message, code, where, remedy: these parts; `str` is message and remedy together.
 
     >>> error = GradmatchError("w has shape [2], the base has [3]", "shape_mismatch", "w", "pass missing='base'")
     >>> str(error)
     "w has shape [2], the base has [3]; pass missing='base'"
     >>> error.code, error.where
     ('shape_mismatch', 'w')
+    >>> error.remedy
+    "pass missing='base'"
     """
 
     def __init__(self, message: str, code: str = "refused", where: object = "", remedy: str = "") -> None:
         super().__init__(f"{message}; {remedy}" if remedy else message)
-        self.message, self.code, self.where, self.remedy = message, code, str(where), remedy
+        self.code, self.where = code, str(where)
+        said, _, told = message.rpartition("; ")
+        self.message, self.remedy = (message, remedy) if remedy or not said else (said, told)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What another process is told: the whole sentence alone would be pickle's own way."""
