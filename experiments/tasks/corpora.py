@@ -71,7 +71,7 @@ def _of_folder(folder: Path) -> Iterator[Example]:
                     if name.endswith(".txt"):
                         yield from _of_member(name, archive.read(name).decode("utf-8", errors="replace"))
         elif file.suffix in ENDINGS:
-            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
+            for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")):
                 yield Example(clean(line), ENDINGS[file.suffix], f"{file.name}/{number}")
 
 
@@ -138,7 +138,11 @@ def _from_row(
         raise ValueError(
             f"{where}: the label (column {label!r}) is {row[label]!r}, which is no number; labels from {positive_from:g} are positive"
         ) from error
-    return Example(clean(str(row[text])), int(value >= positive_from), str(row.get("document", document)))
+    return Example(
+        clean("" if row[text] is None else str(row[text])),
+        int(value >= positive_from),
+        str(row.get("document", document)),
+    )
 
 
 def split_corpus(domain: str, examples: Sequence[Example], seed: int) -> dict[str, list[Example]]:

@@ -88,9 +88,11 @@ def _wanted(value: Any, source: Source) -> bool:
 
 
 def _from_row(row: Mapping[str, Any], source: Source, number: str) -> Text:
-    context = clean(str(_value(row, source.context, source))) if source.context else ""
-    document = str(_value(row, source.document, source)) if source.document else number
-    return Text(clean(str(_value(row, source.column, source))), document, context)
+    def text(column: str) -> str:
+        value = _value(row, column, source) if column else None
+        return "" if value is None else str(value)  # an empty field is no text, not the word None
+
+    return Text(clean(text(source.column)), text(source.document) or number, clean(text(source.context)))
 
 
 def _value(row: Mapping[str, Any], column: str, source: Source) -> Any:

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.adam:
         print(f"  {curvature.info['assumed']}")
-    if "relative_error" in curvature.info:
+    if "relative_error" in curvature.info and args.quiet:  # else the log has told it
         error = float(curvature.info["relative_error"])
         print(
             f"  relative error of the trace: {100 * error:.2g} % ({3 * int(seen or 0):,} more examples would halve it)"

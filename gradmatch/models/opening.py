@@ -242,7 +242,7 @@ def listed_shards(path: Path, index: str = INDEX) -> dict[str, str]:
     Raises:
         ValueError: no such table, or one that leaves its folder.
     """
-    weight_map = read_json(path / index).get("weight_map")
+    weight_map: Any = read_json(path / index).get("weight_map")
     named = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())
     if not weight_map or not named:
         raise ValueError(f"{path / index} has no weight_map from the name of a tensor to that of its shard")
@@ -252,7 +252,7 @@ def listed_shards(path: Path, index: str = INDEX) -> dict[str, str]:
             raise ValueError(
                 f"{path / index} points outside its folder: {shard!r}; do not trust this checkpoint"
             )
-    return weight_map
+    return dict(weight_map)
 
 
 def indexed_files(path: Path, index: str = INDEX) -> list[TensorFile]:
