@@ -81,12 +81,41 @@ def merge(
         **options,
     }
     if weights is not None or data is not None or products is not None:
-        from gradmatch.choosing.choose import merge_auto
-
-        return merge_auto(base, tasks, weights, data, products, method=method, **settings)
+        return _chosen(base, tasks, weights, data, products, method=method, **settings)
     rule = find_rule(method)
     if isinstance(rule, Linear) and rule.searches:
         from gradmatch.choosing.soup import greedy_soup
 
         return greedy_soup(base, tasks, **settings)
     return merging.merge(base, tasks, method=method, **settings)
+
+
+def _chosen(
+    base: Model | Checkpoint,
+    tasks: Sequence[Task],
+    weights: str | None,
+    data: Mapping[str, Any] | None,
+    products: Any,
+    *,
+    out: str | os.PathLike[str] | None,
+    overwrite: bool,
+    batches: Any,
+    progress: bool,
+    **options: Any,
+) -> Mapping[str, Tensor]:
+    """`merge` with weights that the forecast chooses; everything is checked before anything is measured."""
+    from gradmatch.choosing.choose import SETTINGS, check_choice, choose_weights
+    from gradmatch.models.task import Task
+    from gradmatch.output.publishing import check_absent, place
+
+    tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
+    check_choice(weights=weights, tasks=tasks, data=data, products=products, **options)
+    merging.prepare(base, tasks, **options)
+    if out is not None:
+        check_absent(place(out), overwrite)
+    own = {name: options[name] for name in SETTINGS}
+    choice = choose_weights(base, tasks, data=data, products=products, **own)
+    options |= choice.options | {"notes": [*options.get("notes", ()), *choice.notes]}
+    made = merging.prepare(base, choice.tasks, **options)
+    made.told["forecast"] = choice.forecast
+    return merging.execute(made, out, overwrite=overwrite, batches=batches, progress=progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -31,6 +32,13 @@ class Merged(dict[str, "Tensor"]):
     """A merged state dict, with the report of the merge."""
 
     report: Report
+
+    def __repr__(self) -> str:
+        weights = sum(value.numel() for value in self.values())
+        return f"Merged({self.report.method}, {len(self)} tensors, {weights:,} weights; see .report)"
+
+    def _repr_html_(self) -> str:
+        return f"<b>{escape(repr(self))}</b><pre>{escape(self.report.summary())}</pre>"
 
 
 def merge(
@@ -61,10 +69,6 @@ def merge(
         allow_pickle=allow_pickle,
         **options,
     )
-    if made.request.batchnorm == "recalibrate":
-        from gradmatch.output.batchnorm import check_batches
-
-        check_batches(made.inputs.base, batches)
     return execute(made, out, overwrite=overwrite, batches=batches, progress=progress)
 
 
@@ -136,6 +140,10 @@ def execute(
     progress: bool = False,
 ) -> Mapping[str, Tensor]:
     """Carry out a plan; see `merge`."""
+    if made.request.batchnorm == "recalibrate":
+        from gradmatch.output.batchnorm import check_batches
+
+        check_batches(made.inputs.base, batches)
     if out is None:
         return _in_memory(made, batches, progress)
     return _to_folder(made, Path(out), overwrite, batches, progress)

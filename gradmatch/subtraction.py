@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from gradmatch.common.kinds import plain
 from gradmatch.common.names import nearest
 from gradmatch.common.settings import numbers, times
-from gradmatch.merging import CurvatureLike, merge, prepare
+from gradmatch.merging import CurvatureLike, execute, merge, prepare
 from gradmatch.models.task import Task, is_model
 from gradmatch.models.tokenizers import check_tokenizers
-from gradmatch.output.card import rewrite_card
+from gradmatch.output.publishing import check_absent, place
 from gradmatch.rules import RULES, removals
 
 if TYPE_CHECKING:
@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 
     from gradmatch.models.checkpoint import Checkpoint
     from gradmatch.models.task import Model
-    from gradmatch.output.report import Report
     from gradmatch.plan.step import Plan
 
 SHARES = (0.001, 0.01, 0.1)
-RUNNING = ("out", "overwrite", "batches", "progress")  # arguments of `merge` that no plan depends on
+RUNNING = ("out", "overwrite", "batches", "progress")  # arguments of `execute`
 BINS = 65_536  # by the upper 16 bits of a float32: bins 0.8 % wide
 
 
@@ -70,18 +69,16 @@ def subtract(
         check_tokenizers(base, one.model)
     guarded = RULES[method].guarded
     own: dict[str, Any] = {"keep": keep, "guard": guard} if guarded else {}
-    result = merge(base, tasks, method=method, base_curvature=base_curvature, **own, **options)
+    running = {name: options.pop(name) for name in RUNNING if name in options}
+    made = prepare(base, tasks, method=method, base_curvature=base_curvature, **own, **options)
+    if running.get("out") is not None:
+        check_absent(place(running["out"]), bool(running.get("overwrite")))
     if guarded:
-        report: Report = result.report  # type: ignore[attr-defined]
-        planned = {key: value for key, value in options.items() if key not in RUNNING}
-        limits = largest_alpha(
-            prepare(base, tasks, method=method, base_curvature=base_curvature, **own, **planned)
-        )
-        report.largest_alpha = {
+        limits = largest_alpha(made)
+        made.told["largest_alpha"] = {
             s: limit if math.isinf(limit) else weight * limit for s, limit in limits.items()
         }
-        rewrite_card(result)
-    return result
+    return execute(made, **running)
 
 
 def analogy(

@@ -15,6 +15,7 @@ import torch
 from experiments.diagnosis import tiny
 from experiments.diagnosis.tiny import Weights, World
 from gradmatch import Task, merge
+from gradmatch.estimators import Curvature
 
 Arguments = dict[str, Any]
 HEALTHY = ""
@@ -343,6 +344,31 @@ def infinite_in_the_merge(world: World) -> Arguments:
     return told
 
 
+def fine_tunes_that_forget(world: World) -> Arguments:
+    """Fine-tunes so long that each is better on its own domain and has lost what the base knew of the others."""
+    for task, data in world.train.items():
+        world = changed(world, task, tiny.fine_tune(world.base, data, world.seed, steps=1200, rate=2e-3))
+    return merged_by(world, "averaging")
+
+
+def one_task_without_weight(world: World) -> Arguments:
+    """The others' updates are left alone with its data."""
+    return merged_by(world, "task_arithmetic", {"news": 0.6, "reviews": 0.6, "chat": 0.0})
+
+
+def curvature_in_other_units(times: float) -> Callable[[World], Arguments]:
+    """One task's curvature from an optimizer whose gradients were clipped, or of a mean over tokens."""
+
+    def build(world: World) -> Arguments:
+        own = world.curvatures["news"]
+        info = {**own.info, "estimator": "adam"}
+        scaled = Curvature.from_dict({n: own.mean(n) * times for n in own}, own.num_examples, info)
+        world = replace(world, curvatures={**world.curvatures, "news": scaled})
+        return merged_by(world, "gradient_matching", thirds(world))
+
+    return build
+
+
 def healthy(method: str, weight: float | None = None, **options: Any) -> Case:
     def build(world: World) -> Arguments:
         weights = None if weight is None else dict.fromkeys(world.tasks, weight)
@@ -402,6 +428,11 @@ VARIANTS: dict[str, Case] = {
     "merge of early checkpoints": Case("other_recipe", merge_of_early_checkpoints, "merged"),
     "merge by an older recipe": Case("other_recipe", merge_by_an_older_recipe, "merged"),
     "another base": Case("other_base", diagnosed_on_another_base, "base"),
+    "every weight 0.04": Case("weights_far_from_best", every_weight(0.04), "merged"),
+    "forgotten base": Case("base_forgotten", fine_tunes_that_forget, "merged"),
+    "a task without weight": Case("worse_than_base", one_task_without_weight, "chat"),
+    "curvature 30,000 times too small": Case("curvature_units", curvature_in_other_units(1 / 30_000), "news"),
+    "curvature 70 times too small": Case("curvature_units", curvature_in_other_units(1 / 70), "news"),
     "healthy: DARE, a tenth kept": healthy("dare", 1 / 3),
     "healthy: TIES": healthy("ties", 1.0),
     "healthy: Model Stock": healthy("model_stock"),

@@ -59,7 +59,7 @@ class World:
     Attributes:
         seed: of everything.
         base: theta0; tasks: name -> theta_t; curvatures: name (and "base") -> Fisher of the summed loss.
-        train, test: name -> data of its domain.
+        train, test: name -> data of its domain; test["base"] are texts of no domain.
         domains: name -> Domain.
     """
 
@@ -72,8 +72,8 @@ class World:
     domains: dict[str, Domain]
 
     def batches(self) -> dict[str, list[Data]]:
-        """Held-out batches by task, for a diagnosis."""
-        return {name: split(self.test[name]) for name in self.tasks}
+        """Held-out batches by task, and of the base's own kind, for a diagnosis."""
+        return {name: split(self.test[name]) for name in (*self.tasks, "base")}
 
 
 def make_world(seed: int, names: Sequence[str] = ("news", "reviews", "chat")) -> World:
@@ -93,6 +93,7 @@ def make_world(seed: int, names: Sequence[str] = ("news", "reviews", "chat")) ->
     base_data = uniform.sample(8 * TRAIN, generator)
     train = {name: domain.sample(TRAIN, generator) for name, domain in domains.items()}
     test = {name: domain.sample(TEST, generator) for name, domain in domains.items()}
+    test["base"] = uniform.sample(TEST, torch.Generator().manual_seed(seed + 1_000_000))
     base = train_net(initial(seed), base_data, steps=1200, rate=3e-3, seed=seed)
     tasks = {name: fine_tune(base, train[name], seed) for name in names}
     curvatures = {name: curvature_of(tasks[name], train[name]) for name in names}

@@ -1,4 +1,4 @@
-"""`merge(..., weights="auto")`: the forecast's best weights, as the tasks and options that the merge then runs with."""
+"""`weights="auto"`: the forecast's best weights, as the tasks and options that a merge then runs with."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.choosing.auto import PLACE, auto_weights
+from gradmatch.choosing.auto import PLACE, auto_weights, forecast_objectives
 from gradmatch.estimators.curvature import Curvature
 from gradmatch.estimators.fingerprint import fingerprint
 from gradmatch.measure.forecast import BestWeights, Products, best_coefficients
-from gradmatch.measure.objective import Objective
 from gradmatch.measure.opening import check_tasks, module_of, open_models
 from gradmatch.measure.products import load_products
 from gradmatch.models.checkpoint import Checkpoint
@@ -19,14 +18,19 @@ from gradmatch.models.curvatures import open_curvature
 from gradmatch.models.task import Task
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from gradmatch.models.task import Model
 
 AUTO = "auto"
 SPAN_OF = {"task_arithmetic": "tau", "gradient_matching": "preconditioned"}
 LOWER, UPPER = 0.0, 2.0  # of a chosen weight: a task is added, at most twice over
 HBAR_WEIGHT = 1.0  # of every task inside Hbar, while the weights outside are chosen
+SETTINGS = (
+    "method",
+    "base_curvature",
+    "base_weight",
+    "delta0",
+    "allow_pickle",
+)  # of a merge that the choice depends on
 FIXED = (
     "transforms",
     "scale",
@@ -50,66 +54,6 @@ class Choice:
     options: dict[str, Any]
     forecast: dict[str, Any]
     notes: list[str]
-
-
-def merge_auto(
-    base: Model | Checkpoint,
-    tasks: Sequence[Task],
-    weights: str | None,
-    data: Mapping[str, Iterable[Any]] | None,
-    products: Sequence[Products] | str | os.PathLike[str] | None,
-    *,
-    method: str,
-    base_curvature: Curvature | str | os.PathLike[str] | float | None = None,
-    base_weight: float = 1.0,
-    delta0: float = 1e-6,
-    out: str | os.PathLike[str] | None = None,
-    overwrite: bool = False,
-    allow_mismatch: bool = False,
-    allow_pickle: bool = False,
-    batches: Any = None,
-    progress: bool = False,
-    **options: Any,
-) -> Mapping[str, Tensor]:
-    """`merge` with weights that the forecast chooses; see there. Everything is checked before anything is measured.
-
-    Raises:
-        ValueError: see `check_choice`, `choose_weights` and `merge`.
-        FileExistsError: `out` exists.
-        FileNotFoundError: an input that is not there.
-    """
-    from gradmatch.merging import merge, prepare
-    from gradmatch.output.card import rewrite_card
-    from gradmatch.output.publishing import check_absent, place
-
-    tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
-    check_choice(weights=weights, tasks=tasks, method=method, data=data, products=products, **options)
-    settings: dict[str, Any] = {
-        "method": method,
-        "base_curvature": base_curvature,
-        "base_weight": base_weight,
-        "delta0": delta0,
-        "allow_pickle": allow_pickle,
-    }
-    prepare(base, tasks, allow_mismatch=allow_mismatch, **settings, **options)
-    if out is not None:
-        check_absent(place(out), overwrite)
-    choice = choose_weights(base, tasks, data=data, products=products, **settings)
-    options |= choice.options | {"notes": [*options.get("notes", ()), *choice.notes]}
-    result = merge(
-        base,
-        choice.tasks,
-        out=out,
-        overwrite=overwrite,
-        allow_mismatch=allow_mismatch,
-        batches=batches,
-        progress=progress,
-        **settings,
-        **options,
-    )
-    result.report.forecast = choice.forecast  # type: ignore[attr-defined]
-    rewrite_card(result)
-    return result
 
 
 def check_choice(
@@ -191,11 +135,8 @@ def choose_weights(
         missing = [name for name in names if name not in data]
         if missing:
             raise ValueError(f"weights='auto' needs data of every task; there is none of {missing[0]!r}")
-        module = module_of(base, theta0)
-        objectives = {
-            name: Objective(module, data[name], curvatures[name].num_examples if name in curvatures else None)
-            for name in names
-        }
+        sizes = {name: curvature.num_examples for name, curvature in curvatures.items()}
+        objectives = forecast_objectives(module_of(base, theta0), {name: data[name] for name in names}, sizes)
         h0 = base_curvature
         found = auto_weights(
             theta0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.merging import merge
+from gradmatch.merging import execute, merge, prepare
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +76,11 @@ def greedy_soup(
         if value >= best:
             chosen, best = [*chosen, candidate], value
     note = f"greedy soup of {', '.join(names[i] for i in chosen)}: score {best:g}; alone {[round(a, 6) for a in alone]}"
-    options |= {"out": out, "overwrite": overwrite, "notes": [note]}
-    result: Mapping[str, Tensor] = merge(base, [tasks[i] for i in chosen], method="averaging", **options)
-    result.report.method = "greedy_soup"  # type: ignore[attr-defined]
-    return result
+    running = {
+        "overwrite": overwrite,
+        "batches": options.pop("batches", None),
+        "progress": options.pop("progress", False),
+    }
+    made = prepare(base, [tasks[i] for i in chosen], method="averaging", notes=[note], **options)
+    made.told["method"] = "greedy_soup"
+    return execute(made, out, **running)

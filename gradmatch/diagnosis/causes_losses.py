@@ -44,8 +44,10 @@ def worse_than_base(evidence: Evidence) -> list[Cause]:
             f"choose other weights (--weights auto), or leave {' and '.join(map(repr, names))} out: the base alone serves "
             f"{'them' if len(names) > 1 else 'it'} better",
             SYMPTOM,
-            None,
-            "",
+            sum(
+                float((merged - base).sum()) * evidence.objectives[task].scale for task, merged, base in below
+            ),
+            "measured",
             {task: evidence.per(task, merged) - evidence.per(task, base) for task, merged, base in below},
         )
     ]

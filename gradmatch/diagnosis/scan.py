@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Model = Mapping[str, "Tensor"]
+CHUNK = 2**20  # values of each model at a time in float64: 8 MB
 # At a cosine of 1/sqrt(2) as much is new as is kept: below, a tensor or row is nearer to an unrelated one than to the base's.
 KEPT = math.sqrt(0.5)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm: measured, not trained
@@ -51,7 +52,7 @@ class TensorScan:
         gram: (T, T) tau_s'tau_t, units of weight squared.
         cosine: (T,) cosine of theta_t with theta0.
         rank: (T,) effective rank of tau_t.
-        conflicts: (T, T) number of weights with opposite signs, moving: (T, T) number where both moved.
+        conflicts: (T, T) number of weights with opposite signs, moved_both: (T, T) number where both moved.
         moved: task position -> MovedRows, for matrices whose rows changed place; transposed: positions of tasks whose (square)
             matrix is nearer to the base's transposed one.
         products: (T,) tau_t'(merged - base) and delta_square ||merged - base||^2; rounding: expected energy of storing the
@@ -61,13 +62,13 @@ class TensorScan:
     """
 
     numel: int
-    base_square: float
     base_dots: Tensor
     gram: Tensor
-    cosine: Tensor
-    rank: list[float]
     conflicts: Tensor
     moved_both: Tensor
+    base_square: float = 0.0
+    cosine: Tensor = field(default_factory=lambda: torch.zeros(0))
+    rank: list[float] = field(default_factory=list)
     moved: dict[int, MovedRows] = field(default_factory=dict)
     transposed: set[int] = field(default_factory=set)
     products: Tensor | None = None
@@ -189,44 +190,71 @@ def scan_weights(
 def scan_tensor(
     theta0: Tensor, thetas: Sequence[Tensor], merged: Tensor | None, reach: Sequence[float] | None
 ) -> TensorScan:
-    """Everything about one tensor (see `TensorScan`). theta0, merged: (*s,); thetas: T of (*s,)."""
+    """Everything about one tensor (see `TensorScan`). theta0, merged: (*s,); thetas: T of (*s,).
+
+    Held are the task vectors in float32; sums are taken over CHUNK values at a time, in float64.
+    """
     before = theta0.float()
-    after = torch.stack([theta.float() for theta in thetas])  # (T, *s)
-    taus = (after - before).reshape(len(thetas), -1)  # (T, P)
+    flat = before.flatten()
+    taus = torch.stack([theta.float().flatten() - flat for theta in thetas])  # (T, P)
     t = len(thetas)
-    against, moving = torch.zeros(t, t, dtype=torch.float64), torch.zeros(t, t, dtype=torch.float64)
-    for i in range(t):
-        for j in range(i):
-            against[i, j], moving[i, j] = conflict.sign_conflict(taus[i], taus[j])
-            against[j, i], moving[j, i] = against[i, j], moving[i, j]
     result = TensorScan(
         numel=theta0.numel(),
-        base_square=float(before.double().square().sum()),
-        base_dots=taus.double() @ before.double().flatten(),
-        gram=similarity.gram(taus),
-        cosine=similarity.row_cosines(before.reshape(1, -1).expand(t, -1), after.reshape(t, -1)),
-        rank=[similarity.effective_rank(tau.view(theta0.shape)) if theta0.ndim > 1 else 0.0 for tau in taus],
-        conflicts=against,
-        moved_both=moving,
+        base_dots=_zeros(t),
+        gram=_zeros(t, t),
+        conflicts=_zeros(t, t),
+        moved_both=_zeros(t, t),
     )
+    grid = torch.float32
+    if merged is not None:
+        result.products = _zeros(t)
+        grid = next((d for d in (torch.bfloat16, torch.float16) if health.on_grid(merged, d)), torch.float32)
+        theta = merged.flatten()
+    limits = torch.tensor(reach) if reach is not None else None
+    for first in range(0, theta0.numel(), CHUNK):
+        part = slice(first, first + CHUNK)
+        tau, base = taus[:, part].double(), flat[part].double()
+        result.base_square += float(base @ base)
+        result.base_dots += tau @ base
+        result.gram += tau @ tau.T
+        signs = taus[:, part].sign()
+        both = (signs.abs() @ signs.abs().T).double()  # counts below 2^24: exact in float32
+        result.moved_both += both
+        result.conflicts += (both - (signs @ signs.T).double()) / 2
+        if result.products is not None:
+            delta = theta[part].float() - flat[part]
+            wide = delta.double()
+            result.products += tau @ wide
+            result.delta_square += float(wide @ wide)
+            result.storage += health.rounding_energy(theta[part], grid)
+            if limits is not None:
+                result.outside += conflict.outside_hull(delta, taus[:, part], limits)
+    result.conflicts.fill_diagonal_(0)
+    result.moved_both.fill_diagonal_(0)
+    # theta0'theta_t = theta0'theta0 + theta0'tau_t; a model that is zero counts as unmoved
+    squares = (result.base_square + 2 * result.base_dots + result.gram.diagonal()).clamp(
+        min=0
+    ) * result.base_square
+    moved = (result.base_square + result.base_dots) / squares.sqrt().clamp(min=1e-300)
+    result.cosine = torch.where(squares > 0, moved, torch.ones_like(moved))
+    result.rank = [
+        similarity.effective_rank(tau.view(theta0.shape)) if theta0.ndim > 1 else 0.0 for tau in taus
+    ]
     if theta0.ndim > 1:
-        for i in range(t):
-            found = find_moved_rows(before.flatten(1), after[i].flatten(1))
+        for i, theta_t in enumerate(thetas):
+            after = theta_t.float()
+            found = find_moved_rows(before.flatten(1), after.flatten(1))
             if found is not None:
                 result.moved[i] = found
-            if turned(before, after[i], float(result.cosine[i])):
+            if turned(before, after, float(result.cosine[i])):
                 result.transposed.add(i)
-    if merged is not None:
-        delta = (merged.float() - before).flatten()
-        result.products = taus.double() @ delta.double()
-        result.delta_square = float(delta.double().square().sum())
-        if reach is not None:
-            result.outside = conflict.outside_hull(delta, taus, torch.tensor(reach))
-        grid = next((d for d in (torch.bfloat16, torch.float16) if health.on_grid(merged, d)), torch.float32)
-        result.storage = health.rounding_energy(merged, grid)
-        if grid != torch.float32 and not all(health.on_grid(x, grid) for x in after):
-            result.grid, result.rounding = str(grid).removeprefix("torch."), result.storage
+    if grid != torch.float32 and not all(health.on_grid(theta_t.float(), grid) for theta_t in thetas):
+        result.grid, result.rounding = str(grid).removeprefix("torch."), result.storage
     return result
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.float64)
 
 
 def turned(before: Tensor, after: Tensor, cosine: float) -> bool:
@@ -244,7 +272,8 @@ def find_moved_rows(before: Tensor, after: Tensor) -> MovedRows | None:
     """
     if len(before) < 8:
         return None
-    suspects, match, close = similarity.moved_rows(before, after)
+    own = similarity.row_cosines(before, after)
+    suspects, match, close = similarity.moved_rows(before, after, own)
     if len(suspects) < 2:
         return None
     # The best of R random directions in P dimensions has a cosine of about sqrt(2 ln R / P): a match must be closer.
@@ -255,7 +284,6 @@ def find_moved_rows(before: Tensor, after: Tensor) -> MovedRows | None:
     if len(offsets):
         values, counts = torch.unique(offsets, return_counts=True)
         offset, share = int(values[counts.argmax()]), float(counts.max() / len(offsets))
-    own = similarity.row_cosines(before, after)
     # Another order sends no two rows to one place; rows that a long update bent into its own direction all resemble the same few.
     places = len(torch.unique(match[elsewhere]))
     return MovedRows(int((own < KEPT).sum()), len(before), places / len(suspects), offset, share)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,16 +26,6 @@ def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: f
         return torch.lerp(start[name].to(wide), value.to(wide), share)
 
     return {name: between(name, value) for name, value in end.items()}
-
-
-def path_losses(
-    start: Mapping[str, Tensor],
-    end: Mapping[str, Tensor],
-    loss: Callable[[Mapping[str, Tensor]], float],
-    points: Sequence[float] = POINTS,
-) -> list[tuple[float, float]]:
-    """(s, loss of (1 - s) start + s end) for each s; units of the loss."""
-    return [(share, loss(interpolate(start, end, share))) for share in points]
 
 
 def barrier_height(path: Sequence[tuple[float, float]]) -> float:

@@ -248,15 +248,3 @@ def check_products(products: Sequence[Products]) -> tuple[str, ...]:
                 f"the products of task {p.task!r} are not finite; a weight or the loss is NaN or Inf"
             )
     return directions
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rank correlation, ties averaged: the Pearson correlation of the ranks; nan where one is constant."""
-
-    def ranks(values: Sequence[float]) -> Array:
-        array = np.asarray(values, dtype=np.float64)
-        return np.array([(array < v).sum() + 0.5 * ((array == v).sum() - 1) for v in array], dtype=np.float64)
-
-    a, b = ranks(x) - (len(x) - 1) / 2, ranks(y) - (len(y) - 1) / 2
-    scale = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / scale if scale > 0 else math.nan

@@ -20,7 +20,9 @@ def count_nonfinite(tensor: Tensor) -> int:
 
 def on_grid(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether every value is exactly representable in `dtype`: the tensor went through it, whatever it is stored as."""
-    return bool((tensor.to(dtype).to(tensor.dtype) == tensor).all())
+    return all(
+        bool((part.to(dtype).to(part.dtype) == part).all()) for part in torch.split(tensor.flatten(), 2**20)
+    )
 
 
 def rounding_energy(tensor: Tensor, dtype: torch.dtype) -> float:

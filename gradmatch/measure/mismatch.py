@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from gradmatch.common.layers import group_norms, total_norm
-from gradmatch.measure.barrier import interpolate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,25 +56,6 @@ def preconditioned_mismatch(total: Tensor, h0: Tensor | float) -> Tensor:
             f"the base curvature is zero or negative on {bad} weights; give a delta0 > 0 so that it can be inverted"
         )
     return total / h0
-
-
-def explained_share(target: Vector, merged: Vector, preconditioned: Vector) -> float:
-    """1 - ||theta* - theta + H0^-1 sum_t alpha_t m_t|| / ||theta* - theta|| (residual of Eq. 10), in (-inf, 1].
-
-    1 where the mismatch explains all of the distance to the target; the formula is an identity when the gradients are
-    taken at the target and the fine-tunes satisfy Eq. 8, an approximation at the merged model.
-
-    Raises:
-        ValueError: the target is the merged model itself.
-    """
-    distance = residual = 0.0
-    for name, correction in preconditioned.items():
-        gap = target[name].double() - merged[name].double()
-        distance += float(gap.square().sum())
-        residual += float((gap + correction.double()).square().sum())
-    if distance == 0:
-        raise ValueError("the target equals the merged model: there is no distance to explain")
-    return float(1 - (residual / distance) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -210,13 +190,3 @@ def gradient_mismatch(
     return mismatch_of(
         at_merged, at_task, alpha, num_examples, h0=h0, delta0=delta0, keep_vectors=keep_vectors
     )
-
-
-def path_mismatch(
-    base: Vector,
-    merged: Vector,
-    measure: Callable[[Vector], Mismatch],
-    points: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
-) -> list[tuple[float, Mismatch]]:
-    """The mismatch at theta0 + s (theta - theta0) for each s in `points`: where on the way from the base it grows."""
-    return [(share, measure(interpolate(base, merged, share))) for share in points]

@@ -44,17 +44,6 @@ def task_vector(base: Vector, model: Vector) -> dict[str, Tensor]:
     return tau
 
 
-def preconditioned_vector(tau: Vector, h0: Vector, h: Vector, h_bar: Vector) -> dict[str, Tensor]:
-    """Hbar^-1 (H0 + H_t) tau_t elementwise (one term of Eq. 12). Names without curvature stay as in tau.
-
-    tau, h0, h, h_bar: (*s,) by name; curvatures of summed losses, h0 and h_bar with the floor added.
-    """
-    return {
-        name: (h0[name] + h[name]) * value / h_bar[name] if name in h_bar else value
-        for name, value in tau.items()
-    }
-
-
 def preconditioned_vectors(
     taus: Mapping[str, Vector],
     curvatures: Mapping[str, Curvature],

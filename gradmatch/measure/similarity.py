@@ -57,7 +57,7 @@ def effective_rank(matrix: Tensor, probes: int = 16) -> float:
         generator = torch.Generator().manual_seed(0)
         z = torch.randint(0, 2, (m.shape[1], probes), generator=generator).float() * 2 - 1
         fourth = float((m.T @ (m @ z)).double().square().sum()) / probes
-    return float(m.double().square().sum()) ** 2 / fourth if fourth > 0 else 0.0
+    return float(m.square().sum(dtype=torch.float64)) ** 2 / fourth if fourth > 0 else 0.0
 
 
 def row_cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -68,7 +68,12 @@ def row_cosines(a: Tensor, b: Tensor) -> Tensor:
 
 
 def moved_rows(
-    before: Tensor, after: Tensor, *, below: float = math.sqrt(0.5), sample: int = 512
+    before: Tensor,
+    after: Tensor,
+    own: Tensor | None = None,
+    *,
+    below: float = math.sqrt(0.5),
+    sample: int = 512,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of `after` that look like another row of `before`: what permuted neurons and shifted vocabularies leave.
 
@@ -78,13 +83,14 @@ def moved_rows(
     Args:
         before: (R, P) weights of the base.
         after: (R, P) weights of the fine-tune.
+        own: (R,) their `row_cosines`, where they are known.
         below: cosine under which a row is suspect.
         sample: at most so many suspects are looked up.
 
     Returns:
         suspects (S,) their indices, matches (S,) the most similar old row, similarities (S,) that cosine.
     """
-    own = row_cosines(before, after)
+    own = row_cosines(before, after) if own is None else own
     suspects = (own < below).nonzero().flatten()
     if len(suspects) > sample:
         suspects = suspects[torch.linspace(0, len(suspects) - 1, sample).long()]

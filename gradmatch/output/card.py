@@ -12,9 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.estimators.files import write_atomically
 from gradmatch.estimators.fingerprint import fingerprint
-from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.reference import hub_id, published
 
 if TYPE_CHECKING:
@@ -157,16 +155,6 @@ def front_matter(made: Mapping[str, Any]) -> str:
     if models:
         data["base_model_relation"] = "merge"
     return str(data.to_yaml()).strip()
-
-
-def rewrite_card(result: Any) -> None:
-    """Write a report that was completed after the merge into its folder's card; nothing to do in memory."""
-    if not isinstance(result, Checkpoint) or result.path is None:
-        return
-    content = json.loads((result.path / CARD).read_text(encoding="utf-8"))
-    content["report"] = json.loads(_json(_public(result.report.to_dict())))
-    for name, text in ((CARD, _json(content)), ("README.md", readme(content).encode())):
-        write_atomically(result.path / name, text)
 
 
 def _json(content: Any) -> bytes:

@@ -142,6 +142,8 @@ def make_report(plan: Plan, stats: Mapping[str, Mapping[str, float]]) -> Report:
         report.sign_conflict_share = total["conflicts"] / counted
     if total.get("rounded_update"):
         report.kept_update = max(0.0, 1 - total["rounding_error"] / total["rounded_update"])
+    for key, value in plan.told.items():
+        setattr(report, key, value)
     _judge(report, plan)
     return report
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradmatch.models.stores import Spec
 from gradmatch.plan.request import Edits, Request
@@ -133,6 +133,7 @@ class Plan:
     dropped: list[str] = field(default_factory=list)
     heads: dict[int, list[str]] = field(default_factory=dict)
     files: dict[str, bytes | None] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)  # what the report says that was known before the merge
 
     @property
     def merged(self) -> list[Step]:

@@ -88,6 +88,8 @@ class Expansion:
 class AlphaPath:
     """Points of one problem's path, each number computed once; so is what the data says about the start.
 
+    Every alpha is the model that `gradmatch.subtract` makes; its losses are an `Objective`'s, its forecasts second-order expansions.
+
     Args:
         problem: what is removed from what, and how; everything that its headers tell is checked first.
         progress: show a progress bar, with the time that is left.
@@ -100,20 +102,21 @@ class AlphaPath:
         self.problem, self.progress = problem, progress
         self._bar: Any = None
         self._known: dict[float, Point] = {}
-        self._diagonal: dict[float, tuple[float, float, float]] = {}
+        self._diagonal: dict[float, dict[str, float]] = {}
+        self._clamped: dict[float, float] = {}
         self._forecast: dict[tuple[str, float], float] = {}
         self._measured: dict[tuple[str, float], float] = {}
-        self._moved: tuple[float | None, dict[str, Tensor]] = (None, {})
+        self._last: tuple[float | None, dict[str, Tensor]] = (None, {})
         self._sides: dict[str, Expansion] = {}
+        self._moving = [step.name for step in problem.plan.steps if step.merged]
         self.base: dict[str, Tensor] = {}
-        inputs = problem.plan.inputs
         data = {"retain": problem.retain, "remove": problem.remove}
         self._data = {side: objective for side, objective in data.items() if objective is not None}
         if self._data:
-            self.base = {n: value for n, value in inputs.base.items() if value.is_floating_point()}
-        moving = {step.name for step in problem.plan.steps if step.merged}
+            base = problem.plan.inputs.base
+            self.base = {name: base[name] for name in base if base.spec(name).floating}
         for side, objective in self._data.items():
-            unknown = sorted(moving - {name for name, _ in objective.module.named_parameters()})
+            unknown = sorted(set(self._moving) - {name for name, _ in objective.module.named_parameters()})
             if unknown:
                 raise ValueError(
                     f"the data to {side} runs through a {type(objective.module).__name__} without a parameter {unknown[0]!r}, which "
@@ -125,10 +128,8 @@ class AlphaPath:
         return self.points([alpha])[0]
 
     def points(self, alphas: Sequence[float]) -> list[Point]:
-        """Forecast every alpha, and measure it where data is given. Without data one pass over the files serves all."""
+        """Forecast every alpha, and measure it where data is given."""
         new = [alpha for alpha in dict.fromkeys(alphas) if alpha not in self._known]
-        if new and not self._data:
-            self._sweep(new)
         with self.working(self.passes(new, SIDES), "path of alpha"):
             for alpha in new:
                 numbers = {side: (self.forecast(side, alpha), self.measured(side, alpha)) for side in SIDES}
@@ -147,16 +148,16 @@ class AlphaPath:
         collateral = self._forecast.get(("retain", alpha)) if bound else self.forecast("retain", alpha)
         if collateral is not None and not collateral <= nats:
             bound = bound or "collateral"
-        forgetting = None if "remove" in self._data else self._of_diagonal(alpha)[1]
+        forgetting = None if "remove" in self._data else self.forecast("remove", alpha)
         return self._known.get(alpha) or self._point(alpha, forgetting, collateral, None, measured), bound
 
     def forecast(self, side: str, alpha: float) -> float:
         """Forecast rise of one side's loss ("retain" or "remove"), nats per example: by its data, else by the diagonal."""
         if side not in self._data:
-            return self._of_diagonal(alpha)[SIDES.index(side)]
+            return self._of_diagonal(alpha)[side]
         if (side, alpha) not in self._forecast:
-            expansion = self._side(side)
-            self._forecast[side, alpha] = expansion.rise(self._displaced(alpha))
+            there, expansion = self._at(alpha), self._side(side)
+            self._forecast[side, alpha] = expansion.rise({n: there[n] - self.base[n] for n in self._moving})
             self._advance(DERIVATIVE)
         return self._forecast[side, alpha]
 
@@ -165,9 +166,7 @@ class AlphaPath:
         if side not in self._data:
             return None
         if (side, alpha) not in self._measured:
-            expansion, moved = self._side(side), self._displaced(alpha)
-            there = {n: value + moved[n] if n in moved else value for n, value in self.base.items()}
-            self._measured[side, alpha] = expansion.measured(there)
+            self._measured[side, alpha] = self._side(side).measured({**self.base, **self._at(alpha)})
             self._advance(1)
         return self._measured[side, alpha]
 
@@ -180,45 +179,34 @@ class AlphaPath:
         measured_collateral: float | None,
     ) -> Point:
         by = {side: "ggn" if side in self._data else "diagonal" for side in SIDES}
-        clamped = self._of_diagonal(alpha)[2]
+        if alpha not in self._clamped:
+            self._at(alpha)
+        clamped = self._clamped[alpha]
         return Point(
             alpha, forgetting, collateral, clamped, by["remove"], by["retain"], measured_forgetting, measured_collateral
         )  # fmt: skip
 
-    def _of_diagonal(self, alpha: float) -> tuple[float, float, float]:
-        """(collateral, forgetting, clamped share) by the diagonal curvatures."""
+    def _of_diagonal(self, alpha: float) -> dict[str, float]:
+        """Side -> forecast rise by the diagonal curvatures, nats per example: around theta0, or around theta_t."""
         if alpha not in self._diagonal:
-            self._sweep([alpha])
+            there = self._at(alpha)
+            found = dict.fromkeys(SIDES, 0.0)
+            for piece in self.problem.pieces():
+                d = there[piece.name].to(piece.theta0) - piece.theta0
+                found["retain"] += taylor(d, piece.mean0, piece.gradient0)
+                found["remove"] += taylor(d - piece.tau, piece.mean, piece.gradient)
+                found["remove"] -= taylor(-piece.tau, piece.mean, piece.gradient)
+            self._diagonal[alpha] = found
         return self._diagonal[alpha]
 
-    def _displaced(self, alpha: float) -> dict[str, Tensor]:
-        """theta(alpha) - theta0 by name; the last alpha's is kept."""
-        if self._moved[0] != alpha:
-            self._sweep([alpha])
-        return self._moved[1]
-
-    def _sweep(self, alphas: Sequence[float]) -> None:
-        """One pass over the files: the diagonal's numbers at every alpha, and with data the displacement of the last."""
-        problem = self.problem
-        self._moved = (None, {})  # freed before the next is made
-        moved: dict[str, Tensor] = {}
-        sums = {alpha: [0.0, 0.0, 0] for alpha in alphas}
-        total = 0
-        for piece in problem.pieces():
-            total += piece.tau.numel()
-            for alpha, found in sums.items():
-                d = problem.displacement(piece, alpha)
-                if "retain" not in self._data:
-                    found[0] += taylor(d, piece.mean0, piece.gradient0)
-                if "remove" not in self._data:
-                    found[1] += taylor(d - piece.tau, piece.mean, piece.gradient)
-                    found[1] -= taylor(-piece.tau, piece.mean, piece.gradient)
-                found[2] += problem.clamped(piece, alpha)
-                if self._data:
-                    moved[piece.name] = d
-        for alpha, (collateral, forgetting, clamped) in sums.items():
-            self._diagonal[alpha] = collateral, forgetting, clamped / total
-        self._moved = (alphas[-1] if alphas else None, moved)
+    def _at(self, alpha: float) -> dict[str, Tensor]:
+        """The tensors that move, at one alpha; the last alpha's are kept."""
+        if self._last[0] != alpha:
+            self._last = (None, {})  # freed before the next is made
+            made = self.problem.at(alpha)
+            self._clamped[alpha] = made.report.clamped_share or 0.0
+            self._last = (alpha, {name: made[name] for name in self._moving})
+        return self._last[1]
 
     def _side(self, side: str) -> Expansion:
         """The expansion of one side's loss, made when it is first asked for."""
@@ -255,8 +243,8 @@ def alpha_path(problem: Problem | AlphaPath, alphas: Sequence[float]) -> list[Po
 
     An `AlphaPath` instead of its problem keeps the points for a `budget` after it.
 
-    Without data one pass over the files, tensor by tensor. With data, for each alpha, one forward-mode derivative and one
-    forward pass over each set of it, with the model in memory four times.
+    Each alpha is one merge in memory; with data, also one forward-mode derivative and one forward pass over each set of it, with the
+    model in memory four times.
 
     Raises:
         ValueError: no alpha, or one that is negative or no finite number.

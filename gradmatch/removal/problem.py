@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gradmatch.common.names import nearest
-from gradmatch.engine.explain import not_positive
 from gradmatch.estimators.curvature import GRADIENT, Curvature
-from gradmatch.merging import prepare
+from gradmatch.estimators.tensorfile import ITEM_SIZE
+from gradmatch.merging import execute, prepare
 from gradmatch.models.curvatures import CurvatureStore, open_curvature
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.stores import torch_dtype
 from gradmatch.models.task import Task
 from gradmatch.models.tokenizers import check_tokenizers
 from gradmatch.models.views import as_module
-from gradmatch.rules import RULES, Block, Elementwise, Linear, removals
+from gradmatch.rules import RULES, removals
 from gradmatch.rules.removal import GUARDS
-from gradmatch.subtraction import largest_alpha
+from gradmatch.subtraction import largest_alpha, scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmatch.measure.objective import Objective
+    from gradmatch.merging import Merged
     from gradmatch.models.checkpoint import Checkpoint
     from gradmatch.models.stores import Store
     from gradmatch.models.task import Model
@@ -36,23 +38,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the problem.
+    """One tensor that moves.
 
     Attributes:
         name: of the tensor.
         theta0, tau: (*s,), the base's weights, and how far the task's lie from them.
-        weight: the task's own weight here; alpha multiplies it.
-        h0, h: (*s,), curvatures of the summed losses.
-        mean0, mean: (*s,), the same per example, without weight and floor.
+        h0: (*s,), H0 of the summed loss, weight and floor included.
+        mean0, mean: (*s,), curvatures of the base and of the task per example, without weight and floor.
         gradient0, gradient: (*s,), measured, per example, or None.
     """
 
     name: str
     theta0: Tensor
     tau: Tensor
-    weight: float
     h0: Tensor
-    h: Tensor
     mean0: Tensor
     mean: Tensor
     gradient0: Tensor | None
@@ -117,26 +116,38 @@ class Problem:
 
     @cached_property
     def plan(self) -> Plan:
-        """What `gradmatch.subtract` would do to each tensor; from headers and fingerprints alone.
+        """What Eq. 13 would do to each tensor at alpha = 1; from headers and fingerprints alone.
 
         Raises:
-            ValueError: whatever `subtract` refuses: a task that was not fine-tuned from this base, a curvature of another
-                model, options out of range.
+            ValueError: whatever `gradmatch.subtract` refuses: a task that was not fine-tuned from this base, a curvature of
+                another model, options out of range.
         """
+        return self._planned("removal", self.task)
+
+    def at(self, alpha: float) -> Merged:
+        """The model with this alpha, as `gradmatch.subtract` makes it, in memory; half precision is widened, not rounded to.
+
+        Raises:
+            ValueError: whatever the merge refuses, such as a base's curvature that is negative somewhere.
+        """
+        base = self.plan.inputs.base
+        half = any(spec.floating and ITEM_SIZE[spec.dtype] < 4 for spec in map(base.spec, base))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a path tries what it warns of
+            made = self._planned(self.method, scaled(self.task, alpha), dtype="float32" if half else None)
+            return execute(made)  # type: ignore[return-value]
+
+    def _planned(self, method: str, task: Task, **options: Any) -> Plan:
+        own: dict[str, Any] = {"keep": self.keep, "guard": self.guard} if RULES[method].guarded else {}
         measured = self.retain is not None or self.remove is not None
         base = as_module(open_checkpoint(self.base)) if measured else self.base  # data run through a module
         return prepare(
-            base, [self.task], method="removal", base_curvature=self.base_curvature, base_weight=self.base_weight,
-            delta0=self.delta0, keep=self.keep, guard=self.guard, missing_curvature=self.missing_curvature,
-            allow_mismatch=self.allow_mismatch,
+            base, [task], method=method, base_curvature=self.base_curvature, base_weight=self.base_weight, delta0=self.delta0,
+            missing_curvature=self.missing_curvature, allow_mismatch=self.allow_mismatch, **own, **options,
         )  # fmt: skip
 
     def pieces(self) -> Iterator[Piece]:
-        """Every tensor that moves, one at a time, in float32 or more.
-
-        Raises:
-            ValueError: a base's curvature that is negative somewhere.
-        """
+        """Every tensor that moves, one at a time, in float32 or more."""
         inputs = self.plan.inputs
         (task,), prior = inputs.tasks, inputs.base_curvature
         assert task.mean is not None  # Eq. 13 needs both, so the plan has them
@@ -150,47 +161,15 @@ class Problem:
             if not step.merged:
                 continue
             theta0 = _whole(inputs.store, step.name, step)
-            tau = _whole(task.store, step.name, step) - theta0
-            mean0, mean = _mean(prior, step, theta0), _mean(task.mean, step, theta0)
-            h0 = scale0 * mean0 + self.delta0
-            if h0.numel() and float(h0.min()) < 0:
-                raise ValueError(not_positive(step, int((h0 < 0).sum()), 0, h0.numel()))
+            mean0 = _mean(prior, step, theta0)
             yield Piece(
-                step.name, theta0, tau, step.alpha[0], h0, task.mean.num_examples * mean, mean0,
-                mean, *(_gradient(store, step) for store in gradients),
+                step.name, theta0, _whole(task.store, step.name, step) - theta0, scale0 * mean0 + self.delta0, mean0,
+                _mean(task.mean, step, theta0), *(_gradient(store, step) for store in gradients),
             )  # fmt: skip
 
     def largest_alpha(self, share: float) -> float:
         """The largest alpha at which at most `share` of the coordinates is clamped; inf where none limits."""
         return largest_alpha(self.plan, (share,))[share]
-
-    def displacement(self, piece: Piece, alpha: float) -> Tensor:
-        """theta(alpha) - theta0 of one tensor, in its shape."""
-        rule, weight = RULES[self.method], alpha * piece.weight
-        own = {"keep": self.keep, "guard": self.guard} if rule.guarded else {}
-        options = rule.options.changed(self.method, own)
-        if isinstance(rule, Linear):
-            c0, c, _ = rule.terms([weight], None, options)
-            return (c0 + c[0] - 1) * piece.theta0 + c[0] * piece.tau
-        if not isinstance(rule, Elementwise):
-            raise ValueError(f"what {self.method} costs cannot be forecast: it is no function of each weight")
-        column = torch.full((1,) * (piece.tau.dim() + 1), weight, dtype=piece.tau.dtype)
-        block = Block(
-            theta0=piece.theta0,
-            tau=piece.tau[None],
-            alpha=column,
-            h0=piece.h0,
-            h=piece.h[None],
-            delta0=self.delta0,
-            options=options,
-        )
-        return rule.elementwise(block) - piece.theta0
-
-    def clamped(self, piece: Piece, alpha: float) -> int:
-        """Coordinates of one tensor where the guard steps in: H0 - alpha H_t < keep H0."""
-        if not RULES[self.method].guarded:
-            return 0
-        return int((piece.h0 - alpha * piece.weight * piece.h < self.keep * piece.h0).sum())
 
 
 def _whole(store: Store, name: str, step: Step) -> Tensor:

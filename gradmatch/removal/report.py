@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.layers import layer_group
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.task import Model
 from gradmatch.removal.problem import Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def removal_report(problem: Problem, alpha: float, result: Model | None = None) -> dict[str, Any]:
@@ -27,22 +30,20 @@ def removal_report(problem: Problem, alpha: float, result: Model | None = None) 
     Raises:
         ValueError: a result that lacks a tensor or holds other shapes.
     """
-    written = None if result is None else open_checkpoint(result)
+    made = problem.at(alpha)
+    written: Mapping[str, Tensor] = made if result is None else open_checkpoint(result)
     sums: dict[str, dict[str, float]] = {}
     for piece in problem.pieces():
-        if written is None:
-            d = problem.displacement(piece, alpha)
-        else:
-            if piece.name not in written or written[piece.name].shape != piece.theta0.shape:
-                raise ValueError(
-                    f"the result lacks {piece.name!r} or holds it in another shape; it is no edit of this base"
-                )
-            d = written[piece.name].to(piece.theta0) - piece.theta0
+        if piece.name not in written or written[piece.name].shape != piece.theta0.shape:
+            raise ValueError(
+                f"the result lacks {piece.name!r} or holds it in another shape; it is no edit of this base"
+            )
+        d = written[piece.name].to(piece.theta0) - piece.theta0
         part = {
             "moved": float(d.double().square().sum()),
             "h0": float((piece.h0.double() * d.double().square()).sum()),
             "tau": float(piece.tau.double().square().sum()),
-            "clamped": float(problem.clamped(piece, alpha)),
+            "clamped": float(round(made.report.clamped.get(piece.name, 0.0) * d.numel())),
             "numel": float(d.numel()),
         }
         layer = sums.setdefault(layer_group(piece.name), dict.fromkeys(part, 0.0))

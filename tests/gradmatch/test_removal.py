@@ -118,8 +118,20 @@ def test_path_moves_as_subtract_does(method, guard):
     shared = {"base_curvature": problem.base_curvature, "base_weight": BASE_WEIGHT, "delta0": DELTA0}
     with pytest.warns(UserWarning, match="clamped") if method == "removal" else nullcontext():
         result = subtract(base, problem.task, weight=0.7, keep=KEEP, guard=guard, method=method, **shared)
-    for piece in problem.pieces():
-        torch.testing.assert_close(piece.theta0 + problem.displacement(piece, 0.7), result[piece.name])
+    made = problem.at(0.7)
+    assert set(made) == set(base)
+    for name in base:
+        torch.testing.assert_close(made[name], result[name], rtol=0, atol=0)
+    assert made.report.clamped_share == result.report.clamped_share
+
+
+def test_half_precision_is_not_rounded_to_on_the_path():
+    problem, (base, model, *_) = random_problem()
+    half = {n: v.bfloat16() for n, v in base.items()}
+    task = Task({n: v.bfloat16() for n, v in model.items()}, problem.task.curvature)
+    made = replace(problem, base=half, task=task).at(0.01)
+    assert {value.dtype for value in made.values()} == {torch.float32}
+    assert any(bool((made[n].bfloat16().float() != made[n]).any()) for n in made)
 
 
 @pytest.fixture
@@ -185,9 +197,10 @@ def test_a_budget_asks_no_derivative_where_the_measured_rise_settles_it(regressi
 def test_alpha_multiplies_the_weight_of_the_task(method):
     problem, _ = random_problem(method=method)
     halved = replace(problem, task=replace(problem.task, weight=0.5))
-    for one, other in zip(problem.pieces(), halved.pieces(), strict=True):
-        torch.testing.assert_close(problem.displacement(one, 0.4), halved.displacement(other, 0.8))
-        assert problem.clamped(one, 0.4) == halved.clamped(other, 0.8)
+    one, other = problem.at(0.4), halved.at(0.8)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name])
+    assert one.report.clamped_share == other.report.clamped_share
     assert halved.largest_alpha(0.2) == pytest.approx(2 * problem.largest_alpha(0.2), rel=0.01)
 
 
@@ -199,12 +212,14 @@ def test_a_negative_curvature_of_the_task_is_never_guarded(guard):
     shared = {"base_curvature": problem.base_curvature, "base_weight": BASE_WEIGHT, "delta0": DELTA0}
     with pytest.warns(UserWarning, match="clamped"):
         result = subtract(base, problem.task, weight=0.7, keep=KEEP, guard=guard, **shared)
+    made = problem.at(0.7)
     for piece in problem.pieces():
-        torch.testing.assert_close(piece.theta0 + problem.displacement(piece, 0.7), result[piece.name])
-        negative = piece.h < 0
+        torch.testing.assert_close(made[piece.name], result[piece.name])
+        h = NT * piece.mean
+        negative = h < 0
         assert negative.any()
-        free = -0.7 * (piece.h0 + piece.h) * piece.tau / (piece.h0 - 0.7 * piece.h)
-        torch.testing.assert_close(problem.displacement(piece, 0.7)[negative], free[negative])
+        free = piece.theta0 - 0.7 * (piece.h0 + h) * piece.tau / (piece.h0 - 0.7 * h)
+        torch.testing.assert_close(made[piece.name][negative], free[negative])
     assert result.report.largest_alpha[0.1] > 0
 
 
@@ -230,8 +245,9 @@ def test_an_isotropic_base_and_flat_tensors_go_along_as_in_subtract():
     shared = {"base_curvature": 2.0, "base_weight": BASE_WEIGHT, "delta0": DELTA0}
     with pytest.warns(UserWarning, match="clamped"):
         result = subtract(base, part, weight=0.7, keep=KEEP, missing_curvature="zero", **shared)
-    for piece in problem.pieces():
-        torch.testing.assert_close(piece.theta0 + problem.displacement(piece, 0.7), result[piece.name])
+    made = problem.at(0.7)
+    for name in base:
+        torch.testing.assert_close(made[name], result[name])
     with pytest.raises(ValueError, match="missing_curvature='zero'"):
         alpha_path(replace(problem, missing_curvature="error"), [0.5])
 
@@ -270,7 +286,7 @@ def test_data_on_another_module_is_refused(regression):
 def test_measured_rise_is_the_loss(regression):
     problem, (x0, y0) = regression
     (piece,) = problem.pieces()
-    theta = piece.theta0 + problem.displacement(piece, 0.5)
+    theta = problem.at(0.5)["weight"]
 
     def loss(weights):
         return float(0.5 * (x0 @ weights.T - y0).square().sum()) / len(x0)
@@ -339,7 +355,7 @@ def test_report_adds_up():
     assert json.loads(json.dumps(report)) == report
     squares = {}
     for piece in problem.pieces():
-        d = problem.displacement(piece, 0.7)
+        d = problem.at(0.7)[piece.name] - piece.theta0
         squares[piece.name.removesuffix(".w")] = float((piece.h0 * d * d).sum()), float((d * d).sum())
     for line in report["layers"]:
         assert line["h0_norm"] == pytest.approx(math.sqrt(squares[line["layer"]][0]))

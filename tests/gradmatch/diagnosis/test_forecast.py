@@ -15,7 +15,6 @@ from gradmatch.measure.forecast import (
     calibrate,
     pareto_front,
     solve_box,
-    spearman,
 )
 from gradmatch.measure.objective import Objective
 
@@ -188,15 +187,6 @@ def test_forecasts_beyond_a_uniform_guess_are_not_trusted():
     )
     assert p.trusted(np.zeros(1)) is False  # 1.5 nats an example
     assert p.trusted(np.array([0.5])) is True
-
-
-def test_spearman_against_scipy():
-    stats = pytest.importorskip("scipy.stats")
-    rng = np.random.default_rng(0)
-    for _ in range(5):
-        x, y = rng.integers(0, 6, 20).tolist(), rng.standard_normal(20).tolist()
-        assert spearman(x, y) == pytest.approx(float(stats.spearmanr(x, y).statistic))
-    assert math.isnan(spearman([1, 1], [1, 2]))
 
 
 def test_errors_say_what_to_do():

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from gradmatch.diagnosis.scan import find_moved_rows
+from gradmatch.diagnosis.scan import find_moved_rows, scan_tensor
 from gradmatch.estimators import Curvature
 from gradmatch.measure import conflict, health, similarity
-from gradmatch.measure.barrier import barrier_height, interpolate, path_losses
+from gradmatch.measure.barrier import barrier_height, interpolate
 from gradmatch.measure.redundancy import drop, redundancy_curve
 from gradmatch.models.batchnorm import batchnorm_statistics
 
@@ -121,8 +121,7 @@ def test_paths_and_barriers():
     start, end = {"w": torch.zeros(2), "n": torch.tensor(3)}, {"w": torch.ones(2), "n": torch.tensor(4)}
     assert interpolate(start, end, 0.25)["w"].tolist() == [0.25, 0.25]
     assert interpolate(start, end, 0.25)["n"] == 4
-    path = path_losses(start, end, lambda w: 1 + float(w["w"][0] * (1 - w["w"][0])), (0.0, 0.5, 1.0))
-    assert path == [(0.0, 1.0), (0.5, 1.25), (1.0, 1.0)]
+    path = [(0.0, 1.0), (0.5, 1.25), (1.0, 1.0)]
     assert barrier_height(path) == 0.25
     with pytest.raises(ValueError, match="got 1 points"):
         barrier_height(path[:1])
@@ -172,3 +171,31 @@ def test_batchnorm_statistics_equal_those_of_all_inputs_at_once():
     stored = {**weights, **found}
     assert health.batchnorm_shift(stored, found)["1"] == pytest.approx(0)
     assert health.batchnorm_shift(weights, found)["1"] > 0.5
+
+
+@pytest.mark.parametrize("chunk", [7, 2**20])
+def test_a_scan_sums_over_pieces_what_whole_tensors_give(monkeypatch, chunk):
+    monkeypatch.setattr("gradmatch.diagnosis.scan.CHUNK", chunk)
+    torch.manual_seed(0)
+    base = torch.randn(10, 6)
+    tasks = [base + 0.1 * torch.randn(10, 6) * (torch.rand(10, 6) < 0.7) for _ in range(3)]
+    merged = (base + sum(0.4 * (theta - base) for theta in tasks)).bfloat16()
+    found = scan_tensor(base, tasks, merged, [0.05, 0.05, 0.05])
+    taus = torch.stack([(theta - base).flatten() for theta in tasks]).double()
+    delta = (merged.float() - base).flatten().double()
+    torch.testing.assert_close(found.gram, taus @ taus.T)
+    torch.testing.assert_close(found.base_dots, taus @ base.flatten().double())
+    assert found.base_square == pytest.approx(float(base.double().square().sum()))
+    torch.testing.assert_close(found.products, taus @ delta)
+    assert found.delta_square == pytest.approx(float(delta @ delta))
+    expected = torch.cosine_similarity(base.flatten()[None].double(), taus + base.flatten().double())
+    torch.testing.assert_close(found.cosine, expected, rtol=1e-6, atol=1e-6)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        product = taus[i] * taus[j]
+        assert found.conflicts[i, j] == found.conflicts[j, i] == int((product < 0).sum())
+        assert found.moved_both[i, j] == int((product != 0).sum())
+    assert found.outside == pytest.approx(
+        conflict.outside_hull(delta.float(), taus.float(), torch.full((3,), 0.05)), rel=1e-5
+    )
+    assert found.grid == "bfloat16"
+    assert found.rounding == found.storage == pytest.approx(health.rounding_energy(merged, torch.bfloat16))
