@@ -26,7 +26,7 @@ from gradmatch.estimators.sinks import DIAGONAL
 
 @dataclass
 class Loop:
-    """How the batches are gone through.
+    """How a run goes through its batches.
 
     Attributes:
         title: for the progress bar.

@@ -38,6 +38,7 @@ class Run:
     Attributes:
         folder: of the checkpoint.
         rows, accumulation, processes: examples a process and forward pass, passes a step, processes; a step has their product.
+        max_grad_norm: the norm to which gradients were clipped, 0 for none; under DeepSpeed that of its own configuration.
         arguments: all training arguments by name.
         norms: step -> norm of the gradient before clipping, for the steps that were logged.
         steps: how many the run had made.
@@ -50,6 +51,7 @@ class Run:
     rows: int = 0
     accumulation: int = 1
     processes: int = 1
+    max_grad_norm: float = 0.0
     arguments: dict[str, Any] = field(default_factory=dict)
     norms: dict[int, float] = field(default_factory=dict)
     steps: int = 0
@@ -61,16 +63,6 @@ class Run:
     def batch_size(self) -> int:
         """Examples a step; 0 is unknown."""
         return self.rows * self.accumulation * self.processes if self.arguments else 0
-
-    @property
-    def max_grad_norm(self) -> float:
-        """The norm to which gradients were clipped, 0 for none; under DeepSpeed that of its own configuration."""
-        own = float(self.arguments.get("max_grad_norm") or 0)
-        engine = self.arguments.get("deepspeed")
-        if isinstance(engine, Mapping):
-            given = engine.get("gradient_clipping", 0)
-            return own if given == "auto" else float(given)
-        return own
 
 
 def read_run(folder: Path) -> Run | None:
@@ -97,11 +89,17 @@ def _read_arguments(run: Run) -> None:
             f"{ARGUMENTS} is a {kind}, whose trainer may compute another loss than the model's own"
         )
     run.arguments = given
-    run.rows = int(given.get("per_device_train_batch_size") or 0) * max(1, int(given.get("_n_gpu") or 1))
-    run.accumulation = max(1, int(given.get("gradient_accumulation_steps") or 1))
     counted = len(list(run.folder.glob("rng_state*.pth")))
     processes = getattr(given.get("distributed_state"), "num_processes", None) or counted
-    run.processes = int(processes or 1)
+    engine = given.get("deepspeed")
+    clip = engine.get("gradient_clipping", 0) if isinstance(engine, Mapping) else "auto"
+    try:
+        run.rows = int(given.get("per_device_train_batch_size") or 0) * max(1, int(given.get("_n_gpu") or 1))
+        run.accumulation = max(1, int(given.get("gradient_accumulation_steps") or 1))
+        run.processes = int(processes or 1)
+        run.max_grad_norm = float(given.get("max_grad_norm") or 0) if clip == "auto" else float(clip)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{run.folder / ARGUMENTS} holds a number that is none: {error}") from error
     if not processes:
         run.unknown.append("no file says how many processes there were")
     accelerator = getattr(given.get("accelerator_config"), "__dict__", {})

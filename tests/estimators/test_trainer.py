@@ -202,6 +202,7 @@ CHANGED = {
     "arguments of another trainer": (foreign, r"training_args.bin is a tests.*Arguments, whose trainer may compute another loss"),
     "code": (lambda folder: torch.save(Exploding(), folder / "training_args.bin"), "training_args.bin is a .*Quitter"),
     "optim": (edit_arguments(optim="paged_adamw_8bit"), "trained with optim='paged_adamw_8bit': only of AdamW"),
+    "passes no number": (edit_arguments(gradient_accumulation_steps="four"), "training_args.bin holds a number that is none"),
     "smoothing": (edit_arguments(label_smoothing_factor=0.1), "sets label_smoothing_factor"),
     "deepspeed elsewhere": (edit_arguments(deepspeed="zero.json"), "sets deepspeed"),
     "rows": (edit_json("trainer_state.json", train_batch_size=3), None),
