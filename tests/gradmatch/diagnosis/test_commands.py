@@ -76,6 +76,33 @@ def test_diagnose_with_data_writes_json_and_a_page(folder, capsys, tmp_path):
     assert (tmp_path / "d.html").read_text().startswith("<!doctype html>")
 
 
+def test_the_base_takes_data_of_its_own(folder, capsys, tmp_path):
+    flags = [
+        "--data",
+        f"one={folder / 'one.jsonl'}",
+        "--data",
+        f"base={folder / 'two.jsonl'}",
+        "--examples",
+        "12",
+    ]
+    recipe = str(folder / "recipe.yaml")
+    assert main(["diagnose", recipe, *flags, "--quick", "--json", str(tmp_path / "d.json")]) == 0
+    printed = capsys.readouterr()
+    assert "the base's data" in printed.out
+    assert "reading 4 models (" in printed.err
+    assert "forward passes over 24 examples" in printed.err
+    losses = json.loads((tmp_path / "d.json").read_text())["losses"]
+    assert {(row["model"], row["task"]) for row in losses} >= {
+        ("base", "base"),
+        ("merged", "base"),
+        ("merged", "one"),
+    }
+    assert main(["diagnose", recipe, *flags, "--quick", "--quiet"]) == 0
+    assert "forward passes" not in capsys.readouterr().err
+    assert main(["forecast", recipe, *flags]) == 2  # of a forecast the base is no part
+    assert "names a task 'base'" in capsys.readouterr().err
+
+
 def test_diagnose_by_flags_with_the_merge_first(folder, capsys, tmp_path):
     main(["merge", str(folder / "recipe.yaml"), str(tmp_path / "merged"), "--quiet"])
     tasks = ["--task", str(folder / "one"), "--task", f"{folder / 'two'},weight=1"]
