@@ -83,11 +83,14 @@ def test_a_module_of_other_weights(world):
         diagnose(dict(module.state_dict()), tasks, method="averaging", data=data, module=wrapped)
 
 
-def test_shapes_that_the_recipe_has_a_policy_for_are_no_fault(world):
-    module, tasks, _ = world
-    other = dict(tasks[1].model)
-    other |= {"2.weight": torch.randn(5, 32), "2.bias": torch.randn(5)}
-    given = [tasks[0], Task(other, name="b")]
+def test_shapes_that_the_recipe_has_a_policy_for_are_no_fault():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    one, other = (
+        {n: v + 0.01 * torch.randn_like(v) for n, v in module.state_dict().items()} for _ in range(2)
+    )
+    other |= {"3.weight": torch.randn(5, 8), "3.bias": torch.randn(5)}
+    given = [Task(one, name="a"), Task(other, name="b")]
     assert [cause.name for cause in diagnose(module, given, method="averaging").causes] == ["shapes_differ"]
     assert diagnose(module, given, method="averaging", heads="keep-per-task").healthy
 
