@@ -81,6 +81,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{MEANINGS[policy]} (default: {choices[0]})",
         )
     parser.add_argument("--seed", type=int, help="of random transforms and stochastic rounding (default 0)")
+    parser.add_argument("--device", help="where the arithmetic runs: cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--shard-bytes", type=int, help="largest size of an output file (default 5e9)")
     parser.add_argument(
         "--allow-mismatch", action="store_true", default=None, help="accept curvatures of other weights"

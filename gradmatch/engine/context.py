@@ -26,6 +26,8 @@ BLOCK = (
     GRID  # elements of a piece, where the rule is elementwise: what is read, looked up and written at a time
 )
 
+ON_DEVICE = 32  # blocks of a piece that is computed elsewhere: 4 million values
+
 
 class Found(NamedTuple):
     """What a transform asks of more than a piece: see `gradmatch.rules.block.Edit`."""
@@ -43,6 +45,16 @@ class Context:
     majority: float = 1.0
     norms: Sequence[float] = ()
     kernels: Kernels | None = None  # compiled ones, where they are there
+
+    @property
+    def device(self) -> str:
+        """Where the readable rules run."""
+        return self.plan.request.device
+
+    @property
+    def blocks(self) -> int:
+        """Of how many blocks a piece is for the readable rules: of one, which stays in a CPU's cache, or what occupies a device."""
+        return 1 if self.device == "cpu" else ON_DEVICE
 
     @property
     def inputs(self) -> Inputs:
@@ -94,7 +106,7 @@ def fetch(buffers: Buffers, slot: str, store: Store, name: str, first: int, last
     file = plain_file(store, name)
     if file is None:
         return store.block(name, first, last)
-    return file.read(name, first, last, buffers.get(f"read {slot}", 8 * (last - first), torch.uint8))
+    return file.read(name, first, last, buffers.host(f"read {slot}", 8 * (last - first), torch.uint8))
 
 
 def curvature(

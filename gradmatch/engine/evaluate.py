@@ -70,7 +70,9 @@ def _linear(
     theta0 = x[0]
     if theta0 is None and step.spec.dtype != step.compute and step.name in inputs.store:
         theta0 = fetch(buffers, "0", inputs.store, step.name, first, last)  # what rounding lost is told by it
-    terms = [ck * values.to(dtype) for ck, values in zip(c, x, strict=True) if values is not None]
+    terms = [
+        ck * values.to(buffers.device, dtype) for ck, values in zip(c, x, strict=True) if values is not None
+    ]
     return total(terms) if terms else torch.zeros(last - first, dtype=dtype), theta0
 
 

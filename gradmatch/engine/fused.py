@@ -93,7 +93,7 @@ class Call:
             raise Unfit
         file = plain_file(store, name)
         if file is not None:
-            room = self.buffers.get(f"room {len(self._held)}", 4 * self.kernels.step, torch.uint8)
+            room = self.buffers.host(f"room {len(self._held)}", 4 * self.kernels.step, torch.uint8)
             self._held.append(room)
             fd, offset = file.place(name, self.first)
             return Source(None, room.data_ptr(), offset, fd, kind)
@@ -161,7 +161,7 @@ def _ties(
         Voter(call.source(inputs.tasks[t].store, step.name), alpha, threshold, c)
         for t, alpha, threshold, c in zip(step.tasks, step.alpha, thresholds, coefficients[1], strict=True)
     ))  # fmt: skip
-    work = call.buffers.get("work", count * call.kernels.chunk, torch.float32)
+    work = call.buffers.host("work", count * call.kernels.chunk, torch.float32)
     health, theta0 = (c_double * 3)(), call.source(inputs.store, step.name)
     c0 = coefficients[0] + sum(coefficients[1])
     constants = (c0, options["scale"], context.majority, options["normalize"], work.data_ptr())

@@ -93,11 +93,30 @@ def _merge_unit(
         return stats
     look(context, step, buffers)
     coefficients = linear_terms(context, step, buffers, stats)
-    for start, stop in pieces(step, first, last, fused.PIECE if context.kernels else 1):
-        written = buffers.get("written", stop - start, dtype)
+    for start, stop in pieces(step, first, last, fused.PIECE if context.kernels else context.blocks):
+        written = buffers.host("written", stop - start, dtype)
         if not fused.merge(context, step, start, written, coefficients, buffers, stats):
-            for at, end in pieces(step, start, stop):
+            for at, end in pieces(step, start, stop, context.blocks):
                 merged, theta0 = evaluate(context, step, at, end, coefficients, buffers, stats)
-                finish(context, step, at, merged, theta0, written[at - start : end - start], buffers, stats)
+                out = written[at - start : end - start]
+                _finish_blocks(context, step, at, merged, theta0, out, buffers, stats)
         sink.write(step, start, written)
     return stats
+
+
+def _finish_blocks(
+    context: Context,
+    step: Step,
+    first: int,
+    merged: Tensor,
+    theta0: Tensor | None,
+    out: Tensor,
+    buffers: Buffers,
+    stats: dict[str, float],
+) -> None:
+    """`finish` of a piece, back from the device and block by block."""
+    merged, theta0 = merged.cpu(), None if theta0 is None else theta0.cpu()
+    for start, stop in pieces(step, first, first + merged.numel()):
+        part = slice(start - first, stop - first)
+        base = None if theta0 is None else theta0[part]
+        finish(context, step, start, merged[part], base, out[part], buffers, stats)

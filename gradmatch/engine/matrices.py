@@ -58,16 +58,14 @@ def _solve(context: Context, step: Step, theta0: Tensor, tau: Tensor, stats: dic
     if isinstance(given, float):
         h0 = Product(diagonal=given * request.base_weight + floor)
     elif given is not None:
-        h0 = _product(
-            step, given, inputs.base_factors, request.base_weight * given.num_examples, shape, floor
-        )
+        weight = request.base_weight * given.num_examples
+        h0 = _product(step, given, inputs.base_factors, weight, shape, floor, tau.device)
     h = []
     for t in step.tasks:
         task = inputs.tasks[t]
         store = task.mean or (task.factors and task.factors.a)  # Gram matrices come without a diagonal
-        h.append(
-            _product(step, task.mean, task.factors, float(store.num_examples if store else 0), shape, 0.0)
-        )
+        count = float(store.num_examples if store else 0)
+        h.append(_product(step, task.mean, task.factors, count, shape, 0.0, tau.device))
     curved = Curved(h0, h, step.options)
     assert isinstance(step.rule, Solve)
     try:
@@ -85,13 +83,15 @@ def _product(
     scale: float,
     shape: torch.Size,
     floor: float,
+    device: torch.device,
 ) -> Product:
     """One curvature of a matrix W (out, in) = `shape`, times `scale`, plus the floor."""
     found = factors.read(step.name) if factors else None
     if found is not None:
-        return Product(scale, *found, diagonal=floor)
+        a, b = (None if factor is None else factor.to(device) for factor in found)
+        return Product(scale, a, b, diagonal=floor)
     key = mean.key(step.name) if mean else None
     if key is None or mean is None:
         return Product(diagonal=floor)
-    diagonal = mean.block(key, 0, step.spec.numel).to(torch.float64).reshape(step.spec.shape[0], -1)
+    diagonal = mean.block(key, 0, step.spec.numel).to(device, torch.float64).reshape(step.spec.shape[0], -1)
     return Product(diagonal=scale * (diagonal if diagonal.shape == shape else diagonal.mT) + floor)

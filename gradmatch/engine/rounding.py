@@ -56,7 +56,7 @@ def finish(
         out.copy_(merged)
     lost = None
     if dtype not in INFINITE or first // BLOCK % MEASURED == 0:
-        error = buffers.get("load", count, merged.dtype).copy_(out).sub_(merged)
+        error = buffers.host("load", count, merged.dtype).copy_(out).sub_(merged)
         lost = float(torch.dot(error, error))
     if not (finite_bits(out) if dtype in INFINITE else math.isfinite(lost or 0.0)):
         _refuse_overflow(step, merged, out)
@@ -64,7 +64,7 @@ def finish(
             out.copy_(_known(context, step, first, merged))
             return
     if theta0 is not None and lost is not None:
-        update = buffers.get("load", count, merged.dtype)
+        update = buffers.host("load", count, merged.dtype)
         torch.sub(merged, stored(theta0, update), out=update)
         add(stats, {"rounding_error": lost, "rounded_update": float(torch.dot(update, update))})
 

@@ -29,7 +29,7 @@ def gram_matrix(context: Context, step: Step, buffers: Buffers) -> list[list[flo
     for first, last in pieces(step, 0, step.spec.numel):
         theta0, tau = task_vectors(context, step, first, last, buffers, {})
         x = (tau if step.gram == "tau" else tau + theta0).double()
-        gram += x @ x.T
+        gram += (x @ x.T).cpu()
     matrix: list[list[float]] = gram.tolist()
     return matrix
 
@@ -54,8 +54,8 @@ def prior_of(context: Context, step: Step, first: int, last: int, buffers: Buffe
     if given is not None and not isinstance(given, float):
         mean = curvature(buffers, "h0", given, step.name, first, last)
     if mean is None:
-        return torch.full((last - first,), number + delta0, dtype=dtype)
-    return mean.to(dtype) * scale + delta0
+        return torch.full((last - first,), number + delta0, dtype=dtype, device=buffers.device)
+    return mean.to(buffers.device, dtype) * scale + delta0
 
 
 def task_vectors(
@@ -110,7 +110,7 @@ def _noise(context: Context, step: Step, first: int, stacked: Tensor, options: M
         uniform(int(options["seed"]), context.inputs.tasks[t].name, step.name, first, count, stacked.dtype)
         for t in step.tasks
     ]
-    return torch.stack(rows).reshape(stacked.shape)
+    return torch.stack(rows).reshape(stacked.shape).to(stacked.device)
 
 
 def make_block(

@@ -21,7 +21,7 @@ def stream(
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Carry out a plan but for what is finished already; returns every tensor's statistics."""
-    context = Context(made, kernels=kernels())
+    context = Context(made, kernels=kernels() if made.request.device == "cpu" else None)
     look_over_model(context)
     context.norms = fisher_norms(context)
     stats = {name: dict(values) for name, values in finished.items()}

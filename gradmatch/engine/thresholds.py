@@ -175,7 +175,7 @@ def _tally(
 ) -> None:
     """Add the digits from bit `low` on of |tau|, after the edits before `position`, of elements first to last to histograms."""
     wanted = [(t, bits, histogram) for (t, bits), histogram in counts.items()]
-    for start, stop in pieces(step, first, last, fused.PIECE if context.kernels else 1):
+    for start, stop in pieces(step, first, last, fused.PIECE if context.kernels else context.blocks):
         if position == 0 and not wide and fused.count_bits(context, step, start, stop, wanted, buffers):
             continue
         _, tau = task_vectors(context, step, start, stop, buffers, {}, edits=position)

@@ -43,7 +43,7 @@ def over_units(
     context: Context, steps: Sequence[Step], work: Callable[[Step, int, int, Buffers], Result]
 ) -> Iterator[tuple[Step, Result]]:
     """`work(step, first, last, buffers)` for all units, on a few threads; yields (step, result) in the plan's order."""
-    worker = WorkerBuffers()
+    worker = WorkerBuffers(context.device)
 
     def jobs() -> Iterator[tuple[Step, Callable[[], Result]]]:
         for step, first, last, _ in units(steps, context):
@@ -98,12 +98,12 @@ def _one_thread() -> None:
 class WorkerBuffers:
     """One set of buffers per thread."""
 
-    def __init__(self) -> None:
-        self._local = threading.local()
+    def __init__(self, device: str) -> None:
+        self._device, self._local = device, threading.local()
 
     def get(self) -> Buffers:
         """The calling thread's buffers."""
         if not hasattr(self._local, "buffers"):
-            self._local.buffers = Buffers()
+            self._local.buffers = Buffers(self._device)
         buffers: Buffers = self._local.buffers
         return buffers

@@ -32,9 +32,10 @@ def describe(made: Plan, out: str | os.PathLike[str] | None = None) -> Iterator[
     yield ""
     yield from made.notes
     yield from (f"dropped: {name}" for name in made.dropped)
+    where = "" if request.device == "cpu" else f", the most of it on {request.device}"
     yield (
         f"reads {readable(made.bytes_read)}, writes {readable(made.bytes_written)}, "
-        f"peak memory about {readable(peak_bytes(made))} beside the interpreter and torch"
+        f"peak memory about {readable(peak_bytes(made))} beside the interpreter and torch{where}"
     )
     if out is not None:
         parent = next(folder for folder in Path(out).resolve().parents if folder.exists())
@@ -50,16 +51,17 @@ def peak_bytes(made: Plan) -> int:
         step for step in made.steps if step.span == "block"
     ] * workers  # all of them may be at one large tensor
     whole = [step for step in made.steps if step.span != "block"]
-    return sum(sorted(map(_held_bytes, shared + whole), reverse=True)[:workers])
+    block = BLOCK if made.request.device == "cpu" else 32 * BLOCK
+    return sum(sorted((_held_bytes(step, block) for step in shared + whole), reverse=True)[:workers])
 
 
-def _held_bytes(step: Step) -> int:
-    """What a worker holds while it merges one tensor."""
+def _held_bytes(step: Step, block: int) -> int:
+    """What a worker holds while it merges one tensor, in blocks where it can."""
     if step.rule is None:
         return 0
     fixed, per_task = step.rule.memory
     longest_row = step.spec.shape[-1] if step.spec.shape else 1
-    piece = {"block": BLOCK, "rows": max(BLOCK, longest_row), "tensor": step.spec.numel}[step.span]
+    piece = {"block": block, "rows": max(BLOCK, longest_row), "tensor": step.spec.numel}[step.span]
     values = min(piece, step.spec.numel) * (fixed + per_task * len(step.tasks))
     # a system is solved in double precision, and as much is made of the factors
     solving = 4 * step.bytes_read if isinstance(step.rule, Solve) else 0

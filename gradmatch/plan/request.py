@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from gradmatch.common.devices import check_device
 from gradmatch.common.kinds import check_kind, plain
 from gradmatch.common.names import nearest
 from gradmatch.rules import Options, Rule, find_rule
@@ -44,6 +45,8 @@ class Request:
         missing, missing_curvature, heads, embeddings, batchnorm, precision, rounding, verify: see POLICIES.
         tokenizer: whose the output has, with its ids and rows: "base" or a task's name; empty: as `embeddings` says.
         shard_bytes: largest size of an output file.
+        device: where the arithmetic runs, by torch's name: "cpu", "cuda", "cuda:1". Models are read piece by piece on the CPU,
+            which also draws what is random, and the result is on the CPU.
         notes: to be kept with the plan and the report (a translated recipe's differences).
     """
 
@@ -65,6 +68,7 @@ class Request:
     rounding: str = "nearest"
     verify: str = "files"
     shard_bytes: int = 5_000_000_000
+    device: str = "cpu"
     notes: Sequence[str] = ()
 
     @cached_property
@@ -124,6 +128,8 @@ class Request:
                 raise ValueError(f"{name} is {value!r}; it must be a finite number of at least 0")
         check_kind("seed", self.seed, 0)
         check_kind("shard_bytes", self.shard_bytes, 0)
+        check_kind("device", self.device, "")
+        check_device(self.device)
         if self.shard_bytes < 1:
             raise ValueError(f"shard_bytes is {self.shard_bytes}; it must be at least 1")
         for name, _ in self._chain():

@@ -123,9 +123,13 @@ class Preconditioner:
         self._values: Tensor | float = flat or 1.0
         self.largest = flat  # eigenvalue
         rows = max([1, *(len(b) for *_, b in products if b is not None)])  # identities alone: one of any size
-        a, b, total = 0.0 * products[0][1], torch.eye(rows, dtype=products[0][1].dtype) * 0.0, 0.0
+        a, b, total = (
+            0.0 * products[0][1],
+            torch.eye(rows, dtype=products[0][1].dtype, device=products[0][1].device) * 0.0,
+            0.0,
+        )
         for scale, one, given in products:
-            other = torch.eye(rows, dtype=one.dtype) if given is None else given
+            other = torch.eye(rows, dtype=one.dtype, device=one.device) if given is None else given
             a = a + scale * other.trace() * one
             b = b + scale * one.trace() * other
             total += scale * float(one.trace() * other.trace())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradmatch import Task, merge
+from gradmatch import RULES, Task, merge
 from gradmatch.engine import context, fused, rounding, workers
 from gradmatch.estimators import Curvature
 from gradmatch.rules import gradient_matching
@@ -90,3 +90,40 @@ def test_overflow_in_any_block_is_refused(place):
     tuned[0][place] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinite"):
         merge({"w": base}, [Task({"w": tuned[0]})], method="averaging", dtype="float16")
+
+
+@pytest.mark.parametrize(
+    "method", [name for name, rule in RULES.items() if not rule.needs & {"gram", "factors"}]
+)
+def test_another_device_gives_the_same_bytes(method):
+    """ "cpu:0" takes the path of a device: larger pieces, no extension, values moved there and back."""
+    if RULES[method].options.get("score", 0) is None:
+        pytest.skip("it asks for a score")
+    base, tuned, known = models(torch.float32)
+    shaped = [{"w": x.reshape(20, 50), "few": x[:3]} for x in (base, *tuned)]
+    curvatures = [
+        Curvature.from_dict(
+            {"w": f.reshape(20, 50), "few": f[:3]}, num_examples=9,
+            gradient={"w": f.reshape(20, 50) / 9, "few": f[:3] / 9},
+        )
+        for f in known
+    ]  # fmt: skip
+    needs, count = RULES[method].needs, int(min(2, RULES[method].models[1]))
+    tasks = [
+        Task(model, curvature if "curvature" in needs else None, 0.4, name=str(t))
+        for t, (model, curvature) in enumerate(zip(shaped[1 : 1 + count], curvatures[1:], strict=False))
+    ]
+    options = {"base_curvature": curvatures[0]} if "base_curvature" in needs else {}
+    options |= {"allow_mismatch": True, "method": method, "dtype": "bfloat16"}
+    one, other = (merge(shaped[0], tasks, device=device, **options) for device in ("cpu", "cpu:0"))
+    assert all(torch.equal(one[name].view(torch.int16), other[name].view(torch.int16)) for name in one)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "cpu0"])
+def test_a_device_that_is_not_there_is_refused_before_any_work(device):
+    with pytest.raises(
+        ValueError, match=rf"device is '{device}', which torch does not know \(.+\); here are: cpu"
+    ):
+        merge("no-such-model", [Task("none-either")], method="averaging", device=device)
+    with pytest.raises(TypeError, match="device"):
+        merge("no-such-model", [Task("none-either")], method="averaging", device=3)
