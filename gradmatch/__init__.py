@@ -6,12 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradmatch.api import merge
+    from gradmatch.api import estimate, merge
     from gradmatch.diagnosis import Diagnosis, diagnose
     from gradmatch.estimators.adam import from_adam
     from gradmatch.estimators.curvature import Curvature
     from gradmatch.estimators.errors import GradmatchError
-    from gradmatch.estimators.estimation import estimate
     from gradmatch.models.checkpoint import Checkpoint
     from gradmatch.models.heads import load_head
     from gradmatch.models.opening import open_checkpoint
@@ -35,7 +34,7 @@ EXPORTS = {
     "Task": "gradmatch.models.task",
     "analogy": "gradmatch.subtraction",
     "diagnose": "gradmatch.diagnosis",
-    "estimate": "gradmatch.estimators.estimation",
+    "estimate": "gradmatch.api",
     "from_adam": "gradmatch.estimators.adam",
     "load_head": "gradmatch.models.heads",
     "merge": "gradmatch.api",

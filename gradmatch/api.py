@@ -10,8 +10,9 @@ from gradmatch import merging
 from gradmatch.rules import Linear, find_rule
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from gradmatch.estimators.curvature import Curvature
     from gradmatch.merging import CurvatureLike
     from gradmatch.models.checkpoint import Checkpoint
     from gradmatch.models.task import Model, Task
@@ -119,3 +120,34 @@ def _chosen(
     made = merging.prepare(base, choice.tasks, **options)
     made.told["forecast"] = choice.forecast
     return merging.execute(made, out, overwrite=overwrite, batches=batches, progress=progress)
+
+
+def estimate(model: str | os.PathLike[str] | nn.Module, batches: Any, **options: Any) -> Curvature:
+    """Curvature of a model from data, to merge with: `gradmatch.estimators.estimate`, which takes paths here as `merge` does.
+
+    Args:
+        model: an nn.Module; or a folder, a hub id or an adapter's folder, which is loaded with its own weights in float32.
+        batches: as `gradmatch.estimators.estimate` takes them; or a file of texts, a folder or a hub set, read by
+            `gradmatch.measure.data.read`: num_examples is then the number of its rows.
+        **options: method, samples, num_examples and all others of `gradmatch.estimators.estimate`.
+
+    Returns:
+        A Curvature: per-example means by parameter name, with num_examples; `save` writes it.
+
+    Raises:
+        ValueError: weights that leave a parameter of the module without a value; otherwise as these two functions.
+        FileNotFoundError: no such model or data.
+
+    >>> estimate("amazon", "amazon.csv", method="fisher").save("amazon.safetensors")       # doctest: +SKIP
+    """
+    from gradmatch.estimators.estimation import estimate as measure
+    from gradmatch.measure.data import read
+    from gradmatch.measure.opening import module_of
+    from gradmatch.models.opening import open_checkpoint
+
+    if isinstance(batches, (str, os.PathLike)):
+        batches = read(batches, model)
+        options = {"num_examples": getattr(batches, "rows", None), **options}
+    if isinstance(model, (str, os.PathLike)):
+        model = module_of(model, open_checkpoint(model))
+    return measure(model, batches, **options)

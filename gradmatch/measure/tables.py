@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from gradmatch.common.names import nearest
+from gradmatch.common.names import first_line, nearest
 from gradmatch.estimators.errors import GradmatchError
 
 KINDS = {
@@ -143,7 +143,7 @@ class Table:
             text = f"{self.name} is no UTF-8 text ({error.reason} at byte {error.start})"
             raise GradmatchError(text, "not_utf8", self.name, "convert it, as by iconv") from error
         except Exception as error:  # of pandas, pyarrow, gzip and json, which share no base class
-            text = f"{self.name} cannot be read: {_first_line(error)}"
+            text = f"{self.name} cannot be read: {first_line(error)}"
             raise GradmatchError(text, "unreadable_data", self.name) from error
         finally:
             log.setLevel(level)
@@ -180,7 +180,7 @@ def _opened(name: str, path: Path, split: str) -> Any:
         )
     except Exception as error:  # the library's errors share no base class
         raise FileNotFoundError(
-            f"no file {name} here, and no hub set of that name (split {split!r}) can be had: {_first_line(error)}"
+            f"no file {name} here, and no hub set of that name (split {split!r}) can be had: {first_line(error)}"
         ) from error
 
 
@@ -224,8 +224,3 @@ def _unquoted(path: Path) -> bool:
                 field.startswith(b'"') and (len(field) < 2 or field.count(b'"') % 2) for field in fields
             )
     return opening
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error.__cause__ or error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]

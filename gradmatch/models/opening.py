@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradmatch.common.files import read_json
-from gradmatch.common.names import nearest
+from gradmatch.common.names import first_line, nearest
 from gradmatch.common.settings import FIRST, layer_of
 from gradmatch.common.warning import warn
 from gradmatch.estimators.errors import GradmatchError
@@ -333,5 +333,5 @@ def from_hub(name: str, patterns: Sequence[str] = WANTED, local: bool = False) -
         )
     except Exception as error:  # the library's errors share no base class across versions
         raise FileNotFoundError(
-            f"no file or folder {name}{hint}, and no hub repository of that name {f'at revision {revision} ' if revision else ''}could be fetched ({type(error).__name__}: {error})"
+            f"no file or folder {name}{hint}, and no hub repository of that name {f'at revision {revision} ' if revision else ''}could be fetched ({type(error).__name__}: {first_line(error)})"
         ) from error

@@ -204,3 +204,20 @@ def test_help_needs_no_torch():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 0
     assert "--standard-error" in found.stdout
+
+
+def test_in_python_a_path_is_a_model_and_a_file_is_data(tmp_path, reviews):
+    import gradmatch
+
+    model = save_classifier(tmp_path / "model")
+    found = gradmatch.estimate(tmp_path / "model", reviews, progress=False)
+    encoded = {**tokenizer()(TEXTS, padding=True, return_tensors="pt"), "labels": torch.arange(6) % 2}
+    expected = gradmatch.estimate(model, [encoded], progress=False)
+    assert oracle.relative_l1(found, expected) < 1e-5
+    assert found.num_examples == 6
+    assert found.info["fingerprint"] == expected.info["fingerprint"]
+    state = {name: value for name, value in model.state_dict().items() if name != "classifier.weight"}
+    model.save_pretrained(tmp_path / "headless", state_dict=state)
+    tokenizer().save_pretrained(tmp_path / "headless")
+    with pytest.raises(ValueError, match=r"classifier\.weight"):
+        gradmatch.estimate(tmp_path / "headless", reviews, progress=False)
