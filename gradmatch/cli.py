@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 # name -> (module, what it does in one line)
 COMMANDS = {
@@ -101,8 +102,8 @@ def _worded(message: Warning | BaseException | str, args: argparse.Namespace) ->
 
     parser = argparse.ArgumentParser()
     import_module(COMMANDS[args.command][0]).add_arguments(parser)
-    recipe = getattr(args, "recipe", None)
-    return in_flags(str(message), flags(parser), recipe if str(recipe).endswith((".yaml", ".yml")) else None)
+    recipe = Path(getattr(args, "recipe", None) or "")
+    return in_flags(str(message), flags(parser), recipe.name if recipe.suffix in (".yaml", ".yml") else None)
 
 
 def _show_warning(args: argparse.Namespace, message: Warning | str, *_: object, **__: object) -> None:

@@ -129,14 +129,14 @@ def test_adam_of_a_language_model_is_calibrated_by_rows(tmp_path, capsys):
         (["--data", "x.csv", "--limit", "0"], "--examples must be at least 1, got 0"),
         (
             ["--data", "x.csv", "--method", "kfac", "--tolerance", "0.1"],
-            "tolerance is not available for method='kfac'",
+            "tolerance is not available for --method kfac",
         ),
         (
             ["--data", "x.csv", "--method", "kfac", "--gradient"],
-            "gradient is not available for method='kfac'",
+            "gradient is not available for --method kfac",
         ),
         (["--data", "x.csv", "--tolerance", "2"], "relative error between 0 and 1"),
-        (["--data", "x.csv", "--method", "ggn", "--reduction", "batch"], 'right only for method="fisher"'),
+        (["--data", "x.csv", "--method", "ggn", "--reduction", "batch"], "right only for --method fisher"),
         (["--data", "x.csv"], "no data file x.csv"),
     ],
 )

@@ -195,7 +195,7 @@ def test_weights_auto_without_anything_to_choose_from(folder, capsys):
         ["merge", str(folder / "recipe.yaml"), "--dry-run"],
     ):
         assert main([*command, "--weights", "auto", "--method", "task_arithmetic"]) == 2
-        assert "weights='auto' needs data" in capsys.readouterr().err
+        assert "--weights auto (in recipe.yaml: `weights: auto`) needs data" in capsys.readouterr().err
 
 
 def test_errors_have_no_traceback(folder, capsys):
