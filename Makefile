@@ -10,9 +10,9 @@ WORKERS ?= 2
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-# Stale when the declared or pinned packages change. BackPACK is installed without its torchvision, which only its examples
+# Stale when the declared or pinned packages change, or the sources of the compiled extension. BackPACK is installed without its torchvision, which only its examples
 # use and which breaks transformers' import when it does not match the installed torch.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py gradmatch/engine/blocks.c estimators/squares.c
 	@echo "[gradmatch] installing into $(VENV) (torch and friends: a few minutes on a fresh machine)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt "$$(grep '^torch==' constraints.txt)"

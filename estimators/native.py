@@ -43,11 +43,12 @@ def load(source: Path) -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(found.origin)
         stamp = getattr(library, f"source_of_{source.stem}")
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()
     except (OSError, AttributeError) as error:
         log.warning("%s: torch does the work: %s", found.origin, error)
         return None
     stamp.restype = ctypes.c_char_p
-    if stamp().decode() != hashlib.sha256(source.read_bytes()).hexdigest():
+    if stamp().decode() != digest:
         log.warning(
             "%s was built from another %s: torch does the work; install again", found.origin, source.name
         )

@@ -5,7 +5,7 @@
     python -m experiments.bench.merge --mergekit PATH    PATH: the mergekit-yaml command of another environment
 
 Every measurement is a process of its own; contenders alternate, and medians over the repeats are printed. *engine* is the
-call of `merge` in a process that has imported torch already, *torch* the same with the compiled kernels off
+call of `merge` in a process that has imported torch already, *torch* the same without the compiled extension
 (GRADMATCH_KERNEL=0), *command* the whole `gradmatch merge` from start to exit. The floor reads every input once and writes
 the output once by plain file copies, synced to disk as ours is. *cold* means that the inputs' pages were dropped from the
 page cache before. Anonymous memory of *engine* and *torch* is counted above the process with torch imported, of whole commands
