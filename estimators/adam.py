@@ -11,6 +11,7 @@ g_B + wd theta, whose mean is zero at the regularised optimum, so that v is the 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -37,7 +38,7 @@ from gradmatch.estimators.estimation import estimate
 from gradmatch.estimators.fingerprint import fingerprint, model_sampler
 from gradmatch.estimators.matching import name_states
 from gradmatch.estimators.problem import trainable_parameters
-from gradmatch.estimators.steps import Units, of_run, own_loss
+from gradmatch.estimators.steps import Units, has_own_loss, of_run, own_loss
 from gradmatch.estimators.trainer import Run, check_beside, read_run
 from gradmatch.estimators.wrapped import unwrap
 
@@ -93,31 +94,18 @@ def from_adam(
         check_count("batch_size", batch_size)
     model = unwrap(model)
     parameters = trainable_parameters(model)
-    run, beside = None, ""
+    run, beside, trace = None, "", 0.0
     if isinstance(state, torch.optim.Optimizer):
         found = list(live_states(state, parameters))
-        everything = [
-            (state.state.get(value, {}), group) for group in state.param_groups for value in group["params"]
-        ]
-    else:
-        if not isinstance(state, (Mapping, str, os.PathLike)):
-            raise TypeError(
-                f"state must be an optimizer, its state_dict or a file, got {type(state).__name__}"
-            )
-        if isinstance(state, Mapping):
-            stored = checked_form(state)
-        else:
-            file = locate(Path(state).expanduser())
-            stored, run = read_state(file), read_run(file.parent)
-        check_some_moment(stored)
+    elif isinstance(state, Mapping):
+        found = list(name_states(check_some_moment(checked_form(state)), model, parameters))
+    elif isinstance(state, (str, os.PathLike)):
+        file = locate(Path(state).expanduser())
+        stored, run = check_some_moment(read_state(file)), read_run(file.parent)
         found = list(name_states(stored, model, parameters))
-        everything = [
-            (stored["state"].get(number, {}), group)
-            for group in stored["param_groups"]
-            for number in group["params"]
-        ]
-        if not isinstance(state, Mapping):
-            beside = check_beside(file.parent, parameters)
+        beside, trace = check_beside(file.parent, parameters), trace_of(stored)
+    else:
+        raise TypeError(f"state must be an optimizer, its state_dict or a file, got {type(state).__name__}")
     mean = {name: moment(name, parameters[name], entry, group) for name, entry, group in found}
     missing = sorted(set(parameters) - set(mean))
     if missing:
@@ -131,7 +119,6 @@ def from_adam(
     if calibrate is not None:
         known = _calibrated(mean, model, calibrate)
     elif run is not None:
-        trace = sum(trace_of(entry, group) for entry, group in everything)
         known = of_run(run, model, batch_size, num_examples, trace, beta2, steps)
     else:
         known = _as_told(model, batch_size)
@@ -184,7 +171,7 @@ def _as_told(model: nn.Module, batch_size: int) -> Units:
     found = Units(float(batch_size))
     if share is not None:
         found.factor *= share**2
-    elif "tokens" in words:
+    elif has_own_loss(model):
         found.unknown.append(words)
     loss = words if share is not None else "a mean over examples of -log p"
     log.warning(
@@ -217,27 +204,28 @@ def _calibrated(mean: Mapping[str, Tensor], model: nn.Module, batches: Iterable[
         raise ValueError(
             f"calibrate: the moments have a trace of {here:g}, the empirical Fisher {there:g}; neither may be 0"
         )
-    seen, error = measured.info["examples_seen"], float(measured.info.get("relative_error", "nan"))
+    seen, error = measured.info["examples_seen"], float(measured.info.get("relative_error", "inf"))
+    known = (
+        f"known to {100 * error:.0f} % (one standard error)" if error < math.inf else "which tells no error"
+    )
     words = f"scaled as a whole by {there / here:.4g} to the trace of the empirical Fisher of {seen} examples"
-    return Units(there / here, error, [f"{words}, known to {100 * error:.0f} % (one standard error)"])
+    return Units(there / here, error, [f"{words}, {known}"])
 
 
 def _in_parts(batches: list[Any]) -> list[Any]:
     """The batches, cut so that there are at least `PARTS`, where they have the rows."""
     if not batches or len(batches) >= PARTS:
         return batches
-    each, pieces = -(-PARTS // len(batches)), []
-    for batch in batches:
+    pieces, each = [], -(-PARTS // len(batches))
+    for given in batches:
+        batch = dict(given) if isinstance(given, Mapping) else given
         size = next((v.shape[0] for v in pytree.tree_leaves(batch) if isinstance(v, Tensor) and v.dim()), 1)
-        step = max(1, size // each)
-        for first in range(0, size, step):
-            cut = slice(first, first + step)
-            pieces.append(
-                pytree.tree_map(
-                    lambda v, cut=cut, size=size: (
-                        v[cut] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v
-                    ),
-                    dict(batch) if isinstance(batch, Mapping) else batch,
-                )
-            )
+        for first in range(0, size, max(1, size // each)):
+            rows = slice(first, first + max(1, size // each))
+
+            def cut(value: Any, rows: slice = rows, size: int = size) -> Any:
+                batched = isinstance(value, Tensor) and value.dim() and value.shape[0] == size
+                return value[rows] if batched else value
+
+            pieces.append(pytree.tree_map(cut, batch))
     return pieces

@@ -85,7 +85,7 @@ def checked_form(state: Mapping[str, Any], what: str = "this is no") -> Mapping[
     raise ValueError(f"{what} optimizer's state_dict: it lacks 'state' and 'param_groups'{hint}")
 
 
-def check_some_moment(state: Mapping[str, Any]) -> None:
+def check_some_moment(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Refuse another optimizer's state before its numbers are given names."""
     entries = state["state"].values()
     for number, entry in state["state"].items():
@@ -96,6 +96,7 @@ def check_some_moment(state: Mapping[str, Any]) -> None:
             f"the optimizer's state has no exp_avg_sq for any parameter (it holds {held}): only Adam and AdamW have one, "
             "after a step"
         )
+    return state
 
 
 def _check_precise(name: str, entry: Mapping[str, Any]) -> None:
@@ -165,10 +166,12 @@ def beta2_of(group: Mapping[str, Any]) -> float:
     return float(betas[1])
 
 
-def trace_of(entry: Mapping[str, Any], group: Mapping[str, Any]) -> float:
-    """Sum of v_hat, of any parameter that was trained: the squared norm of a step's gradient has all of them."""
-    value, step = entry.get("exp_avg_sq"), float(entry.get("step", 0))
-    if value is None or step < 1:
-        return 0.0
-    total: float = float(value.sum(dtype=torch.float64)) / (1 - beta2_of(group) ** step)
+def trace_of(state: Mapping[str, Any]) -> float:
+    """Sum of v_hat over everything that was trained: the mean squared norm of a step's gradient."""
+    pairs = [(state["state"].get(n, {}), group) for group in state["param_groups"] for n in group["params"]]
+    total = 0.0
+    for entry, group in pairs:
+        value, step = entry.get("exp_avg_sq"), float(entry.get("step", 0))
+        if value is not None and step >= 1:
+            total += float(value.sum(dtype=torch.float64)) / (1 - beta2_of(group) ** step)
     return total

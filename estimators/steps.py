@@ -55,6 +55,13 @@ class Units:
     unknown: list[str] = field(default_factory=list)
 
 
+def has_own_loss(model: nn.Module) -> bool:
+    """Whether it is a model of transformers that computes a loss from labels."""
+    return hasattr(_inner(model), "config") and bool(
+        re.search(r"For[A-Z]|LMHead", type(_inner(model)).__name__)
+    )
+
+
 def own_loss(model: nn.Module) -> tuple[str, float | None]:
     """The loss that a model of transformers computes from labels, and its factor 1 / (s E); None where no file tells it."""
     inner: Any = _inner(model)

@@ -263,5 +263,13 @@ def test_a_language_models_bare_state_is_refused():
         from_adam(optimizer, model, num_examples=5, batch_size=4)
     found = from_adam(optimizer, model, num_examples=5, calibrate=[batch])
     assert "of 4 examples" in found.info["assumed"]
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="the loss of LlamaForCausalLM with that of its router"):
+        from_adam(optimizer, model, num_examples=5, batch_size=4)
+    single = {key: value[:1] for key, value in batch.items()}
+    assert (
+        "which tells no error"
+        in from_adam(optimizer, model, num_examples=5, calibrate=[single]).info["assumed"]
+    )
     with pytest.raises(ValueError, match="calibrate is a single dict; it must yield batches"):
         from_adam(optimizer, model, num_examples=5, calibrate=batch)
