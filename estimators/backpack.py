@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.fisher import finish
 from gradmatch.estimators.likelihood import Categorical
 from gradmatch.estimators.problem import Problem
@@ -39,10 +40,10 @@ def for_method(problem: Problem, method: str) -> BackpackEstimator:
             'backend="backpack" needs BackPACK: pip install --no-deps backpack-for-pytorch einops unfoldnd'
         ) from error
     if method not in METHODS:
-        raise ValueError(f'backend="backpack" offers {", ".join(METHODS)}, not {method!r}')
+        raise GradmatchError(f'backend="backpack" offers {", ".join(METHODS)}, not {method!r}', "backend")
     if problem.standard_error or problem.gradient:
-        raise ValueError(
-            'standard_error and gradient are the engine\'s; leave backend="backpack" away for them'
+        raise GradmatchError(
+            'standard_error and gradient are the engine\'s; leave backend="backpack" away for them', "backend"
         )
     _check_layers(problem.model)
     return BackpackEstimator(method)
@@ -50,17 +51,23 @@ def for_method(problem: Problem, method: str) -> BackpackEstimator:
 
 def _check_layers(model: nn.Module) -> None:
     if not isinstance(model, nn.Sequential):
-        raise ValueError(f'backend="backpack" takes a plain nn.Sequential, not {type(model).__name__}')
+        raise GradmatchError(
+            f'backend="backpack" takes a plain nn.Sequential, not {type(model).__name__}', "backend"
+        )
     for name, module in model.named_modules():
         if isinstance(module, nn.Sequential):
             continue
         if type(module) not in LAYERS:
-            raise ValueError(
-                f"BackPACK has no second derivatives for {type(module).__name__} (module {name!r}); use the engine"
+            raise GradmatchError(
+                f"BackPACK has no second derivatives for {type(module).__name__} (module {name!r}); use the engine",
+                "backend",
+                name,
             )
         if getattr(module, "inplace", False):
-            raise ValueError(
-                f"BackPACK cannot follow the in-place {type(module).__name__} (module {name!r}); use inplace=False"
+            raise GradmatchError(
+                f"BackPACK cannot follow the in-place {type(module).__name__} (module {name!r}); use inplace=False",
+                "backend",
+                name,
             )
 
 
@@ -121,7 +128,9 @@ class BackpackEstimator:
         from backpack import extend
 
         if labels is None:
-            raise ValueError("BackPACK's losses need labels, even where the result does not depend on them")
+            raise GradmatchError(
+                "BackPACK's losses need labels, even where the result does not depend on them", "backend"
+            )
         if isinstance(likelihood, Categorical) and output.dim() == 2:
             return extend(nn.CrossEntropyLoss(reduction="sum"))(output, labels.view(-1)), 1.0
         if isinstance(likelihood, Gaussian):
@@ -130,6 +139,7 @@ class BackpackEstimator:
             )
         if isinstance(likelihood, Bernoulli) and self.method == "empirical_fisher":
             return extend(nn.BCEWithLogitsLoss(reduction="sum"))(output, labels.view(output.shape)), 1.0
-        raise ValueError(
-            f"BackPACK has no loss for the likelihood {likelihood.name} with outputs of shape {list(output.shape)}"
+        raise GradmatchError(
+            f"BackPACK has no loss for the likelihood {likelihood.name} with outputs of shape {list(output.shape)}",
+            "backend",
         )

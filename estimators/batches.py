@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from gradmatch.estimators.errors import GradmatchError
+
 LABEL_KEYS = ("labels", "label", "label_ids", "targets", "target", "y")
 log = logging.getLogger(__name__)
 
@@ -207,6 +209,10 @@ def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> in
     for value in pytree.tree_leaves((_preferred(kwargs), args, kwargs)):
         if isinstance(value, Tensor) and value.dim() > 0:
             if value.shape[0] == 0:
-                raise ValueError(f"batch {index} is empty: its first input has shape {list(value.shape)}")
+                raise GradmatchError(
+                    f"batch {index} is empty: its first input has shape {list(value.shape)}", "bad_batch"
+                )
             return int(value.shape[0])
-    raise ValueError(f"batch {index} holds no input tensor; keys: {sorted(kwargs) or 'none'}")
+    raise GradmatchError(
+        f"batch {index} holds no input tensor; keys: {sorted(kwargs) or 'none'}", "bad_batch"
+    )

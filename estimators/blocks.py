@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import TYPE_CHECKING
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.tensorfile import TensorFile
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if int(value) < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+        raise GradmatchError(f"{name} must be at least 1, got {value}", "out_of_range", name)
 
 
 def units(num_examples: int, of: str = "nats") -> str:
@@ -43,18 +44,28 @@ def check_stored(file: TensorFile) -> None:
     """What a header tells about blocks that others wrote: `save` writes no such file."""
     means = {key.removeprefix(MEAN): info.shape for key, info in file.items() if key.startswith(MEAN)}
     if not means:
-        raise ValueError(
-            f"{file.path}: a curvature file without a single mean: its names begin with {MEAN!r}"
+        raise GradmatchError(
+            f"{file.path}: a curvature file without a single mean: its names begin with {MEAN!r}",
+            "bad_curvature",
+            file.path,
         )
     for key, info in file.items():
         if not key.startswith((MEAN, STANDARD_ERROR, GRADIENT, FACTOR_A, FACTOR_B)):
             continue
         if info.dtype not in ("F64", "F32", "F16", "BF16"):
-            raise ValueError(f"{file.path}: {key} is {info.dtype}, a curvature is of floating-point numbers")
+            raise GradmatchError(
+                f"{file.path}: {key} is {info.dtype}, a curvature is of floating-point numbers",
+                "bad_curvature",
+                file.path,
+            )
         wanted = means.get(key.partition("/")[2])
         if key.startswith((STANDARD_ERROR, GRADIENT)) and info.shape != wanted:
             has = "no mean at all" if wanted is None else str(list(wanted))
-            raise ValueError(f"{file.path}: {key} has shape {list(info.shape)}, its mean has {has}")
+            raise GradmatchError(
+                f"{file.path}: {key} has shape {list(info.shape)}, its mean has {has}",
+                "shape_mismatch",
+                file.path,
+            )
 
 
 def apart(blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -77,5 +88,5 @@ def checked(key: str, value: Tensor) -> Tensor:
         value = value.to(torch.float32)
     bad = int((~torch.isfinite(value)).sum())
     if bad:
-        raise ValueError(f"{key}: {bad} of {value.numel()} values are NaN or infinite")
+        raise GradmatchError(f"{key}: {bad} of {value.numel()} values are NaN or infinite", "not_finite", key)
     return value

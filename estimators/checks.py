@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.general import differentiable
 from gradmatch.estimators.memory import raise_if_full
 from gradmatch.estimators.uses import watchable
@@ -32,9 +33,10 @@ def check_determinism(model: nn.Module, batch: Batch, output: Any) -> None:
     del again
     for (name, kind, one), (_, _, other) in zip(_outputs(model, batch), _outputs(model, batch), strict=False):
         if not _close(one, other, 1e-5):
-            raise ValueError(
+            raise GradmatchError(
                 f"two runs of the model in eval mode differ, first at {name or 'the model itself'} ({kind}): it is random "
-                "(dropout that is always on?) or keeps state from one run to the next; make it deterministic"
+                "(dropout that is always on?) or keeps state from one run to the next; make it deterministic",
+                "unsupported_model",
             )
 
 
@@ -47,9 +49,10 @@ def check_inputs_kept(given: Batch, used: Batch) -> None:
     )
     for before, after in pairs:
         if isinstance(before, Tensor) and not torch.allclose(before, after, rtol=0, atol=0, equal_nan=True):
-            raise ValueError(
+            raise GradmatchError(
                 f"the model changes its input of shape {list(before.shape)} in place, but estimates use inputs again: let it "
-                "work on a copy (x = x - mean, not x -= mean)"
+                "work on a copy (x = x - mean, not x -= mean)",
+                "unsupported_model",
             )
 
 
@@ -73,9 +76,10 @@ def check_independence(model: nn.Module, batch: Batch, output: Any) -> None:
     del found
     culprit = _culprit(model, batch)
     if culprit:
-        raise ValueError(
+        raise GradmatchError(
             "the model mixes the examples of a batch (its output for one row depends on the other rows), so per-example "
-            f"curvature does not exist; the first module that does so is {culprit}"
+            f"curvature does not exist; the first module that does so is {culprit}",
+            "unsupported_model",
         )
 
 

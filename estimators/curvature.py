@@ -26,6 +26,7 @@ from gradmatch.estimators.blocks import (
     check_stored,
     checked,
 )
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.files import replacing
 from gradmatch.estimators.fingerprint import Sample, fingerprint, model_sampler
 from gradmatch.estimators.tensorfile import TensorFile
@@ -103,20 +104,26 @@ class Curvature(Mapping[str, "Tensor"]):
                 "linear operator (curvlinops, say) give the diagonal, cut into the parameters' shapes"
             )
         if not mean:
-            raise ValueError("a Curvature needs at least one parameter; `mean` is empty")
+            raise GradmatchError("a Curvature needs at least one parameter; `mean` is empty", "bad_curvature")
         blocks: dict[str, Tensor] = {}
         for prefix, part in ((MEAN, mean), (STANDARD_ERROR, standard_error), (GRADIENT, gradient)):
             for name, value in (part or {}).items():
                 check_kind(prefix, name, value)
                 if name not in mean or value.shape != mean[name].shape:
                     expected = list(mean[name].shape) if name in mean else "no mean at all"
-                    raise ValueError(f"{prefix}{name} has shape {list(value.shape)}, its mean has {expected}")
+                    raise GradmatchError(
+                        f"{prefix}{name} has shape {list(value.shape)}, its mean has {expected}",
+                        "shape_mismatch",
+                        name,
+                    )
                 blocks[prefix + name] = checked(prefix + name, value)
         for prefix, part in ((FACTOR_A, factor_a), (FACTOR_B, factor_b)):
             for name, value in (part or {}).items():
                 if name not in mean or value.dim() != 2 or value.shape[0] != value.shape[1]:
-                    raise ValueError(
-                        f"{prefix}{name} of shape {list(value.shape)} is no square factor of a known mean"
+                    raise GradmatchError(
+                        f"{prefix}{name} of shape {list(value.shape)} is no square factor of a known mean",
+                        "bad_curvature",
+                        name,
                     )
                 blocks[prefix + name] = checked(prefix + name, value)
         notes = {key: str(value) for key, value in (info or {}).items()}
@@ -155,17 +162,25 @@ class Curvature(Mapping[str, "Tensor"]):
         metadata = dict(file.metadata)
         version = metadata.pop("format_version", None)
         if version is None or "num_examples" not in metadata:
-            raise ValueError(
+            raise GradmatchError(
                 f"{path}: not a curvature file (no format_version and num_examples in its header); "
-                "make one with `gradmatch estimate` or Curvature.save"
+                "make one with `gradmatch estimate` or Curvature.save",
+                "unreadable_file",
+                path,
             )
         if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: format version {version}, this library reads {FORMAT_VERSION}; update gradmatch"
+            raise GradmatchError(
+                f"{path}: format version {version}, this library reads {FORMAT_VERSION}; update gradmatch",
+                "unreadable_file",
+                path,
             )
         text = metadata.pop("num_examples")
         if not text.isdecimal() or int(text) < 1:
-            raise ValueError(f"{path}: num_examples is {text!r}, it must be a whole number of at least 1")
+            raise GradmatchError(
+                f"{path}: num_examples is {text!r}, it must be a whole number of at least 1",
+                "out_of_range",
+                path,
+            )
         check_stored(file)
         curvature = cls(file, int(text), metadata)
         if model is not None and not allow_mismatch:
@@ -274,13 +289,17 @@ class Curvature(Mapping[str, "Tensor"]):
         try:
             found = fingerprint(self, sample)
         except KeyError as error:
-            raise ValueError(
-                f"{self._name()} holds parameter {error.args[0]!r}, which {where} lacks; it belongs to another model"
+            raise GradmatchError(
+                f"{self._name()} holds parameter {error.args[0]!r}, which {where} lacks; it belongs to another model",
+                "other_weights",
+                where,
             ) from error
         if found != stored:
-            raise ValueError(
+            raise GradmatchError(
                 f"{self._name()} was taken at other weights than {where} (fingerprint {stored[:12]} against {found[:12]}); "
-                "estimate it again at these weights, or pass allow_mismatch=True if you know better"
+                "estimate it again at these weights, or pass allow_mismatch=True if you know better",
+                "other_weights",
+                where,
             )
 
     def _name(self) -> str:

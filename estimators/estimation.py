@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gradmatch.estimators.blocks import check_count, units
 from gradmatch.estimators.convergence import Convergence
 from gradmatch.estimators.curvature import Curvature
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.fingerprint import fingerprint, model_sampler
 from gradmatch.estimators.inference import make_likelihood
 from gradmatch.estimators.memory import LEAST_BYTES, parse_bytes
@@ -144,9 +145,11 @@ def estimate(
         add_up_ranks(problem, convergence)
         seen = problem.counts["examples"]
         if seen == 0:
-            raise ValueError("`batches` ended without yielding anything")
+            raise GradmatchError("`batches` ended without yielding anything", "bad_request")
         if problem.counts["predictions"] == 0:
-            raise ValueError("all labels are ignored: no example has a single prediction that counts")
+            raise GradmatchError(
+                "all labels are ignored: no example has a single prediction that counts", "bad_request"
+            )
         parts = estimator.finish(problem, seen)
         total = num_examples or size_of_training_set(batches, seen, "stopped" in problem.notes)
         check_given(method, problem, parts)
@@ -174,7 +177,7 @@ def read_chunk(
     if isinstance(chunk, str):
         return None, parse_bytes(chunk)
     if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk is a number of rows, at least 1, got {chunk}")
+        raise GradmatchError(f"chunk is a number of rows, at least 1, got {chunk}", "out_of_range")
     return chunk, None
 
 
@@ -208,15 +211,18 @@ def check_options(
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{option} must be a whole number, got {value!r}")
     if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+        raise GradmatchError(f"samples must be at least 1, got {samples}", "out_of_range")
     if tolerance is not None and not 0 < tolerance < 1:
-        raise ValueError(f"tolerance is a relative error between 0 and 1, got {tolerance}")
+        raise GradmatchError(
+            f"tolerance is a relative error between 0 and 1, got {tolerance}", "out_of_range"
+        )
     if num_examples is not None:
         check_count("num_examples", num_examples)
     if reduction == "batch" and (method != "fisher" or labels == "exact"):
-        raise ValueError(
+        raise GradmatchError(
             'reduction="batch" is right only for method="fisher" with sampled labels: with any other labels the square of '
-            "a batch's gradient is not the sum of its examples' squares"
+            "a batch's gradient is not the sum of its examples' squares",
+            "bad_request",
         )
 
 
@@ -224,8 +230,10 @@ def check_given(method: str, problem: Problem, parts: Mapping[str, Any]) -> None
     """An estimator must have delivered what was asked of it."""
     unknown = sorted(set(parts.get("mean", {})) - set(problem.parameters))
     if unknown:
-        raise ValueError(
-            f"method={method!r} gave a mean block for {unknown[0]!r}, which is no parameter of the model"
+        raise GradmatchError(
+            f"method={method!r} gave a mean block for {unknown[0]!r}, which is no parameter of the model",
+            "bad_request",
+            unknown[0],
         )
     missing = [
         "the mean blocks" if not parts.get("mean") else "",
@@ -237,7 +245,8 @@ def check_given(method: str, problem: Problem, parts: Mapping[str, Any]) -> None
         ),
     ]
     if any(missing):
-        raise ValueError(
+        raise GradmatchError(
             f"method={method!r} did not deliver {next(filter(None, missing))}: see gradmatch.estimators.protocol, and run "
-            "check_estimator on it"
+            "check_estimator on it",
+            "bad_request",
         )

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.likelihood import Reading, Seed
 from gradmatch.estimators.problem import Problem
 from gradmatch.estimators.sinks import (
@@ -101,8 +102,9 @@ def standard_error(mean: Tensor, spread: Tensor, examples: int, units: int) -> T
     With one example a unit this is the usual sqrt(sum_n (s_n - m)^2 / (n (n - 1))). `spread` is sum_k S_k^2 / n_k.
     """
     if units < 2:
-        raise ValueError(
-            "a standard error needs at least two examples (two batches with reduction='batch', two probes for the Hessian)"
+        raise GradmatchError(
+            "a standard error needs at least two examples (two batches with reduction='batch', two probes for the Hessian)",
+            "bad_request",
         )
     return ((spread - examples * mean * mean).clamp(min=0) / (examples * (units - 1))).sqrt()
 
@@ -110,9 +112,10 @@ def standard_error(mean: Tensor, spread: Tensor, examples: int, units: int) -> T
 def choose_labels(problem: Problem, columns: int | None, limit: int) -> None:
     """Settle once, at the first batch, between sampled labels and the exact expectation."""
     if problem.labels == "exact" and columns is None:
-        raise ValueError(
+        raise GradmatchError(
             f'labels="exact" is out of reach for the likelihood {problem.known_likelihood.name} (it predicts several tokens a '
-            'row, or is your own); use labels="sampled"'
+            'row, or is your own); use labels="sampled"',
+            "bad_request",
         )
     affordable = columns is not None and columns <= limit
     if problem.reduction == "example" and (

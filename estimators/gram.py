@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.handlers import convolution, linear, patches, positions, transposed_linear
 from gradmatch.estimators.kronecker import FACTOR_A, LARGEST_FACTOR, blocks, real_positions, second_moments
 from gradmatch.estimators.problem import Problem
@@ -51,7 +52,8 @@ def finish(problem: Problem, seen: int) -> dict[str, Any]:
         if FACTOR_A + name in problem.sums
     }
     if not factor_a:
-        raise ValueError(
-            f"{type(problem.model).__name__} has no trainable linear layer: there is no Gram matrix to take"
+        raise GradmatchError(
+            f"{type(problem.model).__name__} has no trainable linear layer: there is no Gram matrix to take",
+            "unsupported_model",
         )
     return {"mean": blocks(problem, seen, factor_a, {}), "factor_a": factor_a}

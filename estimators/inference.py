@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.general import differentiable
 from gradmatch.estimators.likelihood import (
     LOGITS,
@@ -68,9 +69,11 @@ def infer_likelihood(model: nn.Module, output: Any, batch: Batch) -> Likelihood:
     inner = base() if callable(base) else model
     name = type(inner).__name__
     if name.endswith("ForQuestionAnswering") or field_of(output, "start_logits") is not None:
-        raise ValueError(
+        raise GradmatchError(
             f"{name} predicts where an answer starts and where it ends, and no likelihood of ours covers both: pass your own "
-            "with sample(output, generator) and log_prob(output, labels)"
+            "with sample(output, generator) and log_prob(output, labels)",
+            "bad_batch",
+            name,
         )
     logits, labels = checked_logits(output, batch), batch.labels
     others = differentiable(output)[1:]
@@ -130,9 +133,10 @@ def _by_shape(logits: Tensor, labels: Tensor | None) -> Likelihood:
     ]:  # images of labels, classes second
         return Categorical("token_classification", class_dim=1)
     elif logits.dim() == 3 and shape[1] == shape[2] and list(labels.shape) == shape[:2]:
-        raise ValueError(
+        raise GradmatchError(
             f"logits of shape {shape} may hold the classes of {list(labels.shape)} labels in dimension 1 or 2: pass "
-            'likelihood=Categorical("token_classification", class_dim=1), or class_dim=-1'
+            'likelihood=Categorical("token_classification", class_dim=1), or class_dim=-1',
+            "bad_batch",
         )
     elif (shape[-1] > 1 and list(labels.shape) == shape[:-1]) or (
         logits.dim() == 2 and labels.numel() == shape[0] and shape[1] > 1
@@ -143,7 +147,8 @@ def _by_shape(logits: Tensor, labels: Tensor | None) -> Likelihood:
     elif labels.numel() == logits.numel():
         return Bernoulli()
     found = "no labels" if labels is None else f"labels {labels.dtype} of shape {list(labels.shape)}"
-    raise ValueError(
+    raise GradmatchError(
         f"cannot tell the likelihood from logits of shape {shape} and {found}; pass likelihood= one of "
-        f"{', '.join(LIKELIHOODS[1:])}, or an object with sample and log_prob"
+        f"{', '.join(LIKELIHOODS[1:])}, or an object with sample and log_prob",
+        "bad_batch",
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gradmatch.estimators.blocks import units
 from gradmatch.estimators.curvature import Curvature
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.fingerprint import fingerprint, model_sampler
 from gradmatch.estimators.wrapped import unwrap
 
@@ -56,7 +57,10 @@ def from_ivon(optimizer: Any, model: nn.Module) -> Curvature:
         )
     sizes = sorted({float(group["ess"]) for group in groups})
     if len(sizes) > 1:
-        raise ValueError(f"the groups have different effective sample sizes {sizes}; a summed loss has one")
+        raise GradmatchError(
+            f"the groups have different effective sample sizes {sizes}; a summed loss has one",
+            "optimizer_state",
+        )
     model = unwrap(model)
     names = {id(value): name for name, value in model.named_parameters()}
     num_examples = max(1, round(sizes[0]))
@@ -65,15 +69,17 @@ def from_ivon(optimizer: Any, model: nn.Module) -> Curvature:
         hess = group["hess"].detach()
         initial = float(group.get("hess_init", float("nan")))
         if bool((hess == torch.full_like(hess, initial)).all()):
-            raise ValueError(
+            raise GradmatchError(
                 f"the Hessian of group {number} is still at its initial value {initial}: the optimizer has taken no step, or "
-                "beta2 is 1"
+                "beta2 is 1",
+                "optimizer_state",
             )
         start = 0
         for value in group["params"]:
             if id(value) not in names:
-                raise ValueError(
-                    f"group {number} holds a parameter of shape {list(value.shape)} that the model does not have"
+                raise GradmatchError(
+                    f"group {number} holds a parameter of shape {list(value.shape)} that the model does not have",
+                    "optimizer_state",
                 )
             flat = hess[start : start + value.numel()]
             start += value.numel()
@@ -82,9 +88,11 @@ def from_ivon(optimizer: Any, model: nn.Module) -> Curvature:
                 mean[names[id(value)]] = total / num_examples
     missing = [name for name, value in model.named_parameters() if value.requires_grad and name not in mean]
     if missing:
-        raise ValueError(
+        raise GradmatchError(
             f"the optimizer does not hold {missing[0]!r} ({len(missing)} in all), so its curvature is not known; set "
-            "requires_grad to False on it to leave it out"
+            "requires_grad to False on it to leave it out",
+            "optimizer_state",
+            missing[0],
         )
     delta = sorted({sizes[0] * float(group["weight_decay"]) for group in groups})
     share = initial_share(optimizer)

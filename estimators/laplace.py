@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gradmatch.estimators.blocks import units
 from gradmatch.estimators.curvature import Curvature
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.fingerprint import fingerprint, model_sampler
 
 
@@ -29,26 +30,30 @@ def from_laplace(laplace: Any, model: nn.Module | None = None) -> Curvature:
     """
     count = int(getattr(laplace, "n_data", 0))
     if count < 1:
-        raise ValueError(
-            "the Laplace approximation is not fitted: it has seen no data; call .fit(loader) first"
+        raise GradmatchError(
+            "the Laplace approximation is not fitted: it has seen no data; call .fit(loader) first",
+            "optimizer_state",
         )
     precision = laplace.posterior_precision
     if not isinstance(precision, Tensor) or precision.dim() != 1:
-        raise ValueError(
-            f"{type(laplace).__name__} is not diagonal; fit Laplace(..., hessian_structure='diag'), or estimate KFAC here"
+        raise GradmatchError(
+            f"{type(laplace).__name__} is not diagonal; fit Laplace(..., hessian_structure='diag'), or estimate KFAC here",
+            "optimizer_state",
         )
     whole = model if model is not None else laplace.model
     parameters = _fitted_parameters(laplace, whole)
     flat = (precision - laplace.prior_precision_diag).detach()
     expected = sum(value.numel() for value in parameters.values())
     if flat.numel() != expected:
-        raise ValueError(
-            f"the Laplace approximation has {flat.numel()} numbers, the model {expected} trainable weights"
+        raise GradmatchError(
+            f"the Laplace approximation has {flat.numel()} numbers, the model {expected} trainable weights",
+            "optimizer_state",
         )
     if not bool(flat.any()):
-        raise ValueError(
+        raise GradmatchError(
             "the Laplace approximation has a curvature of exactly zero everywhere. laplace-torch 0.3 fits that for the last layer with "
-            "CurvlinopsEF, whose gradients do not reach it: fit with CurvlinopsGGN, or estimate the empirical Fisher here"
+            "CurvlinopsEF, whose gradients do not reach it: fit with CurvlinopsGGN, or estimate the empirical Fisher here",
+            "optimizer_state",
         )
     pieces = flat.split([value.numel() for value in parameters.values()])
     mean = {

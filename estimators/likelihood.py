@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.randomness import draw_index
 
 IGNORE = -100
@@ -106,17 +107,21 @@ class Categorical:
         """Logits as (B, T, C), labels as (B, T), and which predictions count."""
         logits = checked_logits(output, batch)
         if logits.dim() < 2:
-            raise ValueError(
+            raise GradmatchError(
                 f"{self.name} needs logits of shape (B, ..., classes), got {list(logits.shape)} in batch {batch.index}; "
-                'a single logit per example is likelihood="bernoulli"'
+                'a single logit per example is likelihood="bernoulli"',
+                "bad_batch",
+                self.name,
             )
         view = logits.detach().movedim(self.class_dim, -1)
         places = list(view.shape[1:-1])
         view = view.reshape(batch.size, -1, view.shape[-1])
         if view.shape[2] == 1:
-            raise ValueError(
+            raise GradmatchError(
                 f"{self.name} with logits {list(logits.shape)} has one class, whose probability is always 1: its curvature is "
-                'zero; pass likelihood="bernoulli" for a yes/no logit or "regression" for a number'
+                'zero; pass likelihood="bernoulli" for a yes/no logit or "regression" for a number',
+                "bad_batch",
+                self.name,
             )
         labels = batch.labels
         if self.name == "classification" and labels is not None and labels.is_floating_point():
@@ -124,14 +129,18 @@ class Categorical:
         if self.name == "causal_lm" and labels is None:
             labels = batch.ids
         if self.name in ("masked_lm", "seq2seq") and labels is None:
-            raise ValueError(
-                f"{self.name} needs labels: they say which tokens are predicted (others: {IGNORE})"
+            raise GradmatchError(
+                f"{self.name} needs labels: they say which tokens are predicted (others: {IGNORE})",
+                "bad_batch",
+                self.name,
             )
         if labels is not None:
             if labels.is_floating_point() or labels.numel() != view.shape[0] * view.shape[1]:
-                raise ValueError(
+                raise GradmatchError(
                     f"batch {batch.index}: {self.name} with logits {list(logits.shape)} needs whole-number labels of "
-                    f"shape {[batch.size, *places]}, got {labels.dtype} of shape {list(labels.shape)}"
+                    f"shape {[batch.size, *places]}, got {labels.dtype} of shape {list(labels.shape)}",
+                    "bad_batch",
+                    self.name,
                 )
             labels = labels.reshape(view.shape[:2]).long()
         mask = batch.mask if batch.mask is not None and batch.mask.shape == view.shape[:2] else None
@@ -201,28 +210,34 @@ class Categorical:
     def _soft(self, labels: Tensor, logits: Tensor, batch: Batch) -> Tensor:
         """Labels that are probabilities of the classes, with the classes last."""
         if labels.shape != logits.shape:
-            raise ValueError(
+            raise GradmatchError(
                 f"batch {batch.index}: {self.name} with logits {list(logits.shape)} needs whole-number labels, or probabilities in "
-                f"the logits' shape; got {labels.dtype} of shape {list(labels.shape)}"
+                f"the logits' shape; got {labels.dtype} of shape {list(labels.shape)}",
+                "bad_batch",
+                self.name,
             )
         soft = wide(labels).movedim(self.class_dim, -1)
         if bool((soft < 0).any()) or bool(((soft.sum(-1) - 1).abs() > 1e-2).any()):
-            raise ValueError(
+            raise GradmatchError(
                 f"batch {batch.index}: labels that are probabilities must be at least 0 and sum to 1 over the classes; for independent "
-                'yes/no labels pass likelihood="bernoulli", for numbers "regression"'
+                'yes/no labels pass likelihood="bernoulli", for numbers "regression"',
+                "out_of_range",
             )
         return soft
 
     def _classes(self, reading: Reading) -> Tensor:
         labels, classes = reading.labels, reading.view.shape[2]
         if labels is None:
-            raise ValueError(f"batch {reading.batch.index} has no labels; true labels are needed here")
+            raise GradmatchError(
+                f"batch {reading.batch.index} has no labels; true labels are needed here", "bad_batch"
+            )
         counted = labels if reading.valid is None else labels[reading.valid]
         if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= classes):
             wrong = counted[(counted < 0) | (counted >= classes)][0]
-            raise ValueError(
+            raise GradmatchError(
                 f"batch {reading.batch.index}: label {int(wrong)} is out of range, the model has classes 0 to {classes - 1} "
-                f"({self.ignore_index} is ignored)"
+                f"({self.ignore_index} is ignored)",
+                "bad_batch",
             )
         return torch.as_tensor(labels)
 
@@ -247,22 +262,24 @@ def checked_logits(output: Any, batch: Batch) -> Tensor:
         )
     logits = find_logits(output)
     if logits.dim() == 0 or logits.shape[0] != batch.size:
-        raise ValueError(
+        raise GradmatchError(
             f"batch {batch.index} has {batch.size} examples but the model returned logits of shape {list(logits.shape)}; "
             "the first dimension must be the example"
             + (
                 ", and a single number is a loss, not a prediction: return the logits beside it"
                 if logits.dim() == 0
                 else ""
-            )
+            ),
+            "bad_batch",
         )
     values = logits.detach()
     if not bool(torch.isfinite(values.sum())):  # minus infinity is legitimate: a class that is ruled out
         bad = torch.isnan(values) | (values == math.inf)
         if bool(bad.any()):
             row = int(bad.flatten(1).any(1).nonzero()[0])
-            raise ValueError(
-                f"the model's output is NaN or infinite in batch {batch.index}, row {row}: so is the loss, and no curvature exists"
+            raise GradmatchError(
+                f"the model's output is NaN or infinite in batch {batch.index}, row {row}: so is the loss, and no curvature exists",
+                "not_finite",
             )
     return logits
 
@@ -306,5 +323,7 @@ def _probabilities(reading: Reading) -> Tensor:
 def required(reading: Reading) -> Any:
     """The labels."""
     if reading.labels is None:
-        raise ValueError(f"batch {reading.batch.index} has no labels; true labels are needed here")
+        raise GradmatchError(
+            f"batch {reading.batch.index} has no labels; true labels are needed here", "bad_batch"
+        )
     return reading.labels

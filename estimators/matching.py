@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.wrapped import bare_names
 
 # The parameters that transformers' Trainer keeps out of weight decay, in a second group, beside those of nn.LayerNorm.
@@ -63,9 +64,10 @@ def _order(
     fitting_count = [each for each in (trainable, everything) if len(each) == len(shapes)]
     if not fitting_count:
         all_of_them = f" ({len(everything)} in all)" if len(everything) != len(trainable) else ""
-        raise ValueError(
+        raise GradmatchError(
             f"the optimizer has {len(shapes)} parameters, the model {len(trainable)} trainable ones{all_of_them}; set "
-            "requires_grad to False on those that it did not train"
+            "requires_grad to False on those that it did not train",
+            "optimizer_state",
         )
     parameters = fitting_count[0]
     orders = _orders(groups, shapes, model, parameters)
@@ -73,16 +75,18 @@ def _order(
     if not fitting:
         names = list(parameters)
         wrong = _misfit(names, shapes, parameters) or 0
-        raise ValueError(
+        raise GradmatchError(
             f"the optimizer's states do not fit the model: its parameter {wrong} has shape {list(shapes[wrong] or ())}, the "
             f"model's {names[wrong]!r} has {list(parameters[names[wrong]].shape)}. If it is the model that it trained, its "
-            "groups are in an order that cannot be told: give the live optimizer, or train with named parameters"
+            "groups are in an order that cannot be told: give the live optimizer, or train with named parameters",
+            "shape_mismatch",
         )
     for other in fitting[1:]:
         one, two = next(pair for pair in zip(fitting[0], other, strict=True) if pair[0] != pair[1])
-        raise ValueError(
+        raise GradmatchError(
             f"the optimizer's states fit the model in two ways: the same state could be that of {one!r} or of {two!r}. Give "
-            "the live optimizer, or train with optimizer = AdamW(model.named_parameters()), which keeps the names"
+            "the live optimizer, or train with optimizer = AdamW(model.named_parameters()), which keeps the names",
+            "optimizer_state",
         )
     return fitting[0]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.errors import GradmatchError
 
 LEAST_BYTES = (
     128 * 2**20
@@ -51,8 +52,10 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(?:I?B)?\s*", text.upper())
     size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
     if size < 1:
-        raise ValueError(
-            f'chunk is a number of rows (64), an amount of memory ("2GB") or "auto", got {text!r}'
+        raise GradmatchError(
+            f'chunk is a number of rows (64), an amount of memory ("2GB") or "auto", got {text!r}',
+            "out_of_range",
+            text,
         )
     return size
 

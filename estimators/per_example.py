@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.general import differentiable, per_example_gradients, summed_gradients
 from gradmatch.estimators.gradients import (
     CHUNK_BYTES,
@@ -111,8 +112,9 @@ class Engine:
     def _run(self, seed: Seed, consume: Callable[[Call, int, Tensor], None], keep: bool) -> None:
         output, gradient = seed
         if not output.requires_grad:
-            raise ValueError(
-                "the model's output depends on no trainable parameter: there is nothing to estimate"
+            raise GradmatchError(
+                "the model's output depends on no trainable parameter: there is nothing to estimate",
+                "unsupported_model",
             )
         self._consume, self._state = consume, "backward"
         try:
@@ -120,9 +122,10 @@ class Engine:
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise
-            raise ValueError(
+            raise GradmatchError(
                 "the model uses reentrant gradient checkpointing, which hides its layers from the estimate; switch it off "
-                "(model.gradient_checkpointing_disable()) or pass use_reentrant=False to torch.utils.checkpoint"
+                "(model.gradient_checkpointing_disable()) or pass use_reentrant=False to torch.utils.checkpoint",
+                "unsupported_model",
             ) from error
         finally:
             self._consume, self._state = None, "idle"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gradmatch.estimators.batches import Batch
 from gradmatch.estimators.checks import check_determinism, check_independence, check_inputs_kept
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.evidence import Evidence, gather_evidence, isolated, sum_of
 from gradmatch.estimators.general import (
     Recorded,
@@ -101,15 +102,17 @@ def make_plan(
             return Plan(units, rows, unused, size / (rows * batch.values_per_row()))
         for unit in failed:
             if unit.name == "" and not differentiable(reference):
-                raise ValueError(
+                raise GradmatchError(
                     f"parameters of the model itself are used, and its output of type {type(reference).__name__} shows no tensor: "
-                    "return a tensor, a tuple, a dict or a transformers ModelOutput"
+                    "return a tensor, a tuple, a dict or a transformers ModelOutput",
+                    "unsupported_model",
                 )
             if unit.name == "":
-                raise ValueError(
+                raise GradmatchError(
                     "the model mixes the examples of a batch: the loss of one example depends on the others, so "
                     "per-example curvature does not exist; the forward passes of single modules do not show it, so look at "
-                    "the likelihood's log_prob and at the model's own forward"
+                    "the likelihood's log_prob and at the model's own forward",
+                    "unsupported_model",
                 )
             uses = _climb(uses, unit)
         expand = {unit.name: unit.expand for unit in units}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.handlers import find_handler, transposed_linear
 from gradmatch.estimators.inference import infer_likelihood
 from gradmatch.estimators.likelihood import Likelihood, Reading, Seed, find_logits
@@ -165,8 +166,9 @@ def with_length_check(run: Callable[[], T], model: nn.Module, batch: Batch) -> T
         if (
             isinstance(longest, int) and length > longest - 2
         ):  # RoBERTa counts two positions that it cannot use
-            raise ValueError(
-                f"batch {batch.index} has sequences of {length} tokens, the model takes {longest} positions; truncate them"
+            raise GradmatchError(
+                f"batch {batch.index} has sequences of {length} tokens, the model takes {longest} positions; truncate them",
+                "bad_batch",
             ) from error
         raise
 
@@ -175,9 +177,10 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require gradients, by name, tied ones once."""
     found = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if not found:
-        raise ValueError(
+        raise GradmatchError(
             f"{type(model).__name__} has no trainable parameter: requires_grad is False on all of them; "
-            "curvature is estimated for those that require gradients"
+            "curvature is estimated for those that require gradients",
+            "bad_batch",
         )
     return found
 

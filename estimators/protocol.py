@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 from gradmatch.estimators import empirical_fisher, fisher, ggn, gram, hessian, kfac
 from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.names import choose
 from gradmatch.estimators.problem import Problem
 
@@ -76,7 +77,7 @@ def find_estimator(method: str) -> Estimator:
             for part in name.split("."):
                 found = getattr(found, part)
         except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"method {method!r} cannot be imported: {error}") from error
+            raise GradmatchError(f"method {method!r} cannot be imported: {error}", "bad_request") from error
     elif found is None:
         installed = {entry.name: entry for entry in entry_points(group=GROUP)}
         choose("method", method, [*ESTIMATORS, *installed])
@@ -96,9 +97,10 @@ def check_gives(method: str, estimator: Estimator, **wanted: bool) -> None:
     gives = gives_of(estimator)
     asked = [option for option, given in wanted.items() if given and option not in gives]
     if asked:
-        raise ValueError(
+        raise GradmatchError(
             f"{asked[0]} is not available for method={method!r}, which gives {', '.join(gives) or 'none of the options'} "
-            f"(GIVES of the estimator, out of {', '.join(OPTIONS)})"
+            f"(GIVES of the estimator, out of {', '.join(OPTIONS)})",
+            "bad_request",
         )
 
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from gradmatch.estimators import distributed
 from gradmatch.estimators.batches import Batch
 from gradmatch.estimators.convergence import Convergence
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.files import replacing
 from gradmatch.estimators.problem import Problem
 
@@ -75,15 +76,19 @@ class Journal:
                 sums = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             found, state = json.loads(metadata["identity"]), json.loads(metadata["state"])
         except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"{self.path} holds no interrupted estimate ({error}); remove it or name another file"
+            raise GradmatchError(
+                f"{self.path} holds no interrupted estimate ({error}); remove it or name another file",
+                "other_weights",
+                self.path,
             ) from error
         different = [key for key in self.identity if found.get(key) != self.identity[key]]
         if different:
             key = different[0]
-            raise ValueError(
+            raise GradmatchError(
                 f"{self.path} belongs to another run: its {key} is {found.get(key)}, here it is {self.identity[key]}; remove "
-                "it, or name another file"
+                "it, or name another file",
+                "other_weights",
+                self.path,
             )
         for key, value in sums.items():
             device = problem.sums[key].device if key in problem.sums else problem.device
@@ -100,10 +105,12 @@ class Journal:
         """The last batch that was done before the interruption must be the one that it was then."""
         seen = end(batch)
         if self.last is not None and self.last != (seen, digest(batch)):
-            raise ValueError(
+            raise GradmatchError(
                 f"{self.path} was saved after batch {batch.index}, which ended with example {self.last[0]:,}; here it ends with "
                 f"example {seen:,}{' and holds other data' if self.last[0] == seen else ''}. Give the same batches in the same order (no "
-                "reshuffling), or remove the file to start again"
+                "reshuffling), or remove the file to start again",
+                "other_weights",
+                self.path,
             )
 
     def remove(self) -> None:

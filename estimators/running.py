@@ -17,6 +17,7 @@ from tqdm import tqdm
 from gradmatch.estimators import distributed
 from gradmatch.estimators.batches import BatchReader
 from gradmatch.estimators.convergence import Convergence
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.kronecker import FACTOR_A
 from gradmatch.estimators.problem import Problem
 from gradmatch.estimators.protocol import Estimator
@@ -76,9 +77,10 @@ def run(
                 problem.notes["stopped"] = f"relative error of the trace below {loop.tolerance}"
                 break
     if index + 1 < loop.done:
-        raise ValueError(
+        raise GradmatchError(
             f"the interrupted run had done {loop.done} batches, here there are {index + 1}: these are other data or another "
-            f"batch size; remove {loop.journal.path if loop.journal else ''}, or give the batches of that run"
+            f"batch size; remove {loop.journal.path if loop.journal else ''}, or give the batches of that run",
+            "other_weights",
         )
 
 
@@ -104,9 +106,10 @@ def converged(convergence: Convergence, tolerance: float) -> bool:
     """The same answer on every rank, from the groups of all."""
     together = Convergence.merged(distributed.gather(convergence))
     if any(not row for row in together.traces):
-        raise ValueError(
+        raise GradmatchError(
             f"tolerance has nothing to watch: the estimator says that it gives it, but adds to no {DIAGONAL}<parameter> in "
-            "problem.sums"
+            "problem.sums",
+            "bad_request",
         )
     return together.reached(tolerance)
 

@@ -114,8 +114,10 @@ class TensorFile(Mapping[str, TensorInfo]):
                 fd = os.open(self.path, os.O_RDONLY)
                 if _version(os.fstat(fd)) != self._version:
                     os.close(fd)
-                    raise ValueError(
-                        f"{self.path}: the file changed since its header was read; open it again"
+                    raise GradmatchError(
+                        f"{self.path}: the file changed since its header was read; open it again",
+                        "unreadable_file",
+                        self.path,
                     )
                 self._fd = fd
             return self._fd
@@ -155,8 +157,10 @@ class TensorFile(Mapping[str, TensorInfo]):
         while done < len(buffer):
             got = _read_at(self.fileno(), buffer[done:], offset + done)
             if got == 0:
-                raise ValueError(
-                    f"{self.path}: tensor {name!r} ends after {done} of {len(buffer)} bytes; the file changed since it was opened: fetch or write it again"
+                raise GradmatchError(
+                    f"{self.path}: tensor {name!r} ends after {done} of {len(buffer)} bytes; the file changed since it was opened: fetch or write it again",
+                    "unreadable_file",
+                    self.path,
                 )
             done += got
 
@@ -208,9 +212,11 @@ class TensorFile(Mapping[str, TensorInfo]):
                 size = os.fstat(self.fileno()).st_size
                 end = max((info.stop for info in self._tensors.values()), default=0)
                 if size < end:
-                    raise ValueError(
+                    raise GradmatchError(
                         f"{self.path}: the file has shrunk to {size} bytes since it was opened, its tensors end at {end}; "
-                        "fetch or write it again"
+                        "fetch or write it again",
+                        "unreadable_file",
+                        self.path,
                     )
                 self._map = mmap.mmap(self.fileno(), 0, prot=mmap.PROT_READ)
                 with (
@@ -265,17 +271,21 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
         raw = file.read(length)
     header = parse_json(raw, f"{path}: the header", lambda pairs: _without_duplicates(path, pairs))
     if not isinstance(header, dict):
-        raise ValueError(f"{path}: the header is {type(header).__name__}, not a table of tensors")
+        raise GradmatchError(
+            f"{path}: the header is {type(header).__name__}, not a table of tensors", "unreadable_file", path
+        )
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{path}: __metadata__ must map strings to strings")
+        raise GradmatchError(f"{path}: __metadata__ must map strings to strings", "unreadable_file", path)
     tensors = [_tensor_info(path, name, entry, 8 + length, size) for name, entry in header.items()]
     tensors.sort(key=lambda info: (info.start, info.stop))
     end = 8 + length
     for info in tensors:
         if info.start < end:
-            raise ValueError(
-                f"{path}: tensor {info.name!r} starts at byte {info.start}, inside the one before it"
+            raise GradmatchError(
+                f"{path}: tensor {info.name!r} starts at byte {info.start}, inside the one before it",
+                "unreadable_file",
+                path,
             )
         end = max(end, info.stop)
     return metadata, {info.name: info for info in tensors}
@@ -295,7 +305,7 @@ def _without_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, A
     if len(table) != len(pairs):
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"{path}: the header holds {twice} more than once")
+        raise GradmatchError(f"{path}: the header holds {twice} more than once", "unreadable_file", path)
     return table
 
 
@@ -308,22 +318,36 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int, file_size: 
         or not isinstance(fields[2], list)
         or len(fields[2]) != 2
     ):
-        raise ValueError(f"{path}: tensor {name!r} lacks a dtype, shape or data_offsets: {entry!r:.200}")
+        raise GradmatchError(
+            f"{path}: tensor {name!r} lacks a dtype, shape or data_offsets: {entry!r:.200}",
+            "unreadable_file",
+            path,
+        )
     dtype, shape, (start, stop) = fields[0], tuple(fields[1]), fields[2]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
-        raise ValueError(f"{path}: tensor {name!r} has dtype {dtype!r:.80}; known are {sorted(ITEM_SIZE)}")
+        raise GradmatchError(
+            f"{path}: tensor {name!r} has dtype {dtype!r:.80}; known are {sorted(ITEM_SIZE)}",
+            "unknown_name",
+            path,
+        )
     if not all(type(extent) is int and extent >= 0 for extent in (*shape, start, stop)):
-        raise ValueError(
-            f"{path}: tensor {name!r} has a shape or offset that is no whole number: {entry!r:.200}"
+        raise GradmatchError(
+            f"{path}: tensor {name!r} has a shape or offset that is no whole number: {entry!r:.200}",
+            "unreadable_file",
+            path,
         )
     expected = math.prod(shape) * ITEM_SIZE[dtype]
     if stop - start != expected:
-        raise ValueError(
+        raise GradmatchError(
             f"{path}: tensor {name!r} of shape {list(shape)} and dtype {dtype} needs {expected} bytes, "
-            f"its offsets hold {stop - start}"
+            f"its offsets hold {stop - start}",
+            "shape_mismatch",
+            path,
         )
     if data_start + stop > file_size:
-        raise ValueError(
-            f"{path}: cut short: tensor {name!r} ends at byte {data_start + stop}, the file has {file_size}; fetch it again"
+        raise GradmatchError(
+            f"{path}: cut short: tensor {name!r} ends at byte {data_start + stop}, the file has {file_size}; fetch it again",
+            "unreadable_file",
+            path,
         )
     return TensorInfo(name, dtype, shape, data_start + start, data_start + stop)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.fingerprint import edges
 from gradmatch.estimators.tensorfile import TensorFile
 
@@ -99,7 +100,9 @@ def _read_arguments(run: Run) -> None:
         run.processes = int(processes or 1)
         run.max_grad_norm = float(given.get("max_grad_norm") or 0) if clip == "auto" else float(clip)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{run.folder / ARGUMENTS} holds a number that is none: {error}") from error
+        raise GradmatchError(
+            f"{run.folder / ARGUMENTS} holds a number that is none: {error}", "optimizer_state"
+        ) from error
     if not processes:
         run.unknown.append("no file says how many processes there were")
     accelerator = getattr(given.get("accelerator_config"), "__dict__", {})
@@ -137,11 +140,15 @@ def _arguments(file: Path) -> tuple[str, dict[str, Any]]:
         with torch.serialization.safe_globals(stand_ins):
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler trips over first
-        raise ValueError(
-            f"{file} cannot be read: {str(error).strip().splitlines()[0] or type(error).__name__}"
+        raise GradmatchError(
+            f"{file} cannot be read: {str(error).strip().splitlines()[0] or type(error).__name__}",
+            "unreadable_file",
+            file,
         ) from error
     if not isinstance(loaded, _Inert):
-        raise ValueError(f"{file} holds a {type(loaded).__name__}, not the arguments of a Trainer")
+        raise GradmatchError(
+            f"{file} holds a {type(loaded).__name__}, not the arguments of a Trainer", "optimizer_state", file
+        )
     given = {key: value for key, value in vars(loaded).items() if key != "given"}
     return type(loaded).__name__, {
         key: value.given[0] if isinstance(value, _Inert) and len(value.given) == 1 else value
@@ -159,7 +166,9 @@ def _read_state(run: Run) -> None:
         entries = [entry for entry in found.get("log_history", []) if entry.get("grad_norm") is not None]
         norms = {int(entry["step"]): float(entry["grad_norm"]) for entry in entries}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not what a Trainer writes: {type(error).__name__} {error}") from error
+        raise GradmatchError(
+            f"{file} is not what a Trainer writes: {type(error).__name__} {error}", "optimizer_state", file
+        ) from error
     run.norms = {
         step: norm for step, norm in norms.items() if math.isfinite(norm)
     }  # others: steps that were skipped
@@ -171,9 +180,9 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+        raise GradmatchError(f"{file} is no JSON: {error}", "unreadable_file", file) from error
     if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a {type(found).__name__}, not an object")
+        raise GradmatchError(f"{file} holds a {type(found).__name__}, not an object", "optimizer_state", file)
     return found
 
 
@@ -202,9 +211,11 @@ def check_beside(folder: Path, parameters: Mapping[str, Tensor]) -> str:
     if others and not compared:
         compared = sum(_is_among(where, value) for value in others)
         if not compared:
-            raise ValueError(
+            raise GradmatchError(
                 f"the optimizer's state in {folder} is that of another model: none of the given model's {len(others)} trainable "
-                f"tensors is in the model beside it; give the model of that folder"
+                f"tensors is in the model beside it; give the model of that folder",
+                "optimizer_state",
+                folder,
             )
     return f"{compared} of {len(parameters)} tensors are those of the model in {folder.name}"
 
@@ -217,16 +228,20 @@ def _check_same(file: TensorFile, name: str, value: Tensor) -> None:
     )
     info = file[name]
     if info.shape != tuple(value.shape):
-        raise ValueError(
-            f"{name!r} has shape {list(info.shape)} in {file.path.name}, {list(value.shape)} here; {advice}"
+        raise GradmatchError(
+            f"{name!r} has shape {list(info.shape)} in {file.path.name}, {list(value.shape)} here; {advice}",
+            "optimizer_state",
+            name,
         )
     for there, here in _samples(file, name, value):
         different = (there != here) & ~(there.isnan() & here.isnan())
         if bool(different.any()):
             place = int(different.nonzero()[0])
-            raise ValueError(
+            raise GradmatchError(
                 f"{name!r} holds {float(there[place]):.6g} in {file.path.name} where the given model has "
-                f"{float(here[place]):.6g}; {advice}"
+                f"{float(here[place]):.6g}; {advice}",
+                "optimizer_state",
+                name,
             )
 
 

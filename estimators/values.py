@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.likelihood import (
     IGNORE,
     OwnLikelihood,
@@ -44,8 +45,9 @@ class Bernoulli:
         if labels is not None:
             valid = (labels != IGNORE)[..., 0]
             if bool(((labels < 0) | (labels > 1))[valid].any()):
-                raise ValueError(
-                    f"batch {batch.index}: bernoulli labels must lie in 0 .. 1 ({IGNORE} is ignored)"
+                raise GradmatchError(
+                    f"batch {batch.index}: bernoulli labels must lie in 0 .. 1 ({IGNORE} is ignored)",
+                    "out_of_range",
                 )
         return Reading(logits, view, labels, valid, batch)
 
@@ -94,7 +96,9 @@ class Gaussian:
 
     def __init__(self, variance: float = 1.0) -> None:
         if not variance > 0 or not math.isfinite(variance):
-            raise ValueError(f"the noise variance must be positive and finite, got {variance}")
+            raise GradmatchError(
+                f"the noise variance must be positive and finite, got {variance}", "out_of_range"
+            )
         self.variance = variance
 
     def read(self, output: Any, batch: Batch) -> Reading:
@@ -157,8 +161,10 @@ class Own:
 
     def exact(self, reading: Reading, column: int) -> Seed:
         """Not available."""
-        raise ValueError(
-            f"the likelihood {self.name} has no exact expectation over labels; use sampled labels"
+        raise GradmatchError(
+            f"the likelihood {self.name} has no exact expectation over labels; use sampled labels",
+            "bad_batch",
+            self.name,
         )
 
     def log_prob(self, reading: Reading) -> Tensor:
@@ -168,12 +174,16 @@ class Own:
     def _log_prob(self, reading: Reading, labels: Any) -> Tensor:
         value = self.given.log_prob(reading.output, labels)
         if value.shape != (reading.batch.size,):
-            raise ValueError(
+            raise GradmatchError(
                 f"log_prob of {self.name} returned shape {list(value.shape)}, it must give one number per example: "
-                f"[{reading.batch.size}]"
+                f"[{reading.batch.size}]",
+                "bad_batch",
+                self.name,
             )
         if bool(torch.isnan(value).any()):
-            raise ValueError(f"log_prob of {self.name} is NaN in batch {reading.batch.index}")
+            raise GradmatchError(
+                f"log_prob of {self.name} is NaN in batch {reading.batch.index}", "not_finite", self.name
+            )
         return value
 
 
@@ -182,8 +192,9 @@ def _values(batch: Batch, view: Tensor, output: Tensor) -> Tensor | None:
     if batch.labels is None:
         return None
     if batch.labels.numel() != view.numel():
-        raise ValueError(
-            f"batch {batch.index}: labels of shape {list(batch.labels.shape)} do not fit outputs of shape {list(output.shape)}"
+        raise GradmatchError(
+            f"batch {batch.index}: labels of shape {list(batch.labels.shape)} do not fit outputs of shape {list(output.shape)}",
+            "bad_batch",
         )
     labels: Tensor = batch.labels.to(wide(view).dtype).reshape(view.shape)
     return labels

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from gradmatch.estimators.errors import GradmatchError
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -30,9 +32,10 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
     kinds = {type(part).__name__ for part in model.modules()} | {type(p).__name__ for p in model.parameters()}
     if any(kind.startswith("FSDP") or "FullyShard" in kind or kind == "DTensor" for kind in kinds):
-        raise ValueError(
+        raise GradmatchError(
             "the model is sharded by FSDP, so that no process holds its parameters whole: load its checkpoint unsharded "
-            "(estimating and merging need no optimizer state, and only one copy of the weights)"
+            "(estimating and merging need no optimizer state, and only one copy of the weights)",
+            "unsupported_model",
         )
     return model
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gradmatch.estimators.errors import GradmatchError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -66,12 +68,13 @@ def refine(
         ValueError: other tasks in `alpha` than in `losses`, none at all, a negative damping, or an Hbar that is not positive.
     """
     if not losses or set(alpha) != set(losses):
-        raise ValueError(
+        raise GradmatchError(
             f"alpha has weights for {', '.join(sorted(alpha)) or 'no task'}, losses has {', '.join(sorted(losses)) or 'none'}; "
-            "both must name the same tasks"
+            "both must name the same tasks",
+            "bad_request",
         )
     if damping < 0:
-        raise ValueError(f"damping is {damping}; it must be at least 0")
+        raise GradmatchError(f"damping is {damping}; it must be at least 0", "out_of_range")
     here = dict(theta)
     values, sizes = [objective(here, theta0, losses, alpha, h0)], []
     for _ in range(steps):
@@ -146,8 +149,10 @@ def newton_direction(
     h_bar = h0 + damping + torch.stack(weighted).sum(0)
     bad = int((h_bar <= 0).sum())
     if bad:
-        raise ValueError(
-            f"{name}: H0 + sum_t alpha_t H_t is not positive on {bad} weights; add a floor to H0 or a damping"
+        raise GradmatchError(
+            f"{name}: H0 + sum_t alpha_t H_t is not positive on {bad} weights; add a floor to H0 or a damping",
+            "not_positive",
+            name,
         )
     return -gradient / h_bar
 

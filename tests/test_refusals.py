@@ -3,6 +3,7 @@
 `python tests/test_refusals.py` writes the page.
 """
 
+import ast
 import json
 import shlex
 import shutil
@@ -255,7 +256,25 @@ def page():
             + " |"
             for given, _, command, words in rows
         ]
+    lines += [
+        "",
+        "## Codes",
+        "",
+        "`code` is one of " + ", ".join(f"`{code}`" for code in sorted(set(codes()))) + ".",
+    ]
     return "\n".join(lines) + "\n"
+
+
+def codes():
+    """Of every GradmatchError in the code."""
+    for path in [*ROOT.glob("gradmatch/**/*.py"), *ROOT.glob("estimators/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Call)
+                and getattr(node.func, "id", "") == "GradmatchError"
+                and len(node.args) > 1
+            ):
+                yield node.args[1].value
 
 
 def test_the_page_is_the_table():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.layers import layer_group
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.measure.forecast import BestWeights, Products, best_coefficients
 from gradmatch.measure.products import (
     curvature_products,
@@ -150,17 +151,22 @@ def make_directions(
         ValueError: an unknown span or group, or a preconditioned span without curvatures.
     """
     if span not in SPANS:
-        raise ValueError(f"unknown span {span!r}; known: {', '.join(SPANS)}")
+        raise GradmatchError(f"unknown span {span!r}; known: {', '.join(SPANS)}", "unknown_name")
     taus = {task: task_vector(base, model) for task, model in tasks.items()}
     known = {layer_group(name) for tau in taus.values() for name in tau}
     unknown = [group for group in groups if group not in known]
     if unknown:
-        raise ValueError(f"no layer group {unknown[0]!r}; this model has {', '.join(sorted(known))}")
+        raise GradmatchError(
+            f"no layer group {unknown[0]!r}; this model has {', '.join(sorted(known))}",
+            "unknown_name",
+            unknown[0],
+        )
     terms: Mapping[str, Mapping[str, Tensor]] = taus
     if span == "preconditioned":
         if not curvatures or base_curvature is None:
-            raise ValueError(
-                "the preconditioned span needs curvatures of the tasks and base_curvature (a Curvature or a number)"
+            raise GradmatchError(
+                "the preconditioned span needs curvatures of the tasks and base_curvature (a Curvature or a number)",
+                "bad_choice",
             )
         terms = preconditioned_vectors(
             taus,
@@ -206,7 +212,9 @@ def _products(
         return found
     if curvatures:
         return [curvature_products(t, c, directions, positions[t]) for t, c in curvatures.items()]
-    raise ValueError("nothing to choose weights from: give data (objectives), stored products, or curvatures")
+    raise GradmatchError(
+        "nothing to choose weights from: give data (objectives), stored products, or curvatures", "bad_choice"
+    )
 
 
 def forecast_objectives(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.commands.sources import add_sources, read_data, sources
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.files import write_atomically
 
 if TYPE_CHECKING:
@@ -53,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Forecast and print."""
     if args.write and args.group:
-        raise ValueError(
-            "--write and --group do not go together: a recipe's weights multiply whole task vectors"
+        raise GradmatchError(
+            "--write and --group do not go together: a recipe's weights multiply whole task vectors",
+            "bad_arguments",
         )
     arguments = sources(args)
     from gradmatch.choosing.auto import auto_weights, forecast_objectives

@@ -8,6 +8,7 @@ from typing import Any
 
 from gradmatch.commands.options import add_options, given_options
 from gradmatch.commands.sources import add_data, add_models, number_or_text, parse_task, read_data
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.plan.request import POLICIES
 from gradmatch.plan.step import Plan
 from gradmatch.recipes.recipe import SETTINGS, load_recipe, options_alone
@@ -109,8 +110,9 @@ def run(args: argparse.Namespace) -> int:
         arguments["transforms"] = args.transform
     arguments |= {name: getattr(args, name) for name in ("weights", "products") if getattr(args, name)}
     if "base" not in arguments or not arguments.get("tasks"):
-        raise ValueError(
-            "nothing to merge: give a recipe, or --base and at least one --task (see gradmatch merge --help)"
+        raise GradmatchError(
+            "nothing to merge: give a recipe, or --base and at least one --task (see gradmatch merge --help)",
+            "bad_arguments",
         )
     if args.dry_run:
         if arguments.get("weights"):
@@ -124,8 +126,9 @@ def run(args: argparse.Namespace) -> int:
             print("weights are chosen when merging; this plan shows 1")
         return 0
     if not out:
-        raise ValueError(
-            "no output folder: name it after the recipe or with --out (or look first, with --dry-run)"
+        raise GradmatchError(
+            "no output folder: name it after the recipe or with --out (or look first, with --dry-run)",
+            "bad_arguments",
         )
     from gradmatch.api import merge
 

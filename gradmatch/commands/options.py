@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from gradmatch.common.yamltext import load_yaml
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules import RULES, Rule
 from gradmatch.rules.edits import TRANSFORMS, Transform
 
@@ -59,7 +60,7 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
     for text in args.option:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--option {text!r} is not KEY=VALUE")
+            raise GradmatchError(f"--option {text!r} is not KEY=VALUE", "bad_arguments", text)
         found[key] = load_yaml(value, f"--option {text!r}")
     return found
 

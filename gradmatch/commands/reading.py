@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from gradmatch.estimators.errors import GradmatchError
+
 LEAST = {"examples": 1, "batch_size": 1, "max_length": 2}
 
 
@@ -57,7 +59,9 @@ def check_reading(args: argparse.Namespace) -> None:
     for option, least in LEAST.items():
         value = getattr(args, option)
         if value is not None and value < least:
-            raise ValueError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
+            raise GradmatchError(
+                f"--{option.replace('_', '-')} must be at least {least}, got {value}", "out_of_range"
+            )
 
 
 def read_source(args: argparse.Namespace, source: str, model: Any, whose: str = "", **options: Any) -> Any:

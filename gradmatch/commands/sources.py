@@ -8,6 +8,7 @@ from typing import Any
 
 from gradmatch.commands.reading import add_reading, check_reading, read_source
 from gradmatch.common.yamltext import load_yaml
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.task import Task
 
 SETTINGS = ("method", "base_curvature", "base_weight", "delta0")
@@ -52,7 +53,11 @@ def parse_task(text: str) -> Task:
             pair += "," + pairs.pop(0)
         key, equals, value = pair.partition("=")
         if not equals or key not in ("curvature", "weight", "name"):
-            raise ValueError(f"--task {text!r}: {pair!r} is none of curvature=FILE, weight=W, name=NAME")
+            raise GradmatchError(
+                f"--task {text!r}: {pair!r} is none of curvature=FILE, weight=W, name=NAME",
+                "unknown_name",
+                text,
+            )
         fields[key] = load_yaml(value, f"--task {text!r}: the weight") if key == "weight" else value
     return Task(model, **fields)
 
@@ -89,7 +94,9 @@ def sources(args: argparse.Namespace) -> dict[str, Any]:
     if args.task:
         arguments["tasks"] = [parse_task(text) for text in args.task]
     if "base" not in arguments or not arguments.get("tasks"):
-        raise ValueError("nothing to look at: give a recipe, or --base and at least one --task")
+        raise GradmatchError(
+            "nothing to look at: give a recipe, or --base and at least one --task", "bad_arguments"
+        )
     return arguments
 
 
@@ -122,9 +129,15 @@ def parse_data(arguments: Sequence[str], tasks: Sequence[str]) -> dict[str, str]
     for argument in arguments:
         task, equals, name = argument.partition("=")
         if not equals or not name:
-            raise ValueError(f"--data {argument!r} is not TASK=FILE; the tasks are {', '.join(tasks)}")
+            raise GradmatchError(
+                f"--data {argument!r} is not TASK=FILE; the tasks are {', '.join(tasks)}",
+                "bad_arguments",
+                argument,
+            )
         if task not in tasks:
-            raise ValueError(f"--data names a task {task!r}; the tasks are {', '.join(tasks)}")
+            raise GradmatchError(
+                f"--data names a task {task!r}; the tasks are {', '.join(tasks)}", "bad_arguments"
+            )
         check_source(name)
         files[task] = name
     return files

@@ -6,6 +6,7 @@ import argparse
 
 from gradmatch.commands.merge import add_model_arguments, make_plan, overrides, print_plan
 from gradmatch.commands.options import add_options
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules import RULES, removals
 from gradmatch.rules.removal import GUARDS
 from gradmatch.subtraction import scaled
@@ -42,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
     """Subtract, or print the plan."""
     arguments = overrides(args, ("keep", "guard", "weight"))
     if "base" not in arguments or "tasks" not in arguments:
-        raise ValueError(
-            "nothing to subtract: give --base and at least one --task (see gradmatch subtract --help)"
+        raise GradmatchError(
+            "nothing to subtract: give --base and at least one --task (see gradmatch subtract --help)",
+            "bad_arguments",
         )
     if args.dry_run:
         own = {"keep": args.keep, "guard": args.guard} if RULES[args.method].guarded else {}
@@ -51,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
         print_plan(make_plan({**arguments, **own, "method": args.method}), args.out, args.overwrite)
         return 0
     if not args.out:
-        raise ValueError("no output folder: name it with --out (or look first, with --dry-run)")
+        raise GradmatchError(
+            "no output folder: name it with --out (or look first, with --dry-run)", "bad_arguments"
+        )
     from gradmatch.subtraction import subtract
 
     arguments["task"] = arguments.pop("tasks")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from gradmatch.estimators.errors import GradmatchError
+
 
 def check_device(name: str) -> None:
     """Refuse what torch cannot compute on here; "cpu" is known without asking torch.
@@ -26,6 +28,8 @@ def check_device(name: str) -> None:
     except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch was built without it
         reason = str(error).split("\n")[0]
         known = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-        raise ValueError(
-            f"device is {name!r}, which torch does not know ({reason}); here are: {', '.join(known)}"
+        raise GradmatchError(
+            f"device is {name!r}, which torch does not know ({reason}); here are: {', '.join(known)}",
+            "bad_setting",
+            name,
         ) from None

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from numbers import Real
 from typing import Any
 
+from gradmatch.estimators.errors import GradmatchError
+
 
 def plain(value: Any) -> Any:
     """A setting in Python's own numbers: those of numpy and torch, and arrays of them, are converted."""
@@ -58,6 +60,8 @@ def check_kind(what: str, setting: Any, default: Any) -> None:
         elif isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{what} is {value!r}; it must be a number, as its default {default!r}")
         elif not math.isfinite(value):
-            raise ValueError(f"{what} is {value}, it must be a finite number")
+            raise GradmatchError(f"{what} is {value}, it must be a finite number", "out_of_range")
         elif isinstance(default, int) and value != math.floor(value):
-            raise ValueError(f"{what} is {value}, it must be a whole number, as its default {default}")
+            raise GradmatchError(
+                f"{what} is {value}, it must be a whole number, as its default {default}", "bad_setting"
+            )

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 from gradmatch.common.names import nearest
+from gradmatch.estimators.errors import GradmatchError
 
 Part = TypeVar("Part")
 
@@ -42,7 +43,11 @@ def find_part(
         installed = {point.name: point for point in entry_points(group=group)}
         if name not in installed:
             names = [*known, *installed]
-            raise ValueError(f"unknown {what} {name!r}{nearest(name, names)}; known are {', '.join(names)}")
+            raise GradmatchError(
+                f"unknown {what} {name!r}{nearest(name, names)}; known are {', '.join(names)}",
+                "unknown_name",
+                name,
+            )
         found = installed[name].load()
     if kind is not None and not isinstance(found, kind):
         raise TypeError(f"{what} {name!r} is a {type(found).__name__}, not a gradmatch.{kind.__name__}")
@@ -57,11 +62,14 @@ def _imported(what: str, module: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
             raise  # of something that the module itself imports
-        raise ValueError(
-            f"{what} {module + ':' + name!r}: there is no module {error.name!r} to import; install it, or put its folder on PYTHONPATH"
+        raise GradmatchError(
+            f"{what} {module + ':' + name!r}: there is no module {error.name!r} to import; install it, or put its folder on PYTHONPATH",
+            "bad_setting",
         ) from None
     if not hasattr(held, name):
-        raise ValueError(
-            f"{what} {module + ':' + name!r}: module {module!r} holds no {name!r}{nearest(name, dir(held))}"
+        raise GradmatchError(
+            f"{what} {module + ':' + name!r}: module {module!r} holds no {name!r}{nearest(name, dir(held))}",
+            "bad_setting",
+            module,
         )
     return getattr(held, name)

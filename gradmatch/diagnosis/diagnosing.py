@@ -19,6 +19,7 @@ from gradmatch.diagnosis.report import report_of
 from gradmatch.diagnosis.scan import scan_weights
 from gradmatch.diagnosis.text import describe
 from gradmatch.estimators.curvature import Curvature
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.measure.forecast import Products
 from gradmatch.measure.opening import (
     CurvatureLike,
@@ -181,8 +182,9 @@ def diagnose(
     find_rule(method)
     for reserved in ("base", "merged"):
         if reserved in names:
-            raise ValueError(
-                f"a task is called {reserved!r}, which is what the {reserved} model goes by here; give it another name"
+            raise GradmatchError(
+                f"a task is called {reserved!r}, which is what the {reserved} model goes by here; give it another name",
+                "bad_request",
             )
     check_tasks("data", data, [*names, "base"])
     check_tasks("num_examples", num_examples, [*names, "base"])

@@ -11,6 +11,7 @@ from gradmatch.engine.buffers import Buffers
 from gradmatch.engine.context import Context, add, fetch
 from gradmatch.engine.matrices import solve_matrix
 from gradmatch.engine.stacked import gram_matrix, make_block, task_vectors
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.stores import torch_dtype
 from gradmatch.rules import Elementwise, Linear, Whole
 from gradmatch.rules.block import total
@@ -33,7 +34,7 @@ def linear_terms(
     try:
         c0, c, branch = step.rule.terms(step.alpha, gram_matrix(context, step, buffers), step.options)
     except ValueError as error:
-        raise ValueError(f"{step.name!r}: {error}") from None
+        raise GradmatchError(f"{step.name!r}: {error}", "bad_result", step.name) from None
     if branch:
         stats[f"branch:{branch.split(' = ')[0]}"] = 1.0
     return c0, c
@@ -121,7 +122,9 @@ def _checked(step: Step, merged: Tensor, like: Tensor) -> Tensor:
     """
     shape = list(merged.shape) if isinstance(merged, Tensor) else type(merged).__name__
     if shape != list(like.shape):
-        raise ValueError(
-            f"{step.name!r}: the {step.kind} rule must return a tensor of shape {list(like.shape)}, got {shape}"
+        raise GradmatchError(
+            f"{step.name!r}: the {step.kind} rule must return a tensor of shape {list(like.shape)}, got {shape}",
+            "bad_result",
+            step.name,
         )
     return merged.to(like.dtype)

@@ -16,6 +16,7 @@ from gradmatch.engine.compiled import CurvedTask, Histogram, Kernels, Source, Ta
 from gradmatch.engine.context import BLOCK, Context, add, plain_file
 from gradmatch.engine.rounding import MEASURED
 from gradmatch.engine.stacked import prior_scale
+from gradmatch.estimators.errors import GradmatchError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -200,7 +201,9 @@ def count_bits(
     except Unfit:
         return False
     if kernels.count_bits(call.count, len(wanted), histograms, theta0):
-        raise ValueError(
-            f"{step.name!r}: a file ended early; it changed since it was opened: fetch or write it again"
+        raise GradmatchError(
+            f"{step.name!r}: a file ended early; it changed since it was opened: fetch or write it again",
+            "unreadable_file",
+            step.name,
         )
     return True

@@ -10,6 +10,7 @@ from torch import Tensor
 from gradmatch.engine.context import add
 from gradmatch.engine.explain import not_positive
 from gradmatch.engine.stacked import task_vectors
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules import Solve
 from gradmatch.rules.block import Curved, NotPositiveError, Product
 
@@ -71,7 +72,9 @@ def _solve(context: Context, step: Step, theta0: Tensor, tau: Tensor, stats: dic
     try:
         merged = step.rule.solve(theta0, tau, step.alpha, curved)
     except NotPositiveError:
-        raise ValueError(not_positive(step, step.spec.numel, 0, step.spec.numel)) from None
+        raise GradmatchError(
+            not_positive(step, step.spec.numel, 0, step.spec.numel), "not_positive"
+        ) from None
     add(stats, curved.health)
     return merged
 

@@ -13,6 +13,7 @@ from gradmatch.engine.buffers import Buffers, stored
 from gradmatch.engine.context import BLOCK, add
 from gradmatch.engine.draws import uniform
 from gradmatch.engine.explain import explain, same_everywhere
+from gradmatch.estimators.errors import GradmatchError
 
 if TYPE_CHECKING:
     from gradmatch.engine.context import Context
@@ -82,8 +83,10 @@ def _refuse_overflow(step: Step, merged: Tensor, out: Tensor) -> None:
     """Raise where a finite value became infinite."""
     lost = merged.isfinite() & ~out.float().isfinite()  # torch asks no 8-bit float
     if bool(lost.any()):
-        raise ValueError(
-            f"{step.name}: merged values reach {float(merged[lost].abs().max()):g}, beyond what {out.dtype} holds; choose a wider dtype"
+        raise GradmatchError(
+            f"{step.name}: merged values reach {float(merged[lost].abs().max()):g}, beyond what {out.dtype} holds; choose a wider dtype",
+            "not_finite",
+            step.name,
         )
 
 
@@ -95,7 +98,7 @@ def _known(context: Context, step: Step, first: int, merged: Tensor) -> Tensor:
     """
     same = same_everywhere(context, step, first, merged)
     if same is None:
-        raise ValueError(explain(context, step, first, first + merged.numel(), merged))
+        raise GradmatchError(explain(context, step, first, first + merged.numel(), merged), "not_finite")
     return same
 
 
@@ -109,8 +112,10 @@ def converted(step: Step, values: Tensor, dtype: torch.dtype) -> Tensor:
     lost = values.float().isfinite() & ~rounded.float().isfinite()
     if bool(lost.any()):
         largest = float(values[lost].double().abs().max())
-        raise ValueError(
-            f"{step.name}: values reach {largest:g}, beyond what {dtype} holds; choose a wider dtype"
+        raise GradmatchError(
+            f"{step.name}: values reach {largest:g}, beyond what {dtype} holds; choose a wider dtype",
+            "not_finite",
+            step.name,
         )
     return rounded
 

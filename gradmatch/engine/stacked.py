@@ -13,6 +13,7 @@ from gradmatch.engine.buffers import Buffers, stored
 from gradmatch.engine.context import Context, Found, add, curvature, fetch, pieces
 from gradmatch.engine.draws import uniform
 from gradmatch.engine.explain import not_positive
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.stores import torch_dtype
 from gradmatch.rules import Elementwise
 from gradmatch.rules.block import Block, Cut, Edit, total
@@ -149,7 +150,7 @@ def make_block(
         broken = int((h0 < 0).sum())
         add(stats, {"weights": last - first})
     if broken:
-        raise ValueError(not_positive(step, broken, first, last))
+        raise GradmatchError(not_positive(step, broken, first, last), "not_positive")
     return block
 
 

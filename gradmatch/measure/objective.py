@@ -17,6 +17,7 @@ import torch
 from torch.func import functional_call
 
 from gradmatch.estimators.batches import BatchReader
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.inference import infer_likelihood, make_likelihood
 from gradmatch.estimators.likelihood import Categorical, Likelihood, Reading, find_logits
 from gradmatch.estimators.values import Bernoulli, Gaussian
@@ -63,7 +64,9 @@ class Objective:
         reader = BatchReader(module, device)
         self.batches = [reader(raw, index) for index, raw in enumerate(batches)]
         if not self.batches:
-            raise ValueError("no batches: the loss needs at least one (an iterator that was used up before?)")
+            raise GradmatchError(
+                "no batches: the loss needs at least one (an iterator that was used up before?)", "bad_data"
+            )
         self.seen = sum(batch.size for batch in self.batches)
         self.num_examples = num_examples or self.seen
         self.scale = self.num_examples / self.seen
@@ -272,9 +275,10 @@ class Objective:
     def _known_hessian(self) -> Categorical | Bernoulli | Gaussian:
         if isinstance(self._likelihood, Categorical | Bernoulli | Gaussian):
             return self._likelihood
-        raise ValueError(
+        raise GradmatchError(
             f"the likelihood {self._known().name!r} has no known Hessian in its outputs; forecasts need classification, "
-            "language modelling, bernoulli or regression"
+            "language modelling, bernoulli or regression",
+            "bad_data",
         )
 
     @contextmanager

@@ -15,6 +15,7 @@ from gradmatch.common.files import read_json
 from gradmatch.common.names import nearest
 from gradmatch.common.settings import numbers
 from gradmatch.estimators.curvature import Curvature
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.fingerprint import fingerprint
 from gradmatch.measure.conflict import curvature_overlap, sign_conflict
 from gradmatch.measure.objective import Objective
@@ -54,7 +55,9 @@ def open_models(
     """
     tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
     if not tasks:
-        raise ValueError("no tasks: a diagnosis needs the base and at least one fine-tuned model")
+        raise GradmatchError(
+            "no tasks: a diagnosis needs the base and at least one fine-tuned model", "bad_data"
+        )
     for task in tasks:
         if not isinstance(task, Task):
             raise TypeError(
@@ -84,8 +87,9 @@ def check_tasks(what: str, given: Mapping[str, Any] | None, names: Sequence[str]
     """
     for task in given or {}:
         if task not in names:
-            raise ValueError(
-                f"{what} names a task {task!r} that is not merged{nearest(task, names)}; the tasks are {', '.join(names)}"
+            raise GradmatchError(
+                f"{what} names a task {task!r} that is not merged{nearest(task, names)}; the tasks are {', '.join(names)}",
+                "bad_data",
             )
 
 
@@ -118,10 +122,11 @@ def open_objectives(
         except TypeError as error:
             raise TypeError(f"data of {task!r}: {error}") from error
         except ValueError as error:
-            raise ValueError(f"data of {task!r}: {error}") from error
+            raise GradmatchError(f"data of {task!r}: {error}", "bad_data") from error
         except (RuntimeError, IndexError) as error:  # torch's own
-            raise ValueError(
-                f"data of {task!r}: the module cannot be run on its first batch ({error}); these may be inputs of another model or tokenizer"
+            raise GradmatchError(
+                f"data of {task!r}: the module cannot be run on its first batch ({error}); these may be inputs of another model or tokenizer",
+                "bad_data",
             ) from error
     return objectives
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gradmatch.estimators.errors import GradmatchError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -39,7 +41,7 @@ def drop(tau: Mapping[str, Tensor], share: float, *, rescale: bool, seed: int = 
         ValueError: a share outside [0, 1).
     """
     if not 0 <= share < 1:
-        raise ValueError(f"the dropped share must be in [0, 1), got {share}")
+        raise GradmatchError(f"the dropped share must be in [0, 1), got {share}", "out_of_range")
     kept = {}
     for name, value in tau.items():
         generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.wrapped import bare_names
 from gradmatch.models.loading import check_complete
 from gradmatch.models.opening import open_checkpoint
@@ -56,8 +57,9 @@ class Seats:
         for name, tensor in self._own.items():
             value = view[names[name]].detach()
             if value.shape != tensor.shape:
-                raise ValueError(
-                    f"{names[name]!r} has shape {list(value.shape)}, in {type(self.module).__name__} it is {list(tensor.shape)}"
+                raise GradmatchError(
+                    f"{names[name]!r} has shape {list(value.shape)}, in {type(self.module).__name__} it is {list(tensor.shape)}",
+                    "bad_data",
                 )
             value = value.to(tensor)
             twins = (placed[twin] for twin in self._twins.get(name, ()) if twin in placed)
@@ -73,9 +75,11 @@ class Seats:
         leaves = {name: placed[name].detach() for name, _ in self.module.named_parameters()}
         for name, twins in self._twins.items():
             if any(placed[twin] is not placed[name] for twin in twins if twin in placed):
-                raise ValueError(
+                raise GradmatchError(
                     f"{type(self.module).__name__} ties {name!r} to {', '.join(t for t in twins if t != name)}, and these weights give "
-                    "two different tensors: derivatives need a module that does not tie them (tie_word_embeddings=False)"
+                    "two different tensors: derivatives need a module that does not tie them (tie_word_embeddings=False)",
+                    "bad_data",
+                    name,
                 )
         return leaves
 
@@ -96,8 +100,9 @@ class Seats:
             view = by_module(open_checkpoint(direction), self._structure)
             stray = next((name for name in view if name not in known), None)
             if stray is not None:
-                raise ValueError(
-                    f"a direction moves {stray!r}, which {type(self.module).__name__} does not have; the two are of different models"
+                raise GradmatchError(
+                    f"a direction moves {stray!r}, which {type(self.module).__name__} does not have; the two are of different models",
+                    "bad_data",
                 )
         moves: Tensors = {}
         for name, _ in self.module.named_parameters():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gradmatch.estimators.curvature import FACTOR_A, FACTOR_B, GRADIENT, MEAN, Curvature
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.tensorfile import TensorFile
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.gathered import Gathered
@@ -118,8 +119,10 @@ class Factors:
         ways = [(width, out), (out, width)] if len(shape) == 2 else [(width, out)]  # as in Conv1D
         if not any(a.shape[0] == one and (b is None or b.shape[0] == two) for one, two in ways):
             found = f"{list(a.shape)}" + ("" if b is None else f" and {list(b.shape)}")
-            raise ValueError(
-                f"the curvature of {owner} has factors {found} for {name!r}, whose shape is {list(shape)}; it belongs to another model"
+            raise GradmatchError(
+                f"the curvature of {owner} has factors {found} for {name!r}, whose shape is {list(shape)}; it belongs to another model",
+                "other_weights",
+                owner,
             )
         return a.nbytes + (0 if b is None else b.nbytes)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradmatch.common.names import nearest
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.tensorfile import TensorFile
 
 if TYPE_CHECKING:
@@ -38,8 +39,10 @@ def load_head(model: nn.Module, folder: str | os.PathLike[str], task: str) -> di
     for name, value in head.items():
         if name not in own or own[name].shape != value.shape:
             found = list(own[name].shape) if name in own else "absent"
-            raise ValueError(
-                f"head tensor {name!r} of {task} has shape {list(value.shape)}, in the model it is {found}"
+            raise GradmatchError(
+                f"head tensor {name!r} of {task} has shape {list(value.shape)}, in the model it is {found}",
+                "shape_mismatch",
+                name,
             )
     model.load_state_dict(head, strict=False)
     return head

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.structure import Structure, architecture, build
 from gradmatch.models.views import by_module
@@ -28,11 +29,13 @@ def load(checkpoint: Checkpoint, kind: Any = None) -> nn.Module:
     kind = kind or architecture(checkpoint.config)
     if kind is None or checkpoint.config is None:
         named = (checkpoint.config or {}).get("architectures") or []
-        raise ValueError(
+        raise GradmatchError(
             f"{checkpoint.where} wants the architecture {named[0]!r}, which transformers lacks; pass module="
             if named
             else f"data needs a module to run through, and {checkpoint.where} has no config.json that names one; pass module=, or a base that "
-            "is a module or a folder with a config.json"
+            "is a module or a folder with a config.json",
+            "bad_model",
+            checkpoint.where,
         )
     module = build(kind, checkpoint.config).float()
     fill(module, checkpoint, _drawn(module, kind, checkpoint.config))
@@ -100,13 +103,17 @@ def check_complete(known: Structure, view: Checkpoint, drawn: Any = list) -> Non
     if lacking:
         held = next(iter(view), "nothing")
         more = f" and {len(lacking) - 1} others" if len(lacking) > 1 else ""
-        raise ValueError(
+        raise GradmatchError(
             f"{view.where} does not give {lacking[0]!r}{more} of {kind} (it holds {held!r}, ...): data would pass through values that "
-            "no file gave; load the model as the class that it was saved as, or give one that was trained with this head"
+            "no file gave; load the model as the class that it was saved as, or give one that was trained with this head",
+            "bad_model",
+            view.where,
         )
     for name, tensor in known.tensors.items():
         if name in view and view.spec(name).shape != tuple(tensor.shape):
-            raise ValueError(
+            raise GradmatchError(
                 f"{view.where}: {name!r} has shape {list(view.spec(name).shape)}, in {kind} it is {list(tensor.shape)}; the weights "
-                "are of another size than the config or the module"
+                "are of another size than the config or the module",
+                "shape_mismatch",
+                view.where,
             )

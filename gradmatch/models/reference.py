@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from gradmatch.estimators.errors import GradmatchError
+
 SNAPSHOT = re.compile(r"(?:^|/)models--([^/]+)/snapshots/([^/]+)(?:/(.+))?$")  # a hub repository in the cache
 
 
@@ -31,8 +33,10 @@ def split_revision(text: str) -> tuple[str, str | None]:
         return text, None
     name, _, revision = text.partition("@")
     if Path(name).expanduser().exists():
-        raise ValueError(
-            f"{text!r} asks for revision {revision!r} of a local path, which has none; write {name}, or a hub id before the @"
+        raise GradmatchError(
+            f"{text!r} asks for revision {revision!r} of a local path, which has none; write {name}, or a hub id before the @",
+            "bad_model",
+            text,
         )
     return name, revision
 

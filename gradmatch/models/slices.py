@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.settings import FIRST, LAYER, layer_of
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.stores import Renamed, Store
@@ -52,7 +53,7 @@ def stack(slices: Sequence[Slice], *, allow_pickle: bool = False) -> Checkpoint:
             the one that is meant.
     """
     if not slices:
-        raise ValueError("no slices to stack; give at least one model with a layer range")
+        raise GradmatchError("no slices to stack; give at least one model with a layer range", "bad_model")
     opened = [open_checkpoint(one.model, allow_pickle=allow_pickle) for one in slices]
     where: dict[str, tuple[Store, str]] = {}
     sources: list[int] = []
@@ -63,8 +64,10 @@ def stack(slices: Sequence[Slice], *, allow_pickle: bool = False) -> Checkpoint:
     for one, checkpoint in zip(slices, opened, strict=True):
         count = 1 + max((_layer(name, tower) or 0 for name in checkpoint.store), default=-1)
         if not 0 <= one.first < one.last <= count:
-            raise ValueError(
-                f"layers {one.first} to {one.last} of {checkpoint.where}: it has {count}, a range needs 0 <= first < last <= {count}"
+            raise GradmatchError(
+                f"layers {one.first} to {one.last} of {checkpoint.where}: it has {count}, a range needs 0 <= first < last <= {count}",
+                "bad_model",
+                checkpoint.where,
             )
         for name in checkpoint.store:
             index = _layer(name, tower)
@@ -108,9 +111,11 @@ def _tower(checkpoint: Checkpoint) -> tuple[str, str]:
     fitting = [before for before, count in counts.items() if count == told]
     named = [before for before in fitting if LANGUAGE.search(before)] if len(fitting) > 1 else fitting
     if len(named) != 1:
-        raise ValueError(
+        raise GradmatchError(
             f"{checkpoint.where} has {len(counts)} stacks of layers ({', '.join(f'{b}0 to {n - 1}' for b, n in counts.items())}), and its config "
-            "does not tell which one a range of layers means: stack models with a single one"
+            "does not tell which one a range of layers means: stack models with a single one",
+            "bad_model",
+            checkpoint.where,
         )
     return named[0], nested
 

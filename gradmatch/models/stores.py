@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.tensorfile import ITEM_SIZE, TORCH_NAME, TensorFile
 
 if TYPE_CHECKING:
@@ -86,8 +87,10 @@ class FileStore:
                     continue
                 name = key.removeprefix(prefix)
                 if name in self._where:
-                    raise ValueError(
-                        f"tensor {name!r} is in {self._where[name][0].path} and in {file.path}; keep one of the two"
+                    raise GradmatchError(
+                        f"tensor {name!r} is in {self._where[name][0].path} and in {file.path}; keep one of the two",
+                        "bad_model",
+                        name,
                     )
                 self._where[name] = (file, key)
 
@@ -195,13 +198,17 @@ class MemoryStore:
                     f"{where}: {name!r} is a {type(value).__name__}, not a tensor; pass the state dict alone"
                 )
             if value.device.type == "meta":
-                raise ValueError(
-                    f"{where}: {name!r} is on the meta device and has no values; load the weights first"
+                raise GradmatchError(
+                    f"{where}: {name!r} is on the meta device and has no values; load the weights first",
+                    "bad_model",
+                    where,
                 )
             dtype = SAFETENSORS_NAME.get(str(value.dtype).removeprefix("torch."))
             if dtype is None or value.layout != torch.strided:
-                raise ValueError(
-                    f"{where}: {name!r} is a {value.layout} tensor of {value.dtype}, which cannot be merged"
+                raise GradmatchError(
+                    f"{where}: {name!r} is a {value.layout} tensor of {value.dtype}, which cannot be merged",
+                    "bad_model",
+                    where,
                 )
             self._specs[name] = Spec(dtype, tuple(value.shape))
             flat = value.detach().reshape(-1)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.wrapped import bare_names
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.gathered import Gathered, Part
@@ -75,9 +76,10 @@ def _pieces(group: Group) -> tuple[int, Tensor, Tensor]:
             inverse = torch.empty_like(forth)
             inverse[forth] = torch.arange(len(forth))
             return width, forth, inverse
-    raise ValueError(
+    raise GradmatchError(
         f"{group.where}: transformers computes {next(iter(group.targets))!r} from {', '.join(group.sources)} and does not only "
-        "rearrange them; load the model with transformers, save it with save_pretrained, and merge that"
+        "rearrange them; load the model with transformers, save it with save_pretrained, and merge that",
+        "bad_model",
     )
 
 
@@ -162,8 +164,10 @@ class Structure:
                 continue
             name = name if pattern is None else short
             if name in plain:
-                raise ValueError(
-                    f"{where}: {plain[name]!r} and {held[short]!r} are both {name!r} of {type(self.module).__name__}; remove one of the two"
+                raise GradmatchError(
+                    f"{where}: {plain[name]!r} and {held[short]!r} are both {name!r} of {type(self.module).__name__}; remove one of the two",
+                    "bad_model",
+                    where,
                 )
             plain[name] = held[short]
         groups = [self._group(conversions, name, found, tensors, where) for name, found in collected.items()]
@@ -188,9 +192,11 @@ class Structure:
         try:
             made = convert(empty)
         except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise ValueError(
+            raise GradmatchError(
                 f"{where}: transformers makes {name!r} of {', '.join(sources)}, and these do not go together ({error}); "
-                "fetch the model again"
+                "fetch the model again",
+                "bad_model",
+                where,
             ) from error
         targets = {
             key: Spec(SAFETENSORS_NAME[str(value.dtype).removeprefix("torch.")], tuple(value.shape))
@@ -198,9 +204,11 @@ class Structure:
         }
         for key, spec in targets.items():
             if key in self.tensors and spec.shape != tuple(self.tensors[key].shape):
-                raise ValueError(
+                raise GradmatchError(
                     f"{where}: {', '.join(sources)} make {key!r} of shape {list(spec.shape)}, in {type(self.module).__name__} it is "
-                    f"{list(self.tensors[key].shape)}; tensors are missing, or the config is another model's"
+                    f"{list(self.tensors[key].shape)}; tensors are missing, or the config is another model's",
+                    "bad_model",
+                    where,
                 )
         return Group(sources, targets, convert, where)
 
@@ -251,9 +259,10 @@ def _conversions(module: Any) -> Conversions | None:
     except ImportError as error:
         import transformers
 
-        raise ValueError(
+        raise GradmatchError(
             f"the names of two models differ, and transformers {transformers.__version__} does not tell how it loads them; "
-            "install transformers 5 or newer"
+            "install transformers 5 or newer",
+            "bad_model",
         ) from error
     return Conversions(module, get_model_conversion_mapping(module))
 
@@ -282,8 +291,9 @@ def build(kind: Any, config: Mapping[str, Any], seed: int = 0) -> nn.Module:
             torch.manual_seed(seed)
             module: nn.Module = kind(kind.config_class.from_dict(copy.deepcopy(dict(config))))
     except Exception as error:  # another's code may refuse a config in any way
-        raise ValueError(
-            f"config.json does not make a {kind.__name__} ({type(error).__name__}: {error}); fetch it again"
+        raise GradmatchError(
+            f"config.json does not make a {kind.__name__} ({type(error).__name__}: {error}); fetch it again",
+            "bad_model",
         ) from error
     return module
 
@@ -307,7 +317,7 @@ def structure(checkpoint: Checkpoint) -> Structure | None:
     try:
         return _on_meta(kind, json.dumps(told, default=str, sort_keys=True))
     except ValueError as error:
-        raise ValueError(f"{checkpoint.where}: {error}") from error
+        raise GradmatchError(f"{checkpoint.where}: {error}", "bad_model", checkpoint.where) from error
 
 
 def _is_known(config: Mapping[str, Any] | None) -> bool:

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.estimators.errors import GradmatchError
+
 if TYPE_CHECKING:
     from gradmatch.models.checkpoint import Checkpoint
     from gradmatch.models.task import Model
@@ -59,18 +61,22 @@ def _checked(parse: Callable[[bytes], dict[str, int]], content: bytes, where: Pa
     try:
         table = parse(content)
         if not all(type(number) is int and number >= 0 for number in table.values()):
-            raise ValueError("an id is no whole number")
+            raise GradmatchError("an id is no whole number", "vocabulary")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{where} cannot be read as a vocabulary ({error}); fetch the tokenizer again"
+        raise GradmatchError(
+            f"{where} cannot be read as a vocabulary ({error}); fetch the tokenizer again",
+            "unreadable_file",
+            where,
         ) from error
     twice = len(table) - len(set(table.values()))
     if twice:
         taken: dict[int, str] = {}
         for token, number in table.items():
             if number in taken:
-                raise ValueError(
-                    f"{where} gives {taken[number]!r} and {token!r} one id, {number}; fetch the tokenizer again"
+                raise GradmatchError(
+                    f"{where} gives {taken[number]!r} and {token!r} one id, {number}; fetch the tokenizer again",
+                    "vocabulary",
+                    where,
                 )
             taken[number] = token
     return table
@@ -111,9 +117,11 @@ def check_tokenizers(base: Model | Checkpoint, model: Model) -> None:
     if None in vocabularies or vocabularies[0] == vocabularies[1]:
         return
     (size, _), (other, _) = (found for found in vocabularies if found is not None)
-    raise ValueError(
+    raise GradmatchError(
         f"the tokenizers of {base!s} ({size} tokens) and {model!s} ({other} tokens) differ, so the task was not fine-tuned "
-        "from this base; fine-tune this base, with its own tokenizer"
+        "from this base; fine-tune this base, with its own tokenizer",
+        "vocabulary",
+        base,
     )
 
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.tensorfile import TensorFile
 from gradmatch.models.batchnorm import batchnorm_statistics
 from gradmatch.models.checkpoint import Checkpoint
@@ -30,16 +31,18 @@ def check_batches(base: Checkpoint, batches: Any) -> None:
         ValueError: no module to run and no config that describes one, or no batches.
     """
     if base.module is None and architecture(base.config) is None:
-        raise ValueError(
+        raise GradmatchError(
             "batchnorm='recalibrate' runs the model: pass the base as a module, or as a folder whose config.json names an "
-            "architecture of transformers; or choose 'average' or 'copy'"
+            "architecture of transformers; or choose 'average' or 'copy'",
+            "bad_output",
         )
     if hasattr(batches, "__len__") and not len(batches):
-        raise ValueError(EMPTY)
+        raise GradmatchError(EMPTY, "bad_output")
     if batches is None:
-        raise ValueError(
+        raise GradmatchError(
             "batchnorm='recalibrate' needs batches=... (inputs, (inputs, targets) tuples or dicts of tensors); from the command "
-            "line choose 'average' or 'copy'"
+            "line choose 'average' or 'copy'",
+            "bad_output",
         )
 
 
@@ -80,7 +83,9 @@ def recalibrate(base: Checkpoint, merged: Mapping[str, Tensor], batches: Iterabl
     try:
         fill(module, open_checkpoint(merged))
     except ValueError as error:
-        raise ValueError(f"batchnorm='recalibrate': {error}; pass the base as a module") from error
+        raise GradmatchError(
+            f"batchnorm='recalibrate': {error}; pass the base as a module", "bad_output"
+        ) from error
     count = 0
 
     def runs() -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
@@ -94,12 +99,14 @@ def recalibrate(base: Checkpoint, merged: Mapping[str, Tensor], batches: Iterabl
 
     measured = batchnorm_statistics(module, {}, runs())
     if not count:
-        raise ValueError(EMPTY)
+        raise GradmatchError(EMPTY, "bad_output")
     stored = Structure(module).names(base, base.where).plain
     found = {stored[name]: value for name, value in measured.items() if name in stored}
     for name, value in found.items():
         if not bool(value.isfinite().all()):
-            raise ValueError(
-                f"batchnorm='recalibrate': {name!r} is not finite; every batch needs finite inputs and more than one value a channel"
+            raise GradmatchError(
+                f"batchnorm='recalibrate': {name!r} is not finite; every batch needs finite inputs and more than one value a channel",
+                "not_finite",
+                name,
             )
     return found

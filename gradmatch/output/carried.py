@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from gradmatch.common.files import read_json
+from gradmatch.estimators.errors import GradmatchError
 
 if TYPE_CHECKING:
     from gradmatch.plan.step import Plan
@@ -71,14 +72,18 @@ def modules(base: Path) -> list[str]:
         listed = json.loads((base / "modules.json").read_text(encoding="utf-8"))
         found = [str(entry["path"]) for entry in listed if entry["path"] not in ("", ".")]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{base / 'modules.json'} is no list of modules with a path each ({error}); fetch it again, or remove it"
+        raise GradmatchError(
+            f"{base / 'modules.json'} is no list of modules with a path each ({error}); fetch it again, or remove it",
+            "bad_output",
+            base / "modules.json",
         ) from error
     for name in found:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or "\\" in name or not inside(base / name, base):
-            raise ValueError(
-                f"{base / 'modules.json'} points outside its folder: {name!r}; do not trust this checkpoint"
+            raise GradmatchError(
+                f"{base / 'modules.json'} points outside its folder: {name!r}; do not trust this checkpoint",
+                "unsafe_path",
+                base / "modules.json",
             )
     return found
 

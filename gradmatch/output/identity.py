@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.curvatures import CurvatureStore
 from gradmatch.output.card import versions
 from gradmatch.output.carried import CARRIED, carried
@@ -53,9 +54,11 @@ def check_apart(out: Path, inputs: Inputs) -> None:
     out = out.resolve()
     for read in sorted({path.resolve() for path in (*model_paths(inputs), *weight_files(inputs))}):
         if out == read or out in read.parents or read in out.parents:
-            raise ValueError(
+            raise GradmatchError(
                 f"the output folder {out} and the input {read} are the same or lie in one another; "
-                "choose an output folder apart from everything that the merge reads"
+                "choose an output folder apart from everything that the merge reads",
+                "bad_output",
+                out,
             )
 
 

@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.files import hold, sync
 from gradmatch.output.card import CARD
 
@@ -33,9 +34,11 @@ def place(out: str | os.PathLike[str]) -> Path:
     """
     path = Path(out).expanduser().resolve()
     if path in (Path.cwd(), *Path.cwd().parents):
-        raise ValueError(
+        raise GradmatchError(
             f"the output folder {path} is or holds the working directory and cannot be put into place by renaming; "
-            "name a folder inside it"
+            "name a folder inside it",
+            "bad_output",
+            path,
         )
     return path
 

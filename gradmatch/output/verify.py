@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.structure import architecture
 
@@ -24,8 +25,10 @@ def verify(checkpoint: Checkpoint, made: Plan) -> None:
     if held != planned:
         wrong = sorted(name for name in {*held, *planned} if held.get(name) != planned.get(name))
         name = wrong[0]
-        raise ValueError(
-            f"{checkpoint.path}: {name!r} is {held.get(name)}, planned was {planned.get(name)}; the output is not put into place"
+        raise GradmatchError(
+            f"{checkpoint.path}: {name!r} is {held.get(name)}, planned was {planned.get(name)}; the output is not put into place",
+            "bad_output",
+            checkpoint.path,
         )
     if made.request.verify == "reload":
         reload(checkpoint)
@@ -38,8 +41,10 @@ def reload(checkpoint: Checkpoint) -> None:
         ValueError: no config, or tensors that the architecture lacks or misses.
     """
     if checkpoint.config is None:
-        raise ValueError(
-            f"{checkpoint.path} has no config.json, so transformers cannot load it; leave verify='files'"
+        raise GradmatchError(
+            f"{checkpoint.path} has no config.json, so transformers cannot load it; leave verify='files'",
+            "bad_output",
+            checkpoint.path,
         )
     import transformers
 
@@ -51,6 +56,8 @@ def reload(checkpoint: Checkpoint) -> None:
         if info.get(key)
     }
     if problems:
-        raise ValueError(
-            f"{checkpoint.path}: transformers reports {problems}; the output is not put into place"
+        raise GradmatchError(
+            f"{checkpoint.path}: transformers reports {problems}; the output is not put into place",
+            "bad_output",
+            checkpoint.path,
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gradmatch.common.names import nearest
 from gradmatch.common.settings import Depth, value_at
 from gradmatch.common.warning import warn
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.stores import SAFETENSORS_NAME, Spec
 from gradmatch.plan.matching import check_extra, check_kinds, check_sizes, participants
 from gradmatch.plan.policies import (
@@ -45,7 +46,9 @@ def plan(inputs: Inputs, request: Request) -> Plan:
     fewest, most = rule.models
     if not fewest <= count <= most:
         wanted = f"{fewest}" if fewest == most else f"at least {fewest}"
-        raise ValueError(f"{request.method} takes {wanted} task{'s' * (fewest > 1)}, got {count}")
+        raise GradmatchError(
+            f"{request.method} takes {wanted} task{'s' * (fewest > 1)}, got {count}", "bad_setting"
+        )
     _check_task_options(inputs.tasks, request)
     result = Plan(request, inputs, [])
     base = inputs.base
@@ -74,9 +77,11 @@ def plan(inputs: Inputs, request: Request) -> Plan:
             result.steps.append(replace(copied, why=why if action == "copy" else NOWHERE))
             continue
         if len(tasks) < fewest:
-            raise ValueError(
+            raise GradmatchError(
                 f"tensor {name!r} is in {len(tasks)} of the tasks, and {request.method} needs {fewest} that have it; missing='base' "
-                "cannot help here: use another method, or tasks of one architecture"
+                "cannot help here: use another method, or tasks of one architecture",
+                "bad_setting",
+                name,
             )
         result.steps.append(_merged(result, copied, tasks, depth.of(name), why if action else ""))
     result.notes += request.notes
@@ -152,16 +157,18 @@ def _little_merged(result: Plan) -> list[str]:
     merged = sum(step.spec.numel for step in result.merged)
     if whole and not merged:
         why = {step.why for step in result.steps if step.spec.floating}
-        raise ValueError(
+        raise GradmatchError(
             f"no tensor would be merged, so the result would be the base ({'; '.join(sorted(why))}); check the policies, or that the "
-            "tasks are models of this base"
+            "tasks are models of this base",
+            "bad_setting",
         )
     loose = [step for step in result.steps if step.spec.floating and step.why == NOWHERE]
     if len(loose) > 3 * len(result.merged):
-        raise ValueError(
+        raise GradmatchError(
             f"{len(result.merged)} of the base's tensors would be merged, and {loose[0].name!r} and {len(loose) - 1} others are in no task: the "
             "names do not fit together; give models of one architecture, as folders whose config.json names it, so that names are "
-            "matched as transformers does"
+            "matched as transformers does",
+            "bad_setting",
         )
     if merged < LITTLE * whole:
         return [f"{merged} of the base's {whole} weights are merged; all others are the base's"]
@@ -196,7 +203,11 @@ def _check_task_options(tasks: Sequence[OpenTask], request: Request) -> None:
         for key in task.options:
             if key not in known:
                 said = takes(known) if known else "the method has none"
-                raise ValueError(f"{task.name} has no option {key!r} of its own{nearest(key, known)}; {said}")
+                raise GradmatchError(
+                    f"{task.name} has no option {key!r} of its own{nearest(key, known)}; {said}",
+                    "unknown_option",
+                    task.name,
+                )
         for edit, options in request.edits:
             options.changed(edit, {key: value for key, value in task.options.items() if key in options})
 
@@ -212,7 +223,9 @@ def _weight(task: Any, name: str, depth: float | None) -> float:
     if isinstance(weight, (bool, str)) or weight is None:
         raise TypeError(f"the weight of {task.name} is {weight!r}; it must be a number")
     if not math.isfinite(weight):
-        raise ValueError(f"the weight of {task.name} is {weight}; it must be finite")
+        raise GradmatchError(
+            f"the weight of {task.name} is {weight}; it must be finite", "out_of_range", task.name
+        )
     return float(weight)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.names import nearest
 from gradmatch.common.settings import FIRST, idle, layer_of
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.plan.matching import same_values
 
 if TYPE_CHECKING:
@@ -26,9 +27,11 @@ def check_file_names(names: Sequence[str]) -> None:
     """
     for name in names:
         if name.startswith(".") or any(sign in name for sign in "/\\\0"):
-            raise ValueError(
+            raise GradmatchError(
                 f"heads='keep-per-task' writes a file named after each task, and {name!r} is no plain file name; "
-                "give the task another name"
+                "give the task another name",
+                "models_differ",
+                name,
             )
 
 
@@ -51,9 +54,11 @@ def batchnorm_action(
         for task in tasks:
             floating = base.spec(name).floating
             if name in task.checkpoint and floating and not same_values(name, base, task.checkpoint):
-                raise ValueError(
+                raise GradmatchError(
                     f"BatchNorm statistic {name!r} differs between the base and {task.name}, and merged weights have "
-                    "statistics of their own; choose batchnorm='recalibrate' (with batches=...), 'average' or 'copy'"
+                    "statistics of their own; choose batchnorm='recalibrate' (with batches=...), 'average' or 'copy'",
+                    "models_differ",
+                    name,
                 )
         return "copy", "BatchNorm statistic, the same everywhere"
     if request.batchnorm == "copy" or not base.spec(name).floating:
@@ -87,9 +92,11 @@ def head_prefixes(base: Checkpoint, tasks: Sequence[OpenTask], request: Request)
                     if name in task.checkpoint
                 }
                 where = list(base.spec(name).shape) if name in base else "absent"
-                raise ValueError(
+                raise GradmatchError(
                     f"head {name!r} differs: {where} in the base, {found} in the tasks; choose heads='keep-per-task' "
-                    "(saved beside the trunk) or heads='base'; if it is no head, these are models of different architectures"
+                    "(saved beside the trunk) or heads='base'; if it is no head, these are models of different architectures",
+                    "models_differ",
+                    name,
                 )
         return []
     trunk = [name for name in names if layer_of(name) is not None or FIRST.search(name)]
@@ -148,7 +155,9 @@ def tied_differently(base: Checkpoint, tasks: Sequence[OpenTask]) -> None:
             if one != other and not (
                 model[alias].shape == model[name].shape and bool((model[alias] == model[name]).all())
             ):
-                raise ValueError(
+                raise GradmatchError(
                     f"{alias!r} is tied to {name!r} in the base but differs from it in {task.name}; untie the base "
-                    "(give both tensors their own memory) or tie the task's"
+                    "(give both tensors their own memory) or tie the task's",
+                    "models_differ",
+                    alias,
                 )

@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from gradmatch.common.files import locate
 from gradmatch.common.names import nearest
 from gradmatch.common.yamltext import load_yaml
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.task import Task
 from gradmatch.plan.request import Request
 from gradmatch.rules import RULES
@@ -120,8 +121,10 @@ def options_alone(options: Mapping[str, Any], also: Iterable[str] = ()) -> Mappi
     """
     for name in options:
         if name in ARGUMENTS or name in also:
-            raise ValueError(
-                f"{name!r} is no option of a method but a key (and flag) of its own; write it beside the options"
+            raise GradmatchError(
+                f"{name!r} is no option of a method but a key (and flag) of its own; write it beside the options",
+                "unknown_option",
+                name,
             )
     return options
 
@@ -145,14 +148,16 @@ def load_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     content = load_yaml(path.read_bytes(), str(path))
     if not isinstance(content, Mapping):
         found = "nothing" if content is None else f"a {type(content).__name__}"
-        raise ValueError(f"{path} holds {found}, a recipe is a table of keys")
+        raise GradmatchError(f"{path} holds {found}, a recipe is a table of keys", "bad_recipe", path)
     if "merge_method" in content:
         from gradmatch.recipes.mergekit.translation import translate
 
         return translate(dict(content), path.parent, str(path))
     if "experts" in content:
-        raise ValueError(
-            f"{path} describes a mixture of experts (mergekit-moe); merges alone are made here, from `method:` or `merge_method:`"
+        raise GradmatchError(
+            f"{path} describes a mixture of experts (mergekit-moe); merges alone are made here, from `method:` or `merge_method:`",
+            "bad_recipe",
+            path,
         )
     return parse_recipe(content, path.parent, str(path))
 
@@ -184,7 +189,7 @@ def parse_recipe(content: Mapping[str, Any], folder: Path, where: str) -> dict[s
                 lines.append(f"tasks is {problem['input']!r}; {NEEDED}")
             else:
                 lines.append(f"{key} is {problem['input']!r}: {problem['msg']}")
-        raise ValueError(f"{where}: " + "; ".join(lines)) from None
+        raise GradmatchError(f"{where}: " + "; ".join(lines), "bad_recipe", where) from None
 
 
 def _optional(path: str | None, folder: Path) -> str | None:

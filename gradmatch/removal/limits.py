@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.removal.forecast import AlphaPath, Point, check_alphas
 from gradmatch.removal.problem import Problem
 from gradmatch.rules import RULES
@@ -55,8 +56,9 @@ def budget(
         ValueError: numbers that are not positive, or alphas that are no path.
     """
     if not (nats > 0 and largest > 0 and share >= 0 and (not isinstance(steps, int) or steps > 0)):
-        raise ValueError(
-            f"nats, largest and steps must be positive and share at least 0, got {nats}, {largest}, {steps} and {share}"
+        raise GradmatchError(
+            f"nats, largest and steps must be positive and share at least 0, got {nats}, {largest}, {steps} and {share}",
+            "out_of_range",
         )
     if not isinstance(steps, int):
         check_alphas(steps)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.estimators.errors import GradmatchError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -116,8 +118,10 @@ class Block:
         }.get(name)
         if need is None:
             raise AttributeError(f"a block has no {name!r}")
-        raise ValueError(
-            f"the rule reads {name!r} of its block and does not say that it needs it: add needs={{{need!r}}}"
+        raise GradmatchError(
+            f"the rule reads {name!r} of its block and does not say that it needs it: add needs={{{need!r}}}",
+            "bad_setting",
+            name,
         )
 
     def mean_curvature(self) -> Tensor:

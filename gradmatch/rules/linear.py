@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules.options import Options, option
 
 Coefficients = tuple[float, list[float]]
@@ -63,9 +64,10 @@ def weight_sum(alpha: Sequence[float]) -> float:
     """
     total = sum(alpha)
     if abs(total) <= 1e-9 * sum(abs(weight) for weight in alpha):
-        raise ValueError(
+        raise GradmatchError(
             f"the weights {list(alpha)} sum to zero and cannot be normalised: change them (or pass normalize=False where "
-            "the method has it)"
+            "the method has it)",
+            "bad_setting",
         )
     return total
 

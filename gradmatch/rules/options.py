@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from gradmatch.common.kinds import check_kind, leaves
 from gradmatch.common.names import nearest
 from gradmatch.common.settings import numbers, value_at
+from gradmatch.estimators.errors import GradmatchError
 
 Own = TypeVar("Own", bound="Options")
 
@@ -91,7 +92,11 @@ class Options(Mapping[str, Any]):
         """
         for name in given:
             if name not in self:
-                raise ValueError(f"{owner} has no option {name!r}{nearest(name, self)}; {takes(self)}")
+                raise GradmatchError(
+                    f"{owner} has no option {name!r}{nearest(name, self)}; {takes(self)}",
+                    "unknown_option",
+                    owner,
+                )
         try:
             return dataclasses.replace(self, **given)
         except (TypeError, ValueError) as error:
@@ -145,8 +150,10 @@ def _check(one: dataclasses.Field[Any], setting: Any) -> None:
     told, name = one.metadata, one.name
     for chosen in leaves(setting) if told.get("choices") else ():
         if chosen not in told["choices"]:
-            raise ValueError(
-                f"{name} is {chosen!r}{nearest(str(chosen), told['choices'])}; choose one of {', '.join(told['choices'])}"
+            raise GradmatchError(
+                f"{name} is {chosen!r}{nearest(str(chosen), told['choices'])}; choose one of {', '.join(told['choices'])}",
+                "unknown_name",
+                name,
             )
     kind = told.get("kind") if one.default is None else one.default
     for value in leaves(setting):
@@ -155,7 +162,7 @@ def _check(one: dataclasses.Field[Any], setting: Any) -> None:
     for number in numbers(setting) if within else ():
         if not _inside(number, within):
             says = f"{number:g}, it" if not told["says"] else f"{number}; it is {told['says']} and"
-            raise ValueError(f"{name} is {says} must lie in {within}")
+            raise GradmatchError(f"{name} is {says} must lie in {within}", "out_of_range", name)
 
 
 def _inside(number: float, within: str) -> bool:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules.linear import weight_sum
 from gradmatch.rules.options import Options, option
 from gradmatch.rules.rowwise import ALONG, PARALLEL, TINY
@@ -207,7 +208,8 @@ def multislerp(
         size = sum(w * norm for w, norm in zip(weight, norms, strict=True))
         c, branch = [size * one / length for one in unit], "multislerp"
     elif count > 2 and max(norms) >= eps:
-        raise ValueError(
-            "the weighted directions of the models cancel, so that no mean is left; change the weights"
+        raise GradmatchError(
+            "the weighted directions of the models cancel, so that no mean is left; change the weights",
+            "bad_setting",
         )
     return (1.0 - sum(c) if origin == "base" else 0.0), c, branch

@@ -8,6 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.settings import numbers
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules.edits.breadcrumbs import breadcrumbs, ranks
 from gradmatch.rules.edits.dare import dare, drop, l1_ratio
 from gradmatch.rules.edits.della import della, widest
@@ -111,9 +112,10 @@ class DellaOptions(Options):
             if width is not None and (
                 width < 0 or share - width / 2 <= 0 or (share < 1 and share + width / 2 > 1)
             ):
-                raise ValueError(
+                raise GradmatchError(
                     f"density {share} with epsilon {width} gives probabilities from {share - width / 2:g} to {share + width / 2:g}; "
-                    "choose 0 <= epsilon < 2 * min(density, 1 - density)"
+                    "choose 0 <= epsilon < 2 * min(density, 1 - density)",
+                    "bad_setting",
                 )
 
     def at(self, tensor: str, depth: float | None, own: Sequence[Mapping[str, Any]] = ()) -> DellaOptions:
