@@ -92,10 +92,10 @@ def prepare(
         allow_mismatch=allow_mismatch,
         allow_pickle=allow_pickle,
     )
-    from gradmatch.plan.vocab import align
+    from gradmatch.plan.vocab import tokenizer_of
 
     apart = check_units(inputs, request, allow_mismatch)
-    files, said = align(inputs, request)
+    files, said = tokenizer_of(inputs, request)
     made = plan(inputs, request)
     made.files = files
     made.notes += [*apart, *said]

@@ -117,18 +117,29 @@ def idle(setting: Setting | Any, names: Sequence[str]) -> Iterator[tuple[str, bo
         return
     found = [[name for name in names if test(name)] for _, test in tests]
     taken: set[str] = set()
+    unused: dict[
+        str, bool
+    ] = {}  # a pattern may stand in several entries, one a layer: each but one may be idle
+    used = {"*"}
     for (pattern, _), matches in zip(tests, found, strict=True):
-        if pattern != "*" and taken.issuperset(matches):
-            yield pattern, bool(matches)
+        if taken.issuperset(matches):
+            unused[pattern] = unused.get(pattern, False) or bool(matches)
+        else:
+            used.add(pattern)
         taken.update(matches)
+    yield from ((pattern, matches) for pattern, matches in unused.items() if pattern not in used)
     for value in inner:
         yield from idle(value, names)
 
 
 def _holds(entry: Mapping[str, Any], name: str) -> bool:
-    """Whether a filter takes a name."""
+    """Whether a filter takes a name; `layer` is a number, "before" or "after" the layers, or None: outside."""
     part = entry.get("filter")
-    return (part in (None, "*") or part in name) and entry.get("layer", layer_of(name)) == layer_of(name)
+    if part not in (None, "*") and part not in name:
+        return False
+    layer = layer_of(name)
+    place = ("before" if FIRST.search(name) else "after") if layer is None else layer
+    return "layer" not in entry or entry["layer"] in (layer, place)
 
 
 def numbers(setting: Setting | Any) -> list[float]:

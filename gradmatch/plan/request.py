@@ -44,6 +44,7 @@ class Request:
         head_names: patterns of tensors that count as heads, beside those that differ.
         missing, missing_curvature, heads, embeddings, batchnorm, precision, rounding, verify: see POLICIES.
         tokenizer: whose the output has, with its ids and rows: "base" or a task's name; empty: as `embeddings` says.
+        chat_template: of the output: "auto" (that of most models), "chatml", or the template itself; empty: the base's.
         shard_bytes: largest size of an output file.
         device: where the arithmetic runs, by torch's name: "cpu", "cuda", "cuda:1". Models are read piece by piece on the CPU,
             which also draws what is random, and the result is on the CPU.
@@ -63,6 +64,7 @@ class Request:
     heads: str = "error"
     embeddings: str = "error"
     tokenizer: str = ""
+    chat_template: str = ""
     batchnorm: str = "error"
     precision: str = "auto"
     rounding: str = "nearest"

@@ -18,6 +18,8 @@ from gradmatch.common.settings import layer_of
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.gathered import ABSENT, AlignedStore, Rows
 from gradmatch.models.rewriting import IDS, check_loaded, dump, renumbered, rewritten, tokenizer_files
+from gradmatch.models.templates import FILE as TEMPLATE
+from gradmatch.models.templates import chosen_template
 from gradmatch.models.tokenizers import unread, vocabulary
 
 if TYPE_CHECKING:
@@ -31,6 +33,20 @@ EMBEDDINGS = re.compile(
 )  # input and output embeddings and their biases, as transformers calls them
 GENERATION, SIZE = "generation_config.json", "vocab_size"
 POSITIONS = re.compile(r"wpe|position|token_type", re.IGNORECASE)  # embeddings of something else
+
+
+def tokenizer_of(inputs: Inputs, request: Request) -> tuple[dict[str, bytes | None], list[str]]:
+    """The tokenizer's files that replace the base's, after every model is aligned on their vocabulary (see `align`), and notes."""
+    folders = [inputs.base.folder, *(task.checkpoint.folder for task in inputs.tasks)]
+    files, notes = align(inputs, request)
+    if request.chat_template:
+        text = chosen_template(request.chat_template, folders)
+        if text:
+            files[TEMPLATE] = text.encode()
+            notes.append(
+                f"chat template: {request.chat_template if len(request.chat_template) < 20 else 'as given'}"
+            )
+    return files, notes
 
 
 def align(inputs: Inputs, request: Request) -> tuple[dict[str, bytes | None], list[str]]:

@@ -95,6 +95,20 @@ def recipes(folder):
         "model_stock": ({"merge_method": "model_stock", "base_model": base, "models": entries(folder)}, exact),
         "model_stock, filter-wise": ({"merge_method": "model_stock", "base_model": base, "models": entries(folder), "parameters": {"filter_wise": True}}, exact),
         "karcher": ({"merge_method": "karcher", "models": entries(folder)}, exact),
+        "slerp, t by slice": ({"merge_method": "slerp", "base_model": first, "slices": [{"sources": [source(0, 0, 2), source(1, 0, 2)], "parameters": {"t": 0.3}}, {"sources": [source(1, 2, 4), source(0, 2, 4)], "parameters": {"t": [{"filter": "mlp", "value": [0.2, 0.8]}, {"value": 0.6}]}}]}, exact),
+        "slerp, a gradient": ({"merge_method": "slerp", "base_model": first, "slices": [{"sources": [source(0, 0, LAYERS), source(1, 0, LAYERS)]}], "parameters": {"t": [{"value": [0.1, 0.3, 0.6, 0.9]}]}}, exact),
+        "linear, weights by slice": ({"merge_method": "linear", "slices": [{"sources": [source(0, 0, 3, weight=0.7), source(1, 0, 3, weight=0.3)]}, {"sources": [source(0, 3, 4, weight=[0.2, 0.4]), source(1, 3, 4, weight=0.8)]}]}, exact),
+        "task_arithmetic of slices": ({"merge_method": "task_arithmetic", "base_model": base, "slices": [{"sources": [{"model": base, "layer_range": [0, 2]}, source(0, 0, 2, weight=0.5)]}, {"sources": [source(1, 2, 4, weight=[0.3, 0.9]), {"model": base, "layer_range": [2, 4]}]}]}, exact),
+        "modules": ({"merge_method": "linear", "modules": {"default": {"models": entries(folder, *weights), "parameters": {"normalize": False}}}}, exact),
+        "ties, density 0 in a gradient": (edit("ties", {"weight": 0.5, "density": [0, 0.6]}, {"weight": 0.7, "density": 0.5}), 1e-3),
+        "dare_ties, density 0 or 1": (edit("dare_ties", {"weight": 0.5, "density": [{"filter": "mlp", "value": 0}, {"value": 1}]}, {"weight": 0.7, "density": 1.0}), exact),
+        "sce": (edit("sce", select_topk=0.5), 1e-5),
+        "sce of all entries": (edit("sce"), 1e-5),
+        "multislerp": (edit("multislerp", {"weight": 1.0}, {"weight": 0.3}, {"weight": 0.7}), 1e-5),
+        "multislerp without a base": ({"merge_method": "multislerp", "models": entries(folder, {"weight": 1.0}, {"weight": 0.3})[:2]}, 1e-5),
+        "nearswap": ({"merge_method": "nearswap", "base_model": base, "models": [{"model": base}, *entries(folder)[:1]], "parameters": {"t": [0.001, 0.02]}}, exact),
+        "arcee_fusion": ({"merge_method": "arcee_fusion", "base_model": base, "models": [{"model": base}, *entries(folder)[:1]]}, 1e-3),
+        "karcher with a base_model": ({"merge_method": "karcher", "base_model": base, "models": entries(folder)[:2]}, exact),
         "passthrough": ({"merge_method": "passthrough", "slices": [{"sources": [source(0, 0, 3)]}, {"sources": [source(1, 1, 4, scale=[{"filter": "o_proj", "value": 0.5}, {"value": 1.0}])]}]}, exact),
         "dare_linear, all kept": (edit("dare_linear", density=1.0, weight=0.5), exact),
         "dare_ties, all kept": (edit("dare_ties", density=1.0, weight=0.5), exact),
@@ -180,9 +194,14 @@ ERRORS = [
 
     ({"merge_method": "passthrough", "models": [{"model": "a"}, {"model": "b"}]}, "passthrough takes one source a slice, got 2"),
     ({"merge_method": "linear", "models": [{"model": 3}]}, "a model is a path or a hub id, not 3"),
-    ({"merge_method": "linear", "models": [{"model": "a"}], "chat_template": "x"}, "chat_template is not supported"),
+    ({"merge_method": "linear", "modules": {"a": {"models": []}, "b": {"models": []}}}, "modules holds 2 modules; one is supported"),
+    ({"merge_method": "linear", "modules": {"a": {"parameters": {}}}}, "the module 'a' must hold either models or slices"),
+    ({"merge_method": "linear", "modules": {"a": {"models": [{"model": "a"}], "weight": 1}}}, "unknown key of the module 'a' 'weight'"),
+    ({"merge_method": "nearswap", "base_model": "b", "models": [{"model": "a"}]}, r"nearswap needs parameters: \{t"),
+    ({"merge_method": "arcee_fusion", "base_model": "b", "models": [{"model": "a"}, {"model": "c"}]}, "takes one model beside the base_model, got 2"),
+    ({"merge_method": "dare_linear", "base_model": "b", "models": [{"model": "a"}], "parameters": {"density": 0, "normalize": True}}, "normalize and a density of 0"),
     ({"merge_method": "linear", "models": [{"model": "a"}], "tokenizer": {"source": "base", "tokens": {}}}, r"only `source` is supported, not \['tokens'\]"),
-    ({"merge_method": "linear", "models": [{"model": "a"}], "tokenizer_source": "b"}, "tokenizer source 'b' is not supported"),
+    ({"merge_method": "linear", "models": [{"model": "a"}], "tokenizer_source": "b"}, "tokenizer source 'b' is none of the models"),
     ({"merge_method": "slerp", "base_model": "a", "slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}]}, {"sources": [{"model": "a", "layer_range": [0, 2]}] * 2}]}, "must have the same number"),
     ({"merge_method": "slerp", "base_model": "a", "slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}, {"model": "b", "layer_range": [0, 3]}]}]}, "must be of one length"),
 ]  # fmt: skip
@@ -192,16 +211,6 @@ ERRORS = [
 def test_recipe_errors(tmp_path, content, text):
     with pytest.raises(ValueError, match=text):
         translate(content, tmp_path, "recipe.yml")
-
-
-def test_a_gradient_over_one_slice_among_several_is_refused(models, tmp_path):
-    source = {"model": str(models / "m0"), "layer_range": [0, 2], "parameters": {"scale": [0, 1]}}
-    with pytest.raises(ValueError, match="a list over the layers of one slice"):
-        translate(
-            {"merge_method": "passthrough", "slices": [{"sources": [source]}, {"sources": [source]}]},
-            tmp_path,
-            "r",
-        )
 
 
 def test_a_seed_and_an_adapter_as_recipes_of_the_wild_have_them(models, tmp_path):

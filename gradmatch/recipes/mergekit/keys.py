@@ -9,12 +9,13 @@ from gradmatch.common.kinds import leaves
 from gradmatch.common.names import nearest
 
 KEYS = (
-    "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
+    "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
     "chat_template", "name", "random_seed",
 )  # fmt: skip
 METHODS = (
     "linear", "slerp", "nuslerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear",
-    "breadcrumbs", "breadcrumbs_ties", "model_stock", "passthrough", "karcher",
+    "breadcrumbs", "breadcrumbs_ties", "model_stock", "passthrough", "karcher", "sce",
+    "multislerp", "nearswap", "arcee_fusion",
 )  # fmt: skip
 PARAMETERS = {
     "linear": ("weight", "normalize"),
@@ -23,6 +24,10 @@ PARAMETERS = {
     "model_stock": ("filter_wise",),
     "passthrough": ("scale",),
     "karcher": ("max_iter", "tol"),
+    "sce": ("select_topk", "int8_mask"),
+    "multislerp": ("weight", "normalize_weights", "eps"),
+    "nearswap": ("t",),
+    "arcee_fusion": (),
 }
 EDITING = ("weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask")
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
@@ -46,13 +51,35 @@ def check_keys(content: Mapping[str, Any], where: str) -> str:
         raise ValueError(
             f"{where}: merge_method {method!r} is unknown here{nearest(method, METHODS)}; known are {', '.join(METHODS)}"
         )
-    if ("models" in content) == ("slices" in content):
-        raise ValueError(f"{where}: give either models or slices")
-    _check_parameters(content, method, where)
-    for kind in ("models", "slices"):
-        if kind in content:
-            _check_entries(kind, content[kind], method, where)
+    if sum(kind in content for kind in ("models", "slices", "modules")) != 1:
+        raise ValueError(f"{where}: give either models or slices (or modules of these)")
+    for body in (content, _module(content, where)):
+        _check_parameters(body, method, where)
+        for kind in ("models", "slices"):
+            if kind in body:
+                _check_entries(kind, body[kind], method, where)
     return method
+
+
+def _module(content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The one module of a recipe by modules.
+
+    Raises:
+        ValueError: several, of which each would be merged by itself, or one without models.
+    """
+    if "modules" not in content:
+        return {}
+    modules = content["modules"]
+    if not isinstance(modules, Mapping) or len(modules) != 1:
+        count = len(modules) if isinstance(modules, Mapping) else 0
+        raise ValueError(
+            f"{where}: modules holds {count} modules; one is supported: merge the towers of a model one by one, with patterns as weights"
+        )
+    name, module = next(iter(modules.items()))
+    if not isinstance(module, Mapping) or ("models" in module) == ("slices" in module):
+        raise ValueError(f"{where}: the module {name!r} must hold either models or slices")
+    _known(module, ("models", "slices", "parameters"), f"key of the module {name!r}", where)
+    return module
 
 
 def _check_entries(kind: str, entries: Any, method: str, where: str) -> None:

@@ -1,4 +1,4 @@
-"""mergekit's recipes, translated: their keys, their precedence of parameters, their layer slices.
+"""mergekit's recipes, translated: their methods, tokenizers and names of models; `settings` has their parameters.
 
 Where a method of theirs differs from ours on purpose, the translation says so in the plan's notes; the table stands in
 `gradmatch/rules/README.md`.
@@ -13,13 +13,14 @@ from typing import Any
 
 from gradmatch.common.files import locate
 from gradmatch.common.settings import numbers, times
-from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.slices import Slice, stack
-from gradmatch.models.task import Model, Task
+from gradmatch.models.task import Task
 from gradmatch.recipes.mergekit.keys import RANDOM, check_keys
+from gradmatch.recipes.mergekit.settings import Entry, Part, Source, layer_count, model_name, without_zeros
 
 NORMALIZED = ("ties", "della")  # the methods where they normalise by default
 DEFAULTS = {"density": 1.0, "epsilon": 0.15, "gamma": 0.01}  # theirs, where none is given
+EQUALS = ("linear", "karcher", "passthrough")  # where the base_model is one of the models and nothing else
 
 
 def translate(content: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
@@ -34,228 +35,195 @@ def translate(content: dict[str, Any], folder: Path, where: str) -> dict[str, An
         ValueError: an unknown key, method or parameter (the nearest is named), or something of theirs that we do not have.
     """
     method = check_keys(content, where)
-    entries, base = (_from_models if "models" in content else _from_slices)(content, folder, where)
-    settings = _tokenizer(content, base, where)
+    module = next(iter((content.get("modules") or {}).values()), {})
+    body = {**content, **module}
+    shared = [one.get("parameters") or {} for one in (module, content) if one.get("parameters")]
+    base = None if content.get("base_model") is None else model_name(content["base_model"])
+    if "models" in body:
+        part = _of_models(body["models"], base, shared, folder)
+    else:
+        part = _of_slices(body["slices"], method, base, shared, folder, where)
+    settings = _tokenizer(content, part, where)
     if "random_seed" in content:
         settings["seed"] = content["random_seed"]
     dtype = content.get("out_dtype") or content.get("dtype")
     if dtype:
         settings["dtype"] = str(dtype)
-    shared = content.get("parameters") or {}
-    return {**settings, **_method(method, entries, base, shared, where)}
+    return {**settings, **_method(method, part, where)}
 
 
-Entry = tuple[str, Any, Mapping[str, Any]]  # name, model, parameters
-
-
-def _from_models(
-    content: Mapping[str, Any], folder: Path, where: str
-) -> tuple[list[Entry], tuple[str, Any] | None]:
+def _of_models(models: Any, base: str | None, shared: list[Mapping[str, Any]], folder: Path) -> Part:
     """Whole models."""
     entries = [
-        (_name(e["model"]), _model(_name(e["model"]), folder), e.get("parameters") or {})
-        for e in content["models"]
+        Entry(name := model_name(one["model"]), locate(name, folder), (one.get("parameters") or {},))
+        for one in models
     ]
-    base = content.get("base_model")
-    return entries, None if base is None else (_name(base), _model(_name(base), folder))
+    own = None if base is None else Entry(base, locate(base, folder), ({},))
+    return Part(entries, own, [(0, None, {})], shared)
 
 
-def _from_slices(
-    content: Mapping[str, Any], folder: Path, where: str
-) -> tuple[list[Entry], tuple[str, Any] | None]:
-    """Layer slices: the k-th sources of all slices, stacked, are the k-th model."""
-    slices = content["slices"]
-    counts = {len(entry["sources"]) for entry in slices}
+def _of_slices(
+    slices: Any, method: str, base: str | None, shared: list[Mapping[str, Any]], folder: Path, where: str
+) -> Part:
+    """Layer slices: the k-th sources of all slices, stacked, are the k-th model; the base is stacked by itself."""
+    counts = {len(one["sources"]) for one in slices}
     if len(counts) != 1:
         raise ValueError(f"{where}: the slices have {sorted(counts)} sources; all must have the same number")
-    stacks: list[list[Slice]] = [[] for _ in range(counts.pop())]
-    names: list[list[str]] = [[] for _ in stacks]
-    scales: list[dict[str, Any]] = [{} for _ in stacks]
+    rows: list[list[Source]] = []
+    own: list[Source] = []
+    places: list[tuple[int, int | None, Mapping[str, Any]]] = []
     done = 0
-    for entry in slices:
-        lengths = {source["layer_range"][1] - source["layer_range"][0] for source in entry["sources"]}
+    for one in slices:
+        sources = [Source.of(source) for source in one["sources"]]
+        lengths = {source.last - source.first for source in sources}
         if len(lengths) != 1:
             raise ValueError(
                 f"{where}: a slice has sources of {sorted(lengths)} layers; all must be of one length"
             )
-        for position, source in enumerate(entry["sources"]):
-            first, last = source["layer_range"]
-            stacks[position].append(Slice(_model(_name(source["model"]), folder), int(first), int(last)))
-            names[position].append(_name(source["model"]))
-            parameters = {**(entry.get("parameters") or {}), **(source.get("parameters") or {})}
-            if parameters and len(slices) > 1:
-                parameters = {
-                    k: _only_layers(v, done, done + lengths.copy().pop()) for k, v in parameters.items()
-                }
-            for key, value in parameters.items():
-                scales[position][key] = [*scales[position].get(key, []), *value] if len(slices) > 1 else value
+        if base is not None and method not in EQUALS:
+            named = [source for source in sources if source.name == base]
+            own.append(named[0] if named else replace(sources[0], name=base, parameters={}))
+            sources = [source for source in sources if source.name != base]
+        rows.append(sources)
+        places.append((done, done + lengths.copy().pop(), one.get("parameters") or {}))
         done += lengths.pop()
-    entries: list[Entry] = []
-    for position, own in enumerate(stacks):
-        defaults = content.get("parameters") or {}
-        parameters = {k: _or_default(v, defaults.get(k), len(slices)) for k, v in scales[position].items()}
-        entries.append((names[position][0], stack(own), parameters))
-    base = content.get("base_model")
-    if base is None:
-        return entries, None
-    match = next((entry for entry in entries if entry[0] == _name(base)), None)
-    if match is None:
-        layers = [Slice(_model(_name(base), folder), one.first, one.last) for one in stacks[0]]
-        return entries, (_name(base), stack(layers))
-    return entries, (match[0], match[1])
-
-
-def _only_layers(value: Any, first: int, last: int) -> list[dict[str, Any]]:
-    """A setting that holds in layers first to last of the output only.
-
-    Raises:
-        ValueError: a gradient, which would be interpolated over the slice.
-    """
-    if isinstance(value, list) and value and not isinstance(value[0], Mapping):
+    if len({len(sources) for sources in rows}) != 1:
         raise ValueError(
-            "a list over the layers of one slice among several is not supported; give one value a slice"
+            f"{where}: a slice names the base_model and another does not, or twice; name it once in each"
         )
-    conditions = value if isinstance(value, list) else [{"value": value}]
-    found = []
-    for condition in conditions:
-        part = condition.get("filter")
-        found += [
-            {
-                "layer": index,
-                "value": condition["value"],
-                **({"filter": part} if part not in (None, "*") else {}),
-            }
-            for index in range(first, last)
-        ]
-    return found
+    entries = [_stacked(list(column), folder) for column in zip(*rows, strict=True)]
+    first = _stacked(own, folder) if own else None
+    if base is not None and first is None:
+        first = next((entry for entry in entries if entry.name == base), None)
+    return Part(entries, first, places, shared)
 
 
-def _or_default(value: Any, default: Any, slices: int) -> Any:
-    """Settings by layer, with what holds elsewhere."""
-    if slices == 1:
-        return value
-    return [*value, {"value": 1.0 if default is None else default}]
+def _stacked(sources: Sequence[Source], folder: Path) -> Entry:
+    """One model of layers of several."""
+    layers = [Slice(locate(one.name, folder), one.first, one.last) for one in sources]
+    return Entry(sources[0].name, stack(layers), tuple(one.parameters for one in sources))
 
 
-def _name(model: Any) -> str:
-    """A model reference as text; their other form is {"model": {"path": ...}, "lora": {"path": ...}}.
+def _tokenizer(content: Mapping[str, Any], part: Part, where: str) -> dict[str, Any]:
+    """Their tokenizer and chat template as our policies.
 
     Raises:
-        ValueError: a reference that is not understood.
+        ValueError: tokens with a source of their own, or the tokenizer of a model that is not merged.
     """
-    if isinstance(model, Mapping):
-        adapter = model.get("lora")
-        model = model.get("path", model.get("model"))
-        model = model.get("path") if isinstance(model, Mapping) else model
-        if adapter:
-            return f"{_name(model)}+{_name(adapter)}"
-    if not isinstance(model, str):
-        raise ValueError(f"a model is a path or a hub id, not {model!r}")
-    return model
-
-
-def _model(name: str, folder: Path) -> Model | Checkpoint:
-    """What a reference stands for: a folder or hub id, or for "model+adapter" the adapter expanded on that model."""
-    return locate(name, folder)
-
-
-def _tokenizer(content: Mapping[str, Any], base: tuple[str, Any] | None, where: str) -> dict[str, Any]:
-    """Their tokenizer_source as our policy; a model is understood where it is the base."""
+    found: dict[str, Any] = {}
     if content.get("chat_template"):
-        raise ValueError(
-            f"{where}: chat_template is not supported; put the template into the output's tokenizer yourself"
-        )
-    tokenizer = content.get("tokenizer") or {}
-    if set(tokenizer) - {"source"}:
-        raise ValueError(
-            f"{where}: of `tokenizer` only `source` is supported, not {sorted(set(tokenizer) - {'source'})}"
-        )
-    source = content.get("tokenizer_source") or tokenizer.get("source")
-    if isinstance(source, Mapping):
-        source = _name(source)
-    if source in (None, "base", base[0] if base else "base"):
-        return {}
+        found["chat_template"] = str(content["chat_template"])
+    tokenizer = content.get("tokenizer")
+    given = set(tokenizer or ()) - {"source"}
+    if given:
+        raise ValueError(f"{where}: of `tokenizer` only `source` is supported, not {sorted(given)}")
+    source = content.get("tokenizer_source") or (tokenizer or {}).get("source")
+    if source is None:
+        return {**found, "embeddings": "union"} if tokenizer is not None else found
     if source == "union":
-        return {"embeddings": "union"}
-    raise ValueError(
-        f"{where}: tokenizer source {source!r} is not supported; use base, union or the base_model"
-    )
+        return {**found, "embeddings": "union"}
+    source = source if source == "base" else model_name(source)
+    if source == "base" or (part.base is not None and source == part.base.name):
+        return {**found, "tokenizer": "base"}
+    entry = next((entry for entry in part.entries if entry.name == source), None)
+    if entry is None:
+        raise ValueError(
+            f"{where}: tokenizer source {source!r} is none of the models; use base, union or one of them"
+        )
+    return {**found, "tokenizer": _unique(entry, part.entries)}
 
 
-def _method(
-    method: str, entries: Sequence[Entry], base: tuple[str, Any] | None, shared: Mapping[str, Any], where: str
-) -> dict[str, Any]:
-    """Base, tasks and options for one of their methods."""
+def _method(method: str, part: Part, where: str) -> dict[str, Any]:
+    """Base, tasks and options for one of their methods.
 
-    def value(entry: Entry, key: str, default: Any = None) -> Any:
-        return theirs(entry[2].get(key, shared.get(key, default)))
+    Raises:
+        ValueError: another number of models than the method takes, or no base_model where it needs one.
+    """
+    base, value = part.base, part.value
+    entries = part.entries
+    others = [entry for entry in entries if base is None or entry.name != base.name]
 
     def task(entry: Entry, weight: Any = 1.0) -> Task:
-        return Task(entry[1], weight=weight, name=_unique(entry, entries))
+        return Task(entry.model, weight=weight, name=_unique(entry, entries))
 
-    others = [entry for entry in entries if base is None or entry[0] != base[0]]
-    if method in ("linear", "karcher", "passthrough"):
-        tasks = [task(entry, value(entry, "weight", 1.0)) for entry in entries]
+    if method in EQUALS:
+        if method == "karcher" and base is not None and len(others) == len(entries):
+            entries = [*entries, base]  # there the base counts as a model of its own
+        tasks = [task(entry, value("weight", entry, 1.0)) for entry in entries]
         options: dict[str, Any] = {}
         if method == "linear":
-            options["normalize"] = bool(shared.get("normalize", True))
+            options["normalize"] = bool(value("normalize", default=True))
         if method == "karcher":
-            options = {"iterations": shared.get("max_iter", 10), "tolerance": shared.get("tol", 1e-5)}
+            options = {"iterations": value("max_iter", default=10), "tolerance": value("tol", default=1e-5)}
         if method == "passthrough":
             if len(entries) != 1:
                 raise ValueError(f"{where}: passthrough takes one source a slice, got {len(entries)}")
-            options["scale"] = value(entries[0], "scale", 1.0)
-        return {"base": base[1] if base else entries[0][1], "tasks": tasks, "method": method, **options}
+            options["scale"] = value("scale", entries[0], 1.0)
+        return {"base": (base or entries[0]).model, "tasks": tasks, "method": method, **options}
     if method == "slerp":
         if base is None or len(others) != 1:
             raise ValueError(f"{where}: slerp takes two models, one of them the base_model")
-        first = Task(base[1], name=base[0] if base[0] != others[0][0] else "base")
-        return {
-            "base": base[1],
-            "tasks": [first, task(others[0])],
-            "method": "slerp",
-            "t": shared.get("t", value(others[0], "t", 0.5)),
-        }
+        first = Task(base.model, name=base.name if base.name != others[0].name else "base")
+        tasks = [first, task(others[0])]
+        return {"base": base.model, "tasks": tasks, "method": "slerp", "t": value("t", others[0], 0.5)}
     if method == "nuslerp":
-        return _nuslerp(others, base, value, task, shared, where)
+        return _nuslerp(part, others, where)
+    if method == "multislerp":
+        options = {
+            "normalize_weights": bool(value("normalize_weights", default=True)),
+            "eps": value("eps", default=1e-8),
+            "origin": "zero" if base is None else "base",
+        }
+        tasks = [task(entry, value("weight", entry, 1.0)) for entry in others]
+        return {"base": (base or others[0]).model, "tasks": tasks, "method": method, **options}
     if base is None:
         raise ValueError(f"{where}: {method} needs a base_model")
-    tasks = [task(entry, value(entry, "weight", 1.0)) for entry in others]
+    if method in ("nearswap", "arcee_fusion"):
+        if len(others) != 1:
+            raise ValueError(f"{where}: {method} takes one model beside the base_model, got {len(others)}")
+        options = {"t": value("t", default=None)} if method == "nearswap" else {}
+        if method == "nearswap" and options["t"] is None:
+            raise ValueError(f"{where}: nearswap needs parameters: {{t: ...}}")
+        return {"base": base.model, "tasks": [task(others[0])], "method": method, **options}
+    if method == "sce":
+        options = {"select_topk": value("select_topk", default=1.0)}
+        return {"base": base.model, "tasks": [task(one) for one in others], "method": method, **options}
     if method == "model_stock":
-        along = "rows" if shared.get("filter_wise") else "tensor"
-        return {"base": base[1], "tasks": tasks, "method": "model_stock", "along": along}
-    return {"base": base[1], **_editing(method, others, tasks, value, shared, where)}
+        along = "rows" if value("filter_wise") else "tensor"
+        tasks = [task(entry) for entry in others]
+        return {"base": base.model, "tasks": tasks, "method": "model_stock", "along": along}
+    tasks = [task(entry, value("weight", entry, 1.0)) for entry in others]
+    return {"base": base.model, **_editing(method, part, others, tasks, where)}
 
 
-def _nuslerp(
-    others: Any, base: Any, value: Any, task: Any, shared: Mapping[str, Any], where: str
-) -> dict[str, Any]:
+def _nuslerp(part: Part, others: Sequence[Entry], where: str) -> dict[str, Any]:
     """With a base: of task vectors; without: of the weights, at the position that the two weights give."""
     along = "tensor"
-    if not shared.get("nuslerp_flatten", True):  # where they flatten, row_wise plays no role
-        along = "columns" if shared.get("nuslerp_row_wise") else "rows"  # theirs run along the first axis
+    if not part.value("nuslerp_flatten", default=True):  # where they flatten, row_wise plays no role
+        along = "columns" if part.value("nuslerp_row_wise") else "rows"  # theirs run along the first axis
     if len(others) != 2:
         raise ValueError(f"{where}: nuslerp takes two models beside the base, got {len(others)}")
-    weights = [value(entry, "weight", 1.0) for entry in others]
-    if base is not None:
-        tasks = [task(entry, weight) for entry, weight in zip(others, weights, strict=True)]
-        return {"base": base[1], "tasks": tasks, "method": "nuslerp", "along": along}
+    weights = [part.value("weight", entry, 1.0) for entry in others]
+    names = [_unique(entry, part.entries) for entry in others]
+    if part.base is not None:
+        tasks = [Task(one.model, None, w, n) for one, w, n in zip(others, weights, names, strict=True)]
+        return {"base": part.base.model, "tasks": tasks, "method": "nuslerp", "along": along}
     if not all(isinstance(weight, (int, float)) for weight in weights):
         raise ValueError(
             f"{where}: nuslerp without a base_model takes one number as each weight, not {weights}"
         )
     total = sum(weights)
     t = weights[1] / total if abs(total) > 1e-6 else 0.5
-    tasks = [task(entry) for entry in others]
-    return {"base": others[0][1], "tasks": tasks, "method": "slerp", "t": t, "along": along}
+    tasks = [Task(one.model, name=name) for one, name in zip(others, names, strict=True)]
+    return {"base": others[0].model, "tasks": tasks, "method": "slerp", "t": t, "along": along}
 
 
 def _editing(
-    method: str, others: Sequence[Entry], tasks: list[Task], value: Any, shared: Mapping[str, Any], where: str
+    method: str, part: Part, others: Sequence[Entry], tasks: Sequence[Task], where: str
 ) -> dict[str, Any]:
     """Task arithmetic with their sparsifiers and sign consensus; a density of its own goes with each task."""
-    options: dict[str, Any] = {"scale": shared.get("lambda", 1.0)}
-    normalize = bool(shared.get("normalize", method in NORMALIZED))
+    options: dict[str, Any] = {"scale": part.value("lambda", default=1.0)}
+    normalize = bool(part.value("normalize", default=method in NORMALIZED))
     kind = method.partition("_")[0]
     taken = {
         "ties": ("density",),
@@ -263,54 +231,46 @@ def _editing(
         "della": ("density", "epsilon"),
         "breadcrumbs": ("density", "gamma"),
     }
-    tasks = [
-        replace(task, options=_own_options(taken.get(kind, ()), entry, value))
-        for task, entry in zip(tasks, others, strict=True)
-    ]
-    own = {"rescale": "none"} if kind == "dare" and shared.get("rescale") is False else {}
-    transforms: list[dict[str, Any]] = [{kind: own}] if kind in taken else []
+    votes = kind == "ties" or method in ("dare_ties", "della", "breadcrumbs_ties")
+    edited = []
+    for task, entry in zip(tasks, others, strict=True):
+        own = {key: part.value(key, entry, DEFAULTS[key]) for key in taken.get(kind, ())}
+        weight = task.weight
+        if any(number == 0 for number in numbers(own.get("density"))):
+            if normalize and not votes:
+                raise ValueError(
+                    f"{where}: {method} with normalize and a density of 0 is not supported; set the weight to 0 there"
+                )
+            density = part.value("density", entry, 1.0, layer_count(entry.model))
+            weight, own["density"] = without_zeros(weight, density)
+        if "epsilon" in own:
+            # Their epsilon is half the width of the range of probabilities, the published one its whole width; at density 1
+            # nothing is dropped whatever it is.
+            keeps_all = any(number >= 1 for number in numbers(own["density"]))
+            own["epsilon"] = 0.0 if keeps_all else times(own["epsilon"], 2.0)
+        edited.append(replace(task, weight=weight, options=own))
+    unscaled = {"rescale": "none"} if kind == "dare" and part.value("rescale", default=True) is False else {}
+    transforms: list[dict[str, Any]] = [{kind: unscaled}] if kind in taken else []
     if kind == "ties":
         transforms = [{"ties": {"trim": "tensor", "normalize": normalize}}]
-    elif method in ("dare_ties", "della", "breadcrumbs_ties"):
+    elif votes:
         transforms.append({"ties": {"density": 1.0, "trim": "tensor", "normalize": normalize}})
     elif normalize:
         options["normalize"] = True
     notes = []
-    if method in RANDOM and not own:
+    if method in RANDOM and not unscaled:
         notes.append(
             f"{method}: what stays is divided by its probability (unbiased, as published); mergekit restores the tensor's L1 norm"
         )
-    return {"tasks": tasks, "method": "task_arithmetic", "transforms": transforms, "notes": notes, **options}
-
-
-def _own_options(keys: Sequence[str], entry: Entry, value: Any) -> dict[str, Any]:
-    """Density, epsilon and gamma of one model.
-
-    Their epsilon is half the width of the range of probabilities, the published one its whole width; at density 1 nothing
-    is dropped whatever it is.
-    """
-    own = {key: value(entry, key, DEFAULTS[key]) for key in keys}
-    if "epsilon" in own:
-        keeps_all = any(number >= 1 for number in numbers(own["density"]))
-        own["epsilon"] = 0.0 if keeps_all else times(own["epsilon"], 2.0)
-    return own
-
-
-def theirs(setting: Any) -> Any:
-    """A gradient as mergekit reads it: outside the layers (also after the last one) its first value holds."""
-    if isinstance(setting, list) and setting:
-        if isinstance(setting[0], Mapping):
-            return [{**entry, "value": theirs(entry["value"])} for entry in setting]
-        return [{"layer": None, "value": setting[0]}, {"value": setting}]
-    return setting
+    return {"tasks": edited, "method": "task_arithmetic", "transforms": transforms, "notes": notes, **options}
 
 
 def _unique(entry: Entry, entries: Sequence[Entry]) -> str:
     """A task's name: the model's folder, or its whole reference where two folders are called the same."""
-    short = Path(entry[0]).name
-    clash = [other for other in entries if Path(other[0]).name == short]
-    if len(clash) == 1:
+    short = Path(entry.name).name
+    clash = [other for other in entries if Path(other.name).name == short]
+    if len(clash) <= 1:
         return short
-    if [other[0] for other in entries].count(entry[0]) == 1:
-        return entry[0]
-    return f"{entry[0]} {[id(other) for other in entries].index(id(entry)) + 1}"
+    if [other.name for other in entries].count(entry.name) == 1:
+        return entry.name
+    return f"{entry.name} {[id(other) for other in entries].index(id(entry)) + 1}"
