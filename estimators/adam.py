@@ -127,7 +127,7 @@ def from_adam(
         (known.unknown if calibrate is None else known.assumed).append(
             f"moments are bfloat16, whose 8 bits lose what {steps:.0f} steps add up"
         )
-    _check_known(known)
+    _check_known(known, "" if isinstance(state, (Mapping, torch.optim.Optimizer)) else file)
     for value in mean.values():
         value.mul_(known.factor)
     info = {
@@ -183,11 +183,11 @@ def _as_told(model: nn.Module, batch_size: int) -> Units:
     return found
 
 
-def _check_known(known: Units) -> None:
+def _check_known(known: Units, where: object) -> None:
     """Refuse a scale that is not known."""
     if known.unknown:
         raise GradmatchError(
-            f"the scale of these moments is not known: {'; '.join(known.unknown)}", "units",
+            f"{f'{where}: ' if where else ''}the scale of these moments is not known: {'; '.join(known.unknown)}", "units", where,
             remedy="pass calibrate=, a few dozen examples of the training set, whose empirical Fisher then gives the scale",
         )  # fmt: skip
 

@@ -77,9 +77,10 @@ def checked_form(state: Mapping[str, Any], what: str = "this is no") -> Mapping[
             )
         return state
     inside = [
-        key
+        f"{key}[0]" if isinstance(value, list) else key  # Lightning lists those of several optimizers
         for key, value in state.items()
-        if isinstance(value, Mapping) and {"state", "param_groups"} <= set(value)
+        for one in (value[:1] if isinstance(value, list) else [value])
+        if isinstance(one, Mapping) and {"state", "param_groups"} <= set(one)
     ]
     hint = f"; its part {inside[0]!r} is one: give that" if inside else ""
     raise ValueError(f"{what} optimizer's state_dict: it lacks 'state' and 'param_groups'{hint}")

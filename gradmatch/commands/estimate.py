@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLE
     parser.add_argument(
-        "model", help="folder or hub name of a transformers classifier or causal language model"
+        "model",
+        help="folder or hub name of a transformers classifier or causal language model, an adapter of one, or MODEL+ADAPTER",
     )
     parser.add_argument("-o", "--out", required=True, help="the curvature file to write (.safetensors)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
@@ -69,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="ROWS",
         help="with --adam and --data: scale it by the empirical Fisher of so many rows, where the run's files do not tell its units",
+    )
+    what.add_argument(
+        "--on",
+        choices=("weights", "factors"),
+        default="weights",
+        help="of an adapter: measure base and adapter as one model's weights, as a merge has them (default), or A and B alone",
     )
     what.add_argument("--device", help="default: cuda where there is one, else cpu")
     what.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -206,42 +213,68 @@ def open_data(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def load(args: argparse.Namespace, task: str) -> tuple[Any, Any, str]:
-    """Model (float32, on its device), tokenizer and task.
+    """Model (float32, on its device), tokenizer and task; an adapter with its update in the weights, or as it is trained.
 
     Raises:
         ValueError: a file, or an architecture that is neither a classifier nor a causal language model.
         FileNotFoundError: neither a folder nor a hub repository.
     """
-    if Path(args.model).is_file():
+    if Path(args.model).expanduser().is_file():
         raise ValueError(
             f"{args.model} is a file; name the folder that save_pretrained wrote, with config and tokenizer"
         )
-    if not Path(args.model).expanduser().is_dir():
-        from gradmatch.models.opening import from_hub
-
-        from_hub(args.model, ("config.json",))  # says at once what transformers says after a minute
-    import torch
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
-
     from gradmatch.models.loading import load as load_module
+    from gradmatch.models.named import config_folder, config_of, is_adapter
     from gradmatch.models.opening import open_checkpoint
 
-    config = AutoConfig.from_pretrained(args.model)
-    if task == "auto":
-        task = task_of(config, args.model)
-    kind = AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
+    if args.on == "factors" and not is_adapter(args.model):
+        raise ValueError(
+            f"--on factors: {args.model} is no adapter, whose factors could be measured; leave --on out"
+        )
+    if is_adapter(args.model) and args.on == "weights":
+        print(
+            f"{args.model} is an adapter: it is measured with its base, as one model's weights (--on factors: A and B alone)",
+            file=sys.stderr,
+        )
+    config = config_of(args.model)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    task = task_of(config, args.model) if task == "auto" else task
+    auto = AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
     with torch.device("meta"):
-        kind = type(kind.from_config(config))
+        kind = type(auto.from_config(config, trust_remote_code=False))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with bars(not args.quiet):
-        model = load_module(open_checkpoint(args.model), kind).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(args.model) if args.data else None
-    return model, tokenizer, task
+        if args.on == "factors":
+            model = _with_factors(args.model, kind)
+        else:
+            model = load_module(open_checkpoint(args.model), kind)
+    tokenizer = None
+    if args.data:
+        tokenizer = AutoTokenizer.from_pretrained(config_folder(args.model), trust_remote_code=False)
+    return model.to(device), tokenizer, task
+
+
+def _with_factors(name: str, kind: Any) -> Any:
+    """The base with an adapter's A and B beside its weights, which alone are trained.
+
+    Raises:
+        ValueError: peft is not installed.
+    """
+    try:
+        from peft import PeftModel
+    except ModuleNotFoundError as error:
+        raise ValueError("--on factors needs peft, which is not installed: pip install peft") from error
+    from gradmatch.models.adapter_config import named_base
+    from gradmatch.models.loading import load as load_module
+    from gradmatch.models.opening import adapter_folder, open_checkpoint
+    from gradmatch.models.reference import split_adapter
+
+    model, adapter = split_adapter(name)
+    folder = adapter_folder(adapter or name, name)
+    base = load_module(open_checkpoint(model if adapter else named_base(folder)), kind)
+    return PeftModel.from_pretrained(base, folder, is_trainable=True)
 
 
 def task_of(config: Any, model: str) -> str:

@@ -56,8 +56,14 @@ def inspect(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
                 file.metadata,
                 {name: (i.dtype, list(i.shape), i.nbytes) for name, i in file.items()},
             )
+    from gradmatch.models.adapter_config import CONFIG, described
     from gradmatch.models.opening import open_checkpoint
 
+    folder = Path(path).expanduser()
+    if (folder / CONFIG).is_file():
+        file = TensorFile(folder / "adapter_model.safetensors")
+        tensors = {name: (i.dtype, list(i.shape), i.nbytes) for name, i in file.items()}
+        return _summary("adapter", described(folder), tensors)
     checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
     wanted = (
         "architectures",
@@ -69,15 +75,13 @@ def inspect(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     )
     info = {key: value for key, value in (checkpoint.config or {}).items() if key in wanted}
     info |= {f"tied {alias}": name for alias, name in checkpoint.aliases.items()}
-    card = Path(path) / "gradmatch.json"
+    card = folder / "gradmatch.json"
     if card.is_file():
         content = json.loads(card.read_text(encoding="utf-8"))
         made = content["recipe"]
         info["merged by"] = f"{made['method']}: {made['formula']}"
-    tensors = {name: checkpoint.spec(name) for name in checkpoint.store}
-    return _summary(
-        "checkpoint", info, {name: (s.dtype, list(s.shape), s.nbytes) for name, s in tensors.items()}
-    )
+    specs = {name: checkpoint.spec(name) for name in checkpoint.store}
+    return _summary("checkpoint", info, {n: (s.dtype, list(s.shape), s.nbytes) for n, s in specs.items()})
 
 
 def _summary(kind: str, info: Any, tensors: dict[str, tuple[str, list[int], int]]) -> dict[str, Any]:

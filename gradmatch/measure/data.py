@@ -203,17 +203,19 @@ def _of_model(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     """Config (None where there is none) and tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
 
+    from gradmatch.models.named import config_folder
+
     config = getattr(model, "config", None)
-    name = model if config is None else config._name_or_path
+    name = config_folder(str(model)) if config is None else config._name_or_path
     if config is None:
         try:
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError):
             config = None  # a tokenizer is enough to read by
     if tokenizer is not None:
         return config, tokenizer
     try:
-        return config, AutoTokenizer.from_pretrained(name)
+        return config, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         said = str(error).strip().splitlines()[0]
         raise GradmatchError(

@@ -138,3 +138,30 @@ def named_base(path: Path) -> str:
             found = named if path.exists() or not isinstance(revision, str) else f"{named}@{revision}"
         if not (path / CONFIG).is_file():
             return found
+
+
+def described(path: Path) -> dict[str, str]:
+    """What an adapter is: of which base, its rank and scale, which modules it adapts, and whether it can be expanded.
+
+    Raises:
+        ValueError: adapter_config.json is no JSON table.
+    """
+    config = read_json(path / CONFIG)
+    targets, saved = config.get("target_modules"), config.get("modules_to_save")
+    found = {
+        "adapter": config.get("peft_type"),
+        "base": config.get("base_model_name_or_path"),
+        "revision of the base": config.get("revision"),
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "rank by module": config.get("rank_pattern"),
+        "alpha by module": config.get("alpha_pattern"),
+        "targets": ", ".join(sorted(map(str, targets))) if isinstance(targets, list) else targets,
+        "modules saved whole": ", ".join(map(str, saved)) if isinstance(saved, list) else saved,
+        "bias": config.get("bias"),
+    }
+    try:
+        check_config(config, path)
+    except ValueError as error:
+        found["cannot be merged here"] = str(error)
+    return {key: str(value) for key, value in found.items() if value}

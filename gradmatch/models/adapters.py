@@ -105,17 +105,17 @@ class Added:
         """theta0 + scale * B A, for the rows that a flat range touches."""
         spec = self.spec(name)
         dtype = torch_dtype(spec.dtype)
-        a, b = (self._whole(key).to(dtype) for key in (low_rank.a, low_rank.b))
+        # In float64, so that the product does not depend on which rows are asked for at a time.
+        a, b = (self._whole(key).double() for key in (low_rank.a, low_rank.b))
         left, right = b.flatten(1), a.flatten(1)  # (out, r), (r, in)
         if low_rank.transposed:
             left, right = right.T, left.T
         width = math.prod(spec.shape[1:])
         start = first // width
-        delta = left[start : -(-last // width)] @ right
-        return (
-            values.to(dtype)
-            + low_rank.scale * delta.reshape(-1)[first - start * width : last - start * width]
-        )
+        delta = (left[start : -(-last // width)] @ right).reshape(-1)[
+            first - start * width : last - start * width
+        ]
+        return (values.double() + low_rank.scale * delta).to(dtype)
 
     def _whole(self, key: str) -> Tensor:
         spec = self._factors.spec(key)

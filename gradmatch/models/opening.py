@@ -142,6 +142,10 @@ def _from_file(path: Path, allow_pickle: bool) -> Checkpoint:
     """A safetensors file, or a pickle where that is allowed."""
     if path.suffix not in PICKLES:
         file = TensorFile(path)
+        if any(".lora_" in name for name in file):
+            raise ValueError(
+                f"{path} holds an adapter's factors alone; name the folder that it lies in, with its {CONFIG}"
+            )
         return Checkpoint(_checked(FileStore([file]), path), path=path, aliases=_stored_aliases([file]))
     if not allow_pickle:
         raise ValueError(

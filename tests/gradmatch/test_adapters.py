@@ -10,7 +10,11 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from gradmatch import Task, merge, open_checkpoint
+from gradmatch.cli import main
+from gradmatch.estimators import Curvature
 from gradmatch.models.adapter_config import FREE
+from gradmatch.recipes.recipe import load_recipe
+from tests.gradmatch.tiny import WORDS, tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -294,3 +298,112 @@ def test_a_module_with_adapters_is_refused_by_what_it_is():
     with pytest.raises(ValueError, match=r"PeftModel has adapters beside its weights: pass the folder"):
         merge(llama(), [Task(tuned)], method="averaging")
     assert merge(llama(), [Task(tuned.merge_and_unload())], method="averaging")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """base/, adapter0/ and adapter1/ of it, merged0/ as peft merges it, a tokenizer in each of base and merged, data.jsonl."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = tf.LlamaConfig(**SMALL, vocab_size=len(WORDS), tie_word_embeddings=False)
+    for seed in (0, 1):
+        make(folder, lambda: tf.LlamaForCausalLM(config), CASES["plain"][1], seed)
+    base = tf.LlamaForCausalLM.from_pretrained(folder / "base")
+    peft.PeftModel.from_pretrained(base, folder / "adapter0").merge_and_unload().save_pretrained(
+        folder / "merged0"
+    )
+    for name in ("base", "merged0"):
+        tokenizer().save_pretrained(folder / name)
+    rows = [" ".join(WORDS[3 + (n + k) % 15] for k in range(4)) for n in range(6)]
+    (folder / "data.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return folder
+
+
+def estimated(trained, name, out, *options):
+    command = [
+        "estimate",
+        str(name),
+        "--data",
+        str(trained / "data.jsonl"),
+        "-o",
+        str(out),
+        "--quiet",
+        *options,
+    ]
+    assert main([*command, "--method", "empirical_fisher"]) == 0
+    return Curvature.load(out)
+
+
+def test_the_curvature_of_an_adapter_is_that_of_the_merged_model_and_serves_in_a_merge(
+    trained, tmp_path, capsys
+):
+    expected = estimated(trained, trained / "merged0", tmp_path / "merged.safetensors")
+    found = {
+        name: estimated(trained, name, tmp_path / f"{n}.safetensors")
+        for n, name in enumerate((trained / "adapter0", f"{trained / 'base'}+{trained / 'adapter0'}"))
+    }
+    assert "is an adapter: it is measured with its base" in capsys.readouterr().err
+    for curvature in found.values():
+        assert set(curvature) == set(expected)
+        for name in expected:
+            torch.testing.assert_close(curvature.mean(name), expected.mean(name), rtol=1e-3, atol=1e-7)
+    merged = [
+        merge(
+            trained / "base",
+            [Task(trained / model, tmp_path / f"{file}.safetensors", 0.7)],
+            base_curvature=1.0,
+        )
+        for model, file in (("adapter0", 0), ("merged0", "merged"))
+    ]
+    for name, value in merged[1].items():
+        torch.testing.assert_close(merged[0][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_curvature_of_the_factors_alone(trained, tmp_path):
+    found = estimated(trained, trained / "adapter0", tmp_path / "f.safetensors", "--on", "factors")
+    assert len(found) == len(load_file(trained / "adapter0" / "adapter_model.safetensors"))
+    assert all(".lora_" in name for name in found)
+    with pytest.raises(ValueError, match=r"has no block for|another model|belongs to another"):
+        merge(trained / "base", [Task(trained / "adapter0", found)], base_curvature=1.0)
+
+
+def test_factors_of_a_whole_model_are_refused(trained, tmp_path, capsys):
+    command = [
+        "estimate",
+        str(trained / "base"),
+        "--data",
+        str(trained / "data.jsonl"),
+        "-o",
+        str(tmp_path / "x.safetensors"),
+    ]
+    assert main([*command, "--on", "factors"]) == 2
+    assert "base is no adapter, whose factors could be measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+def test_adapters_in_recipes(trained, tmp_path, theirs):
+    """Whole models named as base+adapter, without a base; what is written loads, with the tokenizer of the base."""
+    names = [f"base+adapter{seed}" for seed in (0, 1)]
+    ours = {"base": names[0], "method": "linear", "tasks": [{"model": name, "weight": 0.5} for name in names]}
+    models = [{"model": name, "parameters": {"weight": 0.5}} for name in names]
+    recipe = {"merge_method": "linear", "models": models} if theirs else ours
+    (trained / "recipe.yml").write_text(json.dumps(recipe))
+    merge(**load_recipe(trained / "recipe.yml"), out=tmp_path / "out")
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    one, two = (open_checkpoint(trained / f"adapter{seed}") for seed in (0, 1))
+    for name in one:
+        torch.testing.assert_close(loaded[name], (one[name] + two[name]) / 2, rtol=1e-5, atol=1e-6)
+    assert tf.AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer().get_vocab()
+
+
+def test_inspect_says_what_an_adapter_is(trained, capsys):
+    assert main(["inspect", str(trained / "adapter0")]) == 0
+    said = capsys.readouterr().out
+    for text in (
+        "adapter: LORA",
+        f"base: {trained / 'base'}",
+        "rank: 3",
+        "targets: down_proj, q_proj",
+        "lora_A.weight",
+    ):
+        assert text in said
+    assert "cannot be merged" not in said
