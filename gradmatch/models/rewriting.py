@@ -242,7 +242,8 @@ def _new_id(token: str, numbered: Mapping[str, int], where: str) -> int:
     """
     if token not in numbered:
         raise ValueError(
-            f"{where} needs token {token!r}, which not every model has; choose embeddings='union'"
+            f"{where} needs token {token!r}, which not every model has; choose embeddings='union' (or, where it has no row in its own model "
+            "either, resize the embeddings there first)"
         )
     return numbered[token]
 

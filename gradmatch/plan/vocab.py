@@ -97,7 +97,7 @@ def align(inputs: Inputs, request: Request) -> tuple[dict[str, bytes | None], li
         if row < sizes[keeps]:
             index[keeps][row] = row
     _gather(inputs, index, tensors)
-    if ids == held[0] and owner is None:
+    if ids == given[0] and owner is None:
         return {}, notes
     if owner is not None and owner > 0:
         return _taken([inputs.base, *models[1:]], owner, notes), notes

@@ -1,11 +1,21 @@
 """Vocabularies that differ: rows found by token, config and tokenizer that follow."""
 
 import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from gradmatch import Task, merge
 from gradmatch.estimators import Curvature
@@ -239,3 +249,199 @@ def test_embeddings_that_no_name_tells(tmp_path):
         save_file(held, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"6 wide and have 6 tokens, and none of the names .*words"):
         merge(folders[0], [Task(folders[1])], method="averaging", embeddings="union")
+
+
+def llama(folder, rows, seed, **config):
+    """A tiny model with `rows` embeddings, and without ties."""
+    torch.manual_seed(seed)
+    settings = LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=rows, tie_word_embeddings=False,
+        **config,
+    )  # fmt: skip
+    LlamaForCausalLM(settings).save_pretrained(folder)
+
+
+ALPHABET = ["<pad>", "<s>", "</s>", *"abcdehlorw"]
+
+
+def word_pieces(pieces):
+    return models.WordPiece({p: n for n, p in enumerate(["<unk>", *ALPHABET, *pieces])}, unk_token="<unk>")
+
+
+def unigram(pieces):
+    return models.Unigram(
+        [("<unk>", 0.0), *((p, -float(n)) for n, p in enumerate([*ALPHABET, *pieces]))], unk_id=0
+    )
+
+
+def merged_pairs(pieces):
+    """BPE whose pieces are pairs of what is there, such as "he" of "h" and "e"."""
+    vocab = {piece: n for n, piece in enumerate(["<unk>", *ALPHABET, *pieces])}
+    return models.BPE(vocab, [(piece[:-1], piece[-1]) for piece in pieces], unk_token="<unk>")
+
+
+def words(pieces):
+    return models.WordLevel({p: n for n, p in enumerate(["<unk>", *ALPHABET, *pieces])}, unk_token="<unk>")
+
+
+def tokenized(folder, kind, pieces, special, rows=0, seed=0, **config):
+    """A model folder with a tokenizer of that kind; returns token -> id."""
+    made = Tokenizer(kind(pieces))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.add_special_tokens({"extra_special_tokens": special})
+    fast.save_pretrained(folder)
+    llama(folder, rows or len(fast), seed, **config)
+    return fast.get_vocab()
+
+
+VOCABULARIES = {  # base: pieces, special tokens, rows (0: as many as tokens); the same of the task
+    "pieces and special tokens": ((["he", "ll", "hel"], ["<x>"], 0), (["he", "lo"], ["<y>"], 0)),
+    "special tokens in another order": ((["he"], ["<x>", "<z>"], 0), (["he"], ["<z>", "<x>"], 0)),
+    "padding in both": ((["he"], ["<x>"], 32), (["he", "lo", "wo"], ["<x>", "<y>"], 40)),
+    "a special token of one is a piece of the other": ((["he"], ["lo"], 0), (["he", "lo"], [], 0)),
+    "nothing added": ((["he", "lo"], ["<x>", "<y>"], 0), (["he"], ["<x>"], 0)),
+    "tokens without rows": ((["he"], ["<x>", "<y>"], 15), (["he", "lo"], ["<x>"], 0)),
+}
+
+
+@pytest.mark.parametrize("policy", ["union", "intersect", "base", "task"])
+@pytest.mark.parametrize("kind", [merged_pairs, word_pieces, unigram, words])
+@pytest.mark.parametrize("case", VOCABULARIES)
+def test_every_token_of_the_written_tokenizer_has_its_own_row(tmp_path, case, kind, policy):
+    tables, rowless = {}, set()
+    for seed, (name, (pieces, special, rows)) in enumerate(
+        zip(("base", "task"), VOCABULARIES[case], strict=True)
+    ):
+        table = tokenized(tmp_path / name, kind, pieces, special, rows, seed)
+        size = rows or len(table)
+        tables[name] = {token: number for token, number in table.items() if number < size}
+        rowless |= set(table) - set(tables[name])
+    chosen = {"embeddings": policy} if policy in ("union", "intersect") else {"tokenizer": policy}
+    merge(
+        tmp_path / "base", [Task(tmp_path / "task")], method="task_arithmetic", out=tmp_path / "out", **chosen
+    )
+    found = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    rows = {
+        n: load_file(tmp_path / n / "model.safetensors")["model.embed_tokens.weight"]
+        for n in (*tables, "out")
+    }
+    assert model.config.vocab_size == len(rows["out"])
+    base, task = tables["base"], tables["task"]
+    expected = {"union": {**base, **task}, "intersect": set(base) & set(task), "base": base, "task": task}[
+        policy
+    ]
+    assert set(expected) <= set(found)
+    assert set(found) - set(expected) <= rowless  # of a tokenizer that is left as it is
+    for token in expected:
+        table, name = (task, "task") if token in task else (base, "base")
+        torch.testing.assert_close(rows["out"][found[token]], rows[name][table[token]])
+    text = "hello <x> world"
+    assert max(AutoTokenizer.from_pretrained(tmp_path / "out")(text).input_ids) < len(rows["out"])
+
+
+def test_ids_in_configs_follow_in_lists_and_nested_and_stale_files_are_left_out(tmp_path):
+    base = tokenized(tmp_path / "base", merged_pairs, ["he", "ll"], ["<x>", "<y>"])
+    new = tokenized(tmp_path / "task", merged_pairs, ["he"], ["<x>"], seed=1)
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "base" / name
+        ids = {
+            "eos_token_id": [2, base["<x>"]],
+            "suppress_tokens": [base["<y>"], base["<x>"]],
+            "inner": {"image_token_id": base["<x>"]},
+        }
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | ids | {"bad_words_ids": [[base["<x>"], 3]]})
+        )
+    stale = (
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+        "added_tokens.json",
+        "source.spm",
+        "qwen.tiktoken",
+    )
+    for name in stale:
+        (tmp_path / "base" / name).write_bytes(b'{"<x>": 99}')
+    merge(
+        tmp_path / "base",
+        [Task(tmp_path / "task")],
+        method="averaging",
+        embeddings="intersect",
+        out=tmp_path / "out",
+    )
+    at = new["<x>"]
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((tmp_path / "out" / name).read_text())
+        assert (found["eos_token_id"], found["suppress_tokens"], found["inner"]["image_token_id"]) == (
+            [2, at],
+            [at],
+            at,
+        )
+        assert found["bad_words_ids"] == [[at, 3]]
+    assert not [name for name in stale if (tmp_path / "out" / name).exists()]
+
+
+UNKNOWN = [  # (change of the folders, options, words in the note or the refusal, whether it is one)
+    (lambda f: (f / "task" / "tokenizer.json").rename(f / "task" / "tokenizer.model"), {}, r"task could not be read \(tokenizer.model", False),
+    (lambda f: (f / "task" / "tokenizer.json").rename(f / "task" / "tokenizer.model"), {"embeddings": "union", "rows": 40}, "task is not known", True),
+    (lambda f: (f / "task" / "tokenizer.json").rename(f / "task" / "tokenizer.model"), {"rows": 40}, r"40 rows and the base's 16, and .* could not be read", True),
+    (lambda f: (f / "task" / "tokenizer.json").unlink(), {"rows": 40}, "it has no tokenizer", True),
+    (lambda f: (f / "base" / "tokenizer.json").unlink(), {"rows": 40}, "vocabulary of the base is not known", True),
+    (lambda f: None, {"tokenizer": "tsk"}, r"tokenizer is 'tsk' \(did you mean 'task'", True),
+    (lambda f: (f / "task" / "tokenizer.json").unlink(), {"tokenizer": "task"}, "has no tokenizer, which the output was to have", True),
+    (lambda f: None, {"rows": 15}, r"the tokenizer of task has 1 tokens beyond the 15 rows", True),
+    (lambda f: None, {"chat_template": "chatlm"}, r"chat_template is 'chatlm' \(did you mean 'chatml'", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "text", "refused"), UNKNOWN, ids=[text for _, _, text, _ in UNKNOWN]
+)
+def test_vocabularies_that_are_not_known_are_said(tmp_path, change, options, text, refused):
+    options = dict(options)
+    rows = options.pop("rows", 0)
+    for name, size in (("base", 0), ("task", rows)):
+        tokenized(tmp_path / name, words, ["he"], ["<x>"], size)
+    change(tmp_path)
+    if refused and "beyond" not in text:
+        with pytest.raises(ValueError, match=text):
+            merge(tmp_path / "base", [Task(tmp_path / "task")], method="averaging", **options)
+        return
+    policy = {"embeddings": "union"} if rows else {}
+    done = merge(tmp_path / "base", [Task(tmp_path / "task")], method="averaging", **options, **policy)
+    assert re.search(text, "\n".join(done.report.notes))
+
+
+def test_the_tokenizer_and_chat_template_that_are_asked_for(tmp_path):
+    for name, template in (
+        ("base", "b {{ messages }}"),
+        ("one", "t {{ messages }}"),
+        ("two", "t {{ messages }}\n"),
+    ):
+        tokenized(tmp_path / name, words, ["he"], ["<x>"])
+        (tmp_path / name / "chat_template.jinja").write_text(template)
+    tasks = [Task(tmp_path / "one"), Task(tmp_path / "two")]
+    for wanted, expected in (
+        ({}, "b {{ messages }}"),
+        ({"chat_template": "auto"}, "t {{ messages }}"),
+        ({"tokenizer": "two"}, "t {{ messages }}\n"),
+        ({"chat_template": "x {{ messages }}"}, "x {{ messages }}"),
+    ):
+        merge(tmp_path / "base", tasks, method="averaging", out=tmp_path / "out", overwrite=True, **wanted)
+        assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == expected
+    merge(
+        tmp_path / "base",
+        tasks,
+        method="averaging",
+        out=tmp_path / "out",
+        overwrite=True,
+        chat_template="chatml",
+    )
+    said = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(
+        [{"role": "user", "content": "he"}], tokenize=False
+    )
+    assert said == "<|im_start|>user\nhe<|im_end|>\n"

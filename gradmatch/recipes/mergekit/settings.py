@@ -79,6 +79,23 @@ class Part:
             return found[0]["value"]
         return found or default
 
+    def one(self, key: str, default: Any = None) -> Any:
+        """A parameter that is the same everywhere, such as a switch.
+
+        Raises:
+            ValueError: slices that differ in it.
+        """
+        by_slice = [{**_merged(self.shared), **parameters} for _, _, parameters in self.slices]
+        found = [parameters.get(key, default) for parameters in by_slice]
+        if any(value != found[0] for value in found) or isinstance(found[0], (list, dict)):
+            raise ValueError(f"{key} is {found}; one value for the whole model is supported")
+        return found[0]
+
+
+def _merged(scopes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Parameters of several scopes, the first of which counts most."""
+    return {key: value for scope in reversed(scopes) for key, value in scope.items()}
+
 
 def _as_theirs(value: Any) -> Any:
     """A gradient as mergekit reads it: outside the layers (also after the last one) its first value holds."""

@@ -152,9 +152,9 @@ def _method(method: str, part: Part, where: str) -> dict[str, Any]:
         tasks = [task(entry, value("weight", entry, 1.0)) for entry in entries]
         options: dict[str, Any] = {}
         if method == "linear":
-            options["normalize"] = bool(value("normalize", default=True))
+            options["normalize"] = bool(part.one("normalize", True))
         if method == "karcher":
-            options = {"iterations": value("max_iter", default=10), "tolerance": value("tol", default=1e-5)}
+            options = {"iterations": part.one("max_iter", 10), "tolerance": part.one("tol", 1e-5)}
         if method == "passthrough":
             if len(entries) != 1:
                 raise ValueError(f"{where}: passthrough takes one source a slice, got {len(entries)}")
@@ -170,8 +170,8 @@ def _method(method: str, part: Part, where: str) -> dict[str, Any]:
         return _nuslerp(part, others, where)
     if method == "multislerp":
         options = {
-            "normalize_weights": bool(value("normalize_weights", default=True)),
-            "eps": value("eps", default=1e-8),
+            "normalize_weights": bool(part.one("normalize_weights", True)),
+            "eps": part.one("eps", 1e-8),
             "origin": "zero" if base is None else "base",
         }
         tasks = [task(entry, value("weight", entry, 1.0)) for entry in others]
@@ -189,7 +189,7 @@ def _method(method: str, part: Part, where: str) -> dict[str, Any]:
         options = {"select_topk": value("select_topk", default=1.0)}
         return {"base": base.model, "tasks": [task(one) for one in others], "method": method, **options}
     if method == "model_stock":
-        along = "rows" if value("filter_wise") else "tensor"
+        along = "rows" if part.one("filter_wise") else "tensor"
         tasks = [task(entry) for entry in others]
         return {"base": base.model, "tasks": tasks, "method": "model_stock", "along": along}
     tasks = [task(entry, value("weight", entry, 1.0)) for entry in others]
@@ -199,8 +199,8 @@ def _method(method: str, part: Part, where: str) -> dict[str, Any]:
 def _nuslerp(part: Part, others: Sequence[Entry], where: str) -> dict[str, Any]:
     """With a base: of task vectors; without: of the weights, at the position that the two weights give."""
     along = "tensor"
-    if not part.value("nuslerp_flatten", default=True):  # where they flatten, row_wise plays no role
-        along = "columns" if part.value("nuslerp_row_wise") else "rows"  # theirs run along the first axis
+    if not part.one("nuslerp_flatten", True):  # where they flatten, row_wise plays no role
+        along = "columns" if part.one("nuslerp_row_wise") else "rows"  # theirs run along the first axis
     if len(others) != 2:
         raise ValueError(f"{where}: nuslerp takes two models beside the base, got {len(others)}")
     weights = [part.value("weight", entry, 1.0) for entry in others]
@@ -223,7 +223,7 @@ def _editing(
 ) -> dict[str, Any]:
     """Task arithmetic with their sparsifiers and sign consensus; a density of its own goes with each task."""
     options: dict[str, Any] = {"scale": part.value("lambda", default=1.0)}
-    normalize = bool(part.value("normalize", default=method in NORMALIZED))
+    normalize = bool(part.one("normalize", method in NORMALIZED))
     kind = method.partition("_")[0]
     taken = {
         "ties": ("density",),
@@ -249,7 +249,7 @@ def _editing(
             keeps_all = any(number >= 1 for number in numbers(own["density"]))
             own["epsilon"] = 0.0 if keeps_all else times(own["epsilon"], 2.0)
         edited.append(replace(task, weight=weight, options=own))
-    unscaled = {"rescale": "none"} if kind == "dare" and part.value("rescale", default=True) is False else {}
+    unscaled = {"rescale": "none"} if kind == "dare" and part.one("rescale", True) is False else {}
     transforms: list[dict[str, Any]] = [{kind: unscaled}] if kind in taken else []
     if kind == "ties":
         transforms = [{"ties": {"trim": "tensor", "normalize": normalize}}]
