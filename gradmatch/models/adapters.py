@@ -16,6 +16,7 @@ from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.orientation import conv1d_weights
 from gradmatch.models.reference import published
 from gradmatch.models.stores import FileStore, MemoryStore, Spec, Store, torch_dtype
+from gradmatch.models.views import by_module
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,6 +142,9 @@ def open_adapter(path: Path, base: Checkpoint, *, allow_pickle: bool = False) ->
     check_config(config, path)
     factors = _factors(path, allow_pickle)
     saved = config.get("modules_to_save") or ()
+    base = (
+        base if not saved and _has_all(base, factors) else by_module(base)
+    )  # every name of tied tensors too
     low_rank: dict[str, LowRank] = {}
     replaced: dict[str, str] = {}
     added: dict[str, tuple[str, float]] = {}
@@ -177,9 +181,8 @@ def open_adapter(path: Path, base: Checkpoint, *, allow_pickle: bool = False) ->
     freed = {alias: held for alias, held in base.aliases.items() if trained & {alias, held}}
     store = Added(base.store, factors, low_rank, replaced, added, freed)
     aliases = {alias: held for alias, held in base.aliases.items() if alias not in freed}
-    untied = bool(freed) or any(OUTPUT.search(name) and name not in base for name in trained)
-    changed = {**base.config, "tie_word_embeddings": False} if base.config and untied else base.changed
-    return Checkpoint(
+    changed = {**base.config, "tie_word_embeddings": False} if base.config and freed else base.changed
+    opened = Checkpoint(
         store,
         path=path,
         config=changed or base.config,
@@ -188,6 +191,14 @@ def open_adapter(path: Path, base: Checkpoint, *, allow_pickle: bool = False) ->
         folder=base.folder,
         names=(*base.names, published(path)),
     )
+    opened.untied = frozenset(freed)
+    return opened
+
+
+def _has_all(base: Checkpoint, factors: Store) -> bool:
+    """Whether the base has every adapted tensor under the adapter's own names, which are the module's."""
+    names = (FACTOR.sub(".weight", key.removeprefix(PREFIX)) for key in factors)
+    return all(name in base.store for name in map(_plain, names))
 
 
 def _factors(path: Path, allow_pickle: bool) -> Store:
@@ -257,8 +268,7 @@ def _target(module: str, suffix: str, base: Checkpoint, path: Path) -> str:
             the input embeddings. (That of the input embeddings changes both, as merging with peft does.)
     """
     name = module + suffix
-    ties = bool((base.config or {}).get("tie_word_embeddings", True))
-    if name in base.aliases or (name not in base and base.config and ties and OUTPUT.search(name)):
+    if name in base.aliases and OUTPUT.search(name):
         raise ValueError(
             f"{path} adapts {name!r}, which is tied to another tensor in {base.where}, so that its update would change both; untie "
             "the base (tie_word_embeddings=False), save it, and merge the adapter into that with peft's merge_and_unload"

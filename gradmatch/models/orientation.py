@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.structure import structure
-
-if TYPE_CHECKING:
-    from gradmatch.models.checkpoint import Checkpoint
 
 
 def conv1d_weights(checkpoint: Checkpoint) -> frozenset[str] | None:
-    """Names of the weights that Conv1D layers hold; None where neither a module nor a config that transformers knows tells.
-
-    The module of a config is built without memory for its values.
+    """Names of the weights that Conv1D layers of the module hold; None where neither a module nor a config that transformers knows tells.
 
     Example:
         >>> import transformers
@@ -22,15 +16,10 @@ def conv1d_weights(checkpoint: Checkpoint) -> frozenset[str] | None:
         >>> sorted(conv1d_weights(open_checkpoint(gpt2)))[0]
         'h.0.attn.c_attn.weight'
     """
-    found = structure(checkpoint)
-    return None if found is None or found.module is None else _of_module(found.module)
-
-
-def _of_module(module: Any) -> frozenset[str]:
+    known = structure(checkpoint)
+    if known is None:
+        return None
     from transformers.pytorch_utils import Conv1D
 
-    return frozenset(
-        f"{name}.weight" if name else "weight"
-        for name, layer in module.named_modules()
-        if isinstance(layer, Conv1D)
-    )
+    layers = known.module.named_modules()
+    return frozenset(f"{name}.weight" for name, layer in layers if isinstance(layer, Conv1D))

@@ -185,6 +185,11 @@ def open_inputs(
     opened = []
     for name, task in zip(names, tasks, strict=True):
         checkpoint = open_checkpoint(task.model, base=opened_base, allow_pickle=allow_pickle)
+        if broken := sorted(checkpoint.untied - opened_base.untied):
+            raise ValueError(
+                f"{name} is an adapter that trains embeddings or head by itself (modules_to_save), which {opened_base.where} ties "
+                f"({broken[0]!r}): untie the base (tie_word_embeddings=False), save it, and merge into that; or give an adapter as the base"
+            )
         opened.append(_open_task(name, task, checkpoint, opened_base, request, allow_mismatch))
     h0, factors = _base_curvature(base_curvature, opened_base, request, allow_mismatch)
     inputs = Inputs(opened_base, opened_base.store, opened, h0, factors)

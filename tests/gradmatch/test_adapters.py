@@ -158,6 +158,38 @@ def test_the_base_named_by_the_adapter_is_found(tmp_path):
     torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_modules_saved_whole_break_ties(tmp_path, saved):
+    """What was trained is what is written; a base that stays tied cannot take it, and says so."""
+    llama(tied=True).save_pretrained(tmp_path / "base")
+    base = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    tuned = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    tuned.save_pretrained(tmp_path / "adapter")
+    ids = torch.randint(0, 30, (2, 7))
+    expected = tuned(input_ids=ids).logits
+    adapter = Task(tmp_path / "adapter")
+    merge(tmp_path / "adapter", [adapter], method="averaging", out=tmp_path / "out")
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    for tied in (tmp_path / "base", tf.LlamaForCausalLM.from_pretrained(tmp_path / "base")):
+        with pytest.raises(ValueError, match=r"trains embeddings or head by itself .*untie the base"):
+            merge(tied, [adapter], method="averaging")
+
+
+def test_a_base_whose_files_call_its_tensors_otherwise(tmp_path):
+    """GPT-2 as the hub has it, without the prefix of the module."""
+    expected = make(tmp_path, *CASES["conv1d"])
+    file = tmp_path / "base" / "model.safetensors"
+    save_file({n.removeprefix("transformer."): t for n, t in load_file(file).items()}, file, {"format": "pt"})
+    merged = merge(tmp_path / "base", [Task(tmp_path / "adapter0")], method="averaging")
+    name = "h.0.attn.c_attn.weight"
+    torch.testing.assert_close(merged[name], expected[f"transformer.{name}"], rtol=1e-5, atol=1e-6)
+
+
 def test_a_pickled_adapter_is_read_where_that_is_asked_for(tmp_path):
     expected = make(tmp_path, *CASES["plain"])
     held = load_file(tmp_path / "adapter0" / "adapter_model.safetensors")
