@@ -130,7 +130,7 @@ def open_adapter(path: Path, base: Checkpoint, *, allow_pickle: bool = False) ->
 
     Args:
         path: folder with adapter_config.json and adapter_model.safetensors.
-        base: the model it was trained on.
+        base: the model it was trained on; of another adapter on its base, the base, unless this one names that adapter.
         allow_pickle: read adapter_model.bin too, with weights_only.
 
     Raises:
@@ -140,11 +140,14 @@ def open_adapter(path: Path, base: Checkpoint, *, allow_pickle: bool = False) ->
     """
     config = read_json(path / CONFIG)
     check_config(config, path)
+    if base.under is not None and not _names(config, base.path):
+        base = base.under  # two adapters of one base: this one was not trained on the other
     factors = _factors(path, allow_pickle)
     saved = config.get("modules_to_save") or ()
-    base = (
-        base if not saved and _has_all(base, factors) else by_module(base)
-    )  # every name of tied tensors too
+    ties = dict(base.aliases)
+    if saved or not _has_all(base, factors):
+        base = by_module(base)  # every name of tied tensors too
+        ties |= base.aliases
     low_rank: dict[str, LowRank] = {}
     replaced: dict[str, str] = {}
     added: dict[str, tuple[str, float]] = {}
@@ -178,7 +181,7 @@ def open_adapter(path: Path, base: Checkpoint, *, allow_pickle: bool = False) ->
         if name in base and base.spec(name).shape != factors.spec(key).shape and not _of(name, saved):
             raise ValueError(_other_base(path, name, factors.spec(key), base.spec(name)))
     trained = {name for name in replaced if _of(name, saved)}
-    freed = {alias: held for alias, held in base.aliases.items() if trained & {alias, held}}
+    freed = {alias: held for alias, held in ties.items() if trained & {alias, held}}
     store = Added(base.store, factors, low_rank, replaced, added, freed)
     aliases = {alias: held for alias, held in base.aliases.items() if alias not in freed}
     changed = {**base.config, "tie_word_embeddings": False} if base.config and freed else base.changed
@@ -191,8 +194,16 @@ def open_adapter(path: Path, base: Checkpoint, *, allow_pickle: bool = False) ->
         folder=base.folder,
         names=(*base.names, published(path)),
     )
-    opened.untied = frozenset(freed)
+    opened.untied, opened.under = frozenset(freed), base
     return opened
+
+
+def _names(config: Mapping[str, Any], path: Path | None) -> bool:
+    """Whether an adapter's config names this folder as its base."""
+    named = config.get("base_model_name_or_path")
+    return (
+        path is not None and isinstance(named, str) and Path(named).expanduser().resolve() == path.resolve()
+    )
 
 
 def _has_all(base: Checkpoint, factors: Store) -> bool:

@@ -28,6 +28,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         names: what to call it where others read it (see `published`): its own, an adapter's base first, those of all models that
             were stacked.
         untied: names that its base ties to other tensors and it does not, since an adapter trained one of them by itself.
+        under: of an adapter: its base before the update; None otherwise.
         changed: a config that replaces the one in `path` (other layers, another vocabulary), or None.
         original: the checkpoint before its vocabulary was aligned; itself otherwise.
         report: what the merge that made it has to say, or None.
@@ -53,6 +54,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         self.module = module
         self.names = tuple(names) or (published(path) if path else self.where,)
         self.changed = changed
+        self.under: Checkpoint | None = None
         self.untied: frozenset[str] = frozenset()
         self.original = self
         self.report: Any = None

@@ -17,7 +17,7 @@ def conv1d_weights(checkpoint: Checkpoint) -> frozenset[str] | None:
         'h.0.attn.c_attn.weight'
     """
     known = structure(checkpoint)
-    if known is None:
+    if known is None or known.module is None:
         return None
     from transformers.pytorch_utils import Conv1D
 

@@ -158,6 +158,21 @@ def test_the_base_named_by_the_adapter_is_found(tmp_path):
     torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_an_adapter_beside_another_as_the_base(tmp_path, stacked):
+    """It is expanded on the base of both, unless its config says that it was trained on the other."""
+    one, two = (make(tmp_path, *CASES["plain"], seed) for seed in (0, 1))
+    config = tmp_path / "adapter1" / "adapter_config.json"
+    if stacked:
+        written = json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "adapter0")}
+        config.write_text(json.dumps(written))
+    merged = merge(tmp_path / "adapter0", [Task(tmp_path / "adapter1")], method="averaging")
+    base = open_checkpoint(tmp_path / "base")
+    for name, value in merged.items():
+        expected = two[name] + one[name] - base[name] if stacked else two[name]
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
 def test_modules_saved_whole_break_ties(tmp_path, saved):
     """What was trained is what is written; a base that stays tied cannot take it, and says so."""

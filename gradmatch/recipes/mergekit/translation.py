@@ -35,7 +35,7 @@ def translate(content: dict[str, Any], folder: Path, where: str) -> dict[str, An
         ValueError: an unknown key, method or parameter (the nearest is named), or something of theirs that we do not have.
     """
     method = check_keys(content, where)
-    module = next(iter((content.get("modules") or {}).values()), {})
+    module: dict[str, Any] = next(iter((content.get("modules") or {}).values()), {})
     body = {**content, **module}
     shared = [one.get("parameters") or {} for one in (module, content) if one.get("parameters")]
     base = None if content.get("base_model") is None else model_name(content["base_model"])
