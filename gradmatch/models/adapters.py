@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?$")
+ROWS = 256  # products are made of so many rows at a time, so that their bits do not depend on the range that is asked for
 OUTPUT = re.compile(r"(lm_head|embed_out|decoder)\.weight$")  # output embeddings
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 
@@ -104,19 +105,19 @@ class Added:
 
     def _expanded(self, low_rank: LowRank, name: str, values: Tensor, first: int, last: int) -> Tensor:
         """theta0 + scale * B A, for the rows that a flat range touches."""
+        import torch
+
         spec = self.spec(name)
         dtype = torch_dtype(spec.dtype)
-        # In float64, so that the product does not depend on which rows are asked for at a time.
-        a, b = (self._whole(key).double() for key in (low_rank.a, low_rank.b))
+        a, b = (self._whole(key).to(dtype) for key in (low_rank.a, low_rank.b))
         left, right = b.flatten(1), a.flatten(1)  # (out, r), (r, in)
         if low_rank.transposed:
             left, right = right.T, left.T
         width = math.prod(spec.shape[1:])
-        start = first // width
-        delta = (left[start : -(-last // width)] @ right).reshape(-1)[
-            first - start * width : last - start * width
-        ]
-        return (values.double() + low_rank.scale * delta).to(dtype)
+        start = first // (width * ROWS) * ROWS
+        rows = [left[row : row + ROWS] @ right for row in range(start, -(-last // width), ROWS)]
+        delta = torch.cat(rows).reshape(-1)[first - start * width : last - start * width]
+        return values.to(dtype) + low_rank.scale * delta
 
     def _whole(self, key: str) -> Tensor:
         spec = self._factors.spec(key)
