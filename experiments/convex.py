@@ -94,12 +94,12 @@ class Objective:
             size /= 2
         return theta - size * direction
 
-    def minimum(self, start: Tensor, steps: int = 100) -> Tensor:
-        """`refined` until it moves no further than float64 resolves."""
+    def minimum(self, start: Tensor, steps: int = 100, tolerance: float = 1e-14) -> Tensor:
+        """`refined` until it moves no further than `tolerance`, by default than float64 resolves."""
         theta = start
         for _ in range(steps):
             before, theta = theta, self.refined(theta)
-            if (theta - before).norm() <= 1e-14 * (1 + theta.norm()):
+            if (theta - before).norm() <= tolerance * (1 + theta.norm()):
                 break
         return theta
 

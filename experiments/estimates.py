@@ -1,4 +1,4 @@
-"""Stages: curvature in every way that is cheaper, or more exact, than the Monte-Carlo Fisher, and how far it is off."""
+"""Stages: the curvature of a model on its own training data, in every way, and how far one is off another."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from gradmatch.estimators import Curvature, estimate, from_adam, from_ivon
 # What each kind of estimate hands to `gradmatch.estimators.estimate`; the other kinds have a function of their own below.
 KINDS: dict[str, dict[str, Any]] = {
     "fisher": {"method": "fisher", "labels": "sampled"},
+    "fisher and gradient": {
+        "method": "fisher",
+        "gradient": True,
+    },  # labels: exact where there are few classes
     "ggn": {"method": "ggn", "labels": "exact"},
     "empirical": {"method": "empirical_fisher"},
     "batch": {"method": "fisher", "labels": "sampled", "reduction": "batch"},
@@ -35,10 +39,12 @@ def estimate_stage(
     examples: int,
     samples: int,
     batch_size: int,
-    trained_batch_size: int,
     seed: int,
+    trained_batch_size: int = 0,
 ) -> None:
-    """One estimate at a fine-tuned model, in `out/curvature.safetensors`; its seconds, without loading, in `out/cost.json`.
+    """One estimate of the loss summed over a training set, from `examples` of it: `out/curvature.safetensors`.
+
+    N is the size of the training set, also where a part is seen. Its seconds, without loading, are in `out/cost.json`.
 
     kind: of KINDS, or `batch means` (the mean of squared gradients of batch means, true labels: 1/B of a Fisher where the
     mean gradient is small), `adam` (B v_hat of the fine-tuning's own optimizer) or `ivon` (steps that leave the mean where it is).

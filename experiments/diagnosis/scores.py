@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
 
+from experiments.statistics import spearman
 from gradmatch.measure.forecast import Products, calibrate
 
 Row = Mapping[str, Any]  # merge, task, seen, measured (rises, nats per example), and a forecast of each kind
@@ -62,18 +62,12 @@ def _scores(rows: Sequence[Row], forecast: Sequence[float], truth: Sequence[floa
     scores = {}
     for task in tasks:
         mine = [place[merge, task] for merge in merges]
-        scores[task] = _rank_correlation([forecast[i] for i in mine], [truth[i] for i in mine])
+        scores[task] = spearman([forecast[i] for i in mine], [truth[i] for i in mine])
     sums = [[sum(values[place[m, t]] for t in tasks) for m in merges] for values in (forecast, truth)]
     errors = [abs(f - t) for f, t in zip(forecast, truth, strict=True)]
     return {
         **scores,
-        "all pairs": _rank_correlation(forecast, truth),
-        "mean of tasks": _rank_correlation(*sums),
+        "all pairs": spearman(forecast, truth),
+        "mean of tasks": spearman(*sums),
         "error": float(np.mean(errors)),
     }
-
-
-def _rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's; nan where one of the two is constant."""
-    constant = len(set(x)) < 2 or len(set(y)) < 2
-    return float("nan") if constant else float(spearmanr(x, y).statistic)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from experiments.convex import Objective, Softmax
 from experiments.files import write_json
 from gradmatch import Task, subtract
 from gradmatch.estimators import Curvature, estimate
@@ -168,45 +169,28 @@ def ridge(out: Path, *, seed: int, dimension: int = 12) -> None:
 
 def logistic(out: Path, *, seed: int, alphas: Sequence[float]) -> None:
     """Stage: logistic regression on digits, float64, all optima exact (Newton), fine-tuned by Eq. 8 with the full Hessian."""
-    data = digits(seed, torch.float64)
-    classes, features = 10, data.keep[0].shape[1] + 1
+    data, classes = digits(seed, torch.float64), 10
+    features = data.keep[0].shape[1] + 1
     prior = L2 * torch.eye(classes * features, dtype=torch.float64)
-    zero = torch.zeros(classes * features, dtype=torch.float64)
+    zero, one = torch.zeros(len(prior), dtype=torch.float64), torch.ones(1, dtype=torch.float64)
 
-    def logits(theta: Vector, x: Tensor) -> Tensor:
-        return nn.functional.pad(x, (0, 1), value=1.0) @ theta["w"].view(classes, features).T
+    def with_constant(x: Tensor) -> Tensor:
+        return nn.functional.pad(x, (0, 1), value=1.0)
 
-    def derivatives(w: Tensor, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Gradient (P,) and Hessian (P, P) of the summed loss: sum (p - y) x', sum (diag(p) - p p') (x) x x'."""
-        x = nn.functional.pad(part[0], (0, 1), value=1.0)
-        p = logits({"w": w}, part[0]).softmax(-1)
-        gradient = (p - nn.functional.one_hot(part[1], classes)).T @ x
-        inner = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-        return gradient.flatten(), torch.einsum("nij,nk,nl->ikjl", inner, x, x).reshape(len(w), len(w))
+    def loss(part: tuple[Tensor, Tensor]) -> Softmax:
+        return Softmax(with_constant(part[0]), part[1])
 
     def minimum(part: tuple[Tensor, Tensor], h: Tensor, centre: Tensor) -> Tensor:
-        """argmin of the summed loss + 1/2 (w - centre)'h(w - centre), by Newton's method with halved steps."""
+        """argmin of the summed loss + 1/2 (w - centre)'h(w - centre)."""
+        return Objective([loss(part)], one, centre, h).minimum(centre, tolerance=1e-10)
 
-        def objective(w: Tensor) -> float:
-            d = w - centre
-            return float(cross_entropy(logits({"w": w}, part[0]), part[1], reduction="sum") + 0.5 * d @ h @ d)
-
-        w = centre.clone()
-        for _ in range(50):
-            gradient, curvature = derivatives(w, part)
-            step = torch.linalg.solve(curvature + h, gradient + h @ (w - centre))
-            size = 1.0
-            while size > 1e-6 and objective(w - size * step) > objective(w):
-                size /= 2
-            w = w - size * step
-            if float(step.norm()) < 1e-10 * (1 + float(w.norm())):
-                break
-        return w
+    def logits(theta: Vector, x: Tensor) -> Tensor:
+        return with_constant(x) @ theta["w"].view(classes, features).T
 
     base, truth = minimum(data.both, prior, zero), minimum(data.keep, prior, zero)
-    h0 = derivatives(base, data.both)[1] + prior
+    h0 = loss(data.both).hessian(base) + prior
     task = minimum(data.remove, h0, base)
-    h = derivatives(task, data.remove)[1]
+    h = loss(data.remove).hessian(task)
     edits = {("base", 0.0): base, ("retrained", 0.0): truth}
     edits |= {("GM, full H", alpha): removal_full(base, task - base, alpha, h0, h, KEEP) for alpha in alphas}
     vectors = {key: {"w": value} for key, value in edits.items()}

@@ -122,10 +122,9 @@ class Cells:
     def fisher(self, title: str, seed: int, domain: str, model: Stage) -> Stage:
         """The curvature of a model on a domain."""
         fisher = self.config.fisher
-        settings = {"domain": domain, "seed": seed, **fisher.model_dump()}
-        return self.stage(
-            title, "estimation:curvature", settings, fisher.examples * fisher.samples / SQUARED, model=model
-        )
+        settings = {"kind": "fisher and gradient", "domain": domain, "seed": seed, **fisher.model_dump()}
+        seconds = fisher.examples * fisher.samples / SQUARED
+        return self.stage(title, "estimates:estimate_stage", settings, seconds, model=model)
 
     def _merge(self, seed: int, name: str, spec: Merge) -> None:
         config, tasks, title = self.config, self.config.data.tasks, slug(name)
@@ -151,15 +150,10 @@ class Cells:
 
     def _gram(self, seed: int, task: str) -> Stage:
         """Gram matrices of a task's inputs, from as many examples as its Fisher."""
-        fisher, training = self.config.fisher, self.config.task_training
-        return self.stage(
-            f"{self.title(seed)}/gram-{task}",
-            "estimates:estimate_stage",
-            {"kind": "gram", "domain": task, "seed": seed, "trained_batch_size": training.batch_size}
-            | {"examples": fisher.examples, "batch_size": fisher.batch_size, "samples": 1},
-            fisher.examples / GRAMS,
-            model=self.trained[seed, task],
-        )
+        fisher, model = self.config.fisher, self.trained[seed, task]
+        settings = {"kind": "gram", "domain": task, "seed": seed, **fisher.model_dump(), "samples": 1}
+        seconds, title = fisher.examples / GRAMS, f"{self.title(seed)}/gram-{task}"
+        return self.stage(title, "estimates:estimate_stage", settings, seconds, model=model)
 
     def sources(self, seed: int, tasks: Sequence[str]) -> Sources:
         """What a merge of these tasks reads: `merging.merged_model`'s arguments."""

@@ -97,3 +97,37 @@ def tiny_config(tmp_path, tiny_encoder, tiny_texts):
     path = folder / "tiny.yaml"
     path.write_text("# tiny: one core, 0 minutes\n" + yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+@pytest.fixture
+def beside(tiny_config):
+    """Write another config into the folder of the tiny one: `beside(name, **content)` gives its path."""
+
+    def write(name, **content):
+        path = tiny_config.with_name(f"{name}.yaml")
+        path.write_text(yaml.safe_dump({"experiment": name, **content}, sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    """One folder of results for all tests: what one computes, the next find cached."""
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture
+def run(results, capsys):
+    """Run a config, with overrides: (its records, what it printed)."""
+    from experiments.__main__ import main
+    from experiments.records import read_records
+
+    def command(path, *overrides, where=results, options=()):
+        code = main(["run", str(path), *overrides, "--results", str(where), "--debug", *options])
+        captured = capsys.readouterr()
+        assert code == 0, captured.err
+        named = next((o.removeprefix("name=") for o in overrides if o.startswith("name=")), path.stem)
+        return read_records(where / f"{named}.jsonl"), captured.out
+
+    return command

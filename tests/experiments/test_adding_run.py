@@ -4,41 +4,28 @@ import pytest
 import yaml
 
 from experiments import config as configs
-from experiments.__main__ import main
-from experiments.records import of_kind, read_records
+from experiments.records import of_kind
 from experiments.studies import adding
 
 
 @pytest.fixture
-def adding_config(tiny_config):
+def adding_config(beside, tiny_config):
     """A config of the adding study beside the tiny sentiment config."""
-    content = {
-        "experiment": "adding",
-        "sentiment": str(tiny_config),
-        "merges": {
-            "TA": {"method": "task_arithmetic"},
-            "GM": {"method": "gradient_matching"},
-            "GM*": {"method": "gradient_matching", "choose": {"base_weight": [0.1, 1.0]}},
-        },
-        "compare": ["GM", "TA"],
+    merges = {
+        "TA": {"method": "task_arithmetic"},
+        "GM": {"method": "gradient_matching"},
+        "GM*": {"method": "gradient_matching", "choose": {"base_weight": [0.1, 1.0]}},
     }
-    path = tiny_config.with_name("adding.yaml")
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
+    return beside("adding", sentiment=str(tiny_config), merges=merges, compare=["GM", "TA"])
 
 
-def test_the_whole_subset_gives_the_sentiment_runs_numbers(adding_config, tiny_config, tmp_path, capsys):
-    common = ["--results", str(tmp_path), "--debug"]
-    assert main(["run", str(adding_config), *common]) == 0, capsys.readouterr().err
-    assert "GM has a smaller mismatch than TA in" in capsys.readouterr().out
-    assert main(["run", str(tiny_config), *common]) == 0
-    subsets = of_kind(read_records(tmp_path / "adding.jsonl"), "subset")
-    assert [(record["tasks"], record["model"]) for record in subsets] == [
-        (["books", "songs"], name) for name in ("TA", "GM", "GM*")
-    ]
-    whole = {
-        record["model"]: record for record in read_records(tmp_path / "tiny.jsonl") if "metrics" in record
-    }
+def test_the_whole_subset_gives_the_sentiment_runs_numbers(adding_config, tiny_config, run):
+    records, out = run(adding_config)
+    assert "GM has a smaller mismatch than TA in" in out
+    subsets = of_kind(records, "subset")
+    expected = [(["books", "songs"], name) for name in ("TA", "GM", "GM*")]
+    assert [(record["tasks"], record["model"]) for record in subsets] == expected
+    whole = {record["model"]: record for record in run(tiny_config)[0] if "metrics" in record}
     for record in subsets:
         own = whole[record["model"]]
         assert record["metrics"]["books"] == own["metrics"]["books"]
@@ -67,15 +54,9 @@ def test_faults(adding_config, change, message):
 
 
 def cell(seed, tasks, model, mismatch, accuracy):
-    return {
-        "kind": "subset",
-        "seed": seed,
-        "tasks": tasks,
-        "model": model,
-        "compare": ["GM", "TA"],
-        "mismatch": {"per_example": mismatch, "total": mismatch},
-        "metrics": {"macro": {"accuracy": accuracy}},
-    }
+    found = {"kind": "subset", "seed": seed, "tasks": tasks, "model": model, "compare": ["GM", "TA"]}
+    found["mismatch"] = {"per_example": mismatch, "total": mismatch}
+    return found | {"metrics": {"macro": {"accuracy": accuracy}}}
 
 
 def test_correlation_and_share_are_those_of_the_records():
@@ -94,9 +75,8 @@ def test_correlation_and_share_are_those_of_the_records():
     assert low <= rho <= high
     assert rho == pytest.approx((low + high) / 2)  # the mean of two seeds
     assert 0.6 < rho < 1
-    assert adding.within_subsets(cells) == {
-        2: (pytest.approx(0.75), 0.5, 4)
-    }  # 1 and .5: with seed 1, GM's is the largest
+    within = {2: (pytest.approx(0.75), 0.5, 4)}  # 1 and .5: with seed 1, GM's is the largest
+    assert adding.within_subsets(cells) == within
     share, low, high, subsets = adding.smaller_share(cells)
     assert (share, subsets) == (0.5, 4)  # with seed 1, GM's is the larger
     assert low < 0.5 < high

@@ -9,35 +9,26 @@ import yaml
 from torch import nn
 
 from experiments import config as configs
-from experiments.__main__ import main
 from experiments.penalised import penalty
-from experiments.records import of_kind, read_records
+from experiments.records import of_kind
 from experiments.studies.assumption import best_tunings, validation_loss
 
 
 @pytest.fixture
-def assumption_config(tiny_config):
+def assumption_config(beside, tiny_config):
     """A config of the study beside the tiny sentiment config: no penalty to speak of, and one that holds all weights."""
-    content = {
-        "experiment": "assumption",
-        "sentiment": str(tiny_config),
-        "delta0": [1e-9, 1e7],
-        "merges": {
-            "GM": {"method": "gradient_matching"},
-            "Measured*": {"method": "measured", "choose": {"delta0": [1e3, 1e6]}},
-        },
-        "refine": {"examples": 16, "steps": 2, "dampings": [0.0]},
-    }
-    path = tiny_config.with_name("assumption.yaml")
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
+    measured = {"method": "measured", "choose": {"delta0": [1e3, 1e6]}}
+    return beside(
+        "assumption",
+        sentiment=str(tiny_config),
+        delta0=[1e-9, 1e7],
+        merges={"GM": {"method": "gradient_matching"}, "Measured*": measured},
+        refine={"examples": 16, "steps": 2, "dampings": [0.0]},
+    )
 
 
-def test_a_run_tunes_merges_refines_and_says_what_eq_8_leaves(assumption_config, tmp_path, capsys):
-    code = main(["run", str(assumption_config), "--results", str(tmp_path), "--debug"])
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    records = read_records(tmp_path / "assumption.jsonl")
+def test_a_run_tunes_merges_refines_and_says_what_eq_8_leaves(assumption_config, run):
+    records, out = run(assumption_config)
     merges = {(record["tuning"], record["merge"]): record for record in of_kind(records, "merge")}
     assert set(merges) == set(itertools.product(("plain", "1e-09", "1e+07"), ("GM", "Measured*")))
     assert merges["plain", "Measured*"]["choice"]["chosen"]["delta0"] in (1e3, 1e6)
@@ -45,15 +36,11 @@ def test_a_run_tunes_merges_refines_and_says_what_eq_8_leaves(assumption_config,
         (best,) = best_tunings(of_kind(records, "merge"), name)
         losses = {tuning: validation_loss(merges[tuning, name]) for tuning in ("plain", "1e-09", "1e+07")}
         assert losses[best["tuning"]] == min(losses.values())
-        assert f"{name}: by validation loss, a seed each, {best['tuning']}." in captured.out
+        assert f"{name}: by validation loss, a seed each, {best['tuning']}." in out
+    others = [record for record in of_kind(records, "merge") if record["tuning"] != "plain"]
     assert (
-        best_tunings(
-            [r for r in of_kind(records, "merge") if r["tuning"] != "plain"]
-            + [{**merges["plain", "GM"], "seed": 1}],
-            "GM",
-        )
-        == []
-    )  # a seed that lacks the others
+        best_tunings([*others, {**merges["plain", "GM"], "seed": 1}], "GM") == []
+    )  # a seed lacks the others
     left = {(record["tuning"], record["task"]): record for record in of_kind(records, "stationarity")}
     assert all(math.isfinite(record["relative"]) for record in left.values())
     for task in ("books", "songs"):  # the stronger the penalty, the shorter the way
@@ -61,8 +48,8 @@ def test_a_run_tunes_merges_refines_and_says_what_eq_8_leaves(assumption_config,
     (refined,) = of_kind(records, "refinement")
     assert all(after <= before for before, after in itertools.pairwise(refined["values"]))
     assert [record["merge"] for record in of_kind(records, "reference")] == ["joint"]
-    assert "0 rises of the objective in" in captured.out
-    assert "delta0 = 1e+07" in captured.out
+    assert "0 rises of the objective in" in out
+    assert "delta0 = 1e+07" in out
 
 
 def test_the_penalty_is_half_the_weighted_square():

@@ -8,9 +8,8 @@ import yaml
 from torch import nn
 
 from experiments import config as configs
-from experiments.__main__ import main
 from experiments.estimates import errors, squared_batch_means
-from experiments.records import of_kind, read_records
+from experiments.records import of_kind
 from experiments.statistics import t_interval
 from experiments.studies import curvature
 
@@ -18,25 +17,17 @@ KINDS = ("fisher", "ggn", "empirical", "batch", "batch means", "adam", "ivon")
 
 
 @pytest.fixture
-def curvature_config(tiny_config):
+def curvature_config(beside, tiny_config):
     """A config of the curvature study beside the tiny sentiment config: one estimate of each kind."""
-    content = {
-        "experiment": "curvature",
-        "sentiment": str(tiny_config),
-        "estimates": {kind: {"kind": kind, "examples": 16, "batch_size": 4} for kind in KINDS},
-        "full": "fisher",
-        "reference": {"kind": "ggn", "examples": 1000},
-    }
-    path = tiny_config.with_name("curvature.yaml")
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
+    estimates = {kind: {"kind": kind, "examples": 16, "batch_size": 4} for kind in KINDS}
+    reference = {"kind": "ggn", "examples": 1000}
+    return beside(
+        "curvature", sentiment=str(tiny_config), estimates=estimates, full="fisher", reference=reference
+    )
 
 
-def test_every_kind_gives_a_merge_its_seconds_and_its_error(curvature_config, tmp_path, capsys):
-    code = main(["run", str(curvature_config), "--results", str(tmp_path), "--debug"])
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    records = read_records(tmp_path / "curvature.jsonl")
+def test_every_kind_gives_a_merge_its_seconds_and_its_error(curvature_config, run):
+    records, out = run(curvature_config)
     merges = of_kind(records, "merge")
     assert [record["estimate"] for record in merges] == ["TA", *KINDS]
     for record in merges[1:]:
@@ -50,7 +41,7 @@ def test_every_kind_gives_a_merge_its_seconds_and_its_error(curvature_config, tm
         assert math.isfinite(record["relative_error"])
         assert record["trace_ratio"] > 0
         assert -1 <= record["log_correlation"] <= 1
-    assert "squared batch means x B" in captured.out
+    assert "squared batch means x B" in out
     gains = of_kind(records, "gain")  # none where the full estimate gains nothing over task arithmetic
     accuracy = {record["estimate"]: record["metrics"]["macro"]["accuracy"] for record in merges}
     for gain in gains:
@@ -60,11 +51,8 @@ def test_every_kind_gives_a_merge_its_seconds_and_its_error(curvature_config, tm
     assert [gain["estimate"] for gain in gains] == (
         list(KINDS) if accuracy["fisher"] != accuracy["TA"] else []
     )
-    biases = of_kind(records, "bias")
-    assert [(record["estimate"], record["task"]) for record in biases] == [
-        ("batch means", "books"),
-        ("batch means", "songs"),
-    ]
+    biases = [(record["estimate"], record["task"]) for record in of_kind(records, "bias")]
+    assert biases == [("batch means", "books"), ("batch means", "songs")]
 
 
 def test_errors_of_known_estimates():

@@ -7,36 +7,23 @@ import yaml
 from safetensors.torch import save_file
 
 from experiments import redundancy
-from experiments.__main__ import main
 from experiments.config import ConfigError, load
-from experiments.records import of_kind, read_records
+from experiments.records import of_kind
 
 
 @pytest.fixture
-def redundancy_config(tiny_config):
+def redundancy_config(beside, tiny_config):
     """A config beside the tiny sentiment config."""
     spec = {"source": "texts", "a": "books", "b": "songs", "c": "books", "target": "songs"}
-    content = {
-        "experiment": "redundancy",
-        "sources": {"texts": str(tiny_config)},
-        "shares": [0.0, 0.5],
-        "weights": [0.0, 1.0],
-        "analogies": {"books to songs": spec},
-    }
-    path = tiny_config.with_name("redundancy.yaml")
-    path.write_text(yaml.safe_dump(content))
-    return path
+    given = {"shares": [0.0, 0.5], "weights": [0.0, 1.0], "analogies": {"books to songs": spec}}
+    return beside("redundancy", sources={"texts": str(tiny_config)}, **given)
 
 
-def test_a_run_agrees_with_the_models_it_reads(redundancy_config, tiny_config, tmp_path, capsys):
-    common = ["--results", str(tmp_path), "--debug"]
-    assert main(["run", str(redundancy_config), *common]) == 0, capsys.readouterr().err
-    out = capsys.readouterr().out
+def test_a_run_agrees_with_the_models_it_reads(redundancy_config, tiny_config, run):
+    found, out = run(redundancy_config)
     assert "cosines of task vectors" in out
     assert "books + w (songs - books) on songs" in out
-    assert main(["run", str(tiny_config), *common]) == 0
-    models = {r["model"]: r for r in read_records(tmp_path / "tiny.jsonl") if r["kind"] == "evaluation"}
-    found = read_records(tmp_path / "redundancy.jsonl")
+    models = {record["model"]: record for record in of_kind(run(tiny_config)[0], "evaluation")}
     (matrix,) = of_kind(found, "cosines")
     assert matrix["tasks"] == ["books", "songs"]
     np.testing.assert_allclose(np.diag(matrix["cosines"]), 1)

@@ -8,12 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from experiments import search
-from experiments.__main__ import main
 from experiments.config import ConfigError, load
-from experiments.records import of_kind, read_records
+from experiments.records import of_kind
 from experiments.studies.search import stages
 
 WORKER = Path(__file__).with_name("search_worker.py")
@@ -22,15 +20,8 @@ SPACE = {"x": {"values": [-2.0, -1.0, 0.5, 1.0, 3.0]}}
 
 def start(url, sampler, trials, seed, seconds, log):
     command = [sys.executable, str(WORKER), url, sampler, str(trials), str(seed), str(seconds), str(log)]
-    return subprocess.Popen(
-        command,
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(
-                [str(WORKER.parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-            )
-        },
-    )
+    path = os.pathsep.join([str(WORKER.parents[2]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
 
 
 def square(chosen):
@@ -82,36 +73,22 @@ def test_a_storage_out_of_reach_is_one_sentence_without_the_password():
 
 
 @pytest.fixture
-def search_config(tiny_config):
+def search_config(beside, tiny_config):
     """A search on the models of the tiny sentiment config."""
-    content = {
-        "experiment": "search",
-        "source": str(tiny_config),
-        "method": "gradient_matching",
-        "space": {"base_weight": {"values": [0.1, 1.0]}, "alpha": {"values": [0.5, 1.0]}},
-        "sampler": "grid",
-        "trials": 4,
-        "workers": 2,
-    }
-    path = tiny_config.with_name("search.yaml")
-    path.write_text(yaml.safe_dump(content))
-    return path
+    space = {"base_weight": {"values": [0.1, 1.0]}, "alpha": {"values": [0.5, 1.0]}}
+    given = {"method": "gradient_matching", "space": space, "sampler": "grid", "trials": 4, "workers": 2}
+    return beside("search", source=str(tiny_config), **given)
 
 
-def test_a_search_finds_what_the_grid_of_the_config_finds(
-    search_config, tiny_config, tmp_path, capsys, monkeypatch
-):
+def test_a_search_finds_what_the_grid_of_the_config_finds(search_config, tiny_config, run, monkeypatch):
     monkeypatch.delenv(search.STORAGE, raising=False)
-    common = ["--results", str(tmp_path), "--debug", "--workers", "1"]
-    assert main(["run", str(search_config), *common]) == 0, capsys.readouterr().err
-    assert "The best of 4 trials of gradient_matching" in capsys.readouterr().out
-    found = read_records(tmp_path / "search.jsonl")
+    found, out = run(search_config, options=("--workers", "1"))
+    assert "The best of 4 trials of gradient_matching" in out
     nll = {(t["params"]["base_weight"], t["params"]["alpha"]): t["nll"] for t in of_kind(found, "trial")}
     assert set(nll) == {(0.1, 0.5), (0.1, 1.0), (1.0, 0.5), (1.0, 1.0)}
     (best,) = of_kind(found, "best")
     assert best["nll"] == min(nll.values())
-    assert main(["run", str(tiny_config), *common]) == 0
-    chosen = next(r["choice"] for r in read_records(tmp_path / "tiny.jsonl") if r.get("model") == "GM*")
+    chosen = next(record["choice"] for record in run(tiny_config)[0] if record.get("model") == "GM*")
     for tried in chosen["tried"]:  # the choose stage's values, at alpha = 1
         assert nll[tried["value"], 1.0] == pytest.approx(tried["nll"])
 
@@ -121,9 +98,8 @@ def test_the_study_is_one_for_all_workers_and_another_where_the_numbers_would_be
         return {stage.settings["study"] for stage in stages(load(search_config, overrides))}
 
     assert len(names()) == 1
-    assert (
-        names("trials=9") == names("workers=3") == names("name=other") == names()
-    )  # more trials go on with it
+    for same in ("trials=9", "workers=3", "name=other"):  # more trials go on with it
+        assert names(same) == names()
     other = tiny_config.with_name("other.yaml")
     other.write_text(tiny_config.read_text() + "delta0: 1.0e-3\n")
     changed = [names("options.hbar_weight=2.0"), names("sampler=tpe"), names(f"source={other}"), names()]

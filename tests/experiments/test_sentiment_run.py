@@ -12,12 +12,6 @@ from experiments.__main__ import main
 from experiments.records import of_kind, read_records
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """One folder of results for the tests of this file: what the first computes, the next find cached."""
-    return tmp_path_factory.mktemp("results")
-
-
 @pytest.fixture
 def run(results, tiny_config, capsys):
     """Run the command on the tiny config; returns its exit code, output and errors."""

@@ -7,9 +7,7 @@ import torch
 from torch.func import grad, hessian
 
 from experiments import theory
-from experiments.__main__ import main
 from experiments.convex import Objective, Softmax, Squares, ridge_world, sampled_fisher, softmax_world
-from experiments.records import read_records
 
 
 def close(found, expected):
@@ -75,9 +73,9 @@ def test_refinement_shrinks_the_distance_at_each_step(tmp_path):
     assert value["after four steps, largest"] < value["after three steps, largest"] < 0.1
 
 
-def test_the_study_prints_its_verdicts(tmp_path, capsys):
+def test_the_study_prints_its_verdicts(tmp_path, run):
     config = tmp_path / "theory.yaml"
     config.write_text("experiment: theory\nseeds: 2\n")
-    assert main(["run", str(config), "--results", str(tmp_path)]) == 0
-    assert "claim 1: holds." in capsys.readouterr().out
-    assert [record["claim"] for record in read_records(tmp_path / "theory.jsonl")] == [1, 2, 3, 4, 10]
+    records, out = run(config)
+    assert "claim 1: holds." in out
+    assert [record["claim"] for record in records] == [1, 2, 3, 4, 10]

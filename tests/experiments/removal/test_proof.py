@@ -9,9 +9,7 @@ import yaml
 from datasets import Dataset, load_from_disk
 
 from experiments import config as configs
-from experiments.__main__ import main
 from experiments.pipeline import in_order
-from experiments.records import read_records
 from experiments.removal import encoder, proof
 from experiments.studies import removal_proof
 
@@ -65,16 +63,10 @@ def test_without_scikit_learn_the_digits_say_what_to_install(monkeypatch):
         proof.digits(0, torch.float32)
 
 
-def test_report_judges_by_the_interval(tmp_path):
+def test_report_judges_by_the_interval():
+    shared = {"kind": "proof", "problem": "ridge", "alpha": 1.0}
     records = [
-        {
-            "kind": "proof",
-            "problem": "ridge",
-            "seed": seed,
-            "edit": edit,
-            "alpha": 1.0,
-            "distance": value + 0.01 * seed,
-        }
+        {**shared, "seed": seed, "edit": edit, "distance": value + 0.01 * seed}
         for seed in range(3)
         for edit, value in (("GM", 0.1), ("TA", 0.5))
     ]
@@ -127,35 +119,22 @@ def test_faults(override, message):
 
 
 def test_the_encoder_is_compared_with_one_that_never_saw_the_wrong_labels(
-    tmp_path, tiny_encoder, tiny_texts, capsys
+    tmp_path, tiny_encoder, tiny_texts, run
 ):
     training = {"steps": 30, "learning_rate": 1e-2, "batch_size": 16, "warmup_steps": 1}
-    content = {
-        "experiment": "removal-proof",
-        "seeds": [0],
-        "alphas": [1.0],
-        "network": {"steps": 20, "tuning_steps": 2},
-        "encoder": {
-            "encoder": str(tiny_encoder),
-            "source": str(tiny_texts),
-            "keep": ["films", "books"],
-            "remove": "songs",
-            "wrong": 40,
-            "max_length": 16,
-            "training": training,
-            "tuning": {**training, "steps": 4, "learning_rate": 1e-3},
-            "examples": 32,
-        },
-    }
+    spec = {"encoder": str(tiny_encoder), "source": str(tiny_texts), "max_length": 16, "examples": 32}
+    spec |= {"keep": ["films", "books"], "remove": "songs", "wrong": 40, "training": training}
+    spec["tuning"] = {**training, "steps": 4, "learning_rate": 1e-3}
+    content = {"experiment": "removal-proof", "seeds": [0], "alphas": [1.0], "encoder": spec}
+    content["network"] = {"steps": 20, "tuning_steps": 2}
     (tmp_path / "proof.yaml").write_text(yaml.safe_dump(content))
-    assert main(["run", str(tmp_path / "proof.yaml"), "--results", str(tmp_path), "--debug"]) == 0
-    records = read_records(tmp_path / "proof.jsonl")
+    records, out = run(tmp_path / "proof.yaml")
     found = {(r["edit"], r["alpha"]): r for r in records if r["problem"] == "encoder"}
     assert found["retrained", 0.0]["distance"] == found["retrained", 0.0]["kl"] == 0
     assert found["base", 0.0]["distance"] == 1
     assert found["base", 0.0]["removed"] > found["retrained", 0.0]["removed"]  # it learned the wrong labels
     assert {edit for edit, _ in found} >= {"GM", "TA", "EWR", "Fisher negation", "fine-tuned on the rest"}
-    assert "encoder (1 seeds)" in capsys.readouterr().out
+    assert "encoder (1 seeds)" in out
 
 
 def test_poison_turns_the_labels_of_one_domain_round(tmp_path):

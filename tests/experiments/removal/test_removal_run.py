@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from experiments import config as configs
-from experiments.__main__ import main
 from experiments.records import of_kind, read_records
 from experiments.removal import choosing as choosing_module
 from experiments.removal import stages
@@ -29,18 +28,22 @@ def scorer(monkeypatch):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
+    """One folder for the tests of this file: what the first computes, the next find cached."""
     return tmp_path_factory.mktemp("results")
 
 
-def run(tiny_config, results, *overrides):
-    arguments = ["run", str(tiny_config), "scorer=own_scorer:vowels", "name=whole", *overrides]
-    return main([*arguments, "--results", str(results), "--debug"])
+@pytest.fixture
+def whole(run, tiny_config, results):
+    """Run the study with that scorer: (records, output)."""
+
+    def command(*overrides, name="whole", where=results):
+        return run(tiny_config, "scorer=own_scorer:vowels", f"name={name}", *overrides, where=where)
+
+    return command
 
 
-def test_the_whole_study(tiny_config, results, capsys):
-    assert run(tiny_config, results) == 0
-    out = capsys.readouterr().out
-    records = read_records(results / "whole.jsonl")
+def test_the_whole_study(whole, results):
+    records, out = whole()
     points = of_kind(records, "point")
     path = [("base", 0.0), ("GM", 0.1), ("GM", 0.2), ("TA", 0.5), ("TA", 1.0)]
     assert [(p["label"], p["alpha"]) for p in points] == path
@@ -73,17 +76,13 @@ def test_the_whole_study(tiny_config, results, capsys):
     assert all(path.stat().st_size > 1000 for path in drawn)
 
 
-def test_two_seeds_share_the_base_and_are_compared_seed_by_seed(tiny_config, results, capsys):
-    assert run(tiny_config, results, "seeds=[0, 1]", "forecast=null", "name=two") == 0
-    records = read_records(results / "two.jsonl")
+def test_two_seeds_share_the_base_and_are_compared_seed_by_seed(tiny_config, whole):
+    records, out = whole("seeds=[0, 1]", "forecast=null", name="two")
     points = of_kind(records, "point")
     assert [p["seed"] for p in points if p["label"] == "base"] == [0]
     assert {p["seed"] for p in points if p["label"] == "GM"} == {0, 1}
-    assert [(c["of"], c["seed"]) for c in of_kind(records, "curvature")] == [
-        ("base", 0),
-        ("task", 0),
-        ("task", 1),
-    ]
+    curvatures = [(c["of"], c["seed"]) for c in of_kind(records, "curvature")]
+    assert curvatures == [("base", 0), ("task", 0), ("task", 1)]
     for area in of_kind(records, "area"):
         assert area["seeds"] == [0, 1]
         assert sum(area["by_seed"]) / 2 == pytest.approx(area["difference"])
@@ -93,11 +92,9 @@ def test_two_seeds_share_the_base_and_are_compared_seed_by_seed(tiny_config, res
     )
     assert one.base_curvature.key == other.base_curvature.key
     assert one.unedited.key == other.unedited.key
-    assert (
-        two.evaluations[1, "GM", 0.1].key == other.evaluations[1, "GM", 0.1].key
-    )  # whatever other seeds there are
-    assert two.evaluations[0, "GM", 0.1].key != two.evaluations[1, "GM", 0.1].key
-    out = capsys.readouterr().out
+    cell = (1, "GM", 0.1)
+    assert two.evaluations[cell].key == other.evaluations[cell].key  # whatever other seeds there are
+    assert two.evaluations[0, "GM", 0.1].key != two.evaluations[cell].key
     assert "means over 2 seeds, their range in brackets" in out
     assert "; by seed " in out
     last = fig_removal.curve(points, "TA", "toxicity_few")[-1]
@@ -105,18 +102,14 @@ def test_two_seeds_share_the_base_and_are_compared_seed_by_seed(tiny_config, res
     assert last[2:] == (pytest.approx(sum(both) / 2), min(both), max(both))
 
 
-def test_forgetting_needs_no_prompts(tiny_config, results, capsys):
-    run(tiny_config, results)
-    code = run(tiny_config, results, "prompts={}", "forecast=null", "name=forgetting")
-    assert code == 0
-    records = read_records(results / "forgetting.jsonl")
+def test_forgetting_needs_no_prompts(whole, results):
+    records, out = whole("prompts={}", "forecast=null", name="forgetting")
     assert not of_kind(records, "forecast")
     assert of_kind(records, "area")[0]["measure"] == "forgetting"
-    assert "log-likelihood of what is removed" in capsys.readouterr().out
+    assert "log-likelihood of what is removed" in out
     assert fig_removal.curve(of_kind(records, "point"), "TA", "perplexity_remove")[-1][0] == 1.0
     assert fig_removal.draw(records, results / "figures", "forgetting")
-    assert run(tiny_config, results, "prompts={}", "forecast=null", "name=both", "seeds=[0, 1]") == 0
-    both = of_kind(read_records(results / "both.jsonl"), "point")
+    both = of_kind(whole("prompts={}", "forecast=null", "seeds=[0, 1]", name="both")[0], "point")
     *_, low, high = fig_removal.curve(both, "TA", "perplexity_remove")[-1]
     ends = [
         math.log(p["metrics"]["perplexity_remove"] / p["metrics"]["perplexity_keep"])
@@ -216,17 +209,16 @@ def test_every_config_is_a_plan(path):
     assert configs.study(config.experiment).stages(config)
 
 
-def test_options_are_chosen_on_spare_prompts(tiny_config, tmp_path, capsys):
+def test_options_are_chosen_on_spare_prompts(tiny_config, whole, tmp_path):
     choosing = ["choosing.prompts=few", "choosing.count=5", "methods.GM.choose.base_weight=[1, 50]"]
-    assert run(tiny_config, tmp_path, "prompts.few.limit=4", *choosing) == 0
-    records = read_records(tmp_path / "whole.jsonl")
+    records, out = whole("prompts.few.limit=4", *choosing, where=tmp_path)
     (choice,) = of_kind(records, "choice")
     assert choice["option"] == "base_weight"
     assert choice["prompts"] == 2  # of six, four are evaluated
     scores = {cell["value"]: cell["toxicity"] for cell in choice["tried"]}
     assert scores[choice["chosen"]] == min(scores.values())
     printed = f"base_weight = {choice['chosen']:g} (the end of its grid) chosen on validation texts"  # of two values
-    assert printed in capsys.readouterr().out
+    assert printed in out
     evaluated = Path(of_kind(records, "point")[0]["generations"]).read_text(encoding="utf-8").splitlines()
     asked = {"source": yaml.safe_load(tiny_config.read_text())["prompts"]["few"]["source"], "limit": 4}
     spare = choosing_module.spare_prompts(asked, 5, 0)

@@ -10,9 +10,8 @@ import yaml
 from transformers import Dinov2Config, Dinov2ForImageClassification
 
 from experiments import models, rows
-from experiments.__main__ import main
 from experiments.config import ConfigError, load
-from experiments.records import of_kind, read_records
+from experiments.records import of_kind
 from experiments.studies.cells import Cells
 from experiments.vision import heads
 
@@ -57,10 +56,9 @@ def world(tmp_path_factory):
     return folder
 
 
-def test_a_run_gives_the_records_of_the_sentiment_study(world, capsys):
-    assert main(["run", str(world / "tiny.yaml"), "--results", str(world / "results"), "--debug"]) == 0
-    assert "GM*" in capsys.readouterr().out
-    records = read_records(world / "results" / "tiny.jsonl")
+def test_a_run_gives_the_records_of_the_sentiment_study(world, run):
+    records, out = run(world / "tiny.yaml", where=world / "results")
+    assert "GM*" in out
     found = {record["model"]: record for record in of_kind(records, "evaluation")}
     assert list(found) == ["base", "cups", "hats", "joint", "TA", "GM", "RegMean", "GM*"]
     assert found["base"]["metrics"]["shapes"]["accuracy"] > 0.9  # brightness tells, and the head was fitted
@@ -143,14 +141,13 @@ def test_a_hub_model_without_network_names_what_stands_in():
         heads.new_classifier("no/such-model", 8, 2)
 
 
-def test_redundancy_and_analogies_of_the_same_models(world, capsys):
+def test_redundancy_and_analogies_of_the_same_models(world, run):
     analogy = {"source": "images", "a": "cups", "b": "hats", "c": "cups", "target": "cups on photographs"}
     content = {"experiment": "redundancy", "sources": {"images": str(world / "tiny.yaml")}}
     content |= {"shares": [0.0, 0.9], "analogies": {"cups outside": analogy}}
     (world / "redundancy.yaml").write_text(yaml.safe_dump(content))
-    assert main(["run", str(world / "redundancy.yaml"), "--results", str(world / "results"), "--debug"]) == 0
-    assert "cups + w (hats - cups) on cups on photographs" in capsys.readouterr().out
-    found = read_records(world / "results" / "redundancy.jsonl")
+    found, out = run(world / "redundancy.yaml", where=world / "results")
+    assert "cups + w (hats - cups) on cups on photographs" in out
     assert {record["task"] for record in of_kind(found, "redundancy")} == {"cups", "hats"}
     (points,) = (record["points"] for record in of_kind(found, "analogy"))
     assert [point["weight"] for point in points] == [0.3, 0.6, 1.0]
