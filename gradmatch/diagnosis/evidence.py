@@ -226,7 +226,14 @@ class Evidence:
     def at_coefficients(self, coefficients: Mapping[str, float]) -> dict[str, Tensor]:
         """theta0 + sum_t c_t tau_t, with BatchNorm statistics averaged by |c_t|; the rest comes from the merge (or the base)."""
         result = {}
-        usable = self.merged is not None and "merged" not in self.scan.nonfinite
+        scan = self.scan
+        broken = {
+            model
+            for part in (scan.nonfinite, scan.shapes, scan.missing)
+            for model, found in part.items()
+            if found
+        }
+        usable = self.merged is not None and "merged" not in broken
         template = self.merged if usable and self.merged is not None else self.base
         total = sum(abs(c) for c in coefficients.values())
         for name in template:

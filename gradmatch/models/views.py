@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -167,6 +168,13 @@ def buffers_of(checkpoint: Checkpoint) -> frozenset[str]:
         return frozenset()
     names = known.names(checkpoint, checkpoint.where).plain
     return frozenset(names[name] for name in known.buffers if name in names)
+
+
+def unsaved_of(checkpoint: Checkpoint) -> frozenset[str]:
+    """Names of the tensors of a module that its class leaves out of files, as it computes them; none where no module is known."""
+    known = structure(checkpoint)
+    patterns = getattr(known.module, "_keys_to_ignore_on_save", None) or () if known else ()
+    return frozenset(name for name in checkpoint if any(re.search(pattern, name) for pattern in patterns))
 
 
 def _replaced(checkpoint: Checkpoint, store: Store, aliases: Mapping[str, str]) -> Checkpoint:

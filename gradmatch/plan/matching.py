@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gradmatch.common.settings import FIRST, layer_of
 from gradmatch.models.stores import Spec, equal
+from gradmatch.models.views import unsaved_of
 
 if TYPE_CHECKING:
     from gradmatch.models.checkpoint import Checkpoint
@@ -24,7 +25,7 @@ def participants(name: str, spec: Spec, result: Plan) -> tuple[int, ...]:
     tasks = []
     for position, task in enumerate(result.inputs.tasks):
         if name not in task.checkpoint:
-            if result.request.missing == "error":
+            if result.request.missing == "error" and name not in result.inputs.unsaved:
                 raise ValueError(
                     f"tensor {name!r} {spec} of the base is missing in {task.name} ({task.checkpoint.where}); "
                     + (
@@ -83,6 +84,9 @@ def check_extra(result: Plan, heads: Sequence[str]) -> None:
             name for name in task.checkpoint if any(name == h or name.startswith(h + ".") for h in heads)
         ]
         rest = [name for name in extra if name not in tied and name not in own_heads]
+        if rest:
+            computed = unsaved_of(task.checkpoint)
+            rest = [name for name in rest if name not in computed]
         if rest and result.request.missing == "error":
             raise ValueError(
                 f"{task.name} ({task.checkpoint.where}) holds {len(rest)} tensor(s) that the base lacks, first {rest[0]!r} "

@@ -19,7 +19,7 @@ from gradmatch.models.curvatures import CurvatureStore, Factors, arranged_curvat
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.stores import Spec, Store
 from gradmatch.models.task import Task
-from gradmatch.models.views import buffers_of, like
+from gradmatch.models.views import buffers_of, like, unsaved_of
 from gradmatch.rules import Solve
 
 if TYPE_CHECKING:
@@ -62,6 +62,11 @@ class Inputs:
     def buffers(self) -> frozenset[str]:
         """The base's tensors that its module keeps as buffers: no loss has a curvature in them, so it is flat there."""
         return buffers_of(self.base)
+
+    @cached_property
+    def unsaved(self) -> frozenset[str]:
+        """The base's tensors that its class computes (sinusoids) and does not save, so that files lack them."""
+        return unsaved_of(self.base)
 
     def curvatures_of(
         self, name: str, tasks: Sequence[int], request: Request, spec: Spec

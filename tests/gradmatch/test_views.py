@@ -110,13 +110,11 @@ def test_folders_and_modules_of_one_model_merge_alike(saved):
     base, task = folder / "base", folder / "task"
     of_modules = merge(models["base"], [Task(models["task"])], method="task_arithmetic")
     for given in (task, models["task"]):
-        of_folder = by_module(open_checkpoint(merge(base, [Task(given)], method="task_arithmetic")), None)
         merged = merge(base, [Task(given)], method="task_arithmetic")
         assert set(merged) == set(open_checkpoint(base)), "the base's names, in its layout"
         view = by_module(like(open_checkpoint(merged), open_checkpoint(models["base"])))
         for name, value in of_modules.items():
             torch.testing.assert_close(view[name], value, msg=name)
-        del of_folder
     mixed = merge(models["base"], [Task(task)], method="task_arithmetic")
     assert all(torch.equal(mixed[name], value) for name, value in of_modules.items())
 
@@ -190,6 +188,31 @@ def test_bases_as_the_hub_has_them(old, missing, tmp_path):
         torch.testing.assert_close(loaded[name], value, msg=name)
     if kind == "t5":  # random draws too leave tied tensors tied
         assert not {"encoder.embed_tokens.weight", "lm_head.weight"} & set(out.store)
+
+
+def test_sinusoids_that_no_file_holds_are_the_modules_own(tmp_path):
+    sizes = {
+        f"{part}_{what}": n
+        for part in ("encoder", "decoder")
+        for what, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 24))
+    }
+    config = tf.MarianConfig(
+        d_model=16,
+        vocab_size=60,
+        max_position_embeddings=16,
+        pad_token_id=0,
+        eos_token_id=2,
+        forced_eos_token_id=2,
+        decoder_start_token_id=0,
+        **sizes,
+    )
+    base = tf.MarianMTModel(config)
+    base.save_pretrained(tmp_path / "base")
+    assert "model.encoder.embed_positions.weight" not in open_checkpoint(tmp_path / "base")
+    loaded = state(load(open_checkpoint(tmp_path / "base")))
+    assert all(torch.equal(loaded[name], value) for name, value in state(base).items())
+    merge(base, [Task(tmp_path / "base")], method="averaging")
+    merge(tmp_path / "base", [Task(base)], method="averaging")
 
 
 def test_two_tensors_for_one_parameter(tmp_path):
