@@ -31,13 +31,12 @@ def classifier_loss(model, row):
 
 
 def causal_loss(model, row):
-    inputs = {key: value for key, value in row.items() if key != "labels"}
-    logits = model(**inputs, use_cache=False).logits
-    labels = row["labels"].clone()
+    """Of one row, without its padding: wherever that is, it counts for nothing."""
     if "attention_mask" in row:
-        real = row["attention_mask"].bool()
-        labels[:, 1:][~(real[:, 1:] & real[:, :-1])] = -100
-    return token_loss(logits[:, :-1], labels[:, 1:])
+        real = row["attention_mask"][0].bool()
+        row = {key: row[key][:, real] for key in ("input_ids", "labels")}
+    logits = model(row["input_ids"], use_cache=False).logits
+    return token_loss(logits[:, :-1], row["labels"][:, 1:])
 
 
 def per_token_loss(model, row):
