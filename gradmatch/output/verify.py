@@ -49,7 +49,7 @@ def reload(checkpoint: Checkpoint) -> None:
     import transformers
 
     loader = architecture(checkpoint.config) or transformers.AutoModel
-    _, info = loader.from_pretrained(checkpoint.path, output_loading_info=True)
+    _, info = loader.from_pretrained(checkpoint.path, output_loading_info=True, trust_remote_code=False)
     problems = {
         key: sorted(info[key])
         for key in ("missing_keys", "unexpected_keys", "mismatched_keys")

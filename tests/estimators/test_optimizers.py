@@ -297,6 +297,12 @@ ADAM_ERRORS = {
         ),
         "no optimizer's state_dict: it lacks 'state' and 'param_groups'; its part 'opt' is one",
     ),
+    "Lightning's list": (
+        lambda: (
+            lambda model, optimizer: (model, {"state_dict": {}, "optimizer_states": [optimizer.state_dict()]})
+        )(*adam_state()),
+        r"its part 'optimizer_states\[0\]' is one",
+    ),
     "a copy of the model": (
         lambda: (lambda model, optimizer: (mlp(), optimizer))(*adam_state()),
         "holds 5 parameters, none of them this model's",

@@ -340,6 +340,11 @@ def test_adapters_of_tied_weights_are_refused(tmp_path, targets, memory):
         open_checkpoint(tmp_path / "adapter0", base=base)
 
 
+def test_an_adapters_file_in_place_of_its_folder_is_named(plain):
+    with pytest.raises(ValueError, match="holds an adapter's factors alone; name the folder"):
+        merge(plain / "base", [Task(plain / "adapter0" / "adapter_model.safetensors")], method="averaging")
+
+
 def test_a_module_with_adapters_is_refused_by_what_it_is():
     tuned = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"PeftModel has adapters beside its weights: pass the folder"):
