@@ -109,9 +109,11 @@ def from_adam(
     mean = {name: moment(name, parameters[name], entry, group) for name, entry, group in found}
     missing = sorted(set(parameters) - set(mean))
     if missing:
-        raise ValueError(
+        raise GradmatchError(
             f"the optimizer has no state for {missing[0]!r} ({len(missing)} in all): it was not trained by it, or never had a "
-            "gradient; set requires_grad to False on it to leave it out"
+            "gradient; set requires_grad to False on it to leave it out",
+            "optimizer_state",
+            missing[0],
         )
     mean = {name: mean[name] for name in parameters}
     batch_size = _batch_size(batch_size, run, calibrate is not None)
@@ -195,14 +197,16 @@ def _check_known(known: Units, where: object) -> None:
 def _calibrated(mean: Mapping[str, Tensor], model: nn.Module, batches: Iterable[Any]) -> Units:
     """Units such that the trace is that of the empirical Fisher of these examples, per example."""
     if isinstance(batches, (Tensor, Mapping)):
-        raise ValueError(
-            f"calibrate is a single {type(batches).__name__}; it must yield batches: wrap it in a list"
+        raise GradmatchError(
+            f"calibrate is a single {type(batches).__name__}; it must yield batches: wrap it in a list",
+            "optimizer_state",
         )
     measured = estimate(model, _in_parts(list(batches)), method="empirical_fisher", progress=False)
     there, here = measured.trace(), sum(float(value.sum(dtype=torch.float64)) for value in mean.values())
     if not there > 0 or not here > 0:
-        raise ValueError(
-            f"calibrate: the moments have a trace of {here:g}, the empirical Fisher {there:g}; neither may be 0"
+        raise GradmatchError(
+            f"calibrate: the moments have a trace of {here:g}, the empirical Fisher {there:g}; neither may be 0",
+            "optimizer_state",
         )
     seen, error = measured.info["examples_seen"], float(measured.info.get("relative_error", "inf"))
     known = (

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.matching import Entry
 
 STATES = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product"}  # the last is NAdam's
@@ -39,9 +40,11 @@ def locate(path: Path) -> Path:
         return whole[0]
     shards = [found.name for pattern in SHARDS for found in sorted(path.glob(pattern))]
     if shards:
-        raise ValueError(
+        raise GradmatchError(
             f"{path} holds the optimizer's state in shards ({shards[0]}, of FSDP or DeepSpeed): gather it into one "
-            "state_dict first (FSDP: StateDictType.FULL_STATE_DICT), whose file is optimizer.bin"
+            "state_dict first (FSDP: StateDictType.FULL_STATE_DICT), whose file is optimizer.bin",
+            "optimizer_state",
+            path,
         )
     raise FileNotFoundError(f"no optimizer state at {path / 'optimizer.pt'}")
 
@@ -52,12 +55,16 @@ def read_state(file: Path) -> Mapping[str, Any]:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler trips over first
         reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
-        raise ValueError(
+        raise GradmatchError(
             f"{file} cannot be read ({reason}): it is cut short, no file of torch.save, or holds more than tensors and numbers; "
-            "save optimizer.state_dict(), not the optimizer"
+            "save optimizer.state_dict(), not the optimizer",
+            "unreadable_file",
+            file,
         ) from error
     if not isinstance(loaded, Mapping):
-        raise ValueError(f"{file} holds a {type(loaded).__name__}, not an optimizer's state_dict")
+        raise GradmatchError(
+            f"{file} holds a {type(loaded).__name__}, not an optimizer's state_dict", "optimizer_state", file
+        )
     return checked_form(loaded, f"{file} is no")
 
 
@@ -68,12 +75,15 @@ def checked_form(state: Mapping[str, Any], what: str = "this is no") -> Mapping[
         if not isinstance(entries, Mapping) or not all(
             isinstance(entry, Mapping) for entry in entries.values()
         ):
-            raise ValueError(f"{what} optimizer's state_dict: its 'state' is no mapping of mappings")
+            raise GradmatchError(
+                f"{what} optimizer's state_dict: its 'state' is no mapping of mappings", "optimizer_state"
+            )
         if not isinstance(groups, list) or not all(
             isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups
         ):
-            raise ValueError(
-                f"{what} optimizer's state_dict: its 'param_groups' are no list of groups with 'params'"
+            raise GradmatchError(
+                f"{what} optimizer's state_dict: its 'param_groups' are no list of groups with 'params'",
+                "optimizer_state",
             )
         return state
     inside = [
@@ -83,7 +93,9 @@ def checked_form(state: Mapping[str, Any], what: str = "this is no") -> Mapping[
         if isinstance(one, Mapping) and {"state", "param_groups"} <= set(one)
     ]
     hint = f"; its part {inside[0]!r} is one: give that" if inside else ""
-    raise ValueError(f"{what} optimizer's state_dict: it lacks 'state' and 'param_groups'{hint}")
+    raise GradmatchError(
+        f"{what} optimizer's state_dict: it lacks 'state' and 'param_groups'{hint}", "optimizer_state"
+    )
 
 
 def check_some_moment(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -93,9 +105,10 @@ def check_some_moment(state: Mapping[str, Any]) -> Mapping[str, Any]:
         _check_precise(f"parameter {number}", entry)
     if not any("exp_avg_sq" in entry for entry in entries):
         held = ", ".join(sorted({str(key) for entry in entries for key in entry})) or "nothing"
-        raise ValueError(
+        raise GradmatchError(
             f"the optimizer's state has no exp_avg_sq for any parameter (it holds {held}): only Adam and AdamW have one, "
-            "after a step"
+            "after a step",
+            "optimizer_state",
         )
     return state
 
@@ -104,12 +117,18 @@ def _check_precise(name: str, entry: Mapping[str, Any]) -> None:
     """Refuse the states of other optimizers, which may hold an exp_avg_sq of another meaning."""
     known = next((words for key, words in OTHERS.items() if key in entry), None)
     if known is not None:
-        raise ValueError(f"the state of {name} is that of {known}; train with torch's own Adam or AdamW")
+        raise GradmatchError(
+            f"the state of {name} is that of {known}; train with torch's own Adam or AdamW",
+            "optimizer_state",
+            name,
+        )
     strange = sorted(str(key) for key in set(entry) - STATES)
     if "exp_avg_sq" in entry and strange:
-        raise ValueError(
+        raise GradmatchError(
             f"the state of {name} holds {', '.join(strange)} besides exp_avg_sq: it is not that of torch's Adam or AdamW, and its "
-            "exp_avg_sq may be another quantity"
+            "exp_avg_sq may be another quantity",
+            "optimizer_state",
+            name,
         )
 
 
@@ -118,9 +137,10 @@ def live_states(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Pa
     names = {id(value): name for name, value in parameters.items()}
     pairs = [(value, group) for group in optimizer.param_groups for value in group["params"]]
     if not any(id(value) in names for value, _ in pairs):
-        raise ValueError(
+        raise GradmatchError(
             f"the optimizer holds {len(pairs)} parameters, none of them this model's (a copy, or loaded again?): give the "
-            "model that it trains, or optimizer.state_dict(), whose states are matched by order"
+            "model that it trains, or optimizer.state_dict(), whose states are matched by order",
+            "optimizer_state",
         )
     for value, group in pairs:
         if id(value) in names:
@@ -130,32 +150,41 @@ def live_states(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Pa
 def moment(name: str, parameter: Tensor, entry: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     """v_hat of one parameter."""
     if group.get("amsgrad"):
-        raise ValueError(
-            "amsgrad keeps a running maximum, not a mean of squares; curvature cannot be read off it"
+        raise GradmatchError(
+            "amsgrad keeps a running maximum, not a mean of squares; curvature cannot be read off it",
+            "optimizer_state",
         )
     _check_precise(repr(name), entry)
     if "exp_avg_sq" not in entry:
         held = ", ".join(sorted(entry)) or "nothing"
-        raise ValueError(
+        raise GradmatchError(
             f"the optimizer's state of {name!r} has no exp_avg_sq (it holds {held}): only Adam and AdamW have one, after a step "
-            "in which the parameter had a gradient; set requires_grad to False on it to leave it out"
+            "in which the parameter had a gradient; set requires_grad to False on it to leave it out",
+            "optimizer_state",
+            name,
         )
     value = entry["exp_avg_sq"]
     plain = type(value) is Tensor and value.layout == torch.strided and value.is_floating_point()
     if not plain or value.dtype == torch.float16:
         kind = value.dtype if type(value) is Tensor else f"a {type(value).__name__}"
-        raise ValueError(
-            f"exp_avg_sq of {name!r} is {kind}: float32 is needed (16-bit floats hold nothing below 6e-8, most of it)"
+        raise GradmatchError(
+            f"exp_avg_sq of {name!r} is {kind}: float32 is needed (16-bit floats hold nothing below 6e-8, most of it)",
+            "optimizer_state",
+            name,
         )
     if value.shape != parameter.shape:
-        raise ValueError(
-            f"the state of {name!r} has shape {list(value.shape)}, the parameter {list(parameter.shape)}"
+        raise GradmatchError(
+            f"the state of {name!r} has shape {list(value.shape)}, the parameter {list(parameter.shape)}",
+            "shape_mismatch",
+            name,
         )
     step, beta2 = float(entry.get("step", 0)), beta2_of(group)
     if step < 1:
-        raise ValueError(f"the optimizer has taken no step on {name!r} yet")
+        raise GradmatchError(f"the optimizer has taken no step on {name!r} yet", "optimizer_state", name)
     if bool((value < 0).any()):
-        raise ValueError(f"exp_avg_sq of {name!r} has negative values: it is no mean of squares")
+        raise GradmatchError(
+            f"exp_avg_sq of {name!r} has negative values: it is no mean of squares", "not_positive", name
+        )
     return second_moment(value, step, beta2)
 
 
@@ -163,7 +192,10 @@ def beta2_of(group: Mapping[str, Any]) -> float:
     """The weight with which Adam's mean of squares keeps its past."""
     betas = group.get("betas")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not 0 <= float(betas[1]) < 1:
-        raise ValueError(f"a group of the optimizer has betas {betas!r}: Adam has two, from 0 to below 1")
+        raise GradmatchError(
+            f"a group of the optimizer has betas {betas!r}: Adam has two, from 0 to below 1",
+            "optimizer_state",
+        )
     return float(betas[1])
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import nn
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.inference import HEADS, NUMBERED
 from gradmatch.estimators.trainer import Run
 
@@ -94,9 +95,10 @@ def of_run(
     """Units of a Trainer's run; `trace` is that of v_hat over everything that was trained."""
     optim = str(run.arguments.get("optim", ADAMS[0])).lower()
     if optim not in ADAMS:
-        raise ValueError(
+        raise GradmatchError(
             f"the run in {run.folder} trained with optim={optim!r}: only of AdamW ({', '.join(ADAMS[:2])}) is the second moment a "
-            "mean of squared gradients in full precision"
+            "mean of squared gradients in full precision",
+            "optimizer_state",
         )
     found = Units(unknown=list(run.unknown))
     words, share = own_loss(model)

@@ -50,7 +50,7 @@ REFUSALS = {
     ],
     "Adapters": [
         ("of another kind than LoRA", {"ad/adapter_config.json": json.dumps({**LORA, "peft_type": "IA3"}), "ad/adapter_model.safetensors": "x"}, "merge --base base --task ad --method averaging -o out", "peft_type='IA3'"),
-        ("without a base", {"ad/adapter_config.json": json.dumps({**LORA, "base_model_name_or_path": None})}, "inspect ad", "ad is an adapter and names no base model"),
+        ("without a base", {"lora/adapter_config.json": json.dumps({**LORA, "base_model_name_or_path": None})}, "merge --base lora --task one --method averaging -o out", "lora is an adapter and names no base model"),
         ("with a setting that changes what it means", {"ad/adapter_config.json": json.dumps({**LORA, "layer_replication": [[0, 1]]})}, "merge --base base --task ad --method averaging -o out", "layer_replication"),
     ],
     "Merging": [
@@ -201,6 +201,9 @@ def files(tmp_path_factory):
         )
         known.save(folder / f"{name}.safetensors")
     Curvature.from_dict({key: torch.ones(3) for key in base}, 10).save(folder / "odd.safetensors")
+    (folder / "lora").mkdir()
+    factors = {f"base_model.model.layers.0.w.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
+    save_file(factors, folder / "lora" / "adapter_model.safetensors")
     for name in ("cls", "cls2"):
         save_classifier(folder / name)
     (folder / "d.csv").write_text("text,label\ngood,1\nbad,0\n")

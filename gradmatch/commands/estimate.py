@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmatch.commands.reading import add_reading, bars, check_reading, read_source, say
+from gradmatch.estimators.errors import GradmatchError
 
 METHODS = ("fisher", "empirical_fisher", "ggn", "hessian", "kfac", "gram")
 TASKS = ("auto", "classification", "causal_lm")
@@ -122,24 +123,30 @@ def check(args: argparse.Namespace) -> None:
         FileExistsError: the output is there already.
     """
     if args.calibrate is not None and not (args.adam and args.data):
-        raise ValueError(
-            "--calibrate needs both --adam, whose scale is asked for, and --data with labelled rows"
+        raise GradmatchError(
+            "--calibrate needs both --adam, whose scale is asked for, and --data with labelled rows",
+            "bad_arguments",
         )
     if args.calibrate is None and bool(args.data) == bool(args.adam):
-        raise ValueError(
-            "give either --data (to measure) or --adam (to read an optimizer's state); both with --calibrate ROWS"
+        raise GradmatchError(
+            "give either --data (to measure) or --adam (to read an optimizer's state); both with --calibrate ROWS",
+            "bad_arguments",
         )
     if args.adam and args.num_examples is None and not args.data:
-        raise ValueError("--adam needs --num-examples, the size of the training set")
+        raise GradmatchError("--adam needs --num-examples, the size of the training set", "bad_arguments")
     check_reading(args)
     for option in ("num_examples", "samples", "calibrate"):
         value = getattr(args, option)
         if value is not None and value < 1:
-            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+            raise GradmatchError(
+                f"--{option.replace('_', '-')} must be at least 1, got {value}", "out_of_range"
+            )
     if Path(args.out).suffix != ".safetensors":
-        raise ValueError(
+        raise GradmatchError(
             f"-o {args.out}: curvature files are in the format safetensors and are known by their ending; name it "
-            f"{Path(args.out).with_suffix('.safetensors')}"
+            f"{Path(args.out).with_suffix('.safetensors')}",
+            "bad_arguments",
+            args.out,
         )
     if Path(args.out).is_dir():
         raise IsADirectoryError(f"-o {args.out} is a folder; name the file to write in it")
@@ -220,16 +227,20 @@ def load(args: argparse.Namespace, task: str) -> tuple[Any, Any, str]:
         FileNotFoundError: neither a folder nor a hub repository.
     """
     if Path(args.model).expanduser().is_file():
-        raise ValueError(
-            f"{args.model} is a file; name the folder that save_pretrained wrote, with config and tokenizer"
+        raise GradmatchError(
+            f"{args.model} is a file; name the folder that save_pretrained wrote, with config and tokenizer",
+            "bad_arguments",
+            args.model,
         )
     from gradmatch.models.loading import load as load_module
     from gradmatch.models.named import config_folder, config_of, is_adapter
     from gradmatch.models.opening import open_checkpoint
 
     if args.on == "factors" and not is_adapter(args.model):
-        raise ValueError(
-            f"--on factors: {args.model} is no adapter, whose factors could be measured; leave --on out"
+        raise GradmatchError(
+            f"--on factors: {args.model} is no adapter, whose factors could be measured; leave --on out",
+            "bad_arguments",
+            args.model,
         )
     if is_adapter(args.model) and args.on == "weights":
         print(
@@ -265,7 +276,9 @@ def _with_factors(name: str, kind: Any) -> Any:
     try:
         from peft import PeftModel
     except ModuleNotFoundError as error:
-        raise ValueError("--on factors needs peft, which is not installed: pip install peft") from error
+        raise GradmatchError(
+            "--on factors needs peft, which is not installed: pip install peft", "bad_arguments"
+        ) from error
     from gradmatch.models.adapter_config import named_base
     from gradmatch.models.loading import load as load_module
     from gradmatch.models.opening import adapter_folder, open_checkpoint
@@ -291,7 +304,8 @@ def task_of(config: Any, model: str) -> str:
             return "classification"
         if name.endswith(LANGUAGE_MODELS):
             return "causal_lm"
-    raise ValueError(
+    raise GradmatchError(
         f"{model} is saved as {', '.join(architectures) or 'no architecture'}: pass --task classification or causal_lm, or use "
-        "gradmatch.estimators.estimate from Python, which takes any module"
+        "gradmatch.estimators.estimate from Python, which takes any module",
+        "bad_arguments",
     )

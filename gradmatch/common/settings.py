@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from gradmatch.estimators.errors import GradmatchError
+
 Setting = float | Sequence[Any] | Mapping[str, Any]
 LAYER = re.compile(r"(?:^|\.)(?:(?:layers?|h|blocks?|encoder|decoder|stages)\.|layer)(\d+)(?:\.|$)")
 NUMBERED = re.compile(r"^(\d+)\.")  # the modules of an nn.Sequential
@@ -79,22 +81,30 @@ def value_at(setting: Setting | Any, name: str, depth: float | None, what: str =
         for pattern, value in setting.items():
             if fnmatch.fnmatchcase(name, pattern):
                 return value_at(value, name, depth, what)
-        raise ValueError(
-            f'{what}: no pattern of {list(setting)} matches tensor {name!r}; add a last entry "*"'
+        raise GradmatchError(
+            f'{what}: no pattern of {list(setting)} matches tensor {name!r}; add a last entry "*"',
+            "bad_setting",
+            name,
         )
     if isinstance(setting, Sequence) and setting:
         if all(isinstance(entry, Mapping) and "value" in entry for entry in setting):
             for entry in setting:
                 if _holds(entry, name):
                     return value_at(entry["value"], name, depth, what)
-            raise ValueError(f"{what}: no filter matches tensor {name!r}; add a last entry without a filter")
+            raise GradmatchError(
+                f"{what}: no filter matches tensor {name!r}; add a last entry without a filter",
+                "bad_setting",
+                name,
+            )
         if all(isinstance(entry, (int, float)) and not isinstance(entry, bool) for entry in setting):
             if len(setting) == 1:
                 return float(setting[0])
             if depth is None:
-                raise ValueError(
+                raise GradmatchError(
                     f"{what} is a list over the depth, {list(setting)}, but names such as {name!r} hold no layers; "
-                    'give numbers by patterns of names instead, such as {"*.weight": 0.7, "*": 0.3}'
+                    'give numbers by patterns of names instead, such as {"*.weight": 0.7, "*": 0.3}',
+                    "bad_setting",
+                    name,
                 )
             position = depth * (len(setting) - 1)
             left = min(int(position), len(setting) - 2)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmatch.common.files import read_json
+from gradmatch.estimators.errors import GradmatchError
 
 CONFIG = "adapter_config.json"
 
@@ -78,9 +79,11 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
         fits = UNDERSTOOD.get(key, lambda value: value in (None, False) or value in ({}, [], ""))
         if key not in FREE and not fits(value):
             why = MEANING.get(key, "not understood here")
-            raise ValueError(
+            raise GradmatchError(
                 f"{path} is an adapter with {key}={value!r} in its {CONFIG}: {why}; merge it with peft's merge_and_unload first, where "
-                "peft can, and give the result"
+                "peft can, and give the result",
+                "bad_adapter",
+                path,
             )
 
 
@@ -93,8 +96,10 @@ def scale_of(config: Mapping[str, Any], module: str, key: str, stored: int, path
     rank = _by_pattern(config, "rank_pattern", module, config.get("r", 8), path)
     alpha = _by_pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8), path)
     if stored != rank:
-        raise ValueError(
-            f"{path}: {key!r} has rank {stored}, its {CONFIG} says {rank} (r, rank_pattern); it belongs to another config"
+        raise GradmatchError(
+            f"{path}: {key!r} has rank {stored}, its {CONFIG} says {rank} (r, rank_pattern); it belongs to another config",
+            "shape_mismatch",
+            path,
         )
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -110,8 +115,10 @@ def _by_pattern(config: Mapping[str, Any], table: str, module: str, default: Any
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         except re.error as error:
-            raise ValueError(
-                f"{path}: {table} has {pattern!r}, which is no regular expression ({error})"
+            raise GradmatchError(
+                f"{path}: {table} has {pattern!r}, which is no regular expression ({error})",
+                "bad_adapter",
+                path,
             ) from None
     return default
 
@@ -128,11 +135,14 @@ def named_base(path: Path) -> str:
         config = read_json(path / CONFIG)
         named, revision = config.get("base_model_name_or_path"), config.get("revision")
         if not named or not isinstance(named, str):
-            raise ValueError(f"{path} is an adapter and names no base model; open it with base=...")
+            raise GradmatchError(
+                f"{path} is an adapter and names no base model; open it with base=...", "bad_adapter", path
+            )
         path = Path(named).expanduser()
         if path.resolve() in seen:
-            raise ValueError(
-                f"{seen[0]} is an adapter whose base, {named}, leads back to itself; name another base"
+            raise GradmatchError(
+                f"{seen[0]} is an adapter whose base, {named}, leads back to itself; name another base",
+                "bad_adapter",
             )
         if len(seen) == 1:
             found = named if path.exists() or not isinstance(revision, str) else f"{named}@{revision}"

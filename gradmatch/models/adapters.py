@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.files import read_json
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.tensorfile import TensorFile
 from gradmatch.models.adapter_config import CONFIG, check_config, scale_of
 from gradmatch.models.checkpoint import Checkpoint
@@ -159,8 +160,10 @@ def open_adapter(path: Path, base: Checkpoint, *, allow_pickle: bool = False) ->
                 continue
             target = _target(FACTOR.sub("", name), ".weight", base, path)
             if target in low_rank:
-                raise ValueError(
-                    f"{path}: both {low_rank[target].a!r} and {key!r} adapt {target!r}; save the adapter again, with one of them"
+                raise GradmatchError(
+                    f"{path}: both {low_rank[target].a!r} and {key!r} adapt {target!r}; save the adapter again, with one of them",
+                    "bad_adapter",
+                    path,
                 )
             low_rank[target] = _low_rank(key, target, factors, config, base, path)
         elif key.endswith(".lora_B.bias") and config.get("lora_bias"):
@@ -171,16 +174,20 @@ def open_adapter(path: Path, base: Checkpoint, *, allow_pickle: bool = False) ->
         else:
             whole = _plain(name)
             if whole not in base and not _of(whole, saved):
-                raise ValueError(
+                raise GradmatchError(
                     f"{path}: {key!r} is no factor (lora_A, lora_B), no tensor of {base.where} and of none of modules_to_save "
-                    f"{list(saved)}; this is no plain LoRA, or an adapter for another base: merge it with peft's merge_and_unload first"
+                    f"{list(saved)}; this is no plain LoRA, or an adapter for another base: merge it with peft's merge_and_unload first",
+                    "bad_adapter",
+                    path,
                 )
             replaced[whole] = key
     if not low_rank:
-        raise ValueError(f"{path}: {WEIGHTS} holds no LoRA factors")
+        raise GradmatchError(f"{path}: {WEIGHTS} holds no LoRA factors", "bad_adapter", path)
     for name, key in replaced.items():
         if name in base and base.spec(name).shape != factors.spec(key).shape and not _of(name, saved):
-            raise ValueError(_other_base(path, name, factors.spec(key), base.spec(name)))
+            raise GradmatchError(
+                _other_base(path, name, factors.spec(key), base.spec(name)), "shape_mismatch"
+            )
     trained = {name for name in replaced if _of(name, saved)}
     freed = {alias: held for alias, held in ties.items() if trained & {alias, held}}
     store = Added(base.store, factors, low_rank, replaced, added, freed)
@@ -223,9 +230,11 @@ def _factors(path: Path, allow_pickle: bool) -> Store:
     if (path / WEIGHTS).is_file() or not pickled.is_file():
         return FileStore([TensorFile(path / WEIGHTS)])
     if not allow_pickle:
-        raise ValueError(
+        raise GradmatchError(
             f"{pickled} is a pickle, which can run code when it is opened; save the adapter as safetensors, or pass allow_pickle "
-            "(it is then read with weights_only)"
+            "(it is then read with weights_only)",
+            "pickle",
+            pickled,
         )
     import torch
 
@@ -238,17 +247,21 @@ def _low_rank(
     """The pair of factors of one weight, checked against its shape."""
     other = re.sub(r"lora_(embedding_)?A", lambda found: f"lora_{found.group(1) or ''}B", key)
     if other not in factors:
-        raise ValueError(f"{path}: {key!r} has no counterpart {other!r}; the adapter is incomplete")
+        raise GradmatchError(
+            f"{path}: {key!r} has no counterpart {other!r}; the adapter is incomplete", "bad_adapter", path
+        )
     a, b, whole = factors.spec(key).shape, factors.spec(other).shape, base.spec(target)
     if len(a) < 2 or len(b) != len(a) or b[1] != a[0]:
-        raise ValueError(
-            f"{path}: {key!r} {list(a)} and {other!r} {list(b)} are no pair of factors; save the adapter again"
+        raise GradmatchError(
+            f"{path}: {key!r} {list(a)} and {other!r} {list(b)} are no pair of factors; save the adapter again",
+            "shape_mismatch",
+            path,
         )
     straight, turned = (b[0], *a[1:]) == whole.shape, len(a) == 2 and (a[1], b[0]) == whole.shape
     if "lora_embedding_A" in key:
         straight = False
     if not straight and not turned:
-        raise ValueError(_other_base(path, target, f"update {[b[0], *a[1:]]}", whole))
+        raise GradmatchError(_other_base(path, target, f"update {[b[0], *a[1:]]}", whole), "shape_mismatch")
     scale = scale_of(config, target.removesuffix(".weight"), key, a[0], path)
     if straight and turned:
         turned = _stored_in_out(target, config, base, path)
@@ -265,9 +278,11 @@ def _stored_in_out(target: str, config: Mapping[str, Any], base: Checkpoint, pat
     if turned is not None:
         return target in turned
     if config.get("fan_in_fan_out") or CONV1D.search(target):
-        raise ValueError(
+        raise GradmatchError(
             f"{path} adapts {target!r}, which is square: GPT-2's Conv1D stores it [in, out], nn.Linear [out, in], and {base.where} "
-            "has no config that tells which; give the base as a folder with its config.json, or as a module"
+            "has no config that tells which; give the base as a folder with its config.json, or as a module",
+            "bad_adapter",
+            path,
         )
     return False
 
@@ -281,18 +296,24 @@ def _target(module: str, suffix: str, base: Checkpoint, path: Path) -> str:
     """
     name = module + suffix
     if name in base.aliases and OUTPUT.search(name):
-        raise ValueError(
+        raise GradmatchError(
             f"{path} adapts {name!r}, which is tied to another tensor in {base.where}, so that its update would change both; untie "
-            "the base (tie_word_embeddings=False), save it, and merge the adapter into that with peft's merge_and_unload"
+            "the base (tie_word_embeddings=False), save it, and merge the adapter into that with peft's merge_and_unload",
+            "bad_adapter",
+            path,
         )
     if f"{module}.in_proj_weight" in base:
-        raise ValueError(
+        raise GradmatchError(
             f"{path} adapts {module!r}, an nn.MultiheadAttention that keeps its projections in one tensor; merge the adapter with "
-            "peft's merge_and_unload first"
+            "peft's merge_and_unload first",
+            "bad_adapter",
+            path,
         )
     if name not in base:
-        raise ValueError(
-            f"{path} adapts {name!r}, which {base.where} does not have; it is an adapter for another base"
+        raise GradmatchError(
+            f"{path} adapts {name!r}, which {base.where} does not have; it is an adapter for another base",
+            "bad_adapter",
+            path,
         )
     return name
 

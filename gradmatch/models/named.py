@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmatch.common.files import read_json
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.adapter_config import CONFIG, named_base
 from gradmatch.models.opening import from_hub
 from gradmatch.models.reference import split_adapter
@@ -46,7 +47,8 @@ def config_of(model: str) -> Any:
         code = sorted((read_json(folder / "config.json").get("auto_map") or {}).values())
         if not code:
             raise
-        raise ValueError(
+        raise GradmatchError(
             f"{model} comes with code of its own ({', '.join(map(str, code))}), which is not run here: load it with transformers and "
-            "trust_remote_code=True, and pass the module to the Python function (gradmatch.estimators.estimate(model, batches))"
+            "trust_remote_code=True, and pass the module to the Python function (gradmatch.estimators.estimate(model, batches))",
+            "bad_model",
         ) from error

@@ -95,8 +95,10 @@ def adapter_folder(adapter: str, whole: str) -> Path:
     folder = Path(adapter).expanduser()
     folder = folder if folder.exists() else from_hub(adapter)
     if not (folder / CONFIG).is_file():
-        raise ValueError(
-            f"{whole!r}: what stands behind the + must be an adapter, and {adapter} has no {CONFIG}; two models are two tasks"
+        raise GradmatchError(
+            f"{whole!r}: what stands behind the + must be an adapter, and {adapter} has no {CONFIG}; two models are two tasks",
+            "bad_model",
+            whole,
         )
     return folder
 
@@ -113,8 +115,10 @@ def _base_at_hand(adapter: Path) -> Path:
     try:
         return from_hub(named, local=True)
     except FileNotFoundError as error:
-        raise ValueError(
-            f"{adapter} is an adapter of {named!r}, which is neither a folder nor in the hub's cache here; fetch it, or name the base"
+        raise GradmatchError(
+            f"{adapter} is an adapter of {named!r}, which is neither a folder nor in the hub's cache here; fetch it, or name the base",
+            "bad_model",
+            adapter,
         ) from error
 
 
@@ -129,9 +133,11 @@ def _in_memory(model: Any) -> Checkpoint:
     where = type(module).__name__
     store = MemoryStore(module.state_dict(), where)
     if any(".lora_" in name or name.startswith("base_model.model.") for name in store):
-        raise ValueError(
+        raise GradmatchError(
             f"{where} has adapters beside its weights: pass the folder that its save_pretrained writes, or the model "
-            "that its merge_and_unload() returns"
+            "that its merge_and_unload() returns",
+            "bad_model",
+            where,
         )
     owned: Any = getattr(module, "config", None)
     config = owned.to_dict() if hasattr(owned, "to_dict") else None
@@ -143,14 +149,18 @@ def _from_file(path: Path, allow_pickle: bool) -> Checkpoint:
     if path.suffix not in PICKLES:
         file = TensorFile(path)
         if any(".lora_" in name for name in file):
-            raise ValueError(
-                f"{path} holds an adapter's factors alone; name the folder that it lies in, with its {CONFIG}"
+            raise GradmatchError(
+                f"{path} holds an adapter's factors alone; name the folder that it lies in, with its {CONFIG}",
+                "bad_model",
+                path,
             )
         return Checkpoint(_checked(FileStore([file]), path), path=path, aliases=_stored_aliases([file]))
     if not allow_pickle:
-        raise ValueError(
+        raise GradmatchError(
             f"{path} is a pickle, which can run code when it is opened; save it as safetensors, or pass allow_pickle "
-            "(it is then read with weights_only)"
+            "(it is then read with weights_only)",
+            "pickle",
+            path,
         )
     import torch
 
@@ -169,8 +179,10 @@ def _from_folder(path: Path, allow_pickle: bool) -> Checkpoint:
     else:
         candidates = sorted(path.glob("*.safetensors"))
         if len(candidates) > 1:
-            raise ValueError(
-                f"{path} holds {len(candidates)} safetensors files and no {INDEX}; name the one to read, or restore the index"
+            raise GradmatchError(
+                f"{path} holds {len(candidates)} safetensors files and no {INDEX}; name the one to read, or restore the index",
+                "bad_model",
+                path,
             )
         files = [TensorFile(candidate) for candidate in candidates]
     if not files:
@@ -180,8 +192,10 @@ def _from_folder(path: Path, allow_pickle: bool) -> Checkpoint:
                 f"{path} holds no model.safetensors, no {INDEX} and no adapter_config.json"
             )
         if len(pickles) > 1 and allow_pickle:
-            raise ValueError(
-                f"{path} holds {len(pickles)} pickled shards; save it with save_pretrained as safetensors first"
+            raise GradmatchError(
+                f"{path} holds {len(pickles)} pickled shards; save it with save_pretrained as safetensors first",
+                "pickle",
+                path,
             )
         opened = _from_file(pickles[0], allow_pickle)
         return Checkpoint(
@@ -225,8 +239,10 @@ def _checked(store: StoreT, where: object, config: Mapping[str, Any] | None = No
                 told = f"{name!r} is {spec} with {scale!r} beside it"
                 break
     if told:
-        raise ValueError(
-            f"{where} is quantised ({told}); quantised weights cannot be averaged: merge the unquantised model and quantise the result"
+        raise GradmatchError(
+            f"{where} is quantised ({told}); quantised weights cannot be averaged: merge the unquantised model and quantise the result",
+            "quantised",
+            where,
         )
     return store
 
@@ -249,12 +265,18 @@ def listed_shards(path: Path, index: str = INDEX) -> dict[str, str]:
     weight_map: Any = read_json(path / index).get("weight_map")
     named = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())
     if not weight_map or not named:
-        raise ValueError(f"{path / index} has no weight_map from the name of a tensor to that of its shard")
+        raise GradmatchError(
+            f"{path / index} has no weight_map from the name of a tensor to that of its shard",
+            "bad_model",
+            path / index,
+        )
     for shard in weight_map.values():
         pure = PurePosixPath(shard)
         if pure.is_absolute() or ".." in pure.parts or "\\" in shard:
-            raise ValueError(
-                f"{path / index} points outside its folder: {shard!r}; do not trust this checkpoint"
+            raise GradmatchError(
+                f"{path / index} points outside its folder: {shard!r}; do not trust this checkpoint",
+                "unsafe_path",
+                path / index,
             )
     return dict(weight_map)
 
@@ -270,14 +292,18 @@ def indexed_files(path: Path, index: str = INDEX) -> list[TensorFile]:
     files = {shard: TensorFile(path / shard) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in files[shard]:
-            raise ValueError(
-                f"{path / index} says that {shard} holds {name!r}, but it does not; fetch the checkpoint again"
+            raise GradmatchError(
+                f"{path / index} says that {shard} holds {name!r}, but it does not; fetch the checkpoint again",
+                "bad_model",
+                path / index,
             )
     for shard, file in files.items():
         unlisted = [name for name in file if weight_map.get(name) != shard]
         if unlisted:
-            raise ValueError(
-                f"{file.path} holds {unlisted[0]!r}, which the index does not place there; fetch the checkpoint again"
+            raise GradmatchError(
+                f"{file.path} holds {unlisted[0]!r}, which the index does not place there; fetch the checkpoint again",
+                "bad_model",
+                file.path,
             )
     return list(files.values())
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.tokenizers import UNREAD, pieces_of, vocabulary
 
 VOCABULARIES = (
@@ -60,7 +61,9 @@ def rewritten(
         ValueError: the base has no tokenizer.json or vocab.txt to rewrite, or a token that it cannot do without is gone.
     """
     if folder is None:
-        raise ValueError("the base has no tokenizer files, so its vocabulary cannot be changed")
+        raise GradmatchError(
+            "the base has no tokenizer files, so its vocabulary cannot be changed", "vocabulary"
+        )
     files: dict[str, bytes | None] = dict.fromkeys(vocabulary_files(folder))
     added: dict[str, Mapping[str, Any]] = {}
     if "tokenizer.json" in files:
@@ -73,8 +76,10 @@ def rewritten(
         _check_gapless(numbered, "vocab.txt")
         files["vocab.txt"] = ("\n".join(in_order) + "\n").encode()
     if all(content is None for content in files.values()):
-        raise ValueError(
-            f"{folder} has neither tokenizer.json nor vocab.txt; save it with a fast tokenizer to change its vocabulary"
+        raise GradmatchError(
+            f"{folder} has neither tokenizer.json nor vocab.txt; save it with a fast tokenizer to change its vocabulary",
+            "vocabulary",
+            folder,
         )
     for name in SETTINGS:
         if (folder / name).is_file():
@@ -97,8 +102,10 @@ def renumbered(
         if isinstance(value, Mapping):
             result[key] = renumbered(value, old, numbered)
         elif key in FIXED and value:
-            raise ValueError(
-                f"{key} holds ids of tokens ({value!r}), which would change; remove it, or choose embeddings='union'"
+            raise GradmatchError(
+                f"{key} holds ids of tokens ({value!r}), which would change; remove it, or choose embeddings='union'",
+                "vocabulary",
+                key,
             )
         elif IDS.search(key):
             result[key] = _ids(value, old, numbered, key)
@@ -114,15 +121,19 @@ def _ids(value: Any, old: Mapping[int, str], numbered: Mapping[str, int], key: s
             else [numbered[old[one]] for one in value if old.get(one) in numbered]
         )
         if value and not kept:
-            raise ValueError(
-                f"{key} needs one of {value}, none of which every model has; choose embeddings='union'"
+            raise GradmatchError(
+                f"{key} needs one of {value}, none of which every model has; choose embeddings='union'",
+                "vocabulary",
+                key,
             )
         return kept
     if type(value) is not int or value < 0:
         return value
     if value not in old:
-        raise ValueError(
-            f"{key} is {value}, which is no token of the base's vocabulary; choose embeddings='union', or mend it"
+        raise GradmatchError(
+            f"{key} is {value}, which is no token of the base's vocabulary; choose embeddings='union', or mend it",
+            "vocabulary",
+            key,
         )
     return _new_id(old[value], numbered, key)
 
@@ -203,8 +214,10 @@ def _check_gapless(numbered: Mapping[str, int], where: str) -> None:
         ValueError: there are some.
     """
     if not gapless(numbered):
-        raise ValueError(
-            f"{where} numbers tokens by their place, and the ids of the output have gaps; choose embeddings='intersect'"
+        raise GradmatchError(
+            f"{where} numbers tokens by their place, and the ids of the output have gaps; choose embeddings='intersect'",
+            "vocabulary",
+            where,
         )
 
 
@@ -241,9 +254,11 @@ def _new_id(token: str, numbered: Mapping[str, int], where: str) -> int:
         ValueError: it is not in the output's vocabulary.
     """
     if token not in numbered:
-        raise ValueError(
+        raise GradmatchError(
             f"{where} needs token {token!r}, which not every model has; choose embeddings='union' (or, where it has no row in its own model "
-            "either, resize the embeddings there first)"
+            "either, resize the embeddings there first)",
+            "vocabulary",
+            where,
         )
     return numbered[token]
 
@@ -278,8 +293,9 @@ def check_loaded(
         return "the output's tokenizer is not checked: transformers does not read the base's vocabulary from its files"
     first = wrong[0]
     said = failure or f"first {first!r}: {found.get(first)}, its row is {numbered.get(first)}"
-    raise ValueError(
-        f"the tokenizer with the new vocabulary gives {len(wrong)} tokens another id than their row ({said}); give all models one vocabulary"
+    raise GradmatchError(
+        f"the tokenizer with the new vocabulary gives {len(wrong)} tokens another id than their row ({said}); give all models one vocabulary",
+        "vocabulary",
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from gradmatch.common.files import read_json
 from gradmatch.common.names import nearest
+from gradmatch.estimators.errors import GradmatchError
 
 FILE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 KNOWN = {
@@ -41,7 +42,8 @@ def chosen_template(wanted: str, folders: Sequence[Path | None]) -> str:
     if "{" in wanted:
         return wanted
     if wanted not in KNOWN:
-        raise ValueError(
-            f"chat_template is {wanted!r}{nearest(wanted, KNOWN)}; choose auto, {', '.join(KNOWN)}, or write the template itself"
+        raise GradmatchError(
+            f"chat_template is {wanted!r}{nearest(wanted, KNOWN)}; choose auto, {', '.join(KNOWN)}, or write the template itself",
+            "bad_model",
         )
     return KNOWN[wanted]

@@ -11,6 +11,7 @@ from typing import Any
 from gradmatch.common.devices import check_device
 from gradmatch.common.kinds import check_kind, plain
 from gradmatch.common.names import nearest
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules import Options, Rule, find_rule
 from gradmatch.rules.edits import TRANSFORMS
 from gradmatch.rules.options import takes
@@ -118,32 +119,41 @@ class Request:
         for policy, choices in POLICIES.items():
             chosen = getattr(self, policy)
             if chosen not in choices:
-                raise ValueError(
-                    f"{policy} is {chosen!r}{nearest(str(chosen), choices)}; choose one of {', '.join(choices)}"
+                raise GradmatchError(
+                    f"{policy} is {chosen!r}{nearest(str(chosen), choices)}; choose one of {', '.join(choices)}",
+                    "unknown_name",
+                    policy,
                 )
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(
-                f"dtype is {self.dtype!r}{nearest(str(self.dtype), DTYPES)}; choose one of {', '.join(DTYPES)}"
+            raise GradmatchError(
+                f"dtype is {self.dtype!r}{nearest(str(self.dtype), DTYPES)}; choose one of {', '.join(DTYPES)}",
+                "unknown_name",
             )
         for name, value in (("delta0", self.delta0), ("base_weight", self.base_weight)):
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} is {value!r}; it must be a finite number of at least 0")
+                raise GradmatchError(
+                    f"{name} is {value!r}; it must be a finite number of at least 0", "out_of_range", name
+                )
         check_kind("seed", self.seed, 0)
         check_kind("shard_bytes", self.shard_bytes, 0)
         check_kind("device", self.device, "")
         check_device(self.device)
         if self.shard_bytes < 1:
-            raise ValueError(f"shard_bytes is {self.shard_bytes}; it must be at least 1")
+            raise GradmatchError(f"shard_bytes is {self.shard_bytes}; it must be at least 1", "out_of_range")
         for name, _ in self._chain():
             if name not in TRANSFORMS:
-                raise ValueError(
-                    f"unknown transform {name!r}{nearest(name, TRANSFORMS)}; known are {', '.join(TRANSFORMS)}"
+                raise GradmatchError(
+                    f"unknown transform {name!r}{nearest(name, TRANSFORMS)}; known are {', '.join(TRANSFORMS)}",
+                    "unknown_name",
+                    name,
                 )
             known |= set(TRANSFORMS[name].options)
         for name in self.options:
             if name not in known:
-                raise ValueError(
-                    f"{self.method} has no option {name!r}{nearest(name, known)}; {takes(known)}"
+                raise GradmatchError(
+                    f"{self.method} has no option {name!r}{nearest(name, known)}; {takes(known)}",
+                    "unknown_option",
+                    name,
                 )
         _ = self.edits, self.rule_options  # their values
 

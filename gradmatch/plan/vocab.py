@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gradmatch.common.files import read_json
 from gradmatch.common.names import nearest
 from gradmatch.common.settings import layer_of
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.gathered import ABSENT, AlignedStore, Rows
 from gradmatch.models.rewriting import IDS, check_loaded, dump, renumbered, rewritten, tokenizer_files
@@ -82,12 +83,15 @@ def align(inputs: Inputs, request: Request) -> tuple[dict[str, bytes | None], li
     if not differs:
         return _taken(models, owner, notes), notes
     if request.embeddings == "error" and owner is None:
-        raise ValueError(_difference(names[differs[0]], models[differs[0]], held, sizes, differs[0], tables))
+        raise GradmatchError(
+            _difference(names[differs[0]], models[differs[0]], held, sizes, differs[0], tables), "vocabulary"
+        )
     for i in (0, *differs):
         if tables[i] is None and (sizes[i] != sizes[0] or unread(models[i].folder) or i == 0):
-            raise ValueError(
+            raise GradmatchError(
                 f"the vocabulary of {names[i]} is not known ({unread(models[i].folder) or 'it has no tokenizer'}), so that its rows cannot "
-                "be aligned; save its tokenizer beside it, as tokenizer.json"
+                "be aligned; save its tokenizer beside it, as tokenizer.json",
+                "vocabulary",
             )
     ids, rows, keeps = _numbered(held, sizes, request.embeddings, owner)
     tensors = _vocabulary_tensors(models, sizes)
@@ -127,8 +131,9 @@ def _owner(tokenizer: str, names: Sequence[str]) -> int | None:
     if tokenizer == "base":
         return 0
     if tokenizer not in names[1:]:
-        raise ValueError(
-            f"tokenizer is {tokenizer!r}{nearest(tokenizer, names[1:])}; choose base or a task: {', '.join(names[1:])}"
+        raise GradmatchError(
+            f"tokenizer is {tokenizer!r}{nearest(tokenizer, names[1:])}; choose base or a task: {', '.join(names[1:])}",
+            "vocabulary",
         )
     return names.index(tokenizer, 1)
 
@@ -139,8 +144,10 @@ def _taken(models: Sequence[Checkpoint], owner: int | None, notes: list[str]) ->
         return {}
     base, model = models[0], models[owner]
     if model.folder is None or not (own := tokenizer_files(model.folder)):
-        raise ValueError(
-            f"{model.where} has no tokenizer, which the output was to have; choose another tokenizer"
+        raise GradmatchError(
+            f"{model.where} has no tokenizer, which the output was to have; choose another tokenizer",
+            "vocabulary",
+            model.where,
         )
     files: dict[str, bytes | None] = dict.fromkeys(tokenizer_files(base.folder) if base.folder else ())
     files |= {name: (model.folder / name).read_bytes() for name in own}
@@ -177,7 +184,7 @@ def _numbered(
         return base, max(sizes[0], following), 0
     kept = [token for token in ordered if all(token in table for table in tables)]
     if not kept:
-        raise ValueError("the vocabularies have no token in common")
+        raise GradmatchError("the vocabularies have no token in common", "vocabulary")
     if len(kept) == len(base):
         return base, sizes[0], 0
     return {token: number for number, token in enumerate(kept)}, len(kept), 0
@@ -242,17 +249,19 @@ def _vocabulary_tensors(models: Sequence[Checkpoint], sizes: Sequence[int]) -> l
         )
     ]
     if not found:
-        raise ValueError(
+        raise GradmatchError(
             f"no tensor has a row for each token of every model ({', '.join(map(str, sizes))} rows by their configs and tokenizers); "
-            "give all models the base's vocabulary first"
+            "give all models the base's vocabulary first",
+            "vocabulary",
         )
     if all(models[0].spec(name).shape[1:] != (sizes[0],) for name in found):
         return found
     named = [name for name in found if EMBEDDINGS.search(name)]
     if not named:
-        raise ValueError(
+        raise GradmatchError(
             f"the models are {sizes[0]} wide and have {sizes[0]} tokens, and none of the names {', '.join(found)} is one of "
-            "embeddings that are known; give all models the base's vocabulary first"
+            "embeddings that are known; give all models the base's vocabulary first",
+            "vocabulary",
         )
     return named
 

@@ -17,6 +17,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gradmatch.common.names import nearest
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules.options import NONE, Options, declared
 
 if TYPE_CHECKING:
@@ -109,7 +110,11 @@ class Rule:
         for what, given, known in (("needs", self.needs, NEEDS), ("lacks", self.lacks, INVARIANTS)):
             for name in given:
                 if name not in known:
-                    raise ValueError(f"{what}: {name!r}{nearest(name, known)} is none of {', '.join(known)}")
+                    raise GradmatchError(
+                        f"{what}: {name!r}{nearest(name, known)} is none of {', '.join(known)}",
+                        "unknown_name",
+                        name,
+                    )
         if not callable(getattr(self, self.kind)):
             raise TypeError(f"{self.kind} must be a function, not {getattr(self, self.kind)!r}")
 
@@ -147,8 +152,9 @@ class Linear(Rule):
         """
         super().__post_init__()
         if not callable(self.gram) and self.gram not in GRAMS:
-            raise ValueError(
-                f"gram is {self.gram!r}{nearest(self.gram, GRAMS)}; choose one of {', '.join(map(repr, GRAMS))}"
+            raise GradmatchError(
+                f"gram is {self.gram!r}{nearest(self.gram, GRAMS)}; choose one of {', '.join(map(repr, GRAMS))}",
+                "unknown_name",
             )
 
     def terms(
@@ -161,7 +167,9 @@ class Linear(Rule):
         """
         c0, c, *branch = self.linear(alpha, gram, options)
         if len(c) != len(alpha):
-            raise ValueError(f"the rule gives {len(c)} coefficients for {len(alpha)} tasks")
+            raise GradmatchError(
+                f"the rule gives {len(c)} coefficients for {len(alpha)} tasks", "bad_setting"
+            )
         return c0, list(c), str(branch[0]) if branch else ""
 
     def gram_of(self, options: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from gradmatch.common.kinds import leaves
 from gradmatch.common.names import nearest
+from gradmatch.estimators.errors import GradmatchError
 
 KEYS = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
@@ -48,11 +49,15 @@ def check_keys(content: Mapping[str, Any], where: str) -> str:
     _known(content, KEYS, "key", where)
     method = str(content["merge_method"])
     if method not in METHODS:
-        raise ValueError(
-            f"{where}: merge_method {method!r} is unknown here{nearest(method, METHODS)}; known are {', '.join(METHODS)}"
+        raise GradmatchError(
+            f"{where}: merge_method {method!r} is unknown here{nearest(method, METHODS)}; known are {', '.join(METHODS)}",
+            "unknown_name",
+            where,
         )
     if sum(kind in content for kind in ("models", "slices", "modules")) != 1:
-        raise ValueError(f"{where}: give either models or slices (or modules of these)")
+        raise GradmatchError(
+            f"{where}: give either models or slices (or modules of these)", "bad_recipe", where
+        )
     for body in (content, _module(content, where)):
         _check_parameters(body, method, where)
         for kind in ("models", "slices"):
@@ -72,12 +77,16 @@ def _module(content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     modules = content["modules"]
     if not isinstance(modules, Mapping) or len(modules) != 1:
         count = len(modules) if isinstance(modules, Mapping) else 0
-        raise ValueError(
-            f"{where}: modules holds {count} modules; one is supported: merge the towers of a model one by one, with patterns as weights"
+        raise GradmatchError(
+            f"{where}: modules holds {count} modules; one is supported: merge the towers of a model one by one, with patterns as weights",
+            "bad_recipe",
+            where,
         )
     name, module = next(iter(modules.items()))
     if not isinstance(module, Mapping) or ("models" in module) == ("slices" in module):
-        raise ValueError(f"{where}: the module {name!r} must hold either models or slices")
+        raise GradmatchError(
+            f"{where}: the module {name!r} must hold either models or slices", "bad_recipe", where
+        )
     _known(module, ("models", "slices", "parameters"), f"key of the module {name!r}", where)
     return module
 
@@ -86,21 +95,27 @@ def _check_entries(kind: str, entries: Any, method: str, where: str) -> None:
     """A list of entries of one kind, and the lists in them."""
     known = ENTRIES[kind]
     if not isinstance(entries, list) or not entries or not all(isinstance(one, Mapping) for one in entries):
-        raise ValueError(
-            f"{where}: {kind} is {entries!r}; it must be a list of at least one table of {', '.join(known)}"
+        raise GradmatchError(
+            f"{where}: {kind} is {entries!r}; it must be a list of at least one table of {', '.join(known)}",
+            "bad_recipe",
+            where,
         )
     for entry in entries:
         _known(entry, known, f"key of {kind}", where)
         for key in known:
             if key not in entry and key != "parameters":
-                raise ValueError(f"{where}: an entry of {kind} has no {key}: {dict(entry)}")
+                raise GradmatchError(
+                    f"{where}: an entry of {kind} has no {key}: {dict(entry)}", "bad_recipe", where
+                )
         _check_parameters(entry, method, where)
         if "sources" in entry:
             _check_entries("sources", entry["sources"], method, where)
         layers = entry.get("layer_range", [0, 0])
         if not isinstance(layers, list) or [type(number) for number in layers] != [int, int]:
-            raise ValueError(
-                f"{where}: layer_range is {layers!r}; it must be two whole numbers, [first, last]"
+            raise GradmatchError(
+                f"{where}: layer_range is {layers!r}; it must be two whole numbers, [first, last]",
+                "bad_recipe",
+                where,
             )
 
 
@@ -110,19 +125,25 @@ def _check_parameters(entry: Mapping[str, Any], method: str, where: str) -> None
     if parameters is None:
         return
     if not isinstance(parameters, Mapping):
-        raise ValueError(f"{where}: parameters is {parameters!r}; it must be a table")
+        raise GradmatchError(
+            f"{where}: parameters is {parameters!r}; it must be a table", "bad_recipe", where
+        )
     _known(parameters, PARAMETERS.get(method, EDITING), f"parameter of {method}", where)
     for name, setting in parameters.items():
         try:
             list(leaves(setting))
         except TypeError as error:
-            raise ValueError(f"{where}: {name}: {error}") from error
+            raise GradmatchError(f"{where}: {name}: {error}", "bad_recipe", where) from error
         tables = [one for one in setting if isinstance(one, Mapping)] if isinstance(setting, list) else []
         if any("value" not in one for one in tables):
-            raise ValueError(f"{where}: {name} has a filter without a value: {setting!r}")
+            raise GradmatchError(
+                f"{where}: {name} has a filter without a value: {setting!r}", "bad_recipe", where
+            )
     if method.startswith("della") and parameters.get("rescale") is False:
-        raise ValueError(
-            f"{where}: {method} with rescale: false is not supported; what stays is divided by its probability, so leave it out"
+        raise GradmatchError(
+            f"{where}: {method} with rescale: false is not supported; what stays is divided by its probability, so leave it out",
+            "bad_recipe",
+            where,
         )
 
 
@@ -130,6 +151,8 @@ def _known(table: Mapping[str, Any], known: Sequence[str], what: str, where: str
     """Refuse keys that a table does not have."""
     for key in table:
         if key not in known:
-            raise ValueError(
-                f"{where}: unknown {what} {key!r}{nearest(key, known)}; known are {', '.join(known)}"
+            raise GradmatchError(
+                f"{where}: unknown {what} {key!r}{nearest(key, known)}; known are {', '.join(known)}",
+                "unknown_name",
+                where,
             )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradmatch.common.settings import layer_of, value_at
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.opening import open_checkpoint
 
 Condition = dict[
@@ -88,7 +89,9 @@ class Part:
         by_slice = [{**_merged(self.shared), **parameters} for _, _, parameters in self.slices]
         found = [parameters.get(key, default) for parameters in by_slice]
         if any(value != found[0] for value in found) or isinstance(found[0], (list, dict)):
-            raise ValueError(f"{key} is {found}; one value for the whole model is supported")
+            raise GradmatchError(
+                f"{key} is {found}; one value for the whole model is supported", "bad_recipe", key
+            )
         return found[0]
 
 
@@ -153,5 +156,5 @@ def model_name(model: Any) -> str:
         name = f"{name}@{revision}" if name and revision else name
         model = (f"{name}+{model_name(adapter)}" if adapter else name) or None
     if not isinstance(model, str):
-        raise ValueError(f"a model is a path or a hub id, not {model!r}")
+        raise GradmatchError(f"a model is a path or a hub id, not {model!r}", "bad_recipe")
     return model

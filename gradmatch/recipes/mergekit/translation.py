@@ -13,6 +13,7 @@ from typing import Any
 
 from gradmatch.common.files import locate
 from gradmatch.common.settings import numbers, times
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.slices import Slice, stack
 from gradmatch.models.task import Task
 from gradmatch.recipes.mergekit.keys import RANDOM, check_keys
@@ -68,7 +69,11 @@ def _of_slices(
     """Layer slices: the k-th sources of all slices, stacked, are the k-th model; the base is stacked by itself."""
     counts = {len(one["sources"]) for one in slices}
     if len(counts) != 1:
-        raise ValueError(f"{where}: the slices have {sorted(counts)} sources; all must have the same number")
+        raise GradmatchError(
+            f"{where}: the slices have {sorted(counts)} sources; all must have the same number",
+            "bad_recipe",
+            where,
+        )
     rows: list[list[Source]] = []
     own: list[Source] = []
     places: list[tuple[int, int | None, Mapping[str, Any]]] = []
@@ -77,8 +82,10 @@ def _of_slices(
         sources = [Source.of(source) for source in one["sources"]]
         lengths = {source.last - source.first for source in sources}
         if len(lengths) != 1:
-            raise ValueError(
-                f"{where}: a slice has sources of {sorted(lengths)} layers; all must be of one length"
+            raise GradmatchError(
+                f"{where}: a slice has sources of {sorted(lengths)} layers; all must be of one length",
+                "bad_recipe",
+                where,
             )
         if base is not None and method not in EQUALS:
             named = [source for source in sources if source.name == base]
@@ -88,8 +95,10 @@ def _of_slices(
         places.append((done, done + lengths.copy().pop(), one.get("parameters") or {}))
         done += lengths.pop()
     if len({len(sources) for sources in rows}) != 1:
-        raise ValueError(
-            f"{where}: a slice names the base_model and another does not, or twice; name it once in each"
+        raise GradmatchError(
+            f"{where}: a slice names the base_model and another does not, or twice; name it once in each",
+            "bad_recipe",
+            where,
         )
     entries = [_stacked(list(column), folder) for column in zip(*rows, strict=True)]
     first = _stacked(own, folder) if own else None
@@ -116,7 +125,9 @@ def _tokenizer(content: Mapping[str, Any], part: Part, where: str) -> dict[str, 
     tokenizer = content.get("tokenizer")
     given = set(tokenizer or ()) - {"source"}
     if given:
-        raise ValueError(f"{where}: of `tokenizer` only `source` is supported, not {sorted(given)}")
+        raise GradmatchError(
+            f"{where}: of `tokenizer` only `source` is supported, not {sorted(given)}", "bad_recipe", where
+        )
     source = content.get("tokenizer_source") or (tokenizer or {}).get("source")
     if source is None:
         return {**found, "embeddings": "union"} if tokenizer is not None else found
@@ -127,8 +138,10 @@ def _tokenizer(content: Mapping[str, Any], part: Part, where: str) -> dict[str, 
         return {**found, "tokenizer": "base"}
     entry = next((entry for entry in part.entries if entry.name == source), None)
     if entry is None:
-        raise ValueError(
-            f"{where}: tokenizer source {source!r} is none of the models; use base, union or one of them"
+        raise GradmatchError(
+            f"{where}: tokenizer source {source!r} is none of the models; use base, union or one of them",
+            "unknown_name",
+            where,
         )
     return {**found, "tokenizer": _unique(entry, part.entries)}
 
@@ -157,12 +170,16 @@ def _method(method: str, part: Part, where: str) -> dict[str, Any]:
             options = {"iterations": part.one("max_iter", 10), "tolerance": part.one("tol", 1e-5)}
         if method == "passthrough":
             if len(entries) != 1:
-                raise ValueError(f"{where}: passthrough takes one source a slice, got {len(entries)}")
+                raise GradmatchError(
+                    f"{where}: passthrough takes one source a slice, got {len(entries)}", "bad_recipe", where
+                )
             options["scale"] = value("scale", entries[0], 1.0)
         return {"base": (base or entries[0]).model, "tasks": tasks, "method": method, **options}
     if method == "slerp":
         if base is None or len(others) != 1:
-            raise ValueError(f"{where}: slerp takes two models, one of them the base_model")
+            raise GradmatchError(
+                f"{where}: slerp takes two models, one of them the base_model", "bad_recipe", where
+            )
         first = Task(base.model, name=base.name if base.name != others[0].name else "base")
         tasks = [first, task(others[0])]
         return {"base": base.model, "tasks": tasks, "method": "slerp", "t": value("t", others[0], 0.5)}
@@ -177,13 +194,17 @@ def _method(method: str, part: Part, where: str) -> dict[str, Any]:
         tasks = [task(entry, value("weight", entry, 1.0)) for entry in others]
         return {"base": (base or others[0]).model, "tasks": tasks, "method": method, **options}
     if base is None:
-        raise ValueError(f"{where}: {method} needs a base_model")
+        raise GradmatchError(f"{where}: {method} needs a base_model", "bad_recipe", where)
     if method in ("nearswap", "arcee_fusion"):
         if len(others) != 1:
-            raise ValueError(f"{where}: {method} takes one model beside the base_model, got {len(others)}")
+            raise GradmatchError(
+                f"{where}: {method} takes one model beside the base_model, got {len(others)}",
+                "bad_recipe",
+                where,
+            )
         options = {"t": value("t", default=None)} if method == "nearswap" else {}
         if method == "nearswap" and options["t"] is None:
-            raise ValueError(f"{where}: nearswap needs parameters: {{t: ...}}")
+            raise GradmatchError(f"{where}: nearswap needs parameters: {{t: ...}}", "bad_recipe", where)
         return {"base": base.model, "tasks": [task(others[0])], "method": method, **options}
     if method == "sce":
         options = {"select_topk": value("select_topk", default=1.0)}
@@ -202,15 +223,19 @@ def _nuslerp(part: Part, others: Sequence[Entry], where: str) -> dict[str, Any]:
     if not part.one("nuslerp_flatten", True):  # where they flatten, row_wise plays no role
         along = "columns" if part.one("nuslerp_row_wise") else "rows"  # theirs run along the first axis
     if len(others) != 2:
-        raise ValueError(f"{where}: nuslerp takes two models beside the base, got {len(others)}")
+        raise GradmatchError(
+            f"{where}: nuslerp takes two models beside the base, got {len(others)}", "bad_recipe", where
+        )
     weights = [part.value("weight", entry, 1.0) for entry in others]
     names = [_unique(entry, part.entries) for entry in others]
     if part.base is not None:
         tasks = [Task(one.model, None, w, n) for one, w, n in zip(others, weights, names, strict=True)]
         return {"base": part.base.model, "tasks": tasks, "method": "nuslerp", "along": along}
     if not all(isinstance(weight, (int, float)) for weight in weights):
-        raise ValueError(
-            f"{where}: nuslerp without a base_model takes one number as each weight, not {weights}"
+        raise GradmatchError(
+            f"{where}: nuslerp without a base_model takes one number as each weight, not {weights}",
+            "bad_recipe",
+            where,
         )
     total = sum(weights)
     t = weights[1] / total if abs(total) > 1e-6 else 0.5
@@ -238,8 +263,10 @@ def _editing(
         weight = task.weight
         if any(number == 0 for number in numbers(own.get("density"))):
             if normalize and not votes:
-                raise ValueError(
-                    f"{where}: {method} with normalize and a density of 0 is not supported; set the weight to 0 there"
+                raise GradmatchError(
+                    f"{where}: {method} with normalize and a density of 0 is not supported; set the weight to 0 there",
+                    "bad_recipe",
+                    where,
                 )
             density = part.value("density", entry, 1.0, layer_count(entry.model))
             weight, own["density"] = without_zeros(weight, density)
