@@ -45,9 +45,10 @@ def plan(inputs: Inputs, request: Request) -> Plan:
     rule, count = request.rule, len(inputs.tasks)
     fewest, most = rule.models
     if not fewest <= count <= most:
-        wanted = f"{fewest}" if fewest == most else f"at least {fewest}"
+        number = fewest if count < fewest else most
+        bound = "" if fewest == most else "at least " if count < fewest else "at most "
         raise GradmatchError(
-            f"{request.method} takes {wanted} task{'s' * (fewest > 1)}, got {count}", "bad_setting"
+            f"{request.method} takes {bound}{number:g} task{'s' * (number > 1)}, got {count}", "bad_setting"
         )
     _check_task_options(inputs.tasks, request)
     result = Plan(request, inputs, [])

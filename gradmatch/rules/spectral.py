@@ -63,7 +63,7 @@ def _triplets(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     rounding = torch.finfo(s.dtype).eps * max(matrix.shape) * (s[:1].sum())
     kept = min(most, int((s > rounding).sum()))
-    return u[:, :kept], s[:kept], vt[:kept]
+    return u[:, :kept].clone(), s[:kept], vt[:kept].clone()  # a part alone, or all of them would be held
 
 
 def _polar(matrix: Tensor) -> Tensor:

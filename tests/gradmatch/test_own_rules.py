@@ -64,6 +64,16 @@ def test_rules_that_cannot_be(given, error, text):
         Rule("f", "s", **given)
 
 
+@pytest.mark.parametrize(
+    ("models", "text"),
+    [((1, 1), "takes 1 task, got 2"), ((3, 3), "takes 3 tasks, got 2"), ((3, 9), "takes at least 3 tasks, got 2"), ((1, 1.0), "takes 1 task, got 2")],
+)  # fmt: skip
+def test_how_many_models_a_rule_takes(monkeypatch, models, text):
+    monkeypatch.setitem(RULES, "few", Rule("f", "s", elementwise=half, models=models))
+    with pytest.raises(ValueError, match=text):
+        merge(BASE, TASKS, method="few")
+
+
 def test_a_registered_rule_is_treated_as_ours(own, tmp_path):
     found = merge(BASE, TASKS, method="half", out=tmp_path / "out")
     for name, theta0 in BASE.items():
