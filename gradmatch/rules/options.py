@@ -99,8 +99,11 @@ class Options(Mapping[str, Any]):
                 )
         try:
             return dataclasses.replace(self, **given)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{owner}: {error}") from None
+        except TypeError as error:
+            raise TypeError(f"{owner}: {error}") from None
+        except ValueError as error:
+            code, where = getattr(error, "code", "bad_setting"), getattr(error, "where", owner)
+            raise GradmatchError(f"{owner}: {error}", code, where) from None
 
     def at(self: Own, tensor: str, depth: float | None, own: Sequence[Mapping[str, Any]] = ()) -> Own:
         """The options of one tensor at its depth; a tuple, one value a task, where one of the tasks has `own` ones."""

@@ -13,6 +13,7 @@ import torch
 
 from gradmatch import RULES, Rule, Task, diagnose, merge, rules
 from gradmatch.cli import main
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules import Elementwise, Linear, Options, Solve, Whole, find_rule, option
 from gradmatch.testing import check_rule
 from tests.gradmatch.cases import curvature, problem, state, tuned
@@ -266,8 +267,9 @@ def test_options_check_themselves_and_may_differ_by_tensor(options, monkeypatch)
     with pytest.raises(TypeError, match="by: by is 'much'; it must be a number"):
         merge(BASE, TASKS, method="by", by="much")
     if isinstance(options, Times):
-        with pytest.raises(ValueError, match=r"by: by is 3, it must lie in \[0, 2\]"):
+        with pytest.raises(GradmatchError, match=r"by: by is 3, it must lie in \[0, 2\]") as error:
             merge(BASE, TASKS, method="by", by=[0.0, 3.0])
+        assert (error.value.code, error.value.where) == ("out_of_range", "by")
 
 
 def test_the_readme_has_a_row_of_every_rule_and_its_example_runs(monkeypatch):
