@@ -48,7 +48,7 @@ def option(
         >>> Fade(share=2.0)
         Traceback (most recent call last):
         ...
-        ValueError: share is 2, it must lie in [0, 1]
+        gradmatch.estimators.errors.GradmatchError: share is 2, it must lie in [0, 1]
     """
     told = {"within": within, "choices": tuple(choices), "kind": kind, "says": says, "per_task": per_task}
     return dataclasses.field(default=default, metadata={**told, "flag": flag, "help": help})
