@@ -16,6 +16,7 @@ from gradmatch.measure.products import load_products
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.curvatures import open_curvature
 from gradmatch.models.task import Task
+from gradmatch.plan.opened import task_names
 
 if TYPE_CHECKING:
     from gradmatch.models.task import Model
@@ -84,10 +85,10 @@ def check_choice(
             "weights='auto' needs data (a few hundred examples of every task) or products (stored by `gradmatch forecast --save`)"
             + (", not both" if data is not None else "")
         )
-    for position, task in enumerate(tasks, 1):
+    for name, task in zip(task_names(tasks), tasks, strict=True):
         if task.weight != 1.0:
             raise ValueError(
-                f"weights='auto' chooses the weight of {task.name or f'task {position}'!r}, which is given as {task.weight}: leave one out"
+                f"weights='auto' chooses the weight of {name!r}, which is given as {task.weight}: leave one out"
             )
     given = [name for name in FIXED if options.get(name)]
     if given:

@@ -159,7 +159,12 @@ def verdict(args: argparse.Namespace, alpha: float, *, moved: bool) -> int:
 
 def used(file: str, objective: Objective) -> dict[str, object]:
     """Which examples the numbers come from, printed and for the report."""
-    print(f"{objective.seen} examples of {file}")
+    counts = objective.predictions()
+    tokens = None if counts is None else float(counts.mean())
+    each = (
+        f", {tokens:.0f} tokens each: a nat per example is {1 / tokens:.2g} nats per token" if tokens else ""
+    )
+    print(f"{objective.seen} examples of {file}{each}")
     return {"file": file, "examples": objective.seen}
 
 

@@ -80,7 +80,8 @@ def test_with_data_the_budget_is_kept(files, tmp_path, capsys):
     assert content["chosen"]["measured_forgetting"] > 0
     assert content["data"]["retain"] == {"file": str(files / "clean.txt"), "examples": 6}
     out = capsys.readouterr()
-    assert f"4 examples of {files / 'toxic.txt'}" in out.out
+    assert f"4 examples of {files / 'toxic.txt'}, " in out.out
+    assert "tokens each: a nat per example is " in out.out
     assert "budget of 0.05 nats" in out.out
     assert "pass/s" in out.err or "s/pass" in out.err
 
