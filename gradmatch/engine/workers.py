@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from gradmatch.plan.step import Step
 
 UNIT = 32 * BLOCK  # elements of a large tensor that one worker takes at a time
+# Bytes, allocated once and never touched: glibc keeps freed memory at hand up to twice the largest size that it has seen freed.
+# Without it the temporaries of a readable rule come as fresh pages for every piece, which takes as long as the arithmetic.
+STEADY = 8 * 2**20
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -93,6 +96,7 @@ def worker_count() -> int:
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
+    torch.empty(STEADY, dtype=torch.uint8)
 
 
 class WorkerBuffers:

@@ -11,6 +11,9 @@ from gradmatch.plan.step import Plan, Step
 from gradmatch.rules import Solve
 
 BLOCK = 131_072  # values of a piece where a rule needs no more
+KEPT = (
+    16 * 2**20
+)  # bytes that the C library may keep at hand for each worker, see `gradmatch.engine.workers.STEADY`
 
 
 def describe(made: Plan, out: str | os.PathLike[str] | None = None) -> Iterator[str]:
@@ -52,7 +55,8 @@ def peak_bytes(made: Plan) -> int:
     ] * workers  # all of them may be at one large tensor
     whole = [step for step in made.steps if step.span != "block"]
     block = BLOCK if made.request.device == "cpu" else 32 * BLOCK
-    return sum(sorted((_held_bytes(step, block) for step in shared + whole), reverse=True)[:workers])
+    held = sorted((_held_bytes(step, block) for step in shared + whole), reverse=True)[:workers]
+    return sum(held) + workers * KEPT
 
 
 def _held_bytes(step: Step, block: int) -> int:
