@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 EDGE = 64  # elements sampled at each end and in the middle of a tensor for the fingerprint
 
+FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}  # numpy's spelling
+
 Sample = tuple[tuple[int, ...], bytes]
 
 
@@ -63,12 +65,23 @@ def sample_file(file: TensorFile, name: str) -> Sample:
     raw = b"".join(bytes(file.read_bytes(name, first, last - first)) for first, last in edges(info.numel))
     if info.dtype == "BF16":
         return info.shape, raw
-    kinds = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
-    if info.dtype not in kinds:
+    if info.dtype not in FLOATS:
         return info.shape, raw  # integers: compared as they are stored
-    bits = np.frombuffer(raw, kinds[info.dtype]).astype(np.float32).view(np.uint32)
+    bits = np.frombuffer(raw, FLOATS[info.dtype]).astype(np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
     return info.shape, rounded.astype("<u2").tobytes()
+
+
+def sum_of(file: TensorFile, name: str, first: int, last: int) -> float:
+    """Sum of elements first .. last-1 of a floating-point tensor in a file, in float64 and without torch."""
+    import numpy as np
+
+    raw, kind = bytes(file.read_bytes(name, first, last - first)), file[name].dtype
+    if kind == "BF16":
+        values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = np.frombuffer(raw, FLOATS[kind])
+    return float(values.sum(dtype=np.float64))
 
 
 def model_sampler(model: nn.Module | Mapping[str, Tensor]) -> Callable[[str], Sample]:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
+from gradmatch.estimators.curvature import MEAN
+from gradmatch.estimators.fingerprint import sum_of
+from gradmatch.estimators.tensorfile import TensorFile
 from gradmatch.models.curvatures import blocks
 
 if TYPE_CHECKING:
@@ -73,15 +76,20 @@ def compare_units(curvatures: Mapping[str, Curvature]) -> list[Apart]:
 
 def sampled_traces(curvature: Curvature) -> dict[str, float]:
     """Sum of each block's per-example means (nats per squared unit of weight); of large blocks, estimated from BLOCKS parts."""
-    store = blocks(curvature)
-    traces = {}
+    store, file, traces = blocks(curvature), TensorFile(curvature.path) if curvature.path else None, {}
+
+    def total(name: str, first: int, last: int) -> float:
+        if file is not None:  # without torch: a dry run does not load it
+            return sum_of(file, MEAN + name, first, last)
+        return float(store.block(name, first, last).double().sum())
+
     for name in curvature:
         numel = store.spec(name).numel
         if numel <= BLOCKS * BLOCK:
-            traces[name] = float(store.block(name, 0, numel).double().sum())
+            traces[name] = total(name, 0, numel)
             continue
         starts = [round(i * (numel - BLOCK) / (BLOCKS - 1)) for i in range(BLOCKS)]
-        parts = [float(store.block(name, start, start + BLOCK).double().sum()) for start in starts]
+        parts = [total(name, start, start + BLOCK) for start in starts]
         traces[name] = sum(parts) * numel / (BLOCKS * BLOCK)
     return traces
 
