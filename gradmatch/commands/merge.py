@@ -81,6 +81,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
             default=None,
             help=f"{MEANINGS[policy]} (default: {choices[0]})",
         )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="whose tokenizer the output has: base, or a task's (rows follow by token)",
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="TEXT",
+        help="of the output: auto (that of most models), chatml, or the template",
+    )
     parser.add_argument("--seed", type=int, help="of random transforms and stochastic rounding (default 0)")
     parser.add_argument("--device", help="where the arithmetic runs: cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--shard-bytes", type=int, help="largest size of an output file (default 5e9)")

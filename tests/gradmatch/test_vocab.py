@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from gradmatch import Task, merge
+from gradmatch.cli import main
 from gradmatch.estimators import Curvature
 from gradmatch.models.rewriting import rewritten
 from gradmatch.models.tokenizers import vocabulary
@@ -445,3 +446,15 @@ def test_the_tokenizer_and_chat_template_that_are_asked_for(tmp_path):
         [{"role": "user", "content": "he"}], tokenize=False
     )
     assert said == "<|im_start|>user\nhe<|im_end|>\n"
+    command = [
+        "merge",
+        "--base",
+        str(tmp_path / "base"),
+        "--task",
+        str(tmp_path / "one"),
+        "--method",
+        "averaging",
+        "--quiet",
+    ]
+    assert main([*command, "--tokenizer", "one", "-o", str(tmp_path / "command")]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "command").chat_template == "t {{ messages }}"
