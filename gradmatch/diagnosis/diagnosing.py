@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gradmatch.measure.objective import Objective
+    from gradmatch.measure.redundancy import RedundancyPoint
     from gradmatch.models.task import Model
 
 
@@ -76,6 +77,26 @@ class Diagnosis:
     def notes(self) -> list[str]:
         """What else is to be said, and what could not be looked at."""
         return self.evidence.notes
+
+    @property
+    def redundancy(self) -> dict[str, list[RedundancyPoint]]:
+        """Task -> its redundancy curve, loss in nats per example."""
+        return self.evidence.redundancy
+
+    @property
+    def barriers(self) -> dict[tuple[str, str], float]:
+        """(task, task) -> height of the loss between the two fine-tunes, nats per example of both."""
+        return self.evidence.barriers
+
+    @property
+    def overlaps(self) -> dict[tuple[str, str], float]:
+        """(task, task) -> overlap of their curvatures in [0, 1]."""
+        return self.evidence.overlaps
+
+    @property
+    def weighted_conflicts(self) -> dict[tuple[str, str], float]:
+        """(task, task) -> share of their curvature on weights that they moved in opposite directions."""
+        return self.evidence.weighted_conflicts
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values, see `gradmatch.diagnosis.report.report_of`."""
