@@ -276,6 +276,7 @@ def codes():
                 isinstance(node, ast.Call)
                 and getattr(node.func, "id", "") == "GradmatchError"
                 and len(node.args) > 1
+                and isinstance(node.args[1], ast.Constant)  # elsewhere it hands on another error's
             ):
                 yield node.args[1].value
 

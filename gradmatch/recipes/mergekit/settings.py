@@ -67,7 +67,7 @@ class Part:
         found: list[Condition] = []
         for position, (first, last, parameters) in enumerate(self.slices):
             scopes = [*([entry.own[position]] if entry else []), parameters, *self.shared]
-            here = [one for scope in scopes if key in scope for one in _conditions(scope[key])]
+            here = [one for scope in scopes if key in scope for one in _conditions(key, scope[key])]
             here += [] if default is None else [{"value": default}]
             here = here[: next((n for n, one in enumerate(here, 1) if set(one) == {"value"}), len(here))]
             if layers or len(self.slices) > 1:
@@ -105,15 +105,28 @@ def _as_theirs(value: Any) -> Any:
     return [{"layer": None, "value": value[0]}, {"value": value}] if isinstance(value, list) else value
 
 
-def _conditions(setting: Any) -> list[Condition]:
-    """A parameter of one scope: which value, a number or a gradient, holds where."""
-    if isinstance(setting, Mapping):
-        setting = [setting]
-    if not isinstance(setting, list) or not setting or not isinstance(setting[0], Mapping):
+def _conditions(key: str, setting: Any) -> list[Condition]:
+    """A parameter of one scope: which value, a number or a gradient, holds where.
+
+    Raises:
+        GradmatchError: an empty gradient, or conditions that are not {"filter": ..., "value": ...}.
+    """
+    entries = [setting] if isinstance(setting, Mapping) else setting
+    if not isinstance(entries, list) or (entries and not isinstance(entries[0], Mapping)):
         return [{"value": setting}]
+    for one in entries:
+        known = isinstance(one, Mapping) and "value" in one and set(one) <= {"filter", "value"}
+        if not known or isinstance(one["value"], Mapping) or one["value"] == []:
+            entries = []
+    if not entries:
+        raise GradmatchError(
+            f"{key} is {setting!r}; it is a number, a gradient [a, b, ...], or a list of {{filter: NAME, value: ...}}",
+            "bad_recipe",
+            key,
+        )
     return [
         {**({} if one.get("filter") in (None, "*") else {"filter": one["filter"]}), "value": one["value"]}
-        for one in setting
+        for one in entries
     ]
 
 

@@ -35,6 +35,16 @@ def translate(content: dict[str, Any], folder: Path, where: str) -> dict[str, An
     Raises:
         ValueError: an unknown key, method or parameter (the nearest is named), or something of theirs that we do not have.
     """
+    try:
+        return _translated(content, folder, where)
+    except GradmatchError as error:
+        if where in str(error):
+            raise
+        raise GradmatchError(f"{where}: {error.message}", error.code, error.where, error.remedy) from error
+
+
+def _translated(content: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
+    """See `translate`; what is refused does not always name the recipe."""
     method = check_keys(content, where)
     module: dict[str, Any] = next(iter((content.get("modules") or {}).values()), {})
     body = {**content, **module}
