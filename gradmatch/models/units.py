@@ -117,8 +117,13 @@ def _apart(
         f"{curvatures[who].info.get('examples_seen', '?')} examples seen)"
         for who in (larger, smaller)
     ]
+    verdict = (
+        "not in the same units"
+        if differently
+        else "far apart (other units, or a model that is certain of its data)"
+    )
     return Apart(
         larger, smaller, ratio, differently,
-        f"the curvatures are not in the same units: per example, the trace of {told[0]} and {told[1]}, {ratio:.3g} times apart in the "
+        f"the curvatures are {verdict}: per example, the trace of {told[0]} and {told[1]}, {ratio:.3g} times apart in the "
         "median tensor, which no number of examples explains",
     )  # fmt: skip
