@@ -2,6 +2,7 @@
 
 import json
 import os
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import gradmatch
 from gradmatch.cli import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -130,3 +132,21 @@ def test_the_removal_of_what_a_model_should_not_know(tmp_path, monkeypatch, caps
     assert options[0].pop("-o") == "cleaned"
     assert options[1].pop("-o") == "OUT"
     assert options[0] == options[1]
+
+
+NAMED = re.compile(r"`(gradmatch(?:\.\w+)+)\b")
+IMPORTED = re.compile(r"^from (gradmatch[\w.]*) import (.+)$", re.MULTILINE)
+
+
+def public_names():
+    """Every name of ours that the READMEs tell users, but files (`gradmatch.json`) and entry-point groups."""
+    texts = [README, (Path(gradmatch.__file__).parent / "rules" / "README.md").read_text(encoding="utf-8")]
+    for text in texts:
+        yield from (name for name in NAMED.findall(text) if name != "gradmatch.json")
+        for module, names in IMPORTED.findall(text):
+            yield from (f"{module}.{name.strip()}" for name in names.split(","))
+
+
+@pytest.mark.parametrize("name", sorted(set(public_names())))
+def test_every_public_name_is_there(name):
+    pkgutil.resolve_name(name)
