@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,11 @@ def _as_told(model: nn.Module, batch_size: int) -> Units:
     elif has_own_loss(model):
         found.unknown.append(words)
     loss = words if share is not None else "a mean over examples of -log p"
-    log.warning(
-        "no file tells how gradients were scaled or clipped: info['assumed'] says what is taken for granted"
+    warnings.warn(
+        "no file tells how gradients were scaled or clipped, so they are taken as not clipped; transformers' Trainer clips them at "
+        "norm 1 by default, and the curvature is then too small, by thousands at times: keep training_args.bin and trainer_state.json "
+        "beside the state, or pass calibrate= (--calibrate ROWS)",
+        stacklevel=4,
     )
     found.assumed.append(
         f"the loss of a step is {loss}, {batch_size} examples a step, gradients not clipped; no file tells"

@@ -102,6 +102,10 @@ def check_extra(result: Plan, heads: Sequence[str]) -> None:
                 f"{task.name}: {', '.join(tied)} left out: tied to a tensor of the base, as there"
             )
         result.dropped += [f"{task.name}: {name}" for name in rest]
+        if rest:
+            result.notes.append(
+                f"{task.name}: {', '.join(rest[:5])}{', ...' * (len(rest) > 5)} dropped: the base lacks it"
+            )
         if result.request.heads == "keep-per-task" and own_heads:
             result.heads[position] = own_heads
 

@@ -189,7 +189,7 @@ def _unusual_sums(result: Plan) -> list[str]:
     name, total = unusual[0]
     return [
         f"the weights of {len(unusual)} tensors do not sum to 1 ({total:g} for {name!r}): those tensors are scaled by the sum; "
-        "pass normalize=True to divide by it, or weights that sum to 1"
+        "the option normalize divides by it; or give weights that sum to 1"
     ]
 
 
