@@ -56,7 +56,7 @@ def merge(
         data: task -> batches of examples with true labels, for weights="auto"; the models are then run, and held in memory.
         products: in place of data: the file that `gradmatch forecast --save` wrote.
         **options: of the rule and its transforms, and the policies of `gradmatch.plan.request.Request` (transforms, dtype, heads,
-            missing, missing_curvature, batchnorm, embeddings, precision, rounding, form, shard_bytes, device, ...).
+            missing, missing_curvature, batchnorm, embeddings, precision, rounding, shard_bytes, device, ...).
 
     Returns:
         The merged tensors in the base's dtypes, in memory or as an opened Checkpoint; both carry `.report`.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.files import read_json
 from gradmatch.models.tokenizers import UNREAD, pieces_of, vocabulary
 
 VOCABULARIES = (
@@ -67,8 +68,8 @@ def rewritten(
     files: dict[str, bytes | None] = dict.fromkeys(vocabulary_files(folder))
     added: dict[str, Mapping[str, Any]] = {}
     if "tokenizer.json" in files:
-        content = _json(folder / "tokenizer.json")
-        others = [_json(path) for donor in donors if (path := donor / "tokenizer.json").is_file()]
+        content = read_json(folder / "tokenizer.json")
+        others = [read_json(path) for donor in donors if (path := donor / "tokenizer.json").is_file()]
         files["tokenizer.json"] = dump(_rewrite(content, others, numbered))
         added = {token["content"]: token for other in others for token in other.get("added_tokens") or ()}
     in_order = sorted(numbered, key=lambda token: numbered[token])
@@ -83,7 +84,7 @@ def rewritten(
         )
     for name in SETTINGS:
         if (folder / name).is_file():
-            files[name] = dump(_settings(_json(folder / name), numbered, added, name))
+            files[name] = dump(_settings(read_json(folder / name), numbered, added, name))
     return files
 
 
@@ -308,11 +309,6 @@ def _loaded(folder: str | Path) -> tuple[dict[str, int], str]:
     except Exception as error:  # the libraries raise anything
         return {}, f"{type(error).__name__}: {error}"
     return loaded.get_vocab(), ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
 
 
 def dump(content: Any) -> bytes:
