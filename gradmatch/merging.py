@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from gradmatch.common.warning import warn
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.curvatures import CurvatureStore
 from gradmatch.models.opening import open_checkpoint
@@ -122,8 +123,10 @@ def check_units(inputs: Inputs, request: Request, allow_mismatch: bool) -> list[
     notes = []
     for apart in compare_units({who: store.curvature for who, store in stores.items() if store is not None}):
         if apart.hopeless and not allow_mismatch:
-            raise ValueError(
-                f"{apart.text}; estimate both in the same way (`gradmatch estimate`), or pass allow_mismatch=True if you know better"
+            raise GradmatchError(
+                f"{apart.text}; estimate both in the same way (`gradmatch estimate`), or pass allow_mismatch=True if you know better",
+                "other_units",
+                apart.larger,
             )
         notes.append(apart.text)
         if not allow_mismatch:

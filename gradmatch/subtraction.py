@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gradmatch.common.kinds import plain
 from gradmatch.common.names import nearest
 from gradmatch.common.settings import numbers, times
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.merging import CurvatureLike, execute, merge, prepare
 from gradmatch.models.task import Task, is_model
 from gradmatch.models.tokenizers import check_tokenizers
@@ -61,8 +62,10 @@ def subtract(
     """
     known = removals()
     if method not in known:
-        raise ValueError(
-            f"{method!r} is no way to subtract{nearest(method, known)}; choose one of {', '.join(known)}"
+        raise GradmatchError(
+            f"{method!r} is no way to subtract{nearest(method, known)}; choose one of {', '.join(known)}",
+            "unknown_name",
+            method,
         )
     tasks = [scaled(one, weight) for one in tasks_of(task)]
     for one in tasks:
@@ -149,8 +152,10 @@ def scaled(task: Task, factor: Any, *, signed: bool = False) -> Task:
             f"weight is {factor!r}; it must be a number (tasks' own weights may differ by tensor)"
         )
     if not math.isfinite(factor) or (not signed and (factor < 0 or any(v < 0 for v in numbers(task.weight)))):
-        raise ValueError(
-            f"weight is {factor} and the task's own {task.weight}; both must be finite, and at least 0 to subtract"
+        raise GradmatchError(
+            f"weight is {factor} and the task's own {task.weight}; both must be finite, and at least 0 to subtract",
+            "out_of_range",
+            "weight",
         )
     return replace(task, weight=times(task.weight, factor))
 

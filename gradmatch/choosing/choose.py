@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradmatch.choosing.auto import PLACE, auto_weights, forecast_objectives
 from gradmatch.estimators.curvature import Curvature
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.fingerprint import fingerprint
 from gradmatch.measure.forecast import BestWeights, Products, best_coefficients
 from gradmatch.measure.opening import check_tasks, module_of, open_models
@@ -73,27 +74,42 @@ def check_choice(
             given as well, or options that change what the weights multiply.
     """
     if weights is None:
-        raise ValueError("data and products choose weights: say weights='auto' with them, or leave them out")
+        raise GradmatchError(
+            "data and products choose weights: say weights='auto' with them, or leave them out",
+            "bad_choice",
+            "weights",
+        )
     if weights != AUTO:
-        raise ValueError(f"weights is {weights!r}; it can only be 'auto' (numbers belong to the tasks)")
+        raise GradmatchError(
+            f"weights is {weights!r}; it can only be 'auto' (numbers belong to the tasks)",
+            "bad_choice",
+            "weights",
+        )
     if method not in SPAN_OF:
-        raise ValueError(
-            f"weights='auto' chooses weights for {' and '.join(SPAN_OF)}, not for {method!r}: only they are linear in them"
+        raise GradmatchError(
+            f"weights='auto' chooses weights for {' and '.join(SPAN_OF)}, not for {method!r}: only they are linear in them",
+            "bad_choice",
+            method,
         )
     if (data is None) == (products is None):
-        raise ValueError(
+        raise GradmatchError(
             "weights='auto' needs data (a few hundred examples of every task) or products (stored by `gradmatch forecast --save`)"
-            + (", not both" if data is not None else "")
+            + (", not both" if data is not None else ""),
+            "bad_choice",
         )
     for name, task in zip(task_names(tasks), tasks, strict=True):
         if task.weight != 1.0:
-            raise ValueError(
-                f"weights='auto' chooses the weight of {name!r}, which is given as {task.weight}: leave one out"
+            raise GradmatchError(
+                f"weights='auto' chooses the weight of {name!r}, which is given as {task.weight}: leave one out",
+                "bad_choice",
+                name,
             )
     given = [name for name in FIXED if options.get(name)]
     if given:
-        raise ValueError(
-            f"weights='auto' forecasts task vectors as they are; leave {given[0]} out, or give weights"
+        raise GradmatchError(
+            f"weights='auto' forecasts task vectors as they are; leave {given[0]} out, or give weights",
+            "bad_choice",
+            given[0],
         )
 
 
@@ -135,7 +151,11 @@ def choose_weights(
         check_tasks("data", data, names)
         missing = [name for name in names if name not in data]
         if missing:
-            raise ValueError(f"weights='auto' needs data of every task; there is none of {missing[0]!r}")
+            raise GradmatchError(
+                f"weights='auto' needs data of every task; there is none of {missing[0]!r}",
+                "bad_choice",
+                missing[0],
+            )
         sizes = {name: curvature.num_examples for name, curvature in curvatures.items()}
         objectives = forecast_objectives(module_of(base, theta0), {name: data[name] for name in names}, sizes)
         h0 = base_curvature
@@ -216,10 +236,16 @@ def check_directions(products: Sequence[Products], names: Sequence[str], span: s
     wanted = set(names) if span == "tau" else {*names, *(PLACE + name for name in names)}
     for p in products:
         if set(p.directions) != wanted:
-            raise ValueError(
+            raise GradmatchError(
                 f"the products of {p.task!r} are over the directions {', '.join(p.directions)}; these tasks and method need "
-                f"{', '.join(sorted(wanted))} (`gradmatch forecast --span {span} --save`)"
+                f"{', '.join(sorted(wanted))} (`gradmatch forecast --span {span} --save`)",
+                "bad_products",
+                p.task,
             )
     missing = set(names) - {p.task for p in products}
     if missing:
-        raise ValueError(f"no products of task {min(missing)!r}; measure every task's together")
+        raise GradmatchError(
+            f"no products of task {min(missing)!r}; measure every task's together",
+            "bad_products",
+            min(missing),
+        )

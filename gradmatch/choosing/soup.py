@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.merging import execute, merge, prepare
 
 if TYPE_CHECKING:
@@ -46,13 +47,14 @@ def greedy_soup(
     from gradmatch.plan.opened import task_names
 
     if score is None:
-        raise ValueError(
-            "greedy_soup needs score=..., a function of a state dict (larger is better), so it is called from Python"
+        raise GradmatchError(
+            "greedy_soup needs score=..., a function of a state dict (larger is better), so it is called from Python",
+            "bad_choice",
         )
     if not callable(score):
         raise TypeError(f"score must be a function of a state dict, not {type(score).__name__}")
     if not tasks:
-        raise ValueError("no tasks to merge; pass at least one Task(model)")
+        raise GradmatchError("no tasks to merge; pass at least one Task(model)", "bad_tasks")
 
     if out is not None:
         from gradmatch.output.publishing import check_absent, place
@@ -62,8 +64,9 @@ def greedy_soup(
     def scored(chosen: Sequence[int]) -> float:
         value = float(score(merge(base, [tasks[i] for i in chosen], method="averaging", **options)))
         if math.isnan(value):
-            raise ValueError(
-                f"the score of {[names[i] for i in chosen]} is NaN; scores must be numbers that compare"
+            raise GradmatchError(
+                f"the score of {[names[i] for i in chosen]} is NaN; scores must be numbers that compare",
+                "not_finite",
             )
         return value
 

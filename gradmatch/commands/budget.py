@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from gradmatch.commands.reading import add_reading, check_reading, read_source
 from gradmatch.common.warning import warn
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.files import write_atomically
 from gradmatch.plan.request import POLICIES
 from gradmatch.rules import RULES, removals
@@ -180,17 +181,23 @@ def check(args: argparse.Namespace) -> None:
 
     check_alphas(args.alphas)
     if args.nats is not None and not args.nats > 0:
-        raise ValueError(f"--nats must be positive, got {args.nats:g}")
+        raise GradmatchError(f"--nats must be positive, got {args.nats:g}", "out_of_range", "--nats")
     if args.nats is not None and max(args.alphas) == 0:
-        raise ValueError("--alphas holds nothing above 0, so there is no budget to find")
+        raise GradmatchError(
+            "--alphas holds nothing above 0, so there is no budget to find", "bad_arguments", "--alphas"
+        )
     if not 0 <= args.share <= 1:
-        raise ValueError(f"--share must lie in [0, 1], got {args.share:g}")
+        raise GradmatchError(f"--share must lie in [0, 1], got {args.share:g}", "out_of_range", "--share")
     check_reading(args)
     given = [file for file in (args.retain, args.remove) if file is not None]
     for file in given:
         check_source(file)
     if len(given) == 2 and (given[0] == given[1] or _same(*given)):
-        raise ValueError(f"--retain and --remove are the same file {args.retain}: what must stay cannot go")
+        raise GradmatchError(
+            f"--retain and --remove are the same file {args.retain}: what must stay cannot go",
+            "bad_arguments",
+            args.retain,
+        )
     if args.report and not Path(args.report).absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder for --report {args.report}")
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gradmatch.estimators.errors import GradmatchError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -35,6 +37,6 @@ def barrier_height(path: Sequence[tuple[float, float]]) -> float:
         ValueError: fewer than two points.
     """
     if len(path) < 2:
-        raise ValueError(f"a barrier needs the loss at both ends, got {len(path)} points")
+        raise GradmatchError(f"a barrier needs the loss at both ends, got {len(path)} points", "bad_data")
     (first, low), (last, high) = path[0], path[-1]
     return max(loss - (low + (high - low) * (share - first) / (last - first)) for share, loss in path)

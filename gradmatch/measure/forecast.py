@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gradmatch.estimators.errors import GradmatchError
+
 Array = NDArray[np.float64]
 NATS_TOO_FAR = 1.0  # nats per example, where the number of classes is not known; see Products.limit
 
@@ -122,7 +124,7 @@ def best_coefficients(
     """
     directions = check_products(products)
     if lower > upper:
-        raise ValueError(f"lower bound {lower} is above the upper bound {upper}")
+        raise GradmatchError(f"lower bound {lower} is above the upper bound {upper}", "out_of_range")
     if importance is None:
         importance = {p.task: 1.0 / p.num_examples for p in products}
     k = len(directions)
@@ -180,7 +182,9 @@ def pareto_front(
         ValueError: not two or three tasks.
     """
     if len(products) not in (2, 3):
-        raise ValueError(f"a Pareto front is drawn for two or three tasks, got {len(products)}")
+        raise GradmatchError(
+            f"a Pareto front is drawn for two or three tasks, got {len(products)}", "bad_products"
+        )
     front = []
     steps = points - 1
     for first in range(points):
@@ -211,7 +215,7 @@ def calibrate(
         ValueError: no probes.
     """
     if not probes:
-        raise ValueError("no probes: measure the loss at one merge at least")
+        raise GradmatchError("no probes: measure the loss at one merge at least", "bad_products")
     forecasts = np.array([product.rise(c) for c, _ in probes])
     measured = np.array([m for _, m in probes])
     scale = float(forecasts @ measured / max(forecasts @ forecasts, 1e-300))
@@ -235,16 +239,23 @@ def check_products(products: Sequence[Products]) -> tuple[str, ...]:
         ValueError: none given, directions that differ, or values that are not finite (task named).
     """
     if not products:
-        raise ValueError("no products: measure them with data (`gradmatch forecast`) or give curvature files")
+        raise GradmatchError(
+            "no products: measure them with data (`gradmatch forecast`) or give curvature files",
+            "bad_products",
+        )
     directions = products[0].directions
     for p in products:
         if p.directions != directions:
-            raise ValueError(
+            raise GradmatchError(
                 f"task {p.task!r} has directions {list(p.directions)}, {products[0].task!r} has {list(directions)}; "
-                "measure all products together"
+                "measure all products together",
+                "bad_products",
+                p.task,
             )
         if not (np.isfinite(p.slope).all() and np.isfinite(p.curvature).all()):
-            raise ValueError(
-                f"the products of task {p.task!r} are not finite; a weight or the loss is NaN or Inf"
+            raise GradmatchError(
+                f"the products of task {p.task!r} are not finite; a weight or the loss is NaN or Inf",
+                "not_finite",
+                p.task,
             )
     return directions

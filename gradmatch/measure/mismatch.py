@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gradmatch.common.layers import group_norms, total_norm
+from gradmatch.estimators.errors import GradmatchError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,8 +53,9 @@ def preconditioned_mismatch(total: Tensor, h0: Tensor | float) -> Tensor:
     """
     bad = int((torch.as_tensor(h0) <= 0).sum())
     if bad:
-        raise ValueError(
-            f"the base curvature is zero or negative on {bad} weights; give a delta0 > 0 so that it can be inverted"
+        raise GradmatchError(
+            f"the base curvature is zero or negative on {bad} weights; give a delta0 > 0 so that it can be inverted",
+            "not_positive",
         )
     return total / h0
 
@@ -128,7 +130,7 @@ def mismatch_of(
         ValueError: no task, gradients of other tensors, or an h0 + delta0 that cannot be inverted (tensor named).
     """
     if not at_merged:
-        raise ValueError("no task: a mismatch needs at least one")
+        raise GradmatchError("no task: a mismatch needs at least one", "bad_data")
     per_task: dict[str, dict[str, float]] = {task: {} for task in at_merged}
     total: dict[str, float] = {}
     preconditioned: dict[str, float] = {}
@@ -138,8 +140,10 @@ def mismatch_of(
         mismatches = []
         for task, gradient in at_merged.items():
             if name not in gradient or name not in at_task[task]:
-                raise ValueError(
-                    f"task {task!r} has no gradient of {name!r}; measure both with the same module"
+                raise GradmatchError(
+                    f"task {task!r} has no gradient of {name!r}; measure both with the same module",
+                    "bad_data",
+                    name,
                 )
             mismatches.append(task_mismatch(gradient[name], at_task[task][name].to(gradient[name])))
             per_task[task][name] = float(mismatches[-1].double().norm())
@@ -149,7 +153,7 @@ def mismatch_of(
         try:
             preconditioned[name] = float(preconditioned_mismatch(summed, block + delta0).double().norm())
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise GradmatchError(f"{name}: {error}", getattr(error, "code", "bad_data"), name) from error
         if keep_vectors:
             vectors[name] = summed
     return Mismatch(per_task, total, preconditioned, dict(alpha), dict(num_examples), vectors)

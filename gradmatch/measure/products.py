@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradmatch.common.layers import layer_group
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.files import write_atomically
 from gradmatch.measure.forecast import Array, Products
 
@@ -59,11 +60,17 @@ def preconditioned_vectors(
         ValueError: a task without curvature, or delta0 <= 0.
     """
     if delta0 <= 0:
-        raise ValueError(f"delta0 must be positive, got {delta0}: it is the fallback where nothing is known")
+        raise GradmatchError(
+            f"delta0 must be positive, got {delta0}: it is the fallback where nothing is known",
+            "out_of_range",
+            "delta0",
+        )
     missing = [task for task in taus if task not in curvatures]
     if missing:
-        raise ValueError(
-            f"task {missing[0]!r} has no curvature; the preconditioned span needs one for every task"
+        raise GradmatchError(
+            f"task {missing[0]!r} has no curvature; the preconditioned span needs one for every task",
+            "bad_products",
+            missing[0],
         )
     result: dict[str, dict[str, Tensor]] = {task: {} for task in taus}
     for name in next(iter(taus.values())):
@@ -274,20 +281,28 @@ def load_products(
         content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         version, rows = content["format_version"], content["products"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no products file ({type(error).__name__}: {error})") from error
+        raise GradmatchError(
+            f"{path} is no products file ({type(error).__name__}: {error})", "unreadable_file", path
+        ) from error
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {version}, this library reads {FORMAT_VERSION}")
+        raise GradmatchError(
+            f"{path}: format version {version}, this library reads {FORMAT_VERSION}", "unreadable_file", path
+        )
     for name, found in (fingerprints or {}).items():
         stored = content["fingerprints"].get(name)
         if stored is not None and stored != found:
-            raise ValueError(
-                f"{path} was measured at other weights of {name!r} (fingerprint {stored[:12]} against {found[:12]}); measure again"
+            raise GradmatchError(
+                f"{path} was measured at other weights of {name!r} (fingerprint {stored[:12]} against {found[:12]}); measure again",
+                "other_weights",
+                path,
             )
     for name, value in (settings or {}).items():
         stored_value = content.get("settings", {}).get(name)
         if stored_value is not None and stored_value != value:
-            raise ValueError(
-                f"{path} was measured with {name} = {stored_value:g}, this is with {value:g}; measure again"
+            raise GradmatchError(
+                f"{path} was measured with {name} = {stored_value:g}, this is with {value:g}; measure again",
+                "bad_products",
+                path,
             )
     return [
         Products(

@@ -143,6 +143,7 @@ def named_base(path: Path) -> str:
             raise GradmatchError(
                 f"{seen[0]} is an adapter whose base, {named}, leads back to itself; name another base",
                 "bad_adapter",
+                seen[0],
             )
         if len(seen) == 1:
             found = named if path.exists() or not isinstance(revision, str) else f"{named}@{revision}"

@@ -186,7 +186,7 @@ def open_adapter(path: Path, base: Checkpoint, *, allow_pickle: bool = False) ->
     for name, key in replaced.items():
         if name in base and base.spec(name).shape != factors.spec(key).shape and not _of(name, saved):
             raise GradmatchError(
-                _other_base(path, name, factors.spec(key), base.spec(name)), "shape_mismatch"
+                _other_base(path, name, factors.spec(key), base.spec(name)), "shape_mismatch", path
             )
     trained = {name for name in replaced if _of(name, saved)}
     freed = {alias: held for alias, held in ties.items() if trained & {alias, held}}
@@ -261,7 +261,9 @@ def _low_rank(
     if "lora_embedding_A" in key:
         straight = False
     if not straight and not turned:
-        raise GradmatchError(_other_base(path, target, f"update {[b[0], *a[1:]]}", whole), "shape_mismatch")
+        raise GradmatchError(
+            _other_base(path, target, f"update {[b[0], *a[1:]]}", whole), "shape_mismatch", path
+        )
     scale = scale_of(config, target.removesuffix(".weight"), key, a[0], path)
     if straight and turned:
         turned = _stored_in_out(target, config, base, path)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gradmatch.common.settings import FIRST, layer_of
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.stores import Spec, equal
 from gradmatch.models.views import unsaved_of
 
@@ -26,26 +27,32 @@ def participants(name: str, spec: Spec, result: Plan) -> tuple[int, ...]:
     for position, task in enumerate(result.inputs.tasks):
         if name not in task.checkpoint:
             if result.request.missing == "error" and name not in result.inputs.unsaved:
-                raise ValueError(
+                raise GradmatchError(
                     f"tensor {name!r} {spec} of the base is missing in {task.name} ({task.checkpoint.where}); "
                     + (
                         _called_otherwise(name, result.inputs.base, task.checkpoint)
                         or "pass missing='base' to let tasks without a tensor take no part in it"
                         + _prefix_hint(result.inputs.base, task.checkpoint)
-                    )
+                    ),
+                    "models_differ",
+                    name,
                 )
             result.notes.append(f"{name}: missing in {task.name}, which takes no part in it")
             continue
         found = task.checkpoint.spec(name)
         if found.shape != spec.shape:
-            raise ValueError(
+            raise GradmatchError(
                 f"tensor {name!r} has shape {list(spec.shape)} in the base and {list(found.shape)} in {task.name}; "
                 "only models of one architecture can be merged (heads='base' or 'keep-per-task' sets heads aside, "
-                "embeddings='intersect' or 'union' aligns vocabularies)"
+                "embeddings='intersect' or 'union' aligns vocabularies)",
+                "shape_mismatch",
+                name,
             )
         if not found.floating:
-            raise ValueError(
-                f"tensor {name!r} is {spec.dtype} in the base and {found.dtype} in {task.name}; convert one of them"
+            raise GradmatchError(
+                f"tensor {name!r} is {spec.dtype} in the base and {found.dtype} in {task.name}; convert one of them",
+                "models_differ",
+                name,
             )
         tasks.append(position)
     return tuple(tasks)
@@ -63,10 +70,12 @@ def check_sizes(base: Checkpoint, tasks: Sequence[OpenTask]) -> None:
         inside = [name for name in differ if layer_of(name) is not None]
         if inside or len(differ) > len(shared) / 2:
             name = (inside or differ)[0]
-            raise ValueError(
+            raise GradmatchError(
                 f"tensor {name!r} has shape {list(base.spec(name).shape)} in the base and "
                 f"{list(task.checkpoint.spec(name).shape)} in {task.name}, and so have {len(differ) - 1} more of "
-                f"{len(shared)} tensors another; only models of one architecture and size can be merged"
+                f"{len(shared)} tensors another; only models of one architecture and size can be merged",
+                "shape_mismatch",
+                name,
             )
 
 
@@ -88,14 +97,16 @@ def check_extra(result: Plan, heads: Sequence[str]) -> None:
             computed = unsaved_of(task.checkpoint)
             rest = [name for name in rest if name not in computed]
         if rest and result.request.missing == "error":
-            raise ValueError(
+            raise GradmatchError(
                 f"{task.name} ({task.checkpoint.where}) holds {len(rest)} tensor(s) that the base lacks, first {rest[0]!r} "
                 f"{task.checkpoint.spec(rest[0])}; "
                 + (
                     _called_otherwise(rest[0], task.checkpoint, base)
                     or "pass missing='base' to drop them, or heads='keep-per-task' if it is a head"
                     + _prefix_hint(base, task.checkpoint)
-                )
+                ),
+                "models_differ",
+                task.name,
             )
         if tied:
             result.notes.append(
@@ -121,14 +132,18 @@ def check_kinds(name: str, spec: Spec, inputs: Inputs) -> None:
             continue
         found = task.checkpoint.spec(name)
         if found.floating:
-            raise ValueError(
+            raise GradmatchError(
                 f"tensor {name!r} is {spec.dtype} in the base and {found.dtype} in {task.name}; quantised "
-                "weights cannot be merged: pass the unquantised base"
+                "weights cannot be merged: pass the unquantised base",
+                "quantised",
+                name,
             )
         if len(spec.shape) > 1 and not same_values(name, inputs.base, task.checkpoint):
-            raise ValueError(
+            raise GradmatchError(
                 f"tensor {name!r} holds integers, {spec} in the base and {found} in {task.name}, and they differ; quantised weights cannot "
-                "be merged: pass the unquantised models. If it is a table, keep the base's with heads='base' and head_names=[...]"
+                "be merged: pass the unquantised models. If it is a table, keep the base's with heads='base' and head_names=[...]",
+                "quantised",
+                name,
             )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gradmatch.common.settings import Setting
 from gradmatch.common.warning import warn
 from gradmatch.estimators.curvature import GRADIENT, MEAN, Curvature
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.curvatures import CurvatureStore, Factors, arranged_curvature, open_curvature
 from gradmatch.models.opening import open_checkpoint
@@ -94,16 +95,20 @@ class Inputs:
             key = store.key(name) if store else None
             if store is None or key is None:
                 if request.missing_curvature == "error" and name not in self.buffers:
-                    raise ValueError(
+                    raise GradmatchError(
                         f"the curvature of {owner} has no block for {name!r} (a parameter frozen while it was "
-                        "estimated, or a second copy of a tied one); pass missing_curvature='zero' to treat it as flat there"
+                        "estimated, or a second copy of a tied one); pass missing_curvature='zero' to treat it as flat there",
+                        "bad_curvature",
+                        owner,
                     )
                 continue
             found = store.spec(key)
             if found.shape != spec.shape:
-                raise ValueError(
+                raise GradmatchError(
                     f"the curvature of {owner} has shape {list(found.shape)} for {name!r}, the model has {list(spec.shape)}; "
-                    "it belongs to another model"
+                    "it belongs to another model",
+                    "other_weights",
+                    owner,
                 )
             sizes.append(found.nbytes)
         if not isinstance(request.rule, Solve) or len(spec.shape) < 2:
@@ -135,9 +140,11 @@ class Inputs:
         square = len(spec.shape) == 2 and spec.shape[0] == spec.shape[1]
         told = any(configs) or request.options.get("conv1d") is not None
         if square and CONV1D.search(name) and not told:
-            raise ValueError(
+            raise GradmatchError(
                 f"{request.method}: {name!r} {list(spec.shape)} is stored [in, out] in GPT-2's Conv1D layers and [out, in] in nn.Linear, and "
-                "a state dict does not tell which; pass models or folders, or the option conv1d=True or False"
+                "a state dict does not tell which; pass models or folders, or the option conv1d=True or False",
+                "bad_model",
+                name,
             )
 
     def describe(self, notes: list[str], request: Request) -> None:
@@ -184,16 +191,20 @@ def open_inputs(
                 f"tasks must be Task objects, got {type(task).__name__}; write Task(model, curvature, weight)"
             )
     if not tasks:
-        raise ValueError("no tasks to merge; pass at least one Task(model, curvature, weight)")
+        raise GradmatchError(
+            "no tasks to merge; pass at least one Task(model, curvature, weight)", "bad_tasks"
+        )
     opened_base = open_checkpoint(base, allow_pickle=allow_pickle)
     names = task_names(tasks)
     opened = []
     for name, task in zip(names, tasks, strict=True):
         checkpoint = open_checkpoint(task.model, base=opened_base, allow_pickle=allow_pickle)
         if broken := sorted(checkpoint.untied - opened_base.untied):
-            raise ValueError(
+            raise GradmatchError(
                 f"{name} is an adapter that trains embeddings or head by itself (modules_to_save), which {opened_base.where} ties "
-                f"({broken[0]!r}): untie the base (tie_word_embeddings=False), save it, and merge into that; or give an adapter as the base"
+                f"({broken[0]!r}): untie the base (tie_word_embeddings=False), save it, and merge into that; or give an adapter as the base",
+                "bad_adapter",
+                name,
             )
         opened.append(_open_task(name, task, checkpoint, opened_base, request, allow_mismatch))
     h0, factors = _base_curvature(base_curvature, opened_base, request, allow_mismatch)
@@ -202,9 +213,10 @@ def open_inputs(
     if "factors" in request.rule.needs and not any(
         known and any(name in known.a for name in known.a) for known in owners
     ):
-        raise ValueError(
+        raise GradmatchError(
             f"{request.method} needs curvatures with Kronecker factors, and none of these has any; estimate them with method='kfac' "
-            "(`gradmatch estimate --method kfac`), or use gradient_matching, which takes the diagonal"
+            "(`gradmatch estimate --method kfac`), or use gradient_matching, which takes the diagonal",
+            "bad_curvature",
         )
     return inputs
 
@@ -218,8 +230,10 @@ def task_names(tasks: Sequence[Task]) -> list[str]:
     given = [task.name for task in tasks if task.name]
     twice = sorted({name for name in given if given.count(name) > 1})
     if twice:
-        raise ValueError(
-            f"two tasks are called {twice[0]!r}; names tell reports, heads and random draws apart"
+        raise GradmatchError(
+            f"two tasks are called {twice[0]!r}; names tell reports, heads and random draws apart",
+            "bad_tasks",
+            twice[0],
         )
     names = []
     for position, task in enumerate(tasks, 1):
@@ -253,9 +267,11 @@ def _open_task(
             if "gram" in needs
             else "a curvature (`gradmatch estimate`)"
         )
-        raise ValueError(
+        raise GradmatchError(
             f"{request.method} needs {kind} for every task, {name} has none; pass Task(model, curvature=...) "
-            f"(--task MODEL,curvature=FILE), or choose a method without, such as {instead}"
+            f"(--task MODEL,curvature=FILE), or choose a method without, such as {instead}",
+            "bad_curvature",
+            name,
         )
     curvature = open_curvature(task.curvature)
     arranged = arranged_curvature(curvature, own, base, name, allow_mismatch)
@@ -264,15 +280,19 @@ def _open_task(
         opened.mean = CurvatureStore(curvature, MEAN, arranged)
     if "gradient" in needs:
         if not curvature.has_gradient:
-            raise ValueError(
-                f"{request.method} needs the measured gradient, which the curvature of {name} lacks; estimate it with gradient=True"
+            raise GradmatchError(
+                f"{request.method} needs the measured gradient, which the curvature of {name} lacks; estimate it with gradient=True",
+                "bad_curvature",
+                name,
             )
         opened.gradient = CurvatureStore(curvature, GRADIENT, arranged)
     if "gram" in needs:
         opened.factors = Factors.of(curvature, arranged)
         if not any(key for key in checkpoint if opened.factors.a.key(key)):
-            raise ValueError(
-                f"the curvature of {name} holds no gram matrices; estimate it with method='gram'"
+            raise GradmatchError(
+                f"the curvature of {name} holds no gram matrices; estimate it with method='gram'",
+                "bad_curvature",
+                name,
             )
     elif isinstance(request.rule, Solve):
         opened.factors = Factors.of(curvature, arranged)
@@ -290,16 +310,19 @@ def _base_curvature(
         return None, None
     if given is None:
         instead = "negation" if request.rule.removes else "fisher"
-        raise ValueError(
+        raise GradmatchError(
             f"{request.method} needs the base's curvature; pass base_curvature=... (`gradmatch estimate` on the base makes one), "
-            f"or a number such as base_curvature=1.0 for an isotropic one, or use method={instead!r}, which needs none"
+            f"or a number such as base_curvature=1.0 for an isotropic one, or use method={instead!r}, which needs none",
+            "bad_curvature",
         )
     if isinstance(given, Real):  # numpy's too
         given = float(given)
     if isinstance(given, (int, float)):
         if not 0 <= given < float("inf"):
-            raise ValueError(
-                f"base_curvature is {given}; an isotropic curvature is a finite number of at least 0"
+            raise GradmatchError(
+                f"base_curvature is {given}; an isotropic curvature is a finite number of at least 0",
+                "out_of_range",
+                "base_curvature",
             )
         return float(given), None
     curvature = open_curvature(given)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.removal.problem import Problem
 
 if TYPE_CHECKING:
@@ -118,9 +119,11 @@ class AlphaPath:
         for side, objective in self._data.items():
             unknown = sorted(set(self._moving) - {name for name, _ in objective.module.named_parameters()})
             if unknown:
-                raise ValueError(
+                raise GradmatchError(
                     f"the data to {side} runs through a {type(objective.module).__name__} without a parameter {unknown[0]!r}, which "
-                    "the removal moves; build the objective on the base's own module"
+                    "the removal moves; build the objective on the base's own module",
+                    "bad_request",
+                    unknown[0],
                 )
 
     def point(self, alpha: float) -> Point:
@@ -261,7 +264,11 @@ def check_alphas(alphas: Sequence[float]) -> None:
         ValueError: no alpha, or one that is negative or no finite number.
     """
     if not alphas or not all(math.isfinite(alpha) and alpha >= 0 for alpha in alphas):
-        raise ValueError(f"alphas must be finite and not negative, at least one; got {list(alphas)}")
+        raise GradmatchError(
+            f"alphas must be finite and not negative, at least one; got {list(alphas)}",
+            "out_of_range",
+            "alphas",
+        )
 
 
 def path_table(points: Sequence[Point]) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from gradmatch.common.names import nearest
 from gradmatch.estimators.curvature import GRADIENT, Curvature
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.tensorfile import ITEM_SIZE
 from gradmatch.merging import execute, prepare
 from gradmatch.models.curvatures import CurvatureStore, open_curvature
@@ -96,18 +97,24 @@ class Problem:
         """Refuse what cannot work before anything is read."""
         known = removals()
         if self.method not in known:
-            raise ValueError(
-                f"unknown way to remove {self.method!r}{nearest(self.method, known)}; known: {', '.join(known)}"
+            raise GradmatchError(
+                f"unknown way to remove {self.method!r}{nearest(self.method, known)}; known: {', '.join(known)}",
+                "unknown_name",
+                self.method,
             )
         if self.guard not in GUARDS:
-            raise ValueError(f"guard is {self.guard!r}; choose one of {', '.join(GUARDS)}")
+            raise GradmatchError(
+                f"guard is {self.guard!r}; choose one of {', '.join(GUARDS)}", "unknown_name", "guard"
+            )
         if not isinstance(self.task, Task):
             raise TypeError(
                 f"a budget is of one task, a Task(model, curvature), not {type(self.task).__name__}"
             )
         if self.task.curvature is None:
-            raise ValueError(
-                f"task {self.task.name or 'to remove'!r} has no curvature; estimate it at its weights on what is to be removed"
+            raise GradmatchError(
+                f"task {self.task.name or 'to remove'!r} has no curvature; estimate it at its weights on what is to be removed",
+                "bad_curvature",
+                self.task.name,
             )
         for curvature in (self.base_curvature, self.task.curvature):
             if not isinstance(curvature, (int, float)):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.layers import layer_group
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.task import Model
 from gradmatch.removal.problem import Problem
@@ -35,8 +36,10 @@ def removal_report(problem: Problem, alpha: float, result: Model | None = None) 
     sums: dict[str, dict[str, float]] = {}
     for piece in problem.pieces():
         if piece.name not in written or written[piece.name].shape != piece.theta0.shape:
-            raise ValueError(
-                f"the result lacks {piece.name!r} or holds it in another shape; it is no edit of this base"
+            raise GradmatchError(
+                f"the result lacks {piece.name!r} or holds it in another shape; it is no edit of this base",
+                "shape_mismatch",
+                piece.name,
             )
         d = written[piece.name].to(piece.theta0) - piece.theta0
         part = {
