@@ -5,7 +5,6 @@
 
 import ast
 import json
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -41,12 +40,23 @@ REFUSALS = {
         ("JSON in place of weights", {"base/model.safetensors": '{"weights": 1, "more": 2}'}, M, "model.safetensors: not a safetensors file but JSON text"),
         ("a git-lfs pointer in place of weights", {"base/model.safetensors": "version https://git-lfs.github.com/spec/v1\n"}, M, "the pointer of git-lfs, which stands for it; run `git lfs pull`"),
         ("an index that is no JSON", {"base/model.safetensors": None, "base/model.safetensors.index.json": "{"}, M, "model.safetensors.index.json is not JSON"),
-        ("an index that leaves its folder", {"base/model.safetensors": None, "base/model.safetensors.index.json": '{"weight_map": {"w": "../x"}}'}, M, "points outside its folder: '../x'; do not trust this checkpoint"),
+        ("an index that leaves its folder", {"shards/model.safetensors.index.json": '{"weight_map": {"w": "../x"}}'}, "inspect shards", "points outside its folder: '../x'; do not trust this checkpoint"),
+        ("an index of absolute paths", {"shards/model.safetensors.index.json": '{"weight_map": {"w": "/x.safetensors"}}'}, "inspect shards", "points outside its folder: '/x.safetensors'"),
         ("an index whose shards are lists", {"base/model.safetensors": None, "base/model.safetensors.index.json": '{"weight_map": {"w": ["x"]}}'}, M, "has no weight_map from the name of a tensor to that of its shard"),
         ("a task that lacks a tensor", {}, "merge --base base --task short --method averaging -o out", "of the base is missing in short (short); pass --missing base"),
         ("a task with tensors of its own", {}, "merge --base short --task one --method averaging -o out", "that the base lacks, first 'layers.1.w'"),
         ("a tensor of another shape", {}, "merge --base base --task wide --method averaging -o out", "'layers.0.w' has shape [4, 4] in the base and [4, 5] in wide"),
         ("NaN in the weights", {}, "merge --base base --task nan --method averaging -o out", "NaN"),
+        ("infinity in the weights", {}, "merge --base base --task inf --method averaging -o out", "'layers.0.w' holds 1 NaN or infinite values in inf"),
+        ("two files and no index", {}, "merge --base pair --task one --method averaging -o out", "pair holds 2 safetensors files and no model.safetensors.index.json"),
+        ("an index that promises a tensor", {"shards/model.safetensors.index.json": '{"weight_map": {"v": "a.safetensors"}}'}, "merge --base shards --task one --method averaging -o out", "says that a.safetensors holds 'v', but it does not"),
+        ("an index that forgets a tensor", {"shards/model.safetensors.index.json": '{"weight_map": {"layers.0.w": "a.safetensors"}}'}, "merge --base shards --task one --method averaging -o out", "a.safetensors holds 'layers.1.w', which the index does not place there"),
+        ("a config that is no JSON", {"base/config.json": "{"}, M, "config.json is not JSON"),
+        ("a config that is no table", {"base/config.json": "[]"}, M, "holds a list, not a table"),
+        ("a repository that cannot be fetched", {}, "merge --base nobody/nothing --task one -o out", "no hub repository of that name could be fetched"),
+        ("a revision of a folder", {}, "merge --base base@main --task one -o out", "asks for revision 'main' of a local path, which has none"),
+        ("a base and a model that is no adapter of it", {}, "merge --base base+one --task one -o out", "what stands behind the + must be an adapter"),
+        ("models of two architectures", {}, "merge --base base --task cls --method averaging -o out", "share no tensor at all: they are models of different architectures"),
     ],
     "Adapters": [
         ("of another kind than LoRA", {"ad/adapter_config.json": json.dumps({**LORA, "peft_type": "IA3"}), "ad/adapter_model.safetensors": "x"}, "merge --base base --task ad --method averaging -o out", "peft_type='IA3'"),
@@ -66,8 +76,17 @@ REFUSALS = {
         ("an option of another kind", {}, M + "--option scale=much", "scale is 'much'; it must be a number"),
         ("an option that is a flag", {}, M + "--option delta0=1", "'delta0' is no option of a method but a key (and flag) of its own"),
         ("an option that is no pair", {}, M + "--option scale", "--option 'scale' is not KEY=VALUE"),
+        ("an option that is no YAML", {}, M + "--option scale=[1", "--option 'scale=[1' is not YAML"),
+        ("an option that is a flag of where it goes", {}, M + "--option out=z", "'out' is no option of a method but a key (and flag)"),
+        ("a choice that is none", {}, M + "--method ties --option trim=globl", "trim is 'globl' (did you mean 'global'?); choose one of global, tensor"),
+        ("an option of a transform that it has not", {}, M + "--option densty=1 --transform ties", "task_arithmetic has no option 'densty' (did you mean 'density'?)"),
+        ("weights by patterns that miss a tensor", {}, M.replace("one", "\"one,weight={'*mlp*': 1}\""), "no pattern of ['*mlp*'] matches tensor 'layers.0.w'"),
+        ("a device that is not there", {}, M + "--device gpu", "device is 'gpu', which torch does not know"),
+        ("a module of rules that is not there", {}, M + "--method no_such.place:RULE", "no module 'no_such' to import; install it, or put its folder on PYTHONPATH"),
+        ("values beyond the output's type", {}, M + "--option scale=1e6 --dtype float16", "beyond what torch.float16 holds; choose a wider dtype"),
         ("a task with another key", {}, "merge --base base --task one,wieght=1 -o out", "'wieght=1' is none of curvature=FILE, weight=W, name=NAME"),
         ("a weight that is not finite", {}, M.replace("--task one", "--task one,weight=.nan"), "the weight of one is nan; it must be finite"),
+        ("a weight that is no YAML", {}, M.replace("--task one", "--task one,weight=[1"), "the weight is not YAML"),
         ("two tasks of one name", {}, "merge --base base --task one,name=a --task two,name=a -o out --method averaging", "two tasks are called 'a'"),
         ("two tasks for a rule of one", {}, "merge --base base --task one --task two --method passthrough -o out", "passthrough takes 1 task, got 2"),
         ("an output type that is none", {}, M + "--dtype int64", "dtype is 'int64'"),
@@ -92,27 +111,40 @@ REFUSALS = {
     ],
     "Recipes": [
         ("no such file", {"r.yaml": ""}, "merge rr.yaml out", "no recipe rr.yaml (did you mean 'r.yaml'?)"),
+        ("an empty file", {"r.yaml": ""}, "merge r.yaml out", "r.yaml holds nothing, a recipe is a table of keys"),
+        ("no UTF-8", {"r.yaml": b"base: \xe9"}, "merge r.yaml out", "r.yaml is not YAML"),
         ("a folder", {}, "merge base out", "base is a folder, a recipe is a YAML file"),
         ("no YAML", {"r.yaml": "a: [1"}, "merge r.yaml out", "r.yaml is not YAML"),
         ("a key given twice", {"r.yaml": "base: a\nbase: b\n"}, "merge r.yaml out", "the key 'base' is given twice"),
         ("an unknown tag", {"r.yaml": "base: !!python/name:os.system\n"}, "merge r.yaml out", "could not determine a constructor for the tag"),
         ("several documents", {"r.yaml": "a: 1\n---\nb: 2\n"}, "merge r.yaml out", "holds 2 YAML documents"),
         ("no table", {"r.yaml": "- base\n"}, "merge r.yaml out", "a recipe is a table of keys"),
-        ("no tasks", {"r.yaml": OURS}, "merge r.yaml out", "tasks"),
-        ("an unknown key", {"r.yaml": OURS + TASKS + "wieghts: auto\n"}, "merge r.yaml out", "wieghts"),
-        ("a value of another kind", {"r.yaml": OURS + TASKS + "delta0: {a: 1}\n"}, "merge r.yaml out", "delta0"),
+        ("no tasks", {"r.yaml": OURS}, "merge r.yaml out", "tasks is missing; a recipe needs `base: MODEL` and `tasks:`, a list"),
+        ("an empty list of tasks", {"r.yaml": OURS + "tasks: []\n"}, "merge r.yaml out", "tasks is []; a recipe needs `base: MODEL` and `tasks:`, a list"),
+        ("tasks that are no list", {"r.yaml": OURS + "tasks: one\n"}, "merge r.yaml out", "tasks is 'one'; a recipe needs"),
+        ("a task that is none", {"r.yaml": OURS + "tasks: [3]\n"}, "merge r.yaml out", "tasks.0 is 3: "),
+        ("a task without a model", {"r.yaml": OURS + "tasks: [{curvature: one}]\n"}, "merge r.yaml out", "tasks.0.model is missing; a recipe needs"),
+        ("a task with an unknown key", {"r.yaml": OURS + "tasks: [{model: one, wieght: 1}]\n"}, "merge r.yaml out", "unknown key 'tasks.0.wieght' (did you mean 'weight'?)"),
+        ("a task with an option", {"r.yaml": OURS + "tasks: [{model: one, density: 1}]\n"}, "merge r.yaml out", "'tasks.0.density' is an option of the method"),
+        ("an unknown key", {"r.yaml": OURS + TASKS + "wieghts: auto\n"}, "merge r.yaml out", "unknown key 'wieghts' (did you mean 'weights'?)"),
+        ("an option beside the keys", {"r.yaml": OURS + TASKS + "density: 1\n"}, "merge r.yaml out", "'density' is an option of the method or a transform: write options: {density: ...}"),
+        ("a key among the options", {"r.yaml": OURS + TASKS + "options: {method: ties}\n"}, "merge r.yaml out", "'method' is no option of a method but a key"),
+        ("a flag among the options", {"r.yaml": OURS + TASKS + "options: {overwrite: true}\n"}, "merge r.yaml out", "'overwrite' is no option of a method but a key"),
+        ("a value of another kind", {"r.yaml": OURS + TASKS + "delta0: much\n"}, "merge r.yaml out", "delta0 is 'much': "),
         ("a mixture of experts (mergekit-moe)", {"r.yaml": "base_model: a\nexperts: []\n"}, "merge r.yaml out", "describes a mixture of experts"),
         ("mergekit's, with an unknown method", {"r.yaml": "merge_method: slurp\nmodels: [{model: base}]\n"}, "merge r.yaml out", "merge_method 'slurp' is unknown here (did you mean 'slerp'?)"),
         ("mergekit's, with both models and slices", {"r.yaml": "merge_method: linear\nmodels: []\nslices: []\n"}, "merge r.yaml out", "give either models or slices"),
         ("mergekit's, with an unknown parameter", {"r.yaml": "merge_method: linear\nmodels: [{model: base, parameters: {wieght: 1}}]\n"}, "merge r.yaml out", "wieght"),
         ("mergekit's, without the base that the method needs", {"r.yaml": "merge_method: ties\nmodels: [{model: base, parameters: {weight: 1, density: 1}}]\n"}, "merge r.yaml out", "ties needs a base_model"),
         ("a remedy, with the recipe's own key", {"r.yaml": "base: base\nmethod: averaging\ntasks: [{model: short}]\n"}, "merge r.yaml out", "pass --missing base (in r.yaml: `missing: base`)"),
+        ("weights to be chosen, and nothing to choose from", {"r.yaml": OURS + TASKS}, "merge r.yaml out --weights auto --dry-run", "--weights auto (in r.yaml: `weights: auto`) needs data"),
     ],
     "Removing": [
         ("nothing to subtract", {}, "subtract --base base", "nothing to subtract: give --base and at least one --task"),
         ("no output", {}, "subtract --base base --task one", "no output folder: name it with --out"),
         ("a negative weight", {}, S + "--weight -1", "at least 0 to subtract"),
         ("nothing to be kept", {}, S + "--keep 0", "keep is 0, it must lie in (0, 1]"),
+        ("an option that is a flag", {}, S + "--option keep=1", "'keep' is no option of a method but a key (and flag)"),
         ("a budget of nothing", {}, B + "--nats 0", "--nats must be positive, got 0"),
         ("a share above one", {}, B + "--share 2", "--share must lie in [0, 1], got 2"),
         ("alphas that are negative", {}, B + "--alphas -1", "alphas must be finite and not negative"),
@@ -120,9 +152,20 @@ REFUSALS = {
         ("one file to keep and to remove", {}, B + "--retain d.txt --remove d.txt", "--retain and --remove are the same file d.txt"),
         ("no folder for the report", {}, B + "--report no/r.json", "no folder for --report no/r.json"),
         ("a task without curvature", {}, "budget --base base --task one --base-curvature base.safetensors", "has no curvature"),
+        ("a curvature that is not there", {}, "budget --base base --task one,curvature=eno.safetensors --base-curvature base.safetensors", "no curvature file eno.safetensors"),
+        ("data that is not there", {}, B + "--retain absent.txt", "no data file absent.txt"),
+        ("no examples", {}, B + "--examples 0", "--examples must be at least 1, got 0"),
+        ("texts of one token", {}, B + "--max-length 1", "--max-length must be at least 2, got 1"),
+        ("a floor below 0", {}, B + "--delta0 -1", "delta0 is -1"),
     ],
     "Estimating": [
         ("neither data nor an optimizer's state", {}, E, "give either --data (to measure) or --adam"),
+        ("both of them, and nothing to calibrate", {}, E + "--data d.csv --adam o.pt", "give either --data (to measure) or --adam"),
+        ("Adam's state, and no size of its training set", {}, E + "--adam o.pt --batch-size 8", "--adam needs --num-examples"),
+        ("a calibration without data", {}, E + "--adam o.pt --num-examples 5 --calibrate 4", "--calibrate needs both --adam"),
+        ("a tolerance where none is watched", {}, E + "--data d.csv --method kfac --tolerance 0.1", "tolerance is not available for --method kfac"),
+        ("a gradient where none is taken", {}, E + "--data d.csv --method kfac --gradient", "gradient is not available for --method kfac"),
+        ("factors of a whole model", {}, E + "--data d.csv --on factors", "cls is no adapter, whose factors could be measured"),
         ("a model that is not there", {}, "estimate cl -o c.safetensors --data d.csv", "no file or folder cl (did you mean 'cls'?)"),
         ("a file in place of a model", {}, "estimate cls/config.json -o c.safetensors --data d.csv", "is a file; name the folder that save_pretrained wrote"),
         ("a model of no kind that can be trained on", {"cls/config.json": '{"model_type": "bert"}'}, E + "--data d.csv", "is saved as no architecture: pass --task"),
@@ -143,10 +186,14 @@ REFUSALS = {
         ("an empty file", {"e.csv": ""}, E + "--data e.csv", "e.csv holds no rows: the file is empty"),
         ("columns without rows", {"e.csv": "text,label\n"}, E + "--data e.csv", "e.csv holds no rows"),
         ("rows without text", {"e.csv": "text,label\n,1\n"}, E + "--data e.csv", "e.csv holds no text"),
+        ("lines without text", {"e.txt": "\n \n"}, E + "--data e.txt", "e.txt holds no text"),
         ("no text column", {"e.csv": "a,b\n1,2\n"}, E + "--data e.csv", "which column is the text? there are: a, b; name it: --text-column"),
         ("a column that is not there", {}, E + "--data d.csv --text-column txt", "no column 'txt' (did you mean 'text'?)"),
+        ("a label column that is not there", {}, E + "--data d.csv --label-column stars", "no column 'stars'"),
         ("three text columns", {"e.csv": "a,b,c\n1,2,3\n"}, E + "--data e.csv --text-column a,b,c", "the text is one column, or two different ones of a pair"),
         ("numbers for texts", {"e.jsonl": '{"text": 5}\n'}, E + "--data e.jsonl", "row 0: column 'text' holds no text but 5"),
+        ("lists for texts", {"e.jsonl": '{"text": ["a"]}\n'}, E + "--data e.jsonl", "holds no text but ['a']"),
+        ("an archive that is none", {"e.csv.gz": "text\nx\n"}, E + "--data e.csv.gz", "cannot be read"),
         ("a split of a file", {}, E + "--data d.csv --split test", "d.csv is one file, and one split: there is no 'test' in it"),
         ("no UTF-8", {"e.txt": b"caf\xe9\n"}, E + "--data e.txt", "e.txt is no UTF-8 text"),
         ("JSON that is cut", {"e.jsonl": '{"text": '}, E + "--data e.jsonl", "e.jsonl cannot be read"),
@@ -161,6 +208,7 @@ REFUSALS = {
         ("no labels, where losses are measured", {"e.csv": "text\na\n"}, D + "--data t=e.csv", "e.csv has no labels, which BertForSequenceClassification needs"),
         ("data of no task", {}, D + "--data d.csv", "--data 'd.csv' is not TASK=FILE; the tasks are t"),
         ("data of another task", {}, D + "--data u=d.csv", "--data names a task 'u'; the tasks are t"),
+        ("data of a task that is not there", {}, D + "--data t=nowhere.jsonl", "no data file nowhere.jsonl"),
     ],
     "Diagnosing and forecasting": [
         ("nothing to look at", {}, "diagnose", "nothing to look at: give a recipe, or --base and at least one --task"),
@@ -191,6 +239,7 @@ def files(tmp_path_factory):
     }
     models["wide"] = {**base, "layers.0.w": torch.ones(4, 5)}
     models["nan"] = {**base, "layers.0.w": torch.full((4, 4), torch.nan)}
+    models["inf"] = {**base, "layers.0.w": torch.tensor([torch.inf] + 15 * [0.0]).view(4, 4)}
     for name, tensors in models.items():
         (folder / name).mkdir()
         save_file(tensors, folder / name / "model.safetensors")
@@ -201,6 +250,10 @@ def files(tmp_path_factory):
         )
         known.save(folder / f"{name}.safetensors")
     Curvature.from_dict({key: torch.ones(3) for key in base}, 10).save(folder / "odd.safetensors")
+    for name, number in (("pair", 2), ("shards", 1)):
+        (folder / name).mkdir()
+        for shard in "ab"[:number]:
+            shutil.copy(folder / "base" / "model.safetensors", folder / name / f"{shard}.safetensors")
     (folder / "lora").mkdir()
     factors = {f"base_model.model.layers.0.w.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
     save_file(factors, folder / "lora" / "adapter_model.safetensors")
@@ -220,7 +273,7 @@ def info_of(tensors, _):
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_what_is_refused(files, tmp_path, monkeypatch, capsys, row):
-    from gradmatch.cli import main
+    from tests.command import run
 
     _, written, command, words = row
     shutil.copytree(files, tmp_path / "w")
@@ -232,7 +285,7 @@ def test_what_is_refused(files, tmp_path, monkeypatch, capsys, row):
             path.unlink()
         else:
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert main(shlex.split(command)) == 2
+    assert run(command) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert words in err, err
     assert err.startswith("gradmatch: error: ")

@@ -2,15 +2,15 @@
 
 import json
 import math
-import shlex
+import re
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gradmatch.cli import main
 from gradmatch.estimators import estimate
+from tests.command import run
 
 WORDS = ["<pad>", *["the", "cat", "sat", "on", "a", "mat", "you", "fool", "pig", "swine", "rain", "falls"]]
 
@@ -47,27 +47,24 @@ def files(tmp_path_factory):
     return folder
 
 
-def call(files, *more, task="toxic,curvature={}/toxic.safetensors"):
-    given = ["--base", str(files / "base"), "--task", f"{files}/{task.format(files)}"]
-    return main(["budget", *given, "--base-curvature", str(files / "clean.safetensors"), *more])
+def call(files, line="", task="toxic,curvature={}/toxic.safetensors"):
+    given = f"--base {files}/base --task {files}/{task.format(files)}"
+    return run(f"budget {given} --base-curvature {files}/clean.safetensors {line}")
 
 
 def test_without_data_the_path_is_diagonal(files, capsys):
-    assert call(files, "--alphas", "0.1", "0.2") == 0
+    assert call(files, "--alphas 0.1 0.2") == 0
     out = capsys.readouterr().out
     assert out.count("diagonal") == 4
-    assert "largest alpha with at most 1 % clamped" in out
-    assert "H0 norm" in out
-    assert "no budget was given" in out
+    for text in ("largest alpha with at most 1 % clamped", "H0 norm", "no budget was given"):
+        assert text in out
     assert "gradmatch subtract" not in out
 
 
 def test_with_data_the_budget_is_kept(files, tmp_path, capsys):
-    data = ["--retain", str(files / "clean.txt"), "--remove", str(files / "toxic.txt")]
+    data = f"--retain {files}/clean.txt --remove {files}/toxic.txt"
     report = tmp_path / "removal.json"
-    code = call(
-        files, *data, "--nats", "0.05", "--share", "0.5", "--method", "removal", "--report", str(report)
-    )
+    code = call(files, f"{data} --nats 0.05 --share 0.5 --method removal --report {report}")
     assert code == 0, capsys.readouterr().err
     content = json.loads(report.read_text())
     chosen = content["budget"]["alpha"]
@@ -87,23 +84,12 @@ def test_with_data_the_budget_is_kept(files, tmp_path, capsys):
 
 
 def test_the_command_it_ends_with_removes_what_was_forecast(files, tmp_path, capsys):
-    options = [
-        "--guard",
-        "scale",
-        "--base-weight",
-        "10",
-        "--alphas",
-        "0.3",
-        "--nats",
-        "100",
-        "--report",
-        str(tmp_path / "r.json"),
-    ]
-    assert call(files, *options) == 0
+    options = "--guard scale --base-weight 10 --alphas 0.3 --nats 100"
+    assert call(files, f"{options} --report {tmp_path}/r.json") == 0
     printed = capsys.readouterr()
     assert "the collateral was not measured" in printed.err
     command = printed.out.strip().splitlines()[-1].partition("gradmatch ")[2]
-    assert main([str(tmp_path / "cleaned") if word == "OUT" else word for word in shlex.split(command)]) == 0
+    assert run(re.sub(r"\bOUT\b", f"{tmp_path}/cleaned", command)) == 0
     report = json.loads((tmp_path / "r.json").read_text())["report"]
     card = json.loads((tmp_path / "cleaned" / "gradmatch.json").read_text())
     moved = sum(tensor["norm_h0"] ** 2 for tensor in card["report"]["moved"].values())
@@ -112,59 +98,17 @@ def test_the_command_it_ends_with_removes_what_was_forecast(files, tmp_path, cap
 
 
 def test_what_cannot_be_removed_is_told_and_ends_with_1(files, capsys):
-    retain = ["--retain", str(files / "clean.txt")]
-    assert call(files, *retain, "--nats", "1e-9", "--share", "0.5", "--alphas", "0.5") == 1
+    assert call(files, f"--retain {files}/clean.txt --nats 1e-9 --share 0.5 --alphas 0.5") == 1
     assert "no alpha fits" in capsys.readouterr().out
-    assert call(files, "--nats", "1", task="base,curvature={}/clean.safetensors") == 1
+    assert call(files, "--nats 1", task="base,curvature={}/clean.safetensors") == 1
     assert "there is nothing to remove" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--nats", "0"], "--nats must be positive, got 0"),
-        (["--retain", "absent.txt"], "no data file absent.txt"),
-        (["--report", "absent/removal.json"], "no folder for --report absent/removal.json"),
-        (["--nats", "1", "--alphas", "0"], "--alphas holds nothing above 0"),
-        (["--share", "1.5"], "--share must lie in [0, 1]"),
-        (["--examples", "0"], "--examples must be at least 1"),
-        (["--max-length", "1"], "--max-length must be at least 2"),
-        (["--keep", "0"], "keep is 0, it must lie in (0, 1]"),
-        (["--delta0", "-1"], "delta0 is -1"),
-        (["--base-curvature", "-2"], "base_curvature is -2"),
-        (["--alphas", "-1"], "alphas must be finite"),
-    ],
-)
-def test_bad_input_is_refused_before_any_data_is_read(files, capsys, monkeypatch, more, message):
+BAD = "--nats 0|--report absent/r.json|--nats 1 --alphas 0|--share 1.5|--examples 0|--max-length 1|--keep 0|--delta0 -1"
+
+
+@pytest.mark.parametrize("line", [*BAD.split("|"), "--base-curvature -2", "--alphas -1", "--task absent"])
+def test_bad_input_is_refused_before_any_data_is_read(files, monkeypatch, line):
+    """What is said of it stands in test_refusals.py."""
     monkeypatch.setattr("gradmatch.commands.budget.objectives", lambda *_: pytest.fail("data was read"))
-    assert call(files, *more) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_one_file_for_both_sides_is_refused(files, capsys):
-    clean = str(files / "clean.txt")
-    assert call(files, "--retain", clean, "--remove", clean) == 2
-    assert f"--retain and --remove are the same file {clean}" in capsys.readouterr().err
-
-
-def test_a_file_that_is_no_utf_8_is_named(files, tmp_path, capsys):
-    (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
-    assert call(files, "--retain", str(tmp_path / "latin.txt")) == 2
-    assert "latin.txt is no UTF-8 text" in capsys.readouterr().err
-
-
-def test_an_empty_retain_set(files, tmp_path, capsys):
-    (tmp_path / "empty.txt").write_text("\n")
-    assert call(files, "--retain", str(tmp_path / "empty.txt")) == 2
-    assert "holds no text" in capsys.readouterr().err
-
-
-def test_a_task_without_curvature(files, capsys):
-    assert call(files, task="toxic") == 2
-    assert "has no curvature" in capsys.readouterr().err
-
-
-def test_a_curvature_that_is_not_there_is_said_before_any_data_is_read(files, capsys, monkeypatch):
-    monkeypatch.setattr("gradmatch.commands.budget.objectives", lambda *_: pytest.fail("data was read"))
-    assert call(files, task="toxic,curvature=absent.safetensors") == 2
-    assert "absent.safetensors" in capsys.readouterr().err
+    assert call(files, f"--retain {files}/clean.txt {line}") == 2

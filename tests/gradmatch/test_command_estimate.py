@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 
-from gradmatch.cli import main
 from gradmatch.commands.estimate import METHODS, task_of
 from gradmatch.estimators import Curvature, estimate
 from gradmatch.estimators.estimation import ESTIMATORS
 from tests import oracle
+from tests.command import run
 from tests.gradmatch.tiny import save_classifier, save_language_model, tokenizer
 
 TEXTS = ["good film", "the plot was bad", "fine", "very dull", "not a great plot", "bright"]
@@ -30,26 +30,29 @@ def reviews(tmp_path):
     return path
 
 
-def test_a_model_that_is_not_there_is_said_at_once(tmp_path, reviews, capsys):
-    save_classifier(tmp_path / "model")
-    for name, text in (
-        ("modl", "(did you mean 'model'?)"),
-        ("model/config.json", "is a file; name the folder"),
-    ):
-        assert run(tmp_path / name, "--data", reviews, "-o", tmp_path / "c.safetensors") == 2
-        assert text in capsys.readouterr().err
+def estimated(line):
+    return run(f"estimate {line}")
 
 
-def run(*words):
-    return main(["estimate", *map(str, words)])
+@pytest.fixture
+def lines(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("\n\n".join(text for text in TEXTS if " " in text))
+    return path
+
+
+def stepped(model, folder, **batch):
+    """Saves AdamW's state after one step at learning rate 0."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    model(**batch).loss.backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
 
 
 def test_a_classifier_and_a_csv_file(tmp_path, reviews, capsys):
     model = save_classifier(tmp_path / "model")
     out = tmp_path / "c.safetensors"
-    assert (
-        run(tmp_path / "model", "--data", reviews, "-o", out, "--gradient", "--batch-size", 4, "--quiet") == 0
-    )
+    assert estimated(f"{tmp_path}/model --data {reviews} -o {out} --gradient --batch-size 4 --quiet") == 0
     printed = capsys.readouterr().out
     assert f"{out}: fisher of" in printed
     assert "N = 6" in printed
@@ -62,24 +65,11 @@ def test_a_classifier_and_a_csv_file(tmp_path, reviews, capsys):
     assert not (tmp_path / "c.safetensors.partial").exists()
 
 
-def test_a_language_model_a_text_file_and_a_limit(tmp_path):
+def test_a_language_model_a_text_file_and_a_limit(tmp_path, lines):
     model = save_language_model(tmp_path / "model")
-    lines = tmp_path / "lines.txt"
-    lines.write_text("\n\n".join(text for text in TEXTS if " " in text))
     out = tmp_path / "c.safetensors"
-    words = (
-        tmp_path / "model",
-        "--data",
-        lines,
-        "-o",
-        out,
-        "--limit",
-        3,
-        "--method",
-        "empirical_fisher",
-        "--quiet",
-    )
-    assert run(*words) == 0
+    options = "--limit 3 --method empirical_fisher --quiet"
+    assert estimated(f"{tmp_path}/model --data {lines} -o {out} {options}") == 0
     found = Curvature.load(out, model=model)
     assert found.info["examples_seen"] == "3"
     assert found.num_examples == 4  # rows of the data, not of the sample
@@ -88,93 +78,37 @@ def test_a_language_model_a_text_file_and_a_limit(tmp_path):
 
 def test_adam(tmp_path):
     model = save_classifier(tmp_path / "model")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-    batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.tensor([0, 1])}
-    model(**batch).loss.backward()
-    optimizer.step()
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    out = tmp_path / "c.safetensors"
-    words = (tmp_path / "model", "--adam", tmp_path / "optimizer.pt", "-o", out)
-    assert run(*words, "--num-examples", 50, "--batch-size", 2) == 0
-    found = Curvature.load(out)
+    stepped(model, tmp_path, input_ids=torch.ones(2, 3, dtype=torch.long), labels=torch.tensor([0, 1]))
+    line = f"{tmp_path}/model --adam {tmp_path}/optimizer.pt -o {tmp_path}/c.safetensors"
+    assert estimated(f"{line} --num-examples 50 --batch-size 2") == 0
+    found = Curvature.load(tmp_path / "c.safetensors")
     assert found.info["estimator"] == "adam"
     torch.testing.assert_close(found["classifier.weight"], 2 * model.classifier.weight.grad**2)
 
 
-def test_adam_of_a_language_model_is_calibrated_by_rows(tmp_path, capsys):
-    model = save_language_model(tmp_path / "model")
-    lines = tmp_path / "lines.txt"
-    lines.write_text("\n\n".join(text for text in TEXTS if " " in text))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+def test_adam_of_a_language_model_is_calibrated_by_rows(tmp_path, lines, capsys):
     ids = torch.ones(2, 3, dtype=torch.long)
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    words = (tmp_path / "model", "--adam", tmp_path / "optimizer.pt", "-o", tmp_path / "c.safetensors")
-    assert run(*words, "--num-examples", 50, "--batch-size", 2) == 2
+    stepped(save_language_model(tmp_path / "model"), tmp_path, input_ids=ids, labels=ids)
+    line = f"{tmp_path}/model --adam {tmp_path}/optimizer.pt -o {tmp_path}/c.safetensors"
+    assert estimated(f"{line} --num-examples 50 --batch-size 2") == 2
     assert "a mean over predicted tokens, and no file tells" in capsys.readouterr().err
-    assert run(*words, "--data", lines, "--calibrate", 3) == 0
+    assert estimated(f"{line} --data {lines} --calibrate 3") == 0
     assert "to the trace of the empirical Fisher of 3 examples" in capsys.readouterr().out
     assert Curvature.load(tmp_path / "c.safetensors").num_examples == 4
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--data", "x.csv", "--method", "fischer"], "unknown method 'fischer'; did you mean 'fisher'?"),
-        (["--data", "x.csv", "--adam", "o.pt"], "give either --data (to measure) or --adam"),
-        ([], "give either --data (to measure) or --adam"),
-        (["--adam", "o.pt", "--batch-size", 8], "--adam needs --num-examples"),
-        (["--adam", "o.pt", "--num-examples", 5, "--calibrate", 4], "--calibrate needs both --adam"),
-        (["--data", "x.csv", "--limit", "0"], "--examples must be at least 1, got 0"),
-        (
-            ["--data", "x.csv", "--method", "kfac", "--tolerance", "0.1"],
-            "tolerance is not available for --method kfac",
-        ),
-        (
-            ["--data", "x.csv", "--method", "kfac", "--gradient"],
-            "gradient is not available for --method kfac",
-        ),
-        (["--data", "x.csv", "--tolerance", "2"], "relative error between 0 and 1"),
-        (["--data", "x.csv", "--method", "ggn", "--reduction", "batch"], "right only for --method fisher"),
-        (["--data", "x.csv"], "no data file x.csv"),
-    ],
-)
-def test_errors_are_one_line_and_code_2(tmp_path, capsys, words, message):
-    assert run("model", "-o", tmp_path / "c.safetensors", *words) == 2
-    err = capsys.readouterr().err
-    assert message in err
-    assert "Traceback" not in err
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("curv.txt", "known by their ending; name it"),
-        ("curv", "curv.safetensors"),
-        ("folder.safetensors", "is a folder; name the file to write in it"),
-    ],
-)
-def test_the_output_is_a_safetensors_file(tmp_path, capsys, name, message):
-    (tmp_path / "folder.safetensors").mkdir()
-    assert run("model", "-o", tmp_path / name, "--data", "x.csv") == 2
-    assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["folder.safetensors"]
-
-
 def test_rows_without_text_are_left_out_aloud_and_others_keep_their_numbers(tmp_path, capsys):
     save_classifier(tmp_path / "model")
-    data, out = tmp_path / "reviews.csv", tmp_path / "c.safetensors"
+    data = tmp_path / "reviews.csv"
     data.write_text("text,label\n" + f",class0\n{TEXTS[0]},class1\n{TEXTS[1]},classX\n")
-    assert run(tmp_path / "model", "--data", data, "-o", out, "--quiet") == 2
-    err = capsys.readouterr().err
-    assert "row 2: column 'label' holds the unknown label 'classX'" in err
+    line = f"{tmp_path}/model --data {data} -o {tmp_path}/c.safetensors --quiet"
+    assert estimated(line) == 2
+    assert "row 2: column 'label' holds the unknown label 'classX'" in capsys.readouterr().err
     data.write_text(data.read_text().replace("classX", "class0"))
-    assert run(tmp_path / "model", "--data", data, "-o", out, "--quiet") == 0
+    assert estimated(line) == 0
     printed = capsys.readouterr()
-    assert (
-        "text column 'text', label column 'label'\n1 of 3 rows have no text in column 'text'" in printed.out
-    )
+    said = "text column 'text', label column 'label'\n1 of 3 rows have no text in column 'text'"
+    assert said in printed.out
     assert "N = 2" in printed.out
     assert printed.err == ""
 
@@ -183,11 +117,10 @@ def test_methods_in_the_help_are_those_of_the_library():
     assert set(METHODS) == set(ESTIMATORS)
 
 
-def test_an_existing_file_is_not_replaced(tmp_path, reviews, capsys):
+def test_an_existing_file_is_not_replaced(tmp_path, reviews):
     out = tmp_path / "c.safetensors"
     out.write_text("precious")
-    assert run("model", "--data", reviews, "-o", out) == 2
-    assert "exists; pass --overwrite" in capsys.readouterr().err
+    assert estimated(f"model --data {reviews} -o {out}") == 2
     assert out.read_text() == "precious"
 
 

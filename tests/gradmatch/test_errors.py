@@ -1,6 +1,5 @@
 """Every way to ask for something that cannot be done, and what is said: all before a value is merged."""
 
-import json
 import math
 
 import pytest
@@ -19,14 +18,31 @@ from tests.gradmatch.cases import problem, state
 BASE, H0, MODELS, CURVATURES = problem(2)
 PLAIN = [Task(m) for m in MODELS]
 KNOWN = [Task(m, c) for m, c in zip(MODELS, CURVATURES, strict=True)]
+SMALL = {name: value[..., :3] if value.dim() == 2 else value for name, value in MODELS[0].items()}
+LACKING = {name: value for name, value in MODELS[0].items() if name != "layers.0.w"}
+BARE = {"embed.w": torch.ones(2), "norm.w": torch.ones(2)}
+HEADED = {f"bert.{name}": value for name, value in BARE.items()} | {"head.w": torch.ones(2)}
+BESIDE = {"method": "averaging", "heads": "keep-per-task"}
+OTHER_SIZE = r"^(?!.*head).*'layers.0.w' has shape \[4, 6\] in the base and \[4, 3\] in task 1, and so have 2 more of 5 tensors another"
 
-REQUESTS = [  # keyword arguments of merge(BASE, PLAIN, ...), and what the error must say
-    ({"method": "tis"}, r"unknown method 'tis' \(did you mean 'ties'\?\)"),
-    ({"method": "ties", "densty": 0.1}, r"ties has no option 'densty' \(did you mean 'density'\?\); it takes density"),
+
+def weighing(*weights):
+    return [Task(m, weight=w) for m, w in zip([*MODELS, BASE], weights, strict=False)]
+
+
+def called(*names):
+    return [Task(m, name=n) for m, n in zip(MODELS, names, strict=False)]
+
+
+def filled(value, dtype=torch.float64):
+    return {name: torch.full_like(t, value, dtype=dtype) for name, t in BASE.items()}
+
+
+# Keyword arguments of merge(base=BASE, tasks=PLAIN, ...), and what the error must say. What the command refuses as well
+# stands in test_refusals.py.
+VALUES = [
     ({"method": "ties", "density": 0.0}, r"density is 0.0; it is the share kept and must lie in \(0, 1\]"),
-    ({"method": "ties", "density": 1.5}, r"density is 1.5"),
     ({"method": "ties", "density": {"*mlp*": 2.0, "*": 0.1}}, r"density is 2.0"),
-    ({"method": "ties", "trim": "globl"}, r"trim is 'globl' \(did you mean 'global'\?\); choose one of global, tensor"),
     ({"method": "dare", "rescale": "l2"}, r"rescale is 'l2'"),
     ({"method": "della", "density": 0.9, "epsilon": 0.4}, r"density 0.9 with epsilon 0.4 gives probabilities from 0.7 to 1.1"),
     ({"method": "breadcrumbs", "gamma": 1.0}, r"gamma is 1.0"),
@@ -36,10 +52,8 @@ REQUESTS = [  # keyword arguments of merge(BASE, PLAIN, ...), and what the error
     ({"method": "nuslerp", "along": "row"}, r"along is 'row' \(did you mean 'rows'\?\); choose one of tensor, rows, columns"),
     ({"method": "slerp", "along": {"*w": "rows", "*": "colums"}}, r"along is 'colums' \(did you mean 'columns'"),
     ({"method": "task_arithmetic", "scale": math.inf}, r"scale is inf"),
-    ({"method": "task_arithmetic", "transforms": ["tis"]}, r"unknown transform 'tis' \(did you mean 'ties'\?\)"),
     ({"method": "task_arithmetic", "transforms": [{"ties": {"densty": 1}}]}, r"ties has no option 'densty'"),
     ({"dtype": "flot32"}, r"dtype is 'flot32' \(did you mean 'float32'\?\)"),
-    ({"dtype": "int64"}, r"dtype is 'int64'"),
     ({"dtype": "float8_e4m3fn"}, r"dtype is 'float8_e4m3fn'.*; choose one of float64, float32, float16, bfloat16"),
     ({"delta0": -1.0}, r"delta0 is -1.0; it must be a finite number of at least 0"),
     ({"delta0": math.nan}, r"delta0 is nan"),
@@ -48,36 +62,78 @@ REQUESTS = [  # keyword arguments of merge(BASE, PLAIN, ...), and what the error
     ({"shard_bytes": 0}, r"shard_bytes is 0"),
     ({"method": "gradient_matching", "base_curvature": 1.0}, r"gradient_matching needs a curvature .* for every task, task 1 has none"),
     ({"method": "regmean"}, r"regmean needs gram matrices"),
-    ({"method": "passthrough"}, r"passthrough takes 1 task, got 2"),
     ({"method": "averaging", "batchnorm": "recalibrate"}, r"as a module"),
+    ({"method": "ties", "trim": 1}, r"trim is 1; choose one of global, tensor"),
+    ({"method": "dare", "seed": 1.7}, r"seed is 1.7, it must be a whole number"),
+    ({"method": "della", "epsilon": math.nan}, r"epsilon is nan, it must be a finite number"),
+    ({"method": "karcher", "iterations": -1}, r"iterations is -1, it must lie in \[1, inf\]"),
+    ({"method": "karcher", "iterations": 1.5}, r"iterations is 1.5, it must be a whole number"),
+    ({"method": "karcher", "tolerance": math.nan}, r"tolerance is nan"),
+    ({"delta0": "1"}, r"delta0 is '1'"),
+    ({"tasks": []}, "no tasks to merge"),
+    ({"tasks": KNOWN, "base_curvature": H0, "guard": "flor", "method": "removal"}, r"guard is 'flor' \(did you mean 'floor'\?\); choose one of floor, scale"),
+    ({"tasks": KNOWN[:1]}, r"needs the base's curvature; pass base_curvature.* base_curvature=1.0 .*, or use method='fisher'"),
+    ({"tasks": KNOWN[:1], "method": "removal"}, r"base_curvature=1.0 .*, or use method='negation'"),
+    ({"tasks": weighing(1, -1), "method": "weighted"}, "sum to zero and cannot be normalised"),
+    ({"tasks": weighing(0.1, 0.2, -0.3), "method": "linear"}, "sum to zero and cannot be normalised"),
+    ({"tasks": weighing(0.1, 0.2, -0.3), "method": "dare", "normalize": True}, "sum to zero and cannot be normalised"),
+    ({"tasks": called("a", "../../b"), **BESIDE}, r"'../../b' is no plain file name"),
+    ({"tasks": called("a\\b", "b"), **BESIDE}, "is no plain file name"),
+    ({"tasks": called(".a"), **BESIDE}, "'.a' is no plain file name"),
+    ({"tasks": [Task(MODELS[0], options={"densty": 1})], "method": "ties"}, r"task 1 has no option 'densty' of its own \(did you mean 'density'"),
+    ({"tasks": [Task(MODELS[0], options={"density": 1})], "method": "averaging"}, "no option 'density' of its own; the method has none"),
+    ({"tasks": [Task(MODELS[0], options={"density": 2})], "method": "ties"}, "density is 2"),
+    ({"tasks": [Task({"layers.0.w": torch.ones(2, 2)})], "method": "averaging", "missing": "base"}, "head|shape"),
+    ({"tasks": PLAIN[:1], "method": "slerp"}, "slerp takes 2 tasks, got 1"),
+    ({"tasks": [Task(LACKING), PLAIN[1]], "method": "slerp", "missing": "base"}, "'layers.0.w' is in 1 of the tasks, and slerp needs 2"),
+    ({"tasks": [Task(LACKING), PLAIN[1]], "method": "nuslerp", "missing": "base"}, "'layers.0.w' is in 1 of the tasks, and nuslerp needs 2"),
+    ({"tasks": [Task(MODELS[0], Curvature.from_dict(filled(1.0), 1))], "method": "measured", "base_curvature": 1.0}, "needs the measured gradient"),
+    ({"tasks": [Task(MODELS[0], Curvature.from_dict({n: torch.ones(3) for n in BASE}, 1))], "base_curvature": 1.0}, r"has shape \[3\] for 'embed.weight', the model has \[11, 4\]"),
+    ({"tasks": [Task({**MODELS[0], "layers.0.w": torch.ones(4, 6, dtype=torch.int64)})], "method": "averaging"}, "is F64 in the base and I64 in task 1"),
+    ({"tasks": [Task(SMALL)], "method": "averaging"}, OTHER_SIZE),
+    ({"tasks": [Task(SMALL)], "method": "averaging", "heads": "base"}, OTHER_SIZE),
+    ({"tasks": [Task(filled(1e308))], "method": "task_arithmetic", "scale": 1e10}, "though every input is finite"),
+    ({"tasks": [Task(filled(1e6))], "method": "averaging", "dtype": "float16"}, "beyond what torch.float16 holds"),
+    ({"base": {"w": torch.ones(3).to(torch.float8_e5m2)}, "tasks": [Task({"w": torch.full((3,), 1e6)})], "method": "averaging"}, r"reach 1e\+06, beyond what torch.float8_e5m2 holds"),
+    ({"base": {"w": torch.ones(2), "old": torch.tensor([1e38, 1.0])}, "tasks": [Task({"w": torch.zeros(2)})], "method": "averaging", "missing": "base", "dtype": "float16"}, r"old: values reach 1e\+38, beyond what torch.float16 holds"),
+    ({"base": {**BASE, "norm.bias": torch.full((4,), math.inf, dtype=torch.float64)}, "method": "task_arithmetic"}, "'norm.bias' holds 4 NaN or infinite values in the base"),
+    ({"base": {"w": torch.ones(4, dtype=torch.int8)}, "tasks": [Task({"w": torch.ones(4)})], "method": "averaging"}, "'w' is I8 in the base and F32 in task 1; quantised weights"),
+    ({"base": {"w": torch.zeros(2)}, "tasks": [Task({"w": torch.ones(2)}, weight=[0, 1])], "method": "task_arithmetic"}, r"weight of task 1 is a list over the depth, \[0, 1\], but names such as 'w' hold no layers"),
+    ({"base": BARE, "tasks": [Task(HEADED)], "method": "averaging", "head_names": ["nothing"], "heads": "base"}, "names of the task begin with 'bert.'"),
+    ({"base": HEADED, "tasks": [Task(BARE)], "method": "averaging", "head_names": ["nothing"], "heads": "base"}, "names of the base begin with 'bert.'"),
+    ({"base": BARE, "tasks": [Task({"other": torch.ones(3)})], "method": "averaging", "missing": "base"}, r"no tensor would be merged, .* \(in no task: the base's\); check the policies"),
 ]  # fmt: skip
-
-
-KINDS = [  # options of another kind than their default's
-    ({"method": "task_arithmetic", "scale": "much"}, TypeError, r"scale is 'much'; it must be a number, as its default 1.0"),
-    ({"method": "task_arithmetic", "scale": [0, "1"]}, TypeError, r"scale is '1'"),
-    ({"method": "task_arithmetic", "normalize": "no"}, TypeError, r"normalize is 'no'; it must be true or false"),
-    ({"method": "removal", "keep": "0.1", "base_curvature": 1.0}, TypeError, r"keep is '0.1'"),
-    ({"method": "ties", "density": True}, TypeError, r"ties: density is True; it must be a number"),
-    ({"method": "ties", "trim": 1}, ValueError, r"trim is 1; choose one of global, tensor"),
-    ({"method": "dare", "seed": 1.7}, ValueError, r"seed is 1.7, it must be a whole number"),
-    ({"method": "dare", "shard_bytes": "5"}, TypeError, r"shard_bytes is '5'"),
-    ({"method": "della", "epsilon": math.nan}, ValueError, r"epsilon is nan, it must be a finite number"),
-    ({"method": "karcher", "iterations": -1}, ValueError, r"iterations is -1, it must lie in \[1, inf\]"),
-    ({"method": "karcher", "iterations": 1.5}, ValueError, r"iterations is 1.5, it must be a whole number"),
-    ({"method": "karcher", "tolerance": math.nan}, ValueError, r"tolerance is nan"),
-    ({"method": "ties", "density": [{"filter": 3, "value": 1}]}, TypeError, r"the filter 3 is no text"),
-    ({"delta0": "1"}, ValueError, r"delta0 is '1'"),
+TYPES = [
+    ({"method": "task_arithmetic", "scale": "much"}, r"scale is 'much'; it must be a number, as its default 1.0"),
+    ({"method": "task_arithmetic", "scale": [0, "1"]}, r"scale is '1'"),
+    ({"method": "task_arithmetic", "normalize": "no"}, r"normalize is 'no'; it must be true or false"),
+    ({"method": "removal", "keep": "0.1", "base_curvature": 1.0}, r"keep is '0.1'"),
+    ({"method": "ties", "density": True}, r"ties: density is True; it must be a number"),
+    ({"method": "dare", "shard_bytes": "5"}, r"shard_bytes is '5'"),
+    ({"method": "ties", "density": [{"filter": 3, "value": 1}]}, r"the filter 3 is no text"),
+    ({"tasks": MODELS, "method": "averaging"}, "tasks must be Task objects"),
+    ({"base": 3, "method": "averaging"}, "a model is a path"),
+    ({"base": {"w": 3}, "method": "averaging"}, "'w' is a int, not a tensor"),
+    ({"tasks": [Task(MODELS[0], 3)], "base_curvature": 1.0}, "a curvature is a Curvature or the path"),
+    ({"tasks": [Task(MODELS[0], weight="x")], "method": "task_arithmetic"}, "weight of task 1 is 'x'"),
+    ({"tasks": [Task(MODELS[0], weight=[])], "method": "task_arithmetic"}, "is no number, list"),
+    ({"method": "averaging", "transforms": [3]}, "a transform is a name or"),
 ]  # fmt: skip
+REFUSED = [(ValueError, *row) for row in VALUES] + [(TypeError, *row) for row in TYPES]
 
 
-@pytest.mark.parametrize(("options", "error", "text"), KINDS, ids=lambda value: str(value)[:60])
-def test_options_of_another_kind_are_refused_before_an_output_is_begun(options, error, text, tmp_path):
+@pytest.mark.parametrize(("error", "given", "text"), REFUSED, ids=[text[:60] for _, _, text in REFUSED])
+def test_what_is_refused_and_leaves_nothing_behind(error, given, text, tmp_path):
     with pytest.raises(error, match=text):
-        merge(BASE, PLAIN, **options, out=tmp_path / "out")
+        merge(**{"base": BASE, "tasks": PLAIN, **given}, out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_task_checks_itself():
     with pytest.raises(TypeError, match="the filter 3 is no text"):
         Task(BASE, weight=[{"filter": 3, "value": 1}])
+    with pytest.raises(TypeError, match=r"Task\(\.\.\.\): a model is a path"):
+        Task(3)
 
 
 def test_numbers_of_other_libraries():
@@ -94,68 +150,6 @@ def test_numbers_of_other_libraries():
 def test_large_seeds_keep_their_digits():
     one, two = (merge(BASE, [Task(MODELS[0], name="a")], method="dare", seed=2**60 + i) for i in (0, 1))
     assert any(not torch.equal(one[name], two[name]) for name in BASE)
-
-
-@pytest.mark.parametrize(("options", "text"), REQUESTS, ids=lambda value: str(value)[:60])
-def test_requests(options, text):
-    with pytest.raises(ValueError, match=text):
-        merge(BASE, PLAIN, **options)
-
-
-@pytest.mark.parametrize(
-    ("tasks", "options", "text"),
-    [
-        ([], {}, "no tasks to merge"),
-        (KNOWN, {}, r"gradient_matching needs the base's curvature; pass base_curvature"),
-        (KNOWN, {"base_curvature": -1.0}, r"base_curvature is -1.0"),
-        (KNOWN, {"base_curvature": H0, "keep": 0.0, "method": "removal"}, r"keep is 0, it must lie in \(0, 1\]"),
-        (KNOWN, {"base_curvature": H0, "guard": "flor", "method": "removal"}, r"guard is 'flor' \(did you mean 'floor'\?\); choose one of floor, scale"),
-        ([Task(MODELS[0], name="a"), Task(MODELS[1], name="a")], {"method": "averaging"}, r"two tasks are called 'a'"),
-        ([Task(MODELS[0], weight=math.nan)], {"method": "task_arithmetic"}, r"the weight of task 1 is nan; it must be finite"),
-        ([Task(m, weight=w) for m, w in zip(MODELS, (1, -1), strict=True)], {"method": "weighted"}, r"sum to zero and cannot be normalised"),
-        ([Task(m, weight=w) for m, w in zip([*MODELS, BASE], (0.1, 0.2, -0.3), strict=True)], {"method": "linear"}, r"sum to zero and cannot be normalised"),
-        ([Task(m, weight=w) for m, w in zip([*MODELS, BASE], (0.1, 0.2, -0.3), strict=True)], {"method": "dare", "normalize": True}, r"sum to zero and cannot be normalised"),
-        ([Task(m, name=n) for m, n in zip(MODELS, ("a", "../../b"), strict=True)], {"method": "averaging", "heads": "keep-per-task"}, r"'../../b' is no plain file name"),
-        ([Task(m, name=n) for m, n in zip(MODELS, ("a\\b", "b"), strict=True)], {"method": "averaging", "heads": "keep-per-task"}, r"is no plain file name"),
-        ([Task(MODELS[0], name=".a")], {"method": "averaging", "heads": "keep-per-task"}, r"'.a' is no plain file name"),
-        ([Task(MODELS[0], weight={"*mlp*": 1.0})], {"method": "task_arithmetic"}, r"no pattern of \['\*mlp\*'\] matches tensor 'embed.weight'"),
-        ([Task(MODELS[0], options={"densty": 1})], {"method": "ties"}, r"task 1 has no option 'densty' of its own \(did you mean 'density'"),
-        ([Task(MODELS[0], options={"density": 1})], {"method": "averaging"}, r"no option 'density' of its own; the method has none"),
-        ([Task(MODELS[0], options={"density": 2})], {"method": "ties"}, r"density is 2"),
-        ([Task({"layers.0.w": torch.ones(2, 2)})], {"method": "averaging", "missing": "base"}, r"head|shape"),
-        (PLAIN[:1], {"method": "slerp"}, r"slerp takes 2 tasks, got 1"),
-        ([Task(MODELS[0], Curvature.from_dict({n: torch.ones_like(t) for n, t in BASE.items()}, 1))], {"method": "measured", "base_curvature": 1.0}, r"needs the measured gradient"),
-        (KNOWN, {"method": "regmean"}, r"holds no gram matrices"),
-        ([Task(MODELS[0], Curvature.from_dict({n: torch.ones(3) for n in BASE}, 1))], {"base_curvature": 1.0}, r"has shape \[3\] for 'embed.weight', the model has \[11, 4\]"),
-    ],
-)  # fmt: skip
-def test_tasks(tasks, options, text):
-    with pytest.raises(ValueError, match=text):
-        merge(BASE, tasks, **options)
-
-
-@pytest.mark.parametrize(
-    ("call", "text"),
-    [
-        (lambda: merge(BASE, MODELS, method="averaging"), "tasks must be Task objects"),
-        (lambda: merge(3, PLAIN, method="averaging"), "a model is a path"),
-        (lambda: Task(3), r"Task\(\.\.\.\): a model is a path"),
-        (
-            lambda: merge(BASE, [Task(MODELS[0], 3)], base_curvature=1.0),
-            "a curvature is a Curvature or the path",
-        ),
-        (lambda: merge({"w": 3}, PLAIN, method="averaging"), r"'w' is a int, not a tensor"),
-        (
-            lambda: merge(BASE, [Task(MODELS[0], weight="x")], method="task_arithmetic"),
-            r"weight of task 1 is 'x'",
-        ),
-        (lambda: merge(BASE, [Task(MODELS[0], weight=[])], method="task_arithmetic"), r"is no number, list"),
-        (lambda: merge(BASE, PLAIN, method="averaging", transforms=[3]), r"a transform is a name or"),
-    ],
-)
-def test_wrong_types(call, text):
-    with pytest.raises(TypeError, match=text):
-        call()
 
 
 def known(model, value, n=1):
@@ -194,17 +188,6 @@ def test_negative_weights_that_leave_a_positive_curvature_are_merged(transforms)
     torch.testing.assert_close(merged, torch.tensor([-3.0, -1.0, -1.25 / 0.75]), rtol=1e-5, atol=0)
 
 
-def test_shapes_and_kinds_that_differ():
-    other = {**MODELS[0], "layers.0.w": torch.ones(4, 7, dtype=torch.float64)}
-    with pytest.raises(
-        ValueError, match=r"'layers.0.w' has shape \[4, 6\] in the base and \[4, 7\] in task 1"
-    ):
-        merge(BASE, [Task(other)], method="averaging")
-    integer = {**MODELS[0], "layers.0.w": torch.ones(4, 6, dtype=torch.int64)}
-    with pytest.raises(ValueError, match=r"is F64 in the base and I64 in task 1"):
-        merge(BASE, [Task(integer)], method="averaging")
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("method", ["gradient_matching", "averaging", "ties", "measured", "slerp"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -217,35 +200,15 @@ def test_values_that_are_not_finite_are_named(value, method):
         merge(BASE, tasks, method=method, **options)
 
 
-def test_values_of_curvatures_and_of_the_base(tmp_path):
+def test_values_of_curvatures(tmp_path):
     mean = {f"mean/{name}": CURVATURES[0].mean(name).float() for name in BASE}
     mean["mean/norm.bias"][1] = math.nan
     save_file(mean, tmp_path / "c.safetensors", metadata={"format_version": "1", "num_examples": "3"})
-    with pytest.raises(
-        ValueError, match=r"'norm.bias' holds 1 NaN or infinite values in the curvature of task 1"
-    ):
+    said = "'norm.bias' holds 1 NaN or infinite values in the curvature of"
+    with pytest.raises(ValueError, match=f"{said} task 1"):
         merge(BASE, [Task(MODELS[0], tmp_path / "c.safetensors")], base_curvature=H0)
-    with pytest.raises(ValueError, match=r"in the curvature of the base"):
+    with pytest.raises(ValueError, match=f"{said} the base"):
         merge(BASE, KNOWN, base_curvature=tmp_path / "c.safetensors")
-    base = {**BASE, "norm.bias": torch.full((4,), math.inf, dtype=torch.float64)}
-    with pytest.raises(ValueError, match=r"'norm.bias' holds 4 NaN or infinite values in the base"):
-        merge(base, PLAIN, method="task_arithmetic")
-
-
-def test_overflow_is_told_from_bad_input():
-    huge = {name: torch.full_like(t, 1e308) for name, t in BASE.items()}
-    with pytest.raises(ValueError, match="though every input is finite"):
-        merge(BASE, [Task(huge)], method="task_arithmetic", scale=1e10)
-    with pytest.raises(ValueError, match=r"beyond what torch.float16 holds"):
-        merge(
-            BASE,
-            [Task({n: torch.full_like(t, 1e6) for n, t in BASE.items()})],
-            method="averaging",
-            dtype="float16",
-        )
-    narrow = {"w": torch.ones(3).to(torch.float8_e5m2)}
-    with pytest.raises(ValueError, match=r"reach 1e\+06, beyond what torch.float8_e5m2 holds"):
-        merge(narrow, [Task({"w": torch.full((3,), 1e6)})], method="averaging")
 
 
 def test_curvature_of_another_model(tmp_path):
@@ -261,84 +224,28 @@ def test_curvature_of_another_model(tmp_path):
         merge(BASE, KNOWN, base_curvature=own)
 
 
-def write_folder(folder, tensors=None, **config):
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors or {"w": torch.ones(2)}, folder / "model.safetensors")
-    return folder
-
-
-def test_checkpoint_folders_that_cannot_be_opened(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no file or folder"):
-        open_checkpoint(tmp_path / "absent" / "deep" / "path")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"holds no model.safetensors"):
-        open_checkpoint(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="no hub repository of that name could be fetched"):
-        open_checkpoint("someone/no-such-model")
-    quantised = write_folder(tmp_path / "q", quantization_config={"bits": 4})
-    with pytest.raises(ValueError, match="is quantised"):
-        open_checkpoint(quantised)
-    two = write_folder(tmp_path / "two")
-    (two / "model.safetensors").rename(two / "a.safetensors")
-    save_file({"v": torch.ones(2)}, two / "b.safetensors")
-    with pytest.raises(ValueError, match=r"holds 2 safetensors files and no model.safetensors.index.json"):
-        open_checkpoint(two)
-    bad = write_folder(tmp_path / "bad")
-    (bad / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        open_checkpoint(bad)
-    (bad / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="holds a list, not a table"):
-        open_checkpoint(bad)
-
-
-INDEXES = [
-    ({"w": "../other/model.safetensors"}, "points outside its folder"),
-    ({"w": "/etc/model.safetensors"}, "points outside its folder"),
-    ({}, "has no weight_map"),
-    (
-        {"w": "model.safetensors", "v": "model.safetensors"},
-        r"says that model.safetensors holds 'v', but it does not",
-    ),
-    (
-        {"w": "model.safetensors", "u": "second.safetensors"},
-        r"holds 'x', which the index does not place there",
-    ),
-]
-
-
-@pytest.mark.parametrize(("weight_map", "text"), INDEXES)
-def test_indexes_that_lie(tmp_path, weight_map, text):
-    folder = write_folder(tmp_path / "m")
-    save_file({"u": torch.ones(2), "x": torch.ones(2)}, folder / "second.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(ValueError, match=text):
-        open_checkpoint(folder)
+def test_a_file_of_values_that_was_cut_while_it_is_open(tmp_path):
+    """What of a folder cannot be opened at all stands in test_refusals.py."""
+    save_file({"w": torch.ones(1000)}, tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    unread, opened = open_checkpoint(tmp_path), TensorFile(tmp_path / "model.safetensors")
+    opened.fileno()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="cut short"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="changed since its header was read"):
+        unread["w"]
+    with pytest.raises(ValueError, match="has shrunk"):
+        opened.block("w")
 
 
 def test_one_name_in_two_shards(tmp_path):
-    from gradmatch.estimators.tensorfile import TensorFile
     from gradmatch.models.stores import FileStore
 
     for name in ("a", "b"):
         save_file({"w": torch.ones(2)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(ValueError, match=r"tensor 'w' is in .*a.safetensors and in .*b.safetensors"):
         FileStore([TensorFile(tmp_path / "a.safetensors"), TensorFile(tmp_path / "b.safetensors")])
-
-
-def test_truncated_shard_and_shrunk_file(tmp_path):
-    folder = write_folder(tmp_path / "m", {"w": torch.ones(1000)})
-    whole = (folder / "model.safetensors").read_bytes()
-    unread, opened = open_checkpoint(folder), TensorFile(folder / "model.safetensors")
-    opened.fileno()
-    (folder / "model.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="cut short"):
-        open_checkpoint(folder)
-    with pytest.raises(ValueError, match="changed since its header was read"):
-        unread["w"]
-    with pytest.raises(ValueError, match="has shrunk"):
-        opened.block("w")
 
 
 def test_pickles_are_refused_unless_asked(tmp_path):
@@ -387,16 +294,9 @@ def test_patterns_that_settle_nothing_are_named(weight, text):
 
 def test_patterns_of_options_and_heads_that_settle_nothing():
     tasks = [Task(MODELS[0], options={"density": {"*norn*": 0.5, "*": 1.0}}, name="one")]
+    options = {"method": "ties", "scale": {"*layrs*": 1.0, "*": 2.0}, "trim": "tensor"}
     with pytest.warns(UserWarning, match="matches no tensor") as found:
-        prepare(
-            BASE,
-            tasks,
-            method="ties",
-            scale={"*layrs*": 1.0, "*": 2.0},
-            trim="tensor",
-            heads="base",
-            head_names=["clasifier*"],
-        )
+        prepare(BASE, tasks, heads="base", head_names=["clasifier*"], **options)
     said = "\n".join(str(one.message) for one in found)
     for text in ("option density of one: '*norn*'", "scale: '*layrs*'", "head_names: 'clasifier*'"):
         assert text in said
@@ -415,11 +315,6 @@ def test_settings_errors():
         value_at([{"filter": "mlp", "value": 1}], "a.b", 0.0, "density")
     with pytest.raises(TypeError, match=r"density: .* is no number"):
         value_at([1, "x"], "a.b", 0.0, "density")
-    with pytest.raises(
-        ValueError,
-        match=r"weight of task 1 is a list over the depth, \[0, 1\], but names such as 'w' hold no layers",
-    ):
-        merge({"w": torch.zeros(2)}, [Task({"w": torch.ones(2)}, weight=[0, 1])], method="task_arithmetic")
     assert value_at([0.3], "w", None) == 0.3
 
 
@@ -440,67 +335,8 @@ def test_weighted_names_the_weights():
 def test_slices_out_of_range(bounds):
     with pytest.raises(ValueError, match=r"it has 2, a range needs 0 <= first < last <= 2"):
         stack([Slice(BASE, *bounds)])
-
-
-def test_no_slices():
     with pytest.raises(ValueError, match="no slices"):
         stack([])
-
-
-def test_quantised_weights_in_a_state_dict():
-    base = {"w": torch.ones(4, dtype=torch.int8)}
-    with pytest.raises(ValueError, match=r"'w' is I8 in the base and F32 in task 1; quantised weights"):
-        merge(base, [Task({"w": torch.ones(4)})], method="averaging")
-
-
-def test_models_of_two_architectures():
-    with pytest.raises(
-        ValueError, match="share no tensor at all: they are models of different architectures"
-    ):
-        merge(BASE, [Task({"other": torch.ones(2)})], method="averaging")
-
-
-def test_a_path_that_is_not_there_names_its_neighbour(tmp_path):
-    (tmp_path / "movies").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no file or folder .*movie \(did you mean 'movies'\?\)"):
-        open_checkpoint(tmp_path / "movie")
-
-
-def test_names_that_differ_by_a_prefix():
-    bare = {"embed.w": torch.ones(2), "norm.w": torch.ones(2)}
-    headed = {f"bert.{name}": value for name, value in bare.items()} | {"head.w": torch.ones(2)}
-    for base, task, owner in ((bare, headed, "the task"), (headed, bare, "the base")):
-        with pytest.raises(ValueError, match=rf"names of {owner} begin with 'bert.'"):
-            merge(base, [Task(task)], method="averaging", head_names=["nothing"], heads="base")
-
-
-@pytest.mark.parametrize("method", ["slerp", "nuslerp"])
-def test_two_models_are_needed_for_every_tensor(method):
-    lacking = {name: value for name, value in MODELS[0].items() if name != "layers.0.w"}
-    with pytest.raises(ValueError, match=rf"'layers.0.w' is in 1 of the tasks, and {method} needs 2"):
-        merge(BASE, [Task(lacking), Task(MODELS[1])], method=method, missing="base")
-
-
-def test_copied_values_that_another_dtype_cannot_hold():
-    base, model = {"w": torch.ones(2), "old": torch.tensor([1e38, 1.0])}, {"w": torch.zeros(2)}
-    with pytest.raises(ValueError, match=r"old: values reach 1e\+38, beyond what torch.float16 holds"):
-        merge(base, [Task(model)], method="averaging", missing="base", dtype="float16")
-
-
-@pytest.mark.parametrize(("method", "instead"), [("gradient_matching", "fisher"), ("removal", "negation")])
-def test_a_missing_base_curvature_names_a_method_of_the_same_purpose(method, instead):
-    base, _, models, curvatures = problem(1)
-    with pytest.raises(ValueError, match=rf"base_curvature=1.0 .*, or use method='{instead}'"):
-        merge(base, [Task(models[0], curvatures[0])], method=method)
-
-
-def test_models_of_another_size_are_not_called_another_head():
-    small = {name: value[..., :3] if value.dim() == 2 else value for name, value in MODELS[0].items()}
-    said = r"'layers.0.w' has shape \[4, 6\] in the base and \[4, 3\] in task 1, and so have 2 more of 5 tensors another"
-    for heads in ("error", "base"):
-        with pytest.raises(ValueError, match=said) as error:
-            merge(BASE, [Task(small)], method="averaging", heads=heads)
-        assert "head" not in str(error.value)
 
 
 @pytest.mark.parametrize("prefix", ["", "net.", "model.net."])
@@ -525,12 +361,8 @@ def test_a_head_never_holds_the_network_whatever_its_names_begin_with(prefix, he
     ]
 
 
-def test_a_merge_that_merges_nothing_is_an_error_and_one_that_merges_little_is_told():
+def test_a_merge_that_merges_little_is_told():
     base = {"few": torch.ones(2), "many": torch.ones(100)}
-    with pytest.raises(
-        ValueError, match=r"no tensor would be merged, .* \(in no task: the base's\); check the policies"
-    ):
-        prepare(base, [Task({"other": torch.ones(3)})], method="averaging", missing="base")
     with pytest.warns(UserWarning, match="2 of the base's 102 weights are merged; all others are the base's"):
         prepare(base, [Task({"few": torch.ones(2)})], method="averaging", missing="base")
 
