@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradmatch.api import estimate, merge
+    from gradmatch.api import estimate, forecast, merge
     from gradmatch.diagnosis import Diagnosis, diagnose
     from gradmatch.estimators.adam import from_adam
     from gradmatch.estimators.curvature import Curvature
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gradmatch.models.task import Task
     from gradmatch.output.report import Report
     from gradmatch.refine import refine
+    from gradmatch.removal.limits import budget
     from gradmatch.rules import RULES, Rule
     from gradmatch.rules.edits import TRANSFORMS
     from gradmatch.subtraction import analogy, subtract
@@ -33,8 +34,10 @@ EXPORTS = {
     "TRANSFORMS": "gradmatch.rules.edits",
     "Task": "gradmatch.models.task",
     "analogy": "gradmatch.subtraction",
+    "budget": "gradmatch.removal.limits",
     "diagnose": "gradmatch.diagnosis",
     "estimate": "gradmatch.api",
+    "forecast": "gradmatch.api",
     "from_adam": "gradmatch.estimators.adam",
     "load_head": "gradmatch.models.heads",
     "merge": "gradmatch.api",
@@ -53,8 +56,10 @@ __all__ = [
     "Rule",
     "Task",
     "analogy",
+    "budget",
     "diagnose",
     "estimate",
+    "forecast",
     "from_adam",
     "load_head",
     "merge",

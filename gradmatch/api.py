@@ -1,4 +1,4 @@
-"""The public call: merge, with weights that are given or chosen, and greedy soups."""
+"""The public calls that meet several wings: merge with weights that are given or chosen, estimate from paths, forecast."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gradmatch.rules import Linear, find_rule
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from gradmatch.choosing.auto import AutoWeights
     from gradmatch.estimators.curvature import Curvature
     from gradmatch.merging import CurvatureLike
     from gradmatch.models.checkpoint import Checkpoint
@@ -151,3 +152,77 @@ def estimate(model: str | os.PathLike[str] | nn.Module, batches: Any, **options:
     if isinstance(model, (str, os.PathLike)):
         model = module_of(model, open_checkpoint(model))
     return measure(model, batches, **options)
+
+
+def forecast(
+    base: Model | Checkpoint,
+    tasks: Sequence[Task],
+    *,
+    data: Mapping[str, Any] | None = None,
+    products: str | os.PathLike[str] | None = None,
+    base_curvature: CurvatureLike | float | None = None,
+    base_weight: float = 1.0,
+    delta0: float = 1e-6,
+    span: str = "tau",
+    groups: Sequence[str] = (),
+    lower: float = 0.0,
+    upper: float = 2.0,
+    save: str | os.PathLike[str] | None = None,
+) -> AutoWeights:
+    """What a merge will cost each task, and the weights that cost least, before anything is merged.
+
+    The forecast is exact in curvature (products with the GGN over the examples) and quadratic in the weights.
+
+    Args:
+        base: path, hub id, state dict or module that the tasks were fine-tuned from.
+        tasks: the fine-tuned models; their own weights play no role.
+        data: task -> batches of examples with true labels; the models are run, and held in memory.
+        products: in place of data: the file that `save` wrote. With neither, curvature files, which rank but do not forecast.
+        base_curvature: as for `merge`; it and the next two matter for the preconditioned span.
+        base_weight: as for `merge`.
+        delta0: as for `merge`.
+        span: "tau": weights of the task vectors; "preconditioned": of the terms of Eq. 12.
+        groups: layer groups with weights of their own.
+        lower: smallest weight.
+        upper: largest weight.
+        save: a file for the products, from which other weights are chosen later without data.
+
+    Returns:
+        `.weights` by task; `.best.rises`, by task the forecast rise of its summed loss over its own fine-tune, in nats;
+        `.best.trusted`, whether the quadratic can hold so far out.
+
+    Raises:
+        ValueError: nothing to forecast from, or products of other weights, directions or settings.
+        FileNotFoundError: an input that is not there.
+
+    >>> forecast("base", [Task("a"), Task("b")], data={"a": a, "b": b}).weights               # doctest: +SKIP
+    {'a': 0.62, 'b': 0.41}
+    """
+    from gradmatch.choosing.auto import auto_weights, forecast_objectives
+    from gradmatch.choosing.choose import fingerprints, settings_of
+    from gradmatch.measure.opening import check_tasks, module_of, open_models
+    from gradmatch.measure.products import load_products, save_products
+    from gradmatch.models.curvatures import open_curvature
+
+    h0 = open_curvature(base_curvature) if isinstance(base_curvature, (str, os.PathLike)) else base_curvature
+    theta0, models, _, curvatures = open_models(base, tasks, data=bool(data), base_curvature=h0)
+    prints, settings = fingerprints(theta0, models), settings_of(span, base_weight, delta0)
+    check_tasks("data", data, list(models))
+    sizes = {name: curvature.num_examples for name, curvature in curvatures.items()}
+    result = auto_weights(
+        theta0,
+        dict(models),
+        forecast_objectives(module_of(theta0, theta0), data, sizes) if data else None,
+        products=load_products(products, prints, settings) if products else None,
+        curvatures=curvatures or None,
+        base_curvature=h0,
+        span=span,
+        groups=groups,
+        curvature_weight=base_weight,
+        delta0=delta0,
+        lower=lower,
+        upper=upper,
+    )
+    if save is not None:
+        save_products(result.products, save, prints, settings)
+    return result

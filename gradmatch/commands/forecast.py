@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gradmatch.measure.forecast import Products
     from gradmatch.models.task import Task
 
+SETTINGS = ("base_curvature", "base_weight", "delta0")
 EXAMPLES = """
 examples:
   gradmatch forecast recipe.yaml --data amazon=amazon.jsonl --data nyt=nyt.jsonl --save products.json
@@ -59,46 +60,23 @@ def run(args: argparse.Namespace) -> int:
             "bad_arguments",
         )
     arguments = sources(args)
-    from gradmatch.choosing.auto import auto_weights, forecast_objectives
-    from gradmatch.choosing.choose import fingerprints, settings_of
-    from gradmatch.measure.opening import module_of, open_models
-    from gradmatch.measure.products import load_products, save_products
-    from gradmatch.models.curvatures import open_curvature
+    from gradmatch.api import forecast
+    from gradmatch.plan.opened import task_names
 
-    h0 = arguments.get("base_curvature")
-    h0 = open_curvature(h0) if isinstance(h0, str) else h0
-    base, tasks, _, curvatures = open_models(
-        arguments["base"], arguments["tasks"], data=bool(args.data), base_curvature=h0
-    )
-    names = list(tasks)
-    base_weight = arguments.get("base_weight", 1.0)
-    delta0 = arguments.get("delta0", 1e-6)
-    prints, settings = fingerprints(base, tasks), settings_of(args.span, base_weight, delta0)
-    data = read_data(args, arguments)
-    sizes = {name: curvature.num_examples for name, curvature in curvatures.items()}
-    result = auto_weights(
-        base,
-        dict(tasks),
-        forecast_objectives(module_of(base, base), data, sizes) if data else None,
-        products=load_products(args.products, prints, settings) if args.products else None,
-        curvatures=curvatures or None,
-        base_curvature=h0,
-        span=args.span,
-        groups=args.group,
-        curvature_weight=base_weight,
-        delta0=delta0,
-        lower=args.lower,
-        upper=args.upper,
-    )
+    tasks = arguments["tasks"]
+    given = {name: arguments[name] for name in SETTINGS if name in arguments}
+    result = forecast(
+        arguments["base"], tasks, data=read_data(args, arguments), products=args.products, span=args.span,
+        groups=args.group, lower=args.lower, upper=args.upper, save=args.save, **given,
+    )  # fmt: skip
     for line in describe(result):
         print(line)
     if args.pareto:
         for line in front(result.products, args.lower, args.upper):
             print(line)
     if args.write:
-        write_recipe(args.write, arguments, dict(zip(names, arguments["tasks"], strict=True)), result)
+        write_recipe(args.write, arguments, dict(zip(task_names(tasks), tasks, strict=True)), result)
     if args.save:
-        save_products(result.products, args.save, prints, settings)
         print(f"written: {args.save}", file=sys.stderr)
     return 0
 

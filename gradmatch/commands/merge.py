@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradmatch.commands.options import add_options, given_options
 from gradmatch.commands.sources import add_data, add_models, number_or_text, parse_task, read_data
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.plan.request import POLICIES
-from gradmatch.plan.step import Plan
-from gradmatch.recipes.recipe import SETTINGS, load_recipe, options_alone
 from gradmatch.rules import RULES
+
+if TYPE_CHECKING:
+    from gradmatch.plan.step import Plan
 
 EXAMPLES = """
 examples:
@@ -109,6 +110,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge, or print the plan."""
+    from gradmatch.recipes.recipe import load_recipe
+
     recipe, out = args.recipe, args.out or args.out_folder
     if recipe and args.base and not args.out_folder and not args.out:
         recipe, out = None, recipe  # `gradmatch merge OUT --base ...`
@@ -152,6 +155,8 @@ def run(args: argparse.Namespace) -> int:
 
 def overrides(args: argparse.Namespace, also: Sequence[str] = ()) -> dict[str, Any]:
     """The flags that were given, as arguments of `merge`; `also` are flags that no --option may set."""
+    from gradmatch.recipes.recipe import SETTINGS, options_alone
+
     given: dict[str, Any] = {}
     for name in ("base", "allow_mismatch", "allow_pickle", *SETTINGS):
         if name != "method" and getattr(args, name, None) is not None:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
-from gradmatch.common.yamltext import load_yaml
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules import RULES, Rule
 from gradmatch.rules.edits import TRANSFORMS, Transform
@@ -50,6 +49,8 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: an --option without a value, or a value that is not YAML.
     """
+    from gradmatch.common.yamltext import load_yaml
+
     found = {
         name.removeprefix(PREFIX): load_yaml(
             value, f"--{name.removeprefix(PREFIX).replace('_', '-')} {value!r}"

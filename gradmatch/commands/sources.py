@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradmatch.commands.reading import add_reading, check_reading, read_source
-from gradmatch.common.yamltext import load_yaml
 from gradmatch.estimators.errors import GradmatchError
-from gradmatch.models.task import Task
+
+if TYPE_CHECKING:
+    from gradmatch.models.task import Task
 
 SETTINGS = ("method", "base_curvature", "base_weight", "delta0")
 
@@ -45,6 +46,9 @@ def parse_task(text: str) -> Task:
     Raises:
         ValueError: another key, or a weight that is no setting.
     """
+    from gradmatch.common.yamltext import load_yaml
+    from gradmatch.models.task import Task
+
     model, *pairs = text.split(",")
     fields: dict[str, Any] = {}
     while pairs:
