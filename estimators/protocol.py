@@ -21,14 +21,13 @@ that names it in the entry-point group "gradmatch.estimators". `check_estimator`
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 from gradmatch.estimators import empirical_fisher, fisher, ggn, gram, hessian, kfac
 from gradmatch.estimators.batches import Batch
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.names import choose
+from gradmatch.estimators.parts import find_part
 from gradmatch.estimators.problem import Problem
 
 GROUP = "gradmatch.estimators"
@@ -69,19 +68,7 @@ def find_estimator(method: str) -> Estimator:
         >>> find_estimator("gradmatch.estimators.protocol:fisher") is ESTIMATORS["fisher"]
         True
     """
-    found: Any = ESTIMATORS.get(method)
-    if found is None and ":" in str(method):
-        place, _, name = method.partition(":")
-        try:
-            found = import_module(place)
-            for part in name.split("."):
-                found = getattr(found, part)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise GradmatchError(f"method {method!r} cannot be imported: {error}", "bad_request") from error
-    elif found is None:
-        installed = {entry.name: entry for entry in entry_points(group=GROUP)}
-        choose("method", method, [*ESTIMATORS, *installed])
-        found = installed[method].load()
+    found: Any = find_part("method", GROUP, method, ESTIMATORS)
     missing = [part for part in ("start", "step", "finish") if not callable(getattr(found, part, None))]
     if missing:
         raise TypeError(

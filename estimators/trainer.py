@@ -6,7 +6,6 @@ stand-in, and classes from outside of transformers, accelerate and torch are not
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.files import read_json
 from gradmatch.estimators.fingerprint import edges
 from gradmatch.estimators.tensorfile import TensorFile
 
@@ -70,7 +70,9 @@ def read_run(folder: Path) -> Run | None:
     """The run whose checkpoint a folder is; None where no Trainer left its files there."""
     if not (folder / ARGUMENTS).is_file() and not (folder / STATE).is_file():
         return None
-    run = Run(folder, version=str(_json(folder / "config.json").get("transformers_version", "")))
+    config = folder / "config.json"
+    made_by = read_json(config).get("transformers_version", "") if config.is_file() else ""
+    run = Run(folder, version=str(made_by))
     if (folder / ARGUMENTS).is_file():
         _read_arguments(run)
     else:
@@ -159,7 +161,7 @@ def _arguments(file: Path) -> tuple[str, dict[str, Any]]:
 def _read_state(run: Run) -> None:
     """Steps, epochs, the rows of a batch as they were, and the logged norms."""
     file = run.folder / STATE
-    found = _json(file)
+    found = read_json(file) if file.is_file() else {}
     try:
         run.steps, run.epoch = int(found.get("global_step") or 0), float(found.get("epoch") or 0)
         run.rows = int(found.get("train_batch_size") or run.rows)  # what auto_find_batch_size ended with
@@ -172,18 +174,6 @@ def _read_state(run: Run) -> None:
     run.norms = {
         step: norm for step, norm in norms.items() if math.isfinite(norm)
     }  # others: steps that were skipped
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise GradmatchError(f"{file} is no JSON: {error}", "unreadable_file", file) from error
-    if not isinstance(found, dict):
-        raise GradmatchError(f"{file} holds a {type(found).__name__}, not an object", "optimizer_state", file)
-    return found
 
 
 def check_beside(folder: Path, parameters: Mapping[str, Tensor]) -> str:

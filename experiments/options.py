@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gradmatch.common.names import nearest
+from gradmatch.estimators.names import nearest
 from gradmatch.plan.request import Request
 from gradmatch.rules import find_rule
 from gradmatch.rules.edits import TRANSFORMS

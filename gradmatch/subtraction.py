@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.kinds import plain
-from gradmatch.common.names import nearest
 from gradmatch.common.settings import numbers, times
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.names import choose
 from gradmatch.merging import CurvatureLike, execute, merge, prepare
 from gradmatch.models.task import Task, is_model
 from gradmatch.models.tokenizers import check_tokenizers
@@ -60,13 +60,7 @@ def subtract(
         ValueError: as `merge`; also another method, a weight below 0, or a task with another tokenizer than the base.
         TypeError: as `merge`; also a task that is none.
     """
-    known = removals()
-    if method not in known:
-        raise GradmatchError(
-            f"{method!r} is no way to subtract{nearest(method, known)}; choose one of {', '.join(known)}",
-            "unknown_name",
-            method,
-        )
+    choose("method", method, removals())
     tasks = [scaled(one, weight) for one in tasks_of(task)]
     for one in tasks:
         check_tokenizers(base, one.model)

@@ -23,6 +23,8 @@ SIGNATURES = {
     "gradmatch.analogy": "base a b c",
     "gradmatch.diagnose": "base tasks merged base_curvature data",
     "gradmatch.open_checkpoint": "path",
+    "gradmatch.forecast": "base tasks data products base_curvature base_weight delta0 span",
+    "gradmatch.budget": "problem nats share largest",
 }
 
 
@@ -47,12 +49,20 @@ def test_the_tables_are_explicit_dicts():
 
 
 @pytest.mark.parametrize(
-    "submodule", ["gradmatch.merging", "gradmatch.measure.mismatch", "gradmatch.estimators.estimation"]
+    "submodule",
+    [
+        "gradmatch.merging",
+        "gradmatch.measure.mismatch",
+        "gradmatch.estimators.estimation",
+        "gradmatch.commands.budget",
+    ],
 )
 def test_functions_stay_callable_whatever_was_imported(submodule):
     __import__(submodule)
     assert callable(gradmatch.merge)
     assert callable(gradmatch.diagnose)
+    assert callable(gradmatch.forecast)
+    assert callable(gradmatch.budget)
     assert callable(gradmatch.estimators.estimate)
 
 

@@ -172,7 +172,7 @@ REFUSALS = {
         ("an output of another kind", {}, "estimate cls -o c.pt --data d.csv", "known by their ending; name it c.safetensors"),
         ("an output that is there", {"c.safetensors": ""}, E + "--data d.csv", "c.safetensors exists; pass --overwrite"),
         ("an output that is a folder", {"c.safetensors/x": ""}, E + "--data d.csv", "c.safetensors is a folder; name the file"),
-        ("an unknown method", {}, E + "--data d.csv --method fischer", "unknown method 'fischer'; did you mean 'fisher'?"),
+        ("an unknown method", {}, E + "--data d.csv --method fischer", "unknown method 'fischer' (did you mean 'fisher'?)"),
         ("no samples", {}, E + "--data d.csv --samples 0", "--samples must be at least 1, got 0"),
         ("a tolerance that is none", {}, E + "--data d.csv --tolerance 2", "a relative error between 0 and 1"),
         ("squares of whole batches, where these are wrong", {}, E + "--data d.csv --method ggn --reduction batch", "is right only for"),

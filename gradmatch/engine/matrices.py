@@ -42,13 +42,14 @@ def solve_matrix(
 
 
 def transposed(context: Context, step: Step, columns: int) -> bool:
-    """Whether a matrix is stored [in, out] (Conv1D): as the size of its A says, and for square ones the config or the option."""
+    """Whether a matrix is stored [in, out] (Conv1D): as the size of its A says, and for square ones the option or the module."""
     inputs, given = context.inputs, step.options.get("conv1d")
     known = [*(inputs.tasks[t].factors for t in step.tasks), inputs.base_factors]
     specs = [(factors.a, key) for factors in known if factors and (key := factors.a.key(step.name))]
     store, key = specs[0]
-    conv1d = inputs.is_conv1d(step.name) if given is None else bool(given)
-    return columns != store.spec(key).shape[0] or (columns == step.spec.shape[0] and conv1d)
+    if columns != store.spec(key).shape[0] or columns != step.spec.shape[0]:
+        return columns != store.spec(key).shape[0]
+    return bool(inputs.conv1d.get(step.name) if given is None else given)
 
 
 def _solve(context: Context, step: Step, theta0: Tensor, tau: Tensor, stats: dict[str, float]) -> Tensor:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.common.names import nearest
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.names import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gradmatch.common.files import read_json
-from gradmatch.common.names import nearest
 from gradmatch.common.settings import numbers
 from gradmatch.estimators.curvature import Curvature
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.files import read_json
 from gradmatch.estimators.fingerprint import fingerprint
+from gradmatch.estimators.names import nearest
 from gradmatch.measure.conflict import curvature_overlap, sign_conflict
 from gradmatch.measure.objective import Objective
 from gradmatch.models.checkpoint import Checkpoint

@@ -20,8 +20,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from gradmatch.common.names import first_line, nearest
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.names import first_line, nearest
 
 KINDS = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet",

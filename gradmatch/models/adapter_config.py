@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gradmatch.common.files import read_json
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.files import read_json
 
 CONFIG = "adapter_config.json"
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.common.files import read_json
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.files import read_json
 from gradmatch.estimators.tensorfile import TensorFile
 from gradmatch.models.adapter_config import CONFIG, check_config, scale_of
 from gradmatch.models.checkpoint import Checkpoint
-from gradmatch.models.orientation import conv1d_weights
+from gradmatch.models.orientation import CONV1D, conv1d_weights
 from gradmatch.models.reference import published
 from gradmatch.models.stores import FileStore, MemoryStore, Spec, Store, torch_dtype
 from gradmatch.models.views import by_module
@@ -27,7 +27,6 @@ PREFIX = "base_model.model."
 FACTOR = re.compile(r"\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?$")
 ROWS = 256  # products are made of so many rows at a time, so that their bits do not depend on the range that is asked for
 OUTPUT = re.compile(r"(lm_head|embed_out|decoder)\.weight$")  # output embeddings
-CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -276,9 +275,9 @@ def _stored_in_out(target: str, config: Mapping[str, Any], base: Checkpoint, pat
     Raises:
         ValueError: the base's modules are unknown, and its name or the flag says that it may be.
     """
-    turned = conv1d_weights(base)
-    if turned is not None:
-        return target in turned
+    known = conv1d_weights(base)
+    if target in known:
+        return known[target]
     if config.get("fan_in_fan_out") or CONV1D.search(target):
         raise GradmatchError(
             f"{path} adapts {target!r}, which is square: GPT-2's Conv1D stores it [in, out], nn.Linear [out, in], and {base.where} "

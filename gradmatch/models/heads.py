@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradmatch.common.names import nearest
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.names import nearest
 from gradmatch.estimators.tensorfile import TensorFile
 
 if TYPE_CHECKING:

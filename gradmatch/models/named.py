@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gradmatch.common.files import read_json
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.files import read_json
 from gradmatch.models.adapter_config import CONFIG, named_base
 from gradmatch.models.opening import from_hub
 from gradmatch.models.reference import split_adapter

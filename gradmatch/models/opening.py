@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gradmatch.common.files import read_json
-from gradmatch.common.names import first_line, nearest
 from gradmatch.common.settings import FIRST, layer_of
 from gradmatch.common.warning import warn
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.files import read_json
+from gradmatch.estimators.names import first_line, nearest
 from gradmatch.estimators.tensorfile import TensorFile
 from gradmatch.estimators.wrapped import unwrap
 from gradmatch.models.adapter_config import CONFIG, named_base

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import re
+
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.structure import structure
 
+CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")  # what these layers are called
 
-def conv1d_weights(checkpoint: Checkpoint) -> frozenset[str] | None:
-    """Names of the weights that Conv1D layers of the module hold; None where neither a module nor a config that transformers knows tells.
+
+def conv1d_weights(checkpoint: Checkpoint) -> dict[str, bool]:
+    """Of each of a checkpoint's weights whether its module keeps it in a Conv1D layer.
+
+    Empty where neither a module nor a config that transformers knows tells.
 
     Example:
         >>> import transformers
         >>> from gradmatch import open_checkpoint
         >>> gpt2 = transformers.GPT2Model(transformers.GPT2Config(n_embd=4, n_layer=1, n_head=1, vocab_size=5))
-        >>> sorted(conv1d_weights(open_checkpoint(gpt2)))[0]
-        'h.0.attn.c_attn.weight'
+        >>> found = conv1d_weights(open_checkpoint(gpt2))
+        >>> found["h.0.attn.c_attn.weight"], found["wte.weight"]
+        (True, False)
     """
     known = structure(checkpoint)
     if known is None or known.module is None:
-        return None
+        return {}
     from transformers.pytorch_utils import Conv1D
 
-    layers = known.module.named_modules()
-    return frozenset(f"{name}.weight" for name, layer in layers if isinstance(layer, Conv1D))
+    names = known.names(checkpoint, checkpoint.where).plain
+    layers = ((f"{name}.weight", layer) for name, layer in known.module.named_modules())
+    return {names[weight]: isinstance(layer, Conv1D) for weight, layer in layers if weight in names}

@@ -41,6 +41,21 @@ def split_revision(text: str) -> tuple[str, str | None]:
     return name, revision
 
 
+def locate(model: str, folder: Path) -> str:
+    """A path relative to the recipe where there is one, else the text as it is (a hub id, or a path from here).
+
+    In "model@revision" and "model+adapter" each part is looked for.
+    """
+    beside = folder / Path(model).expanduser()
+    if model and beside.exists():
+        return str(beside)
+    first, plus, adapter = model.rpartition("+")
+    if plus:
+        return f"{locate(first, folder)}+{locate(adapter, folder)}"
+    name, at, revision = model.partition("@")
+    return f"{locate(name, folder)}@{revision}" if at else model
+
+
 def published(path: Path) -> str:
     """What to call a path where others read it: a hub id with its revision, or the last part of a local path alone.
 

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gradmatch.common.files import read_json
-from gradmatch.common.names import nearest
-from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.files import read_json
+from gradmatch.estimators.names import choose
 
 FILE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 KNOWN = {
@@ -41,9 +40,5 @@ def chosen_template(wanted: str, folders: Sequence[Path | None]) -> str:
         return held.most_common(1)[0][0] if held else ""
     if "{" in wanted:
         return wanted
-    if wanted not in KNOWN:
-        raise GradmatchError(
-            f"chat_template is {wanted!r}{nearest(wanted, KNOWN)}; choose auto, {', '.join(KNOWN)}, or write the template itself",
-            "bad_model",
-        )
+    choose("chat_template", wanted, ("auto", *KNOWN, "the template itself"))
     return KNOWN[wanted]

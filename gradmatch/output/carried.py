@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from gradmatch.common.files import read_json
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.files import read_json
 
 if TYPE_CHECKING:
     from gradmatch.plan.step import Plan

@@ -18,6 +18,7 @@ from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.curvatures import CurvatureStore, Factors, arranged_curvature, open_curvature
 from gradmatch.models.opening import open_checkpoint
+from gradmatch.models.orientation import CONV1D, conv1d_weights
 from gradmatch.models.stores import Spec, Store
 from gradmatch.models.task import Task
 from gradmatch.models.views import buffers_of, like, unsaved_of
@@ -26,10 +27,6 @@ from gradmatch.rules import Solve
 if TYPE_CHECKING:
     from gradmatch.models.task import Model
     from gradmatch.plan.request import Request
-
-CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
-
 
 UNNAMED = re.compile(r"task \d+")
 
@@ -124,25 +121,24 @@ class Inputs:
             self.check_conv1d(name, spec, request)
         return sizes, found_factors
 
-    def is_conv1d(self, name: str) -> bool:
-        """Whether a square matrix is stored [in, out], as GPT-2's Conv1D layers are (other shapes tell by themselves)."""
-        models = [self.base, *(task.checkpoint for task in self.tasks)]
-        config = next((model.config for model in models if model.config), {})
-        return config.get("model_type") in CONV1D_MODELS and bool(CONV1D.search(name))
+    @cached_property
+    def conv1d(self) -> dict[str, bool]:
+        """Of each weight whether it is stored [in, out], as GPT-2's Conv1D layers do; empty where no model tells."""
+        models = (self.base, *(task.checkpoint for task in self.tasks))
+        return next(filter(None, map(conv1d_weights, models)), {})
 
     def check_conv1d(self, name: str, spec: Spec, request: Request) -> None:
-        """Refuse a square matrix that may be stored either way.
+        """Refuse a square matrix that may be stored either way (the curvature's factors tell of all others).
 
         Raises:
-            ValueError: named like a Conv1D layer, in models without a config, and the option does not tell.
+            ValueError: it is named like a Conv1D layer, and neither the models nor the option tell.
         """
-        configs = [self.base.config, *(task.checkpoint.config for task in self.tasks)]
         square = len(spec.shape) == 2 and spec.shape[0] == spec.shape[1]
-        told = any(configs) or request.options.get("conv1d") is not None
-        if square and CONV1D.search(name) and not told:
+        told = request.options.get("conv1d") is not None
+        if square and not told and CONV1D.search(name) and name not in self.conv1d:
             raise GradmatchError(
                 f"{request.method}: {name!r} {list(spec.shape)} is stored [in, out] in GPT-2's Conv1D layers and [out, in] in nn.Linear, and "
-                "a state dict does not tell which; pass models or folders, or the option conv1d=True or False",
+                "no module or config of these models tells which; pass models or folders, or the option conv1d=True or False",
                 "bad_model",
                 name,
             )

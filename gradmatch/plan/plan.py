@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.common.names import nearest
 from gradmatch.common.settings import Depth, value_at
 from gradmatch.common.warning import warn
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.names import nearest
 from gradmatch.models.stores import SAFETENSORS_NAME, Spec
 from gradmatch.plan.matching import check_extra, check_kinds, check_sizes, participants
 from gradmatch.plan.policies import (

@@ -6,9 +6,9 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.common.names import nearest
 from gradmatch.common.settings import FIRST, idle, layer_of
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.names import nearest
 from gradmatch.plan.matching import same_values
 
 if TYPE_CHECKING:

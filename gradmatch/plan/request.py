@@ -10,8 +10,8 @@ from typing import Any
 
 from gradmatch.common.devices import check_device
 from gradmatch.common.kinds import check_kind, plain
-from gradmatch.common.names import nearest
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.names import choose, nearest
 from gradmatch.rules import Options, Rule, find_rule
 from gradmatch.rules.edits import TRANSFORMS
 from gradmatch.rules.options import takes
@@ -117,18 +117,9 @@ class Request:
             object.__setattr__(self, "transforms", (self.transforms,))
         known = set(self.rule.options)  # finds the method
         for policy, choices in POLICIES.items():
-            chosen = getattr(self, policy)
-            if chosen not in choices:
-                raise GradmatchError(
-                    f"{policy} is {chosen!r}{nearest(str(chosen), choices)}; choose one of {', '.join(choices)}",
-                    "unknown_name",
-                    policy,
-                )
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise GradmatchError(
-                f"dtype is {self.dtype!r}{nearest(str(self.dtype), DTYPES)}; choose one of {', '.join(DTYPES)}",
-                "unknown_name",
-            )
+            choose(policy, getattr(self, policy), choices)
+        if self.dtype is not None:
+            choose("dtype", self.dtype, DTYPES)
         for name, value in (("delta0", self.delta0), ("base_weight", self.base_weight)):
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise GradmatchError(

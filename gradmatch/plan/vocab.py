@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.common.files import read_json
-from gradmatch.common.names import nearest
 from gradmatch.common.settings import layer_of
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.files import read_json
+from gradmatch.estimators.names import choose
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.gathered import ABSENT, AlignedStore, Rows
 from gradmatch.models.rewriting import IDS, check_loaded, dump, renumbered, rewritten, tokenizer_files
@@ -130,11 +130,7 @@ def _owner(tokenizer: str, names: Sequence[str]) -> int | None:
         return None
     if tokenizer == "base":
         return 0
-    if tokenizer not in names[1:]:
-        raise GradmatchError(
-            f"tokenizer is {tokenizer!r}{nearest(tokenizer, names[1:])}; choose base or a task: {', '.join(names[1:])}",
-            "vocabulary",
-        )
+    choose("tokenizer", tokenizer, ("base", *names[1:]))
     return names.index(tokenizer, 1)
 
 

@@ -27,10 +27,10 @@ from typing import Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from gradmatch.common.files import locate
-from gradmatch.common.names import nearest
 from gradmatch.common.yamltext import load_yaml
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.names import nearest
+from gradmatch.models.reference import locate
 from gradmatch.models.task import Task
 from gradmatch.plan.request import Request
 from gradmatch.rules import RULES

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gradmatch.common.names import nearest
 from gradmatch.estimators.curvature import GRADIENT, Curvature
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.names import choose
 from gradmatch.estimators.tensorfile import ITEM_SIZE
 from gradmatch.merging import execute, prepare
 from gradmatch.models.curvatures import CurvatureStore, open_curvature
@@ -95,17 +95,8 @@ class Problem:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is read."""
-        known = removals()
-        if self.method not in known:
-            raise GradmatchError(
-                f"unknown way to remove {self.method!r}{nearest(self.method, known)}; known: {', '.join(known)}",
-                "unknown_name",
-                self.method,
-            )
-        if self.guard not in GUARDS:
-            raise GradmatchError(
-                f"guard is {self.guard!r}; choose one of {', '.join(GUARDS)}", "unknown_name", "guard"
-            )
+        choose("method", self.method, removals())
+        choose("guard", self.guard, GUARDS)
         if not isinstance(self.task, Task):
             raise TypeError(
                 f"a budget is of one task, a Task(model, curvature), not {type(self.task).__name__}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gradmatch.common.parts import find_part
+from gradmatch.estimators.parts import find_part
 from gradmatch.rules import kronecker, regmean, rowwise
 from gradmatch.rules.block import Block, Curved
 from gradmatch.rules.fisher_base import fisher_base

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from gradmatch.common.kinds import check_kind, leaves
-from gradmatch.common.names import nearest
 from gradmatch.common.settings import numbers, value_at
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.names import choose, nearest
 
 Own = TypeVar("Own", bound="Options")
 
@@ -152,12 +152,7 @@ def _check(one: dataclasses.Field[Any], setting: Any) -> None:
     """Compare a setting with its field; see `Options.__post_init__`."""
     told, name = one.metadata, one.name
     for chosen in leaves(setting) if told.get("choices") else ():
-        if chosen not in told["choices"]:
-            raise GradmatchError(
-                f"{name} is {chosen!r}{nearest(str(chosen), told['choices'])}; choose one of {', '.join(told['choices'])}",
-                "unknown_name",
-                name,
-            )
+        choose(name, chosen, told["choices"])
     kind = told.get("kind") if one.default is None else one.default
     for value in leaves(setting):
         check_kind(name, value, None if value is None and one.default is None else kind)

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gradmatch.common.names import nearest
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.names import choose
 from gradmatch.rules.options import NONE, Options, declared
 
 if TYPE_CHECKING:
@@ -109,12 +109,7 @@ class Rule:
             object.__setattr__(self, "formula", self.formula(self.options))
         for what, given, known in (("needs", self.needs, NEEDS), ("lacks", self.lacks, INVARIANTS)):
             for name in given:
-                if name not in known:
-                    raise GradmatchError(
-                        f"{what}: {name!r}{nearest(name, known)} is none of {', '.join(known)}",
-                        "unknown_name",
-                        name,
-                    )
+                choose(f"one of {what}", name, known)
         if not callable(getattr(self, self.kind)):
             raise TypeError(f"{self.kind} must be a function, not {getattr(self, self.kind)!r}")
 
@@ -151,11 +146,8 @@ class Linear(Rule):
             ValueError: also inner products of something else.
         """
         super().__post_init__()
-        if not callable(self.gram) and self.gram not in GRAMS:
-            raise GradmatchError(
-                f"gram is {self.gram!r}{nearest(self.gram, GRAMS)}; choose one of {', '.join(map(repr, GRAMS))}",
-                "unknown_name",
-            )
+        if not callable(self.gram):
+            choose("gram", self.gram, GRAMS)
 
     def terms(
         self, alpha: Sequence[float], gram: Gram | None, options: Mapping[str, Any]

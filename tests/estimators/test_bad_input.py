@@ -135,9 +135,9 @@ def ids(length=6):
 TRUE = {"method": "empirical_fisher"}
 # what is wrong -> (model, batches, options, error, message)
 CASES = {
-    "unknown method": (mlp, [(X, Y)], {"method": "fischer"}, ValueError, "unknown method 'fischer'; did you mean 'fisher'"),
-    "unknown reduction": (mlp, [(X, Y)], {"reduction": "mean"}, ValueError, "unknown reduction 'mean'; known: example, batch"),
-    "unknown labels": (mlp, [(X, Y)], {"labels": "sample"}, ValueError, "unknown labels 'sample'; did you mean 'sampled'"),
+    "unknown method": (mlp, [(X, Y)], {"method": "fischer"}, ValueError, "unknown method 'fischer' .did you mean 'fisher'"),
+    "unknown reduction": (mlp, [(X, Y)], {"reduction": "mean"}, ValueError, "reduction is 'mean'; choose one of example, batch"),
+    "unknown labels": (mlp, [(X, Y)], {"labels": "sample"}, ValueError, "labels is 'sample' .did you mean 'sampled'"),
     "unknown backend": (mlp, [(X, Y)], {"backend": "jax"}, ValueError, "unknown backend 'jax'"),
     "unknown form": (mlp, [(X, Y)], {"kfac_form": "expanded"}, ValueError, "did you mean 'expand'"),
     "unknown likelihood": (mlp, [(X, Y)], {"likelihood": "casual_lm"}, ValueError, "did you mean 'causal_lm'"),

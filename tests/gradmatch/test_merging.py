@@ -535,7 +535,7 @@ def test_subtract_to_a_folder_writes_the_completed_card(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [({"method": "removl"}, r"no way to subtract \(did you mean 'removal'"), ({"weight": -1.0}, "at least 0"), ({"weight": float("nan")}, "finite")],
+    [({"method": "removl"}, r"method is 'removl' \(did you mean 'removal'"), ({"weight": -1.0}, "at least 0"), ({"weight": float("nan")}, "finite")],
 )  # fmt: skip
 def test_subtract_errors(options, text):
     base, base_curvature, models, curvatures = problem(1)

@@ -411,7 +411,7 @@ def test_curvature_of_a_linear_regression_gives_its_joint_solution():
     ("shape", "name", "transposed"),
     [
         ((5, 3), "h.0.c_fc.weight", True),
-        ((4, 4), "h.0.c_proj.weight", True),
+        ((4, 4), "h.0.attn.c_proj.weight", True),
         ((3, 2, 2, 2), "conv.weight", False),
     ],
 )

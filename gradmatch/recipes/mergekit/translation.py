@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gradmatch.common.files import locate
 from gradmatch.common.settings import numbers, times
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.models.reference import locate
 from gradmatch.models.slices import Slice, stack
 from gradmatch.models.task import Task
 from gradmatch.recipes.mergekit.keys import RANDOM, check_keys

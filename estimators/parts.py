@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
-from gradmatch.common.names import nearest
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.names import nearest
 
 Part = TypeVar("Part")
 
@@ -32,12 +32,10 @@ def find_part(
         >>> find_part("method", "gradmatch.rules", "statistics:mean", {})([1, 2, 3])
         2
     """
-    if name in known:
-        return known[name]
-    found: Any
-    if isinstance(name, str) and ":" in name:
+    found: Any = known.get(name)
+    if found is None and ":" in str(name):
         found = _imported(what, *name.split(":", 1))
-    else:
+    elif found is None:
         from importlib.metadata import entry_points
 
         installed = {point.name: point for point in entry_points(group=group)}
@@ -56,20 +54,24 @@ def find_part(
 
 
 def _imported(what: str, module: str, name: str) -> Any:
-    """A name of a module that can be imported."""
+    """A name, or a name in a name, of a module that can be imported."""
     try:
-        held = import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
+        held: Any = import_module(module)
+    except (ModuleNotFoundError, ValueError) as error:  # ValueError: no name of a module
+        missing = getattr(error, "name", module)
+        if missing is None or not (module == missing or module.startswith(missing + ".")):
             raise  # of something that the module itself imports
         raise GradmatchError(
-            f"{what} {module + ':' + name!r}: there is no module {error.name!r} to import; install it, or put its folder on PYTHONPATH",
-            "bad_setting",
-        ) from None
-    if not hasattr(held, name):
-        raise GradmatchError(
-            f"{what} {module + ':' + name!r}: module {module!r} holds no {name!r}{nearest(name, dir(held))}",
+            f"{what} {module + ':' + name!r}: there is no module {missing!r} to import; install it, or put its folder on PYTHONPATH",
             "bad_setting",
             module,
-        )
-    return getattr(held, name)
+        ) from None
+    for part in name.split("."):
+        if not hasattr(held, part):
+            raise GradmatchError(
+                f"{what} {module + ':' + name!r}: module {module!r} holds no {part!r}{nearest(part, dir(held))}",
+                "bad_setting",
+                module,
+            )
+        held = getattr(held, part)
+    return held
