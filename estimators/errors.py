@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -36,3 +38,22 @@ class GradmatchError(ValueError):
     def __reduce__(self) -> tuple[Any, ...]:
         """What another process is told: the whole sentence alone would be pickle's own way."""
         return type(self), (self.message, self.code, self.where, self.remedy)
+
+
+@contextmanager
+def within(where: object, code: str = "refused") -> Iterator[None]:
+    """What is refused in here is a matter of `where`, which its message begins with, and of this code where it has none.
+
+    >>> with within("merge.yml", "bad_recipe"):
+    ...     raise GradmatchError("slerp takes two models")
+    Traceback (most recent call last):
+    ...
+    gradmatch.estimators.errors.GradmatchError: merge.yml: slerp takes two models
+    """
+    try:
+        yield
+    except GradmatchError as error:
+        place, kept = f"{where}", code if error.code == "refused" else error.code
+        if error.where.startswith(place) or error.message.startswith((f"{place}:", f"{place} ")):
+            raise  # it is named, or a file in it
+        raise GradmatchError(f"{place}: {error.message}", kept, error.where or where, error.remedy) from error

@@ -19,12 +19,7 @@ FREE = (
     "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "eva_config",
     "runtime_config",
 )  # fmt: skip
-STARTS = (
-    "gaussian",
-    "eva",
-    "orthogonal",
-    "mica",
-)  # of A and B; these leave the base as it is, others take B A off it
+STARTS = ("gaussian", "eva", "orthogonal", "mica")  # of A and B; others take B A off the base
 
 
 def _positive(value: Any) -> bool:
@@ -69,7 +64,7 @@ MEANING = {
 }
 
 
-def check_config(config: Mapping[str, Any], path: Path) -> None:
+def check_config(config: Mapping[str, Any]) -> None:
     """Refuse an adapter whose config holds anything that W + s B A does not say.
 
     Raises:
@@ -80,31 +75,28 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
         if key not in FREE and not fits(value):
             why = MEANING.get(key, "not understood here")
             raise GradmatchError(
-                f"{path} is an adapter with {key}={value!r} in its {CONFIG}: {why}; merge it with peft's merge_and_unload first, where "
-                "peft can, and give the result",
+                f"{CONFIG} has {key}={value!r}: {why}; merge it with peft's merge_and_unload first, where peft can, and give the result",
                 "bad_adapter",
-                path,
             )
 
 
-def scale_of(config: Mapping[str, Any], module: str, key: str, stored: int, path: Path) -> float:
+def scale_of(config: Mapping[str, Any], module: str, key: str, stored: int) -> float:
     """alpha / r, or alpha / sqrt(r) for rsLoRA; both may be set by name pattern. `stored` is the rank of the factor `key`.
 
     Raises:
         ValueError: the factors have another rank than the config says.
     """
-    rank = _by_pattern(config, "rank_pattern", module, config.get("r", 8), path)
-    alpha = _by_pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8), path)
+    rank = _by_pattern(config, "rank_pattern", module, config.get("r", 8))
+    alpha = _by_pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8))
     if stored != rank:
         raise GradmatchError(
-            f"{path}: {key!r} has rank {stored}, its {CONFIG} says {rank} (r, rank_pattern); it belongs to another config",
+            f"{key!r} has rank {stored}, its {CONFIG} says {rank} (r, rank_pattern); it belongs to another config",
             "shape_mismatch",
-            path,
         )
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _by_pattern(config: Mapping[str, Any], table: str, module: str, default: Any, path: Path) -> Any:
+def _by_pattern(config: Mapping[str, Any], table: str, module: str, default: Any) -> Any:
     """The value of the first pattern that is the whole name of a module, or the whole of it behind a dot.
 
     Raises:
@@ -116,9 +108,7 @@ def _by_pattern(config: Mapping[str, Any], table: str, module: str, default: Any
                 return value
         except re.error as error:
             raise GradmatchError(
-                f"{path}: {table} has {pattern!r}, which is no regular expression ({error})",
-                "bad_adapter",
-                path,
+                f"{table} has {pattern!r}, which is no regular expression ({error})"
             ) from None
     return default
 
@@ -172,7 +162,7 @@ def described(path: Path) -> dict[str, str]:
         "bias": config.get("bias"),
     }
     try:
-        check_config(config, path)
+        check_config(config)
     except ValueError as error:
         found["cannot be merged here"] = str(error)
     return {key: str(value) for key, value in found.items() if value}

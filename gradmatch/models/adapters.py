@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.errors import GradmatchError, within
 from gradmatch.estimators.files import read_json
 from gradmatch.estimators.tensorfile import TensorFile
 from gradmatch.models.adapter_config import CONFIG, check_config, scale_of
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.orientation import CONV1D, conv1d_weights
 from gradmatch.models.reference import published
-from gradmatch.models.stores import FileStore, MemoryStore, Spec, Store, torch_dtype
+from gradmatch.models.stores import FileStore, Spec, Store, torch_dtype, unpickled
 from gradmatch.models.views import by_module
 
 if TYPE_CHECKING:
@@ -139,8 +139,13 @@ def open_adapter(path: Path, base: Checkpoint, *, allow_pickle: bool = False) ->
             LoRA's, or an adapter whose weights the base does not have in these shapes.
         FileNotFoundError: no adapter_model.safetensors.
     """
+    with within(path, "bad_adapter"):
+        return _opened(path, base, allow_pickle)
+
+
+def _opened(path: Path, base: Checkpoint, allow_pickle: bool) -> Checkpoint:
     config = read_json(path / CONFIG)
-    check_config(config, path)
+    check_config(config)
     if base.under is not None and not _names(config, base.path):
         base = base.under  # two adapters of one base: this one was not trained on the other
     factors = _factors(path, allow_pickle)
@@ -157,36 +162,30 @@ def open_adapter(path: Path, base: Checkpoint, *, allow_pickle: bool = False) ->
         if found := FACTOR.search(key):
             if found.group(2) == "B":
                 continue
-            target = _target(FACTOR.sub("", name), ".weight", base, path)
+            target = _target(FACTOR.sub("", name), ".weight", base)
             if target in low_rank:
                 raise GradmatchError(
-                    f"{path}: both {low_rank[target].a!r} and {key!r} adapt {target!r}; save the adapter again, with one of them",
-                    "bad_adapter",
-                    path,
+                    f"both {low_rank[target].a!r} and {key!r} adapt {target!r}; save the adapter again, with one of them"
                 )
-            low_rank[target] = _low_rank(key, target, factors, config, base, path)
+            low_rank[target] = _low_rank(key, target, factors, config, base)
         elif key.endswith(".lora_B.bias") and config.get("lora_bias"):
             module = name.removesuffix(".lora_B.bias")
             first = key.replace(".lora_B.bias", ".lora_A.weight")
-            scale = scale_of(config, module, first, factors.spec(first).shape[0], path)
-            added[_target(module, ".bias", base, path)] = (key, scale)
+            scale = scale_of(config, module, first, factors.spec(first).shape[0])
+            added[_target(module, ".bias", base)] = (key, scale)
         else:
             whole = _plain(name)
             if whole not in base and not _of(whole, saved):
                 raise GradmatchError(
-                    f"{path}: {key!r} is no factor (lora_A, lora_B), no tensor of {base.where} and of none of modules_to_save "
-                    f"{list(saved)}; this is no plain LoRA, or an adapter for another base: merge it with peft's merge_and_unload first",
-                    "bad_adapter",
-                    path,
+                    f"{key!r} is no factor (lora_A, lora_B), no tensor of {base.where} and of none of modules_to_save "
+                    f"{list(saved)}; this is no plain LoRA, or an adapter for another base: merge it with peft's merge_and_unload first"
                 )
             replaced[whole] = key
     if not low_rank:
-        raise GradmatchError(f"{path}: {WEIGHTS} holds no LoRA factors", "bad_adapter", path)
+        raise GradmatchError(f"{WEIGHTS} holds no LoRA factors")
     for name, key in replaced.items():
         if name in base and base.spec(name).shape != factors.spec(key).shape and not _of(name, saved):
-            raise GradmatchError(
-                _other_base(path, name, factors.spec(key), base.spec(name)), "shape_mismatch", path
-            )
+            raise GradmatchError(_other_base(name, factors.spec(key), base.spec(name)), "shape_mismatch")
     trained = {name for name in replaced if _of(name, saved)}
     freed = {alias: held for alias, held in ties.items() if trained & {alias, held}}
     store = Added(base.store, factors, low_rank, replaced, added, freed)
@@ -220,56 +219,35 @@ def _has_all(base: Checkpoint, factors: Store) -> bool:
 
 
 def _factors(path: Path, allow_pickle: bool) -> Store:
-    """The adapter's tensors.
-
-    Raises:
-        ValueError: a pickle that was not asked for.
-    """
-    pickled = path / PICKLE
-    if (path / WEIGHTS).is_file() or not pickled.is_file():
+    """The adapter's tensors, as safetensors where it has them so."""
+    if (path / WEIGHTS).is_file() or not (path / PICKLE).is_file():
         return FileStore([TensorFile(path / WEIGHTS)])
-    if not allow_pickle:
-        raise GradmatchError(
-            f"{pickled} is a pickle, which can run code when it is opened; save the adapter as safetensors, or pass allow_pickle "
-            "(it is then read with weights_only)",
-            "pickle",
-            pickled,
-        )
-    import torch
-
-    return MemoryStore(torch.load(pickled, map_location="cpu", weights_only=True), str(pickled))
+    return unpickled(path / PICKLE, allow_pickle)
 
 
-def _low_rank(
-    key: str, target: str, factors: Store, config: Mapping[str, Any], base: Checkpoint, path: Path
-) -> LowRank:
+def _low_rank(key: str, target: str, factors: Store, config: Mapping[str, Any], base: Checkpoint) -> LowRank:
     """The pair of factors of one weight, checked against its shape."""
     other = re.sub(r"lora_(embedding_)?A", lambda found: f"lora_{found.group(1) or ''}B", key)
     if other not in factors:
-        raise GradmatchError(
-            f"{path}: {key!r} has no counterpart {other!r}; the adapter is incomplete", "bad_adapter", path
-        )
+        raise GradmatchError(f"{key!r} has no counterpart {other!r}; the adapter is incomplete")
     a, b, whole = factors.spec(key).shape, factors.spec(other).shape, base.spec(target)
     if len(a) < 2 or len(b) != len(a) or b[1] != a[0]:
         raise GradmatchError(
-            f"{path}: {key!r} {list(a)} and {other!r} {list(b)} are no pair of factors; save the adapter again",
+            f"{key!r} {list(a)} and {other!r} {list(b)} are no pair of factors; save the adapter again",
             "shape_mismatch",
-            path,
         )
     straight, turned = (b[0], *a[1:]) == whole.shape, len(a) == 2 and (a[1], b[0]) == whole.shape
     if "lora_embedding_A" in key:
         straight = False
     if not straight and not turned:
-        raise GradmatchError(
-            _other_base(path, target, f"update {[b[0], *a[1:]]}", whole), "shape_mismatch", path
-        )
-    scale = scale_of(config, target.removesuffix(".weight"), key, a[0], path)
+        raise GradmatchError(_other_base(target, f"update {[b[0], *a[1:]]}", whole), "shape_mismatch")
+    scale = scale_of(config, target.removesuffix(".weight"), key, a[0])
     if straight and turned:
-        turned = _stored_in_out(target, config, base, path)
+        turned = _stored_in_out(target, config, base)
     return LowRank(key, other, scale, turned)
 
 
-def _stored_in_out(target: str, config: Mapping[str, Any], base: Checkpoint, path: Path) -> bool:
+def _stored_in_out(target: str, config: Mapping[str, Any], base: Checkpoint) -> bool:
     """Whether a square weight is stored [in, out], as its own module tells; peft's flag is that of the last layer it made.
 
     Raises:
@@ -280,15 +258,13 @@ def _stored_in_out(target: str, config: Mapping[str, Any], base: Checkpoint, pat
         return known[target]
     if config.get("fan_in_fan_out") or CONV1D.search(target):
         raise GradmatchError(
-            f"{path} adapts {target!r}, which is square: GPT-2's Conv1D stores it [in, out], nn.Linear [out, in], and {base.where} "
-            "has no config that tells which; give the base as a folder with its config.json, or as a module",
-            "bad_adapter",
-            path,
+            f"adapts {target!r}, which is square: GPT-2's Conv1D stores it [in, out], nn.Linear [out, in], and {base.where} "
+            "has no config that tells which; give the base as a folder with its config.json, or as a module"
         )
     return False
 
 
-def _target(module: str, suffix: str, base: Checkpoint, path: Path) -> str:
+def _target(module: str, suffix: str, base: Checkpoint) -> str:
     """The base's tensor that an adapted module holds.
 
     Raises:
@@ -298,23 +274,17 @@ def _target(module: str, suffix: str, base: Checkpoint, path: Path) -> str:
     name = module + suffix
     if name in base.aliases and OUTPUT.search(name):
         raise GradmatchError(
-            f"{path} adapts {name!r}, which is tied to another tensor in {base.where}, so that its update would change both; untie "
-            "the base (tie_word_embeddings=False), save it, and merge the adapter into that with peft's merge_and_unload",
-            "bad_adapter",
-            path,
+            f"adapts {name!r}, which is tied to another tensor in {base.where}, so that its update would change both; untie "
+            "the base (tie_word_embeddings=False), save it, and merge the adapter into that with peft's merge_and_unload"
         )
     if f"{module}.in_proj_weight" in base:
         raise GradmatchError(
-            f"{path} adapts {module!r}, an nn.MultiheadAttention that keeps its projections in one tensor; merge the adapter with "
-            "peft's merge_and_unload first",
-            "bad_adapter",
-            path,
+            f"adapts {module!r}, an nn.MultiheadAttention that keeps its projections in one tensor; merge the adapter with "
+            "peft's merge_and_unload first"
         )
     if name not in base:
         raise GradmatchError(
-            f"{path} adapts {name!r}, which {base.where} does not have; it is an adapter for another base",
-            "bad_adapter",
-            path,
+            f"adapts {name!r}, which {base.where} does not have; it is an adapter for another base"
         )
     return name
 
@@ -333,5 +303,5 @@ def _of(name: str, modules: Sequence[str]) -> bool:
     return any(f".{module}." in f".{name}" for module in modules)
 
 
-def _other_base(path: Path, name: str, found: object, expected: object) -> str:
-    return f"{path}: {name!r} is {found}, the base's is {expected}; it is an adapter for another base"
+def _other_base(name: str, found: object, expected: object) -> str:
+    return f"{name!r} is {found}, the base's is {expected}; it is an adapter for another base"

@@ -8,10 +8,8 @@ from typing import Any
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.files import read_json
 from gradmatch.models.adapter_config import CONFIG, named_base
-from gradmatch.models.opening import from_hub
+from gradmatch.models.hub import TEXT, from_hub
 from gradmatch.models.reference import split_adapter
-
-TEXT = ("*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "*.codes", "*.bpe")
 
 
 def config_folder(model: str) -> Path:

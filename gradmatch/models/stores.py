@@ -7,8 +7,10 @@ spelled as in safetensors ("F32", "BF16"), so that headers can be checked withou
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from gradmatch.estimators.errors import GradmatchError
@@ -236,6 +238,25 @@ class MemoryStore:
     def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
         """Nothing on disk."""
         return ()
+
+
+def unpickled(path: Path, allowed: bool) -> MemoryStore:
+    """The state dict in a pickle, read with weights_only.
+
+    Raises:
+        ValueError: it was not asked for.
+    """
+    if not allowed:
+        raise GradmatchError(
+            f"{path} is a pickle, which can run code when it is opened; save it as safetensors, or pass allow_pickle "
+            "(it is then read with weights_only)",
+            "pickle",
+            path,
+        )
+    import torch
+
+    lazily = zipfile.is_zipfile(path)  # files of torch before 1.6 are none
+    return MemoryStore(torch.load(path, map_location="cpu", weights_only=True, mmap=lazily), str(path))
 
 
 def read(store: Store, name: str) -> Tensor:

@@ -89,9 +89,7 @@ class Part:
         by_slice = [{**_merged(self.shared), **parameters} for _, _, parameters in self.slices]
         found = [parameters.get(key, default) for parameters in by_slice]
         if any(value != found[0] for value in found) or isinstance(found[0], (list, dict)):
-            raise GradmatchError(
-                f"{key} is {found}; one value for the whole model is supported", "bad_recipe", key
-            )
+            raise GradmatchError(f"{key} is {found}; one value for the whole model is supported")
         return found[0]
 
 
@@ -120,9 +118,7 @@ def _conditions(key: str, setting: Any) -> list[Condition]:
             entries = []
     if not entries:
         raise GradmatchError(
-            f"{key} is {setting!r}; it is a number, a gradient [a, b, ...], or a list of {{filter: NAME, value: ...}}",
-            "bad_recipe",
-            key,
+            f"{key} is {setting!r}; it is a number, a gradient [a, b, ...], or a list of {{filter: NAME, value: ...}}"
         )
     return [
         {**({} if one.get("filter") in (None, "*") else {"filter": one["filter"]}), "value": one["value"]}
@@ -169,5 +165,5 @@ def model_name(model: Any) -> str:
         name = f"{name}@{revision}" if name and revision else name
         model = (f"{name}+{model_name(adapter)}" if adapter else name) or None
     if not isinstance(model, str):
-        raise GradmatchError(f"a model is a path or a hub id, not {model!r}", "bad_recipe")
+        raise GradmatchError(f"a model is a path or a hub id, not {model!r}")
     return model
