@@ -61,10 +61,10 @@ def run_config(path: Path, overrides: Sequence[str], options: argparse.Namespace
         write_records(file, found)
         print(study.report(read_records(file)))
         print(f"\nRecords: {file}", flush=True)
-        if config.wandb and outcome.ran:
+        if config.wandb:
             from experiments.tracking import log
 
-            log(config, found)
+            print(f"wandb: {log(config, found)} runs in the group {config.name}", flush=True)
     if outcome.failed:
         if options.debug:
             print("\n".join(failure["traceback"] for failure in outcome.failed.values()), file=sys.stderr)

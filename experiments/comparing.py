@@ -10,23 +10,26 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from experiments.files import write_json
-from experiments.statistics import DRAWS, Array, Documents, paired_bootstrap
+from experiments.rows import Views, load_split
+from experiments.statistics import DRAWS, Array, Documents, paired_bootstrap, paired_p
 
 
 def compare(
-    out: Path, *, ours: Mapping[str, Path], theirs: Mapping[str, Path], data: Path, domains: Sequence[str]
+    out: Path, *, ours: Mapping[str, Path], theirs: Mapping[str, Path], data: Views, domains: Sequence[str]
 ) -> None:
     """Macro accuracy of one model minus another's, over the same test examples, with its bootstrap interval.
 
     ours, theirs: seed -> folder of an evaluation; data: whose test examples they are. Writes `out/comparison.json`.
     """
     differences = correct_less(ours, theirs, domains)
-    low, high = paired_bootstrap(differences, documents_of(data, domains))
+    documents = documents_of(data, domains)
+    low, high = paired_bootstrap(differences, documents)
     by_seed = np.mean([part.mean(1) for part in differences], axis=0)
     card = {
         "difference": float(by_seed.mean()),
         "low": low,
         "high": high,
+        "p": paired_p(differences, documents),
         "seeds": len(ours),
         "by_seed": dict(zip(ours, by_seed.tolist(), strict=True)),
         "draws": DRAWS,
@@ -56,14 +59,6 @@ def correct_less(ours: Mapping[Any, Path], theirs: Mapping[Any, Path], domains: 
     return [np.stack([correct(ours[s], name) - correct(theirs[s], name) for s in ours]) for name in domains]
 
 
-def documents_of(data: Path, domains: Sequence[str]) -> Documents:
+def documents_of(data: Views, domains: Sequence[str]) -> Documents:
     """Which document each test example of a domain belongs to, where the data say so (texts)."""
-    from datasets import load_from_disk
-
-    found: list[Any] = []
-    for domain in domains:
-        folder = data / domain / "test"  # a data set of texts; images have a file instead
-        rows = load_from_disk(str(folder)) if folder.is_dir() else None
-        known = rows is not None and "document" in rows.column_names
-        found.append(np.unique(rows["document"], return_inverse=True)[1] if known else None)
-    return found
+    return [load_split(data, domain, "test").documents() for domain in domains]

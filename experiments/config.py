@@ -86,6 +86,7 @@ EXPERIMENTS = {
     "removal-proof": "experiments.studies.removal_proof",
     "search": "experiments.studies.search",
     "sentiment": "experiments.studies.sentiment",
+    "texts": "experiments.studies.sentiment",
     "theory": "experiments.studies.theory",
     "vision": "experiments.studies.vision",
 }

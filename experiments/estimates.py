@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from experiments.files import write_json
 from experiments.models import load_classifier, narrowed
-from experiments.rows import load_split
+from experiments.rows import Views, load_split
 from gradmatch.estimators import Curvature, estimate, from_adam, from_ivon
 
 # What each kind of estimate hands to `gradmatch.estimators.estimate`; the other kinds have a function of their own below.
@@ -32,7 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def estimate_stage(
     out: Path,
     *,
-    data: Path,
+    data: Views,
     model: Path,
     domain: str,
     kind: str,

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+CARD = "data.json"  # what is said of prepared data: the classes of each domain, and of a view their counts
+
 
 def write_json(path: Path, content: Any) -> None:
     """One result of a stage, in the folder that is renamed when all are there."""

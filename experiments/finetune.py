@@ -14,26 +14,25 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from experiments.files import write_json
 from experiments.models import load_classifier, load_tokenizer, locate, save
 from experiments.precision import used_precision, uses_bfloat16
-from experiments.rows import Images, load_split, sets_of
+from experiments.rows import Images, Views, load_split, sets_of
 from experiments.vision.heads import CommonHeadLoss, fit_head, new_classifier
 
 
 def finetune(
     out: Path,
     *,
-    data: Path,
+    data: Views,
     domains: Sequence[str],
     start: Path | str,
     precision: str,
     seed: int,
-    num_labels: int | None = None,
     pixels: int = 0,
     probe: int = 0,
     **training: Any,
 ) -> None:
     """Fine-tune `start` on the training rows of `domains`, all taken together. training: see `config.Training`.
 
-    start: the folder of another run, or an encoder's name: then there is a new head, for texts of `num_labels`; for images
+    start: the folder of another run, or an encoder's name: then there is a new head, for texts of their classes; for images
     (of `pixels` a side) it has the classes of all sets, and is fitted to `probe` images of each set, before training those of
     `domains` alone and after it all. The head of images is not trained: fine-tuning moves the trunk. Writes `out/model`,
     `out/optimizer.pt` (AdamW's moments, as Trainer saves them) and `out/training.json` (losses, precision).
@@ -43,10 +42,13 @@ def finetune(
     images, new = isinstance(rows[0], Images), isinstance(start, str)
     source = start if isinstance(start, str) else start / "model"
     if images and new:
-        model = new_classifier(str(source), pixels, sum(own["classes"] for own in sets_of(data).values()))
+        model = new_classifier(
+            str(source), pixels, sum(len(own["classes"]) for own in sets_of(data).values())
+        )
         fit_head(model, data, domains, probe, seed)
     else:
-        model = load_classifier(locate(source), num_labels)
+        classes = sets_of(data)[domains[0]]["classes"] if new else ()
+        model = load_classifier(locate(source), classes)
     arguments = training_arguments(out / "model", images=images, precision=precision, seed=seed, **training)
     if images:
         tokenizer = None

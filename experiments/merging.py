@@ -13,6 +13,7 @@ from experiments.evaluate import Metrics, scorer, write_metrics
 from experiments.files import write_json
 from experiments.mismatch import objective, write_mismatch
 from experiments.models import load_classifier
+from experiments.rows import Views
 from gradmatch import Task, merge
 
 CURVATURE = "curvature.safetensors"
@@ -63,7 +64,7 @@ def merge_and_measure(
     method: str,
     alpha: float,
     options: Mapping[str, Any],
-    data: Path,
+    data: Views,
     domains: Sequence[str],
     gradients: Mapping[str, Path],
     examples: int,
@@ -92,7 +93,7 @@ def choose(
     alpha: float,
     options: Mapping[str, Any],
     grid: Mapping[str, Sequence[float]],
-    data: Path,
+    data: Views,
     domains: Sequence[str],
     **sources: Any,
 ) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from experiments.files import write_json
 from experiments.models import load_classifier, narrowed
-from experiments.rows import load_split
+from experiments.rows import Views, load_split
 from gradmatch.estimators import Curvature
 from gradmatch.measure.mismatch import gradient_mismatch
 from gradmatch.measure.objective import Objective
@@ -18,14 +18,14 @@ from gradmatch.measure.objective import Objective
 BATCH = 32
 
 
-def objective(data: Path, model: Path, domain: str, examples: int, seed: int) -> Objective:
+def objective(data: Views, model: Path, domain: str, examples: int, seed: int) -> Objective:
     """l_t: the loss of a domain's training set, from `examples` of it, scaled up to all."""
     rows = load_split(data, domain, "train")
     module = narrowed(load_classifier(model / "model"), rows.classes)
     return Objective(module, rows.subset(examples, seed).given(BATCH, module), num_examples=len(rows))
 
 
-def task_gradient(out: Path, *, data: Path, model: Path, domain: str, examples: int, seed: int) -> None:
+def task_gradient(out: Path, *, data: Views, model: Path, domain: str, examples: int, seed: int) -> None:
     """grad l_t(theta_t) of a fine-tuned model, which the mismatch of every merge is compared with."""
     loss = objective(data, model, domain, examples, seed)
     save_file(loss.gradient(dict(loss.module.state_dict())), out / "gradient.safetensors")
@@ -34,7 +34,7 @@ def task_gradient(out: Path, *, data: Path, model: Path, domain: str, examples: 
 def mismatch(
     out: Path,
     *,
-    data: Path,
+    data: Views,
     model: Path,
     gradients: Mapping[str, Path],
     base_curvature: Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ def locate(encoder: str | Path) -> str:
     return str(assets.folder(str(encoder))) if encoder in assets.ASSETS else str(encoder)
 
 
-def load_classifier(source: str | Path, num_labels: int | None = None) -> nn.Module:
-    """A classifier of texts, or of images where its configuration says so; `ready`. With `num_labels`, it has a new head."""
+def load_classifier(source: str | Path, classes: Sequence[str] = ()) -> nn.Module:
+    """A classifier of texts, or of images where its configuration says so; `ready`. With `classes`, it has a head for them."""
     from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
     from transformers.utils import logging
 
@@ -35,7 +36,14 @@ def load_classifier(source: str | Path, num_labels: int | None = None) -> nn.Mod
         kinds = AutoConfig.from_pretrained(source).architectures or ()
         images = any(kind.endswith("ForImageClassification") for kind in kinds)
         loader = AutoModelForImageClassification if images else AutoModelForSequenceClassification
-        head = {} if num_labels is None else {"num_labels": num_labels}
+        head: dict[str, Any] = {}
+        if classes:
+            numbers = {name: number for number, name in enumerate(classes)}
+            head = {
+                "id2label": dict(enumerate(classes)),
+                "label2id": numbers,
+                "ignore_mismatched_sizes": True,
+            }
         return ready(loader.from_pretrained(source, dtype=torch.float32, **head))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(NOTHING.format(source, TEXTS)) from error
@@ -71,6 +79,12 @@ def load_tokenizer(source: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(NOTHING.format(source, TEXTS)) from error
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The token that fills up batches: the tokenizer's own, else its end (the mask hides it), else 0."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(number) for number in known if number is not None), 0)
 
 
 def save(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:

@@ -13,7 +13,7 @@ from transformers import Trainer, set_seed
 from experiments.files import write_json
 from experiments.finetune import run, texts_of, training_arguments
 from experiments.models import load_classifier, load_tokenizer, save
-from experiments.rows import load_split
+from experiments.rows import Views, load_split
 from gradmatch.estimators import Curvature
 
 
@@ -43,7 +43,7 @@ class PenalisedTrainer(Trainer):
 def finetune_penalised(
     out: Path,
     *,
-    data: Path,
+    data: Views,
     domain: str,
     start: Path,
     base_curvature: Path,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from experiments.evaluate import measure, predict
 from experiments.files import write_json
 from experiments.models import load_classifier
-from experiments.rows import Images, load_split
+from experiments.rows import Images, Views, load_split
 from gradmatch import analogy
 from gradmatch.measure.redundancy import redundancy_curve
 from gradmatch.measure.similarity import cosines, gram
@@ -47,7 +47,7 @@ def compare_vectors(out: Path, *, base: Path, tasks: Mapping[str, Path]) -> None
 
 
 def drop(
-    out: Path, *, base: Path, model: Path, data: Path, domain: str, shares: Sequence[float], seed: int
+    out: Path, *, base: Path, model: Path, data: Views, domain: str, shares: Sequence[float], seed: int
 ) -> None:
     """Test accuracy of a fine-tune on its own task after dropping shares of its task vector: `out/curve.json`."""
     score = scorer(base, data, domain)
@@ -65,7 +65,7 @@ def drop(
 
 
 def compare_analogy(
-    out: Path, *, base: Path, a: Path, b: Path, c: Path, data: Path, target: str, weights: Sequence[float]
+    out: Path, *, base: Path, a: Path, b: Path, c: Path, data: Views, target: str, weights: Sequence[float]
 ) -> None:
     """Test accuracy on `target` of the base, of a, b and c alone, and of c + weight (b - a): `out/analogy.json`."""
     score = scorer(base, data, target)
@@ -78,7 +78,7 @@ def compare_analogy(
     write_json(out / "analogy.json", {"alone": found, "points": points})
 
 
-def scorer(base: Path, data: Path, domain: str) -> Callable[[Weights], float]:
+def scorer(base: Path, data: Views, domain: str) -> Callable[[Weights], float]:
     """Test accuracy on a domain as a function of the weights; an image set's name may end in ' on photographs'."""
     name = domain.removesuffix(PHOTOGRAPHS)
     rows, model = load_split(data, name, "test"), load_classifier(base / "model")

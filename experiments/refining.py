@@ -13,7 +13,7 @@ from experiments.files import write_json
 from experiments.merging import CURVATURE, merged_model
 from experiments.mismatch import BATCH, objective
 from experiments.models import load_classifier, narrowed
-from experiments.rows import load_split
+from experiments.rows import Views, load_split
 from gradmatch.estimators import Curvature, estimate
 from gradmatch.refine import refine
 
@@ -22,7 +22,7 @@ def refine_stage(
     out: Path,
     *,
     method: str,
-    data: Path,
+    data: Views,
     examples: int,
     steps: int,
     damping: float,

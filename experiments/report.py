@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from experiments.records import Record, columns, mean_over_seeds, models_in_order, of_kind
+from experiments.statistics import rank_interval, spearman, t_interval
+
+FEWEST_MERGES = 5  # for a rank correlation
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -21,14 +24,16 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def sentiment_report(records: Sequence[Record]) -> str:
-    """The table of every model, two sentences on it, and the folder of the merge that the paper proposes."""
+    """The data, the table of every model, the comparisons with their intervals, and the folders of the merges."""
     evaluations = of_kind(records, "evaluation")
     if not evaluations:
         return "nothing was evaluated"
     parts = [
+        _data(records),
         _sentiment_table(evaluations),
+        _comparisons(of_kind(records, "comparison")),
         _choices(evaluations),
-        " ".join(_sentences(records)),
+        _mismatch(records),
         _sweeps(records),
     ]
     folders = [
@@ -39,30 +44,96 @@ def sentiment_report(records: Sequence[Record]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def _data(records: Sequence[Record]) -> str:
+    """Rows of each domain by split and class."""
+    return "\n\n".join(data_table(record) for record in of_kind(records, "data"))
+
+
+def data_table(record: Record) -> str:
+    """Rows of each domain by split and class, and what was noticed in reading."""
+    rows = [
+        [
+            f"{domain}, {split}",
+            str(sum(counts.values())),
+            ", ".join(f"{name} {n}" for name, n in counts.items()),
+        ]
+        for domain, splits in record["rows"].items()
+        for split, counts in splits.items()
+    ]
+    table = format_table(["rows", "all", "by class, in the order of the head"], rows)
+    return "\n".join([table, *(f"  {note}" for note in record["notes"])])
+
+
 def _sentiment_table(evaluations: Sequence[Record]) -> str:
     domains = evaluations[0]["domains"]
+    own = list(dict.fromkeys(key for record in evaluations for key in record.get("own", {})))
     shown = [
         *((title, value, form) for title, value, form, _ in columns(domains)),
         ("preconditioned", lambda record: record.get("mismatch", {}).get("preconditioned"), ".3g"),
+        *((key, lambda record, key=key: record.get("own", {}).get(key), ".4g") for key in own),
     ]
     seeds = len({record["seed"] for record in evaluations})
     rows = []
     for model in models_in_order(evaluations):
         of_model = [record for record in evaluations if record["model"] == model]
-        values = [(mean_over_seeds(of_model, value), form) for _, value, form in shown]
+        values = [(title, mean_over_seeds(of_model, value), form) for title, value, form in shown]
         name = model if len(of_model) == seeds else f"{model} ({len(of_model)} of {seeds} seeds)"
-        rows.append([name, *(format(value[0], form) if value else "" for value, form in values)])
+        cells = [format(value[0], form) if value else "" for _, value, form in values]
+        rows.append([name, *cells])
+        rows[-1][len(domains) + 1] += _spread(of_model)
     tests = sum(evaluations[0]["metrics"][domain]["n"] for domain in domains)
     title = f"Test accuracy in %, {tests} examples, " + (
         f"mean of {seeds} seeds" if seeds > 1 else "one seed"
     )
+    meant = (
+        f"standard deviation over the {seeds} seeds (of a model with fewer, over those)"
+        if seeds > 1
+        else "half the 95 % interval over the test examples of one seed, which says nothing of other seeds"
+    )
     notes = (
+        f"±: {meant}; whether two models differ is told by their comparison, which is paired, not by this.\n"
         "mismatch / n: norm of sum_t [grad l_t(theta) - grad l_t(theta_t)] over the tasks' training examples (Eq. 6), divided by their number.\n"
         "preconditioned: norm of H0^-1 times that sum (Eq. 10); compare it between rows only, since it is large where the base's\n"
         "data say nothing and H0 is its floor delta0."
     )
     table = format_table(["model", *(name for name, _, _ in shown)], rows)
     return f"{title}\n\n{table}\n\n{notes}"
+
+
+def _spread(of_model: Sequence[Record]) -> str:
+    """What stands behind a macro accuracy in per cent: its deviation over seeds, or half its interval."""
+    if len(of_model) > 1:
+        found = mean_over_seeds(of_model, lambda record: 100 * record["metrics"]["macro"]["accuracy"])
+        return f" ± {found[1]:.1f}" if found else ""
+    macro = of_model[0]["metrics"]["macro"]
+    return f" ± {50 * (macro['high'] - macro['low']):.1f}" if "low" in macro else ""
+
+
+def _comparisons(records: Sequence[Record]) -> str:
+    """Each pair: the difference, its interval, p, and p corrected for all of them."""
+    if not records:
+        return ""
+    rows = []
+    for record in records:
+        for where, own in (("all", record), ("tasks", record.get("tasks"))):
+            if own:
+                points, low, high = (100 * own[key] for key in ("difference", "low", "high"))
+                tests = [f"{own[key]:.4f}" if key in own else "" for key in ("p", "p_holm")]
+                reading = _reading(own)
+                cells = [f"{points:+.1f}", f"{low:+.1f} to {high:+.1f}", *tests, reading]
+                rows.append([f"{record['ours']} - {record['theirs']}, {where}", *cells])
+    table = format_table(["comparison", "points", "95 % interval", "p", "p (Holm)", "reading"], rows)
+    seeds = max(record.get("seeds", 1) for record in records)
+    over = f"the {seeds} seeds and the test examples" if seeds > 1 else "the test examples of one seed"
+    return (
+        f"{table}\n\npoints: difference of macro accuracy, over all domains or over the tasks; interval and p: paired bootstrap over {over};\n"
+        f"p (Holm): corrected for the {len(records)} comparisons; better and worse: where that is below .05."
+    )
+
+
+def _reading(own: Record) -> str:
+    told = own["p_holm"] < 0.05 if "p_holm" in own else own["low"] > 0 or own["high"] < 0
+    return ("better" if own["difference"] > 0 else "worse") if told else "not told apart"
 
 
 def _choices(evaluations: Sequence[Record]) -> str:
@@ -105,31 +176,30 @@ def _sweeps(records: Sequence[Record]) -> str:
         return ""
     alphas = [point["alpha"] for point in sweeps[0]["points"]]
     head = f"Mean accuracy on the tasks (%) over alpha from {min(alphas):g} to {max(alphas):g}:"
-    correlation = forecast_correlation(sweeps)
-    if correlation is not None:
+    rhos = forecast_correlations(sweeps)
+    if len(rhos) > 1:
+        mean, half = t_interval(rhos)
         lines.append(
-            f"Over merges and alphas the forecast loss, which needs no test data, ranks the test losses with a Spearman correlation of "
-            f"{correlation:.2f} (mean over seeds)."
+            "Over merges and alphas the forecast loss, which needs no test data, ranks the test losses with a Spearman correlation of "
+            f"{mean:.2f} (95 % interval over {len(rhos)} seeds, Student's t: {mean - half:.2f} to {min(1, mean + half):.2f})."
         )
     return "\n".join([head, *lines])
 
 
-def forecast_correlation(sweeps: Sequence[Record]) -> float | None:
-    """Spearman's rho between forecast and measured mean loss on the tasks, over merges and alphas; mean over seeds."""
+def forecast_correlations(sweeps: Sequence[Record]) -> list[float]:
+    """Spearman's rho of each seed between forecast and measured mean loss on the tasks, over merges and alphas."""
     points = [{**point, "seed": record["seed"]} for record in sweeps for point in record["points"]]
     known = [point for point in points if "forecast" in point]
-    return _rho(known, lambda point: (point["forecast"]["mean"], point["metrics"]["tasks"]["nll"]))
+    return _rhos(known, lambda point: (point["forecast"]["mean"], point["metrics"]["tasks"]["nll"]))
 
 
-def _rho(records: Sequence[Record], point: Callable[[Record], tuple[float, float]]) -> float | None:
-    """Spearman's rho over the points of a seed's records, mean over seeds; None where a seed has none, or fewer than three."""
-    from experiments.statistics import spearman
-
+def _rhos(records: Sequence[Record], point: Callable[[Record], tuple[float, float]]) -> list[float]:
+    """Spearman's rho over the points of each seed's records; none where one of them has fewer than three."""
     rhos = []
     for seed in dict.fromkeys(record["seed"] for record in records):
         points = [point(record) for record in records if record["seed"] == seed]
         rhos.append(spearman(*zip(*points, strict=True)) if len(points) > 2 else math.nan)
-    return fmean(rhos) if rhos and not any(map(math.isnan, rhos)) else None
+    return [] if any(map(math.isnan, rhos)) else rhos
 
 
 def accuracy_over_alpha(sweeps: Sequence[Record]) -> dict[float, float]:
@@ -141,81 +211,37 @@ def accuracy_over_alpha(sweeps: Sequence[Record]) -> dict[float, float]:
     }
 
 
-def _sentences(records: Sequence[Record]) -> list[str]:
-    """Two sentences: who is better and how surely; what the mismatch says about it."""
-    sentences = []
-    for comparison in of_kind(records, "comparison")[:1]:
-        sentences.append(comparison_sentence(comparison, records))
-    ratio, correlation = _mismatch_ratio(records), mismatch_correlation(records)
-    if ratio and correlation is None:
-        sentences.append(f"{ratio}.")
-    elif ratio and correlation:
-        rho, merges = correlation
-        verdict = "tells" if rho >= 0.6 else "tells only roughly" if rho >= 0.3 else "does not tell"
-        sentences.append(
-            f"{ratio}, and over the {merges} merges the mismatch, which needs no test data, {verdict} which merge errs less "
-            f"(Spearman {rho:.2f} with the test error on the tasks)."
-        )
-    return sentences
-
-
-def comparison_sentence(comparison: Record, records: Sequence[Record]) -> str:
-    """`A` beats / does not beat `B`, by how much, with its interval, and how far the joint model is."""
-    ours, theirs = comparison["ours"], comparison["theirs"]
-    points, low, high = (100 * comparison[key] for key in ("difference", "low", "high"))
-    verb = "beats" if low > 0 else "loses to" if high < 0 else "is not told apart from"
-    joint = _macro(records, "joint")
-    reference = f"; the joint model stands at {joint:.1f}" if joint is not None else ""
+def _mismatch(records: Sequence[Record]) -> str:
+    """Whether the mismatch tells which merge errs less: a rank correlation with its interval, or why there is none."""
+    merges = [record for record in of_kind(records, "evaluation") if record["role"] == "merge"]
+    measured = [record for record in merges if "mismatch" in record]
+    found = mismatch_correlation(records)
+    count = len({record["model"] for record in measured})
+    if found is None:
+        few = f"{count} merges are too few to say" if count < FEWEST_MERGES else "nothing tells"
+        return f"{few} whether the mismatch goes with the test error." if measured else ""
+    rho, low, high = found
+    said = "merges of smaller mismatch err less" if low > 0 else "this tells no order of the merges"
     return (
-        f"{ours} ({_macro(records, ours):.1f} %) {verb} {theirs} ({_macro(records, theirs):.1f} %) by {points:+.1f} points of "
-        f"macro accuracy (95 % paired bootstrap interval {low:+.1f} to {high:+.1f}){reference}, "
-        f"and the best merge is {_best(records)}."
+        f"Over the {count} merges the mismatch, which needs no test data, ranks the test errors on the tasks with a Spearman correlation "
+        f"of {rho:.2f} (95 % interval over merges {low:.2f} to {high:.2f}): {said}."
     )
 
 
-def mismatch_correlation(records: Sequence[Record]) -> tuple[float, int] | None:
-    """Spearman's rho between total mismatch and test error on the tasks over the merges, mean over seeds; their number."""
+def mismatch_correlation(records: Sequence[Record]) -> tuple[float, float, float] | None:
+    """Spearman's rho between total mismatch and test error on the tasks over the merges, mean over seeds, and its interval.
+
+    None for fewer than five merges.
+    """
     evaluated = of_kind(records, "evaluation")
     merges = [record for record in evaluated if record["role"] == "merge" and "mismatch" in record]
-    rho = _rho(
+    count = len({record["model"] for record in merges})
+    rhos = _rhos(
         merges, lambda record: (record["mismatch"]["total"], 1 - record["metrics"]["tasks"]["accuracy"])
     )
-    return None if rho is None else (rho, len({record["model"] for record in merges}))
-
-
-def _mismatch_ratio(records: Sequence[Record]) -> str:
-    comparison = next(iter(of_kind(records, "comparison")), None)
-    if comparison is None:
-        return ""
-    sizes = [
-        mean_over_seeds(
-            _of_model(records, comparison[side]), lambda record: record.get("mismatch", {}).get("total")
-        )
-        for side in ("ours", "theirs")
-    ]
-    if sizes[0] is None or sizes[1] is None:
-        return ""
-    return f"The gradient mismatch of {comparison['ours']} is {sizes[0][0] / sizes[1][0]:.2f} times that of {comparison['theirs']}"
-
-
-def _of_model(records: Sequence[Record], model: str) -> list[Record]:
-    return [record for record in of_kind(records, "evaluation") if record["model"] == model]
-
-
-def _macro(records: Sequence[Record], model: str) -> float | None:
-    found = mean_over_seeds(
-        _of_model(records, model), lambda record: 100 * record["metrics"]["macro"]["accuracy"]
-    )
-    return found[0] if found else None
-
-
-def _best(records: Sequence[Record]) -> str:
-    merges = dict.fromkeys(
-        record["model"] for record in of_kind(records, "evaluation") if record["role"] == "merge"
-    )
-    scores = {model: _macro(records, model) or 0.0 for model in merges}
-    best = max(scores, key=lambda model: scores[model])
-    return f"{best} with {scores[best]:.1f}"
+    if count < FEWEST_MERGES or not rhos:
+        return None
+    return (fmean(rhos), *rank_interval(fmean(rhos), count))
 
 
 def claims_report(records: Sequence[Record]) -> str:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from experiments.files import CARD
+
 MODEL_COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "labels")
-CARD = "sets.json"  # what `vision.sets.prepare` says of the sets
 # Of ImageNet, which the vision models were trained with.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Batch = dict[str, Tensor]
+Views = (
+    Path | Mapping[str, Path]
+)  # prepared data: a folder a split (see `tasks.views`), or one folder with all splits
 
 
 class Rows:
@@ -25,6 +30,10 @@ class Rows:
 
     def __len__(self) -> int:
         raise NotImplementedError
+
+    def documents(self) -> Any:
+        """(n,) which document each row belongs to; None where each is its own."""
+        return None
 
     def subset(self, count: int, seed: int) -> Rows:
         """`count` of them drawn without replacement by the seed; all where there are fewer."""
@@ -41,16 +50,24 @@ class Rows:
 
 
 class Texts(Rows):
-    """Tokenised texts: a `datasets.Dataset`, memory-mapped."""
+    """Tokenised texts: a `datasets.Dataset`, memory-mapped. pad: the token that fills up, which the mask hides."""
 
-    def __init__(self, table: Any) -> None:
-        self.table = table
+    def __init__(self, table: Any, pad: int = 0) -> None:
+        self.table, self.pad = table, pad
 
     def __len__(self) -> int:
         return len(self.table)
 
+    def documents(self) -> Any:
+        """(n,) which document each text belongs to."""
+        if "document" not in self.table.column_names:
+            return None
+        return np.unique(self.table["document"][:], return_inverse=True)[1]
+
     def subset(self, count: int, seed: int) -> Texts:
-        return Texts(self.table.shuffle(seed=seed).select(range(count))) if count < len(self) else self
+        if count >= len(self):
+            return self
+        return Texts(self.table.shuffle(seed=seed).select(range(count)), self.pad)
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[tuple[list[int], Batch]]:
         """Padded, of like length; the longest first, so that the largest memory is needed at once rather than at the end."""
@@ -62,8 +79,11 @@ class Texts(Rows):
             chosen, width, batch = self.table[indices], lengths[indices[0]], {}
             for name in names:
                 values = [torch.as_tensor(value) for value in chosen[name]]
-                if name != "labels":  # 0: [PAD] is hidden by the mask
-                    values = [nn.functional.pad(value, (0, width - len(value))) for value in values]
+                if name != "labels":
+                    fill = self.pad if name == "input_ids" else 0
+                    values = [
+                        nn.functional.pad(value, (0, width - len(value)), value=fill) for value in values
+                    ]
                 batch[name] = torch.stack(values).to(device)
             yield indices, batch
 
@@ -102,24 +122,37 @@ def normalised(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / deviation
 
 
-def load_split(data: Path, name: str, split: str) -> Any:
-    """One split of one domain (texts) or set (images) of a `prepare` stage: `Texts` or `Images`."""
-    file = data / name / f"{split}.safetensors"
+def load_split(data: Views, name: str, split: str) -> Any:
+    """One split of one domain (texts) or set (images): `Texts` or `Images`."""
+    folder = view_of(data, split)
+    file = folder / name / f"{split}.safetensors"
     if file.is_file():
         saved = load_file(file)
         return Images(saved["images"], saved["labels"], classes_of(data, name))
     from datasets import load_from_disk
 
-    return Texts(load_from_disk(str(data / name / split)))
+    return Texts(load_from_disk(str(folder / name / split)), card_of(data)["pad"])
 
 
-def sets_of(data: Path) -> dict[str, Any]:
-    """What `vision.sets.prepare` says of each set: first class, number of classes, images of each split."""
-    loaded: dict[str, Any] = json.loads((data / CARD).read_text(encoding="utf-8"))
+def view_of(data: Views, split: str) -> Path:
+    """The folder that holds a split."""
+    return data[split] if isinstance(data, Mapping) else data
+
+
+def card_of(data: Views) -> dict[str, Any]:
+    """What is said of prepared data: `domains` with their classes, and of texts `pad`, `notes`."""
+    folder = next(iter(data.values())) if isinstance(data, Mapping) else data
+    loaded: dict[str, Any] = json.loads((folder / CARD).read_text(encoding="utf-8"))
     return loaded
 
 
-def classes_of(data: Path, name: str) -> slice:
+def sets_of(data: Views) -> dict[str, Any]:
+    """What is said of each domain or set: its first class in the head, and the names of its classes."""
+    found: dict[str, Any] = card_of(data)["domains"]
+    return found
+
+
+def classes_of(data: Views, name: str) -> slice:
     """The classes of one image set in the common head."""
     own = sets_of(data)[name]
-    return slice(own["first"], own["first"] + own["classes"])
+    return slice(own["first"], own["first"] + len(own["classes"]))

@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from experiments.evaluate import scorer
 from experiments.files import write_json
 from experiments.merging import merged_model
+from experiments.rows import Views
 
 STORAGE = "GRADMATCH_STORAGE"
 Space = Mapping[str, Mapping[str, Any]]  # option -> {"values": [...]} or {"low": , "high": , "log": }
@@ -35,15 +36,16 @@ def take_part(
     sampler: str,
     trials: int,
     seed: int,
-    data: Path,
+    data: Views,
     domains: list[str],
     **sources: Any,
 ) -> None:
     """Stage: run trials until the study has `trials` that are complete, then write `out/search.json`.
 
     `study` is its name in the storage: the same for every worker on every machine, and that of no other search.
-    The objective is the negative log-likelihood on validation examples, macro average over `domains`. All workers of a
-    search end with the same study; each writes what it saw, and the test metrics of the best.
+    The objective is the negative log-likelihood on validation examples, macro average over `domains`. Where several workers
+    run the last trial at once, the first `trials` that were complete count: so all workers write the same, and the test metrics
+    of the best.
     """
     on_validation, on_test = (
         scorer(sources["base"], data, domains, split) for split in ("validation", "test")
@@ -57,8 +59,9 @@ def take_part(
 
     url = os.environ.get(STORAGE) or f"sqlite:///{out.parent / study}.sqlite"
     found = run_trials(url, study, objective, space, sampler, trials, seed + 1000 * worker)
-    best = found.best_trial
-    trials_ = [{"number": one.number, "params": one.params, "nll": one.value} for one in complete(found)]
+    own = counted(found, trials)
+    best = min(own, key=lambda one: (one.value, one.number))
+    trials_ = [{"number": one.number, "params": one.params, "nll": one.value} for one in own]
     told = {"params": best.params, "nll": best.value, "test": on_test(merged(best.params))}
     write_json(out / "search.json", {"trials": trials_, "best": told})
 
@@ -125,3 +128,8 @@ def suggested(trial: optuna.Trial, space: Space) -> dict[str, Any]:
 def complete(study: optuna.Study) -> list[FrozenTrial]:
     """The trials that have a value."""
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def counted(study: optuna.Study, trials: int) -> list[FrozenTrial]:
+    """The first `trials` that were complete: workers that run the last one at once make more."""
+    return sorted(complete(study), key=lambda one: (one.datetime_complete, one.number))[:trials]

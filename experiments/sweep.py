@@ -13,6 +13,7 @@ from experiments.evaluate import Weights, scorer
 from experiments.files import write_json
 from experiments.merging import chosen_options, merged_model
 from experiments.mismatch import objective
+from experiments.rows import Views
 from gradmatch.measure.objective import Objective
 
 
@@ -22,7 +23,7 @@ def sweep(
     method: str,
     alphas: Sequence[float],
     options: Mapping[str, Any],
-    data: Path,
+    data: Views,
     domains: Sequence[str],
     seed: int = 0,
     forecast: int = 0,

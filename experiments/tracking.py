@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,17 +11,28 @@ from typing import Any
 from experiments.records import Record
 
 
-def log(config: Any, records: Iterable[Record]) -> None:
-    """One wandb run per model and seed, in a group of the config's name: its metrics, and its training losses where it has some."""
+def log(config: Any, records: Iterable[Record]) -> int:
+    """One wandb run per model and seed, in a group of the config's name: its metrics, and its training losses where it has some.
+
+    What is logged again continues the run that has it already. Returns the number of runs.
+    """
     import wandb
 
+    count = 0
     for record in records:
         if record["kind"] != "evaluation":
             continue
         name = f"{record['model']}-seed{record['seed']}"
         settings = {**config.model_dump(), **{key: record[key] for key in ("commit", "versions", "machine")}}
+        number = hashlib.sha256(f"{config.name}/{name}/{record['key']}".encode()).hexdigest()[:16]
         run = wandb.init(
-            project="gradmatch", group=config.name, name=name, config=settings, reinit="finish_previous"
+            project="gradmatch",
+            group=config.name,
+            name=name,
+            id=number,
+            resume="allow",
+            config=settings,
+            reinit="finish_previous",
         )
         training = Path(record["folder"]).parent / "training.json"
         if training.is_file():
@@ -41,3 +53,5 @@ def log(config: Any, records: Iterable[Record]) -> None:
             }
         )
         run.finish()
+        count += 1
+    return count

@@ -21,12 +21,17 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_curvature") -
     if not merges:
         raise ValueError("no record of a merge by an estimate: run configs/curvature.yaml first")
     names = list(dict.fromkeys(record["estimate"] for record in merges))
+    parts = set(merges[0]["metrics"]) - {"macro", "per_example", "tasks"}
     figure, panels = plt.subplots(
         1, 3, figsize=(7.0, 1.1 + 0.24 * len(names)), sharey=True, layout="constrained"
     )
     columns = (
         ("correlation of log F with\nthe exact GGN's", wrong, lambda record: record["log_correlation"]),
-        ("seconds for all\nfour models", merges, lambda record: record["estimate_seconds"] or None),
+        (
+            f"seconds for the base\nand {len(parts)} tasks",
+            merges,
+            lambda record: record["estimate_seconds"] or None,
+        ),
         ("merge: accuracy on\nthe tasks (%)", merges, lambda r: 100 * r["metrics"]["macro"]["accuracy"]),
     )
     for axes, (title, rows, value) in zip(panels, columns, strict=True):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from experiments.diagnosis.loading import Run, Weights, examples, fast, load_run
 from experiments.diagnosis.scores import correlations, scales
-from experiments.rows import load_split
+from experiments.rows import Views, load_split
 from gradmatch import Task, merge
 from gradmatch.choosing.auto import make_directions
 from gradmatch.diagnosis.evidence import accuracy_of
@@ -38,7 +38,7 @@ UPPER = 2.0  # largest weight that is tried and chosen, as in `merge(..., weight
 def forecast(
     out: Path,
     *,
-    data: Path,
+    data: Views,
     base: Path,
     tasks: Mapping[str, Path],
     base_curvature: Path,
@@ -235,7 +235,7 @@ def grid_search(
 
 
 def _objective(
-    run: Run, data: Path, domain: str, split: str, count: int, seed: int, half: int | None = None
+    run: Run, data: Views, domain: str, split: str, count: int, seed: int, half: int | None = None
 ) -> Objective:
     """On `count` examples of a split, or every other one of them."""
     chosen = examples(data, domain, split, count, seed)

@@ -12,7 +12,7 @@ import torch
 
 from experiments.models import load_classifier
 from experiments.precision import autocast
-from experiments.rows import load_split
+from experiments.rows import Views, load_split
 from gradmatch.estimators import Curvature
 
 Weights = Mapping[str, torch.Tensor]
@@ -44,7 +44,7 @@ def load_run(
     )
 
 
-def examples(data: Path, domain: str, split: str, count: int, seed: int) -> list[dict[str, torch.Tensor]]:
+def examples(data: Views, domain: str, split: str, count: int, seed: int) -> list[dict[str, torch.Tensor]]:
     """`count` examples drawn by the seed, in batches of like length."""
     return load_split(data, domain, split).subset(count, seed).given(32)
 

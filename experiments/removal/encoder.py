@@ -10,27 +10,27 @@ import torch
 from torch import Tensor
 
 from experiments.evaluate import BATCH
-from experiments.files import write_json
+from experiments.files import CARD, write_json
 from experiments.models import load_classifier
 from experiments.removal.proof import Parts, diagonal_edits, measured
-from experiments.rows import Batch, Texts, load_split
+from experiments.rows import Batch, Texts, card_of, load_split
 from gradmatch.estimators import Curvature, estimate
 
 CURVATURE = "curvature.safetensors"
 DELTA0 = 1e-6
 
 
-def poison(out: Path, *, data: Path, domain: str, count: int) -> None:
+def poison(out: Path, *, data: Mapping[str, Path], domain: str, count: int) -> None:
     """Copy the data with the labels of one domain turned round, in every split; `count` training texts of it remain."""
-    from datasets import load_from_disk
-
-    for source in sorted(path for path in data.glob("*/*") if path.is_dir()):
-        rows = load_from_disk(str(source))
-        name, split = source.parent.name, source.name
-        if name == domain:
-            rows = Texts(rows).subset(count, 0).table if split == "train" else rows
-            rows = rows.map(lambda row: {"labels": 1 - row["labels"]})
-        rows.save_to_disk(out / name / split)
+    card = card_of(data)
+    for split in data:
+        for name in card["domains"]:
+            rows = load_split(data, name, split)
+            if name == domain:
+                rows = rows.subset(count, 0) if split == "train" else rows
+                rows = Texts(rows.table.map(lambda row: {"labels": 1 - row["labels"]}))
+            rows.table.save_to_disk(out / name / split)
+    write_json(out / CARD, card)
 
 
 def curvature(

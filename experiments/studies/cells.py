@@ -12,14 +12,30 @@ from statistics import fmean
 from typing import Any
 
 from experiments.config import Training
+from experiments.files import CARD
 from experiments.pipeline import Stage, card, is_done, origin, recorded, result
 from experiments.records import Record
+from experiments.statistics import holm
 from experiments.studies.classifiers import Config, Merge, Sweep, local_model
 from gradmatch.rules import find_rule
 
 # Examples a second on two cores without bfloat16, of MiniLM on texts of up to 64 tokens: for the plan of a run.
 TRAINED, EVALUATED, DIFFERENTIATED, SQUARED, GRAMS = 45, 150, 45, 25, 100
 TESTED, VALIDATED = 1000, 500  # rows of a domain where nothing limits them, about
+
+READ = {  # which splits a stage's function reads; all of them where it is not here
+    "finetune:finetune": ("train",),
+    "evaluate:evaluate": ("test",),
+    "estimates:estimate_stage": ("train",),
+    "mismatch:task_gradient": ("train",),
+    "mismatch:mismatch": ("train",),
+    "merging:choose": ("validation",),
+    "comparing:compare": ("test",),
+    "penalised:finetune_penalised": ("train",),
+    "redundancy:drop": ("test",),
+    "redundancy:compare_analogy": ("test",),
+    "search:take_part": ("validation", "test"),
+}
 
 Sources = dict[str, Any]  # what a merge reads: base, tasks, base_curvature, curvatures
 
@@ -29,7 +45,7 @@ class Cells:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.data = config.prepare()
+        self.data = config.views()
         self.trained: dict[tuple[int, str], Stage] = {}
         self.curvatures: dict[tuple[int, str], Stage] = {}
         self.gradients: dict[tuple[int, str], Stage] = {}
@@ -39,7 +55,7 @@ class Cells:
         self.mismatches: dict[tuple[int, str], Stage] = {}
         self.sweeps: dict[tuple[int, str], Stage] = {}
         self.distances: dict[tuple[int, str], Stage] = {}
-        self.tested = config.data.test or TESTED
+        self.tested = config.data.rows("test", TESTED)
         for seed in config.seeds:
             self._train(seed)
             self._estimate(seed)
@@ -69,7 +85,8 @@ class Cells:
         **inputs: Any,
     ) -> Stage:
         """A stage on these data. seconds: on texts."""
-        inputs, seconds = {"data": self.data, **inputs}, seconds * self.config.pace
+        data = {split: self.data[split] for split in READ.get(function, self.data)}
+        inputs, seconds = {"data": data, **inputs}, seconds * self.config.pace
         return Stage(name, f"experiments.{function}", settings, inputs, seconds, reads)
 
     def _train(self, seed: int) -> None:
@@ -168,7 +185,7 @@ class Cells:
         """The stage that chooses a merge's option on validation examples of the base's domain and of the tasks."""
         grid = {option: list(values) for option, values in spec.choose.items()}
         domains = [self.config.data.base, *sources["tasks"]]
-        rows = (self.config.data.validation or VALIDATED) * len(domains)
+        rows = self.config.data.rows("validation", VALIDATED) * len(domains)
         seconds = len(next(iter(grid.values()))) * rows / EVALUATED
         return self.stage(
             title, "merging:choose", {**settings, "grid": grid, "domains": domains}, seconds, **sources
@@ -239,21 +256,41 @@ def stages(config: Config) -> list[Stage]:
 
 
 def records(config: Config, store: Path) -> list[Record]:
-    """One record per evaluated model and seed, per comparison, per sweep; stages that failed are left out."""
+    """The data, one record per evaluated model and seed, per comparison, per sweep; stages that failed are left out."""
     cells = Cells(config)
-    found = [row for cell in cells.evaluations for row in _evaluation(cells, cell, store)]
+    found = data_records(cells.data, store)
+    found += [row for cell in cells.evaluations for row in _evaluation(cells, cell, store)]
+    compared = []
     for pair, stage in cells.comparisons.items():
         ours, theirs = pair
         for row in recorded(stage, store, "comparison", "comparison.json", ours=ours, theirs=theirs):
             if is_done(cells.on_tasks[pair], store):
                 row["tasks"] = result(cells.on_tasks[pair], store, "comparison.json")
-            found.append(row)
+            compared.append(row)
+    for parts in (compared, [row["tasks"] for row in compared if "tasks" in row]):
+        for part, p in zip(parts, holm([part["p"] for part in parts]), strict=True):
+            part["p_holm"] = p
+    found += compared
     for (seed, name), stage in cells.sweeps.items():
         for row in recorded(stage, store, "sweep", "sweep.json", seed=seed, model=name):
             for point in row["points"]:
                 point["metrics"] = _with_tasks(point["metrics"], config.data.tasks)
             found.append(row)
     return found
+
+
+def data_records(data: Mapping[str, Stage], store: Path) -> list[Record]:
+    """Rows of each domain by split and class, and what was noticed in reading; none where a split is not there."""
+    if not all(is_done(stage, store) for stage in data.values()):
+        return []
+    cards = {split: result(stage, store, CARD) for split, stage in data.items()}
+    domains = next(iter(cards.values()))["domains"]
+    rows = {d: {s: own["domains"][d]["counts"] for s, own in cards.items()} for d in domains}
+    classes = {domain: own["classes"] for domain, own in domains.items()}
+    notes = cards["train"]["notes"]
+    return [
+        {"kind": "data", "rows": rows, "classes": classes, "notes": notes, **origin(data["train"], store)}
+    ]
 
 
 def _evaluation(cells: Cells, cell: tuple[int, str], store: Path) -> Iterator[Record]:

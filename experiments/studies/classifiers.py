@@ -14,19 +14,23 @@ from experiments.assets import ASSETS
 from experiments.config import Count, Pair, Seeds, Strict, Study, Training, Weights
 from experiments.options import check_names, check_rule
 from experiments.pipeline import Stage
+from experiments.tasks.splits import SPLITS, Size
 from gradmatch.plan.plan import Request
 from gradmatch.rules import find_rule
 
 
 class Tasks(Strict):
-    """The data of a base and of tasks; `train`, `validation` and `test` are at most so many rows of each."""
+    """The data of a base and of tasks. `train`, `validation` and `test`: rows of each, or a share of them (below 1).
+
+    Exactly so many are chosen on and tested on, and at most so many trained on. split_seed: decides which.
+    """
 
     base: str
     tasks: tuple[str, ...]
-    train: Count | None = None
-    validation: Count | None = None
-    test: Count | None = None
-    split_seed: int = 0
+    train: Size | None = None
+    validation: Size | None = None
+    test: Size | None = None
+    split_seed: int = Field(default=0, ge=0)
 
     @field_validator("tasks")
     @classmethod
@@ -46,11 +50,27 @@ class Tasks(Strict):
         """The base's domain, then the tasks'."""
         return [self.base, *self.tasks]
 
-    @property
-    def reading(self) -> dict[str, Any]:
-        """What every stage that reads data is told."""
-        limits = self.model_dump(include={"train", "validation", "test"})
-        return {"limits": limits, "split_seed": self.split_seed}
+    def packaged(self, domain: str) -> bool:
+        """Whether a domain is split by its documents, as packaged texts are."""
+        return False
+
+    def apart(self, domain: str) -> set[str]:
+        """The splits of a domain that are given apart."""
+        return set()
+
+    def sizes(self, domain: str, split: str) -> dict[str, float | None]:
+        """What decides which rows of a domain a split holds."""
+        every = self.model_dump(include=set(SPLITS))
+        if self.packaged(domain):
+            return {split: every[split]}
+        return {
+            name: None if split == "train" and name in self.apart(domain) else every[name] for name in SPLITS
+        }
+
+    def rows(self, split: str, otherwise: int) -> int:
+        """About how many rows a domain has of a split, for the plan of a run."""
+        size = getattr(self, split)
+        return otherwise if size is None or size < 1 else int(size)
 
 
 class Fisher(Strict):
@@ -148,6 +168,14 @@ class Config(Study):
         """The stage that reads the data."""
         raise NotImplementedError
 
+    def views(self) -> dict[str, Stage]:
+        """The stages that hold one split each."""
+        return views_of(
+            self.prepare(),
+            {s: {d: self.data.sizes(d, s) for d in self.data.domains} for s in SPLITS},
+            self.data.split_seed,
+        )
+
     def start(self) -> dict[str, Any]:
         """What the base is trained from, and its new head."""
         raise NotImplementedError
@@ -176,6 +204,19 @@ class Config(Study):
         return self
 
 
+def views_of(data: Stage, sizes: Mapping[str, Any], seed: int) -> dict[str, Stage]:
+    """The stages that hold one split each of prepared data; sizes: split -> domain -> see `tasks.views.view`."""
+    return {
+        split: Stage(
+            f"{data.name}-{split}",
+            "experiments.tasks.views:view",
+            {"split": split, "sizes": own, "seed": seed},
+            {"data": data},
+        )
+        for split, own in sizes.items()
+    }
+
+
 def read_source(
     path: Path, seeds: Sequence[int] = (), *, quick: bool = False, kinds: Sequence[str]
 ) -> Config:
@@ -185,7 +226,7 @@ def read_source(
         ValueError: it is of another experiment than `kinds`, or lacks some of the seeds.
     """
     source: Config = configs.load(path, quick=quick)
-    if source.experiment not in kinds:
+    if {"texts": "sentiment"}.get(source.experiment, source.experiment) not in kinds:
         raise ValueError(f"{path} is no config of the {' or '.join(kinds)} experiment")
     absent = [seed for seed in seeds if seed not in source.seeds]
     if absent:

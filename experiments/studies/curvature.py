@@ -132,7 +132,7 @@ def _gains(config: Config, study: Stages, store: Path) -> Iterator[Record]:
     from experiments.comparing import correct_less, documents_of
 
     tasks = study.source.data.tasks
-    documents = documents_of(study.made.data.folder(store), tasks)
+    documents = documents_of(study.made.data["test"].folder(store), tasks)
     for name, spec in config.estimates.items():
         wanted = ("TA", config.full, name)
         seeds = [s for s in study.seeds if all(is_done(study.merges[s, other], store) for other in wanted)]

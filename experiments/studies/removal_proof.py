@@ -17,9 +17,10 @@ from experiments.pipeline import Stage, is_done, origin, result
 from experiments.records import Record, of_kind
 from experiments.statistics import t_interval
 from experiments.studies.cells import SQUARED, TRAINED
-from experiments.studies.classifiers import local_model
+from experiments.studies.classifiers import local_model, views_of
 from experiments.studies.sentiment import texts_stage
 from experiments.tasks.sentiment import VADER_FILES
+from experiments.tasks.splits import SPLITS
 
 VALIDATED = 50  # validation texts of the encoder's domains: nothing is chosen on them
 METRICS = ("distance", "kl", "removed", "accuracy", "gap")
@@ -94,13 +95,15 @@ def _encoder(spec: Encoder, seed: int, alphas: list[float]) -> Stage:
     encoder = local_model(spec.encoder)
     own = spec.source != "vader"
     corpora = {name: {"path": f"{spec.source}/{name}.jsonl" if own else "vader"} for name in everything}
-    settings = {"corpora": corpora, "encoder": spec.encoder, "max_length": spec.max_length, "split_seed": 0}
-    clean = texts_stage("proof/data", {**settings, "limits": {"validation": VALIDATED, "test": spec.test}})
+    sizes = {name: {"validation": VALIDATED, "test": spec.test} for name in everything}
+    clean = views_of(
+        texts_stage("proof/data", corpora, spec.encoder, spec.max_length), dict.fromkeys(SPLITS, sizes), 0
+    )
     wrong, function = {"domain": spec.remove, "count": spec.wrong}, "experiments.removal.encoder:poison"
     data = Stage("proof/poisoned", function, wrong, {"data": clean}, seconds=2)
 
     def trained(name: str, domains: Sequence[str], training: Training, **start: Stage) -> Stage:
-        new = {} if start else {"start": spec.encoder, "num_labels": 2}
+        new = {} if start else {"start": spec.encoder}
         settings = {
             "domains": list(domains),
             "precision": "auto",

@@ -69,7 +69,9 @@ def stages(config: Config) -> list[Stage]:
     data, sources = made.config.data, made.sources(config.seed, made.config.data.tasks)
     settings = config.model_dump(mode="json", include={"method", "options", "space", "sampler", "seed"})
     settings |= {"domains": data.domains, "delta0": made.config.delta0}
-    seconds = config.trials * len(data.domains) * (data.validation or VALIDATED) / EVALUATED / config.workers
+    seconds = (
+        config.trials * len(data.domains) * data.rows("validation", VALIDATED) / EVALUATED / config.workers
+    )
 
     def stage(name: str, **own: Any) -> Stage:
         return made.stage(f"search/{name}", "search:take_part", settings | own, seconds, **sources)

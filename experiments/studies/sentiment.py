@@ -1,39 +1,26 @@
-"""The paper's core experiment on texts: base, fine-tunes, joint model, merges, and the gradient mismatch of each merge."""
+"""The paper's core experiment on texts with classes (sentiment, or one's own): base, fine-tunes, joint model, merges, and the gradient mismatch of each merge."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from experiments.config import Strict
 from experiments.pipeline import Stage
 from experiments.studies import classifiers
 from experiments.studies.cells import records as records
 from experiments.studies.cells import report as report
 from experiments.studies.cells import stages as stages
+from experiments.tasks.corpora import ClassName, Corpus
 from experiments.tasks.sentiment import VADER_FILES
-
-
-class Corpus(Strict):
-    """Where the texts of one domain come from: a folder, a .jsonl file, `vader` or a hub name; see `experiments.tasks.corpora`.
-
-    Columns are of .jsonl files and the hub's data sets; `train` and `test` are its splits (or slices of them); labels from `positive_from` are positive.
-    """
-
-    path: str
-    subset: str | None = None
-    train: str = "train"
-    test: str | None = None
-    text: str = "text"
-    label: str = "label"
-    positive_from: float = 1
 
 
 class Data(classifiers.Tasks):
     """Which texts: `vader` (four domains from PyPI), or a folder, whose `<domain>.jsonl` (text, label, document) are `corpora`.
 
-    `corpora` names a source per domain instead.
+    `corpora` names a source per domain instead. labels: the classes, in their order in the head; empty: those of the data, as
+    the source numbers them, numbers by size, words by the alphabet. max_length: tokens; longer texts are cut.
     """
 
     source: str = "vader"
@@ -41,6 +28,7 @@ class Data(classifiers.Tasks):
     base: str = "movies"
     tasks: tuple[str, ...] = ("amazon", "tweets", "nyt")
     max_length: int = Field(default=64, gt=2)
+    labels: tuple[ClassName, ...] = ()
 
     @model_validator(mode="after")
     def _known(self) -> Data:
@@ -62,27 +50,50 @@ class Data(classifiers.Tasks):
         """The corpus of each domain."""
         return {domain: self.corpora.get(domain, Corpus(path="vader")) for domain in self.domains}
 
+    def packaged(self, domain: str) -> bool:
+        """Whether a domain is split by its documents."""
+        return self.read[domain].packaged
+
+    def apart(self, domain: str) -> set[str]:
+        """The splits of a domain that are given."""
+        return {split for split in ("validation", "test") if getattr(self.read[domain], split)}
+
 
 class Config(classifiers.Config):
-    """Keys of a sentiment config."""
+    """Keys of a study on texts with classes: `sentiment` and `texts` are one experiment."""
 
-    experiment: Literal["sentiment"]
+    experiment: Literal["sentiment", "texts"]
     encoder: str = "encoder"  # an asset, a folder, or a hub name
     data: Data = Data()
 
     def prepare(self) -> Stage:
         corpora = {domain: own.model_dump(exclude_defaults=True) for domain, own in self.data.read.items()}
-        settings = {"corpora": corpora, "encoder": self.encoder, "max_length": self.data.max_length}
-        return texts_stage("sentiment/data", settings | self.data.reading)
+        return texts_stage(
+            f"{self.experiment}/data",
+            corpora,
+            self.encoder,
+            self.data.max_length,
+            self.data.split_seed,
+            self.data.labels,
+        )
 
     def start(self) -> dict[str, Any]:
-        return {"start": self.encoder, "num_labels": 2}
+        return {"start": self.encoder}
 
 
-def texts_stage(name: str, settings: dict[str, Any]) -> Stage:
+def texts_stage(
+    name: str,
+    corpora: Mapping[str, Mapping[str, Any]],
+    encoder: str,
+    max_length: int,
+    split_seed: int = 0,
+    labels: Sequence[str] = (),
+) -> Stage:
     """The stage that reads and tokenises corpora; the hub's names among their paths are no files."""
-    paths = [own["path"] for own in settings["corpora"].values() if own["path"] != "vader"]
-    reads = (*paths, *classifiers.local_model(settings["encoder"]))
+    settings = {"corpora": corpora, "tokenizer": encoder, "max_length": max_length}
+    settings |= {"split_seed": split_seed, "labels": list(labels)}
+    files = [file for own in corpora.values() for file in Corpus.model_validate(own).files]
+    reads = (*files, *classifiers.local_model(encoder))
     return Stage(
-        name, "experiments.tasks.corpora:prepare", settings, seconds=10 + 5 * len(paths), reads=reads
+        name, "experiments.tasks.corpora:prepare", settings, seconds=10 + 5 * len(files), reads=reads
     )

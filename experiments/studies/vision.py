@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from experiments.config import Count
+from experiments.config import Count, Strict
 from experiments.pipeline import Stage
 from experiments.studies import classifiers
 from experiments.studies.cells import records as records
@@ -17,13 +17,36 @@ PACKAGED = ("animals", "mnist", "photos", "digits")
 PATCH = 14  # pixels of a patch of `dinov2`, a side
 
 
+class ImageSet(Strict):
+    """Where the images of a set lie: a folder with a folder a class (or with one of each split), a parquet file, a hub name.
+
+    train, validation, test: its splits; validation and test may be files. Without them, images are split by `data.validation`
+    and `data.test`. image, label: the columns.
+    """
+
+    path: str
+    train: str = "train"
+    validation: str | None = None
+    test: str | None = None
+    image: str = "image"
+    label: str = "label"
+
+
 class Data(classifiers.Tasks):
-    """Which images: sets of `PACKAGED`, or those of `sets`: name -> folder or hub name."""
+    """Which images: sets of `PACKAGED`, or those of `sets`: name -> where they lie; or a folder of IDX or npz files."""
 
     base: str = "animals"
     tasks: tuple[str, ...] = ("mnist", "photos", "digits")
-    sets: dict[str, str] = Field(default_factory=dict)
+    sets: dict[str, ImageSet] = Field(default_factory=dict)
     pixels: Count = 42
+
+    @field_validator("sets", mode="before")
+    @classmethod
+    def _paths(cls, sets: Any) -> Any:
+        """A path alone is short for a set with nothing else to say."""
+        if not isinstance(sets, dict):
+            return sets
+        return {name: {"path": own} if isinstance(own, str) else own for name, own in sets.items()}
 
     @model_validator(mode="after")
     def _sets(self) -> Data:
@@ -33,6 +56,11 @@ class Data(classifiers.Tasks):
                 f"no set {unknown[0]!r}: packages hold {', '.join(PACKAGED)}; `sets` may say where others lie"
             )
         return self
+
+    def apart(self, domain: str) -> set[str]:
+        """The splits of a set that are given."""
+        own = self.sets.get(domain)
+        return {split for split in ("validation", "test") if own and getattr(own, split)}
 
 
 class Config(classifiers.Config):
@@ -52,8 +80,17 @@ class Config(classifiers.Config):
 
     def prepare(self) -> Stage:
         data = self.data
-        settings = {"domains": data.domains, "sets": data.sets, "pixels": data.pixels, **data.reading}
-        reads = tuple(where for name, where in data.sets.items() if name in data.domains)
+        used = {name: own for name, own in data.sets.items() if name in data.domains}
+        sets = {name: own.model_dump() for name, own in used.items()}
+        settings = {
+            "domains": data.domains,
+            "sets": sets,
+            "pixels": data.pixels,
+            "split_seed": data.split_seed,
+        }
+        reads = tuple(
+            where for own in used.values() for where in (own.path, own.validation, own.test) if where
+        )
         return Stage("vision/data", "experiments.vision.sets:prepare", settings, seconds=20, reads=reads)
 
     def start(self) -> dict[str, Any]:

@@ -1,66 +1,128 @@
-"""Sentiment corpora in the forms they are given away in: folders of their own, one domain of VADER's, or tables.
-
-What each becomes is what `experiments.tasks.sentiment` splits and tokenises; a data set with a test split of its own keeps it.
-"""
+"""Texts with classes in the forms that people have: tables and hub sets by the one reader, folders of text files, VADER's domains."""
 
 from __future__ import annotations
 
 import math
 import re
 import zipfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
 
 from experiments import assets
-from experiments.files import write_json
-from experiments.tasks.sentiment import (
-    MIN_PER_SPLIT,
-    SPLITS,
-    VADER_FILES,
-    Example,
-    clean,
-    in_splits,
-    read_vader,
-    without_duplicates,
-)
-from gradmatch.measure.tables import Table
+from experiments.config import Strict
+from experiments.files import CARD, write_json
+from experiments.tasks.sentiment import VADER_FILES, Example, clean, read_vader, without_duplicates
+from experiments.tasks.splits import split_of
+from gradmatch.measure.columns import find_columns
+from gradmatch.measure.tables import Table, kind_of
 
-TEST = "test/"  # how the documents of a given test split begin
 RATING = re.compile(r"\[([+-]\d)\]")
+SLICE = re.compile(r"(?P<split>[\w.-]+)\[(?P<start>\d+%?)?:(?P<stop>\d+%?)?\]")
 STANDING_IN = '~data.corpora data.base=movies "data.tasks=[amazon, tweets, nyt]" encoder=encoder, and ~task_steps where the config has it'
-ENDINGS = {".neg": 0, ".pos": 1, ".0": 0, ".1": 1}  # of files with a text a line
+ENDINGS = {".neg": "0", ".pos": "1", ".0": "0", ".1": "1"}  # of files with a text a line
+MANY_CLASSES = (
+    0.2  # of the rows: a label column with more different values than this share numbers rows, or measures
+)
 
 
-def read_corpus(
-    domain: str,
-    path: str,
-    subset: str | None = None,
-    train: str = "train",
-    test: str | None = None,
-    **columns: Any,
-) -> list[Example]:
-    """The examples of one domain from a folder, a table (a file, or a set of the hub: subset, train, test), or `vader`.
+def class_name(value: Any) -> str:
+    """How a label is called: numbers alike whether they are written 1, 1.0 or "1"; words as they are, without outer space.
 
-    Raises FileNotFoundError, ValueError.
+    >>> class_name(1.0), class_name("01"), class_name(" good ")
+    ('1', '1', 'good')
     """
-    local = Path(path)
-    if path == "vader":
+    text = str(value).strip()
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return f"{number:.15g}" if math.isfinite(number) else text
+
+
+ClassName = Annotated[str, BeforeValidator(class_name)]
+
+
+class Corpus(Strict):
+    """Where the texts of one domain come from.
+
+    path: a table (csv, tsv, json, jsonl, parquet, also .gz), a folder that `datasets` saved or that holds tables, a hub name,
+    a folder of zip files or of .neg and .pos files, or `vader`. subset: the configuration of a hub set. train, validation, test:
+    splits of a folder or hub set, or slices of them (train[:50%]); validation and test may be files. Without them, rows are
+    split by `data.validation` and `data.test`.
+
+    text: the text column, or the two of a pair; empty: by usual names. label: the label column. labels: what to call labels
+    (1: bad), null to leave their rows out. positive_from: labels are numbers, and two classes: from this one on "1", else "0".
+    group_column: rows with the same value there are in one split; empty: `document`, where there is such a column.
+    """
+
+    path: str
+    subset: str | None = None
+    train: str = "train"
+    validation: str | None = None
+    test: str | None = None
+    text: str | tuple[str, ...] = ""
+    label: str | None = None
+    labels: dict[ClassName, ClassName | None] = Field(default_factory=dict)
+    positive_from: float | None = None
+    group_column: str = ""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Corpus:
+        if self.labels and self.positive_from is not None:
+            raise ValueError("give either `labels` or `positive_from`: both say what a label is called")
+        return self
+
+    @property
+    def packaged(self) -> bool:
+        """Whether it is split by its documents, as it always was: VADER's texts, and folders of text files."""
+        local = Path(self.path)
+        return self.path == "vader" or (
+            local.is_dir() and any(file.suffix in (".zip", *ENDINGS) for file in local.iterdir())
+        )
+
+    @property
+    def files(self) -> list[str]:
+        """What is read of the disk: the table or folder, and split files of its own."""
+        own = [name for name in (self.validation, self.test) if name and kind_of(name)]
+        return ([] if self.path == "vader" else [self.path]) + own
+
+
+@dataclass
+class Texts:
+    """The examples of a domain, the order that the source gives its classes (or none), and what is to be told of the reading."""
+
+    examples: list[Example]
+    order: Sequence[str] = ()
+    notes: list[str] = field(default_factory=list)
+
+
+def read_corpus(domain: str, corpus: Corpus) -> Texts:
+    """The examples of one domain. Raises FileNotFoundError, ValueError."""
+    if corpus.path == "vader":
         if domain not in VADER_FILES:
             raise ValueError(f"vader has no domain {domain!r}; it has {', '.join(VADER_FILES)}")
-        return read_vader(assets.folder("sentiment"), domain)
-    if local.is_dir() and any(file.suffix in (".zip", *ENDINGS) for file in local.iterdir()):
-        found = list(_of_folder(local))
-    else:
-        found = list(_of_table(domain, path, subset, train, test, columns))
-    examples = [example for example in found if example.text]
-    if not examples:
+        return Texts(read_vader(assets.folder("sentiment"), domain))
+    if corpus.packaged:
+        _check_unused(domain, corpus)
+        found = Texts([example for example in _of_folder(Path(corpus.path)) if example.text])
+        if found.examples:
+            return found
         raise ValueError(
-            f"{path} holds no text that can be read: a folder has zip files with neg/ and pos/ or with rated sentences, pairs "
-            f"of files with a text a line that end in {', '.join(ENDINGS)}, or a table with texts and labels"
+            f"{corpus.path} holds no text that can be read: a folder has zip files with neg/ and pos/ or with rated sentences, "
+            f"pairs of files with a text a line that end in {', '.join(ENDINGS)}, or a table with texts and labels"
         )
-    return examples
+    return _of_tables(domain, corpus)
+
+
+def _check_unused(domain: str, corpus: Corpus) -> None:
+    for name in corpus.model_dump(exclude_defaults=True, exclude={"path"}):
+        raise ValueError(
+            f"data.corpora.{domain}.{name}: {corpus.path} is a folder of text files, which has none"
+        )
 
 
 def _of_folder(folder: Path) -> Iterator[Example]:
@@ -79,7 +141,7 @@ def _of_member(name: str, text: str) -> Iterator[Example]:
     """A review in the folder of its class (Pang & Lee), or a product's sentences with their ratings (Hu & Liu)."""
     folder = Path(name).parent.name
     if folder in ("neg", "pos"):
-        yield Example(clean(text), int(folder == "pos"), name)
+        yield Example(clean(text), str(int(folder == "pos")), name)
         return
     review = 0
     for line in text.splitlines():
@@ -87,114 +149,242 @@ def _of_member(name: str, text: str) -> Iterator[Example]:
         rated, mark, sentence = line.partition("##")
         rating = sum(map(int, RATING.findall(rated)))
         if mark and rating:  # sentences with no opinion, or with opinions that cancel, are left out
-            yield Example(clean(sentence), int(rating > 0), f"{name}/{review}")
+            yield Example(clean(sentence), str(int(rating > 0)), f"{name}/{review}")
 
 
-def _of_table(
-    domain: str, path: str, subset: str | None, train: str, test: str | None, columns: Mapping[str, Any]
-) -> Iterator[Example]:
-    """The train split (of the hub's also a slice of it, as `train[:5%]`), after the test split, whose documents say so.
-
-    Of a text that is in both, the first is kept: the test's. A file is one split, `train`.
-    """
-    one = Path(path).is_file()
-    for split, mark in ((test, TEST), (train, "")):
-        if split is not None:
-            for number, row in enumerate(_table(path, subset, split)):
-                document = str(number + 1) if one else f"{mark}{split}/{number}"
-                yield _from_row(row, domain, f"{path}, row {number + 1}", document, **columns)
+def _of_tables(domain: str, corpus: Corpus) -> Texts:
+    """The train split, and the others where they are given apart."""
+    found = Texts([])
+    for split in ("train", "validation", "test"):
+        name = getattr(corpus, split)
+        if name is not None:
+            _read_split(domain, corpus, split, name, found)
+    return found
 
 
-def _table(path: str, subset: str | None, split: str) -> Table:
+def _read_split(domain: str, corpus: Corpus, split: str, name: str, found: Texts) -> None:
+    table, rows = _rows(corpus, name)
+    where = f"data.corpora.{domain}"
+    wanted = [corpus.text] if isinstance(corpus.text, str) and corpus.text else list(corpus.text)
     try:
-        return Table(f"{path}:{subset}" if subset else path, split=split)
+        columns = find_columns(table.columns, wanted, corpus.label, source=table.name)
+    except ValueError as error:
+        raise ValueError(f"{error} (by {where}.text and {where}.label)") from error
+    if columns.label is None:
+        raise ValueError(
+            f"{table.name}: which column is the label? there are: {', '.join(table.columns)}: name it by {where}.label"
+        )
+    group = corpus.group_column or ("document" if "document" in table.columns else "")
+    if group and group not in table.columns:
+        raise ValueError(
+            f"{table.name} has no column {group!r}; it has {', '.join(table.columns)} ({where}.group_column)"
+        )
+    found.notes.append(f"{table.name}: {columns}" + (f"; kept together by {group!r}" if group else ""))
+    stored = table.classes.get(columns.label, [])
+    if not corpus.labels and corpus.positive_from is None:
+        found.order = [class_name(name) for name in stored]
+    left, empty, bad = 0, 0, []
+    for number, row in rows:
+        parts = [row.get(column) for column in columns.texts]
+        strange = next((part for part in parts if part is not None and not isinstance(part, str)), None)
+        if strange is not None:
+            raise ValueError(
+                f"{table.name}, row {number + 1}: holds no text but {strange!r:.60} ({where}.text)"
+            )
+        texts = [clean(part) for part in parts if part and part.strip()]
+        if len(texts) < len(columns.texts):
+            empty += 1
+            continue
+        label = _label(row[columns.label], stored, corpus, f"{table.name}, row {number + 1}", columns.label)
+        if label == "":
+            bad.append(number + 1)
+        elif label is None:
+            left += 1
+        else:
+            document = f"{split}/{number}" if not group else str(row[group])
+            found.examples.append(Example(texts[0], label, document, (*texts, None)[1], split))
+    if bad:
+        raise ValueError(
+            f"{table.name}, row {bad[0]}: column {columns.label!r} holds no label, and so it is in {len(bad)} rows: "
+            "label these rows, or remove them"
+        )
+    if not any(example.split == split for example in found.examples):
+        raise ValueError(f"{table.name} holds no text with a label ({columns})")
+    if left:
+        found.notes.append(f"{table.name}: {left} rows are left out by {where}.labels")
+    if empty:
+        found.notes.append(f"{table.name}: {empty} rows without text are left out")
+    _check_classes(table.name, columns.label, [e.label for e in found.examples if e.split == split], where)
+
+
+def _label(value: Any, stored: Sequence[str], corpus: Corpus, where: str, column: str) -> str | None:
+    """The class of a label; "" where there is none, None where its row is left out."""
+    if value is None or value == "" or value != value:  # NaN
+        return ""
+    if isinstance(value, (list, tuple, dict)):
+        raise ValueError(
+            f"{where}: column {column!r} holds {value!r:.60}: a study here classifies whole texts; labels of tokens or several "
+            "labels of a text are not supported"
+        )
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(stored):
+        value = stored[value]
+    name = class_name(value)
+    if corpus.positive_from is not None:
+        try:
+            return str(int(float(name) >= corpus.positive_from))
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: the label (column {column!r}) is {value!r}, which is no number: `positive_from` takes numbers"
+            ) from error
+    if corpus.labels:
+        if name not in corpus.labels:
+            raise ValueError(
+                f"{where}: the label {value!r} (column {column!r}) is not among `labels` ({', '.join(corpus.labels)}): name it, "
+                "null to leave its rows out"
+            )
+        return corpus.labels[name]
+    return name
+
+
+def _check_classes(source: str, column: str, labels: Sequence[str], where: str) -> None:
+    names = set(labels)
+    measured = [name for name in names if _number(name) is not None and not float(name).is_integer()]
+    if measured or len(names) > max(20, MANY_CLASSES * len(labels)):
+        raise ValueError(
+            f"{source}: column {column!r} has {len(names)} different values in {len(labels)} rows, as {sorted(names)[0]!r}: measured "
+            f"values (regression) are not supported; name another column by {where}.label, or make classes by {where}.labels "
+            f"or {where}.positive_from"
+        )
+
+
+def _number(name: str) -> float | None:
+    try:
+        return float(name)
+    except ValueError:
+        return None
+
+
+def _rows(corpus: Corpus, name: str) -> tuple[Table, list[tuple[int, Mapping[str, Any]]]]:
+    """A table and its numbered rows: a file of its own, or a split of the source, of which a slice may be taken."""
+    own = kind_of(name) is not None
+    path = name if own else f"{corpus.path}:{corpus.subset}" if corpus.subset else corpus.path
+    local = own or Path(corpus.path).exists()
+    sliced = None if own else SLICE.fullmatch(name)
+    split = "train" if own else sliced["split"] if sliced and local else name
+    try:
+        table = Table(path, split=split)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error}; the texts of vaderSentiment, which need only PyPI, stand in for them: {STANDING_IN}"
         ) from error
+    rows = list(enumerate(table))
+    if sliced and local:
+        rows = rows[slice(*(_end(sliced[end], len(rows)) for end in ("start", "stop")))]
+        if not rows:
+            raise ValueError(f"{path}: the slice {name!r} holds no rows")
+    return table, rows
 
 
-def _from_row(
-    row: Mapping[str, Any],
-    domain: str,
-    where: str,
-    document: str,
-    text: str = "text",
-    label: str = "label",
-    positive_from: float = 1,
-) -> Example:
-    missing = {key: column for key, column in (("text", text), ("label", label)) if column not in row}
-    if missing:
-        columns = " and no ".join(map(repr, missing.values()))
-        keys = " and ".join(f"data.corpora.{domain}.{key}" for key in missing)
-        raise ValueError(
-            f"{where}: no column {columns}; it has {', '.join(map(str, row))}: name yours by {keys}"
-        )
-    try:
-        value = float(row[label])
-        if not math.isfinite(value):
-            raise ValueError("no number")
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{where}: the label (column {label!r}) is {row[label]!r}, which is no number; labels from {positive_from:g} are positive"
-        ) from error
-    return Example(
-        clean("" if row[text] is None else str(row[text])),
-        int(value >= positive_from),
-        str(row.get("document", document)),
+def _end(text: str | None, count: int) -> int | None:
+    if text is None:
+        return None
+    return round(count * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+
+
+def classes_of(read: Mapping[str, Texts], stated: Sequence[str] = ()) -> list[str]:
+    """The classes of all domains in their order: as stated, as the source numbers them, numbers by size, words by the alphabet.
+
+    Raises:
+        ValueError: a domain of one class, labels that are not stated, or domains whose labels differ.
+    """
+    own = {domain: {example.label for example in texts.examples} for domain, texts in read.items()}
+    for domain, names in own.items():
+        if len(names) < 2:
+            raise ValueError(
+                f"{domain}: all its rows are of one class, {min(names)!r}: nothing can be learnt"
+            )
+    every = set().union(*own.values())
+    if stated:
+        unknown = sorted(every - set(stated))
+        if unknown:
+            domain = next(domain for domain, names in own.items() if unknown[0] in names)
+            raise ValueError(
+                f"{domain} has the label {unknown[0]!r}, but data.labels are {', '.join(stated)}: add it, or call it otherwise by "
+                f"data.corpora.{domain}.labels, as {{{unknown[0]}: {stated[0]}}} (null leaves its rows out)"
+            )
+        return list(stated)
+    first = next(iter(own))
+    for domain, names in own.items():
+        if names != own[first]:
+            raise ValueError(
+                f"{first} has the labels {', '.join(sorted(own[first]))}, and {domain} has {', '.join(sorted(names))}: one head serves "
+                f"all domains; call them alike by data.corpora.{domain}.labels, or state all by data.labels"
+            )
+    orders = [list(texts.order) for texts in read.values() if set(texts.order) >= every]
+    if orders:
+        return orders[0]
+    numbers = {name: _number(name) for name in every}
+    if None not in numbers.values():
+        return sorted(every, key=lambda name: float(name))
+    return sorted(every)
+
+
+def read_all(
+    corpora: Mapping[str, Corpus], stated: Sequence[str]
+) -> tuple[dict[str, list[Example]], list[str], list[str]]:
+    """Examples by domain, each text once; the classes in order; notes."""
+    read = {domain: read_corpus(domain, corpus) for domain, corpus in corpora.items()}
+    notes = [note for texts in read.values() for note in texts.notes]
+    classes = classes_of(read, stated)
+    return (
+        without_duplicates({domain: texts.examples for domain, texts in read.items()}, notes),
+        classes,
+        notes,
     )
-
-
-def split_corpus(domain: str, examples: Sequence[Example], seed: int) -> dict[str, list[Example]]:
-    """As `in_splits`; where the corpus has a test split of its own, that is the test split and the rest is divided 9 : 1."""
-    given = [example for example in examples if example.document.startswith(TEST)]
-    if not given:
-        return in_splits(domain, examples, seed)
-    rest = in_splits(domain, [example for example in examples if not example.document.startswith(TEST)], seed)
-    found = {"train": rest["train"] + rest["test"], "validation": rest["validation"], "test": given}
-    if len(given) < MIN_PER_SPLIT:
-        raise ValueError(
-            f"domain {domain!r} has {len(given)} examples in its test split; {MIN_PER_SPLIT} are needed"
-        )
-    return found
 
 
 def prepare(
     out: Path,
     *,
     corpora: Mapping[str, Mapping[str, Any]],
-    encoder: str,
+    labels: Sequence[str],
+    tokenizer: str,
     max_length: int,
-    limits: Mapping[str, int | None],
     split_seed: int,
 ) -> None:
-    """Stage: read a corpus per domain (arguments of `read_corpus`), clean, split and tokenise.
+    """Stage: read a corpus per domain (see `Corpus`), clean and tokenise; `views.view` splits what this writes.
 
-    limits: split -> at most so many examples per domain, drawn by the seed. `out/<domain>/<split>` are `datasets` on disk,
-    `out/counts.json` says how many.
+    `out/<domain>` are `datasets` on disk (tokens, labels, document, split: the one given, or of packaged texts the document's);
+    `out/data.json` says the classes and what was noticed.
     """
     from datasets import Dataset, disable_progress_bars
 
-    from experiments.models import load_tokenizer, locate
+    from experiments.models import load_tokenizer, locate, pad_id
 
     disable_progress_bars()
-    tokenizer = load_tokenizer(locate(encoder))
-    read = {domain: read_corpus(domain, **given) for domain, given in corpora.items()}
-    counts: dict[str, Any] = {}
-    for domain, examples in without_duplicates(read).items():
-        try:
-            splits = split_corpus(domain, examples, split_seed)
-        except ValueError as error:
-            raise ValueError(
-                f"{corpora[domain]['path']}: {error}, of {len(examples)} that differ ({len(read[domain])} were read) in "
-                f"{len({example.document for example in examples})} documents, each in one split; add texts or documents, or "
-                "try another data.split_seed"
-            ) from error
-        for split in SPLITS:
-            chosen = splits[split][: limits.get(split)]
-            tokens = tokenizer([example.text for example in chosen], truncation=True, max_length=max_length)
-            labels = [example.label for example in chosen]
-            columns = {**tokens, "labels": labels, "document": [example.document for example in chosen]}
-            Dataset.from_dict(columns).save_to_disk(out / domain / split)
-            counts[f"{domain}/{split}"] = {"n": len(chosen), "labels": Counter(labels)}
-    write_json(out / "counts.json", counts)
+    loaded = load_tokenizer(locate(tokenizer))
+    asked = {domain: Corpus.model_validate(own) for domain, own in corpora.items()}
+    examples, classes, notes = read_all(asked, labels)
+    number = {name: index for index, name in enumerate(classes)}
+    domains: dict[str, Any] = {}
+    for domain, own in examples.items():
+        pairs = [example.pair for example in own] if own and own[0].pair is not None else None
+        texts = [example.text for example in own]
+        tokens = loaded(texts, pairs, truncation=True, max_length=max_length)
+        packaged = asked[domain].packaged
+        columns = {
+            **tokens,
+            "labels": [number[example.label] for example in own],
+            "text": [example.text for example in own],
+            "document": [example.document for example in own],
+            "split": [
+                split_of(domain, example.document, split_seed) if packaged else example.split
+                for example in own
+            ],
+        }
+        Dataset.from_dict(columns).save_to_disk(out / domain)
+        domains[domain] = {"first": 0, "classes": classes, "packaged": packaged}
+        cut = sum(len(ids) >= max_length for ids in tokens["input_ids"])
+        if cut:
+            notes.append(f"{domain}: {cut} of {len(own)} texts have {max_length} tokens or more, and are cut")
+    write_json(out / CARD, {"domains": domains, "pad": pad_id(loaded), "notes": notes})

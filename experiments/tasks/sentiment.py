@@ -1,20 +1,13 @@
-"""Sentiment in several domains: human-rated texts from PyPI; cleaned, split without leakage.
-
-A text's document decides its split, and a text that occurs twice (but for case and punctuation), within a domain or in
-two, is kept once: so no document and no text is on two sides of a split.
-"""
+"""Examples of texts with classes: cleaned, each once; and sentiment in four domains, human-rated texts from PyPI."""
 
 from __future__ import annotations
 
-import hashlib
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SPLITS = ("train", "validation", "test")
-SHARES = (0.7, 0.1, 0.2)
-MIN_PER_SPLIT = 10
 VADER_FILES = {
     "movies": "movieReviewSnippets_GroundTruth.txt",
     "amazon": "amazonReviewSnippets_GroundTruth.txt",
@@ -27,15 +20,20 @@ NEUTRAL = 0.5  # mean ratings run from -4 to 4; nearer to 0 than this, raters di
 
 @dataclass(frozen=True)
 class Example:
-    """A text, its class (0 negative, 1 positive), and the document that it is a part of."""
+    """A text (or two, a pair), the name of its class, the document (or group) that it is a part of, the split it was given in."""
 
     text: str
-    label: int
+    label: str
     document: str
+    pair: str | None = None
+    split: str = "train"
 
 
 def read_vader(folder: Path, domain: str) -> list[Example]:
-    """One domain of Hutto & Gilbert 2014: lines of `id TAB mean rating TAB text`; near-neutral ones are left out."""
+    """One domain of Hutto & Gilbert 2014: lines of `id TAB mean rating TAB text`; near-neutral ones are left out.
+
+    Classes: "0" negative, "1" positive.
+    """
     if domain not in VADER_FILES:
         raise ValueError(f"no domain {domain!r} in this data; there are {', '.join(VADER_FILES)}")
     examples = []
@@ -43,7 +41,7 @@ def read_vader(folder: Path, domain: str) -> list[Example]:
         identifier, rating, text = line.split("\t", 2)
         if abs(float(rating)) >= NEUTRAL:
             document = identifier.split("_")[0] if domain in SEVERAL_PER_DOCUMENT else identifier
-            examples.append(Example(clean(text), int(float(rating) > 0), document))
+            examples.append(Example(clean(text), str(int(float(rating) > 0)), document))
     return examples
 
 
@@ -58,39 +56,36 @@ def fingerprint(text: str) -> str:
     return bare or text  # a text of signs alone, as ":)", stands for itself
 
 
-def without_duplicates(domains: Mapping[str, Sequence[Example]]) -> dict[str, list[Example]]:
-    """Each text once over the union of all domains; texts with both labels are left out altogether."""
-    labels: dict[str, set[int]] = {}
+def _mark(example: Example) -> str:
+    return fingerprint(example.text) + ("" if example.pair is None else f"\n{fingerprint(example.pair)}")
+
+
+def without_duplicates(
+    domains: Mapping[str, Sequence[Example]], notes: list[str] | None = None
+) -> dict[str, list[Example]]:
+    """Each text once over the union of all domains; texts with two labels are left out altogether.
+
+    Of equal texts, one of a given test or validation split is kept. notes: what was left out is added here, a line a domain.
+    """
+    labels: dict[str, set[str]] = {}
     for example in (example for examples in domains.values() for example in examples):
-        labels.setdefault(fingerprint(example.text), set()).add(example.label)
+        labels.setdefault(_mark(example), set()).add(example.label)
+    order = {"test": 0, "validation": 1}
+    every = [(domain, example) for domain, examples in domains.items() for example in examples]
+    every.sort(key=lambda pair: order.get(pair[1].split, 2))  # a stable sort
     seen: set[str] = set()
-    kept: dict[str, list[Example]] = {}
-    for domain, examples in domains.items():
-        kept[domain] = []
-        for example in examples:
-            mark = fingerprint(example.text)
-            if mark not in seen and len(labels[mark]) == 1:
-                seen.add(mark)
-                kept[domain].append(example)
+    kept: dict[str, list[Example]] = {domain: [] for domain in domains}
+    left: dict[str, Counter[str]] = {domain: Counter() for domain in domains}
+    for domain, example in every:
+        mark = _mark(example)
+        if len(labels[mark]) > 1:
+            left[domain]["with two labels"] += 1
+        elif mark in seen:
+            left[domain]["that stand elsewhere too"] += 1
+        else:
+            seen.add(mark)
+            kept[domain].append(example)
+    if notes is not None:
+        for domain, counts in left.items():
+            notes += [f"{domain}: {count} rows {why} are left out" for why, count in counts.items()]
     return kept
-
-
-def split_of(domain: str, document: str, seed: int) -> str:
-    """The split of a document: a hash of its name, so that it does not depend on order or on other documents."""
-    digest = hashlib.sha256(f"{seed}/{domain}/{document}".encode()).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
-    return SPLITS[0] if position < SHARES[0] else SPLITS[1] if position < SHARES[0] + SHARES[1] else SPLITS[2]
-
-
-def in_splits(domain: str, examples: Iterable[Example], seed: int) -> dict[str, list[Example]]:
-    """The examples of a domain by split, in an order that the seed shuffles."""
-    found: dict[str, list[Example]] = {split: [] for split in SPLITS}
-    for example in examples:
-        found[split_of(domain, example.document, seed)].append(example)
-    for split, members in found.items():
-        if len(members) < MIN_PER_SPLIT:
-            raise ValueError(
-                f"domain {domain!r} leaves {len(members)} examples for {split}; {MIN_PER_SPLIT} are needed"
-            )
-        members.sort(key=lambda example: hashlib.sha256(f"{seed}/{example.text}".encode()).digest())
-    return found

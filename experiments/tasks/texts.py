@@ -16,7 +16,8 @@ from typing import Any
 from experiments import assets
 from experiments.config import Strict
 from experiments.files import write_json
-from experiments.tasks.sentiment import SPLITS, clean, fingerprint, split_of
+from experiments.tasks.sentiment import clean, fingerprint
+from experiments.tasks.splits import SPLITS, split_of
 from gradmatch.measure.tables import Table
 
 PROMPT_KINDS = (
@@ -216,14 +217,16 @@ def prepare(
     all_prompts = [text for texts in read_prompts.values() for text in texts]
     counts: dict[str, int] = {}
     for side, source in (("remove", Source.model_validate(remove)), ("keep", Source.model_validate(keep))):
-        texts = drawn(without(_read_key(side, source), all_prompts), source.limit, split_seed)
+        found = _read_key(side, source)
+        texts = drawn(without(found, all_prompts), source.limit, split_seed)
         for split in SPLITS:
             members = [text for text in texts if split_of("document", text.document, split_seed) == split]
             _write(out / side / f"{split}.jsonl", members[: limits.get(split)])
             counts[f"{side}/{split}"] = len(members[: limits.get(split)])
             if not counts[f"{side}/{split}"]:
                 raise ValueError(
-                    f"{source.source}: nothing is left to {side} in the {split} split ({len(texts)} texts in all)"
+                    f"{source.source}: nothing is left to {side} in the {split} split: {len(found)} texts were read, and {len(texts)} "
+                    "are left without those that equal, begin or continue a prompt or stand twice: give prompts of their own, or more texts"
                 )
     for name, members in chosen.items():
         _write(out / "prompts" / f"{name}.jsonl", members)

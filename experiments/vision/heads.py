@@ -7,7 +7,6 @@ features (a linear probe a set) and stays as it is; fine-tuning moves the trunk.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from experiments.evaluate import BATCH
 from experiments.models import IMAGES, NOTHING, ready
-from experiments.rows import Images, load_split
+from experiments.rows import Images, Views, load_split
 from experiments.vision import packages
 
 
@@ -36,7 +35,7 @@ class CommonHeadLoss:
     """Cross-entropy over the classes of the label's own set; labels count in the common head."""
 
     def __init__(self, sets: Mapping[str, Any]) -> None:
-        sizes = torch.tensor([own["classes"] for own in sets.values()])
+        sizes = torch.tensor([len(own["classes"]) for own in sets.values()])
         self.owner = torch.arange(len(sizes)).repeat_interleave(sizes)  # of each class
 
     def __call__(self, output: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -46,7 +45,7 @@ class CommonHeadLoss:
         return nn.functional.cross_entropy(output.logits.float().masked_fill(foreign, float("-inf")), labels)
 
 
-def fit_head(model: nn.Module, data: Path, domains: Sequence[str], examples: int, seed: int) -> None:
+def fit_head(model: nn.Module, data: Views, domains: Sequence[str], examples: int, seed: int) -> None:
     """Each set's rows of the head: ridge-penalised softmax regression on the model's features, by L-BFGS in float64."""
     head = model.get_submodule("classifier")
     for name in domains:

@@ -1,4 +1,4 @@
-"""Image sets: from packages, from one's own folders, from the hub; each image once, split by its content, of one size."""
+"""Image sets: from packages, one's own folders and tables, the hub; each image once (by its content), of one size."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import io
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from experiments import assets
-from experiments.files import write_json
-from experiments.rows import CARD
-from experiments.tasks.sentiment import MIN_PER_SPLIT, SPLITS, split_of
+from experiments.files import CARD, write_json
+from experiments.tasks.corpora import class_name
+from gradmatch.measure.tables import Table, kind_of
 
 Images = tuple[NDArray[np.uint8], NDArray[np.int64]]  # (n, H, W) or (n, H, W, 3), and (n,) classes from 0 on
 
@@ -86,7 +86,7 @@ def read_digits() -> Images:
 PACKAGED = {"animals": read_animals, "mnist": read_clean, "photos": read_photos, "digits": read_digits}
 
 
-def read_folder(folder: Path) -> Images:
+def read_arrays(folder: Path) -> Images:
     """One's own images: `*-images-idx3-ubyte.gz` with `*-labels-idx1-ubyte.gz` (as MNIST's), or one `.npz` with x and y."""
     images, arrays = sorted(folder.glob("*images-idx3-ubyte.gz")), sorted(folder.glob("*.npz"))
     if images:
@@ -94,7 +94,7 @@ def read_folder(folder: Path) -> Images:
         return np.concatenate([x for x, _ in pairs]), np.concatenate([y for _, y in pairs]).astype(np.int64)
     if not arrays:
         raise FileNotFoundError(
-            f"no images in {folder}: neither *-images-idx3-ubyte.gz nor an .npz with x and y"
+            f"no images in {folder}: no *-images-idx3-ubyte.gz, no .npz with x and y, no folder a class"
         )
     with np.load(arrays[0]) as saved:
         missing = [key for key in ("x", "y") if key not in saved]
@@ -114,49 +114,77 @@ def _idx(path: Path) -> NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
 
 
-def read_hub(name: str) -> Images:
-    """A data set of the hub (`owner/name`, or `owner/name:subset`) with columns image and label: all its splits."""
-    from datasets import concatenate_datasets, load_dataset
+class Found(NamedTuple):
+    """A set: images and labels as in `Images`, names of the classes, the split that each was given in."""
 
-    source, _, subset = name.partition(":")
-    try:
-        rows = concatenate_datasets(list(load_dataset(source, subset or None).values()))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"cannot load images from {name}: no folder, and no hub that has it is within reach; "
-            f"{', '.join(PACKAGED)} stand in for it (from packages, which need only PyPI)"
-        ) from error
-    missing = [key for key in ("image", "label") if key not in rows.column_names]
-    if missing:
-        raise ValueError(
-            f"{name}: no column {' and no '.join(missing)} (found {', '.join(rows.column_names)})"
-        )
-    images = [np.asarray(image.convert("RGB").resize((224, 224))) for image in rows["image"]]
-    return np.stack(images), np.asarray(rows["label"])
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    names: list[str]
+    split: list[str]
 
 
-def read(name: str, where: str | None) -> Images:
-    """A set by its name among `PACKAGED`, or where it lies: a folder, or a hub name."""
-    if where is None:
-        return PACKAGED[name]()
-    return read_folder(Path(where)) if Path(where).is_dir() else read_hub(where)
-
-
-def in_splits(name: str, images: Images, seed: int) -> dict[str, NDArray[np.int64]]:
-    """Indices of each split: a hash of the pixels decides, so equal images lie on one side; each is kept once."""
-    pixels, _ = images
-    found: dict[str, dict[bytes, int]] = {split: {} for split in SPLITS}
-    for index, image in enumerate(pixels):
-        digest = hashlib.sha256(image.tobytes() + str(seed).encode()).digest()
-        found[split_of(name, digest.hex(), seed)].setdefault(digest, index)
-    for split, members in found.items():
-        if len(members) < MIN_PER_SPLIT:
+def read(name: str, spec: Mapping[str, Any] | None, pixels: int) -> Found:
+    """A set by its name among `PACKAGED`, or where `spec` (an `ImageSet`) says that it lies."""
+    if spec is None or (Path(spec["path"]).is_dir() and _holds_arrays(Path(spec["path"]))):
+        images, labels = PACKAGED[name]() if spec is None else read_arrays(Path(spec["path"]))
+        names = [str(number) for number in range(int(labels.max()) + 1)]
+        return Found(images, labels, names, ["train"] * len(labels))
+    given = [(split, spec[split]) for split in ("train", "validation", "test") if spec.get(split)]
+    pictures: list[NDArray[np.uint8]] = []
+    labels_: list[str] = []
+    splits: list[str] = []
+    order: list[str] = []
+    for split, part in given:
+        table = _table(spec["path"], part)
+        missing = [column for column in (spec["image"], spec["label"]) if column not in table.columns]
+        if missing:
             raise ValueError(
-                f"set {name!r} leaves {len(members)} images for {split}; {MIN_PER_SPLIT} are needed"
+                f"{table.name}: no column {' and no '.join(missing)} (found {', '.join(table.columns)}): name them by "
+                f"data.sets.{name}.image and data.sets.{name}.label"
             )
-    return {
-        split: np.asarray([members[digest] for digest in sorted(members)]) for split, members in found.items()
-    }
+        order = order or [class_name(own) for own in table.classes.get(spec["label"], ())]
+        for number, row in enumerate(table):
+            pictures.append(_picture(row[spec["image"]], pixels, f"{table.name}, row {number + 1}"))
+            label = row[spec["label"]]
+            if label is None or label == "":
+                raise ValueError(f"{table.name}, row {number + 1}: no label")
+            labels_.append(order[label] if order and isinstance(label, int) else class_name(label))
+            splits.append(split)
+    names = order or sorted(set(labels_), key=lambda own: (len(own), own) if own.isdigit() else (0, own))
+    numbers = {own: number for number, own in enumerate(names)}
+    return Found(np.stack(pictures), np.asarray([numbers[own] for own in labels_]), names, splits)
+
+
+def _holds_arrays(folder: Path) -> bool:
+    return any(folder.glob("*images-idx3-ubyte.gz")) or any(folder.glob("*.npz"))
+
+
+def _table(path: str, split: str) -> Table:
+    """A split of a folder (a folder a class, or tables), of a table, or of a hub set; or a table of its own."""
+    try:
+        return Table(split) if kind_of(split) else Table(path, split=split)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"cannot load images from {path}: {error}; {', '.join(PACKAGED)} stand in for it (from packages, which need only PyPI)"
+        ) from error
+
+
+def _picture(value: Any, pixels: int, where: str) -> NDArray[np.uint8]:
+    """(pixels, pixels, 3) of a picture, or of the bytes of its file."""
+    from PIL import Image
+
+    try:
+        if isinstance(value, Mapping):
+            value = value.get("bytes")
+        picture = Image.open(io.BytesIO(value)) if isinstance(value, bytes) else value
+        return np.asarray(picture.convert("RGB").resize((pixels, pixels), Image.Resampling.BILINEAR))
+    except (AttributeError, TypeError, OSError) as error:
+        raise ValueError(f"{where}: no picture but {value!r:.60}") from error
+
+
+def digests(images: NDArray[np.uint8], seed: int) -> list[str]:
+    """A hash of each image's pixels: equal images have one."""
+    return [hashlib.sha256(image.tobytes() + str(seed).encode()).hexdigest() for image in images]
 
 
 def resized(images: NDArray[np.uint8], pixels: int) -> torch.Tensor:
@@ -169,29 +197,33 @@ def resized(images: NDArray[np.uint8], pixels: int) -> torch.Tensor:
 
 
 def prepare(
-    out: Path,
-    *,
-    domains: Sequence[str],
-    sets: Mapping[str, str],
-    pixels: int,
-    limits: Mapping[str, int | None],
-    split_seed: int,
+    out: Path, *, domains: Sequence[str], sets: Mapping[str, Mapping[str, Any]], pixels: int, split_seed: int
 ) -> None:
-    """Stage: `out/<set>/<split>.safetensors` (images, labels), and `out/sets.json`: each set's classes in the common head.
+    """Stage: `out/<set>/images.safetensors` (images, labels) with their groups, and `out/data.json`.
 
-    limits: split -> at most so many images of a set, by an order that the seed decides.
+    Each set has classes of its own in the common head. Of equal images the first is kept, of a given test split before others.
     """
     card: dict[str, Any] = {}
-    first = 0
+    first, notes = 0, []
     for name in domains:
-        found = read(name, sets.get(name))
-        classes = int(found[1].max()) + 1
-        card[name] = {"first": first, "classes": classes}
-        first += classes
-        for split, indices in in_splits(name, found, split_seed).items():
-            chosen = indices[: limits.get(split)]
-            tensors = {"images": resized(found[0][chosen], pixels), "labels": torch.tensor(found[1][chosen])}
-            (out / name).mkdir(exist_ok=True)
-            save_file(tensors, out / name / f"{split}.safetensors")
-            card[name][split] = len(chosen)
-    write_json(out / CARD, card)
+        found = read(name, sets.get(name), pixels)
+        if len(set(found.labels.tolist())) < 2:
+            raise ValueError(
+                f"{name}: all its images are of one class, {found.names[int(found.labels[0])]!r}"
+            )
+        marks = digests(found.images, split_seed)
+        order = sorted(range(len(marks)), key=lambda row: found.split[row] == "train")
+        once = sorted({marks[row]: row for row in reversed(order)}.values())
+        if len(once) < len(marks):
+            notes.append(f"{name}: {len(marks) - len(once)} images that stand twice are left out")
+        (out / name).mkdir()
+        labels = torch.tensor(found.labels[once])
+        save_file(
+            {"images": resized(found.images[once], pixels), "labels": labels},
+            out / name / "images.safetensors",
+        )
+        (out / name / "groups.txt").write_text("\n".join(marks[row] for row in once), encoding="utf-8")
+        (out / name / "splits.txt").write_text("\n".join(found.split[row] for row in once), encoding="utf-8")
+        card[name] = {"first": first, "classes": found.names, "packaged": False}
+        first += len(found.names)
+    write_json(out / CARD, {"domains": card, "notes": notes})

@@ -1,4 +1,4 @@
-"""Corpora in their own forms: each is read into texts, labels and documents, and split without leakage."""
+"""Corpora in the forms that people have: read into texts, classes and documents; what is not understood is refused by name."""
 
 import json
 import shlex
@@ -6,12 +6,37 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 
 from experiments.config import ConfigError, load, study
-from experiments.tasks.corpora import STANDING_IN, Example, prepare, read_corpus, split_corpus
+from experiments.tasks.corpora import STANDING_IN, Corpus, Example, Texts, classes_of, prepare, read_corpus
+from experiments.tasks.views import view
 
 ROOT = Path(__file__).parents[2]
+ROWS = [
+    {"review": "fine, but long", "stars": "good", "user": "u1"},
+    {"review": "poor", "stars": "bad", "user": "u2"},
+    {"review": "dull", "stars": "bad", "user": "u1"},
+    {"review": "grand", "stars": "good", "user": "u3"},
+]
+
+
+def written(path, rows):
+    """A table of rows, by the ending of its name."""
+    table = Dataset.from_list(rows)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        table.to_parquet(path)
+    elif path.suffix in (".csv", ".tsv"):
+        table.to_csv(path, sep="," if path.suffix == ".csv" else "\t", index=False)
+    else:
+        table.save_to_disk(path)
+    return str(path)
+
+
+def read(path, domain="shop", **given):
+    return read_corpus(domain, Corpus(path=str(path), **given))
 
 
 def zipped(path, files):
@@ -20,83 +45,154 @@ def zipped(path, files):
             archive.writestr(name, text)
 
 
-def test_reviews_in_folders_of_their_class(tmp_path):
-    zipped(tmp_path / "movies.zip", {"r/neg/a.txt": "so\nbad", "r/pos/b.txt": "good", "r/README": "no text"})
-    assert read_corpus("imdb", str(tmp_path)) == [
-        Example("so bad", 0, "r/neg/a.txt"),
-        Example("good", 1, "r/pos/b.txt"),
-    ]
-
-
-def test_rated_sentences_of_a_products_reviews(tmp_path):
+def test_folders_of_text_files(tmp_path):
+    imdb, shop, lines = (tmp_path / name for name in ("imdb", "shop", "lines"))
+    for folder in (imdb, shop, lines):
+        folder.mkdir()
+    zipped(imdb / "movies.zip", {"r/neg/a.txt": "so\nbad", "r/pos/b.txt": "good", "r/README": "no text"})
+    assert read(imdb).examples == [Example("so bad", "0", "r/neg/a.txt"), Example("good", "1", "r/pos/b.txt")]
     text = "* notes\n[t]title\nsize[+2], weight[-1]##small , but heavy\n##no opinion\n[t]\nprice[-3][u]##dear\nlens[+1], cap[-1]##both\n"
-    zipped(tmp_path / "products.zip", {"p/Camera.txt": text})
-    expected = [Example("small , but heavy", 1, "p/Camera.txt/1"), Example("dear", 0, "p/Camera.txt/2")]
-    assert read_corpus("amazon", str(tmp_path)) == expected
+    zipped(shop / "products.zip", {"p/Camera.txt": text})
+    expected = [Example("small , but heavy", "1", "p/Camera.txt/1"), Example("dear", "0", "p/Camera.txt/2")]
+    assert read(shop).examples == expected
+    (lines / "x.neg").write_text("bad &amp; worse\n\n")
+    (lines / "x.pos").write_text("good\n")
+    (lines / "SOURCE.txt").write_text("where it is from")
+    assert read(lines).examples == [Example("bad & worse", "0", "x.neg/0"), Example("good", "1", "x.pos/0")]
+    with pytest.raises(
+        ValueError, match=r"data\.corpora\.shop\.test: .* is a folder of text files, which has none"
+    ):
+        read(lines, test="test")
 
 
-@pytest.mark.parametrize(("negative", "positive"), [("x.neg", "x.pos"), ("s.0", "s.1")])
-def test_files_with_a_text_a_line(tmp_path, negative, positive):
-    (tmp_path / negative).write_text("bad &amp; worse\n\n")
-    (tmp_path / positive).write_text("good\n")
-    (tmp_path / "SOURCE.txt").write_text("where it is from")
-    found = read_corpus("rt", str(tmp_path))
-    assert found == [Example("bad & worse", 0, f"{negative}/0"), Example("good", 1, f"{positive}/0")]
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet"])
-def test_tables_by_column(tmp_path, kind):
-    rows = [{"review": "fine, but long", "stars": 4}, {"review": "poor", "stars": 2}]
-    path = tmp_path / f"stars.{kind}"
-    if kind in ("jsonl", "json"):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif kind == "parquet":
-        Dataset.from_list(rows).to_parquet(path)
-    else:
-        Dataset.from_list(rows).to_csv(path, sep="," if kind == "csv" else "\t", index=False)
-    found = read_corpus("shop", str(path), text="review", label="stars", positive_from=4)
-    assert found == [Example("fine, but long", 1, "1"), Example("poor", 0, "2")]
-    told = (
-        rf"stars\.{kind}, row 1: no column 'text' and no 'label'; it has review, stars: name yours by "
-        r"data\.corpora\.shop\.text and data\.corpora\.shop\.label"
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.parquet", "folder"])
+def test_tables_by_column(tmp_path, name):
+    path = written(tmp_path / name, ROWS)
+    found = read(path, text="review", label="stars", group_column="user")
+    assert found.examples == [Example(row["review"], row["stars"], row["user"]) for row in ROWS]
+    assert (
+        "text column 'review', label column 'stars'; not used: 'user'; kept together by 'user'"
+        in found.notes[0]
     )
-    with pytest.raises(ValueError, match=told):
-        read_corpus("shop", str(path))
-    for given in ({"train": "train[:50%]"}, {"test": "test"}):  # a file is one split: nothing is ignored
+    assert classes_of({"shop": found}) == ["bad", "good"]  # by the alphabet
+    assert classes_of({"shop": found}, ["good", "bad", "none"]) == ["good", "bad", "none"]
+    stated = read(path, label="stars", labels={"good": 1, "bad": "0"})  # `review` is a usual name
+    assert [example.label for example in stated.examples] == ["1", "0", "0", "1"]
+    left = read(path, label="stars", labels={"good": "x", "bad": None})
+    assert [example.label for example in left.examples] == ["x", "x"]
+    assert "2 rows are left out by data.corpora.shop.labels" in left.notes[1]
+    half = read(path, label="stars", train="train[:50%]")
+    assert [example.text for example in half.examples] == ["fine, but long", "poor"]
+    assert len(read(path, label="stars", train="train[1:3]").examples) == 2
+
+
+def test_split_files_of_their_own(tmp_path):
+    train, test = written(tmp_path / "a.csv", ROWS), written(tmp_path / "b.jsonl", ROWS[:1])
+    found = read(train, label="stars", test=test, validation=test).examples
+    assert [example.split for example in found] == ["train"] * 4 + ["validation", "test"]
+    with pytest.raises(FileNotFoundError, match=r"no data file .*c\.csv"):
+        read(train, label="stars", test=str(tmp_path / "c.csv"))
+    for given in ({"test": "test"}, {"train": "tran[:50%]"}):
         with pytest.raises(ValueError, match="is one file, and one split"):
-            read_corpus("shop", str(path), text="review", label="stars", **given)
+            read(train, label="stars", **given)
+
+
+def test_numbers_are_classes_in_the_order_of_their_size(tmp_path):
+    rows = [{"text": f"t{i}", "label": (0, 1, 2, 10)[i % 4]} for i in range(40)]
+    assert classes_of({"a": read(written(tmp_path / "a.csv", rows))}) == ["0", "1", "2", "10"]
+    found = read(written(tmp_path / "a.parquet", rows), positive_from=2)
+    assert [example.label for example in found.examples][:4] == ["0", "0", "1", "1"]
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["pos", "neg", "mid"])})
+    Dataset.from_dict({"text": ["a", "b", "c"], "label": [2, 0, 1]}, features).save_to_disk(tmp_path / "d")
+    named = read(tmp_path / "d")
+    assert [example.label for example in named.examples] == ["mid", "pos", "neg"]
+    assert classes_of({"a": named}) == ["pos", "neg", "mid"]  # as the source numbers them
+
+
+def test_pairs_of_texts(tmp_path):
+    rows = [{"premise": "a", "hypothesis": "b", "label": 0}, {"premise": "c", "hypothesis": "", "label": 1}]
+    found = read(written(tmp_path / "a.jsonl", rows))
+    assert found.examples == [Example("a", "0", "train/0", "b")]
+    assert "1 rows without text are left out" in found.notes[1]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b'{"text": "x", "label": 1}\n\n{"text": \n', r"a\.jsonl cannot be read: JSON parse error"),
-        (b"[1, 2]\n", r"a\.jsonl, row 1: no column 'label'"),
-        (b'{"text": "x", "label": "good"}\n', r"row 1: .*\(column 'label'\) is 'good', which is no number"),
         (
-            b'{"text": "x", "label": null}\n',
-            "row 1: .* is None, which is no number; labels from 1 are positive",
+            b'{"text": "x"}\n',
+            r"which column is the label\? there are: text: name it by data\.corpora\.shop\.label",
         ),
-        (b'{"text": "x", "label": "nan"}\n', "row 1: .* is 'nan', which is no number"),
+        (b'{"body": "x", "label": 1}\n', r"which column is the text\?.*data\.corpora\.shop\.text"),
+        (b'{"text": "x", "label": null}\n', "row 1: column 'label' holds no label, and so it is in 1 rows"),
+        (b'{"text": "x", "label": ["a"]}\n', r"row 1: column 'label' holds \['a'\].*labels of tokens"),
+        (b'{"text": 5, "label": 1}\n', r"row 1: holds no text but 5 \(data\.corpora\.shop\.text\)"),
+        (b'{"text": "x", "label": 0.5}\n', r"measured values \(regression\) are not supported"),
         (b'{"text": "caf\xe9", "label": 1}\n', r"a\.jsonl is no UTF-8 text"),
         (b"\n", r"a\.jsonl holds no rows"),
-        (b'{"text": " ", "label": 1}\n', r"a\.jsonl holds no text that can be read"),
+        (b'{"text": " ", "label": 1}\n', r"a\.jsonl holds no text with a label"),
     ],
 )
 def test_a_broken_row_is_named(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_corpus("shop", str(tmp_path / "a.jsonl"))
+        read(tmp_path / "a.jsonl")
 
 
-def test_a_text_with_a_separator_of_its_own_is_one_line(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "one\u2028two", "label": 1}\n', encoding="utf-8")
-    assert [example.text for example in read_corpus("shop", str(tmp_path / "a.jsonl"))] == ["one two"]
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"label": "star"}, r"no column 'star' \(did you mean 'stars'.*data\.corpora\.shop\.label"),
+        ({"label": "review", "text": "user"}, None),
+        ({"label": "stars", "group_column": "usr"}, r"no column 'usr'; .*data\.corpora\.shop\.group_column"),
+        ({"label": "stars", "labels": {"good": 1}}, r"the label 'bad' .* is not among `labels` \(good\)"),
+        (
+            {"label": "stars", "positive_from": 1},
+            "is 'good', which is no number: `positive_from` takes numbers",
+        ),
+        ({"label": "stars", "train": "train[4:]"}, r"the slice 'train\[4:\]' holds no rows"),
+    ],
+)
+def test_what_a_config_says_of_a_table_is_checked(tmp_path, given, message):
+    path = written(tmp_path / "a.csv", ROWS)
+    if message is None:  # few different values are classes, whatever they look like
+        assert len(read(path, **given).examples) == 4
+        return
+    with pytest.raises(ValueError, match=message):
+        read(path, **given)
+
+
+def texts(*labels):
+    return Texts([Example(f"t{i}", label, str(i)) for i, label in enumerate(labels)])
+
+
+@pytest.mark.parametrize(
+    ("labels", "stated", "message"),
+    [
+        ([("a", "a")], (), "d0: all its rows are of one class, 'a'"),
+        (
+            [("0", "1"), ("neg", "pos")],
+            (),
+            r"d0 has the labels 0, 1, and d1 has neg, pos: .*data\.corpora\.d1\.labels",
+        ),
+        (
+            [("a", "b"), ("b", "c")],
+            ("a", "b"),
+            r"d1 has the label 'c', but data\.labels are a, b: .*\{c: a\}",
+        ),
+    ],
+)
+def test_classes_that_do_not_fit_are_refused(labels, stated, message):
+    with pytest.raises(ValueError, match=message):
+        classes_of({f"d{i}": texts(*own) for i, own in enumerate(labels)}, stated)
+    with pytest.raises(ValueError, match="give either `labels` or"):
+        Corpus(path="x", labels={"a": "b"}, positive_from=1)
 
 
 def test_a_file_that_is_absent_names_its_neighbours(tiny_texts):
     with pytest.raises(FileNotFoundError, match=r"no data file .*film\.jsonl \(did you mean 'films\.jsonl'"):
-        read_corpus("film", str(tiny_texts / "film.jsonl"))
+        read(tiny_texts / "film.jsonl")
 
 
 def test_the_hub_through_its_library(monkeypatch):
@@ -105,75 +201,47 @@ def test_the_hub_through_its_library(monkeypatch):
     splits = {"train[:5%]": [{"text": "a", "label": 1}], "test": [{"text": "b", "label": 0}]}
     given = []
 
-    def load(name, subset, split, revision):
+    def load_dataset(name, subset, split, revision):
         given.append((name, subset))
         return Dataset.from_list(splits[split])
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    found = read_corpus("imdb", "some/name", subset="full", train="train[:5%]", test="test")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = read("some/name", subset="full", train="train[:5%]", test="test")
     assert given == [("some/name", "full")] * 2
-    assert found == [Example("b", 0, "test/test/0"), Example("a", 1, "train[:5%]/0")]
-
-
-def test_without_network_it_says_what_stands_in():
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"no file no/such-texts here, .*vader.*PyPI, stand in for them: ~data.corpora",
-    ):
-        read_corpus("imdb", "no/such-texts")
+    assert [(e.text, e.label, e.split) for e in found.examples] == [("a", "1", "train"), ("b", "0", "test")]
 
 
 def test_faults_of_sources(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"no file no/such-texts here, .*vader.*PyPI, stand in for them"
+    ):
+        read("no/such-texts")
     with pytest.raises(FileNotFoundError, match=r"doesn't contain any data files; .* stand in for them"):
-        read_corpus("imdb", str(tmp_path))
+        read(tmp_path)
     with pytest.raises(ValueError, match="vader has no domain 'imdb'; it has movies"):
-        read_corpus("imdb", "vader")
+        read("vader", "imdb")
 
 
-def test_a_given_test_split_stays_one():
-    given = [Example(f"t{i}", i % 2, f"test/test/{i}") for i in range(12)]
-    train = [Example(f"x{i}", i % 2, f"train/{i}") for i in range(200)]
-    splits = split_corpus("imdb", given + train, 0)
-    assert splits["test"] == given
-    assert len(splits["train"]) + len(splits["validation"]) == 200
-    assert len(splits["validation"]) >= 10
-    with pytest.raises(ValueError, match="has 3 examples in its test split; 10 are needed"):
-        split_corpus("imdb", given[:3] + train, 0)
-    assert set(split_corpus("imdb", train, 0)) == {"train", "validation", "test"}
+def test_prepared_and_viewed(tmp_path, tiny_encoder, tiny_texts):
+    """Tokens, classes and counts; no text of one split, and no document of one, is in another."""
+    from datasets import load_from_disk
 
-
-def test_prepared_as_the_other_source(tmp_path, tiny_encoder, tiny_texts):
     corpora = {domain: {"path": str(tiny_texts / f"{domain}.jsonl")} for domain in ("films", "books")}
-    prepare(
-        tmp_path / "out",
-        corpora=corpora,
-        encoder=str(tiny_encoder),
-        max_length=8,
-        limits={"train": 50, "test": 20},
-        split_seed=0,
-    )
-    counts = json.loads((tmp_path / "out" / "counts.json").read_text())
-    assert counts["films/train"]["n"] == 50
-    assert counts["books/test"]["n"] == 20
-    assert counts["films/validation"]["n"] >= 10
-
-
-def test_too_few_texts_say_of_what_and_what_to_do(tmp_path, tiny_encoder):
-    rows = [{"text": f"t{i % 40}", "label": (i % 40) % 2, "document": "one"} for i in range(50)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = (
-        r"a\.jsonl: domain 'films' leaves \d+ examples for \w+; 10 are needed, of 40 that differ \(50 were read\) in 1 documents, "
-        r"each in one split; add texts or documents, or try another data\.split_seed"
-    )
-    with pytest.raises(ValueError, match=told):
-        prepare(
-            tmp_path / "out",
-            corpora={"films": {"path": str(tmp_path / "a.jsonl")}},
-            encoder=str(tiny_encoder),
-            max_length=8,
-            limits={},
-            split_seed=0,
-        )
+    given = {"tokenizer": str(tiny_encoder), "max_length": 8, "labels": [], "split_seed": 0}
+    prepare(tmp_path / "data", corpora=corpora, **given)
+    sizes = {"train": 50, "validation": 30, "test": 41}
+    documents = []
+    for split, size in sizes.items():
+        out = tmp_path / split
+        view(out, data=tmp_path / "data", split=split, sizes=dict.fromkeys(corpora, sizes), seed=0)
+        card = json.loads((out / "data.json").read_text())
+        assert card["domains"]["films"]["classes"] == ["0", "1"]
+        assert sum(card["domains"]["books"]["counts"].values()) == size
+        table = load_from_disk(str(out / "films" / split))
+        assert max(map(len, table["input_ids"])) == 8
+        documents.append(set(table["document"]))
+    assert sum(map(len, documents)) == len(set().union(*documents))
+    assert any("texts have 8 tokens or more, and are cut" in note for note in card["notes"])
 
 
 def test_what_stands_in_for_the_hub_is_a_plan():
@@ -199,3 +267,6 @@ def test_config_faults(tiny_config, tiny_texts):
         load(tiny_config, ["~data.source", films])
     with pytest.raises(ConfigError, match="`task_steps` names 'boks', but the tasks are books, songs"):
         load(tiny_config, ["task_steps={boks: 3}"])
+    for size in ("0", "1.5", "-3"):
+        with pytest.raises(ConfigError, match=r"data\.test: is a number of rows .* or a share below 1"):
+            load(tiny_config, [f"data.test={size}"])

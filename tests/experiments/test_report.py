@@ -1,5 +1,7 @@
 """What a run says: sentences follow from the numbers, whichever way they point."""
 
+import re
+
 import pytest
 
 from experiments.report import claims_report, format_table, mismatch_correlation, sentiment_report
@@ -29,49 +31,66 @@ def records(gm, ta, low, high, gm_mismatch=0.1, ta_mismatch=0.4):
 
 
 @pytest.mark.parametrize(
-    ("gm", "ta", "low", "high", "sentence"),
+    ("gm", "ta", "low", "high", "row"),
     [
-        (0.85, 0.75, 0.05, 0.15, r"GM (85.0 %) beats TA (75.0 %) by +10.0 points"),
-        (0.75, 0.85, -0.15, -0.05, r"GM (75.0 %) loses to TA (85.0 %) by -10.0 points"),
-        (0.81, 0.80, -0.02, 0.04, r"GM (81.0 %) is not told apart from TA (80.0 %) by +1.0 points"),
+        (0.85, 0.75, 0.05, 0.15, r"GM - TA, all +\+10\.0 +\+5\.0 to \+15\.0 +better"),
+        (0.75, 0.85, -0.15, -0.05, r"-10\.0 +-15\.0 to -5\.0 +worse"),
+        (0.81, 0.80, -0.02, 0.04, r"\+1\.0 +-2\.0 to \+4\.0 +not told apart"),
     ],
 )
-def test_the_first_sentence_says_who_is_better_or_that_nobody_is(gm, ta, low, high, sentence):
-    text = sentiment_report(records(gm, ta, low, high))
-    assert sentence in text
-    assert "the joint model stands at 90.0" in text
-    assert f"the best merge is {'GM' if gm > 0.84 else 'TA' if ta > 0.84 else 'GM'}" in text
+def test_a_comparison_has_its_interval_and_is_read_whichever_way_it_points(gm, ta, low, high, row):
+    found = records(gm, ta, low, high)
+    assert re.search(row, sentiment_report(found))
+    found[-1] |= {"p": 0.02, "p_holm": 0.08, "seeds": 2}  # what Holm does not leave is not told apart
+    text = sentiment_report(found)
+    assert re.search(r"0\.0200 +0\.0800 +not told apart", text)
+    assert "paired bootstrap over the 2 seeds and the test examples" in text
 
 
-def test_the_second_sentence_says_whether_the_mismatch_tells():
-    text = sentiment_report(records(0.85, 0.75, 0.05, 0.15))
-    assert "mismatch of GM is 0.25 times that of TA" in text
-    assert "tells which merge errs less (Spearman 1.00" in text
-    text = sentiment_report(records(0.85, 0.75, 0.05, 0.15, gm_mismatch=0.4, ta_mismatch=0.1))
-    assert "mismatch of GM is 4.00 times that of TA" in text
-    assert "does not tell which merge errs less (Spearman -1.00" in text
+def ranked(count, sign=1):
+    """Merges whose mismatch and error rise together, or against each other."""
+    return [evaluation(f"M{i}", "merge", 0.9 - i / 100, 1 + sign * i / 10) for i in range(count)]
+
+
+def test_no_correlation_is_told_without_its_interval():
+    assert "4 merges are too few to say whether the mismatch goes with" in sentiment_report(ranked(4))
+    assert mismatch_correlation(ranked(4)) is None
+    rho, low, high = mismatch_correlation(ranked(7))
+    assert rho == pytest.approx(1)
+    assert 0.7 < low < 0.95 < high < 1
+    text = sentiment_report(ranked(7))
+    assert (
+        f"Spearman correlation of 1.00 (95 % interval over merges {low:.2f} to {high:.2f}): merges of" in text
+    )
+    assert "this tells no order of the merges" in sentiment_report(ranked(7, -1))
 
 
 def test_what_is_missing_is_left_out():
     found = records(0.85, 0.75, 0.05, 0.15)
-    assert mismatch_correlation(found[:2]) is None
     without = [record for record in found if record.get("model") != "TA" and record["kind"] == "evaluation"]
-    assert "beats" not in sentiment_report(without)
+    assert "comparison" not in sentiment_report(without).partition("±:")[0]
     assert sentiment_report([]) == "nothing was evaluated"
     assert "Merged models" not in sentiment_report(found[:2])
 
 
-def test_seeds_are_averaged():
+def test_what_stands_behind_plus_minus_is_said():
     found = [evaluation("GM", "merge", value, 0.1, seed) for seed, value in enumerate((0.8, 0.8, 0.9))]
     text = sentiment_report(found)
     assert "mean of 3 seeds" in text
-    assert "83.3" in text
+    assert "83.3 ± 5.8" in text
+    assert "±: standard deviation over the 3 seeds" in text
+    one = [evaluation("GM", "merge", 0.8)]
+    one[0]["metrics"]["macro"] = {**one[0]["metrics"]["macro"], "low": 0.7, "high": 0.86}
+    assert "80.0 ± 8.0" in sentiment_report(one)
+    assert "±: half the 95 % interval over the test examples of one seed" in sentiment_report(one)
 
 
-def test_two_merges_have_no_rank_correlation():
-    two = [record for record in records(0.85, 0.75, 0.05, 0.15) if record.get("model") != "AM"]
-    assert mismatch_correlation(two) is None
-    assert "which merge errs less" not in sentiment_report(two)
+def test_rows_by_split_and_class_are_told():
+    rows = {"shop": {"train": {"bad": 3, "good": 4}, "test": {"bad": 1, "good": 1}}}
+    data = {"kind": "data", "rows": rows, "notes": ["shop: 2 rows are left out"]}
+    text = sentiment_report([data, evaluation("GM", "merge", 0.8)])
+    assert re.search(r"shop, train +7 +bad 3, good 4", text)
+    assert "  shop: 2 rows are left out" in text
 
 
 def test_columns_are_aligned():
@@ -89,15 +108,15 @@ def test_claims_that_fail_are_printed_as_such():
     assert "claim 1: DOES NOT HOLD. s" in claims_report([{**claim, "holds": False}])
 
 
-def swept(*points):
+def swept(*points, seeds=1):
     """The report with a sweep of GM: (alpha, accuracy), or also the loss and its forecast."""
     found = []
     for alpha, accuracy, *losses in points:
         told = {"forecast": {"mean": losses[1]}} if losses else {}
         tasks = {"accuracy": accuracy, **({"nll": losses[0]} if losses else {})}
         found.append({"alpha": alpha, "metrics": {"tasks": tasks}, **told})
-    sweep = {"kind": "sweep", "model": "GM", "seed": 0, "points": found}
-    return sentiment_report([*records(0.85, 0.75, 0.05, 0.15), sweep])
+    sweeps = [{"kind": "sweep", "model": "GM", "seed": seed, "points": found} for seed in range(seeds)]
+    return sentiment_report([*records(0.85, 0.75, 0.05, 0.15), *sweeps])
 
 
 def test_a_sweep_tells_its_range_and_best_alpha():
@@ -108,9 +127,13 @@ def test_a_sweep_tells_its_range_and_best_alpha():
 
 
 def test_a_sweep_that_was_forecast_tells_where_and_how_well():
-    text = swept((0.1, 0.7, 0.5, 0.6), (1.0, 0.9, 0.3, 0.7), (2.0, 0.6, 0.9, 4.0))
+    points = ((0.1, 0.7, 0.5, 0.6), (1.0, 0.9, 0.3, 0.7), (2.0, 0.6, 0.9, 4.0))
+    text = swept(*points)
     assert "best 90.0 at alpha = 1; at the alpha of each seed's lowest forecast (0.1): 70.0" in text
-    assert "Spearman correlation of 0.50 (mean over seeds)" in text
+    assert "Spearman" not in text  # one seed has no interval
+    assert "Spearman correlation of 0.50 (95 % interval over 2 seeds, Student's t: 0.50 to 0.50)" in swept(
+        *points, seeds=2
+    )
 
 
 def test_a_choice_at_the_end_of_its_grid_is_told():

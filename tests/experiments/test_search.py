@@ -62,7 +62,8 @@ def test_two_living_workers_do_each_point_once_and_see_the_same_study(tmp_path):
     workers = [start(url, "tpe", 7, seed, 0.01, log) for seed in (1, 2)]
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
     study = search.run_trials(url, "shared", square, SPACE, "tpe", 7, 3)
-    assert 7 <= len(search.complete(study)) <= 8  # both may finish the last one at once
+    assert 7 <= len(search.complete(study)) <= 8  # both may finish the last one at once; seven count
+    assert len(search.counted(study, 7)) == 7
     assert len(log.read_text().split()) == len(search.complete(study)) - 1
 
 

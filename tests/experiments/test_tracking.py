@@ -13,7 +13,8 @@ def test_wandb_works_offline(tmp_path, tiny_config, run, monkeypatch):
     where = tmp_path / "results"
     run(tiny_config, *small, "name=tracked", where=where)
     assert not (tmp_path / "wandb").exists()
-    run(tiny_config, *small, "name=tracked", "delta0=1e-5", "wandb=true", where=where)
+    _, out = run(tiny_config, *small, "name=tracked", "wandb=true", where=where)  # also where all is cached
+    assert "wandb: 4 runs in the group tracked" in out
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
     assert len(runs) == 4  # base, books, joint, TA
     assert all(list(one.glob("*.wandb")) for one in runs)

@@ -122,7 +122,13 @@ def test_the_encoder_is_compared_with_one_that_never_saw_the_wrong_labels(
     tmp_path, tiny_encoder, tiny_texts, run
 ):
     training = {"steps": 30, "learning_rate": 1e-2, "batch_size": 16, "warmup_steps": 1}
-    spec = {"encoder": str(tiny_encoder), "source": str(tiny_texts), "max_length": 16, "examples": 32}
+    spec = {
+        "encoder": str(tiny_encoder),
+        "source": str(tiny_texts),
+        "max_length": 16,
+        "examples": 32,
+        "test": 48,
+    }
     spec |= {"keep": ["films", "books"], "remove": "songs", "wrong": 40, "training": training}
     spec["tuning"] = {**training, "steps": 4, "learning_rate": 1e-3}
     content = {"experiment": "removal-proof", "seeds": [0], "alphas": [1.0], "encoder": spec}
@@ -138,12 +144,14 @@ def test_the_encoder_is_compared_with_one_that_never_saw_the_wrong_labels(
 
 
 def test_poison_turns_the_labels_of_one_domain_round(tmp_path):
-    for name in ("films", "songs"):
-        for split in ("train", "test"):
-            Dataset.from_dict({"input_ids": [[1]] * 4, "labels": [0, 1, 0, 1]}).save_to_disk(
-                tmp_path / "data" / name / split
-            )
-    encoder.poison(tmp_path / "out", data=tmp_path / "data", domain="songs", count=3)
+    data = {split: tmp_path / split for split in ("train", "test")}
+    for split, folder in data.items():
+        for name in ("films", "songs"):
+            rows = Dataset.from_dict({"input_ids": [[1]] * 4, "labels": [0, 1, 0, 1]})
+            rows.save_to_disk(folder / name / split)
+        (folder / "data.json").write_text('{"domains": {"films": {}, "songs": {}}, "pad": 0}')
+    (tmp_path / "out").mkdir()
+    encoder.poison(tmp_path / "out", data=data, domain="songs", count=3)
     read = {
         path.parent.name + path.name: load_from_disk(str(path))["labels"]
         for path in (tmp_path / "out").glob("*/*")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from experiments.tasks.views import view
 from experiments.vision import sets
 
 
@@ -34,42 +35,70 @@ def idx_folder(tmp_path):
 
 
 def test_idx_and_npz_folders(idx_folder, tmp_path):
-    x, y = sets.read("mine", str(idx_folder))
-    np.testing.assert_array_equal(x[:200], images(200)[0])
-    np.testing.assert_array_equal(y[:4], [0, 1, 0, 1])
+    found = sets.read("mine", {"path": str(idx_folder)}, 4)
+    np.testing.assert_array_equal(found.images[:200], images(200)[0])
+    assert (found.labels[:4].tolist(), found.names) == ([0, 1, 0, 1], ["0", "1"])
     other = tmp_path / "npz"
     other.mkdir()
-    np.savez(other / "a.npz", x=x, y=y)
-    assert sets.read("mine", str(other))[0].shape == (250, 4, 4)
-    np.savez(other / "a.npz", x=x, z=y)
+    np.savez(other / "a.npz", x=found.images, y=found.labels)
+    assert sets.read("mine", {"path": str(other)}, 4).images.shape == (250, 4, 4)
+    np.savez(other / "a.npz", x=found.images, z=found.labels)
     with pytest.raises(ValueError, match=r"a\.npz: no y \(found x, z\)"):
-        sets.read_folder(other)
+        sets.read_arrays(other)
     (other / "a.npz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no images in .*neither"):
-        sets.read_folder(other)
+    with pytest.raises(FileNotFoundError, match=r"no images in .*no folder a class"):
+        sets.read_arrays(other)
 
 
-def test_equal_images_lie_on_one_side_once(idx_folder):
-    found = sets.in_splits("mine", sets.read_folder(idx_folder), seed=0)
-    together = np.concatenate(list(found.values()))
-    assert len(together) == 200
-    assert len(set(together.tolist())) == 200
-    assert len(found["train"]) > len(found["test"]) > len(found["validation"])
-    with pytest.raises(ValueError, match=r"set 'few' leaves . images for validation; 10 are needed"):
-        sets.in_splits("few", images(20), 0)
-
-
-def test_prepare_writes_splits_of_one_size_and_a_common_head(idx_folder, tmp_path):
+def test_prepare_writes_a_common_head_and_equal_images_once(idx_folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    where = {"a": str(idx_folder), "b": str(idx_folder)}
-    sets.prepare(out, domains=["a", "b"], sets=where, pixels=6, limits={"train": 30}, split_seed=0)
-    card = json.loads((out / "sets.json").read_text())
-    assert (card["a"]["first"], card["b"]["first"], card["b"]["classes"]) == (0, 2, 2)
-    assert card["a"]["train"] == 30
-    saved = load_file(out / "a" / "train.safetensors")
-    assert saved["images"].shape == (30, 1, 6, 6)
-    assert saved["images"].dtype == torch.uint8
+    where = {name: {"path": str(idx_folder)} for name in ("a", "b")}
+    sets.prepare(out, domains=["a", "b"], sets=where, pixels=6, split_seed=0)
+    card = json.loads((out / "data.json").read_text())
+    assert [card["domains"][name]["first"] for name in ("a", "b")] == [0, 2]
+    assert card["notes"] == [
+        "a: 50 images that stand twice are left out",
+        "b: 50 images that stand twice are left out",
+    ]
+    sizes = {"train": 30, "validation": None, "test": 50}
+    for split, count in (("train", 30), ("validation", 20), ("test", 50)):
+        viewed = tmp_path / split
+        view(viewed, data=out, split=split, sizes=dict.fromkeys(where, sizes), seed=0)
+        saved = load_file(viewed / "a" / f"{split}.safetensors")
+        assert saved["images"].shape == (count, 1, 6, 6)
+        assert saved["images"].dtype == torch.uint8
+
+
+def pictures(folder, count=12):
+    """A folder a class, of coloured images."""
+    from PIL import Image
+
+    for number in range(count):
+        name = ("dog", "cat", "ant")[number % 3]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((5, 7, 3), 20 * number, np.uint8)).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_a_folder_a_class_and_parquet(tmp_path):
+    spec = {"path": str(pictures(tmp_path / "own")), "train": "train", "image": "image", "label": "label"}
+    found = sets.read("own", spec, 4)
+    assert found.images.shape == (12, 4, 4, 3)
+    assert found.names == ["ant", "cat", "dog"]
+    assert sorted(found.names[label] for label in found.labels) == sorted(["ant", "cat", "dog"] * 4)
+    from datasets import load_dataset
+
+    load_dataset(str(tmp_path / "own"), split="train").to_parquet(tmp_path / "own.parquet")
+    again = sets.read("own", {**spec, "path": str(tmp_path / "own.parquet")}, 4)
+    np.testing.assert_array_equal(again.images, found.images)
+    assert again.names == found.names
+    apart = sets.read("own", {**spec, "test": str(tmp_path / "own.parquet")}, 4)
+    assert apart.split == ["train"] * 12 + ["test"] * 12
+    with pytest.raises(ValueError, match=r"no column kind \(found image, label\).*data\.sets\.own\.label"):
+        sets.read("own", {**spec, "label": "kind"}, 4)
+    with pytest.raises(ValueError, match="row 1: no picture but"):
+        sets.read("own", {**spec, "image": "label"}, 4)
 
 
 def test_colour_images_keep_their_channels():
@@ -91,7 +120,7 @@ def test_the_packaged_sets(tmp_path, monkeypatch):
     for kind, array in (("data", x), ("label", y)):
         (tmp_path / f"animal_{kind}_version_3.gz").write_bytes(gzip.compress(pickle.dumps(array)))
     monkeypatch.setattr(sets.assets, "folder", lambda name: tmp_path)
-    found = {name: sets.read(name, None) for name in sets.PACKAGED}
+    found = {name: sets.read(name, None, 28) for name in sets.PACKAGED}
     np.testing.assert_array_equal(found["animals"][0], x)
     np.testing.assert_array_equal(found["mnist"][0], x[::2])
     assert found["photos"][0].shape == (5, 28, 28)
@@ -102,36 +131,9 @@ def test_the_packaged_sets(tmp_path, monkeypatch):
     np.testing.assert_array_equal(again, found["photos"][0])
 
 
-class Hub:
-    """Stands in for `datasets.load_dataset`."""
-
-    def __init__(self, columns):
-        self.columns = columns
-
-    def __call__(self, source, subset):
-        from datasets import Dataset
-
-        return {"train": Dataset.from_dict(self.columns), "test": Dataset.from_dict(self.columns)}
-
-
-def test_hub_sets(monkeypatch):
-    import datasets
-    from PIL import Image
-
-    grey = [Image.fromarray(np.full((5, 5), 10 * i, np.uint8)) for i in range(2)]
-    monkeypatch.setattr(datasets, "load_dataset", Hub({"image": grey, "label": [0, 1]}))
-    x, y = sets.read("cars", "owner/cars:full")
-    assert x.shape == (4, 224, 224, 3)
-    assert y.tolist() == [0, 1, 0, 1]
-    monkeypatch.setattr(datasets, "load_dataset", Hub({"img": [1], "label": [0]}))
-    with pytest.raises(ValueError, match=r"owner/cars: no column image \(found img, label\)"):
-        sets.read_hub("owner/cars")
-
-    def offline(source, subset):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+def test_without_a_hub_it_is_said_what_stands_in():
+    spec = {"path": "owner/cars", "train": "train", "image": "image", "label": "label"}
     with pytest.raises(
-        FileNotFoundError, match=r"no hub that has it is within reach; animals, mnist, .* stand in"
+        FileNotFoundError, match=r"cannot load images from owner/cars: .*animals, mnist, .* stand in"
     ):
-        sets.read("cars", "owner/cars")
+        sets.read("cars", spec, 4)
