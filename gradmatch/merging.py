@@ -78,6 +78,7 @@ def prepare(
     tasks: Sequence[Task],
     *,
     base_curvature: CurvatureLike | float | None = None,
+    anchor: Model | Checkpoint | None = None,
     allow_mismatch: bool = False,
     allow_pickle: bool = False,
     **options: Any,
@@ -90,6 +91,7 @@ def prepare(
         tasks,
         request,
         base_curvature=base_curvature,
+        anchor=anchor,
         allow_mismatch=allow_mismatch,
         allow_pickle=allow_pickle,
     )

@@ -31,8 +31,9 @@ BINS = 65_536  # by the upper 16 bits of a float32: bins 0.8 % wide
 
 def subtract(
     base: Model | Checkpoint,
-    task: Task | Model | Iterable[Task],
+    task: Task | Model | Iterable[Task] | None,
     *,
+    gradient: CurvatureLike | None = None,
     base_curvature: CurvatureLike | float | None = None,
     weight: float = 1.0,
     keep: float = 0.1,
@@ -44,13 +45,17 @@ def subtract(
 
     Args:
         base: the model to remove from.
-        task: fine-tuned from the base on what is to go, with its curvature; one or several. Negation takes a bare model too.
+        task: fine-tuned from the base on what is to go, with its curvature; one or several. Negation and "guarded" take a bare model too, "ascent"
+            takes None.
+        gradient: for "ascent": a curvature with the measured gradient, at the base's weights, of the summed loss on what is to go.
         base_curvature: the base's curvature; must stay above the tasks'.
         weight: alpha > 0, for all tasks, times each task's own weight.
         keep: at least keep * H0 must remain of H0 - alpha H_t.
         guard: how: "floor" floors it there; "scale" scales H_t down, which also bounds the step where the base knows next to
             nothing (see `gradmatch.rules.removal.removal`).
-        method: "removal", or a baseline: "negation" (task arithmetic), "ewr", "fisher_negation".
+        method: "removal"; "guarded", -alpha lambda (H0 + lambda I)^-1 tau; "ascent", +alpha (H0 + lambda I)^-1 g (both with the option
+            `damping`, lambda = damping times the mean of H0's diagonal, and Kronecker blocks where H0 has factors); or a baseline:
+            "negation" (task arithmetic), "ewr", "fisher_negation".
         **options: as for `merge` (out, delta0, base_weight, dtype, ...).
 
     Returns:
@@ -61,7 +66,7 @@ def subtract(
         TypeError: as `merge`; also a task that is none.
     """
     choose("method", method, removals())
-    tasks = [scaled(one, weight) for one in tasks_of(task)]
+    tasks = [scaled(one, weight) for one in tasks_of(_task_of(base, task, gradient, method))]
     for one in tasks:
         check_tokenizers(base, one.model)
     guarded = RULES[method].guarded
@@ -76,6 +81,34 @@ def subtract(
             s: limit if math.isinf(limit) else weight * limit for s, limit in limits.items()
         }
     return execute(made, **running)
+
+
+def _task_of(base: Any, task: Any, gradient: Any, method: str) -> Any:
+    """What is to be removed: the task, or for "ascent" the base itself with the gradient.
+
+    Raises:
+        ValueError: neither or both, or the wrong one for the method.
+    """
+    if "gradient" not in RULES[method].needs:
+        if gradient is not None:
+            raise GradmatchError(
+                f"gradient is of method='ascent'; {method} goes by a task's weights",
+                "bad_setting",
+                "gradient",
+            )
+        if task is None:
+            raise GradmatchError(
+                f"a task is needed: {method} removes what a fine-tuned model learned", "bad_tasks"
+            )
+        return task
+    if (task is None) == (gradient is None):
+        raise GradmatchError(
+            f"{method} needs gradient=..., a curvature with the measured gradient at the base (`estimate(..., gradient=True)`)"
+            if gradient is None
+            else f"{method} takes a task or gradient=..., not both: a task would be the base again, with that curvature",
+            "bad_tasks",
+        )
+    return Task(base, gradient, name="gradient") if task is None else task
 
 
 def analogy(

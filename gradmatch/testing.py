@@ -14,7 +14,7 @@ from gradmatch.api import merge
 from gradmatch.estimators import check_estimator
 from gradmatch.estimators.curvature import Curvature
 from gradmatch.models.task import Task
-from gradmatch.rules import RULES, Elementwise, Rule
+from gradmatch.rules import RULES, Elementwise, Rule, Solve
 
 __all__ = ["check_estimator", "check_rule"]
 
@@ -104,12 +104,25 @@ class _Problem:
             found = {name: whole.gradient(name) for name in whole}
             gradient = {name: value for name, value in found.items() if value is not None}
             mean = part({name: whole.mean(name) for name in whole})
+            factors = [
+                {
+                    name: one.to(mean[name].dtype)
+                    for name in mean
+                    if (one := read(name)) is not None and mean[name].shape == whole.mean(name).shape
+                }
+                for read in (whole.factor_a, whole.factor_b)
+            ]
             return Curvature.from_dict(
-                mean, whole.num_examples, gradient=part(gradient) if gradient else None
-            )
+                mean, whole.num_examples, gradient=part(gradient) if gradient else None,
+                factor_a=factors[0], factor_b=factors[1],
+            )  # fmt: skip
 
         more = {
-            key: curvature(value) if isinstance(value, Curvature) else value
+            key: curvature(value)
+            if isinstance(value, Curvature)
+            else part(value)
+            if key == "anchor"
+            else value
             for key, value in self.more.items()
         }
         return _Problem(
@@ -126,7 +139,10 @@ def _problem(count: int, rule: Rule, options: Mapping[str, Any]) -> _Problem:
     ]
     curvatures = [_curvature(base, 100 + t, 10 * (t + 1), rule) if rule.needs else None for t in range(count)]
     prior = {"base_curvature": _curvature(base, 99, 50, rule)} if "base_curvature" in rule.needs else {}
-    return _Problem(base, models, curvatures, {**prior, **options})
+    anchor = {"anchor": {name: base[name] + one for name, one in _normal(50, 0.3).items()}}
+    return _Problem(
+        base, models, curvatures, {**prior, **(anchor if "anchor" in rule.needs else {}), **options}
+    )
 
 
 def _normal(seed: int, scale: float) -> State:
@@ -150,9 +166,7 @@ def _curvature(like: Mapping[str, Tensor], seed: int, num_examples: int, rule: R
         return x.T @ x / 20
 
     matrices = {
-        name: value.shape
-        for name, value in like.items()
-        if value.dim() == 2 and rule.needs & {"gram", "factors"}
+        name: value.shape for name, value in like.items() if value.dim() == 2 and isinstance(rule, Solve)
     }
     return Curvature.from_dict(
         {name: positive(value.shape) for name, value in like.items()},
@@ -162,7 +176,7 @@ def _curvature(like: Mapping[str, Tensor], seed: int, num_examples: int, rule: R
         else None,
         factor_a={name: moments(shape[1]) for name, shape in matrices.items()},
         factor_b={name: moments(shape[0]) for name, shape in matrices.items()}
-        if "factors" in rule.needs
+        if "gram" not in rule.needs
         else None,
     )
 
@@ -215,7 +229,7 @@ def _check_result(rule: Rule, problem: _Problem) -> None:
             torch.allclose(alone[name], found[name].flatten()[:few], rtol=CLOSE, atol=CLOSE),
             "an elementwise rule must look at one coordinate alone, and this one depends on others: make it a whole rule",
         )
-    if not rule.needs & {"gram", "factors"}:  # which are float64 whatever the models are
+    if "gram" not in rule.needs:  # which is float64 whatever the models are
         single = problem.of(lambda state: {name: value.float() for name, value in state.items()}).merge(
             weights
         )

@@ -3,6 +3,7 @@
 A *row* is what the model is called with for one example (its keyword inputs, leading dimension 1) and its labels.
 """
 
+import numpy as np
 import torch
 
 
@@ -174,3 +175,62 @@ def arcee_fusion(theta0, theta):
     least = median + 1.5 * (third - first)
     taken = torch.tensor([value >= least for value in importance]).reshape(theta0.shape)
     return torch.where(taken, theta, theta0)
+
+
+def one_system(beliefs, b=None):
+    """x of (sum_k w_k H_k) x = sum_k w_k H_k c_k - b, with dense matrices in numpy; beliefs: (w, H (n, n), c (n,)). Returns (n,)."""
+    left = sum(w * h for w, h, _ in beliefs)
+    right = sum(w * h @ c for w, h, c in beliefs) - (0 if b is None else b)
+    return np.linalg.solve(left, right)
+
+
+def family(
+    method, theta0, taus, alphas, h0, hs, gs=None, anchor=None, lam=0.0, delta0=0.0, anchor_weight=0.0
+):
+    """theta of a rule of the family from dense curvatures of everything flattened by rows; all arrays are numpy's, in float64."""
+    eye = np.eye(len(theta0))
+    total = sum(a * t for a, t in zip(alphas, taus, strict=True))
+    tasks = [(a, h, t) for a, h, t in zip(alphas, hs, taus, strict=True)]
+    if method == "task_arithmetic":
+        return theta0 + total
+    if method in ("fisher", "mats"):
+        return theta0 + one_system([*tasks, (1, delta0 * eye, total)])
+    if method in ("gradient_matching", "kronecker"):
+        return theta0 + one_system([*tasks, (1, h0, total)])
+    if method == "fisher_base":  # written for theta itself, as published
+        return np.linalg.solve(
+            h0 + sum(a * h for a, h, _ in tasks), h0 @ theta0 + sum(a * h @ t for a, h, t in tasks)
+        )
+    if method == "measured":
+        return theta0 + one_system(
+            [*tasks, (1, h0, 0 * theta0)], sum(a * g for a, g in zip(alphas, gs, strict=True))
+        )
+    if method == "removal":
+        left = h0 - sum(a * h for a, h, _ in tasks)
+        return theta0 - np.linalg.solve(left, sum(a * (h0 + h) @ t for a, h, t in tasks))
+    if method == "guarded":
+        return theta0 - lam * np.linalg.solve(h0 + lam * eye, total)
+    if method == "ascent":
+        return theta0 + np.linalg.solve(h0 + lam * eye, sum(a * g for a, g in zip(alphas, gs, strict=True)))
+    if method == "anchored":
+        return theta0 + one_system([*tasks, (1, h0, total), (anchor_weight, eye, anchor - theta0)])
+    raise KeyError(method)
+
+
+def by_task_vectors(method, theta0, taus, alphas, ridge=1e-6, prior=0.01):
+    """actmat, wudi and ace of one matrix (out, in), in numpy: every row solves the same (in, in) system."""
+    width = theta0.shape[1]
+    left, right = np.zeros((width, width)), np.zeros_like(theta0)
+    for alpha, tau in zip(alphas, taus, strict=True):
+        rows = tau - tau.mean(0) if method == "ace" else tau
+        a = sum(np.outer(row, row) for row in rows)
+        weight = {"actmat": 1.0, "wudi": 1 / (tau**2).sum(), "ace": 1 / np.trace(a)}[method]
+        a = alpha * weight * (a + ridge * np.trace(a) / width * np.eye(width))
+        left, right = left + a, right + tau @ a
+    if method == "ace":
+        share = prior / width
+        left, right = (
+            left + sum(alphas) * share * np.eye(width),
+            right + share * sum(a * t for a, t in zip(alphas, taus, strict=True)),
+        )
+    return theta0 + np.linalg.solve(left, right.T).T

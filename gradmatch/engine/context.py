@@ -45,11 +45,17 @@ class Context:
     majority: float = 1.0
     norms: Sequence[float] = ()
     kernels: Kernels | None = None  # compiled ones, where they are there
+    mean_h0: float = 0.0  # of H0's diagonal over the model, for a damped rule
 
     @property
     def device(self) -> str:
         """Where the readable rules run."""
         return self.plan.request.device
+
+    @property
+    def delta0(self) -> float:
+        """The floor of H0; none where lambda I stands in its place."""
+        return 0.0 if self.plan.request.rule.damped else self.plan.request.delta0
 
     @property
     def blocks(self) -> int:

@@ -21,6 +21,11 @@ def not_positive(step: Step, count: int, first: int, last: int) -> str:
             "negative there, as a Hessian's can be, and method='removal' has nothing of which to keep a part; take a GGN or Fisher "
             "curvature of the base, or raise delta0"
         )
+    if "ridge" in step.options:
+        return (
+            f"{step.name!r}: the sum of the tasks' moments of inputs is singular (some inputs occur in no task) and the ridge of "
+            f"{step.options['ridge']:g} does not mend it: pass a larger one, such as ridge=1e-6"
+        )
     return (
         f"{step.name!r}: at {count} weights (of elements {first} to {last}) the curvature H0 + sum alpha_t H_t is not positive: a "
         "negative weight or a negative curvature (as a Hessian's) cancels it, so the merged loss has no minimum there; remove with "

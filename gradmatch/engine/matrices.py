@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from gradmatch.engine.context import add
 from gradmatch.engine.explain import not_positive
-from gradmatch.engine.stacked import task_vectors
+from gradmatch.engine.stacked import anchor_of, gradients, task_vectors
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules import Solve
-from gradmatch.rules.block import Curved, NotPositiveError, Product
+from gradmatch.rules.block import Curved, NotPositiveError
+from gradmatch.rules.structures import Product
 
 if TYPE_CHECKING:
     from gradmatch.engine.buffers import Buffers
@@ -24,78 +26,88 @@ if TYPE_CHECKING:
 def solve_matrix(
     context: Context, step: Step, buffers: Buffers, stats: dict[str, float]
 ) -> tuple[Tensor, Tensor]:
-    """One matrix (a convolution's kernels as rows) by its rule, in float64: merged and theta0, flat, in the dtype of the arithmetic.
+    """One matrix (a convolution's kernels as rows) by its rule: merged and theta0, flat, in the dtype of the arithmetic.
+
+    In float64, unless the rule says that float32 is enough.
 
     Raises:
         ValueError: the curvature that is to be inverted is not positive.
     """
     theta0, tau = task_vectors(context, step, 0, step.spec.numel, buffers, stats)
-    rows = step.spec.shape[0]
-    base = theta0.to(torch.float64).reshape(rows, -1)
-    stacked = tau.to(torch.float64).reshape(len(step.tasks), rows, -1)
-    if transposed(context, step, base.shape[1]):
-        base, stacked = base.mT, stacked.mT
-        merged = _solve(context, step, base, stacked, stats).mT
-    else:
-        merged = _solve(context, step, base, stacked, stats)
-    return merged.reshape(-1).to(theta0.dtype), theta0
+    rule, rows = step.rule, step.spec.shape[0]
+    assert isinstance(rule, Solve)
+    dtype = theta0.dtype if rule.single(step.options) else torch.float64
+    turn = transposed(context, step, max(1, step.spec.numel // max(1, rows)))
+
+    def matrix(values: Tensor) -> Tensor:
+        found = values.to(dtype).reshape(*values.shape[:-1], rows, -1)
+        return found.mT.contiguous() if turn else found
+
+    base, curved = matrix(theta0), _curved(context, step, dtype, theta0.device, turn)
+    if "gradient" in step.needs:
+        curved.g = matrix(gradients(context, step, 0, step.spec.numel, buffers))
+    if "anchor" in step.needs:
+        curved.anchor = matrix(anchor_of(context, step, 0, step.spec.numel, buffers)) - base
+    try:
+        merged = rule.solve(base, matrix(tau), step.alpha, curved)
+    except NotPositiveError:
+        raise GradmatchError(
+            not_positive(step, step.spec.numel, 0, step.spec.numel), "not_positive", step.name
+        ) from None
+    add(stats, curved.health)
+    return (merged.mT if turn else merged).reshape(-1).to(theta0.dtype), theta0
 
 
 def transposed(context: Context, step: Step, columns: int) -> bool:
-    """Whether a matrix is stored [in, out] (Conv1D): as the size of its A says, and for square ones the option or the module."""
+    """Whether a matrix is stored [in, out] (Conv1D): as the size of its A says, and where that cannot, the option or the module."""
     inputs, given = context.inputs, step.options.get("conv1d")
     known = [*(inputs.tasks[t].factors for t in step.tasks), inputs.base_factors]
     specs = [(factors.a, key) for factors in known if factors and (key := factors.a.key(step.name))]
+    conv1d = len(step.spec.shape) == 2 and bool(inputs.conv1d.get(step.name) if given is None else given)
+    if not specs:
+        return conv1d
     store, key = specs[0]
     if columns != store.spec(key).shape[0] or columns != step.spec.shape[0]:
         return columns != store.spec(key).shape[0]
-    return bool(inputs.conv1d.get(step.name) if given is None else given)
+    return conv1d
 
 
-def _solve(context: Context, step: Step, theta0: Tensor, tau: Tensor, stats: dict[str, float]) -> Tensor:
-    """Merged W (out, in) from theta0 (out, in) and tau (T, out, in), with the curvatures that the rule needs."""
-    inputs, request, shape = context.inputs, context.plan.request, tau.shape[1:]
-    given, floor = inputs.base_curvature, request.delta0
+def _curved(context: Context, step: Step, dtype: torch.dtype, device: torch.device, turn: bool) -> Curved:
+    """The curvatures of one matrix, as far as the rule needs them."""
+    inputs, request = context.inputs, context.plan.request
+    given, floor = inputs.base_curvature, context.delta0
+    read = partial(_product, step, dtype, device, turn)
     h0 = Product(diagonal=floor)
     if isinstance(given, float):
         h0 = Product(diagonal=given * request.base_weight + floor)
     elif given is not None:
-        weight = request.base_weight * given.num_examples
-        h0 = _product(step, given, inputs.base_factors, weight, shape, floor, tau.device)
+        h0 = read(given, inputs.base_factors, request.base_weight * given.num_examples, floor)
     h = []
-    for t in step.tasks:
+    for t in step.tasks if step.needs & {"curvature", "gram"} else ():
         task = inputs.tasks[t]
         store = task.mean or (task.factors and task.factors.a)  # Gram matrices come without a diagonal
-        count = float(store.num_examples if store else 0)
-        h.append(_product(step, task.mean, task.factors, count, shape, 0.0, tau.device))
-    curved = Curved(h0, h, step.options)
-    assert isinstance(step.rule, Solve)
-    try:
-        merged = step.rule.solve(theta0, tau, step.alpha, curved)
-    except NotPositiveError:
-        raise GradmatchError(
-            not_positive(step, step.spec.numel, 0, step.spec.numel), "not_positive"
-        ) from None
-    add(stats, curved.health)
-    return merged
+        h.append(read(task.mean, task.factors, float(store.num_examples if store else 0), 0.0))
+    damping = step.options["damping"] * context.mean_h0 if request.rule.damped else 0.0
+    return Curved(h0, h, step.options, damping=damping, delta0=context.delta0)
 
 
 def _product(
     step: Step,
+    dtype: torch.dtype,
+    device: torch.device,
+    turn: bool,
     mean: CurvatureStore | None,
     factors: Factors | None,
     scale: float,
-    shape: torch.Size,
     floor: float,
-    device: torch.device,
 ) -> Product:
-    """One curvature of a matrix W (out, in) = `shape`, times `scale`, plus the floor."""
-    found = factors.read(step.name) if factors else None
+    """One curvature of a matrix W (out, in), times `scale`, plus the floor; by its diagonal where it has no factors."""
+    found = factors.read(step.name, dtype) if factors else None
     if found is not None:
         a, b = (None if factor is None else factor.to(device) for factor in found)
         return Product(scale, a, b, diagonal=floor)
     key = mean.key(step.name) if mean else None
     if key is None or mean is None:
         return Product(diagonal=floor)
-    diagonal = mean.block(key, 0, step.spec.numel).to(device, torch.float64).reshape(step.spec.shape[0], -1)
-    return Product(diagonal=scale * (diagonal if diagonal.shape == shape else diagonal.mT) + floor)
+    diagonal = mean.block(key, 0, step.spec.numel).to(device, dtype).reshape(step.spec.shape[0], -1)
+    return Product(diagonal=scale * (diagonal.mT if turn else diagonal) + floor)

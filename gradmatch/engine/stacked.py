@@ -45,11 +45,7 @@ def prior_scale(context: Context) -> tuple[float, float]:
 
 def prior_of(context: Context, step: Step, first: int, last: int, buffers: Buffers) -> Tensor:
     """H0 of a piece, (n,), in the dtype of the arithmetic."""
-    given, dtype, delta0 = (
-        context.inputs.base_curvature,
-        torch_dtype(step.compute),
-        context.plan.request.delta0,
-    )
+    given, dtype, delta0 = context.inputs.base_curvature, torch_dtype(step.compute), context.delta0
     number, scale = prior_scale(context)
     mean = None
     if given is not None and not isinstance(given, float):
@@ -126,6 +122,10 @@ def make_block(
     theta0, tau = task_vectors(context, step, first, last, buffers, stats)
     column = tau.new_tensor(step.alpha).reshape(rows, 1)
     block = Block(theta0=theta0, tau=tau, alpha=column, delta0=request.delta0, options=step.options)
+    if step.rule and step.rule.damped:
+        block.damping = step.options["damping"] * context.mean_h0
+    if "anchor" in needs:
+        block.anchor = anchor_of(context, step, first, last, buffers) - theta0
     if "curvature" in needs:
         block.h, block.counts = _curvatures(context, step, first, last, buffers)
         norms = [context.norms[t] for t in step.tasks] if context.norms else [1.0] * rows
@@ -134,10 +134,7 @@ def make_block(
     if "base_curvature" in needs:
         h0 = block.h0 = prior_of(context, step, first, last, buffers)
     if "gradient" in needs:
-        block.g = buffers.get("g_stack", rows * (last - first), tau.dtype).view(rows, last - first)
-        for row, t in enumerate(step.tasks):
-            gradient = curvature(buffers, "mean", context.inputs.tasks[t].gradient, step.name, first, last)
-            block.g[row].zero_() if gradient is None else block.g[row].copy_(gradient)
+        block.g = gradients(context, step, first, last, buffers)
     broken = 0
     if isinstance(step.rule, Elementwise) and step.rule.divides:
         inside: Any = step.options.get("hbar_weight")
@@ -152,6 +149,24 @@ def make_block(
     if broken:
         raise GradmatchError(not_positive(step, broken, first, last), "not_positive")
     return block
+
+
+def anchor_of(context: Context, step: Step, first: int, last: int, buffers: Buffers) -> Tensor:
+    """A piece of the merge that a rule holds on to, (n,), in the dtype of the arithmetic."""
+    anchor = context.inputs.anchor
+    assert anchor is not None
+    values = fetch(buffers, "theta", anchor.store, step.name, first, last)
+    return values.to(buffers.device, torch_dtype(step.compute), copy=True)
+
+
+def gradients(context: Context, step: Step, first: int, last: int, buffers: Buffers) -> Tensor:
+    """Measured gradients of a piece, (T, n), zero where a curvature has none."""
+    g = buffers.get("g_stack", len(step.tasks) * (last - first), torch_dtype(step.compute))
+    g = g.view(len(step.tasks), last - first)
+    for row, t in enumerate(step.tasks):
+        gradient = curvature(buffers, "mean", context.inputs.tasks[t].gradient, step.name, first, last)
+        g[row].zero_() if gradient is None else g[row].copy_(gradient)
+    return g
 
 
 def _curvatures(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from gradmatch.engine.compiled import kernels
 from gradmatch.engine.context import Context
 from gradmatch.engine.loop import Sink, run
 from gradmatch.engine.thresholds import look_over_model
+from gradmatch.estimators.errors import GradmatchError
 
 if TYPE_CHECKING:
     from gradmatch.plan.step import Plan
@@ -24,6 +26,7 @@ def stream(
     context = Context(made, kernels=kernels() if made.request.device == "cpu" else None)
     look_over_model(context)
     context.norms = fisher_norms(context)
+    context.mean_h0 = mean_of_h0(context)
     stats = {name: dict(values) for name, values in finished.items()}
     left = [step for step in made.steps if step.name not in stats]
     stats |= run(context, sink, left, on_progress)
@@ -53,3 +56,30 @@ def fisher_norms(context: Context) -> list[float]:
                 total += float(block.square().sum())
         norms.append(total**0.5 or 1.0)
     return norms
+
+
+def mean_of_h0(context: Context) -> float:
+    """Mean of the diagonal of H0, of the summed loss and without the floor, over all weights that it covers; 0 where no rule asks.
+
+    Raises:
+        ValueError: it is not positive.
+    """
+    import torch
+
+    given, request = context.inputs.base_curvature, context.plan.request
+    if not request.rule.damped or given is None:
+        return 0.0
+    if isinstance(given, float):
+        mean = given
+    else:
+        blocks = [given.curvature.mean(name) for name in given.curvature]
+        total = math.fsum(float(block.sum(dtype=torch.float64)) for block in blocks)
+        mean = given.num_examples * total / sum(block.numel() for block in blocks)
+    if not request.base_weight * mean > 0:
+        raise GradmatchError(
+            f"the mean of the diagonal of H0 is {request.base_weight * mean:g}, and {request.method} damps with a share of it: give a "
+            "base_curvature (a Fisher or GGN) that is positive, and a base_weight above 0",
+            "not_positive",
+            "base_curvature",
+        )
+    return request.base_weight * mean

@@ -17,6 +17,7 @@ from gradmatch.models.stores import FileStore, MemoryStore, Spec, Store
 from gradmatch.models.views import Arrangement, arrange, like
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from gradmatch.models.gathered import Rows
@@ -126,14 +127,14 @@ class Factors:
             )
         return a.nbytes + (0 if b is None else b.nbytes)
 
-    def read(self, name: str) -> tuple[Tensor, Tensor | None] | None:
-        """A (in, in) and B (out, out) in float64, positive; None where the tensor has none."""
-        a = _square(self.a, name)
-        return None if a is None else (a, _square(self.b, name))
+    def read(self, name: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None] | None:
+        """A (in, in) and B (out, out), positive, by default in float64; None where the tensor has none."""
+        a = _square(self.a, name, dtype)
+        return None if a is None else (a, _square(self.b, name, dtype))
 
 
-def _square(store: CurvatureStore, name: str) -> Tensor | None:
-    """One factor in float64, or None; raised by the rounding error of its dtype, as small eigenvalues would else be negative."""
+def _square(store: CurvatureStore, name: str, dtype: torch.dtype | None) -> Tensor | None:
+    """One factor, or None; raised by the rounding error of its dtype, as small eigenvalues would else be negative."""
     import torch
 
     key = store.key(name)
@@ -141,10 +142,9 @@ def _square(store: CurvatureStore, name: str) -> Tensor | None:
         return None
     spec = store.spec(key)
     stored = store.block(key, 0, spec.numel)
-    factor = stored.to(torch.float64).reshape(spec.shape)
-    return factor + torch.finfo(stored.dtype).eps * factor.trace() * torch.eye(
-        len(factor), dtype=factor.dtype
-    )
+    factor = stored.to(dtype or torch.float64, copy=True).reshape(spec.shape)
+    factor.diagonal().add_(torch.finfo(stored.dtype).eps * float(factor.trace()))
+    return factor
 
 
 def arranged_curvature(

@@ -53,6 +53,7 @@ def recipe(made: Plan) -> dict[str, Any]:
         "formula": made.formula,
         "source": request.rule.source,
         "base_curvature": _where(inputs.base_curvature),
+        **({"anchor": "+".join(inputs.anchor.names)} if inputs.anchor else {}),
         "base_weight": request.base_weight,
         "delta0": request.delta0,
         "options": options,

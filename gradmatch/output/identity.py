@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 def stores(inputs: Inputs) -> Iterator[Store | CurvatureStore]:
     """Everything that values are read from."""
     yield inputs.store
+    if inputs.anchor is not None:
+        yield inputs.anchor.store
     for task in inputs.tasks:
         yield task.store
         yield from (store for store in (task.mean, task.gradient) if store is not None)
@@ -41,7 +43,11 @@ def weight_files(inputs: Inputs) -> set[Path]:
 
 def model_paths(inputs: Inputs) -> list[Path]:
     """The folder or file of every model that has one."""
-    models = (inputs.base, *(task.checkpoint for task in inputs.tasks))
+    models = (
+        inputs.base,
+        *(task.checkpoint for task in inputs.tasks),
+        *([inputs.anchor] if inputs.anchor else []),
+    )
     return [path for model in models for path in (model.path, model.folder) if path is not None]
 
 

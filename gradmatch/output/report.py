@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.warning import warn
+from gradmatch.rules.system import TOLERANCE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,8 +39,8 @@ class Report:
         sign_conflict_share: TIES: share of weights that two tasks push in opposite directions.
         kept_update: share of the update's squared norm that survived rounding to the output's dtype; of large tensors, one block
             of 131,072 in eight tells.
-        solves: Kronecker merging: by matrix, the iterations of conjugate gradients and the residual that is left, as a share of
-            the right side's norm.
+        solves: matrices that were solved as a whole: the iterations of conjugate gradients (0: in closed form or in the eigenbasis),
+            and the residual that is left of the system, as a share of the right side's norm.
         branches: how often each branch ran (slerp or lerp, ...).
         heads: with heads="keep-per-task": task -> name -> tensor.
         forecast: weights="auto": the chosen weights, and every task's forecast rise of its loss there, nats per example.
@@ -79,7 +80,7 @@ class Report:
         return f"Report({self.method}, {counts}, {self.weights} weights{numbers}, {len(self.notes)} notes)"
 
     def solved(self) -> str:
-        """What conjugate gradients left, in a line."""
+        """What is left of the systems, in a line; without iterations they were solved in closed form or in their eigenbasis."""
         most = max(int(solve["iterations"]) for solve in self.solves.values())
         worst = max(self.solves, key=lambda name: self.solves[name]["residual"])
         return (
@@ -165,9 +166,10 @@ def _judge(report: Report, plan: Plan) -> None:
             f"{report.branches['lerp']} of {sum(report.branches.values())} tensors were interpolated linearly "
             "(nearly parallel, as fine-tunes of one base are)"
         )
-    options = {step.name: step.options for step in plan.steps}
+    given = {step.name: step.options.get("tolerance") for step in plan.steps}
+    allowed = {name: TOLERANCE if value is None else value for name, value in given.items()}
     left = [
-        name for name, solve in report.solves.items() if solve["residual"] > 2 * options[name]["tolerance"]
+        name for name, s in report.solves.items() if s["iterations"] and s["residual"] > 2 * allowed[name]
     ]
     if left:
         said.append(

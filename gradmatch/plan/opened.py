@@ -55,6 +55,7 @@ class Inputs:
     tasks: list[OpenTask]
     base_curvature: CurvatureStore | float | None = None
     base_factors: Factors | None = None
+    anchor: Checkpoint | None = None
 
     @cached_property
     def buffers(self) -> frozenset[str]:
@@ -87,7 +88,7 @@ class Inputs:
                 stores.append((task.name, task.mean))
             if "gradient" in needs:
                 stores.append((task.name, task.gradient))
-        sizes = []
+        sizes = [self.anchor.spec(name).nbytes] if self.anchor else []
         for owner, store in stores:
             key = store.key(name) if store else None
             if store is None or key is None:
@@ -110,7 +111,12 @@ class Inputs:
             sizes.append(found.nbytes)
         if not isinstance(request.rule, Solve) or len(spec.shape) < 2:
             return sizes, False
-        factors = [(self.tasks[t].name, self.tasks[t].factors) for t in tasks]
+        if not needs:  # what it solves with is made of the matrices themselves
+            self.check_conv1d(name, spec, request)
+            return sizes, True
+        factors = []
+        if needs & {"curvature", "gram"}:
+            factors = [(self.tasks[t].name, self.tasks[t].factors) for t in tasks]
         if "base_curvature" in needs:
             factors.append(("the base", self.base_factors))
         held = [known.size(name, spec.shape, owner) for owner, known in factors if known is not None]
@@ -168,6 +174,7 @@ def open_inputs(
     request: Request,
     *,
     base_curvature: Curvature | str | os.PathLike[str] | float | None = None,
+    anchor: Model | Checkpoint | None = None,
     allow_mismatch: bool = False,
     allow_pickle: bool = False,
 ) -> Inputs:
@@ -204,7 +211,14 @@ def open_inputs(
             )
         opened.append(_open_task(name, task, checkpoint, opened_base, request, allow_mismatch))
     h0, factors = _base_curvature(base_curvature, opened_base, request, allow_mismatch)
-    inputs = Inputs(opened_base, opened_base.store, opened, h0, factors)
+    inputs = Inputs(
+        opened_base,
+        opened_base.store,
+        opened,
+        h0,
+        factors,
+        _anchor(anchor, opened_base, request, allow_pickle),
+    )
     owners = [*(task.factors for task in opened), factors]
     if "factors" in request.rule.needs and not any(
         known and any(name in known.a for name in known.a) for known in owners
@@ -215,6 +229,34 @@ def open_inputs(
             "bad_curvature",
         )
     return inputs
+
+
+def _anchor(
+    given: Model | Checkpoint | None, base: Checkpoint, request: Request, allow_pickle: bool
+) -> Checkpoint | None:
+    """The merge that a rule holds on to, under the base's names; None where the rule needs none."""
+    if ("anchor" in request.rule.needs) == (given is None):
+        raise GradmatchError(
+            f"{request.method} needs anchor=..., another merge of this base (a path or a mapping of tensors)"
+            if given is None
+            else f"{request.method} takes no anchor; method='anchored' does",
+            "bad_setting",
+            "anchor",
+        )
+    if given is None:
+        return None
+    own = open_checkpoint(given, base=base, allow_pickle=allow_pickle)
+    anchor = like(own, base)
+    for name in base.store:
+        shape = anchor.spec(name).shape if name in anchor else None
+        if shape != base.spec(name).shape:
+            found = f"shape {list(shape)}" if shape is not None else "none"
+            raise GradmatchError(
+                f"the anchor {own.where} has {found} for {name!r}, the base {list(base.spec(name).shape)}; it must be a merge of this base",
+                "other_weights",
+                name,
+            )
+    return anchor
 
 
 def task_names(tasks: Sequence[Task]) -> list[str]:

@@ -136,8 +136,8 @@ def _rule_of(rule: Rule, spec: Spec, factors: bool) -> tuple[Rule, str]:
     """The rule of one tensor, and why it is another than the one that was asked for."""
     if isinstance(rule, Solve):
         if not factors:
-            return rule.otherwise, f"no factors: {rule.otherwise.source}"
-        return rule, "gram matrices" if "gram" in rule.needs else "Kronecker factors"
+            return rule.otherwise, f"no {'factors' if rule.needs else 'matrix'}: {rule.otherwise.source}"
+        return rule, "gram matrices" if "gram" in rule.needs else "Kronecker factors" if rule.needs else ""
     if isinstance(rule, Whole) and rule.otherwise and len(spec.shape) < 2:
         return rule.otherwise, f"no matrix: {rule.otherwise.source}"
     return rule, ""

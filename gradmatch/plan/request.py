@@ -76,8 +76,9 @@ class Request:
 
     @cached_property
     def rule(self) -> Rule:
-        """The rule by its name."""
-        return find_rule(self.method)
+        """The rule by its name, and by those of its options that choose between rules (`structure`)."""
+        rule = find_rule(self.method)
+        return (rule.chosen(self.options) if rule.chosen else None) or rule
 
     @cached_property
     def rule_options(self) -> Options:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gradmatch.estimators.parts import find_part
-from gradmatch.rules import kronecker, regmean, rowwise
+from gradmatch.rules import regmean, rowwise
 from gradmatch.rules.block import Block, Curved
+from gradmatch.rules.family import ANCHORED, ASCENT, GUARDED, MATS
 from gradmatch.rules.fisher_base import fisher_base
 from gradmatch.rules.gradient_matching import HbarOptions, fisher, gradient_matching
+from gradmatch.rules.kronecker import choosing, in_matrices, with_factors
 from gradmatch.rules.linear import (
     Normalize,
     Scale,
@@ -21,6 +23,7 @@ from gradmatch.rules.linear import (
     weighted,
 )
 from gradmatch.rules.matena_raffel import MatenaRaffelOptions, matena_raffel
+from gradmatch.rules.matrix_options import MatrixOptions
 from gradmatch.rules.measured import measured
 from gradmatch.rules.options import Options, option
 from gradmatch.rules.removal import RemovalOptions, ewr, fisher_negation, removal
@@ -39,6 +42,7 @@ from gradmatch.rules.spherical import (
     slerp,
 )
 from gradmatch.rules.swaps import NearswapOptions, arcee_fusion, nearswap
+from gradmatch.rules.task_vectors import ACE, ACTMAT, WUDI
 
 __all__ = [
     "RULES", "Block", "Curved", "Elementwise", "Linear", "Options", "Rule", "Solve", "Whole", "averaging", "ewr", "find_rule",
@@ -102,6 +106,13 @@ GRADIENT_MATCHING = Elementwise(
     lambda b: gradient_matching(b.theta0, b.tau, b.alpha, b.h0, b.h, b.options.hbar_weight),
     needs=BOTH, options=HbarOptions(), divides=True, bounded=True, eq12=lambda o: o.hbar_weight is None,
 )  # fmt: skip
+IN_MATRICES = in_matrices(
+    "kronecker",
+    GRADIENT_MATCHING,
+    "theta0 + sum_t alpha_t Hbar^-1 (H0 + H_t) tau_t, Hbar = H0 + sum_t alpha_t H_t, H = N A (x) B",
+    "Tam et al. 2024 (MaTS), with H0",
+)
+KRONECKER = replace(IN_MATRICES, needs=BOTH | {"factors"}, chosen=choosing(GRADIENT_MATCHING, IN_MATRICES))
 WEIGHTED = Linear(
     mean_formula, "weighted average of weights", lambda a, gram, o: weighted(a, o.normalize), options=Normalize(), lacks=NORMALIZES
 )  # fmt: skip
@@ -117,28 +128,30 @@ RULES: dict[str, Rule] = {
     "negation": Linear(
         "theta0 - sum_t alpha_t tau_t", "Ilharco et al. 2023", lambda a, gram, o: negation(a), lacks=REMOVES, removes=True
     ),
-    "fisher": Elementwise(
+    "fisher": with_factors("fisher", Elementwise(
         "(sum_t alpha_t H_t)^-1 sum_t alpha_t H_t theta_t", "FA in Daheim et al. 2024",
         lambda b: fisher(b.theta0, b.tau, b.alpha, b.delta0, b.h), needs=CURVATURE, divides=True, bounded=True, eq12=lambda o: True,
-    ),
-    "fisher_base": Elementwise(
+        options=MatrixOptions(),
+    )),
+    "fisher_base": with_factors("fisher_base", Elementwise(
         "(H0 theta0 + sum_t alpha_t H_t tau_t) / (H0 + sum_t alpha_t H_t)", "FA1 in Daheim et al. 2024",
         lambda b: fisher_base(b.theta0, b.tau, b.alpha, b.h0, b.h), needs=BOTH, divides=True, lacks=MIXES,
-    ),
-    "gradient_matching": GRADIENT_MATCHING,
-    "measured": Elementwise(
+        options=MatrixOptions(),
+    )),
+    "gradient_matching": with_factors("gradient_matching", GRADIENT_MATCHING),
+    "measured": with_factors("measured", Elementwise(
         "theta0 + Hbar^-1 sum_t alpha_t (H_t tau_t - g_t)", "Eq. 12 without Eq. 8: measured gradients",
-        lambda b: measured(b.theta0, b.tau, b.alpha, b.h0, b.h, b.g), needs=BOTH | {"gradient"}, divides=True,
+        lambda b: measured(b.theta0, b.tau, b.alpha, b.h0, b.h, b.g), needs=BOTH | {"gradient"}, divides=True, options=MatrixOptions(),
         lacks=dict.fromkeys(("single", "equal"), "it goes on to the minimum of the losses"),
         caution="the measured gradient divided elementwise by a diagonal curvature explodes on networks (it is exact on quadratics "
         "with full curvature): compare with gradient_matching, or solve in the subspace of the task vectors",
-    ),
-    "removal": Elementwise(
+    )),
+    "removal": with_factors("removal", Elementwise(
         "theta0 - sum_t alpha_t (H0 - sum_s alpha_s H_s)^-1 (H0 + H_t) tau_t, guarded so that keep H0 remains",
         "Eq. 13 of Daheim et al. 2024",
         lambda b: removal(b.theta0, b.tau, b.alpha, b.h0, b.h, b.options.keep, b.options.guard),
         needs=BOTH, options=RemovalOptions(), guarded=True, lacks=REMOVES, removes=True,
-    ),
+    )),
     "ewr": Elementwise(
         "(H0 theta0 - sum_t alpha_t H_t tau_t) / (H0 + sum_t alpha_t H_t)", "elastic weight removal, Daheim et al. 2023",
         lambda b: ewr(b.theta0, b.tau, b.alpha, b.h0, b.h), needs=BOTH, divides=True, lacks=REMOVES, removes=True,
@@ -156,10 +169,14 @@ RULES: dict[str, Rule] = {
         "(sum_t alpha_t G_t)^-1 sum_t alpha_t G_t W_t", "Jin et al. 2023", regmean.solve, otherwise=WEIGHTED,
         needs=frozenset({"gram"}), options=regmean.RegMeanOptions(), lacks=NORMALIZES, relative=True,
     ),
-    "kronecker": Solve(
-        "theta0 + sum_t alpha_t Hbar^-1 (H0 + H_t) tau_t, Hbar = H0 + sum_t alpha_t H_t, H = N A (x) B", "Tam et al. 2024 (MaTS), with H0",
-        kronecker.solve, otherwise=GRADIENT_MATCHING, needs=BOTH | {"factors"}, options=kronecker.KroneckerOptions(),
-    ),
+    "kronecker": KRONECKER,
+    "mats": MATS,
+    "anchored": ANCHORED,
+    "guarded": GUARDED,
+    "ascent": ASCENT,
+    "actmat": ACTMAT,
+    "wudi": WUDI,
+    "ace": ACE,
     "slerp": Linear(
         "sin((1-t)O)/sin(O) theta_1 + sin(tO)/sin(O) theta_2", "Shoemake 1985", lambda a, gram, o: slerp(gram, o.t),
         gram="theta", rows=rowwise.slerp, options=SlerpOptions(), models=TWO, weighs=False,

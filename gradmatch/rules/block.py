@@ -13,6 +13,8 @@ from gradmatch.estimators.errors import GradmatchError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gradmatch.rules.structures import Structure
+
 
 def total(x: Tensor | Sequence[Tensor]) -> Tensor:
     """sum_t x_t, one task after another, so that the bits do not depend on how tensors are cut. x: (T, *s). Returns (*s,).
@@ -92,6 +94,8 @@ class Block:
         counts: (T, 1): N_t. Needs "curvature".
         norms: (T, 1): each model's Fisher norm, 1 unless the option normalize_fishers is set. Needs "curvature".
         g: (T, n): measured gradients of the summed losses. Needs "gradient".
+        damping: lambda, of a damped rule: its option `damping` times the mean of H0's diagonal over the model.
+        anchor: (n,): another merge minus theta0. Needs "anchor".
     """
 
     theta0: Tensor
@@ -104,6 +108,8 @@ class Block:
     counts: Tensor
     norms: Tensor
     g: Tensor
+    damping: float
+    anchor: Tensor
 
     def __init__(self, **known: Any) -> None:
         vars(self).update(known)
@@ -115,6 +121,7 @@ class Block:
             "counts": "curvature",
             "norms": "curvature",
             "g": "gradient",
+            "anchor": "anchor",
         }.get(name)
         if need is None:
             raise AttributeError(f"a block has no {name!r}")
@@ -130,30 +137,6 @@ class Block:
         return mean
 
 
-@dataclass(frozen=True)
-class Product:
-    """A curvature of one matrix W (out, in) as a linear map: scale * B W A + diagonal * W (elementwise).
-
-    Attributes:
-        scale: N of the summed loss, times its weight; 0 where there are no factors.
-        a: second moments of the inputs, (in, in), or None.
-        b: those of the gradients at the outputs, (out, out), or None for the identity.
-        diagonal: (out, in) or a number, in nats per squared unit of weight.
-    """
-
-    scale: float = 0.0
-    a: Tensor | None = None
-    b: Tensor | None = None
-    diagonal: Tensor | float = 0.0
-
-    def __call__(self, w: Tensor) -> Tensor:
-        """The curvature times a matrix of weights, (out, in)."""
-        result = self.diagonal * w
-        if self.a is not None:
-            result = result + self.scale * ((w if self.b is None else self.b @ w) @ self.a)
-        return result
-
-
 @dataclass
 class Curved:
     """The curvatures of one matrix, for a rule that solves for it.
@@ -163,12 +146,20 @@ class Curved:
         h: H_t of the summed losses, one a task.
         options: of the rule.
         health: what the rule has to tell of this matrix, for the report ("iterations", "residual").
+        g: (T, out, in), measured gradients of the summed losses, where the rule needs them.
+        anchor: (out, in), another merge minus theta0, of a rule with an anchor.
+        damping: lambda of a damped rule.
+        delta0: the floor.
     """
 
-    h0: Product
-    h: Sequence[Product]
+    h0: Structure
+    h: Sequence[Structure]
     options: Mapping[str, Any]
     health: dict[str, float] = field(default_factory=dict)
+    g: Tensor | None = None
+    anchor: Tensor | None = None
+    damping: float = 0.0
+    delta0: float = 0.0
 
 
 class NotPositiveError(ArithmeticError):

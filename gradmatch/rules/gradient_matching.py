@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gradmatch.rules.block import total
-from gradmatch.rules.options import Options, option
+from gradmatch.rules.matrix_options import MatrixOptions
+from gradmatch.rules.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class HbarOptions(Options):
+class HbarOptions(MatrixOptions):
     """What the weights are inside Hbar."""
 
     hbar_weight: float | None = option(

@@ -1,165 +1,155 @@
-"""Kronecker merging: Eq. 12 with the curvature of every linear layer as A (x) B, solved by conjugate gradients."""
+"""The rules of the family for whole matrices, whose curvature is A (x) B: in the sum's eigenbasis, or by the exact solution.
+
+In the eigenbasis of the sum of all precisions (`gradmatch.rules.structures.common_basis`) every curvature is taken by its
+diagonal there, so that the elementwise rule merges the coordinates: as many operations as a few products of matrices. It is exact
+for one Kronecker product and multiples of the identity; what it leaves of the full system is reported as the residual.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.rules.block import NotPositiveError, Product
-from gradmatch.rules.options import Options, option
+from gradmatch.estimators.errors import GradmatchError
+from gradmatch.rules.beliefs import BELIEFS, Known
+from gradmatch.rules.block import Block, NotPositiveError, total
+from gradmatch.rules.matrix_options import is_exact
+from gradmatch.rules.rule import Elementwise, Rule, Solve
+from gradmatch.rules.structures import common_basis
+from gradmatch.rules.system import ITERATIONS, TOLERANCE, common_centre, posterior, residual, right_side
+from gradmatch.rules.system import solve as solve_exactly
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmatch.rules.block import Curved
 
-# of the largest eigenvalue: factors are stored in float32, so smaller ones may come out negative
-NOISE = 1e-6
 
+def in_matrices(name: str, rule: Elementwise, formula: Any = "", source: str = "") -> Solve:
+    """The rule of matrices whose curvature has factors, from an elementwise rule and its list of beliefs in BELIEFS."""
 
-@dataclass(frozen=True)
-class KroneckerOptions(Options):
-    """When conjugate gradients stop, and how square matrices are stored."""
+    def solve(theta0: Tensor, tau: Tensor, alpha: Sequence[float], curved: Curved) -> Tensor:
+        known = Known(
+            theta0, tau, alpha, curved.h0, curved.h, curved.g, curved.anchor, curved.damping, curved.delta0, curved.options
+        )  # fmt: skip
+        return (
+            exact(name, known, curved.health)
+            if is_exact(curved.options)
+            else fast(name, rule, known, curved.health)
+        )
 
-    iterations: int = option(100, "[1, inf]", help="conjugate gradients stop after so many")
-    tolerance: float = option(1e-6, "[0, inf]", help="or where the residual is this share of the right side")
-    conv1d: bool | None = option(
-        None, kind=True, help="whether square matrices are stored [in, out] (default: as the config says)"
+    return Solve(
+        formula or rule.spelt or rule.formula,
+        source or rule.source,
+        solve,
+        otherwise=rule,
+        options=rule.options,
+        single=lambda options: not is_exact(options),
+        needs=rule.needs,
+        lacks=rule.lacks,
+        removes=rule.removes,
+        guarded=rule.guarded,
+        damped=rule.damped,
+        caution=rule.caution,
     )
 
 
-@dataclass(frozen=True)
-class Solution:
-    """What conjugate gradients found: the update, (out, in), and how exactly, |b - Hbar x| / |b|.
+def choosing(rule: Elementwise, solved: Solve) -> Callable[[Mapping[str, Any]], Rule | None]:
+    """Which of the two a name stands for: by `structure`, and None for the entry of RULES itself."""
+    strict = replace(solved, needs=solved.needs | {"factors"})
 
-    `positive` is False where a direction of negative curvature was met, beyond rounding: then there is no minimum.
-    """
+    def chosen(options: Mapping[str, Any]) -> Rule | None:
+        structure = options.get("structure")
+        if structure == "kronecker":
+            return strict
+        return rule if structure == "diagonal" else None
 
-    update: Tensor
-    iterations: int
-    residual: float
-    positive: bool = True
-
-
-def kronecker(
-    tau: Tensor,
-    alpha: Sequence[float],
-    h0: Product,
-    h: Sequence[Product],
-    iterations: int = 100,
-    tolerance: float = 1e-6,
-) -> Solution:
-    """x of Eq. 12, (H0 + sum_t alpha_t H_t) x = sum_t alpha_t (H0 + H_t) tau_t, with H = A (x) B: MaTS (Tam et al. 2024) with H0.
-
-    Preconditioned conjugate gradients from task arithmetic, x = sum_t alpha_t tau_t, so that what no curvature sees stays
-    there, and one model at weight 1 is found at once. They stop where the residual is `tolerance` of the right side, or after
-    `iterations`.
-
-    tau: (T, out, in) in float64; h0, h: of summed losses. H0 + sum_t alpha_t H_t must be positive. Returns the update x, (out, in).
-
-    Example:
-        >>> import torch
-        >>> tau, one = torch.tensor([[[1.0]], [[3.0]]]).double(), torch.ones(1, 1).double()
-        >>> h = [Product(n, one, one) for n in (1.0, 2.0)]
-        >>> kronecker(tau, [1.0, 1.0], Product(diagonal=1.0), h).update.item()  # as Eq. 12: (2 * 1 + 3 * 3) / (1 + 1 + 2)
-        2.75
-    """
-    x = _weighted(alpha, tau)
-    right = _weighted(alpha, [h0(t) + curve(t) for t, curve in zip(tau, h, strict=True)])
-    size = float(right.norm())
-    if size == 0:
-        return Solution(x, 0, 0.0)
-    approximate = Preconditioner([(1.0, h0), *zip(alpha, h, strict=True)])
-
-    def h_bar(w: Tensor) -> Tensor:
-        return h0(w) + _weighted(alpha, [curve(w) for curve in h])
-
-    residual = right - h_bar(x)
-    direction, rho, done = None, 0.0, 0
-    while float(residual.norm()) > tolerance * size and done < iterations:
-        z = approximate(residual)
-        before, rho = rho, float((residual * z).sum())
-        direction = z if direction is None else z + (rho / before) * direction
-        image = h_bar(direction)
-        curvature = float((direction * image).sum())
-        if not curvature > 0:
-            noise = NOISE * approximate.largest * float(direction.square().sum())
-            return Solution(x, done, float(residual.norm()) / size, positive=-curvature <= noise)
-        step = rho / curvature
-        x, residual, done = x + step * direction, residual - step * image, done + 1
-    return Solution(x, done, float((right - h_bar(x)).norm()) / size)
+    return chosen
 
 
-def solve(theta0: Tensor, tau: Tensor, alpha: Sequence[float], curved: Curved) -> Tensor:
-    """`kronecker` as the rule of a matrix; its health is the number of iterations and the residual.
+def with_factors(name: str, rule: Elementwise) -> Elementwise:
+    """An elementwise rule that takes structure="kronecker" too."""
+    strict = replace(in_matrices(name, rule), needs=rule.needs | {"factors"})
+
+    def chosen(options: Mapping[str, Any]) -> Rule | None:
+        if options.get("structure") == "kronecker":
+            return strict
+        for one in ("solver", "iterations", "tolerance", "conv1d"):
+            if options.get(one) is not None:
+                raise GradmatchError(
+                    f"{name}: {one} is of matrices whose curvature has Kronecker factors; give structure='kronecker' too",
+                    "unknown_option",
+                    one,
+                )
+        return None
+
+    return replace(rule, chosen=chosen)
+
+
+def exact(name: str, known: Known, health: dict[str, float]) -> Tensor:
+    """theta0 + the mode of the rule's beliefs. Conjugate gradients begin at task arithmetic, so what no curvature sees stays there.
 
     Raises:
-        NotPositiveError: H0 + sum_t alpha_t H_t is not positive.
+        NotPositiveError: the sum of the precisions is not positive.
     """
-    options: Any = curved.options
-    found = kronecker(tau, alpha, curved.h0, curved.h, options.iterations, options.tolerance)
+    options = known.options
+    beliefs, b = BELIEFS[name](known)
+    most, least = options.get("iterations"), options.get("tolerance")
+    found = solve_exactly(
+        beliefs,
+        known.theta0,
+        b,
+        known.sum,
+        ITERATIONS if most is None else most,
+        TOLERANCE if least is None else least,
+    )
     if not found.positive:
         raise NotPositiveError
-    curved.health.update(iterations=float(found.iterations), residual=found.residual)
-    return theta0 + found.update
+    health.update(iterations=float(found.iterations), residual=found.residual)
+    return known.theta0 + found.update
 
 
-class Preconditioner:
-    """The inverse of one Kronecker product near sum_k w_k (s_k A_k (x) B_k + D_k): exact where there is a single product.
+def fast(name: str, rule: Elementwise, known: Known, health: dict[str, float]) -> Tensor:
+    """The elementwise rule on the coordinates in the common eigenbasis, there and back.
 
-    A = sum_k w_k s_k tr(B_k) A_k and B = sum_k w_k s_k tr(A_k) B_k / sum_k w_k s_k tr(A_k) tr(B_k) have the sum's partial traces;
-    with their eigenvectors, A (x) B + mean(D) is a diagonal. Negative weights count as positive.
+    Raises:
+        NotPositiveError: H0 + sum_t alpha_t H_t is not positive there.
     """
+    import torch
 
-    def __init__(self, terms: Sequence[tuple[float, Product]]) -> None:
-        import torch
+    beliefs, b = BELIEFS[name](known)
+    theta0, agreed = known.theta0, common_centre(beliefs)
+    if agreed is not None and b is None:
+        health.update(iterations=0.0, residual=0.0)
+        return theta0 + agreed
+    basis = common_basis(posterior(beliefs), theta0)
 
-        flat = sum(abs(weight) * _mean(term.diagonal) for weight, term in terms)
-        products = [
-            (abs(weight) * term.scale, term.a, term.b) for weight, term in terms if term.a is not None
-        ]
-        self._vectors: tuple[Tensor, Tensor | None] | None = None
-        self._values: Tensor | float = flat or 1.0
-        self.largest = flat  # eigenvalue
-        rows = max([1, *(len(b) for *_, b in products if b is not None)])  # identities alone: one of any size
-        a, b, total = (
-            0.0 * products[0][1],
-            torch.eye(rows, dtype=products[0][1].dtype, device=products[0][1].device) * 0.0,
-            0.0,
+    def turned(w: Tensor | None) -> Tensor | None:
+        return None if w is None else basis.into(w).flatten(-2)
+
+    block = Block(
+        theta0=turned(theta0), tau=turned(known.tau), alpha=theta0.new_tensor(known.alpha)[:, None], delta0=known.delta0,
+        options=known.options, h0=basis.diagonal(known.h0, theta0).flatten(), g=turned(known.g), anchor=turned(known.anchor),
+        damping=known.damping,
+    )  # fmt: skip
+    if known.h:
+        block.h = torch.stack([basis.diagonal(one, theta0).flatten() for one in known.h])
+    if rule.divides:
+        terms = block.alpha * block.h
+        h0 = block.h0 if "base_curvature" in rule.needs else theta0.new_full((1,), known.delta0)
+        rounding = 8 * torch.finfo(theta0.dtype).eps * (h0.abs() + total(terms.abs()))
+        if bool((h0 + total(terms) <= rounding).any()):
+            raise NotPositiveError
+    if rule.guarded:
+        left = block.h0 - total(block.alpha * block.h)
+        health.update(
+            weights=float(left.numel()), clamped=float((left < block.options["keep"] * block.h0).sum())
         )
-        for scale, one, given in products:
-            other = torch.eye(rows, dtype=one.dtype, device=one.device) if given is None else given
-            a = a + scale * other.trace() * one
-            b = b + scale * one.trace() * other
-            total += scale * float(one.trace() * other.trace())
-        if not total > 0:
-            return
-        b = b / total
-        a_values, a_vectors = torch.linalg.eigh(a)
-        b_values, b_vectors = torch.linalg.eigh(b)
-        values = b_values.clamp(min=0)[:, None] * a_values.clamp(min=0) + flat
-        self.largest = float(values.max())
-        self._values = values.clamp(min=NOISE * self.largest)
-        self._vectors = a_vectors, b_vectors if rows > 1 else None
-
-    def __call__(self, w: Tensor) -> Tensor:
-        """About Hbar^-1 w; (out, in)."""
-        if self._vectors is None:
-            return w / self._values
-        a, b = self._vectors
-        turned = (w if b is None else b.T @ w) @ a / self._values
-        return (turned if b is None else b @ turned) @ a.T
-
-
-def _weighted(alpha: Sequence[float], values: Sequence[Tensor] | Tensor) -> Tensor:
-    """sum_t alpha_t values_t."""
-    total = alpha[0] * values[0]
-    for weight, value in zip(alpha[1:], values[1:], strict=True):
-        total = total + weight * value
-    return total
-
-
-def _mean(diagonal: Tensor | float) -> float:
-    """Mean of a diagonal, given as a tensor or a number."""
-    return float(diagonal) if isinstance(diagonal, (int, float)) else float(diagonal.mean())
+    merged = rule.elementwise(block)
+    update = basis.back((merged - block.theta0).reshape(len(theta0), -1))
+    if rule.guarded:
+        moved = (merged - block.theta0).square()
+        health.update(update=float(moved.sum()), update_h0=float((block.h0 * moved).sum()))
+    health.update(iterations=0.0, residual=residual(beliefs, update, right_side(beliefs, theta0, b)))
+    return theta0 + update

@@ -152,7 +152,8 @@ def _check(one: dataclasses.Field[Any], setting: Any) -> None:
     """Compare a setting with its field; see `Options.__post_init__`."""
     told, name = one.metadata, one.name
     for chosen in leaves(setting) if told.get("choices") else ():
-        choose(name, chosen, told["choices"])
+        if chosen is not None or one.default is not None:
+            choose(name, chosen, told["choices"])
     kind = told.get("kind") if one.default is None else one.default
     for value in leaves(setting):
         check_kind(name, value, None if value is None and one.default is None else kind)

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.rules.beliefs import BELIEFS, Known, Listed
+from gradmatch.rules.block import NotPositiveError
 from gradmatch.rules.options import Options, option
+from gradmatch.rules.structures import Product
+from gradmatch.rules.system import Belief
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,30 +42,55 @@ def regmean(theta: Tensor, alpha: Tensor, gram: Tensor, off_diagonal: float, rid
         >>> regmean(theta, torch.ones(2, 1, 1), gram, off_diagonal=1.0, ridge=0.0)
         tensor([[2.5000]])
     """
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)  # (T, in)
-    g = gram * off_diagonal
-    g.diagonal(dim1=-2, dim2=-1).copy_(diagonal + ridge * diagonal.mean(-1, keepdim=True))
-    g = alpha * g
+    g = alpha * regularised(gram, off_diagonal, ridge)
     right = (g @ theta.transpose(1, 2)).sum(0)  # (in, out)
     return _solve(g.sum(0), right).transpose(0, 1)
 
 
+def regularised(gram: Tensor, off_diagonal: float, ridge: float) -> Tensor:
+    """Gram matrices (T, in, in) with their off-diagonal scaled and the ridge added: of the mean diagonal, or 1 where all are zero."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)  # (T, in)
+    size = diagonal.mean(-1, keepdim=True)
+    g = gram * off_diagonal
+    g.diagonal(dim1=-2, dim2=-1).copy_(diagonal + ridge * (size if bool(size.any()) else 1.0))
+    return g
+
+
 def solve(theta0: Tensor, tau: Tensor, alpha: Sequence[float], curved: Curved) -> Tensor:
-    """`regmean` as the rule of a matrix: G_t = N_t A_t, the second moments of a task's inputs."""
+    """`regmean` as the rule of a matrix: G_t = N_t A_t, the second moments of a task's inputs.
+
+    Raises:
+        NotPositiveError: their sum is singular.
+    """
     import torch
 
     options: Any = curved.options
-    gram = torch.stack([product.scale * product.a for product in curved.h if product.a is not None])
+    gram = torch.stack([term.scale * term.a for one in curved.h for term in one.terms if term.a is not None])
     weight = tau.new_tensor(alpha).reshape(-1, 1, 1)
     return regmean(theta0 + tau, weight, gram, options.off_diagonal, options.ridge)
 
 
+def beliefs(k: Known) -> Listed:
+    """alpha_t: I (x) G_t at tau_t."""
+    import torch
+
+    gram = torch.stack([term.scale * term.a for one in k.h for term in one.terms if term.a is not None])
+    grams = regularised(gram, k.options["off_diagonal"], k.options["ridge"])
+    return [Belief(w, Product(1.0, a=g), t) for w, g, t in zip(k.alpha, grams, k.tau, strict=True)], None
+
+
+BELIEFS["regmean"] = beliefs
+
+
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """Cholesky where the matrix is positive definite, else least squares."""
+    """By Cholesky factorisation.
+
+    Raises:
+        NotPositiveError: the matrix is singular.
+    """
     import torch
 
     factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) == 0:
-        return torch.cholesky_solve(right, factor)
-    solution: Tensor = torch.linalg.lstsq(matrix, right).solution
-    return solution
+    if int(info):
+        raise NotPositiveError
+    return torch.cholesky_solve(right, factor)

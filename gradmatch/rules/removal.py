@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gradmatch.rules.options import Options, option
+from gradmatch.rules.matrix_options import MatrixOptions
+from gradmatch.rules.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +16,7 @@ GUARDS = ("floor", "scale")
 
 
 @dataclass(frozen=True)
-class RemovalOptions(Options):
+class RemovalOptions(MatrixOptions):
     """What must remain of the base's curvature."""
 
     keep: float = option(0.1, "(0, 1]", help="share of H0 that must remain of H0 - alpha H_t")

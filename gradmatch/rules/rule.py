@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Gram = Sequence[Sequence[float]]
 Terms = tuple[float, list[float]] | tuple[float, list[float], str]
-NEEDS = ("curvature", "base_curvature", "gradient", "gram", "factors")
+NEEDS = ("curvature", "base_curvature", "gradient", "gram", "factors", "anchor")
 INVARIANTS = ("single", "equal", "zero", "order")
 GRAMS = ("", "theta", "tau")
 UNLIMITED = float("inf")
@@ -40,7 +40,8 @@ class Rule:
     Attributes:
         formula: what it computes; a function of the options where they change it, and then the text of their defaults.
         source: who published it.
-        needs: of "curvature" (of the tasks), "base_curvature", "gradient" (measured), "gram", "factors" (Kronecker).
+        needs: of "curvature" (of the tasks), "base_curvature", "gradient" (measured), "gram", "factors" (Kronecker), "anchor"
+            (another merge).
         options: an `Options` with its defaults, or a plain table of defaults.
         transforms: edits of the task vectors that belong to the rule.
         models: (fewest, most) tasks.
@@ -51,9 +52,12 @@ class Rule:
         relative: whether it divides by the sum of the weights whatever the options are.
         removes: whether it takes the tasks away.
         guarded: whether it keeps the share `options.keep` of H0 from what it takes away; the report then tells how often.
+        damped: whether lambda I stands beside H0, with lambda = `options.damping` times the mean of H0's diagonal; delta0 then
+            plays no role.
         bounded: whether it multiplies a task's entries by 1 or its weight at the most, as averages do; a merge that went
             further is then told to be none of this rule.
         caution: what to warn of whenever it is used.
+        chosen: options -> the rule that it is under these options, or None for itself.
         spelt: the function that was given as the formula, if it was one.
         memory: (a, b): while a worker merges a piece it holds up to a + b T values for each of the piece's, T tasks. A piece
             is a block of 131,072 values where the rule and its edits allow it, else some rows or the whole tensor.
@@ -76,8 +80,10 @@ class Rule:
     relative: bool = False
     removes: bool = False
     guarded: bool = False
+    damped: bool = False
     bounded: bool = False
     caution: str = ""
+    chosen: Callable[[Any], Rule | None] | None = None
     spelt: Callable[[Any], str] | None = None
     memory: tuple[float, float] = (10, 4)
 
@@ -213,11 +219,13 @@ class Solve(Rule):
         solve: (theta0 (out, in), tau (T, out, in), alpha, curved) -> merged (out, in), in float64; `curved` is a
             `gradmatch.rules.block.Curved`.
         otherwise: the rule of tensors whose factors are not known. It is given the options of the same names.
+        single: options -> whether float32 is enough, where the models are in it; else it is given float64.
     """
 
     solve: Callable[[Tensor, Tensor, Sequence[float], Curved], Tensor]
     _: KW_ONLY
     otherwise: Rule
+    single: Callable[[Any], bool] = lambda options: False
 
     kind: ClassVar[str] = "solve"
 

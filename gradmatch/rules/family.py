@@ -1,0 +1,87 @@
+"""Members of the family that are beliefs alone: with an anchor, with a guard, up the loss of what must go; and MaTS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from gradmatch.rules.beliefs import BELIEFS, Known
+from gradmatch.rules.block import Block
+from gradmatch.rules.gradient_matching import fisher
+from gradmatch.rules.kronecker import choosing, in_matrices
+from gradmatch.rules.matrix_options import MatrixOptions
+from gradmatch.rules.options import option
+from gradmatch.rules.rule import Elementwise, Solve
+from gradmatch.rules.structures import Basis
+from gradmatch.rules.system import posterior, right_side
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DampingOptions(MatrixOptions):
+    """What stands beside the base's curvature."""
+
+    damping: float = option(
+        0.1,
+        "(0, inf]",
+        help="lambda, as a share of the mean of H0's diagonal over all weights that it covers",
+    )
+
+
+@dataclass(frozen=True)
+class AnchorOptions(MatrixOptions):
+    """How strongly the anchor holds."""
+
+    anchor_weight: float = option(
+        1.0, "[0, inf]", help="precision of the anchor, in nats per squared unit of weight (the unit of H)"
+    )
+
+
+def mode(name: str, block: Block) -> Tensor:
+    """theta0 + x of a rule whose precisions are diagonal: (sum_k w_k H_k c_k - b) / sum_k w_k H_k, elementwise.
+
+    Example:
+        >>> import torch
+        >>> tau, one = torch.tensor([[1.0], [3.0]]), torch.ones(2, 1)
+        >>> block = Block(theta0=torch.zeros(1), tau=tau, alpha=one, delta0=0.0, options={}, h0=torch.ones(1), damping=1.0)
+        >>> mode("guarded", block)  # -lambda (H0 + lambda)^-1 (1 + 3)
+        tensor([-2.])
+    """
+    theta0 = block.theta0[None]
+    beliefs, b = BELIEFS[name](Known.of(block))
+    right = right_side(beliefs, theta0, b)
+    return block.theta0 + (right / Basis(None, None).diagonal(posterior(beliefs), theta0))[0]
+
+
+def _member(name: str, rule: Elementwise) -> Solve:
+    """Kronecker where the files hold factors, diagonal elsewhere."""
+    solved = in_matrices(name, rule)
+    return replace(solved, chosen=choosing(rule, solved))
+
+
+BOTH = frozenset({"curvature", "base_curvature"})
+GOES_ON = {"single": "it takes away", "equal": "it takes away"}
+
+GUARDED = _member("guarded", Elementwise(
+    "theta0 - sum_t alpha_t lambda (H0 + lambda I)^-1 tau_t, lambda = damping mean(diag H0)", "H0 at theta0, I at minus the task vector",
+    lambda block: mode("guarded", block), needs=frozenset({"base_curvature"}), options=DampingOptions(), damped=True, bounded=True,
+    removes=True, lacks=GOES_ON,
+))  # fmt: skip
+ASCENT = _member("ascent", Elementwise(
+    "theta0 + sum_t alpha_t (H0 + lambda I)^-1 g_t, lambda = damping mean(diag H0)", "K-FADE, McKinney et al. 2026",
+    lambda block: mode("ascent", block), needs=frozenset({"base_curvature", "gradient"}), options=DampingOptions(), damped=True,
+    removes=True, lacks={"single": "it goes up the loss", "equal": "it goes up the loss"},
+))  # fmt: skip
+ANCHORED = _member("anchored", Elementwise(
+    "theta0 + (Hbar + w I)^-1 (sum_t alpha_t (H0 + H_t) tau_t + w (theta_a - theta0)), Hbar = H0 + sum_t alpha_t H_t, w = anchor_weight",
+    "Eq. 12 with another merge as a belief (BMM 2026)", lambda block: mode("anchored", block), needs=BOTH | {"anchor"},
+    options=AnchorOptions(), divides=True,
+    lacks=dict.fromkeys(("single", "equal", "zero"), "the anchor draws to itself"),
+))  # fmt: skip
+MATS = _member("mats", Elementwise(
+    "(sum_t alpha_t H_t)^-1 sum_t alpha_t H_t theta_t", "Tam et al. 2024 (MaTS)",
+    lambda b: fisher(b.theta0, b.tau, b.alpha, b.delta0, b.h), needs=frozenset({"curvature"}), divides=True, bounded=True,
+    options=MatrixOptions(),
+))  # fmt: skip

@@ -1,0 +1,176 @@
+"""Curvatures of one matrix W (out, in) as linear maps: identity, diagonal, Kronecker product B (x) A, and sums of them.
+
+Each adds, is multiplied by a number, is applied to a matrix, and tells its diagonal in any orthonormal basis of the matrix's
+rows and columns. `gradmatch.rules.system` inverts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SMALL = 512  # rows: a matrix up to this size is decomposed in double precision, which costs little
+
+
+class Structure:
+    """A symmetric linear map of matrices (out, in), as a sum of `terms`."""
+
+    @property
+    def terms(self) -> tuple[Product, ...]:
+        """The summands."""
+        raise NotImplementedError
+
+    def __call__(self, w: Tensor) -> Tensor:
+        """The map applied to a matrix, (out, in)."""
+        first, *others = self.terms
+        applied = first.times(w)
+        for term in others:
+            applied = applied + term.times(w)
+        return applied
+
+    def __add__(self, other: Structure) -> Sum:
+        return Sum(self.terms + other.terms)
+
+    def __rmul__(self, factor: float) -> Sum:
+        return Sum(
+            tuple(replace(t, scale=factor * t.scale, diagonal=factor * t.diagonal) for t in self.terms)
+        )
+
+
+@dataclass(frozen=True)
+class Product(Structure):
+    """scale * B W A + diagonal * W: one Kronecker product and one diagonal, either of which may be zero.
+
+    Attributes:
+        scale: N of the summed loss, times its weight.
+        a: second moments of the inputs, (in, in); None for the identity.
+        b: those of the gradients at the outputs, (out, out); None for the identity. Without a and b there is no product.
+        diagonal: (out, in) or a number, in nats per squared unit of weight.
+
+    Example:
+        >>> import torch
+        >>> Product(2.0, a=torch.diag(torch.tensor([1.0, 3.0])), diagonal=0.5)(torch.ones(1, 2))
+        tensor([[2.5000, 6.5000]])
+    """
+
+    scale: float = 0.0
+    a: Tensor | None = None
+    b: Tensor | None = None
+    diagonal: Tensor | float = 0.0
+
+    @property
+    def terms(self) -> tuple[Product, ...]:
+        """Itself."""
+        return (self,)
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether it has no Kronecker product."""
+        return (self.a is None and self.b is None) or self.scale == 0
+
+    def times(self, w: Tensor) -> Tensor:
+        """The map applied to a matrix."""
+        result: Tensor = self.diagonal * w
+        if self.is_diagonal:
+            return result
+        turned = w if self.b is None else self.b @ w
+        return result + self.scale * (turned if self.a is None else turned @ self.a)
+
+
+@dataclass(frozen=True)
+class Sum(Structure):
+    """Any number of products and diagonals."""
+
+    parts: tuple[Product, ...]
+
+    @property
+    def terms(self) -> tuple[Product, ...]:
+        """Its summands."""
+        return self.parts
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Orthonormal directions u (out, m) of a matrix's columns and v (in, n) of its rows; None for the unit vectors."""
+
+    u: Tensor | None
+    v: Tensor | None
+
+    def into(self, w: Tensor) -> Tensor:
+        """Coordinates U' W V, (m, n), of one matrix or of a stack."""
+        turned = w if self.u is None else self.u.T @ w
+        return turned if self.v is None else turned @ self.v
+
+    def back(self, z: Tensor) -> Tensor:
+        """The matrix U Z V'."""
+        turned = z if self.u is None else self.u @ z
+        return turned if self.v is None else turned @ self.v.T
+
+    def diagonal(self, structure: Structure, like: Tensor) -> Tensor:
+        """The diagonal of a map in this basis, (m, n): <u_i v_j', H u_i v_j'>; `like` is a matrix (out, in)."""
+        rows = len(like) if self.u is None else self.u.shape[1]
+        columns = like.shape[-1] if self.v is None else self.v.shape[1]
+        found = like.new_zeros(rows, columns)
+        for term in structure.terms:
+            if not term.is_diagonal:
+                b = _in_basis(self.u, term.b, like.new_ones(rows))
+                a = _in_basis(self.v, term.a, like.new_ones(columns))
+                found += term.scale * b[:, None] * a
+            if isinstance(term.diagonal, (int, float)):
+                found += term.diagonal
+            else:
+                spread = term.diagonal if self.u is None else self.u.square().T @ term.diagonal
+                found += spread if self.v is None else spread @ self.v.square()
+        return found
+
+
+def common_basis(structure: Structure, like: Tensor) -> Basis:
+    """Eigenvectors of the two partial traces of a sum of products: of sum_j |s_j| tr(B_j) A_j and sum_j |s_j| tr(A_j) B_j.
+
+    Of a single product it is the eigenbasis; of several it is that of the one product nearest to them. `like`: (out, in).
+    """
+    a: Tensor | None = None
+    b: Tensor | None = None
+    for term in structure.terms:
+        if term.is_diagonal:
+            continue
+        size = abs(term.scale)
+        if term.a is not None:
+            part = size * (len(like) if term.b is None else float(term.b.trace())) * term.a
+            a = part if a is None else a + part
+        if term.b is not None:
+            part = size * (like.shape[-1] if term.a is None else float(term.a.trace())) * term.b
+            b = part if b is None else b + part
+    return Basis(_eigenvectors(b), _eigenvectors(a))
+
+
+def one_sided(terms: Sequence[Product]) -> str:
+    """Which single factor all Kronecker products have beside a multiple of the identity: "a", "b", or "" for neither."""
+    if not all(isinstance(term.diagonal, (int, float)) for term in terms):
+        return ""
+    products = [term for term in terms if not term.is_diagonal]
+    if products and all(term.b is None for term in products):
+        return "a"
+    return "b" if products and all(term.a is None for term in products) else ""
+
+
+def _in_basis(vectors: Tensor | None, factor: Tensor | None, unit: Tensor) -> Tensor:
+    """diag(V' F V), (n,), or `unit` (ones) where F is the identity."""
+    if factor is None:
+        return unit
+    return factor.diagonal() if vectors is None else (vectors * (factor @ vectors)).sum(0)
+
+
+def _eigenvectors(matrix: Tensor | None) -> Tensor | None:
+    """Eigenvectors as columns, in the matrix's dtype."""
+    import torch
+
+    if matrix is None:
+        return None
+    wide = matrix.double() if len(matrix) <= SMALL else matrix
+    vectors: Tensor = torch.linalg.eigh(wide).eigenvectors
+    return vectors.to(matrix.dtype)

@@ -1,0 +1,164 @@
+"""The one linear system: a merge is the mode of a product of Gaussian beliefs about the update x = theta - theta0.
+
+Belief k says "x should be c_k" with the precision H_k (a curvature) and the weight w_k:
+
+    minimise  sum_k w_k/2 (x - c_k)' H_k (x - c_k) + b'x     <=>     (sum_k w_k H_k) x = sum_k w_k H_k c_k - b
+
+Eqs. 15-17 of Daheim et al. 2024. `gradmatch.rules.beliefs` writes the rules of the field as such lists; sum_k w_k H_k is the
+posterior precision of the merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gradmatch.rules.structures import Basis, Structure, Sum, common_basis, one_sided
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ITERATIONS, TOLERANCE = 100, 1e-6  # of conjugate gradients
+# of the largest eigenvalue: factors are stored in float32, so smaller ones may come out negative
+NOISE = 1e-6
+
+
+@dataclass(frozen=True)
+class Belief:
+    """What one source says of the update.
+
+    Attributes:
+        weight: w, negative for what is taken away.
+        precision: H, of a matrix (out, in).
+        centre: c, (out, in); the number 0 for the base itself.
+    """
+
+    weight: float
+    precision: Structure
+    centre: Tensor | float
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The update, (out, in), after how many iterations, and what is left: |sum_k w_k H_k (x - c_k) + b| over |sum_k w_k H_k c_k - b|.
+
+    `positive` is False where sum_k w_k H_k is not positive definite, beyond rounding: then there is no mode.
+    """
+
+    update: Tensor
+    iterations: int = 0
+    residual: float = 0.0
+    positive: bool = True
+
+
+def posterior(beliefs: Sequence[Belief]) -> Sum:
+    """sum_k w_k H_k."""
+    return Sum(tuple(term for one in beliefs for term in (one.weight * one.precision).terms))
+
+
+def right_side(beliefs: Sequence[Belief], like: Tensor, b: Tensor | None = None) -> Tensor:
+    """sum_k w_k H_k c_k - b, (out, in)."""
+    right = like.new_zeros(like.shape) if b is None else -b
+    for one in beliefs:
+        if not isinstance(one.centre, (int, float)):
+            right = right + one.weight * one.precision(one.centre)
+    return right
+
+
+def residual(beliefs: Sequence[Belief], x: Tensor, right: Tensor) -> float:
+    """|(sum_k w_k H_k) x - right| / |right|; 0 where the right side is 0 and so is the left one."""
+    left = posterior(beliefs)(x)
+    missing, size = float((left - right).norm()), float(right.norm())
+    return missing / (size or float(left.norm()) or 1.0)
+
+
+def solve(
+    beliefs: Sequence[Belief],
+    like: Tensor,
+    b: Tensor | None = None,
+    start: Tensor | None = None,
+    iterations: int = ITERATIONS,
+    tolerance: float = TOLERANCE,
+) -> Solution:
+    """The mode of a list of beliefs about a matrix, exactly.
+
+    In closed form where all precisions are diagonal (elementwise), where all have one factor beside the identity, as RegMean's
+    (one Cholesky factorisation), or where there is one Kronecker product and a multiple of the identity (its eigenbasis); else by
+    conjugate gradients preconditioned by the sum's diagonal in the eigenbasis of its partial traces, until the residual is
+    `tolerance` or after `iterations`. They begin at `start`, and what no precision sees stays as it is there.
+
+    `like`: any matrix (out, in) of the dtype and device of the arithmetic.
+
+    Example:
+        >>> import torch
+        >>> from gradmatch.rules.structures import Product
+        >>> one = torch.ones(1, 1, dtype=torch.float64)
+        >>> h0, *h = (Product(n, a=one, b=one) for n in (1.0, 1.0, 2.0))  # Eq. 12 of tau = 1, 3: (2 * 1 + 3 * 3) / (1 + 1 + 2)
+        >>> solve([Belief(1.0, h0, 4 * one), Belief(1.0, h[0], one), Belief(1.0, h[1], 3 * one)], one).update.item()
+        2.75
+    """
+    agreed = common_centre(beliefs)
+    if agreed is not None and b is None:
+        return Solution(agreed)
+    precision, right = posterior(beliefs), right_side(beliefs, like, b)
+    terms = precision.terms
+    products = [term for term in terms if not term.is_diagonal]
+    if not products:
+        diagonal = Basis(None, None).diagonal(precision, like)
+        return _finished(beliefs, right / diagonal, right, bool((diagonal > 0).all()))
+    if side := one_sided(terms):
+        return _by_cholesky(beliefs, precision, right, side)
+    basis = common_basis(precision, like)
+    diagonal = basis.diagonal(precision, like)
+    largest = float(diagonal.abs().max())
+    single = len(products) == 1 and all(isinstance(term.diagonal, (int, float)) for term in terms)
+    if single and float(diagonal.min()) > NOISE**2 * largest:
+        return _finished(beliefs, basis.back(basis.into(right) / diagonal), right, True)
+    inverse = diagonal.clamp(min=NOISE * largest)
+    x = like.new_zeros(like.shape) if start is None else start
+    size = float(right.norm()) or float(precision(x).norm())
+    left, direction, rho, done = right - precision(x), None, 0.0, 0
+    while float(left.norm()) > tolerance * size and done < iterations:
+        z = basis.back(basis.into(left) / inverse)
+        before, rho = rho, float((left * z).sum())
+        direction = z if direction is None else z + (rho / before) * direction
+        image = precision(direction)
+        curvature = float((direction * image).sum())
+        if not curvature > 0:
+            noise = NOISE * largest * float(direction.square().sum())
+            return Solution(x, done, float(left.norm()) / size, positive=-curvature <= noise)
+        step = rho / curvature
+        x, left, done = x + step * direction, left - step * image, done + 1
+    return Solution(x, done, residual(beliefs, x, right))
+
+
+def common_centre(beliefs: Sequence[Belief]) -> Tensor | None:
+    """The centre that all beliefs share, or None: then it is the mode, whatever the precisions are."""
+    import torch
+
+    centres = [one.centre for one in beliefs if one.weight]
+    known = [centre for centre in centres if not isinstance(centre, (int, float))]
+    if not known or len(known) < len(centres):
+        return None
+    first = known[0]
+    return first if all(other is first or torch.equal(other, first) for other in known[1:]) else None
+
+
+def _by_cholesky(beliefs: Sequence[Belief], precision: Structure, right: Tensor, side: str) -> Solution:
+    """X (A + d I) = R, or (B + d I) X = R, with A, B the weighted sums of the factors."""
+    import torch
+
+    flat = sum(float(term.diagonal) for term in precision.terms)
+    matrix = sum(term.scale * getattr(term, side) for term in precision.terms if not term.is_diagonal)
+    assert isinstance(matrix, torch.Tensor)
+    matrix = matrix + flat * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info):
+        return Solution(right, residual=1.0, positive=False)
+    x = torch.cholesky_solve(right.mT if side == "a" else right, factor)
+    return _finished(beliefs, x.mT if side == "a" else x, right, True)
+
+
+def _finished(beliefs: Sequence[Belief], x: Tensor, right: Tensor, positive: bool) -> Solution:
+    return Solution(x, 0, residual(beliefs, x, right) if positive else 1.0, positive)
