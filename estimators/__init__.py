@@ -1,7 +1,7 @@
 """Curvature of neural networks, exact per example: any nn.Module and batches in, a `Curvature` on disk out.
 
 `estimate(model, batches, method=...)` runs one of `ESTIMATORS`, or one of your own (`protocol.py`, `check_estimator`);
-`from_adam`, `from_ivon` and `from_laplace` read what others have already measured. Names are loaded when they are first used, so that importing this package stays cheap.
+`from_adam`, `from_ivon` and `from_laplace` read what others have already measured, `from_task_vectors` needs the weights alone. Names are loaded when they are first used, so that importing this package stays cheap.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gradmatch.estimators.laplace import from_laplace
     from gradmatch.estimators.likelihood import Categorical
     from gradmatch.estimators.protocol import ESTIMATORS
+    from gradmatch.estimators.task_vectors import from_task_vectors
     from gradmatch.estimators.values import Bernoulli, Gaussian
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "from_adam",
     "from_ivon",
     "from_laplace",
+    "from_task_vectors",
 ]
 
 _WHERE = {
@@ -41,6 +43,7 @@ _WHERE = {
     "from_adam": "gradmatch.estimators.adam",
     "from_ivon": "gradmatch.estimators.ivon",
     "from_laplace": "gradmatch.estimators.laplace",
+    "from_task_vectors": "gradmatch.estimators.task_vectors",
     "ESTIMATORS": "gradmatch.estimators.protocol",
     "check_estimator": "gradmatch.estimators.conformance",
     "estimate": "gradmatch.estimators.estimation",

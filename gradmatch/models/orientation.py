@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
+from gradmatch.estimators.task_vectors import CONV1D
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.structure import structure
 
-CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")  # what these layers are called
+__all__ = ["CONV1D", "conv1d_weights"]
 
 
 def conv1d_weights(checkpoint: Checkpoint) -> dict[str, bool]:

@@ -134,14 +134,14 @@ class Inputs:
         return next(filter(None, map(conv1d_weights, models)), {})
 
     def check_conv1d(self, name: str, spec: Spec, request: Request) -> None:
-        """Refuse a square matrix that may be stored either way (the curvature's factors tell of all others).
+        """Refuse a matrix that may be stored either way: a square one, or any where no curvature's factors tell.
 
         Raises:
             ValueError: it is named like a Conv1D layer, and neither the models nor the option tell.
         """
-        square = len(spec.shape) == 2 and spec.shape[0] == spec.shape[1]
+        unclear = spec.shape[0] == spec.shape[-1] or not request.rule.needs  # without factors, no size tells
         told = request.options.get("conv1d") is not None
-        if square and not told and CONV1D.search(name) and name not in self.conv1d:
+        if len(spec.shape) == 2 and unclear and not told and CONV1D.search(name) and name not in self.conv1d:
             raise GradmatchError(
                 f"{request.method}: {name!r} {list(spec.shape)} is stored [in, out] in GPT-2's Conv1D layers and [out, in] in nn.Linear, and "
                 "no module or config of these models tells which; pass models or folders, or the option conv1d=True or False",
