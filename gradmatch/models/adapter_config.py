@@ -75,7 +75,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         if key not in FREE and not fits(value):
             why = MEANING.get(key, "not understood here")
             raise GradmatchError(
-                f"{CONFIG} has {key}={value!r}: {why}; merge it with peft's merge_and_unload first, where peft can, and give the result",
+                f"{key}={value!r} in its {CONFIG}: {why}; merge it with peft's merge_and_unload first, where peft can, and give the result",
                 "bad_adapter",
             )
 

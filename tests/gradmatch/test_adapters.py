@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
-from gradmatch import Task, merge, open_checkpoint
+from gradmatch import GradmatchError, Task, merge, open_checkpoint
 from gradmatch.cli import main
 from gradmatch.estimators import Curvature
 from gradmatch.models.adapter_config import FREE
@@ -284,8 +284,10 @@ def test_adapters_that_are_refused(plain, tmp_path, change, tensors, text):
     if text is None:  # nothing in the file tells which layer of one shape was adapted
         open_checkpoint(folder)
         return
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(GradmatchError, match=text) as error:
         open_checkpoint(folder)
+    assert str(folder) in str(error.value)
+    assert error.value.code in ("bad_adapter", "shape_mismatch")
 
 
 @pytest.mark.parametrize("key", sorted(peft.LoraConfig(r=3).to_dict()))
