@@ -101,7 +101,12 @@ def prepare(
     files, said = tokenizer_of(inputs, request)
     made = plan(inputs, request)
     made.files = files
-    made.notes += [*apart, *said]
+    opened = [
+        note
+        for model in (inputs.base, *(t.checkpoint for t in inputs.tasks))
+        for note in model.original.notes
+    ]
+    made.notes += [*dict.fromkeys(opened), *apart, *said]
     if inputs.base.folder:
         from gradmatch.output.carried import carried_notes
 

@@ -256,14 +256,19 @@ def load(args: argparse.Namespace, task: str) -> tuple[Any, Any, str]:
     with torch.device("meta"):
         kind = type(auto.from_config(config, trust_remote_code=False))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    opened = None if args.on == "factors" else open_checkpoint(args.model)
     with bars(not args.quiet):
-        if args.on == "factors":
-            model = _with_factors(args.model, kind)
-        else:
-            model = load_module(open_checkpoint(args.model), kind)
+        model = load_module(opened, kind) if opened else _with_factors(args.model, kind)
     tokenizer = None
     if args.data:
-        tokenizer = AutoTokenizer.from_pretrained(config_folder(args.model), trust_remote_code=False)
+        folder = opened.tokenizer if opened else config_folder(args.model)
+        if folder is None:
+            raise GradmatchError(
+                f"{args.model} has embeddings for tokens of its own, and no tokenizer beside them; save its tokenizer there",
+                "vocabulary",
+                args.model,
+            )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return model.to(device), tokenizer, task
 
 

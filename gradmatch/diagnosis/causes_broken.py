@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from gradmatch.common.settings import FIRST, layer_of
 from gradmatch.diagnosis.cause import BROKEN, Cause, Finder
-from gradmatch.plan.vocab import EMBEDDINGS
+from gradmatch.models.tokenizers import EMBEDDINGS
 
 if TYPE_CHECKING:
     from gradmatch.diagnosis.evidence import Evidence

@@ -22,6 +22,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         store: where the values are.
         path: folder or file, or None for one in memory.
         folder: where its config and tokenizer lie: its own folder, or an adapter's base's; None where it has none.
+        tokenizer: where its tokenizer lies: `folder`, but of an adapter with tokens of its own, the adapter's; None where it has none.
         config: the model's config.json, or None.
         aliases: tied names -> the name that holds the values.
         module: the module it was opened from, or None.
@@ -31,6 +32,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         under: of an adapter: its base before the update; None otherwise.
         changed: a config that replaces the one in `path` (other layers, another vocabulary), or None.
         original: the checkpoint before its vocabulary was aligned; itself otherwise.
+        notes: what was remarked when it was opened.
         report: what the merge that made it has to say, or None.
     """
 
@@ -49,6 +51,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         self.store = store
         self.path = path
         self.folder = folder or (path if path is not None and path.is_dir() else None)
+        self.tokenizer = self.folder
         self.config = config
         self.aliases = dict(aliases or {})
         self.module = module
@@ -57,6 +60,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         self.under: Checkpoint | None = None
         self.untied: frozenset[str] = frozenset()
         self.original = self
+        self.notes: tuple[str, ...] = ()
         self.report: Any = None
 
     def __getitem__(self, name: str) -> Tensor:

@@ -18,6 +18,7 @@ from gradmatch.models.adapters import open_adapter
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.files import open_file, open_folder
 from gradmatch.models.hub import from_hub
+from gradmatch.models.lineage import base_notes
 from gradmatch.models.quantised import refuse_quantised
 from gradmatch.models.reference import split_adapter
 from gradmatch.models.stores import MemoryStore
@@ -62,11 +63,15 @@ def open_checkpoint(
     if not folder.is_dir():
         folder = from_hub(str(path))
     if (folder / CONFIG).is_file():
-        return open_adapter(
-            folder,
-            base or open_checkpoint(_base_at_hand(folder), allow_pickle=allow_pickle),
-            allow_pickle=allow_pickle,
-        )
+        on = base or open_checkpoint(_base_at_hand(folder), allow_pickle=allow_pickle)
+        opened = open_adapter(folder, on, allow_pickle=allow_pickle)
+        if base is not None and opened.under is not None:
+            opened.notes += base_notes(
+                folder,
+                opened.under,
+                lambda: open_checkpoint(_base_at_hand(folder), allow_pickle=allow_pickle),
+            )
+        return opened
     return open_folder(folder, allow_pickle)
 
 

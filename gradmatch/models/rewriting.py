@@ -13,29 +13,13 @@ from typing import Any
 
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.files import read_json
-from gradmatch.models.tokenizers import UNREAD, pieces_of, vocabulary
+from gradmatch.models.tokenizers import pieces_of, vocabulary, vocabulary_files
 
-VOCABULARIES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "encoder.json",
-    "dict.txt",
-)
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 IDS = re.compile(
     r"(_token_ids?|_token_index|^suppress_tokens|^begin_suppress_tokens|^bad_words_ids|^force_words_ids)$"
 )
 FIXED = ("forced_decoder_ids", "sequence_bias")  # tables with ids in forms of their own
-
-
-def vocabulary_files(folder: Path) -> list[str]:
-    """Every file of a folder that holds a vocabulary, in whatever form."""
-    return [
-        path.name for path in sorted(folder.iterdir()) if path.name in VOCABULARIES or path.suffix in UNREAD
-    ]
 
 
 def tokenizer_files(folder: Path) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,44 @@ UNREAD = (
     ".vocab",
 )  # vocabularies in forms that are not read here
 
+VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "encoder.json",
+    "dict.txt",
+)
+EMBEDDINGS = re.compile(
+    r"embed_tokens|word_embeddings|embed_in|embed_out|tok_embeddings|wte|shared|^output\.|predictions\.(bias|decoder)"
+    r"|lm_head\.(weight|bias|decoder)",
+    re.IGNORECASE,
+)  # input and output embeddings and their biases, as transformers calls them
+SIZE = "vocab_size"
+
+
+def rows_of(config: Mapping[str, Any] | None) -> int | None:
+    """How many rows a config says that the embeddings have; None where it does not say."""
+    return next((part[SIZE] for part in _parts(config) if type(part.get(SIZE)) is int), None)
+
+
+def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The config with another number of rows, wherever it holds one."""
+    changed = {
+        key: {**value, SIZE: rows}
+        for key, value in config.items()
+        if isinstance(value, Mapping) and SIZE in value
+    }
+    return {**config, **changed, **({SIZE: rows} if SIZE in config or not changed else {})}
+
+
+def _parts(config: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """A config and the ones nested in it."""
+    if config:
+        yield config
+        yield from (value for value in config.values() if isinstance(value, Mapping))
+
 
 def vocabulary(folder: Path | None) -> tuple[bytes, Callable[[], dict[str, int] | None]]:
     """(bytes that identify the vocabulary's file, function that parses it) of a model folder.
@@ -43,6 +82,13 @@ def vocabulary(folder: Path | None) -> tuple[bytes, Callable[[], dict[str, int] 
                 content += b"\0" + (folder / "added_tokens.json").read_bytes()
             return content, partial(_checked, parse, content, folder / name)
     return b"", lambda: None
+
+
+def vocabulary_files(folder: Path) -> list[str]:
+    """Every file of a folder that holds a vocabulary, in whatever form."""
+    return [
+        path.name for path in sorted(folder.iterdir()) if path.name in VOCABULARIES or path.suffix in UNREAD
+    ]
 
 
 def unread(folder: Path | None) -> str:

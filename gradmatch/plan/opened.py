@@ -15,6 +15,7 @@ from gradmatch.common.settings import Setting
 from gradmatch.common.warning import warn
 from gradmatch.estimators.curvature import GRADIENT, MEAN, Curvature
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.models.adapters import UNTIE
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.curvatures import CurvatureStore, Factors, arranged_curvature, open_curvature
 from gradmatch.models.opening import open_checkpoint
@@ -205,7 +206,7 @@ def open_inputs(
         if broken := sorted(checkpoint.untied - opened_base.untied):
             raise GradmatchError(
                 f"{name} is an adapter that trains embeddings or head by itself (modules_to_save), which {opened_base.where} ties "
-                f"({broken[0]!r}): untie the base (tie_word_embeddings=False), save it, and merge into that; or give an adapter as the base",
+                f"({broken[0]!r}): {UNTIE}; or give an adapter as the base",
                 "bad_adapter",
                 name,
             )

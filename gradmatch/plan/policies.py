@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gradmatch.common.settings import FIRST, idle, layer_of
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.names import nearest
+from gradmatch.models.adapters import UNTIE
 from gradmatch.plan.matching import same_values
 
 if TYPE_CHECKING:
@@ -156,8 +157,7 @@ def tied_differently(base: Checkpoint, tasks: Sequence[OpenTask]) -> None:
                 model[alias].shape == model[name].shape and bool((model[alias] == model[name]).all())
             ):
                 raise GradmatchError(
-                    f"{alias!r} is tied to {name!r} in the base but differs from it in {task.name}; untie the base "
-                    "(give both tensors their own memory) or tie the task's",
+                    f"{alias!r} is tied to {name!r} in the base but differs from it in {task.name}; {UNTIE}, or tie the task's",
                     "models_differ",
                     alias,
                 )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from gradmatch.common.settings import layer_of
 from gradmatch.estimators.errors import GradmatchError
@@ -21,18 +21,13 @@ from gradmatch.models.gathered import ABSENT, AlignedStore, Rows
 from gradmatch.models.rewriting import IDS, check_loaded, dump, renumbered, rewritten, tokenizer_files
 from gradmatch.models.templates import FILE as TEMPLATE
 from gradmatch.models.templates import chosen_template
-from gradmatch.models.tokenizers import unread, vocabulary
+from gradmatch.models.tokenizers import EMBEDDINGS, rows_of, unread, vocabulary, with_rows
 
 if TYPE_CHECKING:
     from gradmatch.plan.opened import Inputs
     from gradmatch.plan.request import Request
 
-EMBEDDINGS = re.compile(
-    r"embed_tokens|word_embeddings|embed_in|embed_out|tok_embeddings|wte|shared|^output\.|predictions\.(bias|decoder)"
-    r"|lm_head\.(weight|bias|decoder)",
-    re.IGNORECASE,
-)  # input and output embeddings and their biases, as transformers calls them
-GENERATION, SIZE = "generation_config.json", "vocab_size"
+GENERATION = "generation_config.json"
 POSITIONS = re.compile(r"wpe|position|token_type", re.IGNORECASE)  # embeddings of something else
 
 
@@ -40,6 +35,10 @@ def tokenizer_of(inputs: Inputs, request: Request) -> tuple[dict[str, bytes | No
     """The tokenizer's files that replace the base's, after every model is aligned on their vocabulary (see `align`), and notes."""
     folders = [inputs.base.folder, *(task.checkpoint.folder for task in inputs.tasks)]
     files, notes = align(inputs, request)
+    base = inputs.base
+    if base.folder and base.tokenizer and base.tokenizer != base.folder and not request.tokenizer:
+        own = {name: (base.tokenizer / name).read_bytes() for name in tokenizer_files(base.tokenizer)}
+        files = {**dict.fromkeys(tokenizer_files(base.folder)), **own, **files}
     if request.chat_template:
         text = chosen_template(request.chat_template, folders)
         if text:
@@ -69,7 +68,7 @@ def align(inputs: Inputs, request: Request) -> tuple[dict[str, bytes | None], li
     notes = [
         f"the vocabulary of {name} could not be read ({file} alone): its rows are taken to be those of the same tokens"
         for name, model in zip(names, models, strict=True)
-        if (file := unread(model.folder))
+        if (file := unread(model.tokenizer))
     ]
     tables = _tables(models)
     known = next((table for table in tables if table is not None), None)
@@ -87,9 +86,9 @@ def align(inputs: Inputs, request: Request) -> tuple[dict[str, bytes | None], li
             _difference(names[differs[0]], models[differs[0]], held, sizes, differs[0], tables), "vocabulary"
         )
     for i in (0, *differs):
-        if tables[i] is None and (sizes[i] != sizes[0] or unread(models[i].folder) or i == 0):
+        if tables[i] is None and (sizes[i] != sizes[0] or unread(models[i].tokenizer) or i == 0):
             raise GradmatchError(
-                f"the vocabulary of {names[i]} is not known ({unread(models[i].folder) or 'it has no tokenizer'}), so that its rows cannot "
+                f"the vocabulary of {names[i]} is not known ({unread(models[i].tokenizer) or 'it has no tokenizer'}), so that its rows cannot "
                 "be aligned; save its tokenizer beside it, as tokenizer.json",
                 "vocabulary",
             )
@@ -106,9 +105,10 @@ def align(inputs: Inputs, request: Request) -> tuple[dict[str, bytes | None], li
     if owner is not None and owner > 0:
         return _taken([inputs.base, *models[1:]], owner, notes), notes
     base = inputs.base
-    donors = [model.folder for model in models[1:] if model.folder is not None]
-    files = rewritten(base.folder, donors, ids)
+    donors = [model.tokenizer for model in models[1:] if model.tokenizer is not None]
+    files = rewritten(base.tokenizer, donors, ids)
     assert base.folder is not None
+    assert base.tokenizer is not None
     moved = ids if any(ids.get(token) != number for token, number in held[0].items()) else None
     if moved:
         old = {number: token for token, number in held[0].items()}
@@ -116,7 +116,7 @@ def align(inputs: Inputs, request: Request) -> tuple[dict[str, bytes | None], li
             base.config = base.changed = renumbered(base.changed, old, moved)
         if (base.folder / GENERATION).is_file():
             files[GENERATION] = dump(renumbered(read_json(base.folder / GENERATION), old, moved))
-    said = check_loaded(base.folder, files, base.changed or {}, ids)
+    said = check_loaded(base.tokenizer, files, base.changed or {}, ids)
     return files, [*notes, said] if said else notes
 
 
@@ -139,18 +139,18 @@ def _taken(models: Sequence[Checkpoint], owner: int | None, notes: list[str]) ->
     if not owner:
         return {}
     base, model = models[0], models[owner]
-    if model.folder is None or not (own := tokenizer_files(model.folder)):
+    if model.tokenizer is None or not (own := tokenizer_files(model.tokenizer)):
         raise GradmatchError(
             f"{model.where} has no tokenizer, which the output was to have; choose another tokenizer",
             "vocabulary",
             model.where,
         )
     files: dict[str, bytes | None] = dict.fromkeys(tokenizer_files(base.folder) if base.folder else ())
-    files |= {name: (model.folder / name).read_bytes() for name in own}
+    files |= {name: (model.tokenizer / name).read_bytes() for name in own}
     theirs = {key: value for key, value in (model.config or {}).items() if IDS.search(key)}
     if base.config is not None:
         base.config = base.changed = {**(base.changed or base.config), **theirs}
-    if (model.folder / GENERATION).is_file():
+    if model.folder is not None and (model.folder / GENERATION).is_file():
         files[GENERATION] = (model.folder / GENERATION).read_bytes()
     notes.append(f"tokenizer and ids of special tokens: those of {model.where}")
     return files
@@ -264,15 +264,7 @@ def _vocabulary_tensors(models: Sequence[Checkpoint], sizes: Sequence[int]) -> l
 
 def _rows(model: Checkpoint, table: Mapping[str, int]) -> int:
     """A model's number of embedding rows, by its config (also of a tower's), else as many as it has tokens."""
-    found = next((part[SIZE] for part in _parts(model.config) if type(part.get(SIZE)) is int), None)
-    return found or max(table.values()) + 1
-
-
-def _parts(config: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """A config and the ones nested in it."""
-    if config:
-        yield config
-        yield from (value for value in config.values() if isinstance(value, Mapping))
+    return rows_of(model.config) or max(table.values()) + 1
 
 
 def _tables(models: Sequence[Checkpoint]) -> list[dict[str, int] | None]:
@@ -280,7 +272,7 @@ def _tables(models: Sequence[Checkpoint]) -> list[dict[str, int] | None]:
     tables: list[dict[str, int] | None] = []
     parsed: dict[bytes, dict[str, int] | None] = {}
     for model in models:
-        key, parse = vocabulary(model.folder)
+        key, parse = vocabulary(model.tokenizer)
         if key not in parsed:
             parsed[key] = parse()
         tables.append(parsed[key])
@@ -299,7 +291,7 @@ def _difference(
     base, table = tables[0], tables[position]
     rows = f"the embeddings of {name} have {sizes[position]} rows and the base's {sizes[0]}"
     if read[position] is None or read[0] is None:
-        whose, file = (name, unread(model.folder)) if read[position] is None else ("the base", "")
+        whose, file = (name, unread(model.tokenizer)) if read[position] is None else ("the base", "")
         why = f"could not be read ({file} alone)" if file else "is not known, it has no tokenizer"
         return f"{rows}, and the vocabulary of {whose} {why}; save its tokenizer beside it, as tokenizer.json"
     if table == base:
@@ -323,21 +315,9 @@ def _difference(
     )
 
 
-def _resized(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """The config with another vocabulary size, wherever it holds one."""
-    return {
-        key: rows
-        if key == SIZE
-        else {**value, SIZE: rows}
-        if isinstance(value, Mapping) and SIZE in value
-        else value
-        for key, value in config.items()
-    } | ({} if any(SIZE in part for part in _parts(config)) else {SIZE: rows})
-
-
 def _replaced(checkpoint: Checkpoint, store: AlignedStore, rows: int) -> Checkpoint:
     """The checkpoint with aligned tensors and a config of the new size."""
-    config = None if checkpoint.config is None else _resized(checkpoint.config, rows)
+    config = None if checkpoint.config is None else with_rows(checkpoint.config, rows)
     changed = None if config is None else json.loads(json.dumps(config))
     result = Checkpoint(
         store,
@@ -349,5 +329,5 @@ def _replaced(checkpoint: Checkpoint, store: AlignedStore, rows: int) -> Checkpo
         folder=checkpoint.folder,
         names=checkpoint.names,
     )
-    result.original = checkpoint
+    result.original, result.tokenizer = checkpoint, checkpoint.tokenizer
     return result

@@ -1,6 +1,7 @@
 """LoRA adapters against peft's own merge_and_unload, and those that are refused."""
 
 import json
+import re
 import shutil
 
 import peft
@@ -177,15 +178,11 @@ def test_an_adapter_beside_another_as_the_base(tmp_path, stacked):
 def test_modules_saved_whole_break_ties(tmp_path, saved):
     """What was trained is what is written; a base that stays tied cannot take it, and says so."""
     llama(tied=True).save_pretrained(tmp_path / "base")
-    base = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    tuned = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved))
-    with torch.no_grad():
-        for parameter in tuned.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    tuned.save_pretrained(tmp_path / "adapter")
+    settings = {"target_modules": ["q_proj"], "modules_to_save": saved}
     ids = torch.randint(0, 30, (2, 7))
-    expected = tuned(input_ids=ids).logits
+    expected = tuned(tf.LlamaForCausalLM, tmp_path / "base", tmp_path / "adapter", settings)(
+        input_ids=ids
+    ).logits
     adapter = Task(tmp_path / "adapter")
     merge(tmp_path / "adapter", [adapter], method="averaging", out=tmp_path / "out")
     loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -234,16 +231,16 @@ def doubled(held):
 
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj."
 REFUSED = [  # (changes of the config, change of the tensors, words)
-    ({"use_dora": True}, None, "use_dora=True in its adapter_config.json: DoRA"),
-    ({"peft_type": "IA3"}, None, "peft_type='IA3' .*only LoRA"),
-    ({"init_lora_weights": "pissa"}, None, "init_lora_weights='pissa' .* changed the base"),
+    ({"use_dora": True}, None, "use_dora=True: DoRA"),
+    ({"peft_type": "IA3"}, None, "peft_type='IA3': only LoRA"),
+    ({"init_lora_weights": "pissa"}, None, "init_lora_weights='pissa': .* changed the base"),
     ({"init_lora_weights": "pissa_niter_4"}, None, "init_lora_weights='pissa_niter_4'"),
     ({"init_lora_weights": "olora"}, None, "init_lora_weights='olora'"),
     ({"init_lora_weights": "loftq"}, None, "init_lora_weights='loftq'"),
     ({"init_lora_weights": "corda"}, None, "init_lora_weights='corda'"),
     ({"init_lora_weights": "lora_ga"}, None, "init_lora_weights='lora_ga'"),
     ({"init_lora_weights": "of tomorrow"}, None, "init_lora_weights='of tomorrow'"),
-    ({"alora_invocation_tokens": [3]}, None, r"alora_invocation_tokens=\[3\] .*aLoRA"),
+    ({"alora_invocation_tokens": [3]}, None, r"alora_invocation_tokens=\[3\]: aLoRA"),
     ({"kasa_config": {"beta": 0.1}}, None, "kasa_config=.*KaSA"),
     ({"layer_replication": [[0, 2], [1, 2]]}, None, "layer_replication=.*layers are repeated"),
     ({"target_parameters": ["mlp.experts.down_proj"]}, None, "target_parameters=.*stacked experts"),
@@ -257,7 +254,7 @@ REFUSED = [  # (changes of the config, change of the tensors, words)
     ({"rank_pattern": {"q_proj": 2.5}}, None, "rank_pattern="),
     ({"alpha_pattern": ["q_proj"]}, None, "alpha_pattern="),
     ({"modules_to_save": "lm_head"}, None, "modules_to_save='lm_head'"),
-    ({"key_of_tomorrow": 1}, None, "key_of_tomorrow=1 .*not understood"),
+    ({"key_of_tomorrow": 1}, None, "key_of_tomorrow=1: not understood"),
     ({"alpha_pattern": {"(": 2}}, None, "no regular expression"),
     ({"r": 4}, None, "has rank 3, its adapter_config.json says 4"),
     ({"base_model_name_or_path": None}, None, "names no base model"),
@@ -303,6 +300,18 @@ def test_every_key_of_the_installed_peft_is_free_or_refused_by_name(plain, tmp_p
         open_checkpoint(folder, base=base)
 
 
+def test_a_bias_for_layers_that_have_none_is_refused(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    tuned(
+        tf.LlamaForCausalLM,
+        tmp_path / "base",
+        tmp_path / "a",
+        {"target_modules": ["q_proj"], "lora_bias": True},
+    )
+    with pytest.raises(ValueError, match=r"lora_bias=True .* a layer without a bias .* lora_bias=False"):
+        open_checkpoint(tmp_path / "a")
+
+
 def test_adapters_that_lead_back_to_themselves(plain, tmp_path):
     for name, base in (("one", "two"), ("two", "one")):
         folder = shutil.copytree(plain / "adapter0", tmp_path / name)
@@ -331,6 +340,152 @@ def test_a_square_weight_of_a_state_dict_may_lie_either_way(tmp_path):
         open_checkpoint(tmp_path / "adapter0", base=open_checkpoint(gpt2().state_dict()))
 
 
+def tuned(kind, base, folder, settings, tokens=None):
+    """An adapter with random factors, saved with the tokenizer where the vocabulary grew; the model as it was trained."""
+    model = kind.from_pretrained(base)
+    if tokens:
+        model.resize_token_embeddings(len(tokens))
+        tokens.save_pretrained(folder)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, **settings))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+@pytest.mark.parametrize("build", [lambda: llama(True), gpt2])
+def test_of_tied_embeddings_both_change_as_with_peft_and_alone_where_the_base_is_untied(tmp_path, build):
+    build().save_pretrained(tmp_path / "base")
+    kind, ids = type(build()), torch.randint(0, 30, (2, 7))
+    target = "embed_tokens" if kind is tf.LlamaForCausalLM else "wte"
+    trained = tuned(kind, tmp_path / "base", tmp_path / "adapter", {"target_modules": [target]})
+    logits = trained(input_ids=ids).logits
+    expected = trained.merge_and_unload().state_dict()
+    with pytest.warns(
+        UserWarning, match=f"adapts '.*{target}.weight', which the base ties to lm_head.weight: both"
+    ):
+        merged = merge(tmp_path / "base", [Task(tmp_path / "adapter")], method="averaging")
+    assert any("both change, as with peft" in note for note in merged.report.notes)
+    for name, value in merged.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    untied = kind.from_pretrained(tmp_path / "base")  # as the warning says
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.clone())
+    untied.config.tie_word_embeddings = False
+    untied.save_pretrained(tmp_path / "untied")
+    merge(tmp_path / "untied", [Task(tmp_path / "adapter")], method="averaging", out=tmp_path / "out")
+    loaded = kind.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(loaded(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    ],
+    ids=["saved with the adapter", "saved modules", "adapted too"],
+)
+def test_an_adapter_with_tokens_of_its_own(tmp_path, capsys, tied, settings):
+    """Its embeddings are longer than the base's: aligned by token as whole models are, and it is its tokenizer that counts."""
+    words, config = tokenizer(), tf.LlamaConfig(**SMALL, vocab_size=len(WORDS), tie_word_embeddings=tied)
+    tf.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    words.save_pretrained(tmp_path / "base")
+    words.add_tokens(["<one>", "<two>"])
+    settings = {"target_modules": ["q_proj"], **settings}
+    trained = tuned(tf.LlamaForCausalLM, tmp_path / "base", tmp_path / "ad", settings, words)
+    ids = torch.tensor([[3, len(WORDS), 4, len(WORDS) + 1, 5]])
+    task = Task(tmp_path / "ad")
+    if tied and settings != {"target_modules": ["q_proj"]}:
+        with pytest.raises(ValueError, match="untie the base: load it"):
+            merge(tmp_path / "base", [task], method="averaging")
+        return
+    with pytest.raises(
+        ValueError, match=r"vocabulary of ad .20 tokens. differs from the base's .18.: 2 are added"
+    ):
+        merge(tmp_path / "base", [task], method="averaging")
+    merge(tmp_path / "base", [task], method="averaging", embeddings="union", out=tmp_path / "union")
+    merge(tmp_path / "ad", [task], method="averaging", out=tmp_path / "itself")
+    for out in ("union", "itself"):
+        loaded = tf.LlamaForCausalLM.from_pretrained(tmp_path / out)
+        logits = trained(input_ids=ids).logits
+        torch.testing.assert_close(loaded(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-5)
+        assert tf.AutoTokenizer.from_pretrained(tmp_path / out).get_vocab() == words.get_vocab()
+    short = merge(tmp_path / "base", [task], method="averaging", embeddings="intersect")
+    embedding = trained.get_input_embeddings().weight
+    expected = open_checkpoint(tmp_path / "ad")["model.embed_tokens.weight"][: len(WORDS)]
+    torch.testing.assert_close(short["model.embed_tokens.weight"], expected)
+    assert len(embedding) == len(WORDS) + 2
+    (tmp_path / "d.txt").write_text("<one> <two>\n")
+    command = f"estimate {tmp_path}/ad --data {tmp_path}/d.txt -o {tmp_path}/c.safetensors --quiet"
+    assert main([*command.split(), "--method", "empirical_fisher"]) == 0
+    assert Curvature.load(tmp_path / "c.safetensors").mean("model.embed_tokens.weight")[len(WORDS) :].any()
+
+
+BASES = {  # what the config names, what is given -> words of the note and of the warning
+    "itself": ("base", "base", "", ""),
+    "by another path": ("base", "link", "", ""),
+    "a copy": ("base", "copy", "", ""),
+    "in half precision": ("base", "half", "", ""),
+    "as a module": ("base", "module", "", ""),
+    "the snapshot of its id": ("me/base", "models--me--base/snapshots/" + 40 * "a", "", ""),
+    "a folder of that name": ("me/base", "base", "", ""),
+    "not to be found": ("me/gone", "base", "'me/gone' is not here", ""),
+    "others' weights": (
+        "base",
+        "other",
+        r"trained on 'base'.* on 'other', whose weights differ",
+        "weights differ",
+    ),
+    "others' weights, as a module": (
+        "other",
+        "module",
+        "'LlamaForCausalLM', whose weights differ",
+        "weights differ",
+    ),
+    "another id": (
+        "me/gone",
+        "models--me--base/snapshots/" + 40 * "a",
+        r"'me/gone'.* on 'me/base@aaa",
+        "'me/gone'",
+    ),
+    "an adapter": ("adapter0", "base", r"on 'adapter0'.* on 'base', whose weights differ", "weights differ"),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    make(folder, *CASES["plain"])
+    base = tf.LlamaForCausalLM.from_pretrained(folder / "base")
+    base.half().save_pretrained(folder / "half")
+    llama().save_pretrained(folder / "other")
+    (folder / "link").symlink_to(folder / "base")
+    for copy in ("copy", "models--me--base/snapshots/" + 40 * "a"):
+        shutil.copytree(folder / "base", folder / copy)
+    return folder
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_an_adapter_on_another_base_than_its_own_is_told(bases, tmp_path, recwarn, case):
+    named, given, note, warned = BASES[case]
+    folder = shutil.copytree(bases / "adapter0", tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = named if "/" in named else str(bases / named)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    base = tf.LlamaForCausalLM.from_pretrained(bases / "base") if given == "module" else bases / given
+    notes = merge(base, [Task(folder)], method="averaging").report.notes
+    said = [text for text in notes if "was trained on" in text]
+    assert len(said) == bool(note), notes
+    assert all(re.search(note, text) and str(bases) not in text for text in said), notes
+    texts = [str(one.message) for one in recwarn if "was trained on" in str(one.message)]
+    assert len(texts) == bool(warned), texts
+    assert all(warned in text for text in texts), texts
+
+
 @pytest.mark.parametrize("targets", [["lm_head"], ["wte", "lm_head"]])
 @pytest.mark.parametrize("memory", [True, False])
 def test_adapters_of_tied_weights_are_refused(tmp_path, targets, memory):
@@ -348,10 +503,10 @@ def test_an_adapters_file_in_place_of_its_folder_is_named(plain):
 
 
 def test_a_module_with_adapters_is_refused_by_what_it_is():
-    tuned = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"PeftModel has adapters beside its weights: pass the folder"):
-        merge(llama(), [Task(tuned)], method="averaging")
-    assert merge(llama(), [Task(tuned.merge_and_unload())], method="averaging")
+        merge(llama(), [Task(model)], method="averaging")
+    assert merge(llama(), [Task(model.merge_and_unload())], method="averaging")
 
 
 @pytest.fixture(scope="module")
