@@ -42,6 +42,7 @@ class Context:
 
     plan: Plan
     found: dict[tuple[int, str], Found] = field(default_factory=dict)  # by position of the edit, and tensor
+    kept: dict[tuple[str, int], tuple[int, int, int]] = field(default_factory=dict)  # see `thresholds.shares`
     majority: float = 1.0
     norms: Sequence[float] = ()
     kernels: Kernels | None = None  # compiled ones, where they are there

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gradmatch.engine.compiled import kernels
 from gradmatch.engine.context import Context
 from gradmatch.engine.loop import Sink, run
-from gradmatch.engine.thresholds import look_over_model
+from gradmatch.engine.thresholds import look_over_model, shares
 from gradmatch.estimators.errors import GradmatchError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def stream(
         context.majority = -1.0
         again = [step for step in made.steps if stats.get(step.name, {}).get("cancelled")]
         stats |= run(context, sink, again)
+    made.told["kept_shares"] = shares(context)
     return stats
 
 

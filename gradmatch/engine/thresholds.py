@@ -49,6 +49,7 @@ def look_over_model(context: Context) -> None:
         wide = any(step.compute == "F64" for step in steps)
         targets = {target for cuts in asked.values() for cut in cuts for target in cut}
         found = _search(targets, sizes, wide, partial(_tally_model, context, steps, position, wide))
+        _note_kept(context, steps[0], position, "", sizes, found)
         for step in steps:
             cuts = [[(found[target].value, -1) for target in cut] for cut in asked[step.name]]
             context.found[position, step.name] = Found(cuts)
@@ -72,11 +73,34 @@ def _cuts(context: Context, step: Step, position: int, buffers: Buffers) -> list
     targets = {target for cut in asked for target in cut}
     tally = partial(_tally, context, step, position, wide, 0, numel, buffers)
     found = _search(targets, sizes, wide, tally)
+    _note_kept(context, step, position, step.name, sizes, found)
     places = {
         target: _place(context, step, position, target[0], ranked, buffers)
         for target, ranked in found.items()
     }
     return [[(found[target].value, places[target]) for target in cut] for cut in asked]
+
+
+def _note_kept(
+    context: Context, step: Step, position: int, scope: str, sizes: Sequence[int], found: dict[Target, Ranked]
+) -> None:
+    """Remember how many entries of each task were to be kept and how many are, where equal ones all stay; `scope`: a tensor or "" ."""
+    if TRANSFORMS[step.edits[position][0]].equal:
+        for (t, rank), ranked in found.items():
+            more = -ranked.within if ranked.value == 0 else ranked.equal - ranked.within  # zeros stay zero
+            context.kept[scope, t] = rank, rank + more, sizes[t]
+
+
+def shares(context: Context) -> dict[str, tuple[float, float]]:
+    """Task -> the share of its entries that was to be kept, and the share that is: more where several are as large as the last one.
+
+    bfloat16 weights have many differences of one size. Which of them come first would be a matter of chance, so all stay.
+    """
+    totals: dict[int, list[int]] = {}
+    for (_, t), counts in context.kept.items():
+        totals[t] = [a + b for a, b in zip(totals.get(t, [0, 0, 0]), counts, strict=True)]
+    tasks = context.inputs.tasks
+    return {tasks[t].name: (asked / size, kept / size) for t, (asked, kept, size) in sorted(totals.items())}
 
 
 def _sums(context: Context, step: Step, position: int, buffers: Buffers) -> Tensor | None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gradmatch.plan.step import Plan
 
 CLAMP_WARNING = 0.01  # share of clamped weights beyond which a removal is not the one that was asked for
+MORE_KEPT = 1.01  # kept entries per one that was to be kept, beyond which it is told
 KEPT_WARNING = 0.9  # share of the update beyond which rounding is no news
 
 FLOOR = "have less curvature than the floor delta0, which decides there"
@@ -37,6 +38,7 @@ class Report:
         largest_alpha: removal: share -> the largest weight (for all tasks alike) at which less than this share is clamped.
         moved: by tensor, the norm of the update, and its norm in H0 (square root of nats) for a removal.
         sign_conflict_share: TIES: share of weights that two tasks push in opposite directions.
+        kept_shares: TIES: task -> (share of entries that its density asks to keep, share that is kept).
         kept_update: share of the update's squared norm that survived rounding to the output's dtype; of large tensors, one block
             of 131,072 in eight tells.
         solves: matrices that were solved as a whole: the iterations of conjugate gradients (0: in closed form or in the eigenbasis),
@@ -57,6 +59,7 @@ class Report:
     largest_alpha: dict[float, float] = field(default_factory=dict)
     moved: dict[str, dict[str, float]] = field(default_factory=dict)
     sign_conflict_share: float | None = None
+    kept_shares: dict[str, tuple[float, float]] = field(default_factory=dict)
     kept_update: float | None = None
     solves: dict[str, dict[str, float]] = field(default_factory=dict)
     branches: dict[str, int] = field(default_factory=dict)
@@ -165,6 +168,15 @@ def _judge(report: Report, plan: Plan) -> None:
         report.notes.append(
             f"{report.branches['lerp']} of {sum(report.branches.values())} tensors were interpolated linearly "
             "(nearly parallel, as fine-tunes of one base are)"
+        )
+    more = {task: (a, b) for task, (a, b) in report.kept_shares.items() if b > MORE_KEPT * a}
+    if more:
+        told = ", ".join(
+            f"{100 * kept:.3g} % of {task} and not {100 * asked:.3g} %"
+            for task, (asked, kept) in more.items()
+        )
+        report.notes.append(
+            f"ties keeps {told}: entries as large as the last one all stay, and weights in few bits have many of one size"
         )
     given = {step.name: step.options.get("tolerance") for step in plan.steps}
     allowed = {name: TOLERANCE if value is None else value for name, value in given.items()}

@@ -83,6 +83,22 @@ def test_ties(trim_scope, normalize, weights, own):
         torch.testing.assert_close(found[name], base[name] + 0.7 * expected[name], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("trim_scope", ["global", "tensor"])
+@pytest.mark.parametrize("extension", [True, False])
+def test_ties_says_where_equal_entries_make_it_keep_more(monkeypatch, trim_scope, extension):
+    """Ten entries of one size and density 0.5: all ten stay; six of ten that differ are three."""
+    if not extension:
+        monkeypatch.setattr("gradmatch.engine.stream.kernels", lambda: None)
+    base = {"a": torch.zeros(10), "b": torch.zeros(6)}
+    equal = {"a": torch.tensor([1.0, -1.0] * 5), "b": torch.full((6,), -1.0)}
+    apart = {"a": torch.arange(1.0, 11.0), "b": torch.arange(11.0, 17.0)}
+    tasks = [Task(equal, name="equal"), Task(apart, name="apart")]
+    report = merge(base, tasks, method="ties", density=0.5, trim=trim_scope).report
+    assert report.kept_shares == {"equal": (0.5, 1.0), "apart": (0.5, 0.5)}
+    assert [note for note in report.notes if "ties keeps 100 % of equal and not 50 %" in note]
+    assert not any("apart" in note for note in report.notes)
+
+
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "della", "breadcrumbs_ties"])
 @pytest.mark.parametrize("normalize", [None, True, False])
 def test_normalize_of_a_method_with_ties_is_that_of_ties(method, normalize):

@@ -38,6 +38,7 @@ class Transform:
         scope: of what it must know something before it edits the first piece: nothing (""), the "tensor" or the "model".
         ranks: (options of one task, n) -> ranks, counted from the largest |tau| of the n entries of its scope, at which it
             asks for a `Cut`.
+        equal: whether all entries equal to the last within a rank stay, so that more may be kept than were asked for.
         sums: (edit, options) -> (k, T) numbers of a piece, of which it asks for the sum over the tensor.
     """
 
@@ -46,6 +47,7 @@ class Transform:
     span: Callable[[Any], str] = lambda options: "block"
     scope: Callable[[Any], str] = lambda options: ""
     ranks: Callable[[Any, int], Sequence[int]] | None = None
+    equal: bool = False
     sums: Callable[[Edit, Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -184,6 +186,7 @@ TRANSFORMS: dict[str, Transform] = {
         TiesOptions(),
         scope=lambda options: "model" if options.trim == "global" else "tensor",
         ranks=lambda options, n: (kept_count(options.density, n),),
+        equal=True,
     ),
     "dare": Transform(
         _dare,
