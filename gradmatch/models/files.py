@@ -12,7 +12,7 @@ from gradmatch.estimators.files import read_json
 from gradmatch.estimators.tensorfile import TensorFile
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.quantised import refuse_quantised
-from gradmatch.models.stores import FileStore, equal, unpickled
+from gradmatch.models.stores import FileStore, Store, equal, read, unpickled
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -86,12 +86,31 @@ def _whole_before_shards(path: Path) -> list[TensorFile]:
     shards = set(_listed_shards(path).values())
     if WHOLE in shards:
         return _indexed_files(path)
-    there = all((path / shard).is_file() for shard in shards)
-    left = "shards that it lists are left aside" if there else "index is stale: shards that it lists are gone"
-    warn(
-        f"{path}: {WHOLE} is read, as transformers does, and not {INDEX}; the {left}. Remove what is not wanted"
-    )
-    return [TensorFile(path / WHOLE)]
+    whole = [TensorFile(path / WHOLE)]
+    if not all((path / shard).is_file() for shard in shards):
+        warn(
+            f"{path}: {WHOLE} is read, as transformers does; its {INDEX} is stale, the shards that it lists are gone: remove it"
+        )
+    elif said := _difference(FileStore(whole), FileStore(_indexed_files(path))):
+        warn(
+            f"{path} holds two models: {WHOLE} is read, as transformers does, and the shards of {INDEX} are other weights ({said}); "
+            "remove what is not wanted"
+        )
+    return whole
+
+
+def _difference(one: Store, other: Store) -> str:
+    """The first tensor that two stores do not have alike, in words; "" where every value is the same."""
+    for name in dict.fromkeys((*one, *other)):
+        if name not in one or name not in other:
+            return f"{name!r} is in {'the shards' if name in other else WHOLE} alone"
+        if one.spec(name) != other.spec(name):
+            return f"{name!r} is {one.spec(name)} and {other.spec(name)}"
+        if not equal(one, name, other, name):
+            here, there = read(one, name).flatten(), read(other, name).flatten()
+            at = int((here != there).nonzero()[0])
+            return f"first {name!r}: {here[at]:.4g} and {there[at]:.4g}"
+    return ""
 
 
 def _listed_shards(path: Path) -> dict[str, str]:

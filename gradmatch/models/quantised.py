@@ -11,6 +11,7 @@ from gradmatch.models.stores import Store
 
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 PACKED = ("I8", "U8", "I32")  # what quantised weights are packed in; tables of indices are I64
+QUANTISERS = ("quantization_config", "compression_config")  # the second: compressed-tensors
 SCALE = re.compile(r"scale|absmax|scb$|zero|quant", re.IGNORECASE)
 StoreT = TypeVar("StoreT", bound=Store)
 
@@ -46,7 +47,6 @@ def _by_scales(store: Store) -> Iterator[str]:
 def _by_config(config: Any, at: str = "") -> Iterator[str]:
     """Where a config says that weights are quantised, in nested configs too."""
     if isinstance(config, Mapping):
-        if config.get("quantization_config"):
-            yield f"{at}quantization_config in its config.json"
+        yield from (f"{at}{key} in its config.json" for key in QUANTISERS if config.get(key))
         for key, value in config.items():
             yield from _by_config(value, f"{at}{key}.")

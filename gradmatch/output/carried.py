@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.files import read_json
@@ -23,6 +23,10 @@ SILENT = re.compile(  # weights in any format and what a training leaves: nobody
     r"\.|README\.md$|LICENSE|gradmatch\.json$|(model|pytorch_model|tf_model|flax_model|adapter_model|adapter_config|optimizer|scheduler|scaler"
     r"|rng_state|trainer_state|training_args|checkpoint-\d+|global_step|runs$|__pycache__$|events\.out)"
 )
+MADE_FROM = re.compile(r"(_|^)(name_or_path|file|dir)$")  # keys of a config that hold what it was loaded from
+LOCAL = re.compile(
+    r"[/~.]|[A-Za-z]:|.*\\"
+)  # paths of a machine, and no names of the hub or of a file beside it
 SHOWN = 12  # files left behind that are named one by one
 
 
@@ -140,12 +144,36 @@ def carry_along(plan: Plan, folder: Path) -> list[str]:
         if content is not None:
             (folder / name).write_bytes(content)
             names += [name] if name not in names else []
-    if (plan.request.dtype or base.changed) and (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if base.changed:
-            config = dict(base.changed)
-        if plan.request.dtype:
-            config.pop("torch_dtype", None)
-            config["dtype"] = plan.request.dtype
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in names:
+        if name.endswith("config.json"):
+            _write_config(plan, folder / name, whole=name == "config.json")
     return names
+
+
+def _write_config(plan: Plan, file: Path, whole: bool) -> None:
+    """A config as it is to be published: the model's (`whole`) with what the merge changed, all without paths of the maker's machine."""
+    read = json.loads(file.read_text(encoding="utf-8"))
+    config = dict(plan.inputs.base.changed or read) if whole else read
+    if whole and plan.request.dtype:
+        config.pop("torch_dtype", None)
+        config["dtype"] = plan.request.dtype
+    config = without_paths(config)
+    if config != read:
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def without_paths(config: Any) -> Any:
+    """A config without what it was loaded from, where that is a path of some machine; nested ones too.
+
+    `_name_or_path` is left out whatever it says, as transformers does: the merge is another model than that.
+
+    >>> without_paths({"_name_or_path": "/home/me/base", "tokenizer_file": "/home/me/t.json", "vocab_size": 7})
+    {'vocab_size': 7}
+    """
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: without_paths(value)
+        for key, value in config.items()
+        if not (key == "_name_or_path" or (MADE_FROM.search(key) and LOCAL.match(str(value))))
+    }

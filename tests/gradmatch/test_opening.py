@@ -87,15 +87,14 @@ def test_integer_matrices_that_differ():
 
 
 @pytest.mark.parametrize("at", [(), ("text_config",), ("a", "b")])
-def test_quantised_by_config_at_any_depth(at, tmp_path):
-    config = {"quantization_config": {"bits": 4}}
+@pytest.mark.parametrize("told", ["quantization_config", "compression_config"])
+def test_quantised_by_config_at_any_depth(told, at, tmp_path):
+    config = {told: {"bits": 4}}
     for key in reversed(at):
         config = {key: config}
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        ValueError, match=rf"quantised \({'.'.join((*at, 'quantization_config'))} in its config.json"
-    ):
+    with pytest.raises(ValueError, match=rf"quantised \({'.'.join((*at, told))} in its config.json"):
         open_checkpoint(tmp_path)
 
 
@@ -115,12 +114,29 @@ def test_a_whole_file_comes_before_an_index_as_in_transformers(two, shards):
     listed = sorted(folder.glob("model-*"))
     for shard in {"there": [], "gone": listed, "some gone": listed[1:]}[shards]:
         shard.unlink()
-    with pytest.warns(UserWarning, match="left aside" if shards == "there" else "stale"):
+    said = r"holds two models: .* \(first 'lm_head.weight': -?\d.* and -?\d" if shards == "there" else "stale"
+    with pytest.warns(UserWarning, match=said):
         opened = open_checkpoint(folder)
     loaded = state(tf.AutoModelForCausalLM.from_pretrained(folder))
     assert all(
         torch.equal(opened[name], value) and torch.equal(whole[name], value) for name, value in loaded.items()
     )
+
+
+def test_an_index_beside_the_same_weights_says_nothing(two, recwarn):
+    folder, _ = two
+    shards = {
+        name: tensor for file in sorted(folder.glob("model-*")) for name, tensor in load_file(file).items()
+    }
+    save_file(shards, folder / "model.safetensors", metadata={"format": "pt"})
+    assert set(open_checkpoint(folder)) == set(shards)
+    assert not [one for one in recwarn if "model.safetensors" in str(one.message)]
+    one = next(iter(shards))
+    save_file(
+        {n: t for n, t in shards.items() if n != one}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.warns(UserWarning, match=f"'{one}' is in the shards alone"):
+        open_checkpoint(folder)
 
 
 def test_an_index_alone_whose_shards_are_gone(two):

@@ -180,6 +180,33 @@ def test_what_a_model_loads_by_is_carried_and_the_rest_is_named(models):
     assert not (models / "out" / "linked.json").exists()
 
 
+def test_configs_do_not_tell_where_the_base_was_made(models):
+    """As older versions of transformers wrote them; ids of the hub and names of files beside them stay."""
+    base, secret = models / "base", "/home/maker/secret"
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(
+        json.dumps({**config, "_name_or_path": "secret", "nested": {"_name_or_path": secret}})
+    )
+    paths = {
+        "name_or_path": secret,
+        "tokenizer_file": f"{secret}/t.json",
+        "special_tokens_map_file": "C:\\\\secret",
+    }
+    kept = {"vocab_file": "vocab.txt", "chat_template": "/secret/ is said", "unk_token": "/"}
+    (base / "tokenizer_config.json").write_text(json.dumps({**paths, **kept}))
+    merge(base, [Task(models / "tuned")], method="averaging", out=models / "out")
+    written = {
+        name: json.loads((models / "out" / name).read_text())
+        for name in ("config.json", "tokenizer_config.json")
+    }
+    assert written == {"config.json": {**config, "nested": {}}, "tokenizer_config.json": kept}
+    (base / "tokenizer_config.json").write_text(json.dumps({**kept, "name_or_path": "me/base"}))
+    merge(base, [Task(models / "tuned")], method="averaging", out=models / "out", overwrite=True)
+    assert (models / "out" / "tokenizer_config.json").read_bytes() == (
+        base / "tokenizer_config.json"
+    ).read_bytes()
+
+
 def test_code_that_no_config_names_stays_behind(models):
     (models / "base" / "train.py").write_text("raise SystemExit")
     done = merge(models / "base", [Task(models / "tuned")], method="averaging", out=models / "out")
