@@ -152,7 +152,7 @@ def carry_along(plan: Plan, folder: Path) -> list[str]:
 
 def _write_config(plan: Plan, file: Path, whole: bool) -> None:
     """A config as it is to be published: the model's (`whole`) with what the merge changed, all without paths of the maker's machine."""
-    read = json.loads(file.read_text(encoding="utf-8"))
+    read = read_json(file)
     config = dict(plan.inputs.base.changed or read) if whole else read
     if whole and plan.request.dtype:
         config.pop("torch_dtype", None)
