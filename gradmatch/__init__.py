@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from gradmatch.refine import refine
     from gradmatch.removal.limits import budget
     from gradmatch.rules import RULES, Rule
+    from gradmatch.rules.after import AFTER
     from gradmatch.rules.edits import TRANSFORMS
     from gradmatch.subtraction import analogy, subtract
 
 # Where each public name lives; imported on first use, so that a command line that needs no torch does not wait for it.
 EXPORTS = {
+    "AFTER": "gradmatch.rules.after",
     "Checkpoint": "gradmatch.models.checkpoint",
     "Curvature": "gradmatch.estimators.curvature",
     "Diagnosis": "gradmatch.diagnosis",
@@ -46,6 +48,7 @@ EXPORTS = {
     "subtract": "gradmatch.subtraction",
 }
 __all__ = [
+    "AFTER",
     "RULES",
     "TRANSFORMS",
     "Checkpoint",

@@ -95,15 +95,19 @@ def tsv_m(theta0, taus, scale=1.0):
     rank = min(flat[0].shape) // len(taus)
     left, right, sizes = [], [], []
     for tau in flat:
-        values, vectors = torch.linalg.eigh(tau.T @ tau)  # ascending
-        for i in range(1, rank + 1):
-            size = values[-i].sqrt()
-            left.append(tau @ vectors[:, -i] / size)
-            right.append(vectors[:, -i])
-            sizes.append(size)
+        for kept, found in zip((left, right, sizes), largest(tau, rank), strict=True):
+            kept += found
     u, v = (orthonormal(torch.stack(vectors, 1)) for vectors in (left, right))
     merged = sum(size * torch.outer(u[:, i], v[:, i]) for i, size in enumerate(sizes))
     return theta0 + scale * merged.reshape(theta0.shape)
+
+
+def largest(matrix, count):
+    """The first singular triplets, each as a list: left vectors, right vectors, values."""
+    values, vectors = torch.linalg.eigh(matrix.T @ matrix)  # ascending
+    sizes = [values[-i].sqrt() for i in range(1, count + 1)]
+    right = [vectors[:, -i] for i in range(1, count + 1)]
+    return [matrix @ v / size for v, size in zip(right, sizes, strict=True)], right, sizes
 
 
 def orthonormal(x):
@@ -122,6 +126,34 @@ def iso_c(theta0, taus, scale=1.0):
     size = torch.linalg.eigvalsh(total.T @ total).clamp(min=0).sqrt().mean()
     merged = size * orthonormal(total)
     return theta0 + scale * (merged.T if wide else merged).reshape(theta0.shape)
+
+
+def iso_cts(theta0, taus, scale=1.0, common=0.8):
+    """Iso-CTS of one matrix of full rank: common directions, and of every task those outside. Vectors: the mean."""
+    if theta0.dim() < 2:
+        return theta0 + scale * sum(taus) / len(taus)
+    flat = [tau.reshape(len(theta0), -1) for tau in taus]
+    rank = min(flat[0].shape)
+    own = round((rank - int(common * rank)) / len(taus))
+    left, right, sizes = largest(sum(flat), rank - own * len(taus))
+    inside = torch.stack(left, 1)
+    for tau in flat if own else ():
+        outside = (torch.eye(len(theta0), dtype=tau.dtype) - inside @ inside.T) @ tau
+        for kept, found in zip((left, right, sizes), largest(outside, own), strict=True):
+            kept += found
+    merged = orthonormal(torch.stack(left, 1)) @ orthonormal(torch.stack(right, 1)).T
+    return theta0 + scale * sum(sizes) / len(sizes) * merged.reshape(theta0.shape)
+
+
+def svc(update, taus, least=None):
+    """Singular value calibration of a matrix of full rank, one direction at a time."""
+    flat = update.reshape(len(update), -1)
+    result = torch.zeros_like(flat)
+    for u, v, size in zip(*largest(flat, min(flat.shape)), strict=True):
+        responses = [u @ tau.reshape(len(update), -1) for tau in taus]
+        told = [float((u @ flat) @ one / (one @ one)) for one in responses]
+        result += len(taus) / sum(max(least or 1 / len(taus), one) for one in told) * size * torch.outer(u, v)
+    return result.reshape(update.shape)
 
 
 def sce(theta0, taus, select_topk=1.0):

@@ -35,6 +35,7 @@ SETTINGS = (
 )  # of a merge that the choice depends on
 FIXED = (
     "transforms",
+    "after",
     "scale",
     "normalize",
     "hbar_weight",

@@ -11,6 +11,7 @@ from gradmatch.commands.sources import add_data, add_models, number_or_text, par
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.plan.request import POLICIES
 from gradmatch.rules import RULES
+from gradmatch.rules.after import AFTER
 
 if TYPE_CHECKING:
     from gradmatch.plan.step import Plan
@@ -55,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         help="edit of the task vectors before the method; repeatable",
+    )
+    parser.add_argument(
+        "--after",
+        action="append",
+        metavar="NAME",
+        help=f"edit of the merged update behind the method ({', '.join(AFTER)}); repeatable",
     )
     parser.add_argument(
         "--weights", choices=("auto",), help="auto: chosen by forecast, from --data or --products"

@@ -9,6 +9,7 @@ from typing import Any
 
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules import RULES, Rule
+from gradmatch.rules.after import AFTER, After
 from gradmatch.rules.edits import TRANSFORMS, Transform
 
 PREFIX = "option "  # of the names under which argparse keeps the values
@@ -21,9 +22,11 @@ def add_options(parser: argparse.ArgumentParser, rules: Iterable[Rule] | None = 
         "each a value, a list over the depth such as '[0.2, 0.8]', or values by name such as '{\"*mlp*\": 0.7, \"*\": 0.3}'",
     )
     chosen = RULES.values() if rules is None else list(rules)
-    owners: dict[str, Rule | Transform] = {name: rule for name, rule in RULES.items() if rule in chosen}
+    owners: dict[str, Rule | Transform | After] = {
+        name: rule for name, rule in RULES.items() if rule in chosen
+    }
     told: dict[str, dict[str, list[str]]] = {}
-    for owner, part in (owners | TRANSFORMS).items():
+    for owner, part in (owners | TRANSFORMS | AFTER).items():
         for one in fields(part.options):
             if one.metadata["flag"]:
                 said = one.metadata["help"] + (

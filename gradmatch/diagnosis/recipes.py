@@ -38,12 +38,12 @@ def effective_weights(
 
 
 def reach_of(method: str, alpha: Mapping[str, float], options: Mapping[str, Any]) -> list[float] | None:
-    """The largest coefficient that the rule can give an entry of each tau_t; None: it has no bound.
+    """The largest coefficient that the rule can give an entry of each tau_t; None: it has no bound, or the update is edited.
 
     Averages by curvature and sign elections give one task up to all of an entry; a rescaled drop multiplies by 1 / density.
     """
     rule = find_rule(method)
-    if not rule.bounded:
+    if not rule.bounded or options.get("after"):
         return None
     edits = [*rule.transforms, *options.get("transforms", ())]
     whole = not isinstance(rule, Linear) or bool(edits)
@@ -62,7 +62,7 @@ def reach_of(method: str, alpha: Mapping[str, float], options: Mapping[str, Any]
 def in_span(method: str, tasks: Sequence[Task], options: Mapping[str, Any]) -> bool:
     """Whether the recipe's update is sum_t alpha_t tau_t exactly, with one alpha_t for all tensors."""
     rule = find_rule(method)
-    edited = bool(rule.transforms or options.get("transforms"))
+    edited = bool(rule.transforms or options.get("transforms") or options.get("after"))
     plain = [float(task.weight) for task in tasks if isinstance(task.weight, int | float)]
     varies = any(isinstance(options.get(name), Mapping | list | tuple) for name in rule.options)
     if (

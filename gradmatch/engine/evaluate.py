@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,14 @@ from torch import Tensor
 from gradmatch.engine.buffers import Buffers
 from gradmatch.engine.context import Context, add, fetch
 from gradmatch.engine.matrices import solve_matrix
-from gradmatch.engine.stacked import gram_matrix, make_block, task_vectors
+from gradmatch.engine.stacked import (
+    TaskVectors,
+    decomposed,
+    gram_matrix,
+    make_block,
+    task_vectors,
+    whole_base,
+)
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.stores import torch_dtype
 from gradmatch.rules import Elementwise, Linear, Whole
@@ -92,13 +99,19 @@ def _stacked(
         block = make_block(context, step, first, last, buffers, stats)
         merged = _checked(step, rule.elementwise(block), block.theta0)
         update = merged - block.theta0
-        add(stats, {"update": float(torch.dot(update, update))})
+        if not step.after:
+            add(stats, {"update": float(torch.dot(update, update))})
         if rule.guarded:
             left = block.h0 - (block.alpha * block.h).sum(0)
             clamped = (left < block.options.keep * block.h0).sum()
             add(stats, {"clamped": float(clamped), "update_h0": float((block.h0 * update.square()).sum())})
         return merged, block.theta0
-    theta0, tau = task_vectors(context, step, first, last, buffers, stats)
+    tau: Any
+    if isinstance(rule, Whole) and rule.streams and not step.edits:
+        theta0 = whole_base(context, step, buffers)
+        tau = TaskVectors(context, step, theta0, buffers, (shape[0], theta0.numel() // max(1, shape[0])))
+    else:
+        theta0, tau = task_vectors(context, step, first, last, buffers, stats)
     if coefficients is not None:
         c0, c = coefficients
         return (c0 + sum(c)) * theta0 + total([ck * row for ck, row in zip(c, tau, strict=True)]), theta0
@@ -110,8 +123,9 @@ def _stacked(
     if first == last:
         return theta0, theta0
     seen = shape if rule.otherwise is None else (shape[0], -1)
-    one, stacked = theta0.reshape(seen), tau.reshape(len(tau), *seen)
-    return _checked(step, rule.whole(one, stacked, step.alpha, step.options), one).reshape(-1), theta0
+    one, each = theta0.reshape(seen), tau if isinstance(tau, TaskVectors) else tau.reshape(len(tau), *seen)
+    merged = decomposed(lambda: rule.whole(one, each, step.alpha, step.options), one)
+    return _checked(step, merged, one).reshape(-1), theta0
 
 
 def _checked(step: Step, merged: Tensor, like: Tensor) -> Tensor:

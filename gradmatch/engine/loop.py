@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gradmatch.engine import fused
+from gradmatch.engine.after import edited
 from gradmatch.engine.context import Context, add, pieces
 from gradmatch.engine.evaluate import evaluate, linear_terms
 from gradmatch.engine.rounding import converted, finish
@@ -93,11 +94,13 @@ def _merge_unit(
         return stats
     look(context, step, buffers)
     coefficients = linear_terms(context, step, buffers, stats)
-    for start, stop in pieces(step, first, last, fused.PIECE if context.kernels else context.blocks):
+    evaluated = edited if step.after else evaluate
+    blocks = fused.PIECE if context.kernels else context.blocks
+    for start, stop in [(first, last)] if step.assembles else pieces(step, first, last, blocks):
         written = buffers.host("written", stop - start, dtype)
         if not fused.merge(context, step, start, written, coefficients, buffers, stats):
-            for at, end in pieces(step, start, stop, context.blocks):
-                merged, theta0 = evaluate(context, step, at, end, coefficients, buffers, stats)
+            for at, end in [(start, stop)] if step.assembles else pieces(step, start, stop, context.blocks):
+                merged, theta0 = evaluated(context, step, at, end, coefficients, buffers, stats)
                 out = written[at - start : end - start]
                 _finish_blocks(context, step, at, merged, theta0, out, buffers, stats)
         sink.write(step, start, written)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradmatch.engine.buffers import Buffers, stored
-from gradmatch.engine.context import Context, Found, add, curvature, fetch, pieces
+from gradmatch.engine.context import BLOCK, Context, Found, add, curvature, fetch, pieces
 from gradmatch.engine.draws import uniform
 from gradmatch.engine.explain import not_positive
 from gradmatch.estimators.errors import GradmatchError
@@ -20,7 +20,10 @@ from gradmatch.rules.block import Block, Cut, Edit, total
 from gradmatch.rules.edits import TRANSFORMS
 
 if TYPE_CHECKING:
+    from gradmatch.models.stores import Store
     from gradmatch.plan.step import Step
+
+PART = 32 * BLOCK  # elements that are read at a time of what is then held whole
 
 
 def gram_matrix(context: Context, step: Step, buffers: Buffers) -> list[list[float]]:
@@ -80,6 +83,66 @@ def task_vectors(
         tau = TRANSFORMS[name].apply(edit, options).reshape(len(step.tasks), count)
         add(stats, edit.health)
     return theta0, tau
+
+
+class TaskVectors(Sequence[Tensor]):
+    """The task vectors of a whole tensor, before any edit, each read when it is asked for, into the place of the one before.
+
+    Args:
+        context: of the merge.
+        step: of the tensor.
+        theta0: (n,), in the dtype of the arithmetic.
+        buffers: of the worker.
+        shape: that each is given.
+        rows: which of the step's tasks; None: all.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        step: Step,
+        theta0: Tensor,
+        buffers: Buffers,
+        shape: Sequence[int],
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        tasks = [context.inputs.tasks[t] for t in step.tasks]
+        self._stores = [task.store for task in (tasks if rows is None else [tasks[row] for row in rows])]
+        self._step, self._theta0, self._buffers, self._shape = step, theta0, buffers, tuple(shape)
+
+    def __len__(self) -> int:
+        return len(self._stores)
+
+    def __getitem__(self, row: Any) -> Any:
+        tau = self._buffers.get("one tau", self._theta0.numel(), self._theta0.dtype)
+        for first, last, theta in _parts(self._stores[row], self._step, "theta", tau.dtype, self._buffers):
+            torch.sub(theta, self._theta0[first:last], out=tau[first:last])
+        return tau.view(self._shape)
+
+
+def decomposed(call: Callable[[], Tensor], like: Tensor) -> Tensor:
+    """What a rule or an edit of whole matrices returns; NaN where it cannot decompose them, which `finish` explains."""
+    try:
+        return call()
+    except torch.linalg.LinAlgError:
+        return torch.full_like(like, torch.nan)
+
+
+def whole_base(context: Context, step: Step, buffers: Buffers) -> Tensor:
+    """theta0 of a whole tensor, (n,), in the dtype of the arithmetic."""
+    theta0 = buffers.get("theta0", step.spec.numel, torch_dtype(step.compute))
+    for first, last, values in _parts(context.inputs.store, step, "theta0", theta0.dtype, buffers):
+        theta0[first:last].copy_(values)
+    return theta0
+
+
+def _parts(
+    store: Store, step: Step, slot: str, dtype: torch.dtype, buffers: Buffers
+) -> Iterator[tuple[int, int, Tensor]]:
+    """A tensor in the dtype of the arithmetic, in parts of which one is held at a time: (first, last, values)."""
+    for first in range(0, step.spec.numel, PART):
+        last = min(first + PART, step.spec.numel)
+        yield first, last, fetch(buffers, slot, store, step.name, first, last).to(buffers.device, dtype)
 
 
 def edit_of(context: Context, step: Step, position: int, first: int, tau: Tensor) -> Edit:

@@ -34,7 +34,7 @@ def units(steps: Sequence[Step], context: Context) -> Iterator[tuple[Step, int, 
     for step in steps:
         numel = step.spec.numel
         whole = (
-            step.gram or step.span != "block" or "tensor" in step.scopes
+            step.gram or step.assembles or step.span != "block" or "tensor" in step.scopes
         )  # something of all of it comes first
         size = max(1, numel) if whole else UNIT
         starts = list(range(0, numel, size)) or [0]

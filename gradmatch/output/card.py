@@ -46,7 +46,7 @@ def card_files(made: Plan, report: Report) -> dict[str, bytes]:
 def recipe(made: Plan) -> dict[str, Any]:
     """The merge as its recipe would spell it, defaults included."""
     request, inputs = made.request, made.inputs
-    options, transforms = used_options(made)
+    options, transforms, after = used_options(made)
     return {
         "base": "+".join(inputs.base.names),
         "method": request.method,
@@ -58,6 +58,7 @@ def recipe(made: Plan) -> dict[str, Any]:
         "delta0": request.delta0,
         "options": options,
         "transforms": transforms,
+        "after": after,
         "dtype": request.dtype or "the base's",
         "seed": request.seed,
         "tasks": [
@@ -78,13 +79,15 @@ def recipe(made: Plan) -> dict[str, Any]:
     }
 
 
-def used_options(made: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The options of the rule that was asked for and of the transforms, as they hold for the first tensor that it merges."""
-    first = next((step for step in made.merged if step.rule is made.request.rule), None)
-    options, edits = (
-        (first.options, first.edits) if first else (made.request.rule_options, made.request.edits)
-    )
-    return dict(options), [{name: dict(own)} for name, own in edits]
+def used_options(made: Plan) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The options of the rule that was asked for, the transforms and the edits after it, as the first tensor that it merges has them."""
+    request = made.request
+    first = next((step for step in made.merged if step.rule is request.rule), None)
+    options, edits, after = request.rule_options, request.edits, request.after_edits
+    if first:
+        options, edits, after = first.options, first.edits, first.after
+    edited, behind = ([{name: dict(own)} for name, own in chain] for chain in (edits, after))
+    return dict(options), edited, behind
 
 
 def input_fingerprints(made: Plan) -> dict[str, str]:

@@ -99,7 +99,7 @@ def identity(made: Plan) -> str:
             s.tasks,
             s.alpha,
             dict(s.options),
-            [(n, dict(o)) for n, o in s.edits],
+            [(n, dict(o)) for n, o in (*s.edits, *s.after)],
         )
         for s in made.steps
     ]

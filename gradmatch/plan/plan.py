@@ -26,6 +26,7 @@ from gradmatch.plan.policies import (
 from gradmatch.plan.request import Edits, Request
 from gradmatch.plan.step import Plan, Step, path_of
 from gradmatch.rules import RULES, Linear, Options, Rule, Solve, Whole
+from gradmatch.rules.after import AFTER
 from gradmatch.rules.linear import weight_sum
 from gradmatch.rules.options import takes
 
@@ -113,12 +114,15 @@ def _merged(result: Plan, copied: Step, tasks: tuple[int, ...], here: float | No
         rule, why = _rule_of(request.rule, spec, factors)
     alpha = tuple(_weight(task, name, here) for task in owners)
     edits: Edits = ()
+    after: Edits = ()
     if statistic:
         options = rule.options
     else:
         asked = request.rule_options.at(name, here)
         options = asked if rule is request.rule else _shared(rule, asked)
         edits = tuple((edit, own.at(name, here, [t.options for t in owners])) for edit, own in request.edits)
+        after, left = _after(request, spec, here, name, alpha, owners)
+        why = "; ".join(filter(None, (why, left)))
     if request.rule.relative:
         weight_sum(alpha)  # weights that cannot be normalised are found now
     coefficients = None
@@ -127,9 +131,46 @@ def _merged(result: Plan, copied: Step, tasks: tuple[int, ...], here: float | No
         coefficients = c0, c
     return replace(
         copied, kind="average" if statistic else rule.kind, compute=_compute_dtype(specs, request.precision),
-        path=path_of(rule, options, edits), why=why, rule=rule, tasks=tasks, alpha=alpha, options=options,
-        edits=edits, coefficients=coefficients, bytes_read=sum(s.nbytes for s in specs) + sum(known),
+        path=path_of(rule, options, edits, after), why=why, rule=rule, tasks=tasks, alpha=alpha, options=options,
+        edits=edits, after=after, depth=here or 0.0, coefficients=coefficients, bytes_read=sum(s.nbytes for s in specs) + sum(known),
     )  # fmt: skip
+
+
+def _after(
+    request: Request,
+    spec: Spec,
+    here: float | None,
+    name: str,
+    alpha: Sequence[float],
+    owners: Sequence[OpenTask],
+) -> tuple[Edits, str]:
+    """The edits of one tensor's merged update, and which of them leave it as it is.
+
+    Raises:
+        ValueError: an edit that must know the layers of a model that has none, or makes no sense of a negative weight.
+    """
+    found, left = [], []
+    for edit, options in request.after_edits:
+        kind = AFTER[edit]
+        if kind.matrices and len(spec.shape) < 2:
+            left.append(edit)
+            continue
+        if kind.deep and here is None:
+            raise GradmatchError(
+                f"{edit} scales by the layer, and names such as {name!r} hold no layers; give weights by patterns of names instead",
+                "bad_setting",
+                name,
+            )
+        negative = [task.name for task, weight in zip(owners, alpha, strict=True) if weight < 0]
+        if kind.positive and negative and request.rule.weighs:
+            raise GradmatchError(
+                f"{edit} compares the merge with what every task asks for, and {negative[0]} is taken away (weight {min(alpha):g}); "
+                f"leave {edit} out, or the task",
+                "bad_setting",
+                edit,
+            )
+        found.append((edit, options.at(name, here)))
+    return tuple(found), f"no matrix: not edited by {', '.join(left)}" if left else ""
 
 
 def _rule_of(rule: Rule, spec: Spec, factors: bool) -> tuple[Rule, str]:
@@ -181,7 +222,7 @@ def _unusual_sums(result: Plan) -> list[str]:
     sums = [
         (step, step.coefficients[0] + sum(step.coefficients[1]))
         for step in result.merged
-        if step.coefficients and step.rule and step.rule.weighs and not step.edits
+        if step.coefficients and step.rule and step.rule.weighs and not step.edits and not step.after
     ]
     unusual = [(step.name, total) for step, total in sums if abs(total - 1) > 1e-6]
     if not unusual:

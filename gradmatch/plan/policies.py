@@ -129,7 +129,11 @@ def idle_patterns(base: Checkpoint, tasks: Sequence[OpenTask], request: Request)
         (f"option {key} of {task.name}", value) for task in tasks for key, value in task.options.items()
     ]
     settings += list(request.rule_options.items())
-    settings += [(f"{edit}: {key}", value) for edit, own in request.edits for key, value in own.items()]
+    settings += [
+        (f"{edit}: {key}", value)
+        for edit, own in (*request.edits, *request.after_edits)
+        for key, value in own.items()
+    ]
     settings += [("head_names", {pattern: None}) for pattern in request.head_names]
     words = dict.fromkeys((*names, *(part for name in names for part in name.split("."))))
     for what, setting in settings:

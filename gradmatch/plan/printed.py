@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gradmatch.plan.step import Plan, Step
-from gradmatch.rules import Solve
+from gradmatch.rules import Solve, Whole
+from gradmatch.rules.after import AFTER
 
 BLOCK = 131_072  # values of a piece where a rule needs no more
 KEPT = (
     16 * 2**20
 )  # bytes that the C library may keep at hand for each worker, see `gradmatch.engine.workers.STEADY`
+EDITED = 4, 3  # of task vectors that a rule would take one by one, but that their edits need side by side
 
 
 def describe(made: Plan, out: str | os.PathLike[str] | None = None) -> Iterator[str]:
@@ -51,9 +53,9 @@ def peak_bytes(made: Plan) -> int:
     """Anonymous memory of the engine: as many workers as there are hold what the tensors with most need, see `Rule.memory`."""
     workers = min(4, os.cpu_count() or 1)
     shared = [
-        step for step in made.steps if step.span == "block"
+        step for step in made.steps if step.span == "block" and not step.assembles
     ] * workers  # all of them may be at one large tensor
-    whole = [step for step in made.steps if step.span != "block"]
+    whole = [step for step in made.steps if step.span != "block" or step.assembles]
     block = BLOCK if made.request.device == "cpu" else 32 * BLOCK
     held = sorted((_held_bytes(step, block) for step in shared + whole), reverse=True)[:workers]
     return sum(held) + workers * KEPT
@@ -64,19 +66,31 @@ def _held_bytes(step: Step, block: int) -> int:
     if step.rule is None:
         return 0
     fixed, per_task = step.rule.memory
+    if isinstance(step.rule, Whole) and step.rule.streams and step.edits:
+        fixed, per_task = fixed + EDITED[0], per_task + EDITED[1]
     longest_row = step.spec.shape[-1] if step.spec.shape else 1
     piece = {"block": block, "rows": max(BLOCK, longest_row), "tensor": step.spec.numel}[step.span]
     values = min(piece, step.spec.numel) * (fixed + per_task * len(step.tasks))
+    if isinstance(step.rule, Whole) and step.rule.square:
+        values += step.rule.square * _smaller_side(step) ** 2
     # a system is solved in double precision, and as much is made of the factors
+    if step.assembles:
+        values += sum(AFTER[name].memory * step.spec.numel for name, _ in step.after)
+        values += sum(AFTER[name].square for name, _ in step.after) * _smaller_side(step) ** 2
     solving = 4 * step.bytes_read if isinstance(step.rule, Solve) else 0
     return int(values * (8 if step.compute == "F64" or solving else 4)) + solving
+
+
+def _smaller_side(step: Step) -> int:
+    """Of a tensor as a matrix, the kernels of a convolution as rows."""
+    return min(step.spec.shape[0], step.spec.numel // max(1, step.spec.shape[0]))
 
 
 def _settings(step: Step) -> str:
     """Options of the rule and of the edits, as they hold for one tensor."""
     options = {key: value for key, value in step.options.items() if value is not None}
     parts = [str(options)] if options else []
-    return ", ".join([*parts, *(f"{name} {dict(own)}" for name, own in step.edits)])
+    return ", ".join([*parts, *(f"{name} {dict(own)}" for name, own in (*step.edits, *step.after))])
 
 
 def _action(step: Step, usual: str) -> str:

@@ -13,6 +13,7 @@ from gradmatch.common.kinds import check_kind, plain
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.names import choose, nearest
 from gradmatch.rules import Options, Rule, find_rule
+from gradmatch.rules.after import AFTER
 from gradmatch.rules.edits import TRANSFORMS
 from gradmatch.rules.options import takes
 
@@ -40,6 +41,7 @@ class Request:
         delta0: floor added to it, in nats per squared unit of weight.
         options: of the rule and its transforms.
         transforms: edits of the task vectors before the rule, by name or as {name: options}.
+        after: edits of the merged update behind the rule, in the same form.
         dtype: of the output ("bfloat16", torch.bfloat16, ...); None: the base's own, tensor by tensor.
         seed: of random transforms and stochastic rounding.
         head_names: patterns of tensors that count as heads, beside those that differ.
@@ -57,6 +59,7 @@ class Request:
     delta0: float = 1e-6
     options: Mapping[str, Any] = field(default_factory=dict)
     transforms: str | Sequence[str | Mapping[str, Mapping[str, Any]]] = ()
+    after: str | Sequence[str | Mapping[str, Mapping[str, Any]]] = ()
     dtype: str | None = None
     seed: int = 0
     head_names: Sequence[str] = ()
@@ -94,13 +97,23 @@ class Request:
         that drops entries does not trim again unless its own density is given.
         """
         chain: list[tuple[str, Options]] = []
-        for name, own in self._chain():
+        for name, own in _chain((*self.transforms, *self.rule.transforms), "a transform", TRANSFORMS):
             defaults = TRANSFORMS[name].options
             flat = {k: v for k, v in self.options.items() if k in defaults and k not in self.rule.options}
             if "seed" in defaults:
                 flat.setdefault("seed", self.seed)
             if name == "ties" and chain:
                 flat["density"] = 1.0
+            chain.append((name, defaults.changed(name, {**flat, **own})))
+        return tuple(chain)
+
+    @cached_property
+    def after_edits(self) -> Edits:
+        """The edits of the merged update in their order, with their options, not yet resolved per tensor; flat options as in `edits`."""
+        chain: list[tuple[str, Options]] = []
+        for name, own in _chain(self.after, "an edit of the merged update", AFTER):
+            defaults = AFTER[name].options
+            flat = {k: v for k, v in self.options.items() if k in defaults and k not in self.rule.options}
             chain.append((name, defaults.changed(name, {**flat, **own})))
         return tuple(chain)
 
@@ -114,8 +127,9 @@ class Request:
             object.__setattr__(self, name, plain(getattr(self, name)))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
-        if isinstance(self.transforms, str):
-            object.__setattr__(self, "transforms", (self.transforms,))
+        for name in ("transforms", "after"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
         known = set(self.rule.options)  # finds the method
         for policy, choices in POLICIES.items():
             choose(policy, getattr(self, policy), choices)
@@ -132,14 +146,14 @@ class Request:
         check_device(self.device)
         if self.shard_bytes < 1:
             raise GradmatchError(f"shard_bytes is {self.shard_bytes}; it must be at least 1", "out_of_range")
-        for name, _ in self._chain():
-            if name not in TRANSFORMS:
-                raise GradmatchError(
-                    f"unknown transform {name!r}{nearest(name, TRANSFORMS)}; known are {', '.join(TRANSFORMS)}",
-                    "unknown_name",
-                    name,
-                )
-            known |= set(TRANSFORMS[name].options)
+        for _, options in (*self.edits, *self.after_edits):
+            known |= set(options)
+        if self.after and self.rule.removes:
+            raise GradmatchError(
+                f"after={[name for name, _ in self.after_edits]} edits what tasks add, and {self.method} takes them away; leave it out",
+                "bad_setting",
+                "after",
+            )
         for name in self.options:
             if name not in known:
                 raise GradmatchError(
@@ -147,18 +161,29 @@ class Request:
                     "unknown_option",
                     name,
                 )
-        _ = self.edits, self.rule_options  # their values
+        _ = self.rule_options  # its values
 
-    def _chain(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Every transform with the options that are its own.
 
-        Raises:
-            TypeError: a transform that is neither a name nor {name: options}.
-        """
-        for entry in (*self.transforms, *self.rule.transforms):
-            if isinstance(entry, str):
-                yield entry, {}
-            elif isinstance(entry, Mapping) and len(entry) == 1:
-                yield from ((name, plain(own or {})) for name, own in entry.items())
-            else:
-                raise TypeError(f"a transform is a name or {{name: options}}, not {entry!r}")
+def _chain(
+    entries: Sequence[str | Mapping[str, Mapping[str, Any]]], what: str, known: Mapping[str, Any]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every edit by its name, with the options that are its own.
+
+    Raises:
+        ValueError: an unknown name (the nearest is named).
+        TypeError: an entry that is neither a name nor {name: options}.
+    """
+    for entry in entries:
+        if isinstance(entry, Mapping) and len(entry) == 1:
+            ((name, own),) = entry.items()
+        elif isinstance(entry, str):
+            name, own = entry, {}
+        else:
+            raise TypeError(f"{what} is a name or {{name: options}}, not {entry!r}")
+        if name not in known:
+            raise GradmatchError(
+                f"unknown {what.partition(' ')[2]} {name!r}{nearest(name, known)}; known are {', '.join(known)}",
+                "unknown_name",
+                name,
+            )
+        yield name, plain(own or {})

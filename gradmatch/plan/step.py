@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gradmatch.models.stores import Spec
 from gradmatch.plan.request import Edits, Request
 from gradmatch.rules import Elementwise, Linear, Options, Rule
+from gradmatch.rules.after import AFTER
 from gradmatch.rules.edits import TRANSFORMS
 from gradmatch.rules.options import NONE
 
@@ -35,6 +36,8 @@ class Step:
         alpha: their weights.
         options: the rule's options here.
         edits: the transforms with their options here.
+        after: the edits of the merged update with their options here.
+        depth: where the tensor lies, 0 at the first layer, 1 at the last.
         coefficients: (c0, c) of c0 theta0 + sum_t c_t theta_t, of linear rules that need no inner products.
         bytes_read: of all inputs together.
     """
@@ -50,6 +53,8 @@ class Step:
     alpha: tuple[float, ...] = ()
     options: Options = NONE
     edits: Edits = ()
+    after: Edits = ()
+    depth: float = 0.0
     coefficients: Coefficients | None = None
     bytes_read: int = 0
 
@@ -94,6 +99,11 @@ class Step:
         return "rows" if "rows" in spans else "block"
 
     @property
+    def assembles(self) -> bool:
+        """Whether an edit of the merged update must see all of the tensor, so that its pieces are put together first."""
+        return self.spec.numel > 0 and any(AFTER[name].matrices for name, _ in self.after)
+
+    @property
     def scopes(self) -> list[str]:
         """Of what each edit must know something before its first piece: "", the "tensor" or the "model"."""
         return [TRANSFORMS[name].scope(options) for name, options in self.edits]
@@ -105,8 +115,8 @@ def along_of(rule: Rule | None, options: Options) -> str:
     return "" if not by_row or options["along"] == "tensor" else str(options["along"])
 
 
-def path_of(rule: Rule, options: Options, edits: Edits) -> str:
-    """What computes a step.
+def path_of(rule: Rule, options: Options, edits: Edits, after: Edits) -> str:
+    """What computes a step, before the edits of the merged update.
 
     "linear": coefficients of the models as they are. "rows": every row or column by itself. "stacked": the rule on stacked
     pieces; "eq12" and "ties" are such rules that the compiled extension computes too. "whole", "solve": all of the tensor.
@@ -114,11 +124,11 @@ def path_of(rule: Rule, options: Options, edits: Edits) -> str:
     if isinstance(rule, Linear):
         if along_of(rule, options):
             return "rows"
-        if not edits:
+        if not edits and not after:
             return "linear"
-        return "ties" if [name for name, _ in edits] == ["ties"] else "stacked"
+        return "ties" if [name for name, _ in edits] == ["ties"] and not after else "stacked"
     if isinstance(rule, Elementwise):
-        return "eq12" if rule.eq12(options) and not edits else "stacked"
+        return "eq12" if rule.eq12(options) and not edits and not after else "stacked"
     return rule.kind
 
 
@@ -148,9 +158,12 @@ class Plan:
         first, *others = sorted(counts, key=lambda text: text != asked) or [asked]
         text = "; ".join([first, *(f"of {counts[other]} tensors: {other}" for other in others)])
         before = self.request.edits[: len(self.request.edits) - len(self.request.rule.transforms)]
-        return (
-            f"{text}; tau edited before by {', then '.join(name for name, _ in before)}" if before else text
-        )
+        for said, edits in (
+            ("tau edited before by", before),
+            ("theta - theta0 edited after by", self.request.after_edits),
+        ):
+            text += f"; {said} {', then '.join(name for name, _ in edits)}" if edits else ""
+        return text
 
     @property
     def bytes_read(self) -> int:

@@ -4,7 +4,8 @@
     method: gradient_matching
     base_curvature: curvature/base.safetensors
     transforms: [dare, ties]            # edits of the task vectors, optional
-    options: {density: 0.5}             # of the method and the transforms
+    after: [svc]                        # edits of the merged update, optional
+    options: {density: 0.5}             # of the method, the transforms and the edits
     dtype: float32
     weights: auto                       # instead of numbers: chosen by forecast, with --data or products: FILE
     tasks:
@@ -34,6 +35,7 @@ from gradmatch.models.reference import locate
 from gradmatch.models.task import Task
 from gradmatch.plan.request import Request
 from gradmatch.rules import RULES
+from gradmatch.rules.after import AFTER
 from gradmatch.rules.edits import TRANSFORMS
 
 
@@ -106,7 +108,7 @@ Recipe: type[Sources] = create_model("Recipe", __base__=Sources, **SETTINGS)
 
 NEEDED = "a recipe needs `base: MODEL` and `tasks:`, a list of models or of {model: ..., curvature: ..., weight: ...}"
 OPTIONS = frozenset(
-    option for known in (RULES, TRANSFORMS) for one in known.values() for option in one.options
+    option for known in (RULES, TRANSFORMS, AFTER) for one in known.values() for option in one.options
 )
 ARGUMENTS = frozenset(
     {*Recipe.model_fields, "out", "overwrite", "batches", "progress", "notes", "task", "data"}

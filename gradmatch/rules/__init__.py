@@ -29,7 +29,7 @@ from gradmatch.rules.options import Options, option
 from gradmatch.rules.removal import RemovalOptions, ewr, fisher_negation, removal
 from gradmatch.rules.rule import Elementwise, Linear, Rule, Solve, Terms, Whole
 from gradmatch.rules.sce import SceOptions, sce
-from gradmatch.rules.spectral import ISO_C, TSV_M
+from gradmatch.rules.spectral import ISO_C, ISO_CTS, TSV_M
 from gradmatch.rules.spherical import (
     Along,
     KarcherOptions,
@@ -212,6 +212,7 @@ RULES: dict[str, Rule] = {
     "breadcrumbs_ties": editing("breadcrumbs, then TIES' sign election", "Davari & Belilovsky 2024", "breadcrumbs", "ties"),
     "tsv_m": TSV_M,
     "iso_c": ISO_C,
+    "iso_cts": ISO_CTS,
     "sce": Whole(
         "theta0 + sum_t w_t m_t tau_t / sum_t w_t m_t, w_t by mean squares, m_t by the sign of the sum", "Wan et al. 2024 (FuseChat)",
         sce, options=SceOptions(), weighs=False, lacks=IGNORES,

@@ -138,6 +138,24 @@ class Block:
 
 
 @dataclass
+class Update:
+    """What a rule adds to a tensor or to a piece of it, for an edit after the rule.
+
+    Attributes:
+        value: theta - theta0, (n,); of an edit of whole matrices (m, n), the kernels of a convolution as rows.
+        tau: the tasks' own task vectors, before any transform, in the same shape, each read when it is asked for and valid until
+            the next one is; of whole matrices alone.
+        count: T.
+        depth: where in the model's depth the tensor lies, 0 at the first layer, 1 at the last.
+    """
+
+    value: Tensor
+    tau: Sequence[Tensor]
+    count: int
+    depth: float
+
+
+@dataclass
 class Curved:
     """The curvatures of one matrix, for a rule that solves for it.
 

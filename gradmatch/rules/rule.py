@@ -202,11 +202,20 @@ class Whole(Rule):
             transforms, the kernels of a convolution as rows; without, of tensors of any shape, theta0 (*s), tau (T, *s).
         otherwise: the rule of tensors that are no matrices, or None where it treats them too. It is given the options of the
             same names.
+        streams: whether it takes the task vectors one after the other and keeps none: tau is then a sequence that reads each when
+            it is asked for, into the place of the one before.
+        square: a worker holds so many values more, beside `memory`, for each of the m x m of the matrix's smaller side m.
+        update: (tau, alpha, options, rank) -> what is added to theta0, of a rule that turns with its task vectors (Q tau_t R gives
+            Q update R for orthogonal Q and R), where `rank` is min(m, n) of the whole matrix. Such a rule merges the cores of
+            adapters too.
     """
 
-    whole: Callable[[Tensor, Tensor, Sequence[float], Any], Tensor]
+    whole: Callable[[Tensor, Any, Sequence[float], Any], Tensor]
     _: KW_ONLY
     otherwise: Rule | None = None
+    streams: bool = False
+    square: float = 0
+    update: Callable[[Any, Sequence[float], Any, int], Tensor] | None = None
 
     kind: ClassVar[str] = "whole"
 

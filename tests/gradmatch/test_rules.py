@@ -507,6 +507,7 @@ def test_hbar_weight_is_a_number_of_at_least_0(value, error):
         )
 
 
+SPECTRAL = ["tsv_m", "iso_c", "iso_cts"]
 MATRICES = {"layers.0.w": (7, 9), "layers.1.w": (9, 6), "conv": (6, 2, 2, 2), "norm": (5,), "scale": ()}
 
 
@@ -523,7 +524,7 @@ def matrices(count, rank=None):
 
 @pytest.mark.parametrize("scale", [1.0, 1.3])
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("method", ["tsv_m", "iso_c"])
+@pytest.mark.parametrize("method", SPECTRAL)
 def test_spectral_rules_are_the_published_ones(method, count, scale):
     base, models = matrices(count)
     found = merge(base, [Task(m) for m in models], method=method, scale=scale)
@@ -535,7 +536,7 @@ def test_spectral_rules_are_the_published_ones(method, count, scale):
     assert report.formula.endswith("; of 2 tensors: theta0 + scale * mean_t alpha_t tau_t")
 
 
-@pytest.mark.parametrize("method", ["tsv_m", "iso_c"])
+@pytest.mark.parametrize("method", SPECTRAL)
 def test_directions_of_zero_singular_values_take_no_part(method):
     base, models = matrices(2, rank=2)
     models.append({name: value.clone() for name, value in base.items()})  # trained nothing
@@ -548,7 +549,7 @@ def test_directions_of_zero_singular_values_take_no_part(method):
         assert int(torch.linalg.matrix_rank(update)) == 4
 
 
-@pytest.mark.parametrize("method", ["tsv_m", "iso_c"])
+@pytest.mark.parametrize("method", SPECTRAL)
 def test_weights_multiply_the_task_vectors_of_spectral_rules(method):
     base, models = matrices(3)
     weights = [0.5, 1.5, 0.0]
