@@ -75,7 +75,15 @@ def rounding(matrix: Tensor) -> float:
 
 
 def _count(s: Tensor, matrix: Tensor, most: int | None = None, size: Tensor | None = None) -> int:
-    """How many of the descending singular values are kept."""
+    """How many of the descending singular values are kept.
+
+    Raises:
+        LinAlgError: they are not finite, as those of a matrix that is not; they would count as no direction at all.
+    """
+    import torch
+
+    if not bool(s.isfinite().all()):
+        raise torch.linalg.LinAlgError("the matrix holds values that are not finite")
     kept = int((s > rounding(matrix) * (s[:1].sum() if size is None else size)).sum())
     return kept if most is None else min(most, kept)
 
@@ -88,10 +96,6 @@ def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     for part in matrix.split(COLUMNS, dim=1):
         wide = part.double()
         gram.addmm_(wide, wide.mT)
-    if not bool(
-        gram.isfinite().all()
-    ):  # some drivers give NaN back, which would count as no direction at all
-        raise torch.linalg.LinAlgError("the matrix holds values that are not finite")
     values, vectors = torch.linalg.eigh(gram)
     return vectors.flip(1), values.flip(0).clamp(min=0).sqrt()
 
