@@ -8,6 +8,7 @@ from typing import Any
 from gradmatch.estimators.parts import find_part
 from gradmatch.rules import regmean, rowwise
 from gradmatch.rules.block import Block, Curved
+from gradmatch.rules.consensus import CONSENSUS
 from gradmatch.rules.family import ANCHORED, ASCENT, GUARDED, MATS
 from gradmatch.rules.fisher_base import fisher_base
 from gradmatch.rules.gradient_matching import HbarOptions, fisher, gradient_matching
@@ -210,6 +211,8 @@ RULES: dict[str, Rule] = {
     "della_linear": editing("MAGPRUNE", "Deep et al. 2024", "della"),
     "breadcrumbs": editing("breadcrumbs", "Davari & Belilovsky 2024", "breadcrumbs"),
     "breadcrumbs_ties": editing("breadcrumbs, then TIES' sign election", "Davari & Belilovsky 2024", "breadcrumbs", "ties"),
+    "localize_stitch": editing("Localize-and-Stitch without data", "He et al. 2024", "localize"),
+    "consensus": CONSENSUS,
     "tsv_m": TSV_M,
     "iso_c": ISO_C,
     "iso_cts": ISO_CTS,

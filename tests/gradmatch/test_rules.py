@@ -17,7 +17,7 @@ CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 WHOLE = {"density": 1.0}
 NEUTRAL = {  # what turns a method that drops entries into its undisturbed form
     "ties": WHOLE, "dare": WHOLE, "dare_linear": WHOLE, "dare_ties": WHOLE, "breadcrumbs": WHOLE, "breadcrumbs_ties": WHOLE,
-    "della": WHOLE | {"epsilon": 0.0}, "della_linear": WHOLE | {"epsilon": 0.0},
+    "localize_stitch": WHOLE, "della": WHOLE | {"epsilon": 0.0}, "della_linear": WHOLE | {"epsilon": 0.0},
 }  # fmt: skip
 OPTIONS = {  # without which a method says nothing, or is by chance symmetric
     "slerp": {"t": 0.3},

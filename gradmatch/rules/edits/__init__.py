@@ -12,6 +12,7 @@ from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules.edits.breadcrumbs import breadcrumbs, ranks
 from gradmatch.rules.edits.dare import dare, drop, l1_ratio
 from gradmatch.rules.edits.della import della, widest
+from gradmatch.rules.edits.localize import localize
 from gradmatch.rules.edits.ties import kept_count, ties
 from gradmatch.rules.options import Options, declared, option
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from gradmatch.rules.block import Edit
 
-__all__ = ["TRANSFORMS", "Transform", "breadcrumbs", "dare", "della", "ties"]
+__all__ = ["TRANSFORMS", "Transform", "breadcrumbs", "dare", "della", "localize", "ties"]
 
 
 Share = float | tuple[float, ...]  # one value, or one a task
@@ -146,6 +147,13 @@ class BreadcrumbsOptions(Options):
     )
 
 
+@dataclass(frozen=True)
+class LocalizeOptions(Options):
+    """Localize-and-Stitch without data."""
+
+    density: Share = option(0.05, **KEPT)
+
+
 def of_task(options: Options, position: int) -> Options:
     """One task's options: its own where there is one value a task."""
     own = {key: value[position] for key, value in options.items() if isinstance(value, tuple)}
@@ -180,6 +188,10 @@ def _breadcrumbs(edit: Edit, options: BreadcrumbsOptions) -> Tensor:
     return breadcrumbs(edit.tau, outliers, kept, edit.first)
 
 
+def _localize(edit: Edit, options: LocalizeOptions) -> Tensor:
+    return localize(edit.tau, edit.alpha, edit.cuts[0].value)
+
+
 TRANSFORMS: dict[str, Transform] = {
     "ties": Transform(
         _ties,
@@ -200,5 +212,11 @@ TRANSFORMS: dict[str, Transform] = {
         BreadcrumbsOptions(),
         scope=lambda options: "tensor",
         ranks=lambda options, n: ranks(options.density, options.gamma, n),
+    ),
+    "localize": Transform(
+        _localize,
+        LocalizeOptions(),
+        scope=lambda options: "model",
+        ranks=lambda options, n: (kept_count(options.density, n),),
     ),
 }
