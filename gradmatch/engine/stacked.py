@@ -124,7 +124,7 @@ def decomposed(call: Callable[[], Tensor], like: Tensor) -> Tensor:
     """What a rule or an edit of whole matrices returns; NaN where it cannot decompose them, which `finish` explains."""
     try:
         return call()
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return torch.full_like(like, torch.nan)
 
 

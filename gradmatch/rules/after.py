@@ -79,18 +79,20 @@ def svc(update: Update, options: SvcOptions) -> Tensor:
         tensor([[3., 0.],
                 [0., 1.]])
     """
+    import torch
+
     d, least = update.value, 1 / update.count if options.least is None else options.least
     u = triplets(d)[0]
     responses = d.new_zeros(u.shape[1])
     for tau in update.tau:
         inner, size = (d.new_zeros(u.shape[1]) for _ in range(2))
-        for merged, own in zip(d.split(COLUMNS, 1), tau.split(COLUMNS, 1), strict=True):
+        for merged, own in zip(*(torch.split(x, COLUMNS, 1) for x in (d, tau)), strict=True):
             along = u.mT @ own
             inner += ((u.mT @ merged) * along).sum(1)
             size += along.square().sum(1)
         told = size > (rounding(d) * tau.norm()) ** 2
         responses += (told * inner / (size + ~told)).clamp(min=least)
-    for part in d.split(COLUMNS, 1):
+    for part in torch.split(d, COLUMNS, 1):
         part += (u * (update.count / responses - 1)) @ (u.mT @ part)
     return d
 

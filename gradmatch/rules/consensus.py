@@ -58,7 +58,9 @@ def consensus(tau: Tensor, alpha: Tensor, threshold: float, agree: int) -> Tenso
 
 def _of_block(block: Block) -> Tensor:
     options = block.options
-    return block.theta0 + options.scale * consensus(block.tau, block.alpha, options.threshold, options.agree)
+    kept = consensus(block.tau, block.alpha, options.threshold, options.agree)
+    result: Tensor = block.theta0 + options.scale * kept
+    return result
 
 
 CONSENSUS = Elementwise(

@@ -83,7 +83,7 @@ def _count(s: Tensor, matrix: Tensor, most: int | None = None, size: Tensor | No
     import torch
 
     if not bool(s.isfinite().all()):
-        raise torch.linalg.LinAlgError("the matrix holds values that are not finite")
+        raise torch.linalg.LinAlgError("the matrix is not finite")  # type: ignore[attr-defined]
     kept = int((s > rounding(matrix) * (s[:1].sum() if size is None else size)).sum())
     return kept if most is None else min(most, kept)
 
@@ -93,7 +93,7 @@ def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     import torch
 
     gram = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
-    for part in matrix.split(COLUMNS, dim=1):
+    for part in torch.split(matrix, COLUMNS, dim=1):
         wide = part.double()
         gram.addmm_(wide, wide.mT)
     values, vectors = torch.linalg.eigh(gram)
