@@ -9,18 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertTokenizerFast,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, LlamaForCausalLM
 
 import gradmatch
 from gradmatch.cli import main
+from tests.gradmatch.tiny import text_llama
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 WORDS = ["good", "bad", "fine", "poor", "film", "plot", "very", "not"]
@@ -43,14 +36,8 @@ def write_model(folder, seed, start=None):
     """A tiny classifier with its tokenizer; `start`: the model it was fine-tuned from."""
     torch.manual_seed(seed)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
-    model = BertForSequenceClassification(config)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertForSequenceClassification(BertConfig(vocab_size=len(vocabulary), **sizes))
     if start is not None:
         model.load_state_dict({name: value + 0.01 * torch.randn_like(value) for name, value in start.items()})
     model.save_pretrained(folder)
@@ -94,21 +81,12 @@ def test_the_command_line_examples(readers_folder, capsys):
 
 def write_language_model(folder, start=None):
     """A tiny language model with its tokenizer; `start`: the weights it was fine-tuned from."""
-    core = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(["<pad>", *WORDS])}, unk_token="<pad>")
-    )
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(WORDS) + 1, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=16, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=None,
-        )
-    )  # fmt: skip
+    model, tokenizer = text_llama(["<pad>", *WORDS])
     if start is not None:
         model.load_state_dict({name: value + 0.1 * torch.randn_like(value) for name, value in start.items()})
     model.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return model.state_dict()
 
 

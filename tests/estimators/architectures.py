@@ -5,6 +5,9 @@ import transformers as tf
 from torch import nn
 from torch.nn import functional as F
 
+from gradmatch.estimators import estimate
+from tests import oracle
+
 B, T, V = 5, 7, 23
 
 
@@ -292,6 +295,15 @@ def partly_frozen():
     return model
 
 
+def gpt2():
+    sizes = {"vocab_size": V, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    return tf.GPT2LMHeadModel(tf.GPT2Config(**sizes, bos_token_id=0, eos_token_id=2))
+
+
+def llama():
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER, num_key_value_heads=1))
+
+
 def mlp():
     return nn.Sequential(
         nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 3)
@@ -340,14 +352,8 @@ CASES = {
             norm_rel_ebd="layer_norm", position_buckets=4,
         )), text, classifier_loss,
     ),
-    "gpt2": (
-        lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=V, n_embd=8, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=2)),
-        language, causal_loss,
-    ),
-    "gpt2, padding left": (
-        lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=V, n_embd=8, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=2)),
-        lambda: language("left"), causal_loss,
-    ),
+    "gpt2": (gpt2, language, causal_loss),
+    "gpt2, padding left": (gpt2, lambda: language("left"), causal_loss),
     "opt": (
         lambda: tf.OPTForCausalLM(tf.OPTConfig(
             vocab_size=V, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, ffn_dim=12, max_position_embeddings=16,
@@ -355,10 +361,8 @@ CASES = {
         )), language, causal_loss,
     ),
     "gpt neox": (lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**DECODER)), language, causal_loss),
-    "llama": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER, num_key_value_heads=1)), language, causal_loss),
-    "llama, padding left": (
-        lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER, num_key_value_heads=1)), lambda: language("left"), causal_loss,
-    ),
+    "llama": (llama, language, causal_loss),
+    "llama, padding left": (llama, lambda: language("left"), causal_loss),
     "mistral": (lambda: tf.MistralForCausalLM(tf.MistralConfig(**DECODER, num_key_value_heads=1)), language, causal_loss),
     "qwen2": (
         lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**DECODER, num_key_value_heads=1, tie_word_embeddings=True)),
@@ -412,3 +416,16 @@ def as_batches(batch, step=None):
     for first in range(0, rows, step):
         piece = {key: value[first : first + step] for key, value in batch.items()}
         yield (piece["x"], piece["labels"]) if "x" in piece else piece
+
+
+def squared(model, batch, loss=plain_loss):
+    """The empirical Fisher by the slow loop over rows."""
+    return oracle.mean_of_squares(oracle.per_example_gradients(model, batch, loss))
+
+
+def error(model, batch, loss=plain_loss, batches=None, **options):
+    """How far `estimate` is from it: the relative L1 distance."""
+    expected = squared(model, batch, loss)
+    given = as_batches(batch) if batches is None else batches
+    options = {"method": "empirical_fisher", "progress": False, **options}
+    return oracle.relative_l1(estimate(model, given, **options), expected)

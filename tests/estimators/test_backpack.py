@@ -81,7 +81,7 @@ def test_hessian_diagonal_is_what_hutchinson_estimates():
     model, batch = mlp(), plain(4)
     given = [(batch["x"], batch["labels"])]
     exact = estimate(model, given, method="hessian", backend="backpack", progress=False)
-    noisy = estimate(model, given, method="hessian", samples=500, standard_error=True, progress=False)
+    noisy = estimate(model, given, method="hessian", samples=150, standard_error=True, progress=False)
     for name in exact:
         error = noisy.standard_error(name) + 1e-12
         assert float(((noisy[name] - exact[name]) / error).abs().max()) < 5.5

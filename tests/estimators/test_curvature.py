@@ -123,35 +123,24 @@ def test_bad_values_are_refused(case):
         build()
 
 
-BAD_HEADERS = {
-    "a checkpoint": (None, "not a curvature file"),
-    "from the future": ({"format_version": "99", "num_examples": "5"}, "format version 99"),
-    "no number": ({"format_version": "1", "num_examples": "many"}, "num_examples is 'many'"),
-    "zero": ({"format_version": "1", "num_examples": "0"}, "num_examples is '0'"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_HEADERS)
-def test_bad_files_are_refused(case, tmp_path):
-    metadata, message = BAD_HEADERS[case]
-    save_file({"mean/w": torch.ones(2)}, tmp_path / "c.safetensors", metadata=metadata)
-    with pytest.raises(ValueError, match=message):
-        Curvature.load(tmp_path / "c.safetensors")
-
-
 GOOD = {"format_version": "1", "num_examples": "5"}
-BAD_BLOCKS = {
-    "no mean": ({"w": torch.ones(2)}, "without a single mean: its names begin with 'mean/'"),
-    "integers": ({"mean/w": torch.arange(2)}, "mean/w is I64, a curvature is of floating-point numbers"),
-    "shape": ({"mean/w": torch.ones(2), "gradient/w": torch.ones(3)}, r"gradient/w has shape \[3\], its mean has \[2\]"),
-    "no mean of it": ({"mean/w": torch.ones(2), "standard_error/v": torch.ones(2)}, "its mean has no mean at all"),
+MEAN = {"mean/w": torch.ones(2)}
+BAD_FILES = {  # metadata, tensors, what is said
+    "a checkpoint": (None, MEAN, "not a curvature file"),
+    "from the future": ({**GOOD, "format_version": "99"}, MEAN, "format version 99"),
+    "no number": ({**GOOD, "num_examples": "many"}, MEAN, "num_examples is 'many'"),
+    "zero": ({**GOOD, "num_examples": "0"}, MEAN, "num_examples is '0'"),
+    "no mean": (GOOD, {"w": torch.ones(2)}, "without a single mean: its names begin with 'mean/'"),
+    "integers": (GOOD, {"mean/w": torch.arange(2)}, "mean/w is I64, a curvature is of floating-point numbers"),
+    "shape": (GOOD, {**MEAN, "gradient/w": torch.ones(3)}, r"gradient/w has shape \[3\], its mean has \[2\]"),
+    "no mean of it": (GOOD, {**MEAN, "standard_error/v": torch.ones(2)}, "its mean has no mean at all"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BAD_BLOCKS)
-def test_blocks_that_do_not_fit_are_refused_on_opening(case, tmp_path):
-    tensors, message = BAD_BLOCKS[case]
-    save_file(tensors, tmp_path / "c.safetensors", metadata=GOOD)
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files_are_refused_on_opening(case, tmp_path):
+    metadata, tensors, message = BAD_FILES[case]
+    save_file(tensors, tmp_path / "c.safetensors", metadata=metadata)
     with pytest.raises(ValueError, match=message):
         Curvature.load(tmp_path / "c.safetensors")
 
@@ -190,10 +179,12 @@ def test_paths_of_a_home_a_link_and_a_folder(curvature, tmp_path, monkeypatch):
     assert list(Curvature.load(tmp_path / "c.safetensors")) == ["w"]
     with pytest.raises(IsADirectoryError, match="is a folder; name the file to write in it"):
         curvature.save(tmp_path)
-    with pytest.raises(FileNotFoundError, match="it is a folder: name the file in it"):
-        Curvature.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no curvature file some/set; it must be a local file"):
-        Curvature.load("some/set")
+    for path, text in (
+        (tmp_path, "it is a folder: name the file in it"),
+        ("some/set", "no curvature file some/set; it must be a local file"),
+    ):
+        with pytest.raises(FileNotFoundError, match=text):
+            Curvature.load(path)
     longest = tmp_path / ("x" * 255)
     curvature.save(longest)
     assert len(Curvature.load(longest)) == 4

@@ -11,7 +11,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradmatch.estimators import Bernoulli, Categorical, Gaussian, estimate
 from tests import oracle
-from tests.estimators.architectures import ENCODER, V, as_batches, causal_loss, language, make, mlp, plain
+from tests.estimators.architectures import (
+    ENCODER,
+    V,
+    as_batches,
+    causal_loss,
+    error,
+    language,
+    make,
+    mlp,
+    plain,
+    squared,
+)
 
 
 def logits_of(model, row):
@@ -35,12 +46,9 @@ def test_two_classes_are_exact_by_default_and_info_says_so():
     expected = oracle.expected_squares(model, batch, logits_of, oracle.softmax_covariance)
     found = estimate(model, as_batches(batch))
     assert oracle.relative_l1(found, expected) < 1e-9
-    assert found.info["labels"] == "exact expectation over labels"
-    assert found.info["samples"] == "1"
+    assert (found.info["labels"], found.info["samples"]) == ("exact expectation over labels", "1")
     assert estimate(model, as_batches(batch), labels="sampled").info["labels"] == "sampled from the model"
-    many = estimate(
-        mlp(), [torch.randn(5, 4)]
-    )  # three classes need two columns: more than the one draw asked for
+    many = estimate(mlp(), [torch.randn(5, 4)])  # three classes need two columns: more than the one draw
     assert many.info["labels"] == "sampled from the model"
 
 
@@ -53,58 +61,53 @@ def bernoulli_covariance(logits):
     return torch.diag(p * (1 - p))
 
 
-@pytest.mark.parametrize(
-    ("likelihood", "covariance"),
-    [
-        (Gaussian(0.25), gaussian_covariance(0.25)),
-        ("regression", gaussian_covariance(1.0)),
-        ("bernoulli", bernoulli_covariance),
-    ],
-)
+OTHERS = [
+    (Gaussian(0.25), gaussian_covariance(0.25)),
+    ("regression", gaussian_covariance(1.0)),
+    ("bernoulli", bernoulli_covariance),
+]
+
+
+@pytest.mark.parametrize(("likelihood", "covariance"), OTHERS)
 def test_ggn_of_other_likelihoods(likelihood, covariance):
     model, batch, _ = make("mlp")
     batch["labels"] = torch.rand(5, 3).round().double()
     expected = oracle.expected_squares(model, batch, logits_of, covariance)
-    assert (
-        oracle.relative_l1(
-            estimate(model, as_batches(batch, 3), method="ggn", likelihood=likelihood), expected
-        )
-        < 1e-9
-    )
+    found = estimate(model, as_batches(batch, 3), method="ggn", likelihood=likelihood)
+    assert oracle.relative_l1(found, expected) < 1e-9
 
 
 # Unbiasedness. Each statistic is a mean over many independent runs, compared at 5 standard errors of the run-to-run
-# spread: a false alarm in about one of two million comparisons, and only the trace is compared, so one per test.
+# spread, and only the trace is compared, so one per test; the seeds are fixed.
 
 
 def trace(curvature):
     return float(sum(curvature[name].sum() for name in curvature))
 
 
+def unbiased(model, inputs, expected, runs=60, **options):
+    """Whether the mean trace over seeds is the expected one, to 5 standard errors."""
+    target = float(sum(value.sum() for value in expected.values()))
+    options = {"progress": False, **options}
+    found = torch.tensor([trace(estimate(model, [inputs], seed=seed, **options)) for seed in range(runs)])
+    assert float(found.std()) > 0
+    return abs(float(found.mean()) - target) < 5 * float(found.std()) / math.sqrt(runs)
+
+
 SAMPLED = {
-    "classification": (lambda: make("mlp"), {"likelihood": "classification"}, oracle.softmax_covariance),
-    "regression": (lambda: make("mlp"), {"likelihood": Gaussian(0.5)}, gaussian_covariance(0.5)),
-    "bernoulli": (lambda: make("mlp"), {"likelihood": "bernoulli"}, bernoulli_covariance),
+    "classification": ("classification", oracle.softmax_covariance),
+    "regression": (Gaussian(0.5), gaussian_covariance(0.5)),
+    "bernoulli": ("bernoulli", bernoulli_covariance),
 }
 
 
 @pytest.mark.parametrize("name", SAMPLED)
 @pytest.mark.parametrize("options", [{}, {"samples": 3}, {"reduction": "batch"}], ids=str)
 def test_sampled_labels_are_unbiased(name, options):
-    build, likelihood, covariance = SAMPLED[name]
-    model, batch, _ = build()
+    likelihood, covariance = SAMPLED[name]
+    model, batch, _ = make("mlp")
     expected = oracle.expected_squares(model, batch, logits_of, covariance)
-    target = float(sum(value.sum() for value in expected.values()))
-    inputs = [batch["x"]]
-    runs = 150
-    found = torch.tensor(
-        [
-            trace(estimate(model, inputs, labels="sampled", seed=s, progress=False, **likelihood, **options))
-            for s in range(runs)
-        ]
-    )
-    assert abs(float(found.mean()) - target) < 5 * float(found.std()) / math.sqrt(runs)
-    assert float(found.std()) > 0
+    assert unbiased(model, batch["x"], expected, labels="sampled", likelihood=likelihood, **options)
 
 
 def test_a_true_label_batch_square_would_be_biased_and_is_refused():
@@ -144,25 +147,20 @@ def test_chunks_change_memory_not_the_result(chunk):
     assert pieces.info["examples_seen"] == "5"
 
 
-@pytest.mark.parametrize(
-    ("outputs", "labels", "name"),
-    [
-        (3, torch.tensor([0, 1, 2, 0]), "classification"),
-        (1, torch.tensor([0, 1, 1, 0]), "bernoulli"),
-        (3, torch.randn(4, 3), "regression"),
-        (1, torch.randn(4), "regression"),
-        (3, torch.ones(4, 3, dtype=torch.long), "bernoulli"),
-    ],
-)
+SHAPES = [
+    (3, torch.tensor([0, 1, 2, 0]), "classification"),
+    (1, torch.tensor([0, 1, 1, 0]), "bernoulli"),
+    (3, torch.randn(4, 3), "regression"),
+    (1, torch.randn(4), "regression"),
+    (3, torch.ones(4, 3, dtype=torch.long), "bernoulli"),
+]
+
+
+@pytest.mark.parametrize(("outputs", "labels", "name"), SHAPES)
 def test_likelihood_by_the_shapes_of_plain_modules(outputs, labels, name):
-    found = estimate(
-        nn.Linear(4, outputs), [(torch.randn(4, 4), labels)], method="empirical_fisher", progress=False
-    )
+    given = [(torch.randn(4, 4), labels)]
+    found = estimate(nn.Linear(4, outputs), given, method="empirical_fisher", progress=False)
     assert found.info["likelihood"] == name
-
-
-def question_answering():
-    return tf.BertForQuestionAnswering(tf.BertConfig(**{**ENCODER, "num_labels": 2}))
 
 
 def gemma():
@@ -205,9 +203,9 @@ def test_encoder_decoders_of_any_name_are_seq2seq():
 
 
 def test_span_models_need_ones_own_likelihood():
-    batch = {"input_ids": torch.randint(3, V, (4, 6))}
+    model = tf.BertForQuestionAnswering(tf.BertConfig(**{**ENCODER, "num_labels": 2}))
     with pytest.raises(ValueError, match="BertForQuestionAnswering predicts where an answer starts"):
-        estimate(question_answering(), [batch], progress=False)
+        estimate(model, [{"input_ids": torch.randint(3, V, (4, 6))}], progress=False)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -217,10 +215,7 @@ def test_draws_do_not_depend_on_padding(side):
     wide = torch.randint(3, V, (5, 9))
 
     def padded(rows, width):
-        ids, mask = (
-            torch.ones(len(rows), width, dtype=torch.long),
-            torch.zeros(len(rows), width, dtype=torch.long),
-        )
+        ids, mask = torch.ones(len(rows), width).long(), torch.zeros(len(rows), width).long()
         for place, row in enumerate(rows):
             real = slice(width - lengths[row], width) if side == "left" else slice(0, lengths[row])
             ids[place, real], mask[place, real] = wide[row, : lengths[row]], 1
@@ -235,10 +230,7 @@ def test_draws_do_not_depend_on_padding(side):
 def test_token_ids_are_their_own_labels_for_a_language_model():
     model, batch, _ = make("nano gpt")
     options = {"method": "empirical_fisher", "likelihood": "causal_lm", "progress": False}
-    bare, pair = (
-        estimate(model, [batch["x"]], **options),
-        estimate(model, [(batch["x"], batch["x"])], **options),
-    )
+    bare, pair = (estimate(model, [given], **options) for given in (batch["x"], (batch["x"], batch["x"])))
     assert oracle.relative_l1(bare, pair) == 0
     assert bare.info["predictions_seen"] == "30"
 
@@ -275,10 +267,8 @@ def test_standard_errors_of_several_draws_are_those_of_examples():
     """With the expectation over labels exact, s_n = sum_k g_nk^2: compared with the loop."""
     model, batch, _ = make("mlp")
     found = estimate(model, as_batches(batch, 2), method="ggn", standard_error=True)
-    rows = [
-        oracle.expected_squares(model, oracle.cut(batch, n), logits_of, oracle.softmax_covariance)
-        for n in range(5)
-    ]
+    covariance = oracle.softmax_covariance
+    rows = [oracle.expected_squares(model, oracle.cut(batch, n), logits_of, covariance) for n in range(5)]
     for key in found:
         stacked = torch.stack([row[key] for row in rows])
         torch.testing.assert_close(found.standard_error(key), stacked.std(0) / 5**0.5, rtol=1e-6, atol=1e-12)
@@ -312,26 +302,20 @@ def hessian_diagonal(model, batch, loss):
     return found
 
 
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4).double())
+
+    def forward(self, x):
+        return self.w * x
+
+
 def test_hutchinson_is_exact_for_a_diagonal_hessian():
     """loss = sum_i w_i^2 x_i^2 / 2 has a diagonal Hessian, which every probe gives exactly."""
-
-    class Scale(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(4).double())
-
-        def forward(self, x):
-            return self.w * x
-
-    model, x = Scale(), torch.randn(6, 4).double()
-    found = estimate(
-        model,
-        [(x, torch.randn(6, 4).double())],
-        method="hessian",
-        likelihood="regression",
-        samples=2,
-        standard_error=True,
-    )
+    model, x, y = Scale(), torch.randn(6, 4).double(), torch.randn(6, 4).double()
+    options = {"method": "hessian", "likelihood": "regression", "samples": 2, "standard_error": True}
+    found = estimate(model, [(x, y)], **options)
     torch.testing.assert_close(found["w"], (x**2).mean(0))
     assert float(found.standard_error("w").max()) < 1e-7
     assert found.info["product"] == "forward over reverse"
@@ -345,9 +329,8 @@ def test_hutchinson_is_unbiased(name):
             value.requires_grad_("h.1.ln" in key or "ln_f" in key)
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention cannot be differentiated twice
         exact = hessian_diagonal(model, batch, loss)
-    found = estimate(
-        model, as_batches(batch), method="hessian", samples=400, standard_error=True, gradient=True
-    )
+    options = {"method": "hessian", "samples": 150, "standard_error": True, "gradient": True}
+    found = estimate(model, as_batches(batch), **options)
     for key, value in exact.items():
         error = found.standard_error(key)
         assert float(((found[key] * 5 - value) / (5 * error + 1e-12)).abs().max()) < 5.5
@@ -360,11 +343,13 @@ def test_hutchinson_is_unbiased(name):
 
 def test_kfac_is_exact_for_a_linear_model_of_one_output():
     """One linear layer, Gaussian likelihood: B is constant, so A (x) B is the Fisher, and its diagonal the diagonal."""
-    model, x = nn.Sequential(nn.Linear(4, 3)).double(), torch.randn(7, 4).double()
-    found = estimate(
-        model, [(x, torch.randn(7, 3).double())], method="kfac", likelihood="regression", samples=3
+    model, x, y = (
+        nn.Sequential(nn.Linear(4, 3)).double(),
+        torch.randn(7, 4).double(),
+        torch.zeros(7, 3).double(),
     )
-    exact = estimate(model, [(x, torch.randn(7, 3).double())], method="ggn", likelihood="regression")
+    found = estimate(model, [(x, y)], method="kfac", likelihood="regression", samples=3)
+    exact = estimate(model, [(x, y)], method="ggn", likelihood="regression")
     torch.testing.assert_close(found.factor_a("0.weight"), x.T @ x / 7)
     torch.testing.assert_close(found.factor_b("0.weight"), torch.eye(3).double())
     for key in exact:
@@ -379,12 +364,11 @@ def test_kfac_forms_on_shared_weights():
     expand = estimate(model, [(x, y)], **options)
     reduce = estimate(model, [(x[:3], y[:3]), (x[3:], y[3:])], kfac_form="reduce", **options)
     hidden = model[1](model[0](x)).detach()
-    torch.testing.assert_close(expand.factor_a("2.weight"), torch.einsum("bti,btj->ij", hidden, hidden) / 35)
-    torch.testing.assert_close(expand.factor_b("2.weight"), 7 * torch.eye(3).double())
-    torch.testing.assert_close(
-        reduce.factor_a("2.weight"), torch.einsum("bi,bj->ij", hidden.mean(1), hidden.mean(1)) / 5
-    )
-    torch.testing.assert_close(reduce.factor_b("2.weight"), 7 * torch.eye(3).double())
+    every, mean = hidden.flatten(0, 1), hidden.mean(1)
+    torch.testing.assert_close(expand.factor_a("2.weight"), every.T @ every / 35)
+    torch.testing.assert_close(reduce.factor_a("2.weight"), mean.T @ mean / 5)
+    for found in (expand, reduce):
+        torch.testing.assert_close(found.factor_b("2.weight"), 7 * torch.eye(3).double())
 
 
 class TwiceOnTokens(nn.Module):
@@ -480,27 +464,14 @@ class Poisson:
 
 def test_own_likelihood():
     model, batch, _ = make("mlp")
-    labels = torch.poisson(torch.ones(5, 3)).double()
-    found = estimate(
-        model, [(batch["x"], labels)], method="empirical_fisher", likelihood=Poisson(), gradient=True
-    )
-    batch["labels"] = labels
-    expected = oracle.per_example_gradients(
-        model, batch, lambda m, row: -Poisson().log_prob(m(row["x"]), row["labels"]).sum()
-    )
-    assert oracle.relative_l1(found, oracle.mean_of_squares(expected)) < 1e-9
+    batch["labels"] = torch.poisson(torch.ones(5, 3)).double()
+    options = {"method": "empirical_fisher", "likelihood": Poisson(), "gradient": True}
+    found = estimate(model, as_batches(batch), **options)
+    loss = lambda m, row: -Poisson().log_prob(m(row["x"]), row["labels"]).sum()  # noqa: E731
+    assert oracle.relative_l1(found, squared(model, batch, loss)) < 1e-9
     assert found.info["likelihood"] == "poisson"
-    covariance = lambda f: torch.diag(f.exp())  # noqa: E731
-    target = sum(
-        float(v.sum()) for v in oracle.expected_squares(model, batch, logits_of, covariance).values()
-    )
-    runs = torch.tensor(
-        [
-            trace(estimate(model, [batch["x"]], likelihood=Poisson(), seed=s, progress=False))
-            for s in range(150)
-        ]
-    )
-    assert abs(float(runs.mean()) - target) < 5 * float(runs.std()) / math.sqrt(150)
+    expected = oracle.expected_squares(model, batch, logits_of, lambda f: torch.diag(f.exp()))
+    assert unbiased(model, batch["x"], expected, likelihood=Poisson())
 
 
 class Named(Poisson):
@@ -523,15 +494,12 @@ def test_own_likelihoods_take_labels_of_any_kind(method):
 
 def test_likelihoods_can_be_built_with_options():
     model, batch, _ = make("mlp on positions")
-    batch["labels"][:, 2] = 7
-    ignoring = estimate(
-        model,
-        as_batches(batch),
-        method="empirical_fisher",
-        likelihood=Categorical("token_classification", ignore_index=7),
-    )
-    batch["labels"][:, 2] = -100
-    assert oracle.relative_l1(estimate(model, as_batches(batch), method="empirical_fisher"), ignoring) < 1e-12
+    ignoring = Categorical("token_classification", ignore_index=7)
+    found = []
+    for label, options in ((7, {"likelihood": ignoring}), (-100, {})):
+        batch["labels"][:, 2] = label
+        found.append(estimate(model, as_batches(batch), method="empirical_fisher", **options))
+    assert oracle.relative_l1(*found) < 1e-12
     assert Bernoulli().name == "bernoulli"
 
 
@@ -539,9 +507,7 @@ def test_images_of_labels_have_their_classes_in_dimension_one():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(2, 3, 1)).double(), torch.randn(4, 2, 3, 3).double()
     batch = {"x": x, "labels": torch.randint(0, 3, (4, 3, 3))}
-    loss = lambda m, row: F.cross_entropy(m(row["x"]), row["labels"], reduction="sum")  # noqa: E731
-    expected = oracle.mean_of_squares(oracle.per_example_gradients(model, batch, loss))
-    assert oracle.relative_l1(estimate(model, as_batches(batch), method="empirical_fisher"), expected) < 1e-9
+    assert error(model, batch) < 1e-9
 
 
 def test_model_with_a_vocabulary_that_is_no_square_draws_every_token():
@@ -561,9 +527,7 @@ def test_probabilities_as_labels_of_a_classification(method):
     options = {"likelihood": "classification", "progress": False, "method": method}
     found = estimate(model, [(batch["x"], batch["labels"])], **options)
     if method == "empirical_fisher":
-        loss = lambda m, row: F.cross_entropy(m(row["x"]), row["labels"])  # noqa: E731
-        expected = oracle.mean_of_squares(oracle.per_example_gradients(model, batch, loss))
-        assert oracle.relative_l1(found, expected) < 1e-12
+        expected = squared(model, batch)
     else:
-        hard = estimate(model, [(batch["x"], torch.arange(5) % 3)], **options)
-        assert oracle.relative_l1(found, hard) < 1e-12
+        expected = estimate(model, [(batch["x"], torch.arange(5) % 3)], **options)
+    assert oracle.relative_l1(found, expected) < 1e-12

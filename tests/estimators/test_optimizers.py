@@ -127,11 +127,8 @@ def clip():
     """Its norms are called layer_norm1, which no pattern of the Trainer has; its class_embedding has one dimension and is decayed."""
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = tf.CLIPVisionModel(tf.CLIPVisionConfig(**sizes, image_size=4, patch_size=2))
-    groups = (
-        tf.Trainer(model, tf.TrainingArguments("unused", report_to=[], use_cpu=True))
-        .create_optimizer()
-        .param_groups
-    )
+    trainer = tf.Trainer(model, tf.TrainingArguments("unused", report_to=[], use_cpu=True))
+    groups = trainer.create_optimizer().param_groups
     assert all(group["params"] for group in groups)
     return model, [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
 
@@ -249,15 +246,12 @@ def partly():
 
 
 def other_model():
-    _, optimizer = adam_state()
-    return nn.Sequential(
-        nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6, bias=False), nn.Linear(6, 4)
-    ), optimizer.state_dict()
+    layers = nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6, bias=False), nn.Linear(6, 4)
+    return nn.Sequential(*layers), adam_state()[1].state_dict()
 
 
 def smaller_model():
-    _, optimizer = adam_state()
-    return nn.Linear(4, 6), optimizer.state_dict()
+    return nn.Linear(4, 6), adam_state()[1].state_dict()
 
 
 def live_of_another_shape():
@@ -272,6 +266,11 @@ def live_of_8_bits():
     return model, optimizer
 
 
+def stored(given, form=lambda state: state):
+    model, optimizer = given
+    return model, form(optimizer.state_dict())
+
+
 ADAM_ERRORS = {
     "amsgrad": (lambda: adam_state(amsgrad=True), "amsgrad keeps a running maximum"),
     "8 bit": (
@@ -283,30 +282,20 @@ ADAM_ERRORS = {
         lambda: edited(lambda s: s["state"].clear()),
         "has no exp_avg_sq for any parameter .it holds nothing",
     ),
-    "sgd stored": (
-        lambda: (lambda model, optimizer: (model, optimizer.state_dict()))(*sgd()),
-        "has no exp_avg_sq for any parameter .it holds momentum_buffer",
-    ),
+    "sgd stored": (lambda: stored(sgd()), "no exp_avg_sq for any parameter .it holds momentum_buffer"),
     "one without": (
         lambda: edited(lambda s: s["state"].pop(1)),
-        "state of '0.bias' has no exp_avg_sq .it holds nothing",
+        "'0.bias' has no exp_avg_sq .it holds nothing",
     ),
     "a training state": (
-        lambda: (lambda model, optimizer: (model, {"epoch": 1, "opt": optimizer.state_dict()}))(
-            *adam_state()
-        ),
+        lambda: stored(adam_state(), lambda state: {"epoch": 1, "opt": state}),
         "no optimizer's state_dict: it lacks 'state' and 'param_groups'; its part 'opt' is one",
     ),
     "Lightning's list": (
-        lambda: (
-            lambda model, optimizer: (model, {"state_dict": {}, "optimizer_states": [optimizer.state_dict()]})
-        )(*adam_state()),
+        lambda: stored(adam_state(), lambda state: {"state_dict": {}, "optimizer_states": [state]}),
         r"its part 'optimizer_states\[0\]' is one",
     ),
-    "a copy of the model": (
-        lambda: (lambda model, optimizer: (mlp(), optimizer))(*adam_state()),
-        "holds 5 parameters, none of them this model's",
-    ),
+    "a copy of the model": (lambda: (mlp(), adam_state()[1]), "5 parameters, none of them this model's"),
     "sgd": (sgd, "has no exp_avg_sq .it holds momentum_buffer"),
     "untrained": (untrained, "has no exp_avg_sq .it holds nothing"),
     "no step": (lambda: edited(lambda s: s["state"][0].update(step=0)), "has taken no step on '0.weight'"),
@@ -330,34 +319,27 @@ def test_adam_refuses(name):
 
 def test_adam_refuses_files_and_numbers(tmp_path):
     model, optimizer = adam_state()
-    with pytest.raises(FileNotFoundError, match="no optimizer state at"):
-        from_adam(tmp_path / "nothing.pt", model, num_examples=10, batch_size=4)
-    torch.save({"weights": 1}, tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match="lacks 'state' and 'param_groups'"):
-        from_adam(tmp_path / "odd.pt", model, num_examples=10, batch_size=4)
-    torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="holds a list, not an optimizer's state_dict"):
-        from_adam(tmp_path / "list.pt", model, num_examples=10, batch_size=4)
     torch.save(optimizer.state_dict(), tmp_path / "whole.pt")
-    whole = (tmp_path / "whole.pt").read_bytes()
     torch.save(optimizer, tmp_path / "pickle.pt")
-    contents = {
-        "cut": whole[:900],
-        "text": b"hello world",
-        "empty": b"",
-        "pickle": (tmp_path / "pickle.pt").read_bytes(),
-    }
+    torch.save({"weights": 1}, tmp_path / "odd.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    contents = {"cut": (tmp_path / "whole.pt").read_bytes()[:900], "text": b"hello world", "empty": b""}
     for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name} cannot be read \(.+\): it is cut short") as caught:
-            from_adam(tmp_path / name, model, num_examples=10, batch_size=4)
+        (tmp_path / f"{name}.pt").write_bytes(content)
+    for name in (*contents, "pickle"):
+        with pytest.raises(ValueError, match=rf"{name}.pt cannot be read \(.+\): it is cut short") as caught:
+            from_adam(tmp_path / f"{name}.pt", model, num_examples=10, batch_size=4)
         assert "weights_only" not in str(caught.value)  # nobody is told to unpickle
-    with pytest.raises(TypeError, match="must be an optimizer, its state_dict or a file, got NoneType"):
-        from_adam(None, model, num_examples=10, batch_size=4)
-    with pytest.raises(TypeError, match="batch_size must be a whole number"):
-        from_adam(optimizer, model, num_examples=10, batch_size=4.0)
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        from_adam(optimizer, model, num_examples=10, batch_size=0)
+    for state, batch_size, error, said in (
+        (tmp_path / "nothing.pt", 4, FileNotFoundError, "no optimizer state at"),
+        (tmp_path / "odd.pt", 4, ValueError, "lacks 'state' and 'param_groups'"),
+        (tmp_path / "list.pt", 4, ValueError, "holds a list, not an optimizer's state_dict"),
+        (None, 4, TypeError, "must be an optimizer, its state_dict or a file, got NoneType"),
+        (optimizer, 4.0, TypeError, "batch_size must be a whole number"),
+        (optimizer, 0, ValueError, "batch_size must be at least 1"),
+    ):
+        with pytest.raises(error, match=said):
+            from_adam(state, model, num_examples=10, batch_size=batch_size)
 
 
 # IVON
@@ -451,11 +433,11 @@ def test_laplace_of_the_last_layer():
 def test_laplace_refuses():
     model = mlp()
     h = torch.rand(sum(value.numel() for value in model.parameters()))
-    with pytest.raises(ValueError, match="is not fitted"):
-        from_laplace(Diagonal(model, h, n_data=0))
-    with pytest.raises(ValueError, match="Diagonal is not diagonal"):
-        from_laplace(Diagonal(model, torch.eye(3)))
-    with pytest.raises(ValueError, match="has 4 numbers, the model"):
-        from_laplace(Diagonal(model, torch.rand(4)))
-    with pytest.raises(ValueError, match="a curvature of exactly zero everywhere"):
-        from_laplace(Diagonal(model, torch.zeros_like(h)))
+    for fitted, said in (
+        (Diagonal(model, h, n_data=0), "is not fitted"),
+        (Diagonal(model, torch.eye(3)), "Diagonal is not diagonal"),
+        (Diagonal(model, torch.rand(4)), "has 4 numbers, the model"),
+        (Diagonal(model, torch.zeros_like(h)), "a curvature of exactly zero everywhere"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            from_laplace(fitted)

@@ -66,39 +66,27 @@ class Nothing(Gradients):
 
 OWN = Gradients()
 HALF = types.SimpleNamespace(start=print, step=print)
-
-
-@pytest.fixture
-def mine(request, monkeypatch):
-    monkeypatch.setitem(ESTIMATORS, "mine", request.param)
+ODD = types.SimpleNamespace(start=print, step=print, finish=print, GIVES="tolerence")
 
 
 BATCHES = pieces(*rows(200))
 
 
-@pytest.mark.parametrize("mine", [OWN], indirect=True)
-@pytest.mark.parametrize(
-    "option", [{"tolerance": 0.3}, {"standard_error": True}, {"gradient": True}], ids=str
-)
-def test_what_it_does_not_give_is_refused_by_name(mine, option):
-    with pytest.raises(
-        ValueError, match=rf"{next(iter(option))} is not available for method='mine', which gives none"
-    ):
-        estimate(net(), BATCHES, method="mine", progress=False, **option)
+NOT_GIVEN = {  # option, and what is said of an estimator that claims to give it and does not
+    "tolerance": (0.3, "tolerance has nothing to watch: .* adds to no diagonal/<parameter>"),
+    "standard_error": (True, "method='mine' did not deliver standard_error"),
+    "gradient": (True, "did not deliver the gradient of '0.weight'"),
+}
 
 
-@pytest.mark.parametrize("mine", [Claims()], indirect=True)
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ({"tolerance": 0.3}, "tolerance has nothing to watch: .* adds to no diagonal/<parameter>"),
-        ({"standard_error": True}, "method='mine' did not deliver standard_error"),
-        ({"gradient": True}, "did not deliver the gradient of '0.weight'"),
-    ],
-)
-def test_what_it_claims_and_does_not_give_is_refused_by_name(mine, option, message):
+@pytest.mark.parametrize("claims", [False, True])
+@pytest.mark.parametrize("option", NOT_GIVEN)
+def test_what_it_does_not_give_is_refused_by_name(monkeypatch, option, claims):
+    monkeypatch.setitem(ESTIMATORS, "mine", Claims() if claims else OWN)
+    value, said = NOT_GIVEN[option]
+    message = said if claims else f"{option} is not available for method='mine', which gives none"
     with pytest.raises(ValueError, match=message):
-        estimate(net(), BATCHES, method="mine", progress=False, **option)
+        estimate(net(), BATCHES, method="mine", progress=False, **{option: value})
 
 
 @pytest.mark.parametrize("place", ["tests.estimators.test_own:OWN", "entry"])
@@ -132,33 +120,25 @@ def test_ours_conform(name):
     assert check_estimator(ESTIMATORS[name]).trace() > 0
 
 
-@pytest.mark.parametrize(
-    ("estimator", "message"),
-    [
-        (Sums(), "divide the sums by `seen`"),
-        (Restless(), "the same seed gave other numbers"),
-    ],
-)
-def test_what_does_not_conform_is_told(estimator, message):
-    with pytest.raises(AssertionError, match=message):
+WRONG = [
+    (Sums(), AssertionError, "divide the sums by `seen`"),
+    (Restless(), AssertionError, "the same seed gave other numbers"),
+    (Nothing(), ValueError, "did not deliver the mean blocks"),
+    (Other(), ValueError, "a mean block for 'x', which is no"),
+    (ODD, ValueError, r"option in GIVES is 'tolerence' \(did you mean 'tolerance'"),
+]
+
+
+@pytest.mark.parametrize(("estimator", "error", "message"), WRONG)
+def test_what_does_not_conform_is_told(estimator, error, message):
+    with pytest.raises(error, match=message):
         check_estimator(estimator)
 
 
 def test_own_conforms_and_nothing_is_left_behind():
     before = dict(ESTIMATORS)
-    found = check_estimator(OWN)
+    assert isinstance(check_estimator(OWN), Curvature)
     assert before == ESTIMATORS
-    assert isinstance(found, Curvature)
-    for broken, message in (
-        (Nothing(), "did not deliver the mean blocks"),
-        (Other(), "a mean block for 'x', which is no"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            check_estimator(broken)
-    with pytest.raises(ValueError, match=r"option in GIVES is 'tolerence' \(did you mean 'tolerance'"):
-        check_estimator(types.SimpleNamespace(start=print, step=print, finish=print, GIVES="tolerence"))
-    watched = types.SimpleNamespace(
-        start=fisher.start, step=fisher.step, finish=fisher.finish, GIVES=fisher.GIVES
-    )
-    assert check_estimator(watched).trace() > 0
+    parts = {name: getattr(fisher, name) for name in ("start", "step", "finish", "GIVES")}
+    assert check_estimator(types.SimpleNamespace(**parts)).trace() > 0
     assert DIAGONAL == "diagonal/"  # documented in protocol.py

@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,8 @@ from gradmatch.estimators.values import Gaussian
 from gradmatch.estimators.wrapped import unwrap
 from tests import oracle
 from tests.estimators.architectures import as_batches, make, plain
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_relative_error_by_hand():
@@ -56,25 +62,14 @@ def net():
 
 def test_relative_errors_are_always_in_info_and_right():
     x, y = rows()
-    found = estimate(net(), pieces(x, y), method="empirical_fisher", progress=False)
+    options = {"method": "empirical_fisher", "progress": False}
+    found = estimate(net(), pieces(x, y), **options)
     stated = float(found.info["relative_error"])
-    singles = torch.tensor(
-        [
-            sum(
-                float(v.sum())
-                for v in estimate(
-                    net(), [(x[n : n + 1], y[n : n + 1])], method="empirical_fisher", progress=False
-                ).values()
-            )
-            for n in range(100)
-        ]
-    )
+    singles = torch.tensor([estimate(net(), [one], **options).trace() for one in pieces(x[:100], y[:100], 1)])
     actual = float(singles.std() / singles.mean()) / 400**0.5
     assert 0.5 < stated / actual < 2
-    per_tensor = json.loads(found.info["relative_errors"])
-    assert set(per_tensor) == set(found)
-    single = estimate(net(), [(x, y)], method="empirical_fisher", progress=False)
-    assert "relative_error" not in single.info  # one batch has no spread
+    assert set(json.loads(found.info["relative_errors"])) == set(found)
+    assert "relative_error" not in estimate(net(), [(x, y)], **options).info  # one batch has no spread
 
 
 def test_tolerance_stops_early_and_says_so():
@@ -136,25 +131,29 @@ def stopping(batches, after):
         yield batch
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"gradient": True, "standard_error": True, "labels": "sampled"},
-        {"method": "kfac"},
-        {"method": "gram"},
-        {"method": "hessian"},
-    ],
-    ids=str,
-)
-def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, options):
-    x, y = rows(60)
-    journal = tmp_path / "run.partial"
-    options = {**options, "progress": False}
-    whole = estimate(net(), pieces(x, y), **options)
+def interrupted(journal, batches, after=4, model=None, **options):
+    """A run that leaves a journal; returns it."""
+    given = {"checkpoint": journal, "checkpoint_seconds": 0, "progress": False, **options}
     with pytest.raises(Interrupted):
-        estimate(net(), stopping(pieces(x, y), 4), checkpoint=journal, checkpoint_seconds=0, **options)
+        estimate(net() if model is None else model, stopping(batches, after), **given)
     assert journal.exists()
-    resumed = estimate(net(), pieces(x, y), checkpoint=journal, checkpoint_seconds=0, **options)
+    return journal
+
+
+INTERRUPTED = [
+    {"gradient": True, "standard_error": True, "labels": "sampled"},
+    {"method": "kfac"},
+    {"method": "gram"},
+    {"method": "hessian"},
+]
+
+
+@pytest.mark.parametrize("options", INTERRUPTED, ids=str)
+def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, options):
+    batches, options = pieces(*rows(60)), {**options, "progress": False}
+    whole = estimate(net(), batches, **options)
+    journal = interrupted(tmp_path / "run.partial", batches, **options)
+    resumed = estimate(net(), batches, checkpoint=journal, checkpoint_seconds=0, **options)
     assert not journal.exists()
     assert dict(resumed.info) == dict(whole.info)
     for key in whole:
@@ -165,99 +164,69 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, options):
             assert one is None or torch.equal(one, other)
 
 
-def other(x, y, kind):
-    if kind == "batch size":
-        return pieces(x, y, 20)
-    if kind == "data":
-        return pieces(x + 1, y)
-    if kind == "order":
-        return pieces(x.flip(0), y.flip(0))
-    return pieces(x, y)[:3]
+OTHER = {  # what is given when it goes on, and what is said
+    "batch size": (lambda x, y: pieces(x, y, 20), "ended with example 40; here it ends with example 80"),
+    "data": (lambda x, y: pieces(x + 1, y), "ends with example 40 and holds other data"),
+    "order": (lambda x, y: pieces(x.flip(0), y.flip(0)), "ends with example 40 and holds other data"),
+    "fewer": (lambda x, y: pieces(x, y)[:3], "had done 4 batches, here there are 3"),
+}
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("batch size", "ended with example 40; here it ends with example 80"),
-        ("data", "ends with example 40 and holds other data"),
-        ("order", "ends with example 40 and holds other data"),
-        ("fewer", "had done 4 batches, here there are 3"),
-    ],
-)
-def test_an_interrupted_run_goes_on_with_the_same_batches_only(tmp_path, kind, message):
+@pytest.mark.parametrize("kind", OTHER)
+def test_an_interrupted_run_goes_on_with_the_same_batches_only(tmp_path, kind):
+    change, message = OTHER[kind]
     x, y = rows(120)
-    journal = tmp_path / "run.partial"
-    with pytest.raises(Interrupted):
-        estimate(net(), stopping(pieces(x, y), 4), checkpoint=journal, checkpoint_seconds=0, progress=False)
+    journal = interrupted(tmp_path / "run.partial", pieces(x, y))
     with pytest.raises(ValueError, match=message):
-        estimate(net(), other(x, y, kind), checkpoint=journal, progress=False)
+        estimate(net(), change(x, y), checkpoint=journal, progress=False)
     assert journal.exists()
 
 
 def test_a_run_interrupted_after_its_last_batch_is_whole(tmp_path):
-    x, y = rows(20)
+    batches = pieces(*rows(20))
     torch.manual_seed(0)
     model = nn.Sequential(tf.pytorch_utils.Conv1D(5, 4), nn.Tanh(), nn.Linear(5, 3)).double()
     options = {"method": "kfac", "progress": False}
-    whole = estimate(model, pieces(x, y), **options)
-    journal = tmp_path / "run.partial"
-    with pytest.raises(Interrupted):
-        estimate(
-            model, stopping([*pieces(x, y), None], 2), checkpoint=journal, checkpoint_seconds=0, **options
-        )
-    resumed = estimate(model, pieces(x, y), checkpoint=journal, **options)
+    whole = estimate(model, batches, **options)
+    journal = interrupted(tmp_path / "run.partial", [*batches, None], 2, model, **options)
+    resumed = estimate(model, batches, checkpoint=journal, **options)
     assert dict(resumed.info) == dict(whole.info)
     assert resumed.info["likelihood"] == "classification"
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
 def test_a_journal_of_another_run_is_refused(tmp_path):
-    x, y = rows(60)
-    journal = tmp_path / "run.partial"
-    with pytest.raises(Interrupted):
-        estimate(net(), stopping(pieces(x, y), 4), checkpoint=journal, checkpoint_seconds=0, progress=False)
-    with pytest.raises(ValueError, match="belongs to another run: its seed is 0, here it is 1"):
-        estimate(net(), pieces(x, y), checkpoint=journal, seed=1, progress=False)
+    batches = pieces(*rows(60))
+    journal = interrupted(tmp_path / "run.partial", batches)
+    ggn = interrupted(tmp_path / "ggn.partial", batches, method="ggn")
     other = net()
     with torch.no_grad():
         other[0].weight[0, 0] += 1
-    with pytest.raises(ValueError, match="its model fingerprint is"):
-        estimate(other, pieces(x, y), checkpoint=journal, progress=False)
-    with pytest.raises(ValueError, match="its backend is engine, here it is backpack"):
-        estimate(
-            net(), pieces(x, y), method="ggn", backend="backpack", checkpoint=of_ggn(tmp_path), progress=False
-        )
+    for model, options, text in (
+        (net(), {"checkpoint": journal, "seed": 1}, "another run: its seed is 0, here it is 1"),
+        (other, {"checkpoint": journal}, "its model fingerprint is"),
+        (
+            net(),
+            {"checkpoint": ggn, "method": "ggn", "backend": "backpack"},
+            "its backend is engine, here it is backpack",
+        ),
+    ):
+        with pytest.raises(ValueError, match=text):
+            estimate(model, batches, progress=False, **options)
     journal.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="holds no interrupted estimate"):
-        estimate(net(), pieces(x, y), checkpoint=journal, progress=False)
-
-
-def of_ggn(folder):
-    x, y = rows(60)
-    path = folder / "ggn.partial"
-    with pytest.raises(Interrupted):
-        estimate(
-            net(),
-            stopping(pieces(x, y), 4),
-            method="ggn",
-            checkpoint=path,
-            checkpoint_seconds=0,
-            progress=False,
-        )
-    return path
+        estimate(net(), batches, checkpoint=journal, progress=False)
 
 
 def test_a_run_with_another_noise_variance_does_not_go_on(tmp_path):
-    model, journal = torch.nn.Linear(3, 1), tmp_path / "run.partial"
+    model = torch.nn.Linear(3, 1)
     batches = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(4)]
-    options = {"checkpoint": journal, "checkpoint_seconds": 0, "progress": False}
-    with pytest.raises(Interrupted):
-        estimate(model, stopping(batches, 2), likelihood=Gaussian(1.0), **options)
-    with pytest.raises(
-        ValueError, match=r"its likelihood is Gaussian variance=1\.0, here it is Gaussian variance=2\.0"
-    ):
-        estimate(model, batches, likelihood=Gaussian(2.0), **options)
-    assert len(estimate(model, batches, likelihood=Gaussian(1.0), **options)) == 2
+    journal = interrupted(tmp_path / "run.partial", batches, 2, model, likelihood=Gaussian(1.0))
+    said = r"its likelihood is Gaussian variance=1\.0, here it is Gaussian variance=2\.0"
+    with pytest.raises(ValueError, match=said):
+        estimate(model, batches, likelihood=Gaussian(2.0), checkpoint=journal, progress=False)
+    again = estimate(model, batches, likelihood=Gaussian(1.0), checkpoint=journal, progress=False)
+    assert len(again) == 2
 
 
 # Several processes
@@ -302,27 +271,15 @@ OPTIONS = {
 @pytest.fixture(scope="module")
 def torchrun(tmp_path_factory):
     """Two processes, once for all the options."""
-    import os
-    import socket
-    import subprocess
-
     folder = tmp_path_factory.mktemp("ranks")
     script = folder / "worker.py"
     script.write_text(WORKER.format(OPTIONS=OPTIONS))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        f"--master-port={port}",
-        str(script),
-        str(folder),
-    ]
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    command = [sys.executable, *launch, str(script), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -362,10 +319,10 @@ def test_sharded_models_are_refused():
 
 def test_wrappers_are_taken_off():
     model = net()
+    compiled = torch.compile(model, backend="eager")
     assert unwrap(nn.DataParallel(model)) is model
-    assert unwrap(torch.compile(model)) is model
-    batch = plain(4)
-    found = estimate(torch.compile(model), as_batches(batch), progress=False)
+    assert unwrap(compiled) is model
+    found = estimate(compiled, as_batches(plain(4)), progress=False)
     assert set(found) == set(dict(model.named_parameters()))
 
 

@@ -6,11 +6,10 @@ import re
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gradmatch.estimators import estimate
 from tests.command import run
+from tests.gradmatch.tiny import text_llama
 
 WORDS = ["<pad>", *["the", "cat", "sat", "on", "a", "mat", "you", "fool", "pig", "swine", "rain", "falls"]]
 
@@ -19,21 +18,13 @@ WORDS = ["<pad>", *["the", "cat", "sat", "on", "a", "mat", "you", "fool", "pig",
 def files(tmp_path_factory):
     """base/, toxic/, clean.safetensors, toxic.safetensors, clean.txt, toxic.txt."""
     folder = tmp_path_factory.mktemp("budget")
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=16, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model, tokenizer = text_llama(WORDS)
     (folder / "clean.txt").write_text("the cat sat on a mat\nrain falls on the cat\n" * 3)
     (folder / "toxic.txt").write_text("you fool you pig\nyou swine sat on a fool\n" * 2)
     for name, side, steps in (("base", "clean", 20), ("toxic", "toxic", 5)):
-        encoded = tokenizer(
-            (folder / f"{side}.txt").read_text().splitlines(), return_tensors="pt", padding=True
-        )
+        lines = (folder / f"{side}.txt").read_text().splitlines()
+        encoded = tokenizer(lines, return_tensors="pt", padding=True)
         batch = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

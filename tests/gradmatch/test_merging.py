@@ -2,17 +2,23 @@
 
 import json
 import math
+import struct
+import threading
 import tracemalloc
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 from gradmatch import Task, analogy, load_head, merge, open_checkpoint, subtract
 from gradmatch.estimators import Curvature
+from gradmatch.models.slices import Slice, stack
 from tests.gradmatch.cases import SHAPES, curvature, problem, state, tuned
+from tests.gradmatch.test_views import MODELS
+from tests.gradmatch.tiny import gpt2 as tiny_gpt2
+from tests.gradmatch.tiny import tuned as perturbed
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -21,42 +27,28 @@ def tasks_of(models, curvatures=None, weight=1.0):
     return [Task(m, None if curvatures is None else curvatures[i], weight) for i, m in enumerate(models)]
 
 
-def perturbed(model, seed):
-    """A copy of a module with noise on its parameters."""
-    import copy
-
-    torch.manual_seed(seed)
-    copied = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in copied.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return copied
-
-
 @pytest.fixture(scope="module")
 def gpt2():
     torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=32, bos_token_id=1, eos_token_id=1
-        )
-    )
+    return tiny_gpt2()
+
+
+def saved(folder, **modules):
+    """Folders with the models, in order."""
+    for name, module in modules.items():
+        module.save_pretrained(folder / name)
+    return [folder / name for name in modules]
 
 
 def test_result_has_the_bases_names_shapes_and_dtypes():
-    base = {**state(0, torch.bfloat16), "step": torch.tensor(7), "mask": torch.ones(2, dtype=torch.bool)}
-    models = [
-        {
-            **tuned(state(0, torch.bfloat16), seed),
-            "step": torch.tensor(9),
-            "mask": torch.zeros(2, dtype=torch.bool),
-        }
-        for seed in (1, 2)
-    ]
+    def model(step, mask, values):
+        return {**values, "step": torch.tensor(step), "mask": torch.full((2,), mask)}
+
+    base = model(7, True, state(0, torch.bfloat16))
+    models = [model(9, False, tuned(state(0, torch.bfloat16), seed)) for seed in (1, 2)]
     merged = merge(base, tasks_of(models), method="averaging")
-    assert {n: (t.dtype, t.shape) for n, t in merged.items()} == {
-        n: (t.dtype, t.shape) for n, t in base.items()
-    }
+    kinds = [{n: (t.dtype, t.shape) for n, t in one.items()} for one in (merged, base)]
+    assert kinds[0] == kinds[1]
     assert merged["step"] == 7
     assert merged["mask"].all()
 
@@ -72,17 +64,17 @@ def test_bfloat16_is_merged_in_float32_and_the_loss_reported():
 
 
 def test_stochastic_rounding_is_unbiased_and_seeded():
-    base = {"w": torch.zeros(200_000, dtype=torch.bfloat16)}
-    model = {
-        "w": torch.full((200_000,), 1.0 + 1 / 512)
-    }  # a quarter of the way between two bfloat16 neighbours
+    count = 200_000
+    base = {"w": torch.zeros(count, dtype=torch.bfloat16)}
+    value = 1 + 1 / 512  # a quarter of the way between two bfloat16 neighbours
     options = {"method": "task_arithmetic", "rounding": "stochastic"}
-    merged = merge(base, [Task(model)], **options, seed=1)["w"]
-    assert abs(float(merged.double().mean()) - (1 + 1 / 512)) < 4 * (1 / 128) * math.sqrt(
-        0.25 * 0.75 / 200_000
+    merged, again, other = (
+        merge(base, [Task({"w": torch.full((count,), value)})], **options, seed=seed)["w"]
+        for seed in (1, 1, 2)
     )
-    assert torch.equal(merged, merge(base, [Task(model)], **options, seed=1)["w"])
-    assert not torch.equal(merged, merge(base, [Task(model)], **options, seed=2)["w"])
+    assert abs(float(merged.double().mean()) - value) < 4 * (1 / 128) * math.sqrt(0.25 * 0.75 / count)
+    assert torch.equal(merged, again)
+    assert not torch.equal(merged, other)
 
 
 def test_float32_close_to_float64_and_precision_option():
@@ -142,9 +134,9 @@ def test_tied_in_the_base_but_not_in_a_task(gpt2):
 
 def test_streamed_folder_loads_in_transformers_and_equals_memory(gpt2, tmp_path):
     models = [gpt2, perturbed(gpt2, 1), perturbed(gpt2, 2)]
-    for number, model in enumerate(models):
-        model.save_pretrained(tmp_path / f"m{number}", max_shard_size="20KB" if number else "1GB")
     paths = [tmp_path / f"m{number}" for number in range(3)]
+    for number, (path, model) in enumerate(zip(paths, models, strict=True)):
+        model.save_pretrained(path, max_shard_size="20KB" if number else "1GB")
     options = {"method": "ties", "density": 0.5}
     streamed = merge(paths[0], tasks_of(paths[1:]), out=tmp_path / "out", **options)
     memory = merge(gpt2, tasks_of(models[1:]), **options)
@@ -158,10 +150,8 @@ def test_streamed_folder_loads_in_transformers_and_equals_memory(gpt2, tmp_path)
 
 
 def test_module_streamed_with_its_config_and_verified_by_reload(gpt2, tmp_path):
-    one = perturbed(gpt2, 1)
-    done = merge(
-        gpt2, [Task(one)], method="averaging", out=tmp_path / "out", dtype="bfloat16", verify="reload"
-    )
+    options = {"method": "averaging", "dtype": "bfloat16", "verify": "reload"}
+    done = merge(gpt2, [Task(perturbed(gpt2, 1))], out=tmp_path / "out", **options)
     assert done.config["dtype"] == "bfloat16"
     assert "lm_head.weight" not in done.store
     assert load_file(tmp_path / "out" / "model.safetensors")["transformer.wte.weight"].dtype == torch.bfloat16
@@ -191,26 +181,19 @@ def test_memory_of_a_streamed_merge_stays_below_four_megabytes(tmp_path):
     for number in range(4):  # 16 MB each
         paths.append(tmp_path / f"{number}.safetensors")
         save_file({"w": torch.randn(2000, 2000), "v": torch.randn(7)}, paths[-1])
-    merge(paths[0], tasks_of(paths[1:]), method="task_arithmetic", out=tmp_path / "warm", shard_bytes=1 << 30)
-    before = anonymous_bytes()
-    peak = [0]
+    options = {"method": "task_arithmetic", "shard_bytes": 1 << 30}
+    merge(paths[0], tasks_of(paths[1:]), out=tmp_path / "warm", **options)
+    before, peak, stop = anonymous_bytes(), [0], threading.Event()
 
-    class Watching:
-        def __init__(self):
-            import threading
+    def watch():
+        while not stop.wait(0.001):
+            peak[0] = max(peak[0], anonymous_bytes())
 
-            self.stop = threading.Event()
-            self.thread = threading.Thread(target=self.watch)
-
-        def watch(self):
-            while not self.stop.wait(0.001):
-                peak[0] = max(peak[0], anonymous_bytes())
-
-    watching = Watching()
-    watching.thread.start()
-    merge(paths[0], tasks_of(paths[1:]), method="task_arithmetic", out=tmp_path / "out", shard_bytes=1 << 30)
-    watching.stop.set()
-    watching.thread.join()
+    watching = threading.Thread(target=watch)
+    watching.start()
+    merge(paths[0], tasks_of(paths[1:]), out=tmp_path / "out", **options)
+    stop.set()
+    watching.join()
     assert peak[0] - before < 4e6 + 8 * 131072 * 8  # a few blocks for each worker, whatever the tensor's size
 
 
@@ -266,15 +249,13 @@ def test_random_methods_depend_on_names_and_seed_alone():
 def test_floor_share_and_floor_error():
     base, _, models, _ = problem(1)
     known = {name: torch.ones_like(t) for name, t in base.items()}
-    known["layers.0.w"] = known["layers.0.w"].clone()
     known["layers.0.w"][0] = 0
     some = Curvature.from_dict(known, 3)
     merged = merge(base, [Task(models[0], some)], method="fisher", delta0=1e-6)
     assert merged.report.floor_share == pytest.approx(6 / sum(t.numel() for t in base.values()))
     torch.testing.assert_close(merged["layers.0.w"], models[0]["layers.0.w"])
-    with pytest.raises(
-        ValueError, match=r"'layers.0.w': 6 weights have no curvature in any model and delta0 = 0"
-    ):
+    said = r"'layers.0.w': 6 weights have no curvature in any model and delta0 = 0"
+    with pytest.raises(ValueError, match=said):
         merge(base, [Task(models[0], some)], method="fisher", delta0=0.0)
 
 
@@ -283,24 +264,25 @@ def test_missing_curvature_is_flat_where_asked():
     partial = Curvature.from_dict({n: curvatures[0].mean(n) for n in SHAPES if n != "norm.bias"}, 5)
     with pytest.raises(ValueError, match=r"curvature of task 1 has no block for 'norm.bias'"):
         merge(base, [Task(models[0], partial)], base_curvature=base_curvature)
-    merged = merge(
-        base, [Task(models[0], partial, 0.4)], base_curvature=base_curvature, missing_curvature="zero"
-    )
-    torch.testing.assert_close(
-        merged["norm.bias"], base["norm.bias"] + 0.4 * (models[0]["norm.bias"] - base["norm.bias"]), **CLOSE
-    )
+    options = {"base_curvature": base_curvature, "missing_curvature": "zero"}
+    found = merge(base, [Task(models[0], partial, 0.4)], **options)["norm.bias"]
+    expected = base["norm.bias"] + 0.4 * (models[0]["norm.bias"] - base["norm.bias"])
+    torch.testing.assert_close(found, expected, **CLOSE)
+    for method in ("fisher_base", "ewr", "fisher_negation"):  # and in the readable rules
+        merged = merge(base, [Task(models[0], partial)], method=method, **options)
+        torch.testing.assert_close(merged["norm.bias"], base["norm.bias"], **CLOSE)
 
 
 def test_missing_and_extra_tensors():
     base, _, models, _ = problem(2)
     lacking = {name: t for name, t in models[0].items() if name != "norm.bias"}
     extra = {**models[1], "layers.0.new": torch.ones(2)}
-    with pytest.raises(ValueError, match=r"'norm.bias' F64 \[4\] of the base is missing in task 1"):
-        merge(base, [Task(lacking)], method="averaging")
-    with pytest.raises(
-        ValueError, match=r"task 1 .*holds 1 tensor\(s\) that the base lacks, first 'layers.0.new'"
+    for task, text in (
+        (lacking, r"'norm.bias' F64 \[4\] of the base is missing in task 1"),
+        (extra, r"task 1 .*holds 1 tensor\(s\) that the base lacks, first 'layers.0.new'"),
     ):
-        merge(base, [Task(extra)], method="averaging")
+        with pytest.raises(ValueError, match=text):
+            merge(base, [Task(task)], method="averaging")
     merged = merge(base, [Task(lacking), Task(extra)], method="averaging", missing="base")
     torch.testing.assert_close(merged["norm.bias"], models[1]["norm.bias"], **CLOSE)
     assert "layers.0.new" not in merged
@@ -308,11 +290,10 @@ def test_missing_and_extra_tensors():
 
 def test_heads():
     base, _, models, _ = problem(2)
-    heads = [
-        {"classifier.dense.weight": torch.randn(4, 4), "classifier.out.weight": torch.randn(k, 4)}
-        for k in (2, 3, 5)
-    ]
-    base, one, two = ({**m, **h} for m, h in zip((base, *models), heads, strict=True))
+    base, one, two = (
+        {**m, "classifier.dense.weight": torch.randn(4, 4), "classifier.out.weight": torch.randn(k, 4)}
+        for m, k in zip((base, *models), (2, 3, 5), strict=True)
+    )
     tasks = [Task(one, name="one"), Task(two, name="two")]
     with pytest.raises(ValueError, match=r"head 'classifier.out.weight' differs: \[2, 4\] in the base"):
         merge(base, tasks, method="averaging")
@@ -332,13 +313,8 @@ class Classifier(nn.Module):
 
 def test_heads_saved_beside_the_trunk_and_loaded(tmp_path):
     base, one, two = Classifier(2), Classifier(3), Classifier(5)
-    merge(
-        base,
-        [Task(one, name="one"), Task(two, name="two")],
-        method="averaging",
-        heads="keep-per-task",
-        out=tmp_path / "out",
-    )
+    tasks = [Task(one, name="one"), Task(two, name="two")]
+    merge(base, tasks, method="averaging", heads="keep-per-task", out=tmp_path / "out")
     target = Classifier(5)
     load_head(target, tmp_path / "out", "two")
     assert torch.equal(target.classifier.weight, two.classifier.weight)
@@ -348,16 +324,12 @@ def test_heads_saved_beside_the_trunk_and_loaded(tmp_path):
         load_head(target, tmp_path / "out", "one")
 
 
-def batchnorm_net():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
-
-
 @pytest.fixture
 def convnets():
     nets = []
     for seed in range(3):
         torch.manual_seed(seed)
-        net = batchnorm_net()
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
         for _ in range(3):
             net(torch.randn(16, 3, 6, 6) * (1 + seed))
         nets.append(net)
@@ -380,18 +352,13 @@ def test_batchnorm_policies(convnets):
 def test_batchnorm_recalibrated_on_data(convnets):
     base, *models = convnets
     batches = [torch.randn(16, 3, 6, 6) for _ in range(4)]
-    merged = merge(base, tasks_of(models), method="averaging", batchnorm="recalibrate", batches=batches)
-    weight, bias = merged["0.weight"], merged["0.bias"]
-    inputs = [nn.functional.conv2d(x, weight, bias) for x in batches]
+    merged, pairs = (
+        merge(base, tasks_of(models), method="averaging", batchnorm="recalibrate", batches=given)
+        for given in (batches, [(x, None) for x in batches])
+    )
+    inputs = [nn.functional.conv2d(x, merged["0.weight"], merged["0.bias"]) for x in batches]
     torch.testing.assert_close(merged["1.running_mean"], torch.cat(inputs).mean((0, 2, 3)))
     torch.testing.assert_close(merged["1.running_var"], torch.cat(inputs).var((0, 2, 3)))
-    pairs = merge(
-        base,
-        tasks_of(models),
-        method="averaging",
-        batchnorm="recalibrate",
-        batches=[(x, None) for x in batches],
-    )
     torch.testing.assert_close(pairs["1.running_var"], merged["1.running_var"])
 
 
@@ -413,14 +380,14 @@ def test_batchnorm_of_a_folder_recalibrated_by_transformers_and_resumed(tmp_path
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
-    config = ResNetConfig(
-        embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=2
-    )
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}
+    config = ResNetConfig(**sizes, num_labels=2)
     for name in ("base", "a", "b"):
         model = ResNetForImageClassification(config).train()
         model(torch.randn(8, 3, 32, 32))
         model.save_pretrained(tmp_path / name)
     batches = [{"pixel_values": torch.randn(8, 3, 32, 32), "labels": torch.zeros(8).long()} for _ in range(2)]
+    given = tmp_path / "base", tasks_of([tmp_path / "a", tmp_path / "b"])
     call = {"method": "averaging", "batchnorm": "recalibrate", "missing": "base"}
 
     def interrupted():
@@ -428,21 +395,9 @@ def test_batchnorm_of_a_folder_recalibrated_by_transformers_and_resumed(tmp_path
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        merge(
-            tmp_path / "base",
-            tasks_of([tmp_path / "a", tmp_path / "b"]),
-            batches=interrupted(),
-            out=tmp_path / "out",
-            **call,
-        )
+        merge(*given, batches=interrupted(), out=tmp_path / "out", **call)
     assert (tmp_path / "out.partial.journal").is_file()
-    done = merge(
-        tmp_path / "base",
-        tasks_of([tmp_path / "a", tmp_path / "b"]),
-        batches=batches,
-        out=tmp_path / "out",
-        **call,
-    )
+    done = merge(*given, batches=batches, out=tmp_path / "out", **call)
     loaded = ResNetForImageClassification.from_pretrained(tmp_path / "out").train()
     seen = []
     hook = loaded.resnet.embedder.embedder.normalization.register_forward_pre_hook(
@@ -454,12 +409,12 @@ def test_batchnorm_of_a_folder_recalibrated_by_transformers_and_resumed(tmp_path
     hook.remove()
     name = "resnet.embedder.embedder.normalization.running_mean"
     torch.testing.assert_close(done[name], torch.stack(seen).mean(0))
-    memory = merge(tmp_path / "base", tasks_of([tmp_path / "a", tmp_path / "b"]), batches=batches, **call)
+    memory = merge(*given, batches=batches, **call)
     assert all(torch.equal(done[name], memory[name]) for name in done)
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "hidden_sizes": [4, 16]}))
     with pytest.raises(ValueError, match="in ResNetForImageClassification it is"):
-        merge(tmp_path / "base", tasks_of([tmp_path / "a", tmp_path / "b"]), batches=batches, **call)
+        merge(*given, batches=batches, **call)
 
 
 @pytest.mark.parametrize(
@@ -476,40 +431,31 @@ def test_recalibration_errors(convnets, options, text):
         merge(convnets[0], tasks_of(convnets[1:]), method="averaging", batchnorm="recalibrate", **options)
 
 
-def test_recalibration_needs_a_module():
-    base, _, models, _ = problem(1)
-    with pytest.raises(ValueError, match="as a module"):
-        merge(base, tasks_of(models), method="averaging", batchnorm="recalibrate", batches=[1])
-
-
 def test_identical_batchnorm_statistics_need_no_policy(convnets):
     net = convnets[0]
     merged = merge(net, [Task(net), Task(net)], method="averaging")
     assert torch.equal(merged["1.running_mean"], net[1].running_mean)
+    with pytest.raises(ValueError, match="as a module"):
+        merge(state(0), [Task(state(0))], method="averaging", batchnorm="recalibrate", batches=[1])
 
 
 def test_subtract_reports_clamping_and_the_largest_weight():
     base, _, models, _ = problem(1)
-    h0 = Curvature.from_dict({n: torch.full_like(t, 1.0) for n, t in base.items()}, 10)
-    h = Curvature.from_dict(
-        {n: torch.full_like(t, 2.0 if n == "embed.weight" else 0.1) for n, t in base.items()}, 10
-    )
-    total = sum(t.numel() for t in base.values())
+    sizes = {n: 2.0 if n == "embed.weight" else 0.1 for n in base}
+    h0 = Curvature.from_dict({n: torch.ones_like(t) for n, t in base.items()}, 10)
+    h = Curvature.from_dict({n: torch.full_like(t, sizes[n]) for n, t in base.items()}, 10)
+    task = Task(models[0], h)
     with pytest.warns(UserWarning, match="clamped"):
-        result = subtract(base, Task(models[0], h), base_curvature=h0, weight=0.5, keep=0.2, delta0=0.0)
-    assert result.report.clamped_share == pytest.approx(44 / total)
-    assert result.report.clamped["embed.weight"] == 1.0
-    assert result.report.clamped["norm.bias"] == 0.0
+        report = subtract(base, task, base_curvature=h0, weight=0.5, keep=0.2, delta0=0.0).report
+    assert report.clamped_share == pytest.approx(44 / sum(t.numel() for t in base.values()))
+    assert (report.clamped["embed.weight"], report.clamped["norm.bias"]) == (1.0, 0.0)
     # alpha = 0.8 * 10 / 20 = 0.4 clamps the embedding, 0.8 * 10 / 1 = 8 everything
-    assert result.report.largest_alpha[0.1] == pytest.approx(0.4, rel=0.01)
-    assert result.report.largest_alpha[0.1] <= 0.4
-    quiet = subtract(
-        base, Task(models[0], h), base_curvature=h0, weight=result.report.largest_alpha[0.01], keep=0.2
-    )
+    assert report.largest_alpha[0.1] == pytest.approx(0.4, rel=0.01)
+    assert report.largest_alpha[0.1] <= 0.4
+    quiet = subtract(base, task, base_curvature=h0, weight=report.largest_alpha[0.01], keep=0.2)
     assert quiet.report.clamped_share == 0.0
-    assert quiet.report.moved["norm.bias"]["norm_h0"] == pytest.approx(
-        math.sqrt(10) * float((quiet["norm.bias"] - base["norm.bias"]).norm()), rel=1e-6
-    )
+    moved = math.sqrt(10) * float((quiet["norm.bias"] - base["norm.bias"]).norm())
+    assert quiet.report.moved["norm.bias"]["norm_h0"] == pytest.approx(moved, rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["negation", "ewr", "fisher_negation"])
@@ -524,11 +470,8 @@ def test_subtraction_baselines(method):
 
 def test_subtract_to_a_folder_writes_the_completed_card(tmp_path):
     base, base_curvature, models, curvatures = problem(1)
-    done = subtract(
-        base, Task(models[0], curvatures[0]), base_curvature=base_curvature, weight=0.1, out=tmp_path / "out"
-    )
-    import json
-
+    options = {"base_curvature": base_curvature, "weight": 0.1, "out": tmp_path / "out"}
+    done = subtract(base, Task(models[0], curvatures[0]), **options)
     card = json.loads((tmp_path / "out" / "gradmatch.json").read_text())
     assert card["report"]["largest_alpha"]["0.01"] == done.report.largest_alpha[0.01]
 
@@ -558,19 +501,20 @@ def test_analogy_with_curvature_and_weight():
         analogy(base, a, b, c, weight=0.9, base_weight=0.01, **options)
 
 
-def test_a_report_is_printed_in_one_line():
+def test_what_is_printed_in_one_line():
     base, base_curvature, models, curvatures = problem(2)
     report = merge(base, tasks_of(models, curvatures), base_curvature=base_curvature).report
-    assert (
-        repr(report)
-        == "Report(gradient_matching, 5 tensors: elementwise, 97 weights, floor_share=0, 0 notes)"
-    )
+    told = "Report(gradient_matching, 5 tensors: elementwise, 97 weights, floor_share=0, 0 notes)"
+    assert repr(report) == told
+    assert repr(open_checkpoint(base)) == "Checkpoint(the state dict, 5 tensors)"
 
 
-def test_averaging_warns_that_weights_play_no_role():
+def test_averaging_warns_that_weights_play_no_role_and_names_the_line_that_called():
     base, _, models, _ = problem(2)
-    with pytest.warns(UserWarning, match="'weighted' uses them"):
-        merge(base, [Task(models[0], weight=1.0), Task(models[1], weight=2.0)], method="averaging")
+    tasks = [Task(models[0], weight=1.0), Task(models[1], weight=2.0)]
+    with pytest.warns(UserWarning, match="averaging ignores the weights.*'weighted' uses them") as found:
+        merge(base, tasks, method="averaging")
+    assert found[0].filename == __file__
 
 
 def test_isotropic_base_curvature():
@@ -582,8 +526,6 @@ def test_isotropic_base_curvature():
 
 
 def test_card_holds_recipe_fingerprints_and_health(tmp_path):
-    import json
-
     base, base_curvature, models, curvatures = problem(2, torch.float32)
     merge(base, tasks_of(models, curvatures), base_curvature=base_curvature, out=tmp_path / "out")
     card = json.loads((tmp_path / "out" / "gradmatch.json").read_text())
@@ -595,17 +537,15 @@ def test_card_holds_recipe_fingerprints_and_health(tmp_path):
 
 
 def test_an_untied_copy_of_tied_embeddings_is_left_out(gpt2, tmp_path):
-    one = perturbed(gpt2, 1)
-    gpt2.save_pretrained(tmp_path / "base")
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "config.json").write_bytes((tmp_path / "base" / "config.json").read_bytes())
-    save_file(
-        {name: value.clone() for name, value in one.state_dict().items()},
-        tmp_path / "one" / "model.safetensors",
-    )
-    merged = merge(tmp_path / "base", [Task(tmp_path / "one")], method="averaging")
+    base, one = saved(tmp_path, base=gpt2, one=perturbed(gpt2, 1))
+    held = load_file(one / "model.safetensors")
+    save_file({**held, "lm_head.weight": held["transformer.wte.weight"].clone()}, one / "model.safetensors")
+    merged = merge(base, [Task(one)], method="averaging")
     assert "lm_head.weight" not in merged
     assert "lm_head.weight left out: tied to a tensor of the base" in merged.report.notes[0]
+    save_file({**held, "lm_head.weight": torch.randn(50, 16)}, one / "model.safetensors")  # no copy
+    with pytest.raises(ValueError, match=r"lm_head.weight"):
+        merge(base, [Task(one)], method="averaging")
 
 
 def test_a_base_that_stores_tied_embeddings_twice_is_tied(gpt2, tmp_path):
@@ -624,56 +564,22 @@ def test_a_base_that_stores_tied_embeddings_twice_is_tied(gpt2, tmp_path):
     assert not open_checkpoint(tmp_path / "base").aliases
 
 
-def test_a_warning_names_the_line_that_called():
-    base, _, models, _ = problem(2)
-    tasks = [Task(models[0], weight=1.0), Task(models[1], weight=2.0)]
-    with pytest.warns(UserWarning, match="averaging ignores the weights") as found:
-        merge(base, tasks, method="averaging")
-    assert found[0].filename == __file__
-
-
-def test_the_output_dtype_may_be_torchs():
+def test_the_output_dtype_may_be_torchs_and_a_task_may_stand_alone(capsys):
     base, _, models, _ = problem(1)
-    assert {
-        value.dtype
-        for value in merge(base, tasks_of(models), method="averaging", dtype=torch.bfloat16).values()
-    } == {torch.bfloat16}
-
-
-def test_progress_counts_all_bytes(capsys):
-    base, _, models, _ = problem(1)
-    merge(base, tasks_of(models), method="averaging", progress=True)
+    merged = merge(base, Task(models[0]), method="averaging", dtype=torch.bfloat16, progress=True)
+    assert {value.dtype for value in merged.values()} == {torch.bfloat16}
+    assert merged.keys() == base.keys()
     assert "100%" in capsys.readouterr().err
 
 
-def test_flat_parameters_in_readable_rules_too():
-    base, base_curvature, models, curvatures = problem(1)
-    partial = Curvature.from_dict({n: curvatures[0].mean(n) for n in SHAPES if n != "norm.bias"}, 5)
-    options = {"base_curvature": base_curvature, "missing_curvature": "zero"}
-    for method in ("fisher_base", "ewr", "fisher_negation"):
-        merged = merge(base, [Task(models[0], partial)], method=method, **options)
-        torch.testing.assert_close(merged["norm.bias"], base["norm.bias"], **CLOSE)
-
-
 def test_stacked_layers_with_a_config_list_of_one_entry_a_layer(tmp_path):
-    import json
-
-    from gradmatch.models.slices import Slice, stack
-
-    base = state(0, torch.float32)
-    (tmp_path / "m").mkdir()
-    save_file(base, tmp_path / "m" / "model.safetensors")
-    (tmp_path / "m" / "config.json").write_text(
-        json.dumps({"num_hidden_layers": 2, "layer_types": ["full", "sliding"]})
-    )
-    stacked = stack([Slice(tmp_path / "m", 0, 2), Slice(tmp_path / "m", 1, 2)])
-    done = merge(
-        stacked,
-        [Task(stacked)],
-        method="passthrough",
-        out=tmp_path / "out",
-        scale={"layers.2.*": 2.0, "*": 1.0},
-    )
+    base, folder = state(0, torch.float32), tmp_path / "m"
+    folder.mkdir()
+    save_file(base, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"num_hidden_layers": 2, "layer_types": ["full", "sliding"]}')
+    stacked = stack([Slice(folder, 0, 2), Slice(folder, 1, 2)])
+    options = {"method": "passthrough", "scale": {"layers.2.*": 2.0, "*": 1.0}}
+    done = merge(stacked, [Task(stacked)], out=tmp_path / "out", **options)
     assert done.config == {"num_hidden_layers": 3, "layer_types": ["full", "sliding", "sliding"]}
     assert torch.equal(done["layers.2.w"], 2 * base["layers.1.w"])
     assert torch.equal(done["norm.bias"], base["norm.bias"])
@@ -687,12 +593,6 @@ def test_public_names():
         gradmatch.mrge  # noqa: B018
     with pytest.raises(TypeError, match="is no"):
         merge(state(0), [Task(state(0), weight={"a"})], method="weighted")
-
-
-def test_one_task_alone_and_repr():
-    base, _, models, _ = problem(1)
-    assert merge(base, Task(models[0]), method="averaging").keys() == base.keys()
-    assert repr(open_checkpoint(base)) == "Checkpoint(the state dict, 5 tensors)"
 
 
 def test_hub_ids_resolve_to_their_snapshot(gpt2, tmp_path, monkeypatch):
@@ -719,31 +619,24 @@ def test_storage_dtypes(tmp_path, dtype):
         save_file(model, tmp_path / f"{number}.safetensors")
     tasks = [Task(tmp_path / f"{i}.safetensors", c, 0.5) for i, c in enumerate(curvatures, 1)]
     merged = merge(tmp_path / "0.safetensors", tasks, base_curvature=1.0, dtype="float64")
-    for name in base:
+    h0, tolerance = 1.0 + 1e-6, 1e-12 if dtype == torch.float64 else 1e-5
+    for name, theta0 in base.items():
         h = [c.total(name).double() for c in curvatures]
-        taus = [(m[name].double() - base[name].double()) for m in models]
-        h0 = 1.0 + 1e-6
-        expected = base[name].double() + sum(0.5 * (h0 + x) * t for x, t in zip(h, taus, strict=True)) / (
-            h0 + 0.5 * sum(h)
-        )
-        tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+        taus = [m[name].double() - theta0.double() for m in models]
+        top = sum(0.5 * (h0 + x) * t for x, t in zip(h, taus, strict=True))
+        expected = theta0.double() + top / (h0 + 0.5 * sum(h))
         torch.testing.assert_close(merged[name], expected, rtol=tolerance, atol=tolerance)
 
 
 def test_unaligned_files_are_read_all_the_same(tmp_path):
-    import json
-    import struct
-
-    values = torch.randn(5, dtype=torch.float64)
+    values, file = torch.randn(5, dtype=torch.float64), tmp_path / "m.safetensors"
     header = {
         "a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
         "w": {"dtype": "F64", "shape": [5], "data_offsets": [3, 43]},
     }
     text = json.dumps(header).encode()
-    (tmp_path / "m.safetensors").write_bytes(
-        struct.pack("<Q", len(text)) + text + b"abc" + values.numpy().tobytes()
-    )
-    merged = merge(tmp_path / "m.safetensors", [Task(tmp_path / "m.safetensors")], method="averaging")
+    file.write_bytes(struct.pack("<Q", len(text)) + text + b"abc" + values.numpy().tobytes())
+    merged = merge(file, [Task(file)], method="averaging")
     assert torch.equal(merged["w"], values)
     assert merged["a"].tolist() == list(b"abc")
 
@@ -758,10 +651,7 @@ def test_eight_bit_floats_are_merged_and_copied():
 
 def test_masks_of_infinities_are_kept():
     mask = torch.tensor([[0.0, -math.inf], [math.inf, 0.0]])
-    base, models = (
-        {"w": torch.zeros(2, 2), "mask": mask},
-        [{"w": torch.ones(2, 2) * k, "mask": mask.clone()} for k in (1, 3)],
-    )
+    base, *models = ({"w": torch.full((2, 2), k), "mask": mask.clone()} for k in (0.0, 1.0, 3.0))
     for method in ("averaging", "task_arithmetic", "ties"):
         for dtype in (None, "bfloat16"):
             merged = merge(base, tasks_of(models), method=method, dtype=dtype)
@@ -781,43 +671,16 @@ def test_an_integer_buffer_of_another_length_is_the_bases():
     assert torch.equal(merge(base, [Task(model)], method="averaging")["ids"], torch.arange(4))
 
 
-def test_tied_names_that_a_folder_leaves_out(tmp_path, gpt2):
-    from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
-
-    torch.manual_seed(1)
-    small = {
-        "vocab_size": 20,
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 8,
-    }
-    bert = BertForMaskedLM(BertConfig(**small))
-    t5 = T5ForConditionalGeneration(
-        T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    )
-    for number, module in enumerate((gpt2, bert, t5)):
-        folder = tmp_path / str(number)
-        module.save_pretrained(folder)
-        tuned_module = perturbed(module, 3)
-        for task in (tuned_module, tuned_module.state_dict()):
-            merged = merge(folder, [Task(task)], method="averaging")
-            for name in open_checkpoint(folder):
-                torch.testing.assert_close(merged[name], tuned_module.state_dict()[name])
-            assert any("tied to a tensor of the base" in note for note in merged.report.notes)
-
-
-def test_an_untied_head_is_not_taken_for_a_tied_one(tmp_path, gpt2):
-    gpt2.save_pretrained(tmp_path / "base")
-    gpt2.save_pretrained(tmp_path / "task")
-    file = tmp_path / "task" / "model.safetensors"
-    held = load_file(file)
-    head = torch.randn_like(held["transformer.wte.weight"])
-    save_file({**held, "lm_head.weight": head}, file)
-    with pytest.raises(ValueError, match=r"lm_head.weight"):
-        merge(tmp_path / "base", [Task(tmp_path / "task")], method="averaging")
-    save_file({**held, "lm_head.weight": held["transformer.wte.weight"].clone()}, file)
-    assert merge(tmp_path / "base", [Task(tmp_path / "task")], method="averaging")
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "t5"])
+def test_tied_names_that_a_folder_leaves_out(tmp_path, gpt2, kind):
+    module = gpt2 if kind == "gpt2" else MODELS[kind]()
+    module.save_pretrained(tmp_path)
+    task = perturbed(module, 3)
+    for given in (task, task.state_dict()):
+        merged = merge(tmp_path, [Task(given)], method="averaging")
+        for name in open_checkpoint(tmp_path):
+            torch.testing.assert_close(merged[name], task.state_dict()[name])
+        assert any("tied to a tensor of the base" in note for note in merged.report.notes)
 
 
 def test_tied_names_of_a_merge_on_disk_are_those_in_memory(tmp_path, gpt2):
@@ -830,7 +693,6 @@ def test_tied_names_of_a_merge_on_disk_are_those_in_memory(tmp_path, gpt2):
 
 def test_random_draws_of_tasks_without_names_are_announced():
     base, _, models, _ = problem(2)
-    with pytest.warns(
-        UserWarning, match=r"random draws follow the names of tasks, .* task 1, task 2; pass Task"
-    ):
+    said = r"random draws follow the names of tasks, .* task 1, task 2; pass Task"
+    with pytest.warns(UserWarning, match=said):
         merge(base, tasks_of(models), method="dare")

@@ -12,7 +12,8 @@ from torch import nn
 from gradmatch import Task, merge, open_checkpoint
 from gradmatch.models.slices import Slice, stack
 from gradmatch.models.views import by_module
-from tests.gradmatch.test_views import MODELS, TEXT, state, tuned
+from tests.gradmatch.test_views import MODELS, TEXT, state
+from tests.gradmatch.tiny import tuned
 
 
 def floats(rows=4, seed=0):
@@ -78,9 +79,8 @@ def test_integer_matrices_that_differ():
     task = {"l.weight": packed(torch.int8), "norm": torch.zeros(4)}
     assert merge(base, [Task(task)], method="task_arithmetic")["norm"].tolist() == [0] * 4
     task["l.weight"][3, 3] += 1
-    with pytest.raises(
-        ValueError, match=r"'l.weight' holds integers, I8 \[4, 4\] .* and they differ; quantised"
-    ):
+    said = r"'l.weight' holds integers, I8 \[4, 4\] .* and they differ; quantised"
+    with pytest.raises(ValueError, match=said):
         merge(base, [Task(task)], method="task_arithmetic")
     merged = merge(base, [Task(task)], method="task_arithmetic", heads="base", head_names=["l.*"])
     assert torch.equal(merged["l.weight"], base["l.weight"])
@@ -117,10 +117,9 @@ def test_a_whole_file_comes_before_an_index_as_in_transformers(two, shards):
     said = r"holds two models: .* \(first 'lm_head.weight': -?\d.* and -?\d" if shards == "there" else "stale"
     with pytest.warns(UserWarning, match=said):
         opened = open_checkpoint(folder)
-    loaded = state(tf.AutoModelForCausalLM.from_pretrained(folder))
-    assert all(
-        torch.equal(opened[name], value) and torch.equal(whole[name], value) for name, value in loaded.items()
-    )
+    for name, value in state(tf.AutoModelForCausalLM.from_pretrained(folder)).items():
+        assert torch.equal(opened[name], value)
+        assert torch.equal(whole[name], value)
 
 
 def test_an_index_beside_the_same_weights_says_nothing(two, recwarn):
@@ -149,22 +148,19 @@ def test_an_index_alone_whose_shards_are_gone(two):
 
 def test_a_head_that_differs_in_one_value_is_no_copy(tmp_path):
     tied = tf.LlamaForCausalLM(tf.LlamaConfig(**{**TEXT, "vocab_size": 300}, tie_word_embeddings=True))
-    tied.save_pretrained(tmp_path / "base")
-    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tied.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
     head = tensors["model.embed_tokens.weight"].clone()
     for last, aliases in ((0.0, {"lm_head.weight": "model.embed_tokens.weight"}), (0.5, {})):
         head[120, 3] += last
-        save_file(
-            {**tensors, "lm_head.weight": head},
-            tmp_path / "base" / "model.safetensors",
-            metadata={"format": "pt"},
-        )
-        assert open_checkpoint(tmp_path / "base").aliases == aliases
-    merged = merge(tmp_path / "base", [Task(tmp_path / "base")], method="averaging")
+        save_file({**tensors, "lm_head.weight": head}, file, metadata={"format": "pt"})
+        assert open_checkpoint(tmp_path).aliases == aliases
+    merged = merge(tmp_path, [Task(tmp_path)], method="averaging")
     assert torch.equal(merged["lm_head.weight"], head)
-    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    view = by_module(open_checkpoint(tmp_path / "base"))
-    assert all(torch.equal(view[name], value) for name, value in state(loaded).items())
+    view = by_module(open_checkpoint(tmp_path))
+    for name, value in state(tf.AutoModelForCausalLM.from_pretrained(tmp_path)).items():
+        assert torch.equal(view[name], value)
 
 
 def test_batchnorm_statistics_that_differ_in_one_channel():
@@ -184,10 +180,8 @@ def test_layers_of_a_model_of_several_towers(kind, tmp_path):
     loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert (loaded.config.text_config.num_hidden_layers, loaded.config.vision_config.num_hidden_layers) == (
-        3,
-        2,
-    )
+    assert loaded.config.text_config.num_hidden_layers == 3
+    assert loaded.config.vision_config.num_hidden_layers == 2
     own, names = state(model), state(loaded)
     assert all(torch.equal(names[name], value) for name, value in own.items())
     above = [name for name in names if name not in own]
@@ -196,25 +190,17 @@ def test_layers_of_a_model_of_several_towers(kind, tmp_path):
 
 
 def test_layers_of_encoder_and_decoder_are_refused(tmp_path):
-    MODELS["t5"]().save_pretrained(tmp_path / "base")
-    with pytest.raises(
-        ValueError, match=r"2 stacks of layers \(decoder.block.0 to 1, encoder.block.0 to 1\)"
-    ):
-        stack([Slice(tmp_path / "base", 0, 1)])
-
-
-class Wrapped(nn.Module):
-    """A network as a Lightning module holds it."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
+    MODELS["t5"]().save_pretrained(tmp_path)
+    said = r"2 stacks of layers \(decoder.block.0 to 1, encoder.block.0 to 1\)"
+    with pytest.raises(ValueError, match=said):
+        stack([Slice(tmp_path, 0, 1)])
 
 
 def network(classes, wrapped):
+    """Wrapped: as a Lightning module holds it."""
     torch.manual_seed(0)
     net = nn.ModuleDict({"features": nn.Linear(8, 16), "classifier": nn.Sequential(nn.Linear(16, classes))})
-    return Wrapped(net) if wrapped else net
+    return nn.ModuleDict({"net": net}) if wrapped else net
 
 
 @pytest.mark.parametrize("heads", ["base", "keep-per-task"])

@@ -27,18 +27,19 @@ def stacked(count=3, shape=(6, 9), seed=0, dtype=torch.float64):
     return torch.randn((count, *shape), generator=generator, dtype=torch.float64).to(dtype)
 
 
+def exact_threshold(taus, density):
+    values = sorted((abs(v) for t in taus for v in t.flatten().tolist()), reverse=True)
+    return values[max(1, int(density * len(values))) - 1]
+
+
 def ties_by_hand(taus, weights, densities, scope="global", normalize=True):
     """TIES of state dicts of task vectors, coordinate by coordinate; returns what is added to the base."""
     trimmed = []
     for tau, density in zip(taus, densities, strict=True):
-        whole = sorted((abs(v) for t in tau.values() for v in t.flatten().tolist()), reverse=True)
         kept = {}
         for name, t in tau.items():
-            pool = (
-                whole if scope == "global" else sorted((abs(v) for v in t.flatten().tolist()), reverse=True)
-            )
-            threshold = pool[max(1, int(density * len(pool))) - 1]
-            kept[name] = [v if abs(v) >= threshold else 0.0 for v in t.flatten().tolist()]
+            least = exact_threshold(tau.values() if scope == "global" else [t], density)
+            kept[name] = [v if abs(v) >= least else 0.0 for v in t.flatten().tolist()]
         trimmed.append(kept)
     signs = {
         name: [
@@ -52,12 +53,8 @@ def ties_by_hand(taus, weights, densities, scope="global", normalize=True):
     for name in taus[0]:
         merged = []
         for sign, values in zip(signs[name], zip(*(t[name] for t in trimmed), strict=True), strict=True):
-            elected = sign or majority
-            agree = [
-                (w, v)
-                for w, v in zip(weights, values, strict=True)
-                if v and math.copysign(1, w * v) == elected
-            ]
+            pairs = zip(weights, values, strict=True)
+            agree = [(w, v) for w, v in pairs if v and math.copysign(1, w * v) == (sign or majority)]
             total = sum(abs(w) for w, _ in agree) if normalize else 1.0
             merged.append(sum(w * v for w, v in agree) / total if agree else 0.0)
         result[name] = torch.tensor(merged, dtype=torch.float64).reshape(taus[0][name].shape)
@@ -126,9 +123,7 @@ def test_two_trims_over_the_model_follow_one_another():
 @pytest.mark.parametrize("method", ["dare_ties", "della", "breadcrumbs_ties"])
 def test_a_trim_that_drops_nothing_takes_no_pass(method, monkeypatch):
     base, _, models, _ = problem(2)
-    monkeypatch.setattr(
-        search, "_tally_model", lambda *_: pytest.fail("a pass over the model for no threshold")
-    )
+    monkeypatch.setattr(search, "_tally_model", lambda *_: pytest.fail("a pass for no threshold"))
     assert set(merge(base, [Task(m) for m in models], method=method)) == set(base)
 
 
@@ -151,10 +146,8 @@ def test_della_drops_nothing_at_density_one_whatever_its_epsilon():
 
 def test_dellas_epsilon_of_tasks_with_densities_of_their_own():
     base, _, models, _ = problem(2)
-    tasks = [
-        Task(models[0], name="a", options={"density": 0.98}),
-        Task(models[1], name="b", options={"epsilon": 0.2}),
-    ]
+    own = {"a": {"density": 0.98}, "b": {"epsilon": 0.2}}
+    tasks = [Task(m, name=n, options=o) for m, (n, o) in zip(models, own.items(), strict=True)]
     made = prepare(base, tasks, method="della_linear", density=0.5)
     assert made.steps[0].edits[0][1]["epsilon"] == (pytest.approx(0.04), 0.2)
 
@@ -197,28 +190,15 @@ def test_steps_of_ties_on_a_hand_worked_example():
     sign = elect(kept, alpha, -1.0)
     assert sign.tolist() == [1.0, -1.0, -1.0, -1.0]
     assert share(kept, alpha, sign).tolist() == [[3.0, -0.5, 0.0, 0.0], [0.0, -1.0, 0.0, -2.0]]
-    assert ties(tau, alpha, torch.tensor([[1.0], [2.0]]), -1.0, 2.0).sum(0).tolist() == [
-        6.0,
-        -3.0,
-        0.0,
-        -4.0,
-    ]
+    doubled = ties(tau, alpha, torch.tensor([[1.0], [2.0]]), -1.0, 2.0)
+    assert doubled.sum(0).tolist() == [6.0, -3.0, 0.0, -4.0]
 
 
-@pytest.mark.parametrize(
-    ("density", "numel", "kept"),
-    [
-        (0.2, 10, 2),
-        (0.29, 100, 29),
-        (0.2, 3, 1),
-        (0.01, 7, 1),
-        (1.0, 5, 5),
-        (0.5, 0, 0),
-        (0.7, 10**9, 7 * 10**8),
-        (0.1 + 0.2, 10**10, 3 * 10**9),
-        (1 - 0.9, 10**10, 10**9),
-    ],
-)
+KEPT = [(0.2, 10, 2), (0.29, 100, 29), (0.2, 3, 1), (0.01, 7, 1), (1.0, 5, 5), (0.5, 0, 0)]
+KEPT += [(0.7, 10**9, 7 * 10**8), (0.1 + 0.2, 10**10, 3 * 10**9), (1 - 0.9, 10**10, 10**9)]
+
+
+@pytest.mark.parametrize(("density", "numel", "kept"), KEPT)
 def test_kept_count(density, numel, kept):
     assert kept_count(density, numel) == kept
 
@@ -246,24 +226,18 @@ def test_dare_is_unbiased_and_zero_or_rescaled():
 
 
 def test_dare_l1_restores_each_models_sum():
-    base, (first, second) = {"w": torch.zeros(40, 40)}, stacked(2, (40, 40), dtype=torch.float32)
-    found = [
-        merge(base, [Task({"w": tau}, name="a")], method="dare", density=0.25, rescale="l1")["w"]
-        for tau in (first, second)
-    ]
-    for edited, tau in zip(found, (first, second), strict=True):
+    base, options = {"w": torch.zeros(40, 40)}, {"method": "dare", "density": 0.25, "rescale": "l1"}
+    for tau in stacked(2, (40, 40), dtype=torch.float32):
+        edited = merge(base, [Task({"w": tau}, name="a")], **options)["w"]
         torch.testing.assert_close(edited.abs().sum(), tau.abs().sum())
-    assert l1_ratio(torch.tensor([2.0, 3.0]), torch.tensor([4.0, 0.0])).tolist() == [
-        0.5,
-        0.0,
-    ]  # nothing kept: zero, not NaN
+    ratio = l1_ratio(torch.tensor([2.0, 3.0]), torch.tensor([4.0, 0.0]))
+    assert ratio.tolist() == [0.5, 0.0]  # nothing kept: zero, not NaN
 
 
 def test_noise_does_not_depend_on_how_a_tensor_is_cut():
     whole = uniform(3, "task", "w", 0, 3 * GRID + 7, torch.float32)
-    assert torch.equal(
-        whole[GRID - 5 : 2 * GRID + 5], uniform(3, "task", "w", GRID - 5, GRID + 10, torch.float32)
-    )
+    part = uniform(3, "task", "w", GRID - 5, GRID + 10, torch.float32)
+    assert torch.equal(whole[GRID - 5 : 2 * GRID + 5], part)
     for other in ((4, "task", "w"), (3, "tusk", "w"), (3, "task", "v")):
         assert not torch.equal(whole[:100], uniform(*other, 0, 100, torch.float32))
     assert abs(float(whole.double().mean()) - 0.5) < 5 / math.sqrt(12 * whole.numel())
@@ -273,13 +247,10 @@ def test_della_probabilities_grow_with_the_rank_and_average_to_the_density():
     tau = stacked(2, (3, 50))
     probability = keep_probability(tau, 0.4, 0.2)
     torch.testing.assert_close(probability.mean(-1), torch.full((2, 3), 0.4, dtype=torch.float64))
-    order = tau.abs().argsort(-1)
-    assert (probability.gather(-1, order).diff(dim=-1) > 0).all()
-    assert float(probability.min()) >= 0.3
-    assert float(probability.max()) <= 0.5
-    assert keep_probability(stacked(2, (5, 1)), 0.4, 0.2).unique().tolist() == pytest.approx(
-        [0.4]
-    )  # rows of length one
+    assert (probability.gather(-1, tau.abs().argsort(-1)).diff(dim=-1) > 0).all()
+    assert 0.3 <= float(probability.min()) < float(probability.max()) <= 0.5
+    rows_of_one = keep_probability(stacked(2, (5, 1)), 0.4, 0.2)
+    assert rows_of_one.unique().tolist() == pytest.approx([0.4])
 
 
 def test_della_divides_by_the_probability():
@@ -292,14 +263,11 @@ def test_della_divides_by_the_probability():
 
 def crumbs_by_sorting(tau, density, gamma):
     """Breadcrumbs of one task vector, by sorting all of it."""
-    kept = kept_count(density, tau.numel())
-    outliers = min(math.floor(gamma * tau.numel() + 1e-9), tau.numel() - kept)
-    order = tau.flatten().abs().argsort(descending=True, stable=True)[outliers : outliers + kept]
-    return (
-        torch.zeros(tau.numel(), dtype=tau.dtype)
-        .index_copy(0, order, tau.flatten()[order])
-        .reshape(tau.shape)
-    )
+    flat = tau.flatten()
+    kept = kept_count(density, len(flat))
+    outliers = min(math.floor(gamma * len(flat) + 1e-9), len(flat) - kept)
+    order = flat.abs().argsort(descending=True, stable=True)[outliers : outliers + kept]
+    return torch.zeros_like(flat).index_copy(0, order, flat[order]).reshape(tau.shape)
 
 
 @pytest.mark.parametrize(
@@ -339,19 +307,13 @@ def test_breadcrumbs_options_of_one_task(option):
 def test_large_tensors_are_edited_as_whole_rows_and_tensors():
     base = state(0, torch.float32, shapes={"w": (500, 700)})
     model = tuned(base, 1)
-    della_found = merge(
-        base, [Task(model, name="a")], method="della_linear", density=0.5, epsilon=0.2, dtype="float32"
-    )
+    options = {"method": "della_linear", "density": 0.5, "epsilon": 0.2, "dtype": "float32"}
+    della_found = merge(base, [Task(model, name="a")], **options)
     tau = (model["w"] - base["w"])[None]
     noise = uniform(0, "a", "w", 0, tau.numel(), torch.float32).reshape(tau.shape)
     torch.testing.assert_close(della_found["w"], base["w"] + della(tau, noise, 0.5, 0.2)[0])
     crumbs = merge(base, [Task(model)], method="breadcrumbs", density=0.5, gamma=0.1)
     torch.testing.assert_close(crumbs["w"], base["w"] + crumbs_by_sorting(tau[0], 0.5, 0.1))
-
-
-def exact_threshold(taus, density):
-    values = sorted((abs(v) for t in taus for v in t.flatten().tolist()), reverse=True)
-    return values[max(1, int(density * len(values))) - 1]
 
 
 @pytest.mark.parametrize("kind", ["smooth", "repeated", "mostly zero", "one scale a tensor"])
@@ -370,10 +332,8 @@ def test_thresholds_are_exact_order_statistics(kind, dtype, asked, monkeypatch):
         model = {name: t * 10.0**i for i, (name, t) in enumerate(model.items())}
     seen = Context(prepare(base, [Task(model)], method="ties", density=0.1), kernels=compiled.kernels())
     search.look_over_model(seen)
-    exact = exact_threshold(model.values(), 0.1)
-    assert {name: found.cuts[0][0][0] for (_, name), found in seen.found.items()} == dict.fromkeys(
-        shapes, exact
-    )
+    found = {name: found.cuts[0][0][0] for (_, name), found in seen.found.items()}
+    assert found == dict.fromkeys(shapes, exact_threshold(model.values(), 0.1))
 
 
 def test_thresholds_after_another_edit():

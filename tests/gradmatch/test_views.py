@@ -18,6 +18,7 @@ from gradmatch.models.gathered import ABSENT, Part, Rows
 from gradmatch.models.loading import load
 from gradmatch.models.stores import MemoryStore, Spec, equal
 from gradmatch.models.views import by_module, like
+from tests.gradmatch.tiny import tuned
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 TEXT = {**SMALL, "num_key_value_heads": 2, "vocab_size": 60, "max_position_embeddings": 32, "pad_token_id": 0}
@@ -59,15 +60,6 @@ MODELS = {
 }  # fmt: skip
 
 
-def tuned(model, seed, scale=0.1):
-    model = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 def state(model):
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
@@ -75,11 +67,8 @@ def state(model):
 def rewritten(source, target, change):
     """A folder with the tensors of another one changed, as a file of other names."""
     shutil.copytree(source, target)
-    save_file(
-        change(load_file(source / "model.safetensors")),
-        target / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    held = load_file(source / "model.safetensors")
+    save_file(change(held), target / "model.safetensors", metadata={"format": "pt"})
     return target
 
 
@@ -171,18 +160,14 @@ def test_bases_as_the_hub_has_them(old, missing, tmp_path):
     rewritten(tmp_path / "new", tmp_path / "old", change)
     for number, task in enumerate(tasks):
         task.save_pretrained(tmp_path / f"{number}")
-    out = merge(
-        tmp_path / "old", [Task(tmp_path / "0"), Task(tmp_path / "1")], method="averaging", missing=missing,
-        transforms=["dare"], out=tmp_path / "out",
-    )  # fmt: skip
     plain = merge(base, [Task(one, name=str(n)) for n, one in enumerate(tasks)], method="averaging")
-    merge(
-        tmp_path / "old",
-        [Task(tmp_path / "0"), Task(tmp_path / "1")],
-        method="averaging",
-        missing=missing,
-        out=tmp_path / "plain",
-    )
+    out, _ = (
+        merge(
+            tmp_path / "old", [Task(tmp_path / "0"), Task(tmp_path / "1")], method="averaging", missing=missing,
+            transforms=transforms, out=tmp_path / name,
+        )
+        for name, transforms in (("out", ["dare"]), ("plain", []))
+    )  # fmt: skip
     loaded = state(type(base).from_pretrained(tmp_path / "plain"))
     for name, value in plain.items():
         torch.testing.assert_close(loaded[name], value, msg=name)
@@ -191,22 +176,11 @@ def test_bases_as_the_hub_has_them(old, missing, tmp_path):
 
 
 def test_sinusoids_that_no_file_holds_are_the_modules_own(tmp_path):
-    sizes = {
-        f"{part}_{what}": n
-        for part in ("encoder", "decoder")
-        for what, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 24))
-    }
-    config = tf.MarianConfig(
-        d_model=16,
-        vocab_size=60,
-        max_position_embeddings=16,
-        pad_token_id=0,
-        eos_token_id=2,
-        forced_eos_token_id=2,
-        decoder_start_token_id=0,
-        **sizes,
-    )
-    base = tf.MarianMTModel(config)
+    counts = {"layers": 1, "attention_heads": 2, "ffn_dim": 24}
+    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in counts.items()}
+    sizes |= {"d_model": 16, "vocab_size": 60, "max_position_embeddings": 16, "pad_token_id": 0}
+    ends = {"eos_token_id": 2, "forced_eos_token_id": 2, "decoder_start_token_id": 0}
+    base = tf.MarianMTModel(tf.MarianConfig(**sizes, **ends))
     base.save_pretrained(tmp_path / "base")
     assert "model.encoder.embed_positions.weight" not in open_checkpoint(tmp_path / "base")
     loaded = state(load(open_checkpoint(tmp_path / "base")))
@@ -225,27 +199,19 @@ def test_two_tensors_for_one_parameter(tmp_path):
 
 def test_an_incomplete_group_of_experts(tmp_path):
     MODELS["mixtral"]().save_pretrained(tmp_path / "base")
-    rewritten(
-        tmp_path / "base",
-        tmp_path / "less",
-        lambda s: {k: v for k, v in s.items() if "layers.0" not in k or "experts.3.w1" not in k},
-    )
+    less = lambda s: {k: v for k, v in s.items() if "layers.0" not in k or "experts.3.w1" not in k}  # noqa: E731
     with pytest.raises(ValueError, match=r"gate_up_proj"):
-        load(open_checkpoint(tmp_path / "less"))
+        load(open_checkpoint(rewritten(tmp_path / "base", tmp_path / "less", less)))
 
 
 def test_data_never_pass_through_a_parameter_that_no_file_gave(tmp_path):
-    model = MODELS["bert"]()
-    model.save_pretrained(tmp_path / "base")
-    config = json.loads((tmp_path / "base" / "config.json").read_text())
-    (tmp_path / "base" / "config.json").write_text(
-        json.dumps({**config, "architectures": ["BertForSequenceClassification"]})
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"base does not give 'classifier.weight' and 1 others of BertForSequenceClassification",
-    ):
-        load(open_checkpoint(tmp_path / "base"))
+    MODELS["bert"]().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = ["BertForSequenceClassification"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = "does not give 'classifier.weight' and 1 others of BertForSequenceClassification"
+    with pytest.raises(ValueError, match=said):
+        load(open_checkpoint(tmp_path))
     objective = Objective(nn.Linear(2, 1), [(torch.ones(1, 2), torch.ones(1, 1))])
     for weights in ({"weight": torch.ones(1, 2)}, {"weight": torch.ones(1, 3), "bias": torch.ones(1)}):
         with pytest.raises(ValueError, match=r"does not give 'bias'|'weight' has shape \[1, 3\]"):
@@ -255,13 +221,16 @@ def test_data_never_pass_through_a_parameter_that_no_file_gave(tmp_path):
         objective.expand(whole, {"wait": torch.ones(1, 2)})
 
 
+def llama(tied):
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT, tie_word_embeddings=tied))
+
+
 def test_weights_that_untie_what_the_module_ties():
-    tied = MODELS["llama"]().__class__(tf.LlamaConfig(**TEXT, tie_word_embeddings=True))
+    tied, own = llama(True), llama(False)
     ids = torch.randint(3, 60, (2, 5))
     objective = Objective(tied, [{"input_ids": ids, "labels": ids}])
     weights = state(tied)
     assert objective.losses(weights).tolist() == objective.losses({}).tolist()
-    own = MODELS["llama"]().__class__(tf.LlamaConfig(**TEXT, tie_word_embeddings=False))
     own.load_state_dict({**weights, "lm_head.weight": weights["lm_head.weight"] + 1})
     expected = Objective(own, [{"input_ids": ids, "labels": ids}]).losses({})
     torch.testing.assert_close(objective.losses(state(own)), expected)
@@ -276,17 +245,15 @@ def test_forward_mode_derivatives_of_experts():
     weights, step = state(model), state(tuned(model, 1))
     direction = {name: step[name] - weights[name] for name in weights}
     _, slope, _ = objective.expand(weights, direction)
-    gradient = objective.gradient(weights)
-    assert slope == pytest.approx(
-        sum(float((g * direction[name]).sum()) for name, g in gradient.items()), rel=1e-3
-    )
+    along = sum(float((g * direction[name]).sum()) for name, g in objective.gradient(weights).items())
+    assert slope == pytest.approx(along, rel=1e-3)
     assert model.config._experts_implementation == "grouped_mm"
 
 
 WRAPPED = {
-    "compiled": torch.compile,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
     "DataParallel": nn.DataParallel,
-    "compiled layers": lambda model: [setattr(model, "1", torch.compile(model[1])), model][1],
+    "compiled layers": lambda model: nn.Sequential(model[0], torch.compile(model[1], backend="eager")),
 }
 
 
@@ -306,9 +273,8 @@ def test_wrapped_modules_are_their_insides(wrap):
     saved = merge(base, [Task(dict(wrapped.state_dict()), known)], base_curvature=1.0)
     assert all(torch.equal(saved[name], value) for name, value in expected.items())
     own = merge(wrapped, [Task(task)], method="averaging")
-    (wrapped.module if wrap == "DataParallel" else getattr(wrapped, "_orig_mod", wrapped)).load_state_dict(
-        own
-    )
+    inside = wrapped.module if wrap == "DataParallel" else getattr(wrapped, "_orig_mod", wrapped)
+    inside.load_state_dict(own)
     losses = [Objective(one, [batch]).losses({}).tolist() for one in (wrapped, task)]
     assert losses[0] == losses[1]
 
@@ -328,7 +294,7 @@ def test_bare_names(names, bare):
 
 
 def test_ties_kept_under_different_names(tmp_path):
-    base = MODELS["llama"]().__class__(tf.LlamaConfig(**TEXT, tie_word_embeddings=True))
+    base = llama(True)
     task = tuned(base, 1)
     base.save_pretrained(tmp_path / "base")  # keeps the embeddings
     save_model(task, tmp_path / "task.safetensors")  # keeps lm_head

@@ -5,23 +5,20 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
-from gradmatch import Task, merge
-from gradmatch.cli import main
+from gradmatch import Task, merge, open_checkpoint
 from gradmatch.estimators import Curvature
 from gradmatch.models.rewriting import rewritten
 from gradmatch.models.tokenizers import vocabulary
+from tests.command import run
+from tests.gradmatch.tiny import gpt2, llama
 
 BASE = ["[PAD]", "[CLS]", "a", "b", "c", "d"]
 
@@ -30,28 +27,23 @@ def save(folder, tokens, seed, rows=None, kind="json", width=8):
     """A tiny GPT-2 with its own word-level vocabulary; row i of the embeddings is what `row(token, seed)` gives."""
     rows = rows or len(tokens)
     torch.manual_seed(99)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            n_embd=width, n_layer=1, n_head=1, vocab_size=rows, n_positions=4, bos_token_id=1, eos_token_id=0
-        )
-    )
+    sizes = {"n_embd": width, "n_layer": 1, "n_head": 1, "vocab_size": rows, "n_positions": 4}
+    model = gpt2(**sizes, eos_token_id=0)
     with torch.no_grad():
         for number in range(rows):
             token = tokens[number] if number < len(tokens) else f"padding {number}"
             model.transformer.wte.weight[number] = row(token, seed, width)
     model.save_pretrained(folder)
-    if kind == "json":
-        tokenizer = Tokenizer(
-            models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="[PAD]")
-        )
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        tokenizer.add_special_tokens([token for token in tokens if token.startswith("[")])
-        tokenizer.post_processor = processors.TemplateProcessing(
-            "[CLS] $A", special_tokens=[("[CLS]", tokens.index("[CLS]"))]
-        )
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(folder)
-    else:
+    if kind != "json":
         (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
+        return folder
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[PAD]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens([token for token in tokens if token.startswith("[")])
+    first = [("[CLS]", vocabulary["[CLS]"])]
+    made.post_processor = processors.TemplateProcessing("[CLS] $A", special_tokens=first)
+    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]").save_pretrained(folder)
     return folder
 
 
@@ -67,18 +59,11 @@ def embeddings(checkpoint):
 def test_without_a_policy_the_difference_is_described(tmp_path):
     base = save(tmp_path / "base", BASE, 0)
     shifted = save(tmp_path / "shifted", [*BASE[:2], "z", *BASE[2:5]], 1)
-    with pytest.raises(
-        ValueError,
-        match=r"3 tokens have another id, first 'a': 2 in the base, 3 in it; 1 are missing, first 'd'; 1 are added, first 'z'",
-    ):
+    said = "3 tokens have another id, first 'a': 2 in the base, 3 in it; 1 are missing, first 'd'; 1 are added, first 'z'"
+    with pytest.raises(ValueError, match=said):
         merge(base, [Task(shifted)], method="averaging")
-
-
-def test_equal_vocabularies_need_no_policy(tmp_path):
-    base, one = save(tmp_path / "base", BASE, 0), save(tmp_path / "one", BASE, 1)
-    assert len(merge(base, [Task(one)], method="averaging")) == len(
-        merge(base, [Task(base)], method="averaging")
-    )
+    one = save(tmp_path / "one", BASE, 1)  # equal vocabularies need no policy
+    assert len(merge(base, [Task(one)], method="averaging")) == len(open_checkpoint(base))
 
 
 @pytest.mark.parametrize("kind", ["json", "lines"])
@@ -91,18 +76,12 @@ def test_union(tmp_path, kind):
     tokens = [*BASE, "[NEW]", "e"]
     assert done.config["vocab_size"] == len(tokens)
     found = embeddings(done)
+    new = {"[NEW]": row("[NEW]", 1), "e": (row("e", 1) + row("e", 2)) / 2}
     for number, token in enumerate(tokens):
-        theta0 = row(token, 0)
-        if token == "[NEW]":
-            theta0 = row(token, 1)
-        if token == "e":
-            theta0 = (row(token, 1) + row(token, 2)) / 2
-        taus = [
-            row(token, s) - theta0
-            for s, known in ((1, tokens), (2, ["[PAD]", "[CLS]", "a", "b", "e"]))
-            if token in known
-        ]
-        torch.testing.assert_close(found[number], theta0 + 0.5 * sum(taus))
+        theta0 = new.get(token, row(token, 0))
+        knowing = (1, 2) if token in ("[PAD]", "[CLS]", "a", "b", "e") else (1,)
+        expected = theta0 + 0.5 * sum(row(token, seed) - theta0 for seed in knowing)
+        torch.testing.assert_close(found[number], expected)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.get_input_embeddings().weight.shape[0] == len(tokens)
     if kind == "json":
@@ -136,10 +115,8 @@ def test_intersect_renumbers_tokenizer_and_config(tmp_path):
 def test_intersect_that_loses_a_token_the_config_needs(tmp_path):
     base = save(tmp_path / "base", ["x", "[CLS]", "a"], 0, kind="lines")
     one = save(tmp_path / "one", ["y", "[CLS]", "a"], 1, kind="lines")
-    with pytest.raises(
-        ValueError,
-        match=r"eos_token_id needs token 'x', which not every model has; choose embeddings='union'",
-    ):
+    said = "eos_token_id needs token 'x', which not every model has; choose embeddings='union'"
+    with pytest.raises(ValueError, match=said):
         merge(base, [Task(one)], method="averaging", embeddings="intersect")
     none = save(tmp_path / "none", ["p", "q", "[CLS]r"], 1, kind="lines")
     with pytest.raises(ValueError, match="no token in common"):
@@ -157,9 +134,8 @@ def test_curvature_is_aligned_too(tmp_path):
     merged = merge(base, [Task(one, known, 0.5)], base_curvature=1.0, embeddings="union")
     for token, h in (("b", 3.0), ("a", 4.0)):
         theta0, tau = row(token, 0), row(token, 1) - row(token, 0)
-        torch.testing.assert_close(
-            embeddings(merged)[BASE.index(token)], theta0 + 0.5 * (1 + h) * tau / (1 + 0.5 * h)
-        )
+        expected = theta0 + 0.5 * (1 + h) * tau / (1 + 0.5 * h)
+        torch.testing.assert_close(embeddings(merged)[BASE.index(token)], expected)
     torch.testing.assert_close(embeddings(merged)[BASE.index("d")], row("d", 0))
 
 
@@ -178,22 +154,20 @@ def test_bpe_merges_follow(tmp_path):
     two = bpe(tmp_path / "two", ["wide wider widest", "low"], ["<s>", "</s>", "<x>"])
     tables = [vocabulary(folder)[1]() for folder in (one, two)]
     union = {token: i for i, token in enumerate(dict.fromkeys([*tables[0], *tables[1]]))}
-    content = json.loads(rewritten(one, [two], union)["tokenizer.json"])
-    rebuilt = Tokenizer.from_str(json.dumps(content))
+    common = {token: i for i, token in enumerate(t for t in tables[0] if t in tables[1])}
+    rebuilt, short = (
+        Tokenizer.from_str(json.dumps(json.loads(rewritten(one, [two], ids)["tokenizer.json"])))
+        for ids in (union, common)
+    )
     assert rebuilt.encode("low wide", add_special_tokens=False).tokens == ["low", "wide"]
     assert rebuilt.token_to_id("<x>") == union["<x>"]
-    common = {token: i for i, token in enumerate(t for t in tables[0] if t in tables[1])}
-    content = json.loads(rewritten(one, [two], common)["tokenizer.json"])
-    assert (
-        Tokenizer.from_str(json.dumps(content)).encode("low", add_special_tokens=False).tokens[-1] in common
-    )
+    assert short.encode("low", add_special_tokens=False).tokens[-1] in common
 
 
 def test_unigram_and_table_vocabularies(tmp_path):
     (tmp_path / "u").mkdir()
-    Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0)], unk_id=0)).save(
-        str(tmp_path / "u" / "tokenizer.json")
-    )
+    pieces = models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0)], unk_id=0)
+    Tokenizer(pieces).save(str(tmp_path / "u" / "tokenizer.json"))
     assert vocabulary(tmp_path / "u")[1]() == {"<unk>": 0, "a": 1, "b": 2}
     content = json.loads(rewritten(tmp_path / "u", [], {"<unk>": 0, "b": 1})["tokenizer.json"])
     assert content["model"]["vocab"] == [["<unk>", 0.0], ["b", -2.0]]
@@ -213,9 +187,7 @@ def test_unigram_and_table_vocabularies(tmp_path):
 @pytest.mark.parametrize("policy", ["union", "intersect"])
 def test_equal_vocabularies_of_other_padding(tmp_path, policy):
     base, one = save(tmp_path / "base", BASE, 0, rows=8), save(tmp_path / "one", BASE, 1)
-    with pytest.raises(
-        ValueError, match=r"embeddings of one have 6 rows and the base's 8, for the same tokens"
-    ):
+    with pytest.raises(ValueError, match="of one have 6 rows and the base's 8, for the same tokens"):
         merge(base, [Task(one)], method="averaging")
     found = embeddings(merge(base, [Task(one)], method="averaging", embeddings=policy))
     assert len(found) == 8
@@ -238,35 +210,27 @@ def test_models_as_wide_as_their_vocabulary(tmp_path):
 
 
 def test_embeddings_that_no_name_tells(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    folders = [
-        save(tmp_path / "base", BASE, 0, width=6),
-        save(tmp_path / "one", [*BASE[:5], "e"], 1, width=6),
-    ]
-    for folder in folders:
+    base, one = (
+        save(tmp_path / name, tokens, seed, width=6)
+        for seed, (name, tokens) in enumerate((("base", BASE), ("one", [*BASE[:5], "e"])))
+    )
+    for folder in (base, one):
         held = load_file(folder / "model.safetensors")
         held["words"] = held.pop("transformer.wte.weight")
         save_file(held, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"6 wide and have 6 tokens, and none of the names .*words"):
-        merge(folders[0], [Task(folders[1])], method="averaging", embeddings="union")
-
-
-def llama(folder, rows, seed, **config):
-    """A tiny model with `rows` embeddings, and without ties."""
-    torch.manual_seed(seed)
-    settings = LlamaConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=rows, tie_word_embeddings=False,
-        **config,
-    )  # fmt: skip
-    LlamaForCausalLM(settings).save_pretrained(folder)
+        merge(base, [Task(one)], method="averaging", embeddings="union")
 
 
 ALPHABET = ["<pad>", "<s>", "</s>", *"abcdehlorw"]
 
 
+def numbered(pieces):
+    return {piece: n for n, piece in enumerate(["<unk>", *ALPHABET, *pieces])}
+
+
 def word_pieces(pieces):
-    return models.WordPiece({p: n for n, p in enumerate(["<unk>", *ALPHABET, *pieces])}, unk_token="<unk>")
+    return models.WordPiece(numbered(pieces), unk_token="<unk>")
 
 
 def unigram(pieces):
@@ -277,16 +241,16 @@ def unigram(pieces):
 
 def merged_pairs(pieces):
     """BPE whose pieces are pairs of what is there, such as "he" of "h" and "e"."""
-    vocab = {piece: n for n, piece in enumerate(["<unk>", *ALPHABET, *pieces])}
-    return models.BPE(vocab, [(piece[:-1], piece[-1]) for piece in pieces], unk_token="<unk>")
+    pairs = [(piece[:-1], piece[-1]) for piece in pieces]
+    return models.BPE(numbered(pieces), pairs, unk_token="<unk>")
 
 
 def words(pieces):
-    return models.WordLevel({p: n for n, p in enumerate(["<unk>", *ALPHABET, *pieces])}, unk_token="<unk>")
+    return models.WordLevel(numbered(pieces), unk_token="<unk>")
 
 
-def tokenized(folder, kind, pieces, special, rows=0, seed=0, **config):
-    """A model folder with a tokenizer of that kind; returns token -> id."""
+def tokenized(folder, kind, pieces, special, rows=0, seed=0):
+    """A model folder with a tokenizer of that kind; returns its tokens and their ids."""
     made = Tokenizer(kind(pieces))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(
@@ -294,8 +258,13 @@ def tokenized(folder, kind, pieces, special, rows=0, seed=0, **config):
     )
     fast.add_special_tokens({"extra_special_tokens": special})
     fast.save_pretrained(folder)
-    llama(folder, rows or len(fast), seed, **config)
+    torch.manual_seed(seed)
+    llama(rows or len(fast), tie_word_embeddings=False).save_pretrained(folder)
     return fast.get_vocab()
+
+
+def rows_of(folder):
+    return load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
 
 
 VOCABULARIES = {  # base: pieces, special tokens, rows (0: as many as tokens); the same of the task
@@ -308,10 +277,9 @@ VOCABULARIES = {  # base: pieces, special tokens, rows (0: as many as tokens); t
 }
 
 
-@pytest.mark.parametrize("policy", ["union", "intersect", "base", "task"])
 @pytest.mark.parametrize("kind", [merged_pairs, word_pieces, unigram, words])
 @pytest.mark.parametrize("case", VOCABULARIES)
-def test_every_token_of_the_written_tokenizer_has_its_own_row(tmp_path, case, kind, policy):
+def test_every_token_of_the_written_tokenizer_has_its_own_row(tmp_path, case, kind):
     tables, rowless = {}, set()
     for seed, (name, (pieces, special, rows)) in enumerate(
         zip(("base", "task"), VOCABULARIES[case], strict=True)
@@ -320,70 +288,47 @@ def test_every_token_of_the_written_tokenizer_has_its_own_row(tmp_path, case, ki
         size = rows or len(table)
         tables[name] = {token: number for token, number in table.items() if number < size}
         rowless |= set(table) - set(tables[name])
-    chosen = {"embeddings": policy} if policy in ("union", "intersect") else {"tokenizer": policy}
-    merge(
-        tmp_path / "base", [Task(tmp_path / "task")], method="task_arithmetic", out=tmp_path / "out", **chosen
-    )
-    found = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    rows = {
-        n: load_file(tmp_path / n / "model.safetensors")["model.embed_tokens.weight"]
-        for n in (*tables, "out")
-    }
-    assert model.config.vocab_size == len(rows["out"])
     base, task = tables["base"], tables["task"]
-    expected = {"union": {**base, **task}, "intersect": set(base) & set(task), "base": base, "task": task}[
-        policy
-    ]
-    assert set(expected) <= set(found)
-    assert set(found) - set(expected) <= rowless  # of a tokenizer that is left as it is
-    for token in expected:
-        table, name = (task, "task") if token in task else (base, "base")
-        torch.testing.assert_close(rows["out"][found[token]], rows[name][table[token]])
-    text = "hello <x> world"
-    assert max(AutoTokenizer.from_pretrained(tmp_path / "out")(text).input_ids) < len(rows["out"])
+    own = {name: rows_of(tmp_path / name) for name in tables}
+    kept = {"union": {**base, **task}, "intersect": set(base) & set(task), "base": base, "task": task}
+    for policy, expected in kept.items():
+        options = {"embeddings" if policy in ("union", "intersect") else "tokenizer": policy}
+        options |= {"method": "task_arithmetic", "out": tmp_path / "out", "overwrite": True}
+        merge(tmp_path / "base", [Task(tmp_path / "task")], **options)
+        written, rows = AutoTokenizer.from_pretrained(tmp_path / "out"), rows_of(tmp_path / "out")
+        found = written.get_vocab()
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == len(rows)
+        assert set(expected) <= set(found)
+        assert set(found) - set(expected) <= rowless  # of a tokenizer that is left as it is
+        for token in expected:
+            table, name = (task, "task") if token in task else (base, "base")
+            torch.testing.assert_close(rows[found[token]], own[name][table[token]])
+        assert max(written("hello <x> world").input_ids) < len(rows)
+
+
+STALE = ["tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "source.spm", "qwen.tiktoken"]
 
 
 def test_ids_in_configs_follow_in_lists_and_nested_and_stale_files_are_left_out(tmp_path):
     base = tokenized(tmp_path / "base", merged_pairs, ["he", "ll"], ["<x>", "<y>"])
     new = tokenized(tmp_path / "task", merged_pairs, ["he"], ["<x>"], seed=1)
+    x, y = base["<x>"], base["<y>"]
+    ids = {"eos_token_id": [2, x], "suppress_tokens": [y, x], "inner": {"image_token_id": x}}
     for name in ("config.json", "generation_config.json"):
         path = tmp_path / "base" / name
-        ids = {
-            "eos_token_id": [2, base["<x>"]],
-            "suppress_tokens": [base["<y>"], base["<x>"]],
-            "inner": {"image_token_id": base["<x>"]},
-        }
-        path.write_text(
-            json.dumps(json.loads(path.read_text()) | ids | {"bad_words_ids": [[base["<x>"], 3]]})
-        )
-    stale = (
-        "tokenizer.model",
-        "vocab.json",
-        "merges.txt",
-        "added_tokens.json",
-        "source.spm",
-        "qwen.tiktoken",
-    )
-    for name in stale:
+        path.write_text(json.dumps(json.loads(path.read_text()) | ids | {"bad_words_ids": [[x, 3]]}))
+    for name in STALE:
         (tmp_path / "base" / name).write_bytes(b'{"<x>": 99}')
-    merge(
-        tmp_path / "base",
-        [Task(tmp_path / "task")],
-        method="averaging",
-        embeddings="intersect",
-        out=tmp_path / "out",
-    )
+    options = {"method": "averaging", "embeddings": "intersect", "out": tmp_path / "out"}
+    merge(tmp_path / "base", [Task(tmp_path / "task")], **options)
     at = new["<x>"]
     for name in ("config.json", "generation_config.json"):
         found = json.loads((tmp_path / "out" / name).read_text())
-        assert (found["eos_token_id"], found["suppress_tokens"], found["inner"]["image_token_id"]) == (
-            [2, at],
-            [at],
-            at,
-        )
+        assert found["eos_token_id"] == [2, at]
+        assert found["suppress_tokens"] == [at]
+        assert found["inner"]["image_token_id"] == at
         assert found["bad_words_ids"] == [[at, 3]]
-    assert not [name for name in stale if (tmp_path / "out" / name).exists()]
+    assert not [name for name in STALE if (tmp_path / "out" / name).exists()]
 
 
 UNKNOWN = [  # (change of the folders, options, words in the note or the refusal, whether it is one)
@@ -418,43 +363,25 @@ def test_vocabularies_that_are_not_known_are_said(tmp_path, change, options, tex
 
 
 def test_the_tokenizer_and_chat_template_that_are_asked_for(tmp_path):
-    for name, template in (
-        ("base", "b {{ messages }}"),
-        ("one", "t {{ messages }}"),
-        ("two", "t {{ messages }}\n"),
-    ):
+    texts = {"base": "b {{ messages }}", "one": "t {{ messages }}", "two": "t {{ messages }}\n"}
+    for name, template in texts.items():
         tokenized(tmp_path / name, words, ["he"], ["<x>"])
         (tmp_path / name / "chat_template.jinja").write_text(template)
     tasks = [Task(tmp_path / "one"), Task(tmp_path / "two")]
-    for wanted, expected in (
-        ({}, "b {{ messages }}"),
-        ({"chat_template": "auto"}, "t {{ messages }}"),
-        ({"tokenizer": "two"}, "t {{ messages }}\n"),
-        ({"chat_template": "x {{ messages }}"}, "x {{ messages }}"),
-    ):
-        merge(tmp_path / "base", tasks, method="averaging", out=tmp_path / "out", overwrite=True, **wanted)
-        assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == expected
-    merge(
-        tmp_path / "base",
-        tasks,
-        method="averaging",
-        out=tmp_path / "out",
-        overwrite=True,
-        chat_template="chatml",
-    )
-    said = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(
+
+    def made(**wanted):
+        options = {"method": "averaging", "out": tmp_path / "out", "overwrite": True}
+        merge(tmp_path / "base", tasks, **options, **wanted)
+        return AutoTokenizer.from_pretrained(tmp_path / "out")
+
+    assert made().chat_template == texts["base"]
+    assert made(chat_template="auto").chat_template == texts["one"]
+    assert made(tokenizer="two").chat_template == texts["two"]
+    assert made(chat_template="x {{ messages }}").chat_template == "x {{ messages }}"
+    said = made(chat_template="chatml").apply_chat_template(
         [{"role": "user", "content": "he"}], tokenize=False
     )
     assert said == "<|im_start|>user\nhe<|im_end|>\n"
-    command = [
-        "merge",
-        "--base",
-        str(tmp_path / "base"),
-        "--task",
-        str(tmp_path / "one"),
-        "--method",
-        "averaging",
-        "--quiet",
-    ]
-    assert main([*command, "--tokenizer", "one", "-o", str(tmp_path / "command")]) == 0
-    assert AutoTokenizer.from_pretrained(tmp_path / "command").chat_template == "t {{ messages }}"
+    line = f"merge --base {tmp_path}/base --task {tmp_path}/one --method averaging --quiet"
+    assert run(f"{line} --tokenizer one -o {tmp_path}/command") == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "command").chat_template == texts["one"]

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gradmatch.cli import COMMANDS, main
+from gradmatch.cli import COMMANDS
 from gradmatch.commands.wording import flags, in_flags
+from tests.command import run
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,37 +70,26 @@ def test_every_printed_command_has_options_that_exist():
 def models(tmp_path):
     for number, name in enumerate(("base", "one")):
         (tmp_path / name).mkdir()
-        save_file(
-            {"w": torch.full((4,), float(number)), "b": torch.ones(3)}, tmp_path / name / "model.safetensors"
-        )
-    save_file({"w": torch.ones(4)}, tmp_path / "one" / "model.safetensors")
+        tensors = {"w": torch.full((4,), float(number))} | ({} if number else {"b": torch.ones(3)})
+        save_file(tensors, tmp_path / name / "model.safetensors")
     return tmp_path
 
 
 def test_a_commands_remedy_is_its_flag_and_works(models, capsys):
-    words = [
-        "merge",
-        "--base",
-        str(models / "base"),
-        "--task",
-        str(models / "one"),
-        "--method",
-        "task_arithmetic",
-    ]
-    assert main([*words, "-o", str(models / "out")]) == 2
+    line = f"merge --base {models}/base --task {models}/one --method task_arithmetic -o {models}/out"
+    assert run(line) == 2
     err = capsys.readouterr().err
     assert "--missing base" in err
     assert "missing='base'" not in err
     assert err.count("\n") == 1
-    assert main([*words, "--missing", "base", "-o", str(models / "out"), "--quiet"]) == 0
+    assert run(f"{line} --missing base --quiet") == 0
 
 
 def test_warnings_are_one_line_and_python_keeps_its_own_way(capsys, monkeypatch):
     shown = warnings.showwarning
-    monkeypatch.setattr(
-        "gradmatch.commands.inspect.run", lambda args: warnings.warn("odd", stacklevel=1) or 0
-    )
-    assert main(["inspect", "x"]) == 0
+    odd = lambda args: warnings.warn("odd", stacklevel=1) or 0  # noqa: E731
+    monkeypatch.setattr("gradmatch.commands.inspect.run", odd)
+    assert run("inspect x") == 0
     assert capsys.readouterr().err == "gradmatch: warning: odd\n"
     assert warnings.showwarning is shown
 
@@ -110,6 +100,6 @@ BEGINNINGS = [(b'{"a": 1}' * 9, "JSON text"), (b"PK\x03\x04" * 9, "a zip archive
 @pytest.mark.parametrize(("content", "message"), BEGINNINGS)
 def test_what_is_taken_for_a_curvature_is_called_what_it_is(tmp_path, capsys, content, message):
     (tmp_path / "c.safetensors").write_bytes(content)
-    assert main(["inspect", str(tmp_path / "c.safetensors")]) == 2
+    assert run(f"inspect {tmp_path}/c.safetensors") == 2
     err = capsys.readouterr().err
     assert re.search(f"c.safetensors: not a safetensors file.*({message})", err)
