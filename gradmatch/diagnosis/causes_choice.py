@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from gradmatch.diagnosis.cause import CHOICE, INPUT, Cause, Finder
+from gradmatch.diagnosis.source import PIECE
+from gradmatch.estimators.curvature import Curvature
 from gradmatch.measure import health
+from gradmatch.models.curvatures import Prior, blocks
+from gradmatch.models.stores import spans, take
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,19 +35,20 @@ def floor_decides(evidence: Evidence) -> list[Cause]:
     if not evidence.uses_curvature or len(curvatures) < len(evidence.tasks) or evidence.delta0 <= 0:
         return []
     below = weights = 0
-    base = evidence.base_curvature
-    for name in evidence.scan.tensors:
-        if not all(name in curvature for curvature in curvatures.values()):
+    base, prior = evidence.base_curvature, Prior.of(evidence.base_curvature, evidence.base_weight)
+    held = [(blocks(c), c.num_examples * evidence.alpha[task]) for task, c in curvatures.items()]
+    given = blocks(base) if isinstance(base, Curvature) else None
+    for name, tensor in evidence.scan.tensors.items():
+        if not all(name in store for store, _ in held):
             continue
-        h = torch.zeros_like(evidence.base[name], dtype=torch.float32)
-        for task, curvature in curvatures.items():
-            h.add_(curvature.total(name), alpha=evidence.alpha[task])
-        if isinstance(base, int | float):
-            h.add_(evidence.base_weight * base)
-        elif base is not None and name in base:
-            h.add_(base.total(name), alpha=evidence.base_weight)
-        low, numel = health.floor_share(h, evidence.delta0)
-        below, weights = below + low, weights + numel
+        for first, last in spans(tensor.numel, PIECE):
+            h = torch.full((last - first,), prior.number)
+            if given is not None and name in given:
+                h += prior.at(take(given, name, first, last))
+            for store, scale in held:
+                h += take(store, name, first, last) * scale
+            low, numel = health.floor_share(h, evidence.delta0)
+            below, weights = below + low, weights + numel
     if weights == 0 or below <= HALF * weights:
         return []
     saving = None

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from gradmatch.common.layers import layer_group
 from gradmatch.diagnosis.cause import INPUT, Cause, Finder, priced
 from gradmatch.diagnosis.causes_places import displaced, layers_swapped, rows_moved, transposed
-from gradmatch.diagnosis.repairs import replaced, saving_of, without
-from gradmatch.diagnosis.scan import KEPT
+from gradmatch.diagnosis.moved import KEPT
+from gradmatch.diagnosis.repairs import saving_of, scaled_back, without
 from gradmatch.measure import similarity
 
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ def rescaled(evidence: Evidence) -> list[Cause]:
         if not scaled:
             continue
         name = max(scaled, key=lambda n: abs(math.log(abs(factors[n]))))
-        back = {n: evidence.tasks[task][n].float() / c for n, c in factors.items()}
         causes.append(
             Cause(
                 "rescaled_model" if len(scaled) > HALF * len(matrices) else "rescaled_layer",
@@ -64,7 +63,7 @@ def rescaled(evidence: Evidence) -> list[Cause]:
                 "nine tenths or more of their difference",
                 f"undo the scale (divide by {factors[name]:.3g}) before merging, or save {task!r} again",
                 INPUT,
-                *priced(saving_of(evidence, replaced, task, back)),
+                *priced(saving_of(evidence, scaled_back, task, factors)),
                 {"factor": factors[name], "tensors": float(len(scaled))},
             )
         )

@@ -9,17 +9,18 @@ import torch
 
 from gradmatch.common.layers import layer_group
 from gradmatch.diagnosis.cause import INPUT, Cause, priced
-from gradmatch.diagnosis.repairs import replaced, rolled, saving_of, without
-from gradmatch.diagnosis.scan import KEPT
+from gradmatch.diagnosis.moved import KEPT
+from gradmatch.diagnosis.repairs import rolled, saving_of, turned_back, without
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmatch.diagnosis.evidence import Evidence
     from gradmatch.diagnosis.scan import TensorScan
+    from gradmatch.models.checkpoint import Checkpoint
 
 HALF = 0.5
-SAMPLE = 4096  # values of a matrix by which layers are told apart: cosines to within 1/64
+RUNS, RUN = 64, 64  # evenly spaced values of a matrix by which layers are told apart: cosines to within 1/64
 TOKENS = re.compile(r"embed|wte|lm_head|(^|\.)shared\.", re.IGNORECASE)
 
 
@@ -68,7 +69,6 @@ def transposed(evidence: Evidence) -> list[Cause]:
     for position, task in enumerate(evidence.scan.tasks):
         names = [name for name, tensor in evidence.scan.tensors.items() if position in tensor.transposed]
         if names:
-            back = {name: evidence.tasks[task][name].transpose(0, 1) for name in names}
             causes.append(
                 Cause(
                     "transposed_weight",
@@ -77,7 +77,7 @@ def transposed(evidence: Evidence) -> list[Cause]:
                     f"exchanged: {names[0]}",
                     "transpose before merging (Linear stores (out, in), Conv1D (in, out))",
                     INPUT,
-                    *priced(saving_of(evidence, replaced, task, back)),
+                    *priced(saving_of(evidence, turned_back, task, names)),
                     {"tensors": float(len(names))},
                 )
             )
@@ -117,14 +117,14 @@ def places(evidence: Evidence, task: str) -> dict[str, str]:
     far: dict[tuple[int, ...], list[str]] = {}
     for name, tensor in evidence.scan.tensors.items():
         if any(tensor.rank) and float(tensor.cosine[position]) < KEPT and not _explained(tensor, position):
-            far.setdefault(tuple(evidence.base[name].shape), []).append(name)
+            far.setdefault(evidence.base.spec(name).shape, []).append(name)
     found: dict[str, str] = {}
     for shape, names in far.items():
-        known = [name for name in evidence.scan.tensors if tuple(evidence.base[name].shape) == shape]
+        known = [name for name in evidence.scan.tensors if evidence.base.spec(name).shape == shape]
         if len(known) < 2:
             continue
-        old = torch.stack([_sampled(evidence.base[name]) for name in known])
-        new = torch.stack([_sampled(evidence.tasks[task][name]) for name in names])
+        old = torch.stack([_sampled(evidence.base, name) for name in known])
+        new = torch.stack([_sampled(evidence.tasks[task], name) for name in names])
         close, match = (new @ old.T).max(1)
         for name, cosine, index in zip(names, close.tolist(), match.tolist(), strict=True):
             if cosine >= KEPT and known[index] not in (name, *found.values()):
@@ -144,11 +144,15 @@ def _explained(tensor: TensorScan, position: int) -> bool:
     return rows_elsewhere(tensor, position) or position in tensor.transposed
 
 
-def _sampled(value: Tensor) -> Tensor:
-    """At most SAMPLE evenly spaced values as a unit vector."""
-    flat = value.flatten()
-    chosen = flat[:: max(1, flat.numel() // SAMPLE)].float()
-    return torch.nn.functional.normalize(chosen, dim=0)
+def _sampled(model: Checkpoint, name: str) -> Tensor:
+    """RUNS x RUN values as a unit vector, or all of a small tensor."""
+    numel = model.spec(name).numel
+    if numel <= RUNS * RUN:
+        parts = [model.block(name, 0, numel)]
+    else:
+        starts = (round(i * (numel - RUN) / (RUNS - 1)) for i in range(RUNS))
+        parts = [model.block(name, start, start + RUN) for start in starts]
+    return torch.nn.functional.normalize(torch.cat(parts).float(), dim=0)
 
 
 def _counted(names: list[str]) -> str:

@@ -17,6 +17,7 @@ from gradmatch.diagnosis.measuring import measure, passes
 from gradmatch.diagnosis.recipes import effective_weights, in_span, reach_of
 from gradmatch.diagnosis.report import report_of
 from gradmatch.diagnosis.scan import scan_weights
+from gradmatch.diagnosis.source import PIECE
 from gradmatch.diagnosis.text import describe
 from gradmatch.estimators.curvature import Curvature
 from gradmatch.estimators.errors import GradmatchError
@@ -221,15 +222,17 @@ def diagnose(
         module,
         likelihood,
     )  # before any weight is read: data that cannot be used is told at once
-    theta: Mapping[str, Tensor] | None
     refusal = ""
     if merged is None:
         opened = [
             replace(task, model=models[name], name=name) for name, task in zip(names, tasks, strict=True)
         ]
-        theta, refusal = planned_merge(theta0, opened, method, base_curvature, base_weight, delta0, options)
+        made, refusal = planned_merge(theta0, opened, method, base_curvature, base_weight, delta0, options)
+        theta = None if made is None else open_checkpoint(made)
+        report = getattr(made, "report", None)
     else:
         theta = like(open_checkpoint(merged, base=theta0), theta0)
+        report = getattr(merged, "report", None)
     base_objective = objectives.pop("base", None)
     if progress:
         say_cost(
@@ -258,7 +261,11 @@ def diagnose(
         notes=notes,
     )
     evidence.overlaps, evidence.weighted_conflicts = compared_curvatures(theta0, models, curvatures)
-    notes += linear_instead(getattr(theta if merged is None else merged, "report", None), theta)
+    notes += linear_instead(report, theta)
+    if any(any(t.rank) and t.numel > PIECE for t in evidence.scan.tensors.values()):
+        notes.append(
+            "effective ranks of large matrices are estimates, by random vectors; what may have moved in them was compared on samples"
+        )
     if isinstance(products, str | os.PathLike):
         evidence.products = load_products(products)
     elif products is not None:

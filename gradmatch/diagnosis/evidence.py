@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gradmatch.measure.mismatch import Mismatch
     from gradmatch.measure.objective import Objective
     from gradmatch.measure.redundancy import RedundancyPoint
+    from gradmatch.models.checkpoint import Checkpoint
     from gradmatch.models.units import Apart
 
 Model = Mapping[str, "Tensor"]
@@ -77,9 +78,9 @@ class Evidence:
         weighted_conflicts: (task, task) -> share of their curvature on weights that they moved in opposite directions.
     """
 
-    base: Model
-    tasks: dict[str, Model]
-    merged: Model | None
+    base: Checkpoint
+    tasks: dict[str, Checkpoint]
+    merged: Checkpoint | None
     alpha: dict[str, float]
     scan: Scan
     method: str = ""

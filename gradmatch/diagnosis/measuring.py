@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gradmatch.estimators.curvature import Curvature
 from gradmatch.measure import health
 from gradmatch.measure.barrier import POINTS, barrier_height
 from gradmatch.measure.mismatch import gradient_mismatch
@@ -15,6 +16,7 @@ from gradmatch.measure.products import measure_products, stored_gradient, task_v
 from gradmatch.measure.redundancy import redundancy_curve
 from gradmatch.measure.seats import Seats
 from gradmatch.models.batchnorm import BATCH_NORMS, batchnorm_statistics
+from gradmatch.models.curvatures import Prior
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,15 +115,9 @@ def _finite(losses: Mapping[str, Tensor]) -> bool:
 
 def measure_mismatch(evidence: Evidence) -> None:
     """Gradient mismatch at the merge, with the base's curvature as preconditioner where there is one."""
-    h0: dict[str, Tensor] | float = 1.0
-    delta0 = 0.0
     base = evidence.base_curvature
-    if isinstance(base, int | float):
-        h0 = float(base) * evidence.base_weight
-    elif base is not None:
-        h0 = {name: base.total(name) * evidence.base_weight for name in base}
-    if base is not None:
-        delta0 = max(evidence.delta0, 1e-12)
+    prior = Prior.of(1.0) if base is None else Prior.of(base, evidence.base_weight)
+    h0 = {name: prior.at(base.mean(name)) for name in base} if isinstance(base, Curvature) else prior.number
     stored = {task: _gradient_of(evidence, task) for task in evidence.objectives}
     assert evidence.merged is not None
     evidence.mismatch = gradient_mismatch(
@@ -132,7 +128,7 @@ def measure_mismatch(evidence: Evidence) -> None:
         {task: objective.num_examples for task, objective in evidence.objectives.items()},
         stored=stored,
         h0=h0,
-        delta0=delta0,
+        delta0=0.0 if base is None else max(evidence.delta0, 1e-12),
     )
 
 

@@ -57,6 +57,16 @@ def replaced(evidence: Evidence, task: str, tensors: Mapping[str, Tensor]) -> di
     return {**evidence.merged, **changed}
 
 
+def scaled_back(evidence: Evidence, task: str, factors: Mapping[str, float]) -> dict[str, Tensor]:
+    """The merge with some tensors of a task divided by a number each."""
+    return replaced(evidence, task, {n: evidence.tasks[task][n].float() / c for n, c in factors.items()})
+
+
+def turned_back(evidence: Evidence, task: str, names: list[str]) -> dict[str, Tensor]:
+    """The merge with some matrices of a task transposed."""
+    return replaced(evidence, task, {n: evidence.tasks[task][n].transpose(0, 1) for n in names})
+
+
 def rolled(evidence: Evidence, task: str, name: str, offset: int) -> dict[str, Tensor]:
     """The merge with a task's rows of one tensor put back by `offset`."""
     return replaced(evidence, task, {name: evidence.tasks[task][name].roll(offset, 0)})

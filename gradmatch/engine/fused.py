@@ -15,7 +15,7 @@ import torch
 from gradmatch.engine.compiled import CurvedTask, Histogram, Kernels, Source, Target, Voter
 from gradmatch.engine.context import BLOCK, Context, add, plain_file
 from gradmatch.engine.rounding import MEASURED
-from gradmatch.engine.stacked import prior_scale
+from gradmatch.engine.stacked import prior
 from gradmatch.estimators.errors import GradmatchError
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _linear(
 def _eq12(call: Call, context: Context, step: Step, to: Target) -> dict[str, float] | None:
     """Eq. 12."""
     request, inputs = context.plan.request, context.inputs
-    number, scale = prior_scale(context)
+    h_zero = prior(context)
     base = inputs.base_curvature
     h0 = None if base is None or isinstance(base, float) else call.curvature(base, step.name)
     tasks = []
@@ -145,7 +145,7 @@ def _eq12(call: Call, context: Context, step: Step, to: Target) -> dict[str, flo
         tasks.append(CurvedTask(theta, mean or Source(), alpha, examples, mean is not None))
     health = (c_double * 2)()
     given, theta0 = (CurvedTask * len(tasks))(*tasks), call.source(inputs.store, step.name)
-    constants = (scale, number + request.delta0, request.delta0)
+    constants = (h_zero.scale, h_zero.number, request.delta0)
     if call.kernels.eq12(call.count, len(tasks), given, theta0, h0, *constants, byref(to), health):
         return None
     floored = health[0] if request.delta0 else 0.0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradmatch.engine.context import add
 from gradmatch.engine.explain import not_positive
-from gradmatch.engine.stacked import anchor_of, gradients, task_vectors
+from gradmatch.engine.stacked import anchor_of, gradients, prior, task_vectors
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules import Solve
 from gradmatch.rules.block import Curved, NotPositiveError
@@ -75,13 +75,12 @@ def transposed(context: Context, step: Step, columns: int) -> bool:
 def _curved(context: Context, step: Step, dtype: torch.dtype, device: torch.device, turn: bool) -> Curved:
     """The curvatures of one matrix, as far as the rule needs them."""
     inputs, request = context.inputs, context.plan.request
-    given, floor = inputs.base_curvature, context.delta0
+    given = inputs.base_curvature
     read = partial(_product, step, dtype, device, turn)
-    h0 = Product(diagonal=floor)
-    if isinstance(given, float):
-        h0 = Product(diagonal=given * request.base_weight + floor)
-    elif given is not None:
-        h0 = read(given, inputs.base_factors, request.base_weight * given.num_examples, floor)
+    base = prior(context)
+    h0 = Product(diagonal=base.number)
+    if given is not None and not isinstance(given, float):
+        h0 = read(given, inputs.base_factors, base.scale, base.number)
     h = []
     for t in step.tasks if step.needs & {"curvature", "gram"} else ():
         task = inputs.tasks[t]

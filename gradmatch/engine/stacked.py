@@ -14,6 +14,7 @@ from gradmatch.engine.context import BLOCK, Context, Found, add, curvature, fetc
 from gradmatch.engine.draws import uniform
 from gradmatch.engine.explain import not_positive
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.models.curvatures import Prior
 from gradmatch.models.stores import torch_dtype
 from gradmatch.rules import Elementwise
 from gradmatch.rules.block import Block, Cut, Edit, total
@@ -38,24 +39,20 @@ def gram_matrix(context: Context, step: Step, buffers: Buffers) -> list[list[flo
     return matrix
 
 
-def prior_scale(context: Context) -> tuple[float, float]:
-    """(number, scale): H0 = number + delta0 where the base's curvature is a number or none, else scale * mean + delta0."""
-    request, given = context.plan.request, context.inputs.base_curvature
-    if given is None or isinstance(given, float):
-        return (given or 0.0) * request.base_weight, 1.0
-    return 0.0, request.base_weight * given.num_examples
+def prior(context: Context) -> Prior:
+    """H0 as the recipe asks for it."""
+    return Prior.of(context.inputs.base_curvature, context.plan.request.base_weight, context.delta0)
 
 
 def prior_of(context: Context, step: Step, first: int, last: int, buffers: Buffers) -> Tensor:
     """H0 of a piece, (n,), in the dtype of the arithmetic."""
-    given, dtype, delta0 = context.inputs.base_curvature, torch_dtype(step.compute), context.delta0
-    number, scale = prior_scale(context)
+    given, dtype, h0 = context.inputs.base_curvature, torch_dtype(step.compute), prior(context)
     mean = None
     if given is not None and not isinstance(given, float):
         mean = curvature(buffers, "h0", given, step.name, first, last)
     if mean is None:
-        return torch.full((last - first,), number + delta0, dtype=dtype, device=buffers.device)
-    return mean.to(buffers.device, dtype) * scale + delta0
+        return torch.full((last - first,), h0.number, dtype=dtype, device=buffers.device)
+    return h0.at(mean.to(buffers.device, dtype))
 
 
 def task_vectors(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -51,5 +53,5 @@ def outside_hull(delta: Tensor, taus: Tensor, reach: Tensor) -> float:
     Returns:
         that energy, to be added over tensors.
     """
-    allowed = 2 * (reach.abs()[:, None].to(taus) * taus.abs()).sum(0)
-    return float((delta.abs() - allowed).clamp(min=0).double().square().sum())
+    beyond = delta.abs() - 2 * reach.abs().to(taus) @ taus.abs()
+    return float(beyond.clamp_(min=0).square_().sum(dtype=torch.float64))

@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gradmatch.estimators.curvature import STANDARD_ERROR
+from gradmatch.models.curvatures import blocks
+from gradmatch.models.stores import spans, take
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmatch.estimators.curvature import Curvature
+
+AT_ONCE = 2**20  # values of a curvature
 
 
 def count_nonfinite(tensor: Tensor) -> int:
@@ -20,9 +26,13 @@ def count_nonfinite(tensor: Tensor) -> int:
 
 def on_grid(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether every value is exactly representable in `dtype`: the tensor went through it, whatever it is stored as."""
-    return all(
-        bool((part.to(dtype).to(part.dtype) == part).all()) for part in torch.split(tensor.flatten(), 2**20)
-    )
+    return bool((tensor.to(dtype).to(tensor.dtype) == tensor).all())
+
+
+def spacing_energy(tensor: Tensor) -> float:
+    """sum 4^floor(log2 |x|), the squared spacings of the values in a precision with eps = 1; zero is stored exactly."""
+    powers = (tensor.float().view(torch.int32) & 0x7F800000).view(torch.float32)  # the exponent's bits alone
+    return float(powers.square().sum(dtype=torch.float64))
 
 
 def rounding_energy(tensor: Tensor, dtype: torch.dtype) -> float:
@@ -30,12 +40,7 @@ def rounding_energy(tensor: Tensor, dtype: torch.dtype) -> float:
 
     spacing = 2^floor(log2 |x|) eps: uniform error within half a spacing on each side.
     """
-    exponents = torch.frexp(tensor.float()).exponent - 1
-    spacing = (
-        torch.ldexp(torch.full_like(exponents, 1, dtype=torch.float32), exponents) * torch.finfo(dtype).eps
-    )
-    spacing = spacing.masked_fill(tensor == 0, 0.0)  # zero is stored exactly
-    return float(spacing.double().square().sum()) / 12
+    return spacing_energy(tensor) * torch.finfo(dtype).eps ** 2 / 12
 
 
 def floor_share(h: Tensor, delta0: float) -> tuple[int, int]:
@@ -54,12 +59,12 @@ def fisher_noise(curvature: Curvature) -> float | None:
     """
     seen = curvature.info.get("examples_seen", "")
     least = (2 / int(seen)) ** 0.5 if seen.isdecimal() and int(seen) > 0 else None
+    means, errors = blocks(curvature), blocks(curvature, STANDARD_ERROR)
     square = error = 0.0
-    for name in curvature:
-        se = curvature.standard_error(name)
-        if se is not None:
-            square += float(curvature.mean(name).double().square().sum())
-            error += float(se.double().square().sum())
+    for name in errors:
+        for part in spans(errors.spec(name).numel, AT_ONCE):
+            square += float(take(means, name, *part).double().square().sum())
+            error += float(take(errors, name, *part).double().square().sum())
     return max(least or 0.0, float((error / square) ** 0.5)) if square > 0 else least
 
 

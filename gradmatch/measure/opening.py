@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,9 +21,10 @@ from gradmatch.estimators.names import nearest
 from gradmatch.measure.conflict import curvature_overlap, sign_conflict
 from gradmatch.measure.objective import Objective
 from gradmatch.models.checkpoint import Checkpoint
-from gradmatch.models.curvatures import open_curvature
+from gradmatch.models.curvatures import blocks, open_curvature
 from gradmatch.models.loading import load
 from gradmatch.models.opening import open_checkpoint
+from gradmatch.models.stores import spans, take
 from gradmatch.models.task import Task
 from gradmatch.models.views import as_module, like
 from gradmatch.output.card import CARD
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from gradmatch.output.report import Report
 
 CurvatureLike = Curvature | str | os.PathLike[str]
+AT_ONCE = 2**18  # values of every model and curvature that are compared at a time
 
 
 def open_models(
@@ -213,25 +216,30 @@ def compared_curvatures(
     pairs = list(combinations(curvatures, 2))
     shared = {pair: [0.0, 0.0, 0.0] for pair in pairs}
     signs = {pair: [0.0, 0.0] for pair in pairs}
-    for name in dict.fromkeys(name for curvature in curvatures.values() for name in curvature):
-        h = {task: curvature.total(name) for task, curvature in curvatures.items() if name in curvature}
-        tau = {}
-        if name in base:
-            theta0 = base[name].float()
-            held = [
-                task for task in h if name in models[task] and models[task].spec(name).shape == theta0.shape
-            ]
-            tau = {task: models[task][name].float() - theta0 for task in held}
-        for a, b in pairs:
-            if a in h and b in h:
-                for place, part in enumerate(curvature_overlap(h[a], h[b])):
-                    shared[a, b][place] += part
-                if a in tau and b in tau and h[a].numel() == h[b].numel() == tau[a].numel():
-                    weight = (h[a] + h[b]).clamp(min=0).view(tau[a].shape)
-                    for place, part in enumerate(sign_conflict(tau[a], tau[b], weight)):
-                        signs[a, b][place] += part
+    stores = {task: blocks(curvature) for task, curvature in curvatures.items()}
+    for name in dict.fromkeys(name for store in stores.values() for name in store):
+        shapes = {task: store.spec(name).shape for task, store in stores.items() if name in store}
+        for shape in set(shapes.values()):
+            held = [task for task in shapes if shapes[task] == shape]
+            known = [t for t in held if all(_has(model, name, shape) for model in (base, models[t]))]
+            for part in spans(math.prod(shape), AT_ONCE) if len(held) > 1 else ():
+                h = {t: take(stores[t], name, *part) * curvatures[t].num_examples for t in held}
+                tau = {
+                    t: models[t].block(name, *part).float() - base.block(name, *part).float() for t in known
+                }
+                for a, b in combinations(held, 2):
+                    for place, value in enumerate(curvature_overlap(h[a], h[b])):
+                        shared[a, b][place] += value
+                    if a in tau and b in tau:
+                        weight = (h[a] + h[b]).clamp(min=0)
+                        for place, value in enumerate(sign_conflict(tau[a], tau[b], weight)):
+                            signs[a, b][place] += value
     overlaps = {pair: both / (s * t) ** 0.5 if s * t > 0 else 0.0 for pair, (both, s, t) in shared.items()}
     return overlaps, {pair: against / moving for pair, (against, moving) in signs.items() if moving > 0}
+
+
+def _has(model: Checkpoint, name: str, shape: tuple[int, ...]) -> bool:
+    return name in model and model.spec(name).shape == shape
 
 
 def module_of(base: Model | Checkpoint, opened: Checkpoint) -> nn.Module:

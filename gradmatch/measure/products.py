@@ -19,6 +19,7 @@ from gradmatch.common.layers import layer_group
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.files import write_atomically
 from gradmatch.measure.forecast import Array, Products
+from gradmatch.models.curvatures import Prior
 
 if TYPE_CHECKING:
     import os
@@ -72,6 +73,9 @@ def preconditioned_vectors(
             "bad_products",
             missing[0],
         )
+    import torch
+
+    prior = Prior.of(base_curvature, base_weight, delta0)
     result: dict[str, dict[str, Tensor]] = {task: {} for task in taus}
     for name in next(iter(taus.values())):
         known = all(name in curvatures[task] for task in taus)
@@ -80,12 +84,12 @@ def preconditioned_vectors(
             for task, tau in taus.items():
                 result[task][name] = tau[name]
             continue
-        block = base_curvature if isinstance(base_curvature, int | float) else base_curvature.total(name)
         h = {task: curvatures[task].total(name) for task in taus}
-        h0 = base_weight * block + delta0 + 0.0 * next(iter(h.values()))
-        h_bar = h0.clone()
-        for task, value in h.items():
-            h_bar.add_(value, alpha=alpha[task])
+        if isinstance(base_curvature, int | float):
+            h0 = torch.full_like(next(iter(h.values())), prior.number)
+        else:
+            h0 = prior.at(base_curvature.mean(name))
+        h_bar = h0 + sum(alpha[task] * value for task, value in h.items())
         for task, tau in taus.items():
             result[task][name] = (h0 + h[task]) * tau[name] / h_bar
     return result

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+EXACT, PROBES = 256, 32  # of `Ranks`: what is beyond costs more than the rest of a scan
 
 
 def gram(vectors: Tensor) -> Tensor:
@@ -42,61 +43,62 @@ def projection(gram_matrix: Tensor, products: Tensor, square: float) -> tuple[Te
     return c, min(1.0, max(0.0, residual / square))
 
 
-def effective_rank(matrix: Tensor, probes: int = 16) -> float:
+def effective_rank(matrix: Tensor) -> float:
     """(sum_i s_i^2)^2 / sum_i s_i^4, the participation ratio of the squared singular values; 0 for a zero matrix.
 
-    sum s^4 = ||A'A||_F^2 exactly from the smaller Gram matrix, or, beyond a thousand rows and columns, as the mean of
-    ||A'A z||^2 over `probes` random sign vectors z (seeded). matrix: (m, ...), flattened to (m, n).
+    matrix: (m, ...), flattened to (m, n). See `Ranks` for how exact it is.
     """
     m = matrix.float().flatten(1)
-    m = m / m.abs().max().clamp(min=1e-30)  # keeps fourth powers in range
-    if min(m.shape) <= 1000:
-        small = m @ m.T if m.shape[0] <= m.shape[1] else m.T @ m
-        fourth = float(small.double().square().sum())
-    else:
-        generator = torch.Generator().manual_seed(0)
-        z = torch.randint(0, 2, (m.shape[1], probes), generator=generator).float() * 2 - 1
-        fourth = float((m.T @ (m @ z)).double().square().sum()) / probes
-    return float(m.square().sum(dtype=torch.float64)) ** 2 / fourth if fourth > 0 else 0.0
+    ranks = Ranks(1, len(m), m.shape[1], m.numel())
+    ranks.add(m.reshape(1, -1))
+    return ranks.found(m.square().sum(dtype=torch.float64)[None])[0]
 
 
-def row_cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of corresponding rows. (R, P), (R, P) -> (R,) float32; rows that are zero in either count as 1 (unmoved)."""
-    dots = (a.float() * b.float()).sum(1)
-    norms = a.float().norm(dim=1) * b.float().norm(dim=1)
-    return torch.where(norms > 0, dots / norms.clamp(min=1e-30), torch.ones_like(dots))
+class Ranks:
+    """Effective ranks (see `effective_rank`) of T matrices of one shape that come a piece at a time: whole rows, or parts of one.
 
-
-def moved_rows(
-    before: Tensor,
-    after: Tensor,
-    own: Tensor | None = None,
-    *,
-    below: float = math.sqrt(0.5),
-    sample: int = 512,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of `after` that look like another row of `before`: what permuted neurons and shifted vocabularies leave.
-
-    A row is suspect where its cosine with its own old self is below `below` (more of it is new than kept); for up to
-    `sample` evenly spaced suspects, the most similar old row is looked up.
+    sum s^4 = ||A'A||_F^2 is exact where the whole is one piece and its smaller side at most EXACT. Else it is the mean of
+    ||A'A z||^2 over PROBES random sign vectors z (seeded): within about a quarter of the rank for rank 1, and 1/sqrt(rank) of that
+    beyond. Of rows that are longer than a piece (stacks of experts), evenly spaced columns are taken.
 
     Args:
-        before: (R, P) weights of the base.
-        after: (R, P) weights of the fine-tune.
-        own: (R,) their `row_cosines`, where they are known.
-        below: cosine under which a row is suspect.
-        sample: at most so many suspects are looked up.
-
-    Returns:
-        suspects (S,) their indices, matches (S,) the most similar old row, similarities (S,) that cosine.
+        count: T.
+        rows: m.
+        width: n.
+        piece: number of values that pieces have at most.
     """
-    own = row_cosines(before, after) if own is None else own
-    suspects = (own < below).nonzero().flatten()
-    if len(suspects) > sample:
-        suspects = suspects[torch.linspace(0, len(suspects) - 1, sample).long()]
-    if len(suspects) == 0:
-        return suspects, suspects, torch.zeros(0)
-    old = torch.nn.functional.normalize(before.float(), dim=1)
-    new = torch.nn.functional.normalize(after[suspects].float(), dim=1)
-    similarity, match = (new @ old.T).max(1)
-    return suspects, match, similarity
+
+    def __init__(self, count: int, rows: int, width: int, piece: int) -> None:
+        self.shape, self.whole = (count, rows, width), rows * width <= piece
+        self.step = 1 if width <= piece else -(-rows * width // piece)
+        self.exact = min(rows, width) <= EXACT and self.whole
+        self.columns: list[Tensor] = []
+        self.fourth = torch.zeros(count, dtype=torch.float64)
+        if self.step == 1 and not self.exact:
+            signs = torch.randint(0, 2, (width, PROBES), generator=torch.Generator().manual_seed(0))
+            self.z = signs.float() * 2 - 1
+            self.applied = torch.zeros(count, width, PROBES)
+
+    def add(self, tau: Tensor) -> None:
+        """The next piece, (T, values)."""
+        count, _, width = self.shape
+        if self.step > 1:
+            self.columns.append(tau[:, :: self.step].clone())
+            return
+        part = tau.view(count, -1, width)
+        if self.exact:
+            small = part if part.shape[1] <= width else part.transpose(1, 2)
+            self.fourth = (small @ small.transpose(1, 2)).double().square().sum((1, 2))
+        else:
+            self.applied += part.transpose(1, 2) @ (part @ self.z)
+
+    def found(self, squares: Tensor) -> list[float]:
+        """The ranks, from ||A||_F^2 (T,) of the whole matrices."""
+        if self.step > 1:
+            sampled = torch.cat(self.columns, 1).view(*self.shape[:2], -1)
+            return [effective_rank(one) for one in sampled]
+        fourth = self.fourth if self.exact else self.applied.double().square().sum((1, 2)) / PROBES
+        most = min(self.shape[1:])
+        ranks = (squares.square() / fourth.clamp(min=1e-300)).clamp(1, most)
+        found: list[float] = torch.where(squares > 0, ranks, 0.0).tolist()
+        return found

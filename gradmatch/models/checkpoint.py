@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradmatch.estimators.fingerprint import Sample, sample_blocks, sample_file
 from gradmatch.models.reference import published
-from gradmatch.models.stores import FileStore, Spec, Store, read
+from gradmatch.models.stores import FileStore, Spec, Store, read, take
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,6 +89,10 @@ class Checkpoint(Mapping[str, "Tensor"]):
     def spec(self, name: str) -> Spec:
         """Shape and dtype, without reading the values."""
         return self.store.spec(self.aliases.get(name, name))
+
+    def block(self, name: str, first: int, last: int) -> Tensor:
+        """Elements first to last of a tensor, flat, in the stored dtype (see `take`)."""
+        return take(self.store, self.aliases.get(name, name), first, last)
 
     def sample(self, name: str) -> Sample:
         """Shape and a few values of a tensor, as a fingerprint takes them (see `gradmatch.estimators.curvature`)."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gradmatch.estimators.curvature import FACTOR_A, FACTOR_B, GRADIENT, MEAN, Curvature
+from gradmatch.estimators.curvature import FACTOR_A, FACTOR_B, GRADIENT, MEAN, STANDARD_ERROR, Curvature
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.tensorfile import TensorFile
 from gradmatch.models.checkpoint import Checkpoint
@@ -87,9 +87,40 @@ def blocks(curvature: Curvature, prefix: str = MEAN) -> Store:
         GRADIENT: curvature.gradient,
         FACTOR_A: curvature.factor_a,
         FACTOR_B: curvature.factor_b,
+        STANDARD_ERROR: curvature.standard_error,
     }[prefix]
     found = {name: read(name) for name in curvature}
     return MemoryStore({name: value for name, value in found.items() if value is not None}, "the curvature")
+
+
+@dataclass(frozen=True)
+class Prior:
+    """H0 = base_weight * N_0 F_0 + delta0, the curvature that holds the base: of a file's F_0, of a number, or the floor alone.
+
+    Attributes:
+        number: what is the same everywhere: delta0, and base_weight times a curvature that is a number.
+        scale: factor on the base's curvature per example, base_weight * N_0.
+
+    Example:
+        >>> Prior.of(3.0, base_weight=2.0, delta0=0.5)
+        Prior(number=6.5, scale=0.0)
+    """
+
+    number: float
+    scale: float
+
+    @classmethod
+    def of(
+        cls, given: Curvature | CurvatureStore | float | None, base_weight: float = 1.0, delta0: float = 0.0
+    ) -> Prior:
+        """From what a merge is given: a curvature, a number, or None."""
+        if given is None or isinstance(given, int | float):
+            return cls((given or 0.0) * base_weight + delta0, 0.0)
+        return cls(delta0, base_weight * given.num_examples)
+
+    def at(self, mean: Tensor) -> Tensor:
+        """H0 where the base's curvature per example is `mean`, (*s,)."""
+        return mean * self.scale + self.number
 
 
 @dataclass(frozen=True)

@@ -259,6 +259,25 @@ def unpickled(path: Path, allowed: bool) -> MemoryStore:
     return MemoryStore(torch.load(path, map_location="cpu", weights_only=True, mmap=lazily), str(path))
 
 
+def spans(numel: int, size: int) -> Iterator[tuple[int, int]]:
+    """Ranges of elements, of at most so many each.
+
+    >>> list(spans(5, 2))
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    return ((first, min(first + size, numel)) for first in range(0, numel, size))
+
+
+def take(store: Store, name: str, first: int, last: int) -> Tensor:
+    """Elements first to last, flat, in the stored dtype; of files in memory of its own, so that no page of theirs stays mapped."""
+    if not isinstance(store, FileStore):
+        return store.block(name, first, last)
+    import torch
+
+    size = ITEM_SIZE[store.spec(name).dtype]
+    return store.read(name, first, last, torch.empty((last - first) * size, dtype=torch.uint8))
+
+
 def read(store: Store, name: str) -> Tensor:
     """One whole tensor in its shape and stored dtype, in memory of its own."""
     spec = store.spec(name)
@@ -272,8 +291,7 @@ def equal(one: Store, name: str, other: Store, other_name: str) -> bool:
     spec = one.spec(name)
     if other.spec(other_name) != spec:
         return False
-    for first in range(0, spec.numel, EQUAL):
-        last = min(first + EQUAL, spec.numel)
+    for first, last in spans(spec.numel, EQUAL):
         held = (
             store.block(key, first, last).contiguous() for store, key in ((one, name), (other, other_name))
         )

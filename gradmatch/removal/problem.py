@@ -16,7 +16,7 @@ from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.names import choose
 from gradmatch.estimators.tensorfile import ITEM_SIZE
 from gradmatch.merging import execute, prepare
-from gradmatch.models.curvatures import CurvatureStore, open_curvature
+from gradmatch.models.curvatures import CurvatureStore, Prior, open_curvature
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.stores import torch_dtype
 from gradmatch.models.task import Task
@@ -154,14 +154,14 @@ class Problem:
             store.beside(GRADIENT) if isinstance(store, CurvatureStore) else None
             for store in (prior, task.mean)
         ]
-        scale0 = self.base_weight * (prior.num_examples if isinstance(prior, CurvatureStore) else 1)
+        h0 = Prior.of(prior, self.base_weight, self.delta0)
         for step in self.plan.steps:
             if not step.merged:
                 continue
             theta0 = _whole(inputs.store, step.name, step)
             mean0 = _mean(prior, step, theta0)
             yield Piece(
-                step.name, theta0, _whole(task.store, step.name, step) - theta0, scale0 * mean0 + self.delta0, mean0,
+                step.name, theta0, _whole(task.store, step.name, step) - theta0, h0.at(mean0), mean0,
                 _mean(task.mean, step, theta0), *(_gradient(store, step) for store in gradients),
             )  # fmt: skip
 

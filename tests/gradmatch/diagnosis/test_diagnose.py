@@ -14,6 +14,7 @@ from gradmatch.diagnosis.charts import number
 from gradmatch.diagnosis.page import bins
 from gradmatch.diagnosis.recipes import effective_weights
 from gradmatch.estimators import Curvature, estimate
+from gradmatch.estimators.tensorfile import TensorFile
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,46 @@ def world():
         tasks.append(Task(theta, curvature, 0.5, t))
     h0 = estimate(module, [b for batches in data.values() for b in batches], progress=False)
     return module, tasks, data, h0
+
+
+def test_without_data_no_tensor_is_held_whole(world, tmp_path, monkeypatch):
+    """Models and curvatures in files are read a range at a time, whatever is wrong with them."""
+    from safetensors.torch import save_file
+
+    module, tasks, _, h0 = world
+    models = {"base": dict(module.state_dict())}
+    models |= {t.name: {n: v + 0.01 * torch.randn_like(v) for n, v in models["base"].items()} for t in tasks}
+    models["first"]["0.weight"] = models["first"]["0.weight"][torch.arange(15, -1, -1)]  # another order
+    models["second"]["2.weight"] = 3 * models["second"]["2.weight"]
+    models["merged"] = {n: sum(m[n] for m in models.values()) / 3 for n in models["base"]}
+    for name, weights in models.items():
+        save_file({n: v.contiguous() for n, v in weights.items()}, tmp_path / f"{name}.safetensors")
+    for name, curvature in (("h", h0), *((t.name, t.curvature) for t in tasks)):
+        errors = {n: h for n in curvature if (h := curvature.standard_error(n)) is not None}
+        plain = Curvature.from_dict(dict(curvature), 800, standard_error=errors)  # without fingerprint
+        plain.save(tmp_path / f"{name}.curvature")
+    read = TensorFile.read_into
+
+    def counted(file, name, buffer, first=0):
+        assert len(buffer) < 80 * 4  # 0.weight is 5 x 16
+        read(file, name, buffer, first)
+
+    for module_name, size in (("source.PIECE", 16), ("moved.AT_ONCE", 16), ("causes_choice.PIECE", 16)):
+        monkeypatch.setattr(f"gradmatch.diagnosis.{module_name}", size)
+    for module_name in ("health", "opening"):
+        monkeypatch.setattr(f"gradmatch.measure.{module_name}.AT_ONCE", 16)
+    monkeypatch.setattr("gradmatch.models.units.BLOCK", 1)
+    monkeypatch.setattr(TensorFile, "read_into", counted)
+    monkeypatch.setattr(TensorFile, "read", None)
+    given = [
+        Task(tmp_path / f"{t.name}.safetensors", tmp_path / f"{t.name}.curvature", 0.5, t.name) for t in tasks
+    ]
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("base", "merged")}
+    result = diagnose(
+        files["base"], given, files["merged"], base_curvature=tmp_path / "h.curvature", delta0=1e9
+    )
+    found = {(cause.name, cause.subject) for cause in result.causes}
+    assert found >= {("permuted_neurons", "first"), ("rescaled_layer", "second"), ("floor_decides", "delta0")}
 
 
 def test_with_data_everything_is_told(world):

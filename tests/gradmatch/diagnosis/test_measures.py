@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from gradmatch.diagnosis.scan import find_moved_rows, scan_tensor
+from gradmatch.diagnosis.moved import find_moved_rows
+from gradmatch.diagnosis.scan import scan_tensor
+from gradmatch.diagnosis.source import Source
 from gradmatch.estimators import Curvature
 from gradmatch.measure import conflict, health, similarity
 from gradmatch.measure.barrier import barrier_height, interpolate
 from gradmatch.measure.redundancy import drop, redundancy_curve
 from gradmatch.models.batchnorm import batchnorm_statistics
+from gradmatch.models.opening import open_checkpoint
 
 
 def test_cosines_from_a_gram_matrix():
@@ -48,6 +51,14 @@ def test_effective_rank():
     assert similarity.effective_rank(matrix) == pytest.approx(float(s.sum() ** 2 / s.square().sum()), rel=0.1)
 
 
+def source(tensor):
+    return Source(open_checkpoint({"w": tensor}), "w")
+
+
+def moved_rows(before, after):
+    return find_moved_rows(source(before), source(after), torch.cosine_similarity(before, after, 1))
+
+
 @pytest.mark.parametrize(("shift", "permuted"), [(1, False), (0, True), (0, False)])
 def test_moved_rows(shift, permuted):
     before = torch.randn(40, 16)
@@ -56,7 +67,7 @@ def test_moved_rows(shift, permuted):
         after = after.roll(shift, 0)
     if permuted:
         after = after[torch.randperm(40)]
-    found = find_moved_rows(before, after)
+    found = moved_rows(before, after)
     if not shift and not permuted:
         assert found is None
         return
@@ -66,7 +77,7 @@ def test_moved_rows(shift, permuted):
 
 
 def test_rows_of_an_unrelated_matrix_match_nothing():
-    found = find_moved_rows(torch.randn(40, 64), torch.randn(40, 64))
+    found = moved_rows(torch.randn(40, 64), torch.randn(40, 64))
     assert found.suspects == 40
     assert found.elsewhere == 0
 
@@ -173,14 +184,15 @@ def test_batchnorm_statistics_equal_those_of_all_inputs_at_once():
     assert health.batchnorm_shift(weights, found)["1"] > 0.5
 
 
-@pytest.mark.parametrize("chunk", [7, 2**20])
-def test_a_scan_sums_over_pieces_what_whole_tensors_give(monkeypatch, chunk):
-    monkeypatch.setattr("gradmatch.diagnosis.scan.CHUNK", chunk)
+@pytest.mark.parametrize("piece", [4, 13, 2**17])
+def test_a_scan_sums_over_pieces_what_whole_tensors_give(monkeypatch, piece):
+    for module in ("scan", "source"):
+        monkeypatch.setattr(f"gradmatch.diagnosis.{module}.PIECE", piece)
     torch.manual_seed(0)
     base = torch.randn(10, 6)
     tasks = [base + 0.1 * torch.randn(10, 6) * (torch.rand(10, 6) < 0.7) for _ in range(3)]
     merged = (base + sum(0.4 * (theta - base) for theta in tasks)).bfloat16()
-    found = scan_tensor(base, tasks, merged, [0.05, 0.05, 0.05])
+    found = scan_tensor(source(base), [source(theta) for theta in tasks], source(merged), [0.05, 0.05, 0.05])
     taus = torch.stack([(theta - base).flatten() for theta in tasks]).double()
     delta = (merged.float() - base).flatten().double()
     torch.testing.assert_close(found.gram, taus @ taus.T)
