@@ -17,7 +17,7 @@ from gradmatch.rules.block import Block, NotPositiveError, total
 from gradmatch.rules.matrix_options import is_exact
 from gradmatch.rules.rule import Elementwise, Rule, Solve
 from gradmatch.rules.structures import common_basis
-from gradmatch.rules.system import ITERATIONS, TOLERANCE, common_centre, posterior, residual, right_side
+from gradmatch.rules.system import ITERATIONS, TOLERANCE, common_centre, estimated_residual, posterior
 from gradmatch.rules.system import solve as solve_exactly
 
 if TYPE_CHECKING:
@@ -151,5 +151,5 @@ def fast(name: str, rule: Elementwise, known: Known, health: dict[str, float]) -
     if rule.guarded:
         moved = (merged - block.theta0).square()
         health.update(update=float(moved.sum()), update_h0=float((block.h0 * moved).sum()))
-    health.update(iterations=0.0, residual=residual(beliefs, update, right_side(beliefs, theta0, b)))
+    health.update(iterations=0.0, residual=estimated_residual(beliefs, update, b))
     return theta0 + update

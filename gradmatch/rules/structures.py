@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-SMALL = 512  # rows: a matrix up to this size is decomposed in double precision, which costs little
+SMALL = 128  # rows: a matrix up to this size is decomposed in double precision, which costs little
 
 
 class Structure:
@@ -79,6 +79,14 @@ class Product(Structure):
             return result
         turned = w if self.b is None else self.b @ w
         return result + self.scale * (turned if self.a is None else turned @ self.a)
+
+    def times_columns(self, w: Tensor, s: Tensor) -> Tensor:
+        """(H W) s without the whole of H W; w (out, in), s (in, k). Returns (out, k)."""
+        result: Tensor = (self.diagonal * w) @ s
+        if self.is_diagonal:
+            return result
+        turned = w @ (s if self.a is None else self.a @ s)
+        return result + self.scale * (turned if self.b is None else self.b @ turned)
 
 
 @dataclass(frozen=True)
