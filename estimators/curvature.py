@@ -91,7 +91,7 @@ class Curvature(Mapping[str, "Tensor"]):
             gradient: name -> gradient of the *summed* loss at the fine-tuned weights (true labels).
             factor_a: name -> second moments of a linear layer's inputs, (in, in), per example.
             factor_b: name -> those of the gradients at its outputs, (out, out); absent means the identity. The block of
-                the weight is the Kronecker product of the two.
+                the weight is the Kronecker product of the two; of stacks (k, in, in) and (k, out, out) it is the sum of k products.
 
         Raises:
             ValueError: nothing given, N < 1, a value that is not finite, or shapes that disagree; the tensor is named.
@@ -119,7 +119,9 @@ class Curvature(Mapping[str, "Tensor"]):
                 blocks[prefix + name] = checked(prefix + name, value)
         for prefix, part in ((FACTOR_A, factor_a), (FACTOR_B, factor_b)):
             for name, value in (part or {}).items():
-                if name not in mean or value.dim() != 2 or value.shape[0] != value.shape[1]:
+                beside = (factor_a or {}).get(name)
+                alone = name not in mean or value.dim() not in (2, 3) or value.shape[-2] != value.shape[-1]
+                if alone or beside is None or value.shape[:-2] != beside.shape[:-2]:
                     raise GradmatchError(
                         f"{prefix}{name} of shape {list(value.shape)} is no square factor of a known mean",
                         "bad_curvature",

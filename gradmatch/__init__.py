@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gradmatch.models.opening import open_checkpoint
     from gradmatch.models.task import Task
     from gradmatch.output.report import Report
+    from gradmatch.posterior.unmerging import unmerge
     from gradmatch.refine import refine
     from gradmatch.removal.limits import budget
     from gradmatch.rules import RULES, Rule
@@ -46,6 +47,7 @@ EXPORTS = {
     "open_checkpoint": "gradmatch.models.opening",
     "refine": "gradmatch.refine",
     "subtract": "gradmatch.subtraction",
+    "unmerge": "gradmatch.posterior.unmerging",
 }
 __all__ = [
     "AFTER",
@@ -69,6 +71,7 @@ __all__ = [
     "open_checkpoint",
     "refine",
     "subtract",
+    "unmerge",
 ]
 
 

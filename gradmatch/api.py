@@ -33,6 +33,7 @@ def merge(
     allow_pickle: bool = False,
     batches: Any = None,
     progress: bool = False,
+    posterior: bool = False,
     weights: str | None = None,
     data: Mapping[str, Any] | None = None,
     products: Any = None,
@@ -53,6 +54,7 @@ def merge(
         allow_pickle: read .bin / .pt checkpoints (with weights_only).
         batches: for batchnorm="recalibrate": what the model is run on; it is then held in memory once.
         progress: show a progress bar.
+        posterior: write the sum of the precisions, a curvature of the merged weights, beside them in `out` (posterior.safetensors).
         weights: "auto" chooses every task's weight by forecast (task_arithmetic and gradient_matching), from `data` or `products`.
         data: task -> batches of examples with true labels, for weights="auto"; the models are then run, and held in memory.
         products: in place of data: the file that `gradmatch forecast --save` wrote.
@@ -80,6 +82,7 @@ def merge(
         "allow_pickle": allow_pickle,
         "batches": batches,
         "progress": progress,
+        **({"posterior": True} if posterior else {}),
         **options,
     }
     if weights is not None or data is not None or products is not None:
@@ -103,6 +106,7 @@ def _chosen(
     overwrite: bool,
     batches: Any,
     progress: bool,
+    posterior: bool = False,
     **options: Any,
 ) -> Mapping[str, Tensor]:
     """`merge` with weights that the forecast chooses; everything is checked before anything is measured."""
@@ -120,7 +124,9 @@ def _chosen(
     options |= choice.options | {"notes": [*options.get("notes", ()), *choice.notes]}
     made = merging.prepare(base, choice.tasks, **options)
     made.told["forecast"] = choice.forecast
-    return merging.execute(made, out, overwrite=overwrite, batches=batches, progress=progress)
+    return merging.execute(
+        made, out, overwrite=overwrite, batches=batches, progress=progress, posterior=posterior
+    )
 
 
 def estimate(model: str | os.PathLike[str] | nn.Module, batches: Any, **options: Any) -> Curvature:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -18,7 +19,7 @@ from gradmatch.output.report import Report, make_report
 from gradmatch.plan.opened import Inputs, open_inputs
 from gradmatch.plan.plan import plan
 from gradmatch.plan.request import Request
-from gradmatch.plan.step import Plan
+from gradmatch.plan.step import Plan, no_posterior
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,10 +30,26 @@ CurvatureLike = Union["Curvature", str, "os.PathLike[str]"]
 REQUEST_FIELDS = tuple(name for name in Request.__dataclass_fields__ if name != "options")
 
 
+POSTERIOR = "posterior.safetensors"  # in a merged folder
+
+
 class Merged(dict[str, "Tensor"]):
-    """A merged state dict, with the report of the merge."""
+    """A merged state dict, with the report of the merge and the plan that it was made by."""
 
     report: Report
+    made: Plan
+
+    @cached_property
+    def posterior(self) -> Curvature:
+        """The sum of the precisions of all beliefs, as a curvature at the merged weights; read from the curvatures when asked for.
+
+        Raises:
+            ValueError: the rule has no precision in nats.
+        """
+        from gradmatch.engine.posterior import posterior_of
+        from gradmatch.estimators.fingerprint import model_sampler
+
+        return posterior_of(self.made, model_sampler(self))
 
     def __repr__(self) -> str:
         weights = sum(value.numel() for value in self.values())
@@ -56,6 +73,7 @@ def merge(
     allow_pickle: bool = False,
     batches: Any = None,
     progress: bool = False,
+    posterior: bool = False,
     **options: Any,
 ) -> Mapping[str, Tensor]:
     """Merge with weights that are given. Arguments, result and errors as in `gradmatch.merge`, which chooses weights too."""
@@ -70,7 +88,7 @@ def merge(
         allow_pickle=allow_pickle,
         **options,
     )
-    return execute(made, out, overwrite=overwrite, batches=batches, progress=progress)
+    return execute(made, out, overwrite=overwrite, batches=batches, progress=progress, posterior=posterior)
 
 
 def prepare(
@@ -148,15 +166,18 @@ def execute(
     overwrite: bool = False,
     batches: Any = None,
     progress: bool = False,
+    posterior: bool = False,
 ) -> Mapping[str, Tensor]:
     """Carry out a plan; see `merge`."""
+    if posterior and not made.request.rule.family:
+        raise no_posterior(made.request.method)
     if made.request.batchnorm == "recalibrate":
         from gradmatch.output.batchnorm import check_batches
 
         check_batches(made.inputs.base, batches)
     if out is None:
         return _in_memory(made, batches, progress)
-    return _to_folder(made, Path(out), overwrite, batches, progress)
+    return _to_folder(made, Path(out), overwrite, batches, progress, posterior)
 
 
 def _in_memory(made: Plan, batches: Any, progress: bool) -> Merged:
@@ -175,12 +196,15 @@ def _in_memory(made: Plan, batches: Any, progress: bool) -> Merged:
         from gradmatch.output.batchnorm import recalibrate
 
         merged.update(recalibrate(made.inputs.base, merged, batches))
+    merged.made = made
     merged.report = make_report(made, stats)
     merged.report.heads = task_heads(made)
     return merged
 
 
-def _to_folder(made: Plan, out: Path, overwrite: bool, batches: Any, progress: bool) -> Checkpoint:
+def _to_folder(
+    made: Plan, out: Path, overwrite: bool, batches: Any, progress: bool, posterior: bool
+) -> Checkpoint:
     """The result as a folder that appears whole."""
     from gradmatch.engine.stream import stream
     from gradmatch.output.card import card_files
@@ -200,7 +224,12 @@ def _to_folder(made: Plan, out: Path, overwrite: bool, batches: Any, progress: b
         report = make_report(made, stats)
         report.heads = task_heads(made)
         sink.complete(card_files(made, report))
-        verify(open_checkpoint(sink.folder), made)
+        written = open_checkpoint(sink.folder)
+        verify(written, made)
+        if posterior:
+            from gradmatch.engine.posterior import posterior_of
+
+            posterior_of(made, written.sample).save(sink.folder / POSTERIOR)
         sink.publish()
     except OSError:
         sink.close_quietly()  # what was journalled stays for the next run
@@ -215,6 +244,10 @@ def _to_folder(made: Plan, out: Path, overwrite: bool, batches: Any, progress: b
     tied = made.inputs.base.aliases.items()
     checkpoint.aliases |= {name: held for name, held in tied if held in checkpoint.store}  # as in memory
     checkpoint.report = report
+    if posterior:
+        from gradmatch.estimators.curvature import Curvature
+
+        checkpoint.posterior = Curvature.load(out / POSTERIOR)
     return checkpoint
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gradmatch.plan.step import Plan
 
 SHARES = (0.001, 0.01, 0.1)
-RUNNING = ("out", "overwrite", "batches", "progress")  # arguments of `execute`
+RUNNING = ("out", "overwrite", "batches", "progress", "posterior")  # arguments of `execute`
 BINS = 65_536  # by the upper 16 bits of a float32: bins 0.8 % wide
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradmatch.engine.buffers import Buffers
 from gradmatch.engine.context import Context, add, fetch
+from gradmatch.engine.explain import not_positive
 from gradmatch.engine.matrices import solve_matrix
 from gradmatch.engine.stacked import (
     TaskVectors,
@@ -21,7 +22,7 @@ from gradmatch.engine.stacked import (
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.stores import torch_dtype
 from gradmatch.rules import Elementwise, Linear, Whole
-from gradmatch.rules.block import total
+from gradmatch.rules.block import NotPositiveError, total
 from gradmatch.rules.rowwise import as_rows
 
 if TYPE_CHECKING:
@@ -97,7 +98,12 @@ def _stacked(
     rule, shape = step.rule, step.spec.shape
     if isinstance(rule, Elementwise):
         block = make_block(context, step, first, last, buffers, stats)
-        merged = _checked(step, rule.elementwise(block), block.theta0)
+        try:
+            merged = _checked(step, rule.elementwise(block), block.theta0)
+        except NotPositiveError:
+            raise GradmatchError(
+                not_positive(step, last - first, first, last), "not_positive", step.name
+            ) from None
         update = merged - block.theta0
         if not step.after:
             add(stats, {"update": float(torch.dot(update, update))})

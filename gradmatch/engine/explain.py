@@ -21,6 +21,12 @@ def not_positive(step: Step, count: int, first: int, last: int) -> str:
             "negative there, as a Hessian's can be, and method='removal' has nothing of which to keep a part; take a GGN or Fisher "
             "curvature of the base, or raise delta0"
         )
+    if step.rule and step.rule.family == "unmerged":
+        return (
+            f"{step.name!r}: of elements {first} to {last} nothing is left of the posterior without the task, or no more than rounding: "
+            "either it was not merged with this curvature and weight, or no other model knows anything there; merge with "
+            "precision='float64' and a larger delta0, or merge the other tasks anew"
+        )
     if "ridge" in step.options:
         return (
             f"{step.name!r}: the sum of the tasks' moments of inputs is singular (some inputs occur in no task) and the ridge of "

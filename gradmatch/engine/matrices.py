@@ -13,8 +13,9 @@ from gradmatch.engine.explain import not_positive
 from gradmatch.engine.stacked import anchor_of, gradients, prior, task_vectors
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules import Solve
+from gradmatch.rules.beliefs import Known
 from gradmatch.rules.block import Curved, NotPositiveError
-from gradmatch.rules.structures import Product
+from gradmatch.rules.structures import Product, Structure, Sum
 
 if TYPE_CHECKING:
     from gradmatch.engine.buffers import Buffers
@@ -33,29 +34,44 @@ def solve_matrix(
     Raises:
         ValueError: the curvature that is to be inverted is not positive.
     """
-    theta0, tau = task_vectors(context, step, 0, step.spec.numel, buffers, stats)
-    rule, rows = step.rule, step.spec.shape[0]
-    assert isinstance(rule, Solve)
-    dtype = theta0.dtype if rule.single(step.options) else torch.float64
-    turn = transposed(context, step, max(1, step.spec.numel // max(1, rows)))
-
-    def matrix(values: Tensor) -> Tensor:
-        found = values.to(dtype).reshape(*values.shape[:-1], rows, -1)
-        return found.mT.contiguous() if turn else found
-
-    base, curved = matrix(theta0), _curved(context, step, dtype, theta0.device, turn)
-    if "gradient" in step.needs:
-        curved.g = matrix(gradients(context, step, 0, step.spec.numel, buffers))
-    if "anchor" in step.needs:
-        curved.anchor = matrix(anchor_of(context, step, 0, step.spec.numel, buffers)) - base
+    assert isinstance(step.rule, Solve)
+    theta0, base, tau, curved, turned = _read(context, step, buffers, stats)
     try:
-        merged = rule.solve(base, matrix(tau), step.alpha, curved)
+        merged = step.rule.solve(base, tau, step.alpha, curved)
     except NotPositiveError:
         raise GradmatchError(
             not_positive(step, step.spec.numel, 0, step.spec.numel), "not_positive", step.name
         ) from None
     add(stats, curved.health)
-    return (merged.mT if turn else merged).reshape(-1).to(theta0.dtype), theta0
+    return (merged.mT if turned else merged).reshape(-1).to(theta0.dtype), theta0
+
+
+def known_matrix(context: Context, step: Step, buffers: Buffers) -> tuple[Known, bool]:
+    """What the beliefs about one matrix are made of, and whether it is stored [in, out]."""
+    _, theta0, tau, curved, turned = _read(context, step, buffers, {})
+    return Known.of_matrix(theta0, tau, step.alpha, curved), turned
+
+
+def _read(
+    context: Context, step: Step, buffers: Buffers, stats: dict[str, float]
+) -> tuple[Tensor, Tensor, Tensor, Curved, bool]:
+    """theta0 flat; theta0 (out, in), tau (T, out, in) and the curvatures in the rule's precision; whether it is stored [in, out]."""
+    theta0, tau = task_vectors(context, step, 0, step.spec.numel, buffers, stats)
+    rule, rows = step.rule, step.spec.shape[0]
+    assert isinstance(rule, Solve)
+    dtype = theta0.dtype if rule.single(step.options) else torch.float64
+    turned = transposed(context, step, max(1, step.spec.numel // max(1, rows)))
+
+    def matrix(values: Tensor) -> Tensor:
+        found = values.to(dtype).reshape(*values.shape[:-1], rows, -1)
+        return found.mT.contiguous() if turned else found
+
+    base, curved = matrix(theta0), _curved(context, step, dtype, theta0.device, turned)
+    if "gradient" in step.needs:
+        curved.g = matrix(gradients(context, step, 0, step.spec.numel, buffers))
+    if "anchor" in step.needs:
+        curved.anchor = matrix(anchor_of(context, step, 0, step.spec.numel, buffers)) - base
+    return theta0, base, matrix(tau), curved, turned
 
 
 def transposed(context: Context, step: Step, columns: int) -> bool:
@@ -67,8 +83,8 @@ def transposed(context: Context, step: Step, columns: int) -> bool:
     if not specs:
         return conv1d
     store, key = specs[0]
-    if columns != store.spec(key).shape[0] or columns != step.spec.shape[0]:
-        return columns != store.spec(key).shape[0]
+    if columns != store.spec(key).shape[-1] or columns != step.spec.shape[0]:
+        return columns != store.spec(key).shape[-1]
     return conv1d
 
 
@@ -78,7 +94,7 @@ def _curved(context: Context, step: Step, dtype: torch.dtype, device: torch.devi
     given = inputs.base_curvature
     read = partial(_product, step, dtype, device, turn)
     base = prior(context)
-    h0 = Product(diagonal=base.number)
+    h0: Structure = Product(diagonal=base.number)
     if given is not None and not isinstance(given, float):
         h0 = read(given, inputs.base_factors, base.scale, base.number)
     h = []
@@ -99,12 +115,12 @@ def _product(
     factors: Factors | None,
     scale: float,
     floor: float,
-) -> Product:
+) -> Structure:
     """One curvature of a matrix W (out, in), times `scale`, plus the floor; by its diagonal where it has no factors."""
-    found = factors.read(step.name, dtype) if factors else None
-    if found is not None:
-        a, b = (None if factor is None else factor.to(device) for factor in found)
-        return Product(scale, a, b, diagonal=floor)
+    found = factors.read(step.name, dtype) if factors else ()
+    if found:
+        products = [Product(scale, a.to(device), None if b is None else b.to(device)) for a, b in found]
+        return Sum((*products, Product(diagonal=floor))) if floor or len(products) > 1 else products[0]
     key = mean.key(step.name) if mean else None
     if key is None or mean is None:
         return Product(diagonal=floor)

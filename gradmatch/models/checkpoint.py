@@ -34,6 +34,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         original: the checkpoint before its vocabulary was aligned; itself otherwise.
         notes: what was remarked when it was opened.
         report: what the merge that made it has to say, or None.
+        posterior: the sum of the precisions of that merge, where it was asked for, or None.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         self.original = self
         self.notes: tuple[str, ...] = ()
         self.report: Any = None
+        self.posterior: Any = None
 
     def __getitem__(self, name: str) -> Tensor:
         return read(self.store, self.aliases.get(name, name))

@@ -149,7 +149,7 @@ class Factors:
         a, b = self.a.spec(key), None if other is None else self.b.spec(other)
         out, width = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, 0)
         ways = [(width, out), (out, width)] if len(shape) == 2 else [(width, out)]  # as in Conv1D
-        if not any(a.shape[0] == one and (b is None or b.shape[0] == two) for one, two in ways):
+        if not any(a.shape[-1] == one and (b is None or b.shape[-1] == two) for one, two in ways):
             found = f"{list(a.shape)}" + ("" if b is None else f" and {list(b.shape)}")
             raise GradmatchError(
                 f"the curvature of {owner} has factors {found} for {name!r}, whose shape is {list(shape)}; it belongs to another model",
@@ -158,24 +158,25 @@ class Factors:
             )
         return a.nbytes + (0 if b is None else b.nbytes)
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None] | None:
-        """A (in, in) and B (out, out), positive, by default in float64; None where the tensor has none."""
-        a = _square(self.a, name, dtype)
-        return None if a is None else (a, _square(self.b, name, dtype))
+    def read(self, name: str, dtype: torch.dtype | None = None) -> list[tuple[Tensor, Tensor | None]]:
+        """The products that sum to the block: (A (in, in), B (out, out)) each, positive, by default in float64; none where there are none."""
+        a, b = _squares(self.a, name, dtype), _squares(self.b, name, dtype)
+        return [(one, b[number] if b else None) for number, one in enumerate(a)]
 
 
-def _square(store: CurvatureStore, name: str, dtype: torch.dtype | None) -> Tensor | None:
-    """One factor, or None; raised by the rounding error of its dtype, as small eigenvalues would else be negative."""
+def _squares(store: CurvatureStore, name: str, dtype: torch.dtype | None) -> list[Tensor]:
+    """Factors, one a product; raised by the rounding error of their dtype, as small eigenvalues would else be negative."""
     import torch
 
     key = store.key(name)
     if key is None:
-        return None
+        return []
     spec = store.spec(key)
     stored = store.block(key, 0, spec.numel)
-    factor = stored.to(dtype or torch.float64, copy=True).reshape(spec.shape)
-    factor.diagonal().add_(torch.finfo(stored.dtype).eps * float(factor.trace()))
-    return factor
+    factors = list(stored.to(dtype or torch.float64, copy=True).reshape(-1, *spec.shape[-2:]))
+    for factor in factors:
+        factor.diagonal().add_(torch.finfo(stored.dtype).eps * float(factor.trace()))
+    return factors
 
 
 def arranged_curvature(

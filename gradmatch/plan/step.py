@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.stores import Spec
 from gradmatch.plan.request import Edits, Request
 from gradmatch.rules import Elementwise, Linear, Options, Rule
@@ -132,6 +134,15 @@ def path_of(rule: Rule, options: Options, edits: Edits, after: Edits) -> str:
     return rule.kind
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Of a merge that a task is taken out of: what it was made with, and what its posterior said of itself."""
+
+    base: Any
+    base_curvature: Any
+    info: Mapping[str, str]
+
+
 @dataclass
 class Plan:
     """All steps of a merge, with what a reader should know before it runs."""
@@ -144,6 +155,7 @@ class Plan:
     heads: dict[int, list[str]] = field(default_factory=dict)
     files: dict[str, bytes | None] = field(default_factory=dict)
     told: dict[str, Any] = field(default_factory=dict)  # what the report says that was known before the merge
+    origin: Origin | None = None
 
     @property
     def merged(self) -> list[Step]:
@@ -174,3 +186,12 @@ class Plan:
     def bytes_written(self) -> int:
         """Bytes of the output's tensors."""
         return sum(step.spec.nbytes for step in self.steps)
+
+
+def no_posterior(method: str) -> GradmatchError:
+    """What to say of a rule that has no posterior precision."""
+    return GradmatchError(
+        f"{method} has no posterior: it weighs by no curvature in nats; gradient_matching, fisher, mats and the like do",
+        "bad_setting",
+        "posterior",
+    )

@@ -105,7 +105,7 @@ GRADIENT_MATCHING = Elementwise(
     + " H_t",
     "Eq. 12 of Daheim et al. 2024",
     lambda b: gradient_matching(b.theta0, b.tau, b.alpha, b.h0, b.h, b.options.hbar_weight),
-    needs=BOTH, options=HbarOptions(), divides=True, bounded=True, eq12=lambda o: o.hbar_weight is None,
+    needs=BOTH, options=HbarOptions(), divides=True, bounded=True, eq12=lambda o: o.hbar_weight is None, family="gradient_matching",
 )  # fmt: skip
 IN_MATRICES = in_matrices(
     "kronecker",

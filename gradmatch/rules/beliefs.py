@@ -14,6 +14,7 @@
 | actmat | alpha_t: I (x) tau_t'tau_t at tau_t | |
 | wudi | alpha_t / norm(tau_t)^2: I (x) tau_t'tau_t at tau_t | |
 | ace | alpha_t: I (x) centred tau_t'tau_t of trace 1 at tau_t; a multiple of I at the tasks' mean | |
+| unmerged | 1: the posterior of a merge at 0; -alpha: H_t at tau_t, all from the merged model | alpha H0 (theta_t - theta_a) |
 | anchored | gradient_matching's, and anchor_weight: I at another merge | |
 
 Precisions are diagonals for a piece of any tensor, and Kronecker products for a matrix whose curvature files hold factors.
@@ -32,7 +33,7 @@ from gradmatch.rules.system import Belief
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradmatch.rules.block import Block
+    from gradmatch.rules.block import Block, Curved
 
 IDENTITY = Product(diagonal=1.0)
 
@@ -73,6 +74,13 @@ class Known:
         return cls(
             block.theta0, block.tau, block.alpha.flatten().tolist(), Product(diagonal=found.get("h0", block.delta0)), h,
             found.get("g"), found.get("anchor"), found.get("damping", 0.0), block.delta0, block.options,
+        )  # fmt: skip
+
+    @classmethod
+    def of_matrix(cls, theta0: Tensor, tau: Tensor, alpha: Sequence[float], curved: Curved) -> Known:
+        """The same of a matrix, with whatever structure its curvatures have."""
+        return cls(
+            theta0, tau, alpha, curved.h0, curved.h, curved.g, curved.anchor, curved.damping, curved.delta0, curved.options
         )  # fmt: skip
 
     @property
@@ -153,6 +161,20 @@ def anchored(k: Known) -> Listed:
     return [*beliefs, Belief(k.options["anchor_weight"], IDENTITY, k.anchor)], b
 
 
+def unmerged(k: Known) -> Listed:
+    """1: P, the posterior, at 0; -alpha: H_t at tau_t; b = alpha H0 (theta_t - theta_a), where theta_a is the base before the merge.
+
+    What is left of a product of beliefs when the task's own, (q_t / p0)^alpha, is divided out. tau and the anchor are differences to
+    the merged model; H0 is a second task's curvature, if there is one, and the option `prior`.
+    """
+    assert k.anchor is not None
+    away = k.tau[0] - k.anchor
+    b = k.options["prior"] * away
+    for weight, h in zip(k.alpha[1:], k.h[1:], strict=True):
+        b = b + weight * h(away)
+    return [Belief(1.0, k.h0, 0.0), Belief(-k.alpha[0], k.h[0], k.tau[0])], k.alpha[0] * b
+
+
 BELIEFS: dict[str, Callable[[Known], Listed]] = {
     "averaging": averaging,
     "task_arithmetic": task_arithmetic,
@@ -166,4 +188,5 @@ BELIEFS: dict[str, Callable[[Known], Listed]] = {
     "guarded": guarded,
     "ascent": ascent,
     "anchored": anchored,
+    "unmerged": unmerged,
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gradmatch.rules.beliefs import BELIEFS, Known
-from gradmatch.rules.block import Block
+from gradmatch.rules.block import Block, NotPositiveError
 from gradmatch.rules.gradient_matching import fisher
 from gradmatch.rules.kronecker import choosing, in_matrices
 from gradmatch.rules.matrix_options import MatrixOptions
@@ -42,6 +42,9 @@ class AnchorOptions(MatrixOptions):
 def mode(name: str, block: Block) -> Tensor:
     """theta0 + x of a rule whose precisions are diagonal: (sum_k w_k H_k c_k - b) / sum_k w_k H_k, elementwise.
 
+    Raises:
+        NotPositiveError: sum_k w_k H_k is not positive, or nothing but rounding.
+
     Example:
         >>> import torch
         >>> tau, one = torch.tensor([[1.0], [3.0]]), torch.ones(2, 1)
@@ -49,18 +52,33 @@ def mode(name: str, block: Block) -> Tensor:
         >>> mode("guarded", block)  # -lambda (H0 + lambda)^-1 (1 + 3)
         tensor([-2.])
     """
+    import torch
+
     theta0 = block.theta0[None]
     beliefs, b = BELIEFS[name](Known.of(block))
-    right = right_side(beliefs, theta0, b)
-    return block.theta0 + (right / Basis(None, None).diagonal(posterior(beliefs), theta0))[0]
+    right, unit = right_side(beliefs, theta0, b), Basis(None, None)
+    precision = unit.diagonal(posterior(beliefs), theta0)
+    size = sum(unit.diagonal(abs(one.weight) * one.precision, theta0) for one in beliefs)
+    if bool((precision < CANCELLED * torch.finfo(precision.dtype).eps * size).any()):
+        raise NotPositiveError
+    return block.theta0 + (right / precision)[0]
 
 
 def _member(name: str, rule: Elementwise) -> Solve:
     """Kronecker where the files hold factors, diagonal elsewhere."""
+    rule = replace(rule, family=name)
     solved = in_matrices(name, rule)
     return replace(solved, chosen=choosing(rule, solved))
 
 
+@dataclass(frozen=True)
+class UnmergeOptions(MatrixOptions):
+    """What of the base's curvature is one number."""
+
+    prior: float = option(0.0, "[0, inf]", flag=False, help="isotropic part of H0, with its weight and floor")
+
+
+CANCELLED = 64  # times the rounding error: what is left of a difference is then not known
 BOTH = frozenset({"curvature", "base_curvature"})
 GOES_ON = {"single": "it takes away", "equal": "it takes away"}
 
@@ -84,4 +102,10 @@ MATS = _member("mats", Elementwise(
     "(sum_t alpha_t H_t)^-1 sum_t alpha_t H_t theta_t", "Tam et al. 2024 (MaTS)",
     lambda b: fisher(b.theta0, b.tau, b.alpha, b.delta0, b.h), needs=frozenset({"curvature"}), divides=True, bounded=True,
     options=MatrixOptions(),
+))  # fmt: skip
+
+# for `gradmatch.posterior.unmerge`, which knows what the tasks and the anchor are; no rule by name
+UNMERGED = _member("unmerged", Elementwise(
+    "theta - alpha (P - alpha H_t)^-1 (H_t (theta_t - theta) + H0 (theta_t - theta0)), P the posterior of the merge theta",
+    "division by a task's belief", lambda block: mode("unmerged", block), needs=BOTH | {"anchor"}, options=UnmergeOptions(), models=(1, 2),
 ))  # fmt: skip

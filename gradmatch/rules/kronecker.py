@@ -30,9 +30,7 @@ def in_matrices(name: str, rule: Elementwise, formula: Any = "", source: str = "
     """The rule of matrices whose curvature has factors, from an elementwise rule and its list of beliefs in BELIEFS."""
 
     def solve(theta0: Tensor, tau: Tensor, alpha: Sequence[float], curved: Curved) -> Tensor:
-        known = Known(
-            theta0, tau, alpha, curved.h0, curved.h, curved.g, curved.anchor, curved.damping, curved.delta0, curved.options
-        )  # fmt: skip
+        known = Known.of_matrix(theta0, tau, alpha, curved)
         return (
             exact(name, known, curved.health)
             if is_exact(curved.options)
@@ -52,6 +50,7 @@ def in_matrices(name: str, rule: Elementwise, formula: Any = "", source: str = "
         guarded=rule.guarded,
         damped=rule.damped,
         caution=rule.caution,
+        family=name,
     )
 
 
@@ -70,6 +69,7 @@ def choosing(rule: Elementwise, solved: Solve) -> Callable[[Mapping[str, Any]], 
 
 def with_factors(name: str, rule: Elementwise) -> Elementwise:
     """An elementwise rule that takes structure="kronecker" too."""
+    rule = replace(rule, family=name)
     strict = replace(in_matrices(name, rule), needs=rule.needs | {"factors"})
 
     def chosen(options: Mapping[str, Any]) -> Rule | None:

@@ -57,6 +57,8 @@ class Rule:
         bounded: whether it multiplies a task's entries by 1 or its weight at the most, as averages do; a merge that went
             further is then told to be none of this rule.
         caution: what to warn of whenever it is used.
+        family: the name of its list in `gradmatch.rules.beliefs.BELIEFS`, where its precisions are in nats: their sum is then the
+            posterior of the merge.
         chosen: options -> the rule that it is under these options, or None for itself.
         spelt: the function that was given as the formula, if it was one.
         memory: (a, b): while a worker merges a piece it holds up to a + b T values for each of the piece's, T tasks. A piece
@@ -83,6 +85,7 @@ class Rule:
     damped: bool = False
     bounded: bool = False
     caution: str = ""
+    family: str = ""
     chosen: Callable[[Any], Rule | None] | None = None
     spelt: Callable[[Any], str] | None = None
     memory: tuple[float, float] = (10, 4)

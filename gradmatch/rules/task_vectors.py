@@ -109,7 +109,7 @@ def solving(listed: Callable[[Known], Listed]) -> Callable[[Tensor, Tensor, Sequ
     """
 
     def solve(theta0: Tensor, tau: Tensor, alpha: Sequence[float], curved: Curved) -> Tensor:
-        known = Known(theta0, tau, alpha, curved.h0, curved.h, None, None, 0.0, 0.0, curved.options)
+        known = Known.of_matrix(theta0, tau, alpha, curved)
         beliefs, b = listed(known)
         if not beliefs or not bool(tau.any()):
             return theta0 + total(list(tau))

@@ -1,0 +1,108 @@
+"""The posterior precision of a merge, sum_k w_k H_k, tensor by tensor: what its rule adds up before it divides by it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import torch
+
+from gradmatch.engine.buffers import Buffers
+from gradmatch.engine.context import Context, pieces
+from gradmatch.engine.matrices import known_matrix
+from gradmatch.engine.stacked import make_block
+from gradmatch.engine.stream import mean_of_h0
+from gradmatch.estimators.blocks import units
+from gradmatch.estimators.curvature import Curvature
+from gradmatch.estimators.fingerprint import fingerprint
+from gradmatch.plan.step import no_posterior
+from gradmatch.rules.beliefs import BELIEFS, Known
+from gradmatch.rules.structures import Basis, Structure
+from gradmatch.rules.system import posterior
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from gradmatch.estimators.fingerprint import Sample
+    from gradmatch.plan.step import Plan, Step
+
+UNIT = Basis(None, None)
+
+
+def posterior_of(made: Plan, sample: Callable[[str], Sample]) -> Curvature:
+    """The sum of the precisions of a plan as a curvature at the merged weights, N the number of all examples.
+
+    Diagonals always; Kronecker factors of the matrices that were solved with them, stacked (k, n, n) where the sum has several
+    products. `sample` gives the fingerprint of the merged weights.
+
+    Raises:
+        ValueError: the rule has no precision in nats.
+    """
+    rule = made.request.rule
+    if not rule.family:
+        raise no_posterior(made.request.method)
+    context, buffers = Context(made), Buffers()
+    context.mean_h0 = mean_of_h0(context)
+    inputs = made.inputs
+    counts = [t.curvature.num_examples for t in inputs.tasks if t.curvature is not None]
+    if not isinstance(inputs.base_curvature, (float, type(None))):
+        counts.append(inputs.base_curvature.num_examples)
+    count = max(1, sum(counts))
+    mean: dict[str, Tensor] = {}
+    factors: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    for step in made.merged:
+        if step.rule is None or not step.rule.family:
+            continue
+        if step.kind == "solve":
+            known, turned = known_matrix(context, step, buffers)
+            precision = posterior(BELIEFS[step.rule.family](known)[0])
+            diagonal = UNIT.diagonal(precision, known.theta0) / count
+            mean[step.name] = (diagonal.mT if turned else diagonal).reshape(step.spec.shape).contiguous()
+            stacked = _stacked(precision, known.theta0, count)
+            for held, one in zip(factors, stacked or (), strict=False):
+                held[step.name] = one
+        else:
+            mean[step.name] = _diagonal(context, step, buffers) / count
+    info = {
+        "estimator": "posterior",
+        "units": units(count),
+        "method": made.request.method,
+        "weights": json.dumps({task.name: task.weight for task in inputs.tasks}),
+        "base_weight": repr(made.request.base_weight),
+        "delta0": repr(context.delta0),
+        **(made.origin.info if made.origin else {}),
+        "fingerprint": fingerprint(mean, sample),
+        "torch": torch.__version__,
+    }
+    return Curvature.from_dict(mean, count, info, factor_a=factors[0], factor_b=factors[1])
+
+
+def _diagonal(context: Context, step: Step, buffers: Buffers) -> Tensor:
+    """Of a tensor whose curvatures are diagonal, in its shape; where a removal is guarded, what the guard leaves."""
+    assert step.rule is not None
+    parts = []
+    for first, last in pieces(step, 0, step.spec.numel):
+        block = make_block(context, step, first, last, buffers, {})
+        precision = posterior(BELIEFS[step.rule.family](Known.of(block))[0])
+        part = UNIT.diagonal(precision, block.theta0[None])[0]
+        parts.append(part.maximum(step.options["keep"] * block.h0) if step.guarded else part)
+    return torch.cat(parts).reshape(step.spec.shape)
+
+
+def _stacked(precision: Structure, like: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """(A (k, in, in), B (k, out, out)) whose products sum to the precision over `count`; None where it has a diagonal beside them."""
+    a, b = (torch.eye(size, dtype=like.dtype, device=like.device) for size in (like.shape[-1], len(like)))
+    pairs, flat = [], 0.0
+    for term in precision.terms:
+        if not isinstance(term.diagonal, (int, float)):
+            return None
+        flat += term.diagonal
+        if not term.is_diagonal:
+            pairs.append(
+                (term.scale / count * (a if term.a is None else term.a), b if term.b is None else term.b)
+            )
+    if flat:
+        pairs.append((flat / count * a, b))
+    return torch.stack([one for one, _ in pairs]).cpu(), torch.stack([two for _, two in pairs]).cpu()

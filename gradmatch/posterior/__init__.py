@@ -1,0 +1,5 @@
+"""What the posterior of a merge is good for: taking a task out again, and predictions that know how sure they are."""
+
+from gradmatch.posterior.unmerging import unmerge
+
+__all__ = ["unmerge"]

@@ -1,0 +1,160 @@
+"""The posterior of a merge: its precision, continual merging, un-merging, and predictions with it."""
+
+import numpy as np
+import pytest
+import torch
+
+from gradmatch import Task, merge, open_checkpoint, unmerge
+from gradmatch.estimators import Curvature
+from tests.gradmatch.test_system import OUT, WIDTH, curvature, random
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+ALPHAS = (0.7, 0.4, 1.3)
+BASE = {"w": random(0, OUT, WIDTH), "b": random(1, OUT)}
+MODELS = [{n: v + 0.1 * random(10 + t, *v.shape) for n, v in BASE.items()} for t in range(3)]
+
+
+def problem(kind, alphas=ALPHAS):
+    """Tasks, the base's curvature, and dense precisions of "w" by task and of the base."""
+    made = [curvature(t, 10 + t, (OUT, WIDTH), kind == "kronecker") for t in (0, 1, 2, 9)]
+    tasks = [Task(m, k[0], a, n) for m, k, a, n in zip(MODELS, made, alphas, "abc", strict=False)]
+    return tasks, made[3][0], [k[1] for k in made[:3]], made[3][1]
+
+
+FAMILY = [
+    ("gradient_matching", "diagonal", {}),
+    ("gradient_matching", "kronecker", {"structure": "kronecker"}),
+    ("kronecker", "kronecker", {}),
+    ("fisher", "diagonal", {}),
+    ("mats", "kronecker", {}),
+]
+TIGHT = {"tolerance": 1e-14, "iterations": 2000}
+
+
+def settings(method, kind, more, h0):
+    found = dict(more, method=method, delta0=0.01, **(TIGHT if kind == "kronecker" else {}))
+    return found | (
+        {"base_curvature": h0, "base_weight": 0.5} if method in ("gradient_matching", "kronecker") else {}
+    )
+
+
+@pytest.mark.parametrize(("method", "kind", "more"), FAMILY)
+def test_the_posterior_is_the_sum_of_the_precisions(method, kind, more, tmp_path):
+    tasks, h0, hs, h0s = problem(kind)
+    found = merge(BASE, tasks, **settings(method, kind, more, h0))
+    dense = 0.01 * np.eye(OUT * WIDTH) + sum(a * h for a, h in zip(ALPHAS, hs, strict=True))
+    dense = dense + (0.5 * h0s if "base_curvature" in settings(method, kind, more, h0) else 0)
+    made = found.posterior
+    np.testing.assert_allclose(made.total("w").numpy().ravel(), dense.diagonal(), **CLOSE)
+    count = 10 + 11 + 12 + (19 if "base_curvature" in settings(method, kind, more, h0) else 0)
+    assert made.num_examples in (count, 33, 43)
+    if kind == "kronecker":
+        whole = sum(
+            np.kron(b, a) for a, b in zip(made.factor_a("w").numpy(), made.factor_b("w").numpy(), strict=True)
+        )
+        np.testing.assert_allclose(made.num_examples * whole, dense, rtol=1e-9, atol=1e-9)
+    made.check_model(
+        lambda name: __import__("gradmatch.estimators.fingerprint", fromlist=["x"]).sample_tensor(
+            found[name]
+        ),
+        "the merge",
+    )
+    out = merge(BASE, tasks, **settings(method, kind, more, h0), out=tmp_path / "out", posterior=True)
+    assert sorted(open_checkpoint(tmp_path / "out")) == ["b", "w"]
+    stored = Curvature.load(tmp_path / "out" / "posterior.safetensors", model=dict(out))
+    assert out.posterior.info == stored.info
+    torch.testing.assert_close(stored.total("w"), made.total("w"), **CLOSE)
+
+
+@pytest.mark.parametrize(("method", "kind", "more"), FAMILY)
+def test_a_task_is_taken_out_again(method, kind, more, tmp_path):
+    tasks, h0, *_ = problem(kind)
+    how = settings(method, kind, more, h0)
+    whole, expected = merge(BASE, tasks, **how), merge(BASE, tasks[:2], **how)
+    found = unmerge(whole, whole.posterior, tasks[2])
+    left = merge(BASE, tasks[:1], **how)
+    twice = unmerge(found, found.posterior, tasks[1])
+    for name in BASE:
+        torch.testing.assert_close(found[name], expected[name], **CLOSE)
+        torch.testing.assert_close(found.posterior.total(name), expected.posterior.total(name), **CLOSE)
+        torch.testing.assert_close(twice[name], left[name], rtol=1e-9, atol=1e-9)
+    merge(BASE, tasks, **how, out=tmp_path / "out", posterior=True)
+    again = unmerge(
+        tmp_path / "out",
+        None,
+        tasks[2],
+        base=BASE,
+        base_curvature=how.get("base_curvature"),
+        out=tmp_path / "two",
+    )
+    torch.testing.assert_close(again["w"], expected["w"], **CLOSE)
+
+
+def test_without_a_floor_fisher_needs_no_base_to_be_taken_apart():
+    tasks, *_ = problem("diagonal")
+    whole = merge(BASE, tasks, method="fisher", delta0=0.0)
+    found = unmerge(dict(whole), whole.posterior, tasks[0])
+    expected = merge(BASE, tasks[1:], method="fisher", delta0=0.0)
+    torch.testing.assert_close(found["w"], expected["w"], **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "kronecker"])
+def test_a_merge_is_a_task_of_the_next_one(kind):
+    """Merging a and b and then c is merging all three: the merge stands for its tasks with the sum of their precisions."""
+    tasks, *_ = problem(kind)
+    method, more = ("mats", TIGHT) if kind == "kronecker" else ("fisher", {})
+    first = merge(BASE, tasks[:2], method=method, delta0=0.0, **more)
+    second = merge(
+        BASE, [Task(dict(first), first.posterior, 1.0), tasks[2]], method=method, delta0=0.0, **more
+    )
+    whole = merge(BASE, tasks, method=method, delta0=0.0, **more)
+    for name in BASE:
+        torch.testing.assert_close(second[name], whole[name], **CLOSE)
+
+
+def test_the_posterior_is_the_next_bases_curvature():
+    """A task that was fine-tuned from the merge, with the posterior as its prior (Eq. 8): Eq. 12 goes to the joint minimum."""
+    tasks, h0, *_ = problem("diagonal", (1.0, 1.0, 1.0))
+    first = merge(BASE, tasks[:2], base_curvature=h0, delta0=0.0)
+    p, h = first.posterior.total("w"), tasks[2].curvature.total("w")
+    minimum = random(90, OUT, WIDTH)
+    tuned = {"w": (p * first["w"] + h * minimum) / (p + h), "b": first["b"]}
+    known = Curvature.from_dict({"w": h, "b": torch.ones(OUT).double()}, 1)
+    second = merge(dict(first), [Task(tuned, known)], base_curvature=first.posterior, delta0=0.0)
+    torch.testing.assert_close(second["w"], (p * first["w"] + h * minimum) / (p + h), **CLOSE)
+    half = merge(dict(first), [Task(tuned, known, 0.5)], base_curvature=first.posterior, delta0=0.0)
+    torch.testing.assert_close(half["w"], (p * first["w"] + 0.5 * h * minimum) / (p + 0.5 * h), **CLOSE)
+
+
+def made(method="gradient_matching", delta0=0.01, **more):
+    tasks, h0, *_ = problem("diagonal")
+    base = {} if method == "fisher" else {"base_curvature": h0}
+    return tasks, h0, merge(BASE, tasks, method=method, delta0=delta0, **base, **more)
+
+
+TASKS, H0, WHOLE = made()
+REFUSED = [
+    (lambda: merge(BASE, TASKS, method="averaging").posterior, "averaging has no posterior"),
+    (lambda: merge(BASE, TASKS, method="wudi", posterior=True), "wudi has no posterior"),
+    (lambda: unmerge(WHOLE, H0, TASKS[0]), "a curvature of 'given' is no posterior of a merge"),
+    (lambda: unmerge(WHOLE, None, TASKS[0]), "unmerge needs the posterior of the merge"),
+    (lambda: unmerge(dict(WHOLE), WHOLE.posterior, TASKS[0]), r"gradient_matching is taken apart with base and base_curvature="),
+    (lambda: unmerge(dict(WHOLE), WHOLE.posterior, TASKS[0], base=BASE), r"is taken apart with base_curvature="),
+    (lambda: unmerge(WHOLE, WHOLE.posterior, Task(MODELS[0], TASKS[0].curvature, 0.5, "a")), "a was merged with the weight 0.7, not 0.5"),
+    (lambda: unmerge(WHOLE, WHOLE.posterior, Task(MODELS[0], TASKS[0].curvature, 0.7, "d")), "no task 'd' was merged"),
+    (lambda: unmerge(WHOLE, WHOLE.posterior, Task(MODELS[0], TASKS[0].curvature, 70.0)), "nothing is left of the posterior without the task"),
+    (lambda: unmerge(BASE, WHOLE.posterior, TASKS[0], base=BASE, base_curvature=H0), "was taken at other weights than the base"),
+    (lambda: unmerge(WHOLE, merge(BASE, TASKS, method="removal", base_curvature=H0, base_weight=99.0).posterior, TASKS[0]), "merge by removal"),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("call", "text"), REFUSED, ids=[text[:40] for _, text in REFUSED])
+def test_what_has_no_posterior_or_is_not_of_it_is_refused(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+def test_only_a_task_is_taken_out():
+    with pytest.raises(TypeError, match="what is taken out is a Task"):
+        unmerge(WHOLE, WHOLE.posterior, MODELS[0])
