@@ -19,6 +19,7 @@ COMMANDS = {
     ),
     "merge": ("gradmatch.commands.merge", "merge fine-tuned models, by a recipe or by flags"),
     "subtract": ("gradmatch.commands.subtract", "remove what a task taught a model (Eq. 13)"),
+    "unmerge": ("gradmatch.commands.unmerge", "take a task out of a merge again, by the posterior beside it"),
     "budget": (
         "gradmatch.commands.budget",
         "what removing a task will cost, and the largest weight within a budget",

@@ -55,6 +55,10 @@ class Merged(dict[str, "Tensor"]):
         weights = sum(value.numel() for value in self.values())
         return f"Merged({self.report.method}, {len(self)} tensors, {weights:,} weights; see .report)"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle keeps beside the tensors: not the plan, which holds open files."""
+        return {key: value for key, value in vars(self).items() if key != "made"}
+
     def _repr_html_(self) -> str:
         return f"<b>{escape(repr(self))}</b><pre>{escape(self.report.summary())}</pre>"
 

@@ -66,7 +66,7 @@ def subtract(
         TypeError: as `merge`; also a task that is none.
     """
     choose("method", method, removals())
-    tasks = [scaled(one, weight) for one in tasks_of(_task_of(base, task, gradient, method))]
+    tasks = [scaled(one, weight) for one in tasks_of(task_of(base, task, gradient, method))]
     for one in tasks:
         check_tokenizers(base, one.model)
     guarded = RULES[method].guarded
@@ -83,7 +83,7 @@ def subtract(
     return execute(made, **running)
 
 
-def _task_of(base: Any, task: Any, gradient: Any, method: str) -> Any:
+def task_of(base: Any, task: Any, gradient: Any, method: str) -> Any:
     """What is to be removed: the task, or for "ascent" the base itself with the gradient.
 
     Raises:

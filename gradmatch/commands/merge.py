@@ -24,6 +24,7 @@ examples:
       --base-curvature base.safetensors -o merged/
   gradmatch merge --base base --task a,weight=0.5 --task b,weight=0.5 --method ties --density 0.2 -o merged/
   gradmatch merge recipe.yaml merged/ --weights auto --data a=a.jsonl --data b=b.jsonl      weights chosen by forecast
+  gradmatch merge recipe.yaml merged/ --posterior       and its curvature beside it, for the next merge or unmerge
   gradmatch merge mergekit.yml merged/                  a file with merge_method: is understood as mergekit's
 """
 
@@ -65,6 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--weights", choices=("auto",), help="auto: chosen by forecast, from --data or --products"
+    )
+    parser.add_argument(
+        "--anchor", metavar="MODEL", help="anchored: another merge of the base, to hold on to"
+    )
+    parser.add_argument(
+        "--posterior",
+        action="store_true",
+        help="write posterior.safetensors, the merge's own curvature, beside the weights",
     )
     add_data(parser)
     add_options(parser)
@@ -154,7 +163,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.data:
         arguments = {**arguments, "data": read_data(args, arguments)}
-    result = merge(**arguments, out=out, overwrite=args.overwrite, progress=not args.quiet)
+    result = merge(
+        **arguments, out=out, overwrite=args.overwrite, progress=not args.quiet, posterior=args.posterior
+    )
     print(result.report.summary())  # type: ignore[attr-defined]
     print(f"written: {out}")
     return 0
@@ -165,7 +176,7 @@ def overrides(args: argparse.Namespace, also: Sequence[str] = ()) -> dict[str, A
     from gradmatch.recipes.recipe import SETTINGS, options_alone
 
     given: dict[str, Any] = {}
-    for name in ("base", "allow_mismatch", "allow_pickle", *SETTINGS):
+    for name in ("base", "anchor", "allow_mismatch", "allow_pickle", *SETTINGS):
         if name != "method" and getattr(args, name, None) is not None:
             given[name] = getattr(args, name)
     if args.base_curvature is not None:

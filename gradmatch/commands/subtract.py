@@ -9,12 +9,14 @@ from gradmatch.commands.options import add_options
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules import RULES, removals
 from gradmatch.rules.removal import GUARDS
-from gradmatch.subtraction import scaled
+from gradmatch.subtraction import scaled, task_of, tasks_of
 
 EXAMPLES = """
 examples:
   gradmatch subtract --base model --task toxic,curvature=toxic.safetensors --base-curvature clean.safetensors -o clean/
   gradmatch subtract --base model --task toxic,weight=0.3 --method negation -o clean/
+  gradmatch subtract --base model --task toxic --base-curvature clean.safetensors --method guarded --damping 0.1 -o clean/
+  gradmatch subtract --base model --gradient toxic.safetensors --base-curvature clean.safetensors --method ascent -o clean/
 """
 
 
@@ -26,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", choices=removals(), default="removal", help="Eq. 13 (default), or a baseline"
     )
+    parser.add_argument(
+        "--gradient", metavar="FILE",
+        help="ascent, in place of --task: the base's gradient on what is to go (`estimate --gradient`)",
+    )  # fmt: skip
     parser.add_argument("--weight", type=float, default=1.0, help="alpha, for all tasks (default 1)")
     parser.add_argument(
         "--keep", type=float, default=0.1, help="guard: H0 - alpha H_t is at least keep * H0 (default 0.1)"
@@ -42,14 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Subtract, or print the plan."""
     arguments = overrides(args, ("keep", "guard", "weight"))
-    if "base" not in arguments or "tasks" not in arguments:
+    arguments["gradient"] = args.gradient
+    if "base" not in arguments or ("tasks" not in arguments and not args.gradient):
         raise GradmatchError(
             "nothing to subtract: give --base and at least one --task (see gradmatch subtract --help)",
             "bad_arguments",
         )
+    arguments["task"] = arguments.pop("tasks", None)
     if args.dry_run:
         own = {"keep": args.keep, "guard": args.guard} if RULES[args.method].guarded else {}
-        arguments["tasks"] = [scaled(task, args.weight) for task in arguments["tasks"]]
+        given = task_of(arguments["base"], arguments.pop("task"), arguments.pop("gradient"), args.method)
+        arguments["tasks"] = [scaled(task, args.weight) for task in tasks_of(given)]
         print_plan(make_plan({**arguments, **own, "method": args.method}), args.out, args.overwrite)
         return 0
     if not args.out:
@@ -58,7 +67,6 @@ def run(args: argparse.Namespace) -> int:
         )
     from gradmatch.subtraction import subtract
 
-    arguments["task"] = arguments.pop("tasks")
     result = subtract(
         **arguments, method=args.method, weight=args.weight, keep=args.keep, guard=args.guard,
         out=args.out, overwrite=args.overwrite, progress=not args.quiet,

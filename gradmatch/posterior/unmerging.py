@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # rules whose tasks' beliefs hold H0 beside H_t: all that are Eq. 12, fisher with the floor alone
 EQ12, FLOORED = ("gradient_matching", "kronecker"), ("fisher", "mats")
-RUNNING = ("out", "overwrite", "progress", "posterior")
+RUNNING = ("out", "overwrite", "progress")
 
 
 def unmerge(
@@ -47,7 +47,7 @@ def unmerge(
         task: the model, curvature and weight that it was merged with; its name tells which one it was, if it has one.
         base: what the tasks were merged on; not needed for a merge in memory, or by fisher and mats with delta0=0.
         base_curvature: as it was given to the merge by gradient_matching or kronecker; not needed for a merge in memory.
-        **options: out, overwrite, progress, posterior (of what is left), dtype and other policies, as for `merge`.
+        **options: out, overwrite, progress, dtype and other policies, as for `merge`.
 
     Returns:
         As `merge`, with the posterior of what is left.
@@ -116,7 +116,7 @@ def unmerge(
     )  # fmt: skip
     kept = {key: known.info[key] for key in ("method", "base_weight", "delta0")}
     made.origin = Origin(base, base_curvature, kept | {"weights": json.dumps(weights)})
-    return execute(made, **running)
+    return execute(made, posterior=True, **running)
 
 
 def origin(made: Plan) -> Origin:

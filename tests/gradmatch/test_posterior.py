@@ -1,10 +1,15 @@
 """The posterior of a merge: its precision, continual merging, un-merging, and predictions with it."""
 
+import copy
+import json
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
-from gradmatch import Task, merge, open_checkpoint, unmerge
+from gradmatch import Task, merge, open_checkpoint, subtract, unmerge
+from gradmatch.cli import main
 from gradmatch.estimators import Curvature
 from tests.gradmatch.test_system import OUT, WIDTH, curvature, random
 
@@ -158,3 +163,42 @@ def test_what_has_no_posterior_or_is_not_of_it_is_refused(call, text):
 def test_only_a_task_is_taken_out():
     with pytest.raises(TypeError, match="what is taken out is a Task"):
         unmerge(WHOLE, WHOLE.posterior, MODELS[0])
+
+
+def test_a_merge_is_copied_and_pickled_without_its_plan():
+    again = pickle.loads(pickle.dumps(WHOLE))
+    assert torch.equal(again["w"], WHOLE["w"])
+    assert again.report.method == copy.deepcopy(WHOLE).report.method == "gradient_matching"
+
+
+def test_the_commands(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, tensors in zip(("base", "a", "b"), (BASE, *MODELS), strict=False):
+        merge(tensors, [Task(tensors)], method="averaging", out=name)
+    for name, known in zip("ab", TASKS, strict=False):
+        known.curvature.save(f"{name}.safetensors")
+    H0.save("h0.safetensors")
+    both = ["--base", "base", "--base-curvature", "h0.safetensors"]
+    tasks = ["--task", "a,curvature=a.safetensors,weight=0.7", "--task", "b,curvature=b.safetensors"]
+    assert main(["merge", *both, *tasks, "--posterior", "-o", "both", "--quiet"]) == 0
+    assert (
+        main(["unmerge", "both", "--task", "b,curvature=b.safetensors", *both, "-o", "one", "--quiet"]) == 0
+    )
+    expected = merge(BASE, [TASKS[0]], base_curvature=H0)
+    torch.testing.assert_close(open_checkpoint("one")["w"], expected["w"], **CLOSE)
+    assert Curvature.load("one/posterior.safetensors").info["weights"] == '{"a": 0.7}'
+    assert main(["unmerge", "both", "--task", "c,curvature=b.safetensors", "-o", "two", "--quiet"]) == 2
+    assert (
+        main(["merge", *both, *tasks, "--method", "anchored", "--anchor", "one", "-o", "held", "--quiet"])
+        == 0
+    )
+    assert json.loads((tmp_path / "held" / "gradmatch.json").read_text())["recipe"]["anchor"]
+    found = merge(BASE, [Task(MODELS[0], TASKS[0].curvature, 0.7), Task(MODELS[1], TASKS[1].curvature)], method="anchored", base_curvature=H0, anchor=expected)  # fmt: skip
+    torch.testing.assert_close(open_checkpoint("held")["w"], found["w"], **CLOSE)
+    flags = ["--base", "base", "--base-curvature", "h0.safetensors", "--method", "ascent", "--weight", "0.5"]
+    TASKS[0].curvature.save("g.safetensors")
+    assert main(["subtract", *flags, "--gradient", "g.safetensors", "-o", "up", "--quiet"]) == 0
+    assert main(["subtract", *flags, "--gradient", "g.safetensors", "--dry-run"]) == 0
+    risen = subtract(BASE, None, method="ascent", base_curvature=H0, gradient=TASKS[0].curvature, weight=0.5)
+    torch.testing.assert_close(open_checkpoint("up")["w"], risen["w"], **CLOSE)
+    capsys.readouterr()
