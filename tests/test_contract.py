@@ -136,23 +136,17 @@ def test_special_cases(regression):
         return merge({"w": theta0}, tasks, method=method, **options)["w"]
 
     arithmetic = theta0 + 0.7 * (stacked - theta0).sum(0)
-    close = {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(merged("task_arithmetic", None, 0.7), arithmetic, **close)
-    torch.testing.assert_close(
-        merged("gradient_matching", zero, 0.7, base_curvature=base_curvature), arithmetic, **close
-    )
-    torch.testing.assert_close(
-        merged("gradient_matching", zero, 0.7, base_curvature=zero), arithmetic, **close
-    )
-    torch.testing.assert_close(merged("averaging", None, 1.0), stacked.mean(0), **close)
-    torch.testing.assert_close(
-        merged("gradient_matching", zero, 1 / 3, base_curvature=zero), stacked.mean(0), **close
-    )
-    fisher = (total * stacked).sum(0) / total.sum(0)
-    torch.testing.assert_close(merged("fisher", None, 1.0, delta0=0.0), fisher, **close)
-    torch.testing.assert_close(
-        merged("gradient_matching", None, 1.0, base_curvature=zero, delta0=1e-14), fisher, **close
-    )
+    mean, fisher = stacked.mean(0), (total * stacked).sum(0) / total.sum(0)
+    for found, expected in (
+        (merged("task_arithmetic", None, 0.7), arithmetic),
+        (merged("gradient_matching", zero, 0.7, base_curvature=base_curvature), arithmetic),
+        (merged("gradient_matching", zero, 0.7, base_curvature=zero), arithmetic),
+        (merged("averaging", None, 1.0), mean),
+        (merged("gradient_matching", zero, 1 / 3, base_curvature=zero), mean),
+        (merged("fisher", None, 1.0, delta0=0.0), fisher),
+        (merged("gradient_matching", None, 1.0, base_curvature=zero, delta0=1e-14), fisher),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_base_weight_scales_the_bases_curvature(regression):

@@ -53,11 +53,12 @@ def dense(taus, alphas, h0, hs):
     return torch.linalg.solve(h_bar, right)
 
 
+ALPHAS = [(1.0,), (0.3,), (1.0, 1.0, 1.0), (0.7, 0.2, 1.3), (1.0, -0.001, 0.5)]
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("base_kind", ["factors", "number", "diagonal"])
-@pytest.mark.parametrize(
-    "alphas", [(1.0,), (0.3,), (1.0, 1.0, 1.0), (0.7, 0.2, 1.3), (1.0, -0.001, 0.5)], ids=str
-)
+@pytest.mark.parametrize("alphas", ALPHAS, ids=str)
 def test_merge_is_the_dense_solution(alphas, base_kind, transposed):
     base, tuned = models(len(alphas), transposed)
     curvatures, hs = zip(*(known(t, 10 + t, transposed) for t in range(len(alphas))), strict=True)
@@ -121,13 +122,7 @@ def test_without_gradients_factors_and_a_base_it_is_regmean():
 def test_linear_regression_with_several_outputs_is_solved_exactly():
     """Squared error of a linear layer has the curvature X'X (x) I, which factors: the merge is the joint solution."""
     generator = torch.Generator().manual_seed(0)
-    sets = [
-        (
-            torch.randn(20, WIDTH, generator=generator).double(),
-            torch.randn(20, OUT, generator=generator).double(),
-        )
-        for _ in range(3)
-    ]
+    sets = [torch.randn(20, WIDTH + OUT, generator=generator).double().split((WIDTH, OUT), 1) for _ in "abc"]
     delta = 0.5  # H0 = delta I: the base is fine-tuned from 0 with weight decay delta
     base = torch.randn(OUT, WIDTH, generator=generator).double()
 
@@ -172,9 +167,8 @@ def test_transforms_come_before_it(tmp_path):
     base, tuned = models(2)
     tasks = [Task(m, known(t, 10 + t)[0]) for t, m in enumerate(tuned)]
     edited = merge(base, [Task(m) for m in tuned[:1]], method="ties", density=0.3)
-    one = merge(
-        base, tasks[:1], method="kronecker", base_curvature=1.0, transforms=[{"ties": {"density": 0.3}}]
-    )
+    options = {"method": "kronecker", "base_curvature": 1.0}
+    one = merge(base, tasks[:1], transforms=[{"ties": {"density": 0.3}}], **options)
     torch.testing.assert_close(one["w"], edited["w"])
     out = merge(base, tasks, method="kronecker", base_curvature=1.0, out=tmp_path / "out")
     assert "1 matrices solved in" in (out.path / "README.md").read_text()

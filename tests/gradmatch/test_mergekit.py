@@ -56,25 +56,15 @@ def recipes(folder):
     base, first = str(folder / "base"), str(folder / "m0")
 
     def edit(method, *parameters, **shared):
-        return {
-            "merge_method": method,
-            "base_model": base,
-            "models": entries(folder, *parameters),
-            "parameters": shared,
-        }
+        models = entries(folder, *parameters)
+        return {"merge_method": method, "base_model": base, "models": models, "parameters": shared}
 
     def source(number, first_layer, last_layer, **parameters):
-        return {
-            "model": str(folder / f"m{number}"),
-            "layer_range": [first_layer, last_layer],
-            **({"parameters": parameters} if parameters else {}),
-        }
+        layers = {"model": str(folder / f"m{number}"), "layer_range": [first_layer, last_layer]}
+        return layers | ({"parameters": parameters} if parameters else {})
 
-    weights = (
-        {"weight": 0.5},
-        {"weight": [0.1, 0.9]},
-        {"weight": [{"filter": "mlp", "value": 1.0}, {"value": [0.3, 0.6]}]},
-    )
+    by_part = [{"filter": "mlp", "value": 1.0}, {"value": [0.3, 0.6]}]
+    weights = {"weight": 0.5}, {"weight": [0.1, 0.9]}, {"weight": by_part}
     exact = 1e-6
     return {
         "linear": ({"merge_method": "linear", "models": entries(folder, *weights)}, exact),
@@ -184,13 +174,9 @@ def test_results_are_mergekits(models, theirs, tmp_path, name):
         return
     base = open_checkpoint(models / "base")
     start = torch.cat([base[n].double().flatten() for n in theirs])
-    for merged in (
-        one,
-        two,
-    ):  # both keep about half of each task vector and rescale it: same size of update on average
-        assert float((merged - start).abs().mean()) == pytest.approx(
-            float((one - start).abs().mean()), rel=0.05
-        )
+    # Both keep about half of each task vector and rescale it: the same size of update on average.
+    sizes = [float((merged - start).abs().mean()) for merged in (one, two)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
 
 
 ERRORS = [
@@ -242,10 +228,8 @@ def test_a_seed_and_an_adapter_as_recipes_of_the_wild_have_them(models, tmp_path
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    tuned = get_peft_model(
-        LlamaForCausalLM.from_pretrained(models / "m0"),
-        LoraConfig(target_modules=["q_proj"], init_lora_weights=False),
-    )
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    tuned = get_peft_model(LlamaForCausalLM.from_pretrained(models / "m0"), config)
     tuned.save_pretrained(tmp_path / "adapter")
     lora = {"model": {"path": str(models / "m0")}, "lora": {"path": "adapter"}}
     found = []
@@ -259,45 +243,34 @@ def test_a_seed_and_an_adapter_as_recipes_of_the_wild_have_them(models, tmp_path
 
 
 def test_dare_without_rescaling(models):
-    content = {
-        "merge_method": "dare_linear",
-        "base_model": str(models / "base"),
-        "models": [{"model": str(models / "m0"), "parameters": {"density": 0.5}}],
-        "parameters": {"rescale": False},
-    }
-    found = merge(**translate(content, models, "r"))
+    content = {"merge_method": "dare_linear", "base_model": str(models / "base")}
+    content["models"] = [{"model": str(models / "m0"), "parameters": {"density": 0.5}}]
+    found = merge(**translate(content | {"parameters": {"rescale": False}}, models, "r"))
     base, tuned = open_checkpoint(models / "base"), open_checkpoint(models / "m0")
     for name in base:
-        assert torch.all(
-            (found[name] - base[name]).abs().le(1e-7) | (found[name] - tuned[name]).abs().le(1e-7)
-        )
+        kept, dropped = ((found[name] - one[name]).abs() <= 1e-7 for one in (tuned, base))
+        assert torch.all(kept | dropped)
 
 
-def test_the_base_model_as_tokenizer_source(tmp_path):
+@pytest.mark.parametrize(
+    ("tokenizer", "policy"),
+    [
+        ({"tokenizer_source": "b"}, None),
+        ({"tokenizer_source": "base"}, None),
+        ({"tokenizer": {"source": {"model": "b"}}}, None),
+        ({"tokenizer_source": "union"}, "union"),
+        ({"tokenizer": {"source": "union"}}, "union"),
+    ],
+)
+def test_tokenizer_sources(tmp_path, tokenizer, policy):
     content = {"merge_method": "task_arithmetic", "base_model": "b", "models": [{"model": "a"}]}
-    for tokenizer in ({"tokenizer_source": "b"}, {"tokenizer": {"source": {"model": "b"}}}):
-        assert "embeddings" not in translate(content | tokenizer, tmp_path, "r")
-
-
-def test_tokenizer_source_union_is_our_policy(tmp_path):
-    for key, value in (("tokenizer_source", "union"), ("tokenizer", {"source": "union"})):
-        arguments = translate(
-            {"merge_method": "linear", "models": [{"model": "a"}], key: value}, tmp_path, "r"
-        )
-        assert arguments["embeddings"] == "union"
-    assert "embeddings" not in translate(
-        {"merge_method": "linear", "models": [{"model": "a"}], "tokenizer_source": "base"}, tmp_path, "r"
-    )
+    assert translate(content | tokenizer, tmp_path, "r").get("embeddings") == policy
 
 
 def test_slices_with_a_base_of_their_own(models, tmp_path):
-    slices = [{"sources": [{"model": str(models / f"m{i}"), "layer_range": [0, 2]} for i in (0, 1)]}]
-    content = {
-        "merge_method": "task_arithmetic",
-        "base_model": str(models / "base"),
-        "slices": slices,
-        "parameters": {"weight": 0.5},
-    }
+    content = {"merge_method": "task_arithmetic", "base_model": str(models / "base")}
+    sources = [{"model": str(models / f"m{i}"), "layer_range": [0, 2]} for i in (0, 1)]
+    content |= {"slices": [{"sources": sources}], "parameters": {"weight": 0.5}}
     arguments = translate(content, tmp_path, "r")
     done = merge(**arguments)
     base, one, two = (open_checkpoint(models / name) for name in ("base", "m0", "m1"))

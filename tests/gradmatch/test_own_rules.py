@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from gradmatch import RULES, Rule, Task, diagnose, merge, rules
-from gradmatch.cli import main
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules import Elementwise, Linear, Options, Solve, Whole, find_rule, option
 from gradmatch.testing import check_rule
+from tests.command import run
 from tests.gradmatch.cases import curvature, problem, state, tuned
 
 README = (Path(rules.__file__).parent / "README.md").read_text(encoding="utf-8")
@@ -96,18 +96,16 @@ def test_a_rule_by_its_place_in_recipe_and_command(tmp_path, monkeypatch, capsys
     )
     for name, tensors in zip(("base", "a", "b"), (BASE, *MODELS), strict=True):
         merge(tensors, [Task(tensors)], method="averaging", out=tmp_path / name)
-    (tmp_path / "r.yaml").write_text(
-        "{base: base, tasks: [a, b], method: 'my_rules:HALF', options: {by: 4.0}}"
-    )
-    folders = [str(tmp_path / name) for name in ("base", "a", "b")]
-    flags = ["--base", folders[0], "--task", folders[1], "--task", folders[2], "--method", "my_rules:HALF"]
-    for arguments, by in (([str(tmp_path / "r.yaml")], 4), (flags, 2), ([*flags, "--option", "by=8"], 8)):
-        assert main(["merge", *arguments, "-o", str(tmp_path / f"out{by}"), "--quiet"]) == 0
+    recipe = "{base: base, tasks: [a, b], method: 'my_rules:HALF', options: {by: 4.0}}"
+    (tmp_path / "r.yaml").write_text(recipe)
+    flags = f"--base {tmp_path}/base --task {tmp_path}/a --task {tmp_path}/b --method my_rules:HALF"
+    for arguments, by in ((tmp_path / "r.yaml", 4), (flags, 2), (f"{flags} --option by=8", 8)):
+        assert run(f"merge {arguments} -o {tmp_path}/out{by} --quiet") == 0
         found = merge(BASE, [Task(tmp_path / f"out{by}")], method="averaging")
         for name, theta0 in BASE.items():
             torch.testing.assert_close(found[name], theta0 + sum(m[name] - theta0 for m in MODELS) / by)
     assert "my_rules:HALF: theta0 + sum_t tau_t / 2" in capsys.readouterr().out
-    assert main(["merge", *flags, "--option", "buy=8", "--dry-run"]) == 2
+    assert run(f"merge {flags} --option buy=8 --dry-run") == 2
     assert "has no option 'buy' (did you mean 'by'?); it takes by" in capsys.readouterr().err
 
 
@@ -124,18 +122,9 @@ def test_a_rule_of_an_installed_package(monkeypatch):
 @pytest.mark.parametrize(
     ("method", "error", "text"),
     [
-        (
-            "no_such.place:RULE",
-            ValueError,
-            "no module 'no_such' to import; install it, or put its folder on PYTHONPATH",
-        ),
         ("math:pii", ValueError, r"module 'math' holds no 'pii' \(did you mean 'pi'\?\)"),
         ("math:pi", TypeError, "method 'math:pi' is a float, not a gradmatch.Rule"),
-        (
-            "avraging",
-            ValueError,
-            r"unknown method 'avraging' \(did you mean 'averaging'\?\); known are averaging, ",
-        ),
+        ("avraging", ValueError, r"'avraging' \(did you mean 'averaging'\?\); known are averaging, "),
     ],
 )
 def test_rules_that_are_not_there(method, error, text):
@@ -143,16 +132,16 @@ def test_rules_that_are_not_there(method, error, text):
         merge(BASE, TASKS, method=method)
 
 
-@pytest.mark.parametrize(
-    ("attribute", "need"),
-    [
-        ("h", "curvature"),
-        ("counts", "curvature"),
-        ("norms", "curvature"),
-        ("h0", "base_curvature"),
-        ("g", "gradient"),
-    ],
-)
+READS = {
+    "h": "curvature",
+    "counts": "curvature",
+    "norms": "curvature",
+    "h0": "base_curvature",
+    "g": "gradient",
+}
+
+
+@pytest.mark.parametrize(("attribute", "need"), READS.items())
 def test_what_a_rule_does_not_need_it_cannot_read(attribute, need, monkeypatch):
     rule = Rule("f", "s", elementwise=lambda b: getattr(b, attribute))
     monkeypatch.setitem(RULES, "reads", rule)
@@ -192,16 +181,9 @@ def test_a_rule_that_solves_gets_the_curvature_of_the_matrix(monkeypatch):
         curved.health["iterations"], curved.health["residual"] = 3.0, 0.0
         return theta0 + tau.mean(0)
 
-    lacks = {"zero": "weights play no role"}
-    rule = Rule(
-        "mean",
-        "mine",
-        solve=mean,
-        otherwise=RULES["averaging"],
-        needs={"curvature", "factors"},
-        options={"tolerance": 0.1},
-        lacks=lacks,
-    )
+    settings = {"needs": {"curvature", "factors"}, "options": {"tolerance": 0.1}}
+    settings["lacks"] = {"zero": "weights play no role"}
+    rule = Rule("mean", "mine", solve=mean, otherwise=RULES["averaging"], **settings)
     monkeypatch.setitem(RULES, "solved", rule)
     base = state(0, shapes={"w": (3, 5), "b": (3,)})
     models = [tuned(base, t) for t in (1, 2)]
@@ -243,14 +225,11 @@ def test_what_a_rule_does_not_keep_is_named(rule, text):
 
 
 def test_rules_of_each_kind_that_keep_their_promises():
+    def whole(theta0, tau, alpha, _):
+        return theta0 + (tau.new_tensor(alpha).reshape(-1, *[1] * theta0.dim()) * tau).sum(0)
+
     check_rule(HALF)
-    check_rule(
-        Rule(
-            "f",
-            "s",
-            whole=lambda t, tau, a, o: t + (tau.new_tensor(a).reshape(-1, *[1] * t.dim()) * tau).sum(0),
-        )
-    )
+    check_rule(Rule("f", "s", whole=whole))
 
 
 @dataclass(frozen=True)

@@ -33,16 +33,16 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(
-    "place", ["base", "one", "", "base/inner", "known.safetensors", "known.safetensors/inner", "link"]
-)
+PLACES = ["base", "one", "", "base/inner", "known.safetensors", "known.safetensors/inner", "link"]
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_an_output_apart_from_every_input(models, place):
     (models / "link").symlink_to(models / "one")
     before = contents(models)
     task = Task(models / "one", models / "known.safetensors")
-    with pytest.raises(
-        ValueError, match=r"output folder .* and the input .* lie in one another; choose an output"
-    ):
+    said = "output folder .* and the input .* lie in one another; choose an output"
+    with pytest.raises(ValueError, match=said):
         merge(models / "base", [task], base_curvature=1.0, out=models / place, overwrite=True)
     assert contents(models) == before
     assert not list(models.parent.glob("*.partial*"))
@@ -57,13 +57,13 @@ def test_overwrite_replaces_only_what_a_merge_wrote(models, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "models"]
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("out.partial", "where .*out would be written first, and it is no unfinished merge"),
-        ("out.replaced", "where the old .*out would wait, and it is no merge"),
-    ],
-)
+BESIDE = {
+    "out.partial": "where .*out would be written first, and it is no unfinished merge",
+    "out.replaced": "where the old .*out would wait, and it is no merge",
+}
+
+
+@pytest.mark.parametrize(("name", "text"), BESIDE.items())
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_what_stands_beside_the_output_and_is_not_ours(models, tmp_path, name, text, kind):
     mine = tmp_path / name / "mine.txt" if kind == "folder" else tmp_path / name
@@ -139,12 +139,8 @@ def test_killed_while_it_publishes(models, tmp_path, monkeypatch, call):
         to(out, models, dtype="float64")
     if "rename" in call:
         assert contents(out) == old
-        assert sorted(path.name for path in tmp_path.iterdir()) == [
-            "models",
-            "out",
-            "out.partial",
-            "out.partial.journal",
-        ]
+        left = ["models", "out", "out.partial", "out.partial.journal"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == left
         written = []
         monkeypatch.setattr(FolderSink, "write", lambda self, step, *_: written.append(step))
         to(out, models, overwrite=True, dtype="float64")

@@ -25,22 +25,14 @@ def test_a_merge_in_memory_is_one_line_and_a_summary():
 def test_the_card_of_a_soup_and_of_a_removal_say_what_the_report_says(tmp_path):
     base, *tasks = models()
     given = [Task(theta, name=name) for theta, name in zip(tasks, "ab", strict=True)]
-    soup = merge(
-        base,
-        given,
-        method="greedy_soup",
-        score=lambda w: -float(w["a<b>.weight"].norm()),
-        out=tmp_path / "soup",
-    )
-    h0, h = (
-        Curvature.from_dict({n: torch.rand_like(v) + low for n, v in base.items()}, 5) for low in (5.0, 0.0)
-    )
+    score = lambda w: -float(w["a<b>.weight"].norm())  # noqa: E731
+    soup = merge(base, given, method="greedy_soup", score=score, out=tmp_path / "soup")
+    means = [{n: torch.rand_like(v) + low for n, v in base.items()} for low in (5.0, 0.0)]
+    h0, h = (Curvature.from_dict(mean, 5) for mean in means)
     less = subtract(base, Task(tasks[0], h), base_curvature=h0, weight=0.1, out=tmp_path / "less")
     for result, folder in ((soup, "soup"), (less, "less")):
         told = json.loads((tmp_path / folder / "gradmatch.json").read_text())["report"]
         assert told["method"] == result.report.method
-        assert told["largest_alpha"] == {
-            str(share): alpha for share, alpha in result.report.largest_alpha.items()
-        }
+        assert told["largest_alpha"] == {str(k): alpha for k, alpha in result.report.largest_alpha.items()}
     assert soup.report.method == "greedy_soup"
     assert set(less.report.largest_alpha) == {0.001, 0.01, 0.1}

@@ -71,11 +71,9 @@ def merged(b, base=None, **options):
 
 def test_a_merge_refuses_warns_or_takes_it():
     adam = curvature(1 / 33_000, "adam")
+    said = r"(a|the base)'s is .*fisher.* and b's is .*adam.*times apart.*allow_mismatch=True"
     for options in ({"method": "fisher"}, {"base": curvature(seed=3)}):
-        with pytest.raises(
-            ValueError,
-            match=r"(a|the base)'s is .*fisher.* and b's is .*adam.*times apart.*allow_mismatch=True",
-        ):
+        with pytest.raises(ValueError, match=said):
             merged(adam, **options)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -1,13 +1,12 @@
 """Curvature as `estimate` makes it, merged: files and objects, every kind, fingerprints that fit."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
 from gradmatch import Task, merge
 from gradmatch.estimators import estimate
+from tests.gradmatch.tiny import tuned
 
 KINDS = ("fisher", "empirical_fisher", "ggn", "kfac", "gram")
 
@@ -17,15 +16,8 @@ def trained():
     """(base, two perturbed copies, their batches)."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
-    models, data = [], []
-    for _ in range(2):
-        model = copy.deepcopy(base)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        models.append(model)
-        data.append([(torch.randn(16, 5), torch.randint(3, (16,))) for _ in range(3)])
-    return base, models, data
+    data = [[(torch.randn(16, 5), torch.randint(3, (16,))) for _ in range(3)] for _ in range(2)]
+    return base, [tuned(base, seed) for seed in (1, 2)], data
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -34,17 +26,15 @@ def test_estimates_merge_from_objects_and_files(trained, tmp_path, kind):
     curvatures = [estimate(m, b, method=kind, progress=False) for m, b in zip(models, data, strict=True)]
     options = {"method": "regmean"} if kind == "gram" else {"base_curvature": 1.0}
     found = merge(base, [Task(m, c) for m, c in zip(models, curvatures, strict=True)], **options)
-    paths = []
-    for number, curvature in enumerate(curvatures):
-        paths.append(tmp_path / f"{number}.safetensors")
-        curvature.save(paths[-1])
+    paths = [tmp_path / f"{number}.safetensors" for number in (0, 1)]
+    for path, curvature in zip(paths, curvatures, strict=True):
+        curvature.save(path)
     again = merge(base, [Task(m, p) for m, p in zip(models, paths, strict=True)], **options)
     for name in found:
         torch.testing.assert_close(found[name], again[name])
-    with pytest.raises(ValueError, match="taken at other weights"):
-        merge(base, [Task(models[1], curvatures[0])], **options)
-    with pytest.raises(ValueError, match="taken at other weights"):
-        merge(base, [Task(models[1], paths[0])], **options)
+    for other in (curvatures[0], paths[0]):
+        with pytest.raises(ValueError, match="taken at other weights"):
+            merge(base, [Task(models[1], other)], **options)
 
 
 def test_regmean_of_real_inputs(trained):

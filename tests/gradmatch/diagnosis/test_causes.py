@@ -23,13 +23,16 @@ def network():
     return nn.Sequential(nn.Linear(DIM, WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES))
 
 
+def state(module):
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
 def make(seed=0, scale=0.05):
     """Base and two tasks whose task vectors are random directions: enough for what weights alone tell."""
     torch.manual_seed(seed)
-    module = network()
-    base = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    base = state(network())
     tasks = {t: {n: v + scale * torch.randn_like(v) * v.abs().mean() for n, v in base.items()} for t in "abc"}
-    return module, base, tasks
+    return base, tasks
 
 
 def average(base, tasks, weights=None):
@@ -41,6 +44,10 @@ def names_of(result):
     return [cause.name for cause in result.causes]
 
 
+def first_of(result):
+    return result.causes[0].name, result.causes[0].subject
+
+
 def told(base, tasks, merged, **options):
     curvatures = options.pop("curvatures", {})
     weights = options.pop("weights", {})
@@ -49,7 +56,7 @@ def told(base, tasks, merged, **options):
 
 
 def test_a_healthy_merge_has_no_cause():
-    _, base, tasks = make()
+    base, tasks = make()
     result = told(base, tasks, average(base, tasks))
     assert result.healthy
     assert result.evidence.coefficients() == pytest.approx(dict.fromkeys("abc", 1 / 3), abs=1e-5)
@@ -58,20 +65,20 @@ def test_a_healthy_merge_has_no_cause():
 
 
 def test_not_finite_blames_the_input_and_not_the_merge():
-    _, base, tasks = make()
+    base, tasks = make()
     tasks["b"]["0.weight"][1, 2] = math.nan
     result = told(base, tasks, average(base, tasks))
     first = result.causes[0]
     assert (first.name, first.subject, first.cost) == ("not_finite", "b", math.inf)
     assert "0.weight" in first.evidence
-    _, base, tasks = make()
+    base, tasks = make()
     merged = average(base, tasks)
     merged["2.bias"][0] = math.inf
     assert [(c.name, c.subject) for c in told(base, tasks, merged).causes] == [("not_finite", "merged")]
 
 
 def test_shapes_that_differ_and_tensors_that_are_missing():
-    _, base, tasks = make()
+    base, tasks = make()
     tasks["a"]["2.weight"] = torch.randn(7, WIDTH)
     del tasks["c"]["2.bias"]
     result = told(base, tasks, None)
@@ -98,18 +105,18 @@ def test_vocabulary_shift(shift):
 
 
 def test_permuted_neurons():
-    _, base, tasks = make()
+    base, tasks = make()
     order = torch.randperm(WIDTH)
     tasks["c"] |= {n: tasks["c"][n][order] for n in ("0.weight", "0.bias")}
     tasks["c"]["2.weight"] = tasks["c"]["2.weight"][:, order]
     result = told(base, tasks, average(base, tasks))
-    assert (result.causes[0].name, result.causes[0].subject) == ("permuted_neurons", "c")
+    assert first_of(result) == ("permuted_neurons", "c")
     assert "other_base" not in names_of(result)
 
 
 def test_other_base_whole_and_one_layer():
-    _, base, tasks = make()
-    _, _, others = make(seed=9)
+    base, tasks = make()
+    _, others = make(seed=9)
     first = told(base, {**tasks, "a": others["a"]}, average(base, tasks)).causes[0]
     assert (first.name, first.subject) == ("other_base", "a")
     assert "fine-tune 'a' from this very base" in first.remedy
@@ -119,7 +126,7 @@ def test_other_base_whole_and_one_layer():
 
 
 def test_head_of_another_task_and_the_same_model_twice():
-    _, base, tasks = make()
+    base, tasks = make()
     tasks["a"] |= {n: tasks["b"][n] for n in ("2.weight", "2.bias")}
     first = told(base, tasks, average(base, tasks)).causes[0]
     assert first.name == "head_of_another_task"
@@ -129,7 +136,7 @@ def test_head_of_another_task_and_the_same_model_twice():
 
 
 def test_curvature_of_another_model_names_it():
-    _, base, tasks = make()
+    base, tasks = make()
 
     def curvature(theta, seen="100"):
         marks = {"fingerprint": fingerprint(theta, model_sampler(theta)), "examples_seen": seen}
@@ -143,33 +150,32 @@ def test_curvature_of_another_model_names_it():
     stranger = curvature({n: v + 1 for n, v in base.items()})
     result = told(base, tasks, average(base, tasks), curvatures=curvatures, base_curvature=stranger)
     assert "none of these models" in result.causes[0].evidence
-    result = told(
-        base, tasks, average(base, tasks), curvatures={**curvatures, "b": curvature(tasks["b"], "4")}
-    )
+    noisy = {**curvatures, "b": curvature(tasks["b"], "4")}
+    result = told(base, tasks, average(base, tasks), curvatures=noisy)
     assert [(c.name, c.subject) for c in result.causes] == [("noisy_curvature", "b")]
 
 
 def test_rounded_away():
-    _, base, tasks = make(scale=1e-3)
+    base, tasks = make(scale=1e-3)
     exact = average(base, tasks)
     stored = {n: v.bfloat16() for n, v in exact.items()}
     assert names_of(told(base, tasks, stored))[0] == "rounded_away"
     assert names_of(told(base, tasks, {n: v.float() for n, v in stored.items()}))[0] == "rounded_away"
     assert told(base, tasks, exact).healthy
-    _, base, tasks = make(scale=0.3)  # large updates survive the rounding
+    base, tasks = make(scale=0.3)  # large updates survive the rounding
     assert told(base, tasks, {n: v.bfloat16() for n, v in average(base, tasks).items()}).healthy
 
 
 def test_a_folder_that_is_no_merge_of_these():
-    _, base, tasks = make()
-    _, _, others = make(seed=5)
+    base, tasks = make()
+    _, others = make(seed=5)
     assert names_of(told(base, tasks, others["a"])) == ["no_merge_of_these"]
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_merge_that_is_one_of_the_models(method, dtype):
-    _, base, tasks = make(scale=1.0)
+    base, tasks = make(scale=1.0)
     models = {t: {n: v.to(dtype) for n, v in theta.items()} for t, theta in {**tasks, "base": base}.items()}
     given = {t: models[t] for t in "abc"}
     for model in ("base", "b"):
@@ -184,35 +190,44 @@ def test_a_merged_model_of_another_architecture_has_no_losses():
     module, base, tasks, data = learned()
     other = {"encoder.weight": torch.randn(4, 4)}
     result = told(base, tasks, other, data=data, module=module)
-    assert (result.causes[0].name, result.causes[0].subject) == ("shapes_differ", "merged")
+    assert first_of(result) == ("shapes_differ", "merged")
     assert "check the path" in result.causes[0].remedy
     assert not result.evidence.measured
     assert len(result.causes) == 1
 
 
 def test_zero_tensor():
-    _, base, tasks = make()
+    base, tasks = make()
     tasks["b"]["2.bias"] = torch.zeros(CLASSES)
     result = told(base, tasks, None)
     assert ("zero_tensor", "b") in [(c.name, c.subject) for c in result.causes]
 
 
 def test_dominance_from_weights_alone():
-    _, base, tasks = make()
+    base, tasks = make()
     weights = {"a": 1 / 3, "b": 5 / 3, "c": 1 / 3}
     first = told(base, tasks, average(base, tasks, weights), weights=weights).causes[0]
     assert (first.name, first.subject, first.cost) == ("weight_too_large", "b", None)
     tasks["c"] = {n: base[n] + 8 * (v - base[n]) for n, v in tasks["c"].items()}
-    first = told(base, tasks, average(base, tasks)).causes[0]
-    assert (first.name, first.subject) == ("overtrained_task", "c")
+    assert first_of(told(base, tasks, average(base, tasks))) == ("overtrained_task", "c")
 
 
 def test_floor_decides_without_data():
-    _, base, tasks = make()
+    base, tasks = make()
     curvatures = {t: Curvature.from_dict({n: torch.rand_like(v) for n, v in base.items()}, 10) for t in tasks}
     options = {"curvatures": curvatures, "base_curvature": 1.0, "method": "gradient_matching"}
     assert names_of(told(base, tasks, None, delta0=1e6, **options)) == ["floor_decides"]
     assert told(base, tasks, None, delta0=1e-6, **options).healthy
+
+
+def fit(module, sets, steps, rate):
+    """The module's state after so many steps of Adam on all the sets."""
+    optimizer = torch.optim.Adam(module.parameters(), rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum(nn.functional.cross_entropy(module(x), y) for x, y in sets).backward()
+        optimizer.step()
+    return state(module)
 
 
 def learned(seed=0, relabel=None):
@@ -226,23 +241,12 @@ def learned(seed=0, relabel=None):
         x[:, 4 * position : 4 * position + 4] *= 2
         y = (x @ truth).argmax(1)
         data[t] = (x, y if relabel != t else (y + 1) % CLASSES)
-
-    def train(start, sets, steps, rate):
-        module.load_state_dict(start)
-        optimizer = torch.optim.Adam(module.parameters(), rate)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            sum(nn.functional.cross_entropy(module(x), y) for x, y in sets).backward()
-            optimizer.step()
-        return {n: v.detach().clone() for n, v in module.state_dict().items()}
-
-    start = {n: v.detach().clone() for n, v in module.state_dict().items()}
     common = torch.randn(400, DIM)
-    base = train(start, [(common, (common @ truth).argmax(1))], 60, 1e-2)
-    tasks = {
-        t: train(base, [pair], 60 if t == relabel else 25, 1e-2 if t == relabel else 3e-3)
-        for t, pair in data.items()
-    }
+    base = fit(module, [(common, (common @ truth).argmax(1))], 60, 1e-2)
+    tasks = {}
+    for t, pair in data.items():
+        module.load_state_dict(base)
+        tasks[t] = fit(module, [pair], 60 if t == relabel else 25, 1e-2 if t == relabel else 3e-3)
     return module, base, tasks, {t: [pair] for t, pair in data.items()}
 
 
@@ -257,18 +261,12 @@ def test_labels_swapped_names_the_renaming():
 
 def confusions_of(others_on_a, own):
     """Evidence of tasks "a" (with these confusions) and "b" (which everybody gets right), as far as labels go."""
-    right = torch.eye(len(own), dtype=torch.long) * 50
+    right, both = torch.eye(len(own), dtype=torch.long) * 50, dict.fromkeys("ab")
+    found = {"base": others_on_a, "b": others_on_a, "a": own}
     return SimpleNamespace(
-        objectives=dict.fromkeys("ab"),
-        kept=dict.fromkeys("ab"),
-        confusions={
-            "base": {"a": others_on_a, "b": right},
-            "b": {"a": others_on_a, "b": right},
-            "a": {"a": own, "b": right},
-        },
-        other_tasks=lambda task: [t for t in "ab" if t != task],
-        measured=False,
-    )
+        objectives=both, kept=both, measured=False, other_tasks=lambda task: [t for t in "ab" if t != task],
+        confusions={model: {"a": on_a, "b": right} for model, on_a in found.items()},
+    )  # fmt: skip
 
 
 def test_two_renamed_classes_are_judged_by_their_own_examples():
@@ -310,9 +308,8 @@ def test_every_weight_too_large_and_its_price():
     assert cause.cost == pytest.approx(path[1.0] - path[cause.numbers["share"]], rel=1e-4)
     below = next(c for c in result.causes if c.name == "worse_than_base")
     assert result.causes[-1] is below
-    assert below.numbers["a"] == pytest.approx(
-        float((result.evidence.losses["merged"]["a"] - result.evidence.losses["base"]["a"]).mean())
-    )
+    losses = result.evidence.losses
+    assert below.numbers["a"] == pytest.approx(float((losses["merged"]["a"] - losses["base"]["a"]).mean()))
     healthy = told(base, tasks, average(base, tasks), data=data, module=module)
     assert healthy.healthy
     assert not healthy.notes[:-1]  # but that there is no curvature
@@ -324,33 +321,23 @@ def test_every_weight_too_small_is_a_cause_with_the_best_weights_and_a_note_with
     merged = average(base, tasks, weights)
     (cause,) = told(base, tasks, merged, data=data, module=module, weights=weights).causes
     assert (cause.name, cause.rank) == ("weights_far_from_best", CHOICE)
-    best = average(base, tasks, cause.numbers)
-    saved = sum(
-        float(
-            (
-                nn.functional.cross_entropy(_forward(merged, x), y)
-                - nn.functional.cross_entropy(_forward(best, x), y)
-            )
-            * len(y)
-        )
-        for [(x, y)] in data.values()
-    )
+    saved = loss(merged, data) - loss(average(base, tasks, cause.numbers), data)
     assert cause.cost == pytest.approx(saved, rel=1e-3)
     result = told(base, tasks, merged, data=data, module=module, weights=weights, forecast=False)
     assert result.healthy
-    losses = [
-        o.losses(average(base, tasks, dict.fromkeys(tasks, 0.16)))
-        for o in result.evidence.objectives.values()
-    ]
-    saved = result.evidence.losses["merged"].values()
-    nats = sum(float(was.sum() - now.sum()) for was, now in zip(saved, losses, strict=True))
+    nats = loss(merged, data) - loss(average(base, tasks, dict.fromkeys(tasks, 0.16)), data)
     (note,) = [note for note in result.notes if "too small" in note]
     assert f"at 8 times the merge's update the tasks lose {nats:.0f} nats less" in note
 
 
-def _forward(theta, x):
-    hidden = torch.tanh(nn.functional.linear(x, theta["0.weight"], theta["0.bias"]))
-    return nn.functional.linear(hidden, theta["2.weight"], theta["2.bias"])
+def loss(theta, data):
+    """Summed over the examples of all tasks."""
+    linear, total = nn.functional.linear, 0.0
+    for [(x, y)] in data.values():
+        hidden = torch.tanh(linear(x, theta["0.weight"], theta["0.bias"]))
+        logits = linear(hidden, theta["2.weight"], theta["2.bias"])
+        total += float(nn.functional.cross_entropy(logits, y, reduction="sum"))
+    return total
 
 
 def test_stale_batchnorm_without_data_is_silent_and_with_data_priced():
@@ -358,48 +345,25 @@ def test_stale_batchnorm_without_data_is_silent_and_with_data_priced():
     net = nn.Sequential(nn.Linear(DIM, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
     x = 4 * torch.randn(400, DIM) + 3
     y = (x @ torch.randn(DIM, CLASSES)).argmax(1)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
-    for _ in range(80):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(net.train()(x), y).backward()
-        optimizer.step()
-    base = {n: v.detach().clone() for n, v in net.state_dict().items()}
-    tasks = {
-        t: {n: v + 1e-3 * torch.randn_like(v) if v.is_floating_point() else v for n, v in base.items()}
-        for t in "abc"
-    }
-    merged = average(base, tasks)
-    merged["1.running_mean"], merged["1.running_var"] = torch.zeros(WIDTH), torch.ones(WIDTH)
+    base = fit(net.train(), [(x, y)], 80, 1e-2)
+    floats = [n for n, v in base.items() if v.is_floating_point()]
+    tasks = {t: {**base, **{n: base[n] + 1e-3 * torch.randn_like(base[n]) for n in floats}} for t in "abc"}
+    merged = {**base, **average({n: base[n] for n in floats}, tasks)}
+    stale = {**merged, "1.running_mean": torch.zeros(WIDTH), "1.running_var": torch.ones(WIDTH)}
     data = {t: [(x, y)] for t in tasks}
-    result = told(base, tasks, merged, data=data, module=net)
+    result = told(base, tasks, stale, data=data, module=net)
     assert names_of(result)[0] == "stale_batchnorm"
     assert result.causes[0].cost > 0
-    assert told(base, tasks, average_floats(base, tasks), data=data, module=net).healthy
-
-
-def average_floats(base, tasks):
-    return {
-        n: average({n: v}, {t: {n: w[n]} for t, w in tasks.items()})[n] if v.is_floating_point() else v
-        for n, v in base.items()
-    }
+    assert told(base, tasks, merged, data=data, module=net).healthy
 
 
 def test_ranking_puts_broken_before_inputs_before_choices_and_dear_before_cheap():
     cheap = Cause("cheap", "", "", "", CHOICE, 1.0)
     causes = [cheap, replace(cheap, name="unknown", cost=None), replace(cheap, name="dear", cost=9.0)]
-    causes += [
-        replace(cheap, name="symptom", rank=SYMPTOM, cost=99.0),
-        replace(cheap, name="input", rank=INPUT, cost=0.0),
-        replace(cheap, name="broken", rank=BROKEN, cost=None),
-    ]
-    assert [cause.name for cause in ranked(causes)] == [
-        "broken",
-        "input",
-        "dear",
-        "cheap",
-        "unknown",
-        "symptom",
-    ]
+    for name, rank, cost in (("symptom", SYMPTOM, 99.0), ("input", INPUT, 0.0), ("broken", BROKEN, None)):
+        causes.append(replace(cheap, name=name, rank=rank, cost=cost))
+    found = " ".join(cause.name for cause in ranked(causes))
+    assert found == "broken input dear cheap unknown symptom"
 
 
 @pytest.mark.parametrize("classes", [4, 9])
@@ -427,9 +391,8 @@ def test_a_fisher_of_many_examples_with_heavy_tails_is_a_note_until_it_costs_som
     options = {"curvatures": curvatures, "base_curvature": noisy(base), "method": "gradient_matching"}
     result = told(base, tasks, None, **options)
     assert result.healthy
-    assert any(
-        "standard error is 70% of its size (a few of them dominate it)" in note for note in result.notes
-    )
+    said = "standard error is 70% of its size (a few of them dominate it)"
+    assert any(said in note for note in result.notes)
     assert told(base, tasks, None, data=data, module=module, **options).healthy
     plain = told(base, tasks, average(base, tasks), curvatures=curvatures)  # a rule that has no use for it
     assert plain.healthy

@@ -59,11 +59,9 @@ def test_task_arithmetic_takes_the_least_squares_weights(problem):
 def test_gradient_matching_takes_the_best_point_of_its_span(problem):
     base, _, data, _ = problem
     options = {"base_curvature": 7.0, "base_weight": 2.0, "delta0": 1e-3}
-    merged = merge(base, tasks_of(problem), weights="auto", data=data, **options)["weight"]
-    chosen = merge(base, tasks_of(problem), weights="auto", data=data, **options).report.forecast["weights"]
-    rises = merge(base, tasks_of(problem), weights="auto", data=data, **options).report.forecast[
-        "rises_per_example"
-    ]
+    found = merge(base, tasks_of(problem), weights="auto", data=data, **options)
+    merged, forecast = found["weight"], found.report.forecast
+    chosen, rises = forecast["weights"], forecast["rises_per_example"]
     for name, ((x, y),) in data.items():
         measured = [0.5 * float(((x @ w.T - y) ** 2).mean()) for w in (merged, problem[1][name]["weight"])]
         assert rises[name] == pytest.approx(measured[0] - measured[1], rel=1e-4)
@@ -119,12 +117,6 @@ def test_weights_that_are_given_are_not_chosen(problem):
 def test_an_output_that_exists_is_found_before_anything_is_measured(problem, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
+    options = {"method": "task_arithmetic", "weights": "auto", "data": {}}
     with pytest.raises(FileExistsError):
-        merge(
-            problem[0],
-            tasks_of(problem),
-            method="task_arithmetic",
-            weights="auto",
-            data={},
-            out=tmp_path / "out",
-        )
+        merge(problem[0], tasks_of(problem), out=tmp_path / "out", **options)

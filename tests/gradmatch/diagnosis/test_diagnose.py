@@ -3,18 +3,20 @@
 import html.parser
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from gradmatch import Task, diagnose, merge
 from gradmatch.diagnosis.charts import number
 from gradmatch.diagnosis.page import bins
-from gradmatch.diagnosis.recipes import effective_weights
 from gradmatch.estimators import Curvature, estimate
 from gradmatch.estimators.tensorfile import TensorFile
+from gradmatch.measure.products import save_products
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +236,6 @@ def test_data_for_some_tasks_only(world):
 
 
 def test_stored_products_are_used(world, tmp_path):
-    from gradmatch.measure.products import save_products
-
     module, tasks, data, h0 = world
     measured = diagnose(module, tasks, data=data, base_curvature=h0, thorough=False)
     save_products(measured.evidence.products, tmp_path / "p.json")
@@ -245,30 +245,17 @@ def test_stored_products_are_used(world, tmp_path):
     assert again.to_dict()["forecasts"][0]["measured"] is None
 
 
-def test_effective_weights():
-    weights = {"a": 1.0, "b": 3.0}
-    assert effective_weights("averaging", weights, {}) == {"a": 0.5, "b": 0.5}
-    assert effective_weights("linear", weights, {}) == {"a": 0.25, "b": 0.75}
-    assert effective_weights("linear", weights, {"normalize": False}) == weights
-    assert effective_weights("task_arithmetic", weights, {"scale": 0.5}) == {"a": 0.5, "b": 1.5}
-
-
 def test_merged_from_a_folder(world, tmp_path):
-    from safetensors.torch import save_file
-
     module, tasks, _, h0 = world
-    merged = merge(module, tasks, base_curvature=h0)
-    save_file(dict(merged), tmp_path / "merged.safetensors")
+    save_file(dict(merge(module, tasks, base_curvature=h0)), tmp_path / "merged.safetensors")
     assert diagnose(module, tasks, tmp_path / "merged.safetensors", base_curvature=h0).healthy
 
 
 def test_slerp_that_was_lerp_is_told(world, tmp_path):
     module, tasks, *_ = world
     kept = {key: value.clone() for key, value in module.state_dict().items()}
-    near = [
-        Task({k: v + shift * 1e-3 * torch.randn_like(v) for k, v in kept.items()}, name=str(shift))
-        for shift in (1, 2)
-    ]
+    states = [{k: v + s * 1e-3 * torch.randn_like(v) for k, v in kept.items()} for s in (1, 2)]
+    near = [Task(theta, name=str(number)) for number, theta in enumerate(states)]
     merge(kept, near, method="slerp", out=tmp_path / "merged")
     for merged in (merge(kept, near, method="slerp"), str(tmp_path / "merged")):
         result = diagnose(kept, near, merged, method="slerp")
@@ -289,29 +276,30 @@ def test_redundancy_curves_of_many_examples_are_measured_on_a_few(world):
 
 def test_errors_say_what_to_do(world):
     module, tasks, data, _ = world
-    with pytest.raises(ValueError, match="no tasks"):
-        diagnose(module, [])
-    with pytest.raises(TypeError, match="Task objects, got dict"):
-        diagnose(module, [{}])
-    for name in ("base", "merged"):
-        with pytest.raises(ValueError, match=f"a task is called '{name}'.*give it another name"):
-            diagnose(module, [replace(tasks[0], name=name)])
-    with pytest.raises(ValueError, match="did you mean 'averaging'"):
-        diagnose(module, tasks, method="averagin")
-    with pytest.raises(ValueError, match=r"data names a task 'frist'.*did you mean 'first'"):
-        diagnose(module, tasks, data={"frist": data["first"]})
-    with pytest.raises(ValueError, match=r"num_examples names a task 'zzz'.*tasks are first, second"):
-        diagnose(module, tasks, num_examples={"zzz": 1})
-    state = dict(module.state_dict())
-    with pytest.raises(ValueError, match="data needs a module"):
-        diagnose(state, tasks, data=data)
-    with pytest.raises(FileNotFoundError):
-        diagnose(module, tasks, "/nowhere/merged")
+    for change, error, text in (
+        ({"tasks": []}, ValueError, "no tasks"),
+        ({"tasks": [{}]}, TypeError, "Task objects, got dict"),
+        ({"tasks": [replace(tasks[0], name="base")]}, ValueError, "a task is called 'base'.*another name"),
+        (
+            {"tasks": [replace(tasks[0], name="merged")]},
+            ValueError,
+            "a task is called 'merged'.*another name",
+        ),
+        ({"method": "averagin"}, ValueError, "did you mean 'averaging'"),
+        ({"data": {"frist": data["first"]}}, ValueError, r"data names a task 'frist'.*did you mean 'first'"),
+        (
+            {"num_examples": {"zzz": 1}},
+            ValueError,
+            "num_examples names a task 'zzz'.*tasks are first, second",
+        ),
+        ({"base": dict(module.state_dict()), "data": data}, ValueError, "data needs a module"),
+        ({"merged": "/nowhere/merged"}, FileNotFoundError, "nowhere"),
+    ):
+        with pytest.raises(error, match=text):
+            diagnose(**{"base": module, "tasks": tasks, **change})
 
 
 def test_module_of_an_unknown_architecture(tmp_path):
-    from safetensors.torch import save_file
-
     save_file({"w": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "bert"}')
     task = Task({"w": torch.ones(2, 2) * 1.01}, name="t")
@@ -320,24 +308,15 @@ def test_module_of_an_unknown_architecture(tmp_path):
 
 
 def test_frame_without_pandas(world, monkeypatch):
-    import sys
-
     module, tasks, _, h0 = world
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="pip install pandas"):
         diagnose(module, tasks, base_curvature=h0).to_frame()
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (0.12345, "0.123"),
-        (-2.5, "\u22122.5"),
-        (12345.6, "12,346"),
-        (3.2e-7, "3.2e\u22127"),
-        (math.inf, "infinite"),
-    ],
-)
+NUMBERS = [(0, "0"), (0.12345, "0.123"), (-2.5, "\u22122.5"), (12345.6, "12,346"), (3.2e-7, "3.2e\u22127")]
+
+
+@pytest.mark.parametrize(("value", "text"), [*NUMBERS, (math.inf, "infinite")])
 def test_numbers(value, text):
     assert number(value) == text

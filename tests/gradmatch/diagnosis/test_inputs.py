@@ -29,29 +29,23 @@ def test_iterators_are_read_once(world):
     assert str(streams) == str(lists)
 
 
-@pytest.mark.parametrize(
-    ("batches", "error", "message"),
-    [
-        (iter(()), ValueError, r"data of 'a': no batches.*used up before"),
-        (
-            [(torch.full((2, 4), 25), torch.zeros(2).long())],
-            ValueError,
-            "data of 'a': the module cannot be run.*index out of range",
-        ),
-        ([(torch.zeros(2, 5).long(), torch.zeros(2).long())], ValueError, "data of 'a': .*shapes"),
-        ({"input": torch.zeros(2, 4).long()}, TypeError, r"data of 'a' is a dict; give a list .*\[batch\]"),
-        (["good", "bad"], TypeError, "data of 'a': batch 0 is a str"),
-        ([(torch.zeros(2, 4).long(), None)], ValueError, "data of 'a': "),
-    ],
-)
+X, Y = torch.zeros(2, 4).long(), torch.zeros(2).long()
+UNUSABLE = [
+    (iter(()), ValueError, r"data of 'a': no batches.*used up before"),
+    ([(X + 25, Y)], ValueError, "data of 'a': the module cannot be run.*index out of range"),
+    ([(torch.zeros(2, 5).long(), Y)], ValueError, "data of 'a': .*shapes"),
+    ({"input": X}, TypeError, r"data of 'a' is a dict; give a list .*\[batch\]"),
+    (["good", "bad"], TypeError, "data of 'a': batch 0 is a str"),
+    ([(X, None)], ValueError, "data of 'a': "),
+]
+
+
+@pytest.mark.parametrize(("batches", "error", "message"), UNUSABLE)
 def test_data_that_cannot_be_used_is_told_before_any_weight_is_read(
     world, monkeypatch, batches, error, message
 ):
-    def unwanted(*_):
-        raise AssertionError("weights were read first")
-
-    monkeypatch.setattr(diagnosing, "scan_weights", unwanted)
-    monkeypatch.setattr(diagnosing, "planned_merge", unwanted)
+    for name in ("scan_weights", "planned_merge"):
+        monkeypatch.setattr(diagnosing, name, lambda *_: pytest.fail("weights were read first"))
     module, tasks, _ = world
     with pytest.raises(error, match=message):
         diagnose(module, tasks, method="averaging", data={"a": batches})
@@ -98,16 +92,13 @@ def test_shapes_that_the_recipe_has_a_policy_for_are_no_fault():
 def test_conflicts_weighted_by_curvature_against_a_slow_loop(world):
     module, tasks, _ = world
     base = module.state_dict()
-    curvatures = [
-        Curvature.from_dict({n: torch.rand_like(v) for n, v in base.items()}, size) for size in (10, 300)
-    ]
+    means = [{n: torch.rand_like(v) for n, v in base.items()} for _ in tasks]
+    curvatures = [Curvature.from_dict(mean, size) for mean, size in zip(means, (10, 300), strict=True)]
     given = [Task(t.model, c, name=t.name) for t, c in zip(tasks, curvatures, strict=True)]
     against = moving = 0.0
     for name, theta0 in base.items():
         taus = [(task.model[name] - theta0).double().flatten().tolist() for task in tasks]
-        parts = [
-            (c.mean(name).double() * n).flatten().tolist() for c, n in zip(curvatures, (10, 300), strict=True)
-        ]
+        parts = [c.total(name).double().flatten().tolist() for c in curvatures]
         for a, b, p, q in zip(*taus, *parts, strict=True):
             moving += (p + q) * (a * b != 0)
             against += (p + q) * (a * b < 0)
@@ -127,14 +118,9 @@ def test_points_between_half_precision_weights_are_not_rounded():
 def test_models_of_several_precisions(world, dtypes):
     module, tasks, data = world
     base = {n: v.to(getattr(torch, dtypes[0])) for n, v in module.state_dict().items()}
-    given = [
-        tasks[0],
-        Task({n: v.to(getattr(torch, dtypes[1])) for n, v in tasks[1].model.items()}, name="b"),
-    ]
-    result = diagnose(base, given, method="averaging", dtype="float32", data=data, module=module)
+    other = {n: v.to(getattr(torch, dtypes[1])) for n, v in tasks[1].model.items()}
+    options = {"method": "averaging", "dtype": "float32", "data": data, "module": module}
+    result = diagnose(base, [tasks[0], Task(other, name="b")], **options)
     assert result.healthy, str(result)
-    assert all(
-        torch.isfinite(losses).all()
-        for by_task in result.evidence.losses.values()
-        for losses in by_task.values()
-    )
+    for by_task in result.evidence.losses.values():
+        assert all(torch.isfinite(losses).all() for losses in by_task.values())

@@ -102,19 +102,20 @@ def test_weights_far_too_large_are_told_with_what_they_cost_the_tasks_and_the_ba
     causes = {cause.name: cause for cause in result.causes}
     assert {"all_weights_too_large", "worse_than_base", "base_forgotten"} <= set(causes)
     assert result.causes[0].name == "all_weights_too_large"
-    theta = merged(world, (4.0, 4.0))
+    theta, forgotten = merged(world, (4.0, 4.0)), causes["base_forgotten"]
+
+    def totals(task, *models):
+        found = [token_losses(model, data[task]).sum(1).tolist() for model in models]
+        return [nats for nats, _ in found], found[0][1]
+
     for task in ("cook", "law"):
-        (after, count), (before, _) = token_losses(theta, data[task]), token_losses(base, data[task])
-        expected = float((after.sum() - before.sum()) / count.sum())
-        assert causes["worse_than_base"].numbers[task] == pytest.approx(expected, rel=1e-4)
-    (after, count), (before, _), (half, _) = (
-        token_losses(t, data["base"]) for t in (theta, base, merged(world, (2.0, 2.0)))
-    )
-    assert causes["base_forgotten"].numbers["rise"] == pytest.approx(
-        float((after.sum() - before.sum()) / count.sum()), rel=1e-4
-    )
-    assert causes["base_forgotten"].cost == pytest.approx(float(after.sum() - half.sum()), rel=1e-4)
-    assert f"perplexity {math.exp(float(after.sum() / count.sum())):.4g}" in causes["base_forgotten"].evidence
+        (after, before), count = totals(task, theta, base)
+        rise = pytest.approx((after - before) / count, rel=1e-4)
+        assert causes["worse_than_base"].numbers[task] == rise
+    (after, before, half), count = totals("base", theta, base, merged(world, (2.0, 2.0)))
+    assert forgotten.numbers["rise"] == pytest.approx((after - before) / count, rel=1e-4)
+    assert forgotten.cost == pytest.approx(after - half, rel=1e-4)
+    assert f"perplexity {math.exp(after / count):.4g}" in forgotten.evidence
 
 
 def test_losses_are_told_per_token_and_as_perplexity_with_intervals(world):
@@ -132,22 +133,16 @@ def test_losses_are_told_per_token_and_as_perplexity_with_intervals(world):
     ratios = losses[draws].sum(1) / count[draws].sum(1)
     low, high = ratios.quantile(0.025), ratios.quantile(0.975)
     assert row["per_prediction"][1:] == pytest.approx([float(low), float(high)], abs=0.15 * float(high - low))
-    text = str(result)
-    assert (
-        f"perplexity of cook: base {math.exp(float(token_losses(base, data['cook'])[0].sum() / count.sum())):.4g} ("
-        in text
-    )
-    assert "(nats per token; forecast" in text
-    assert "the base's data" in text
+    of_base = math.exp(float(token_losses(base, data["cook"])[0].sum() / count.sum()))
+    for text in (f"perplexity of cook: base {of_base:.4g} (", "(nats per token; forecast", "the base's data"):
+        assert text in str(result)
 
 
 def test_what_a_task_alone_gains_and_the_base_keeps_is_no_cause(world):
     result = told(world, (0.4, 0.4))
     assert result.healthy
-    assert result.to_dict()["looked_at"][1:] == [
-        "the base's loss on data of its own",
-        "the losses of cook, law",
-    ]
+    looked_at = ["the base's loss on data of its own", "the losses of cook, law"]
+    assert result.to_dict()["looked_at"][1:] == looked_at
 
 
 def test_the_base_alone_may_have_data(world):

@@ -97,17 +97,17 @@ def test_gradient_mismatch_measures_with_a_module_what_the_slow_gradients_say(se
     objectives = {str(t): Objective(module, [(x, (y > 0).long())]) for t, (x, y) in enumerate(data)}
     merged = theta0 + sum(a * (theta - theta0) for a, theta in zip(alpha, fine, strict=True))
     tasks = {str(t): weights(theta) for t, theta in enumerate(fine)}
-    arguments = {
-        "alpha": dict(zip("012", alpha, strict=True)),
-        "num_examples": dict.fromkeys("012", N),
-        "h0": {"weight": h0.expand(2, DIM)},
-    }
-    result = gradient_mismatch(
-        weights(merged), tasks, lambda t, w: objectives[t].gradient(w), **arguments, keep_vectors=True
-    )
-    slow = [
-        slow_gradient(x, y, merged) - slow_gradient(x, y, t) for (x, y), t in zip(data, fine, strict=True)
-    ]
+    arguments = {"alpha": dict(zip("012", alpha, strict=True)), "num_examples": dict.fromkeys("012", N)}
+    arguments |= {"h0": {"weight": h0.expand(2, DIM)}}
+    asked = []
+
+    def gradient(task, w):
+        asked.append(task)
+        return objectives[task].gradient(w)
+
+    result = gradient_mismatch(weights(merged), tasks, gradient, **arguments, keep_vectors=True)
+    pairs = zip(data, fine, strict=True)
+    slow = [slow_gradient(x, y, merged) - slow_gradient(x, y, t) for (x, y), t in pairs]
     total = total_mismatch(slow, alpha)
     torch.testing.assert_close(result.vectors["weight"][1], total, rtol=1e-10, atol=1e-10)
     root2 = math.sqrt(2)  # both rows carry the gradient, with opposite signs
@@ -117,13 +117,8 @@ def test_gradient_mismatch_measures_with_a_module_what_the_slow_gradients_say(se
     assert result.per_example() == pytest.approx(result.total_norm() / (3 * N))
 
     stored = {t: objectives[t].gradient(w) for t, w in tasks.items()}
-    asked = []
-
-    def counting(task, w):
-        asked.append(task)
-        return objectives[task].gradient(w)
-
-    again = gradient_mismatch(weights(merged), tasks, counting, **arguments, stored=stored)
+    asked.clear()
+    again = gradient_mismatch(weights(merged), tasks, gradient, **arguments, stored=stored)
     assert asked == ["0", "1", "2"]  # the stored gradients save the second pass
     assert again.total == pytest.approx(result.total)
 

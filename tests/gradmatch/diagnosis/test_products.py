@@ -1,7 +1,5 @@
 """Products from curvature files against dense matrices; the stored file."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -58,14 +56,9 @@ def test_preconditioned_vectors_sum_to_the_merge_of_eq_12():
     alpha = {"a": 0.7, "b": 1.2}
     taus = {t: task_vector(base, theta) for t, theta in tasks.items()}
     terms = preconditioned_vectors(taus, curvatures, h0, alpha, base_weight=0.5, delta0=1e-3)
-    merged = merge(
-        base,
-        [Task(tasks[t], curvatures[t], alpha[t], t) for t in "ab"],
-        base_curvature=h0,
-        base_weight=0.5,
-        delta0=1e-3,
-        missing_curvature="zero",
-    )
+    given = [Task(tasks[t], curvatures[t], alpha[t], t) for t in "ab"]
+    options = {"base_weight": 0.5, "delta0": 1e-3, "missing_curvature": "zero"}
+    merged = merge(base, given, base_curvature=h0, **options)
     total = base["w"] + sum(alpha[t] * terms[t]["w"] for t in "ab")
     torch.testing.assert_close(merged["w"], total, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(terms["a"]["frozen"], taus["a"]["frozen"])
@@ -86,11 +79,8 @@ def test_split_by_group():
 
 
 def test_products_file_round_trip(tmp_path):
-    made = [
-        Products(
-            "t", ("u", "v"), np.array([1.0, 0.0]), np.array([0.5, -2.0]), np.eye(2), 3.5, 10, 4, "ggn", 0.7
-        )
-    ]
+    place, slope = np.array([1.0, 0.0]), np.array([0.5, -2.0])
+    made = [Products("t", ("u", "v"), place, slope, np.eye(2), 3.5, 10, 4, "ggn", 0.7)]
     made.append(Products("s", ("u", "v"), np.array([0.0, 1.0]), np.zeros(2), np.eye(2)))
     path = tmp_path / "deep" / "products.json"
     save_products(made, path, {"base": "abc"})
@@ -99,12 +89,8 @@ def test_products_file_round_trip(tmp_path):
     for old, new in zip(made, again, strict=True):
         np.testing.assert_array_equal(old.curvature, new.curvature)
         np.testing.assert_array_equal(old.slope, new.slope)
-        assert (old.task, old.kind, old.num_examples, old.limit) == (
-            new.task,
-            new.kind,
-            new.num_examples,
-            new.limit,
-        )
+        for name in ("task", "kind", "num_examples", "limit"):
+            assert getattr(old, name) == getattr(new, name)
     assert again[0].loss == 3.5
     assert np.isnan(again[1].loss)
 
@@ -113,12 +99,13 @@ def test_errors_say_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="gradmatch forecast --data"):
         load_products(tmp_path / "none.json")
     bad = tmp_path / "bad.json"
-    bad.write_text("{}")
-    with pytest.raises(ValueError, match="no products file"):
-        load_products(bad)
-    bad.write_text(json.dumps({"format_version": 9, "products": []}))
-    with pytest.raises(ValueError, match="format version 9"):
-        load_products(bad)
+    for content, text in (
+        ("{}", "no products file"),
+        ('{"format_version": 9, "products": []}', "format version 9"),
+    ):
+        bad.write_text(content)
+        with pytest.raises(ValueError, match=text):
+            load_products(bad)
     save_products([], bad, {"base": "0123456789abcdef"})
     with pytest.raises(ValueError, match="other weights of 'base'"):
         load_products(bad, {"base": "ffff"})
