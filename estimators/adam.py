@@ -15,6 +15,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from gradmatch.estimators.adam_state import (
 )
 from gradmatch.estimators.blocks import check_count, units
 from gradmatch.estimators.curvature import Curvature
-from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.errors import GradmatchError, within
 from gradmatch.estimators.estimation import estimate
 from gradmatch.estimators.fingerprint import fingerprint, model_sampler
 from gradmatch.estimators.matching import name_states
@@ -96,18 +97,21 @@ def from_adam(
     model = unwrap(model)
     parameters = trainable_parameters(model)
     run, beside, trace = None, "", 0.0
-    if isinstance(state, torch.optim.Optimizer):
-        found = list(live_states(state, parameters))
-    elif isinstance(state, Mapping):
-        found = list(name_states(check_some_moment(checked_form(state)), model, parameters))
-    elif isinstance(state, (str, os.PathLike)):
-        file = locate(Path(state).expanduser())
-        stored, run = check_some_moment(read_state(file)), read_run(file.parent)
-        found = list(name_states(stored, model, parameters))
-        beside, trace = check_beside(file.parent, parameters), trace_of(stored)
-    else:
-        raise TypeError(f"state must be an optimizer, its state_dict or a file, got {type(state).__name__}")
-    mean = {name: moment(name, parameters[name], entry, group) for name, entry, group in found}
+    file = locate(Path(state).expanduser()) if isinstance(state, (str, os.PathLike)) else None
+    with within(file, "optimizer_state") if file else nullcontext():
+        if isinstance(state, torch.optim.Optimizer):
+            found = list(live_states(state, parameters))
+        elif isinstance(state, Mapping):
+            found = list(name_states(check_some_moment(checked_form(state)), model, parameters))
+        elif file:
+            stored, run = check_some_moment(read_state(file)), read_run(file.parent)
+            found = list(name_states(stored, model, parameters))
+            beside, trace = check_beside(file.parent, parameters), trace_of(stored)
+        else:
+            raise TypeError(
+                f"state must be an optimizer, its state_dict or a file, got {type(state).__name__}"
+            )
+        mean = {name: moment(name, parameters[name], entry, group) for name, entry, group in found}
     missing = sorted(set(parameters) - set(mean))
     if missing:
         raise GradmatchError(
@@ -130,7 +134,7 @@ def from_adam(
         (known.unknown if calibrate is None else known.assumed).append(
             f"moments are bfloat16, whose 8 bits lose what {steps:.0f} steps add up"
         )
-    _check_known(known, "" if isinstance(state, (Mapping, torch.optim.Optimizer)) else file)
+    _check_known(known, file or "")
     for value in mean.values():
         value.mul_(known.factor)
     info = {

@@ -20,6 +20,7 @@ OTHERS = {  # by what only their states hold
     "exp_inf": "Adamax, which keeps a maximum",
     "z": "a schedule-free optimizer",
 }
+MEASURE = "train with torch's own Adam or AdamW, or measure the curvature on data instead (`gradmatch estimate MODEL --data FILE`)"
 SHARDS = ("optimizer_0", "optimizer_0_rank*.bin", "global_step*", "*_optim_states.pt", "pytorch_model_fsdp_0")
 
 
@@ -109,6 +110,7 @@ def check_some_moment(state: Mapping[str, Any]) -> Mapping[str, Any]:
             f"the optimizer's state has no exp_avg_sq for any parameter (it holds {held}): only Adam and AdamW have one, "
             "after a step",
             "optimizer_state",
+            remedy=MEASURE,
         )
     return state
 
@@ -118,9 +120,10 @@ def _check_precise(name: str, entry: Mapping[str, Any]) -> None:
     known = next((words for key, words in OTHERS.items() if key in entry), None)
     if known is not None:
         raise GradmatchError(
-            f"the state of {name} is that of {known}; train with torch's own Adam or AdamW",
+            f"the state of {name} is that of {known}",
             "optimizer_state",
             name,
+            MEASURE,
         )
     strange = sorted(str(key) for key in set(entry) - STATES)
     if "exp_avg_sq" in entry and strange:
@@ -129,6 +132,7 @@ def _check_precise(name: str, entry: Mapping[str, Any]) -> None:
             "exp_avg_sq may be another quantity",
             "optimizer_state",
             name,
+            MEASURE,
         )
 
 

@@ -177,6 +177,9 @@ REFUSALS = {
         ("a tolerance that is none", {}, E + "--data d.csv --tolerance 2", "a relative error between 0 and 1"),
         ("squares of whole batches, where these are wrong", {}, E + "--data d.csv --method ggn --reduction batch", "is right only for"),
         ("Adam's state that is not there", {}, E + "--adam cls/optimizer.pt --num-examples 9 --batch-size 2", "no optimizer state at"),
+        ("the state of SGD", {}, E + "--adam sgd.pt --num-examples 9 --batch-size 2", "sgd.pt: the optimizer's state has no exp_avg_sq for any parameter (it holds momentum_buffer): only Adam and AdamW have one, after a step; train with torch's own Adam or AdamW, or measure"),
+        ("the state of Adafactor", {}, E + "--adam adafactor.pt --num-examples 9 --batch-size 2", "adafactor.pt: the state of parameter 0 is that of Adafactor, which keeps rows and columns of the squares; train with torch's own Adam or AdamW, or measure"),
+        ("a state of 8 bits", {}, E + "--adam bits.pt --num-examples 9 --batch-size 2", "bits.pt: the state of parameter 0 is that of bitsandbytes, quantised to 8 bits"),
         ("a state that is none", {"optimizer.pt": "x"}, E + "--adam optimizer.pt --num-examples 9 --batch-size 2", "optimizer.pt cannot be read"),
     ],
     "Data": [
@@ -194,6 +197,8 @@ REFUSALS = {
         ("numbers for texts", {"e.jsonl": '{"text": 5}\n'}, E + "--data e.jsonl", "row 0: column 'text' holds no text but 5"),
         ("lists for texts", {"e.jsonl": '{"text": ["a"]}\n'}, E + "--data e.jsonl", "holds no text but ['a']"),
         ("an archive that is none", {"e.csv.gz": "text\nx\n"}, E + "--data e.csv.gz", "cannot be read"),
+        ("conversations, and no chat template", {"e.jsonl": '{"messages": [{"role": "user", "content": "hi"}]}'}, E + "--data e.jsonl", "e.jsonl, row 0: column 'messages' holds a conversation, and the model's tokenizer has no chat template to write it by; save it with one"),
+        ("conversations in another form", {"e.jsonl": '{"conversations": [{"from": "human", "value": "hi"}]}'}, E + "--data e.jsonl", "holds a conversation whose turns have from, value; a turn has role and content; rename them"),
         ("a split of a file", {}, E + "--data d.csv --split test", "d.csv is one file, and one split: there is no 'test' in it"),
         ("no UTF-8", {"e.txt": b"caf\xe9\n"}, E + "--data e.txt", "e.txt is no UTF-8 text"),
         ("JSON that is cut", {"e.jsonl": '{"text": '}, E + "--data e.jsonl", "e.jsonl cannot be read"),
@@ -259,6 +264,13 @@ def files(tmp_path_factory):
     save_file(factors, folder / "lora" / "adapter_model.safetensors")
     for name in ("cls", "cls2"):
         save_classifier(folder / name)
+    held = {
+        "sgd": {"momentum_buffer": 1},
+        "adafactor": {"exp_avg_sq_row": 1},
+        "bits": {"state1": 1, "qmap2": 1},
+    }
+    for name, entry in held.items():
+        torch.save({"state": {0: entry}, "param_groups": [{"params": [0]}]}, folder / f"{name}.pt")
     (folder / "d.csv").write_text("text,label\ngood,1\nbad,0\n")
     (folder / "d.txt").write_text("good\nbad\n")
     return folder

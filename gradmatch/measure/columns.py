@@ -21,6 +21,11 @@ PAIRS = (  # usual names of two columns that belong together, first and second t
     "document summary",
 )  # fmt: skip
 TEXT_NAMES = ("sentence", "review", "content", "input", "prompt", "question", "premise", "sentence1")
+CHATS = (
+    "messages",
+    "conversations",
+    "conversation",
+)  # turns of a conversation, see `gradmatch.measure.chats`
 LABEL_NAMES = ("label", "labels", "sentiment", "target", "class")
 
 
@@ -69,7 +74,7 @@ def find_columns(
                 f"{source} has no column {given!r}{nearest(given, names)}; {there}", "unknown_column", given
             )
     lower = {name.lower(): name for name in reversed(names)}
-    usual = ("text text_pair", "text", *PAIRS, *TEXT_NAMES) if not texts else ("text", *TEXT_NAMES)
+    usual = ("text text_pair", "text", *PAIRS, *TEXT_NAMES, *CHATS) if not texts else ("text", *TEXT_NAMES)
     if not texts or not texts[0]:
         known = (group.split() for group in usual)
         found = next(([lower[name] for name in group] for group in known if lower.keys() >= set(group)), [])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.warning import warn
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.measure.chats import TOLD, is_chat, written
 from gradmatch.measure.columns import Columns, Labels, find_columns
 from gradmatch.measure.tables import Table, check_source
 
@@ -37,6 +38,7 @@ class Batches:
         batch_size: examples a batch.
         max_length: tokens; longer texts are cut, which is warned of.
         padding_side: "right", but for models that read the last position.
+        marked: the texts hold the tokenizer's special tokens already, as conversations do.
         rows: of the source that hold an example, whatever part of them was drawn.
         notes: what is to be told of the reading: columns, and rows that were left out.
 
@@ -54,12 +56,14 @@ class Batches:
         batch_size: int = 8,
         max_length: int = LONGEST_BY_DEFAULT,
         padding_side: str = "right",
+        marked: bool = False,
         rows: int | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         self.dataset = self.texts = texts  # `dataset`: its length is what a progress bar counts to
         self.labels, self.tokenizer, self.predicts_text = labels, tokenizer, predicts_text
         self.batch_size, self.max_length, self.padding_side = batch_size, max_length, padding_side
+        self.marked = marked
         self.rows, self.notes, self._warned = len(texts) if rows is None else rows, tuple(notes), False
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -94,6 +98,7 @@ class Batches:
                 padding=len(texts) > 1,
                 padding_side=self.padding_side,
                 return_attention_mask=True,
+                add_special_tokens=not self.marked,
                 return_tensors="pt",
             )
         )
@@ -177,7 +182,7 @@ def read(
             table.name,
             "name them: label='...'",
         )
-    examples = Examples(table, columns)
+    examples = Examples(table, columns, tokenizer)
     drawn = examples.draw(limit, seed)
     labels = None
     if columns.label is not None:
@@ -193,6 +198,7 @@ def read(
         predicts_text=predicts_text,
         batch_size=batch_size,
         max_length=longest_input(tokenizer, config, max_length),
+        marked=examples.chats,
         padding_side="left" if getattr(config, "model_type", "") == "xlnet" else "right",  # reads the last
         rows=examples.rows,
         notes=examples.notes,
@@ -229,20 +235,26 @@ class Examples:
     Args:
         table: to go through, once.
         columns: what to read of it.
+        tokenizer: whose chat template writes conversations.
 
     Attributes:
         rows: how many hold an example, once they were gone through.
+        chats: whether these are conversations.
     """
 
-    def __init__(self, table: Table, columns: Columns) -> None:
-        self.table, self.columns = table, columns
+    def __init__(self, table: Table, columns: Columns, tokenizer: Any = None) -> None:
+        self.table, self.columns, self.tokenizer = table, columns, tokenizer
         self.rows = self.empty = 0
+        self.chats = False
 
     def __iter__(self) -> Iterator[tuple[int, tuple[str, ...], Any]]:
         for number, row in enumerate(self.table):
             parts: list[str] = []
             for column in self.columns.texts:
                 part = row.get(column)
+                if is_chat(part):
+                    where = f"{self.table.name}, row {number}: column {column!r}"
+                    part, self.chats = written(part, self.tokenizer, where), True
                 if part is not None and not isinstance(part, str):
                     raise GradmatchError(
                         f"{self.table.name}, row {number}: column {column!r} holds no text but {part!r:.80}",
@@ -278,7 +290,7 @@ class Examples:
     @property
     def notes(self) -> list[str]:
         """Columns, and how many rows were left out; empty lines of plain text separate paragraphs and are not told."""
-        notes = [f"{self.table.name}: {self.columns}"]
+        notes = [f"{self.table.name}: {self.columns}{f' ({TOLD})' if self.chats else ''}"]
         if self.empty and self.table.columns != ["text"]:
             where = " or ".join(map(repr, self.columns.texts))
             total = self.rows + self.empty

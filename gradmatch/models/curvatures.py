@@ -30,17 +30,19 @@ class CurvatureStore:
         curvature: as given.
         prefix: which of its blocks.
         arranged: how its names become the base's; None: they are so.
+
+    Attributes:
+        left: factors of matrices that lie within others in the base (stacked or split): they belong to none of its tensors.
     """
 
     def __init__(self, curvature: Curvature, prefix: str, arranged: Arrangement | None = None) -> None:
         self.num_examples, self.path = curvature.num_examples, curvature.path
         self.curvature, self._arranged = curvature, arranged
         store = blocks(curvature, prefix)
-        factors = prefix in (
-            FACTOR_A,
-            FACTOR_B,
-        )  # of a tensor that is stacked of several they belong to none of them
+        factors = prefix in (FACTOR_A, FACTOR_B)
         self._store = arranged.of(store, converted=not factors) if arranged else store
+        kept = set(arranged.plain.values()) if arranged and factors else set(store)
+        self.left = [name for name in store if name not in kept]
 
     def beside(self, prefix: str) -> CurvatureStore:
         """Other blocks of the same curvature, under the same names."""

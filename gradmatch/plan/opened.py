@@ -164,6 +164,15 @@ class Inputs:
                 f"{', '.join(unnamed)}; pass Task(..., name=...)"
             )
             warn(notes[-1])
+        owners = [*((task.name, task.factors) for task in self.tasks), ("the base", self.base_factors)]
+        for owner, known in owners:
+            if known is not None and known.a.left:
+                left = known.a.left
+                notes.append(
+                    f"factors of {len(left)} layers in the curvature of {owner} are not used, first {left[0]!r}: the base stores these "
+                    "matrices stacked or split, where factors do not follow; give the base as a module to use them"
+                )
+                warn(notes[-1])
         if request.rule.caution:
             notes.append(request.rule.caution)
             warn(notes[-1])

@@ -247,3 +247,21 @@ def test_numbers_do_not_depend_on_the_batch_where_ones_own_batches_are_padded_on
     other = estimate(model, [together], **settings)
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-9)
+
+
+def test_conversations_are_written_by_the_chat_template_without_a_second_start(models, tmp_path):
+    words = tokenizer()
+    words.chat_template = "[EOS] {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    rows = [["good", "bad"], ["fine"]]
+    chats = [[{"role": "user", "content": text} for text in texts] for texts in rows]
+    (tmp_path / "c.jsonl").write_text(
+        "".join(json.dumps({"messages": chat, "id": 1}) + "\n" for chat in chats)
+    )
+    found = read(tmp_path / "c.jsonl", models / "lm", tokenizer=words)
+    assert found.texts == [("[EOS] good bad ",), ("[EOS] fine ",)]
+    assert "conversations, written by the chat template" in repr(found)
+    assert found.marked
+    calls = []
+    found.tokenizer = lambda *texts, **options: calls.append(options) or words(*texts, **options)
+    next(iter(found))
+    assert calls[0]["add_special_tokens"] is False

@@ -137,6 +137,24 @@ def test_curvature_of_a_module_fits_its_files(kind, tmp_path):
         merge(tmp_path / "base", [Task(tmp_path / "task", known["base"])], base_curvature=known["base"])
 
 
+def test_factors_of_layers_that_files_stack_are_said_to_stay_behind(tmp_path):
+    torch.manual_seed(0)
+    base = tf.Dinov2ForImageClassification(tf.Dinov2Config(**IMAGE, use_swiglu_ffn=True, num_labels=3))
+    task = tuned(base, 1)
+    inputs = {"pixel_values": torch.randn(4, 3, 8, 8), "labels": torch.arange(4) % 3}
+    base.save_pretrained(tmp_path / "base")
+    known = [estimate(model, [inputs], method="kfac", progress=False) for model in (base, task)]
+    arguments = {"base_curvature": known[0], "method": "kronecker"}
+    with pytest.warns(
+        UserWarning, match=r"factors of 4 layers .* of task 1 are not used, first '.*(gate|up)_proj.weight'"
+    ):
+        report = merge(tmp_path / "base", [Task(task, known[1])], **arguments).report
+    assert sum("stacked or split, where factors do not follow" in note for note in report.notes) == 2
+    assert not [
+        note for note in merge(base, [Task(task, known[1])], **arguments).report.notes if "stacked" in note
+    ]
+
+
 # Files as the hub has them: (architecture, what their names are), loaded by transformers as they are.
 OLD = {
     "LayerNorm.gamma": ("bert", lambda s: {
