@@ -96,22 +96,22 @@ def from_adam(
         check_count("batch_size", batch_size)
     model = unwrap(model)
     parameters = trainable_parameters(model)
-    run, beside, trace = None, "", 0.0
     file = locate(Path(state).expanduser()) if isinstance(state, (str, os.PathLike)) else None
+    stored: Mapping[str, Any] | None = read_state(file) if file else None
+    run = read_run(file.parent) if file else None
     with within(file, "optimizer_state") if file else nullcontext():
         if isinstance(state, torch.optim.Optimizer):
             found = list(live_states(state, parameters))
-        elif isinstance(state, Mapping):
-            found = list(name_states(check_some_moment(checked_form(state)), model, parameters))
-        elif file:
-            stored, run = check_some_moment(read_state(file)), read_run(file.parent)
+        elif stored or isinstance(state, Mapping):
+            stored = check_some_moment(stored or checked_form(state))
             found = list(name_states(stored, model, parameters))
-            beside, trace = check_beside(file.parent, parameters), trace_of(stored)
         else:
             raise TypeError(
                 f"state must be an optimizer, its state_dict or a file, got {type(state).__name__}"
             )
         mean = {name: moment(name, parameters[name], entry, group) for name, entry, group in found}
+    beside = check_beside(file.parent, parameters) if file else ""
+    trace = trace_of(stored) if file and stored else 0.0
     missing = sorted(set(parameters) - set(mean))
     if missing:
         raise GradmatchError(

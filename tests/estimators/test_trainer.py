@@ -190,7 +190,7 @@ CHANGED = {
     "version": (edit_json("config.json", transformers_version="4.46.1"), "depends on the version of transformers: the run's is 4.46.1"),
     "no arguments": (only("trainer_state.json"), "lies there without training_args.bin"),
     "no state": (only("training_args.bin"), "0 of the last 4 norms were logged"),
-    "state no json": (write("trainer_state.json", b"{"), "trainer_state.json is no JSON"),
+    "state no json": (write("trainer_state.json", b"{"), "trainer_state.json is not JSON"),
     "state a list": (write("trainer_state.json", b"[]"), "trainer_state.json holds a list"),
     "state of strange entries": (edit_json("trainer_state.json", log_history=[1]), "not what a Trainer writes: AttributeError"),
     "norms of another": (
