@@ -102,16 +102,17 @@ def from_adam(
     with within(file, "optimizer_state") if file else nullcontext():
         if isinstance(state, torch.optim.Optimizer):
             found = list(live_states(state, parameters))
-        elif stored or isinstance(state, Mapping):
-            stored = check_some_moment(stored or checked_form(state))
-            found = list(name_states(stored, model, parameters))
+        elif stored is not None:
+            found = list(name_states(check_some_moment(stored), model, parameters))
+        elif isinstance(state, Mapping):
+            found = list(name_states(check_some_moment(checked_form(state)), model, parameters))
         else:
             raise TypeError(
                 f"state must be an optimizer, its state_dict or a file, got {type(state).__name__}"
             )
         mean = {name: moment(name, parameters[name], entry, group) for name, entry, group in found}
     beside = check_beside(file.parent, parameters) if file else ""
-    trace = trace_of(stored) if file and stored else 0.0
+    trace = trace_of(stored) if stored is not None else 0.0
     missing = sorted(set(parameters) - set(mean))
     if missing:
         raise GradmatchError(
