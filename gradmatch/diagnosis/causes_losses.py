@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from gradmatch.diagnosis.cause import CHOICE, SYMPTOM, Cause, Finder
+from gradmatch.diagnosis.cause import CHOICE, SYMPTOM, Cause, cause, plural
 from gradmatch.diagnosis.causes_sizes import best_weights
-from gradmatch.diagnosis.evidence import SHARE_OF_GAIN, STANDARD_ERRORS
+from gradmatch.diagnosis.evidence import SHARE_OF_GAIN, STANDARD_ERRORS, Saving, error_of_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from gradmatch.diagnosis.evidence import Evidence
@@ -23,103 +25,94 @@ FOLLOWS = (
 DOUBLED = math.log(2)  # nats of a prediction: the perplexity has doubled
 
 
-def worse_than_base(evidence: Evidence) -> list[Cause]:
+def worse_than_base(evidence: Evidence) -> Iterator[Cause]:
     """Tasks whose loss at the merge is above the base's, by more than two standard errors of the difference."""
-    below = [
-        (task, merged, base)
+    below = {
+        task: (merged, base)
         for task, merged, base in _kept_losses(evidence)
-        if float((merged - base).mean()) > 2 * _error(merged - base)
-    ]
+        if float((merged - base).mean()) > 2 * error_of_mean(merged - base)
+    }
     if not below:
-        return []
-    names = [task for task, _, _ in below]
-    listed = "; ".join(
+        return
+    told = [
         f"on {task!r} {evidence.told(task, merged)}, its base {evidence.told(task, base)}"
-        for task, merged, base in below[:4]
-    )
-    more = f"; and {len(below) - 4} more tasks" if len(below) > 4 else ""
-    return [
-        Cause(
-            "worse_than_base",
-            ", ".join(names),
-            f"the merge loses {listed}{more}",
-            f"choose other weights (--weights auto), or leave {' and '.join(map(repr, names))} out: the base alone serves "
-            f"{'them' if len(names) > 1 else 'it'} better",
-            SYMPTOM,
-            sum(
-                float((merged - base).sum()) * evidence.objectives[task].scale for task, merged, base in below
-            ),
-            "measured",
-            {task: evidence.per(task, merged) - evidence.per(task, base) for task, merged, base in below},
-        )
+        for task, (merged, base) in below.items()
     ]
+    nats = sum(float((m - b).sum()) * evidence.objectives[task].scale for task, (m, b) in below.items())
+    yield cause(
+        "worse_than_base",
+        ", ".join(below),
+        f"the merge loses {'; '.join(told[:4])}"
+        + (f"; and {len(told) - 4} more tasks" if len(told) > 4 else ""),
+        f"choose other weights (--weights auto), or leave {' and '.join(map(repr, below))} out: the base alone serves "
+        f"{plural(len(below), 'it', 'them')} better",
+        SYMPTOM,
+        Saving(nats, 0.0),
+        **{
+            task: evidence.per(task, merged) - evidence.per(task, base)
+            for task, (merged, base) in below.items()
+        },
+    )
 
 
-def base_forgotten(evidence: Evidence) -> list[Cause]:
+def base_forgotten(evidence: Evidence) -> Iterator[Cause]:
     """The base's loss on data of its own rose at the merge: by a quarter of what it knew beyond a uniform guess, or its perplexity doubled."""
     if evidence.base_objective is None or "base" not in evidence.losses.get("merged", {}):
-        return []
+        return
     losses = {model: found["base"] for model, found in evidence.losses.items()}
     before, after = losses["base"], losses["merged"]
     count = 1.0 if "base" not in evidence.predictions else float(evidence.predictions["base"].mean())
     rise = evidence.per("base", after) - evidence.per("base", before)
     knew = max(0.0, evidence.uniform["base"] - float(before.mean())) / count
-    if not rise > min(SHARE_OF_GAIN * knew, DOUBLED) or float(
-        (after - before).mean()
-    ) <= STANDARD_ERRORS * _error(after - before):
-        return []
+    noise = STANDARD_ERRORS * error_of_mean(after - before)
+    if not rise > min(SHARE_OF_GAIN * knew, DOUBLED) or float((after - before).mean()) <= noise:
+        return
     worst = max(evidence.tasks, key=lambda task: evidence.per("base", losses[task]))
     alone = evidence.per("base", losses[worst]) - evidence.per("base", before)
     half = evidence.base_objective.losses(evidence.along_path(0.5))
     left = evidence.per("base", half) - evidence.per("base", before)
     removing = all(weight <= 0 for weight in evidence.alpha.values())
-    return [
-        Cause(
-            "base_forgotten",
-            "merged",
-            f"on the base's own data the merge loses {evidence.told('base', after)}, the base {evidence.told('base', before)}; half-way "
-            f"there the rise is {left:.3g} instead of {rise:.3g}, and {worst!r} alone makes it {alone:.3g}",
-            "remove less: a smaller weight (`gradmatch budget` finds the largest one within a budget)"
-            if removing
-            else "use smaller weights, or gradient_matching with the base's curvature, whose base_weight holds on to what the base knows",
-            SYMPTOM,
-            max(0.0, float((after - half).sum()) * evidence.base_objective.scale),
-            "measured",
-            {"rise": rise, "half_way": left, "largest_task": alone},
-        )
-    ]
+    yield cause(
+        "base_forgotten",
+        "merged",
+        f"on the base's own data the merge loses {evidence.told('base', after)}, the base {evidence.told('base', before)}; half-way "
+        f"there the rise is {left:.3g} instead of {rise:.3g}, and {worst!r} alone makes it {alone:.3g}",
+        "remove less: a smaller weight (`gradmatch budget` finds the largest one within a budget)"
+        if removing
+        else "use smaller weights, or gradient_matching with the base's curvature, whose base_weight holds on to what the base knows",
+        SYMPTOM,
+        Saving(float((after - half).sum()) * evidence.base_objective.scale, 0.0),
+        rise=rise,
+        half_way=left,
+        largest_task=alone,
+    )
 
 
-def far_from_best(evidence: Evidence) -> list[Cause]:
+def far_from_best(evidence: Evidence) -> Iterator[Cause]:
     """Weights more than twice, or less than half, the forecast's best ones, where the tasks would gain much by those.
 
     Rules that choose coefficients of their own (Model Stock, sign elections) are not judged by the weights asked for.
     """
-    tasks = _far(evidence)
-    used = evidence.coefficients()
-    if not tasks or any(
-        abs(used[t] - evidence.alpha[t]) > FOLLOWS * abs(evidence.alpha[t]) for t in evidence.tasks
-    ):
-        return []
+    tasks, used = _far(evidence), evidence.coefficients()
+    own = any(abs(used[t] - alpha) > FOLLOWS * abs(alpha) for t, alpha in evidence.alpha.items())
+    if not tasks or own:
+        return
     best = best_weights(evidence).coefficients
     saving = evidence.saving(evidence.at_coefficients(best))
     if not evidence.matters(saving) or saving.nats < LEFT * evidence.gain():
-        return []
+        return
     listed = ", ".join(
-        f"{task} {evidence.alpha[task]:.3g} (best: {best[task]:.3g})" for task in evidence.tasks
+        f"{task} {alpha:.3g} (best: {best[task]:.3g})" for task, alpha in evidence.alpha.items()
     )
-    return [
-        Cause(
-            "weights_far_from_best",
-            tasks[0] if len(tasks) == 1 else "merged",
-            f"the weights are far from those that the forecast likes best: {listed}; there the tasks lose {saving.nats:.0f} nats less",
-            f"merge with the weights {', '.join(f'{best[task]:.2g}' for task in evidence.tasks)} (--weights auto chooses them)",
-            CHOICE,
-            saving.nats,
-            "measured",
-            {task: best[task] for task in tasks},
-        )
-    ]
+    yield cause(
+        "weights_far_from_best",
+        tasks[0] if len(tasks) == 1 else "merged",
+        f"the weights are far from those that the forecast likes best: {listed}; there the tasks lose {saving.nats:.0f} nats less",
+        f"merge with the weights {', '.join(f'{best[task]:.2g}' for task in evidence.tasks)} (--weights auto chooses them)",
+        CHOICE,
+        saving,
+        **{task: best[task] for task in tasks},
+    )
 
 
 def doubts(evidence: Evidence) -> list[str]:
@@ -159,11 +152,3 @@ def _kept_losses(evidence: Evidence) -> list[tuple[str, Tensor, Tensor]]:
         for task in evidence.kept
         if task in merged and bool(merged[task].isfinite().all())
     ]
-
-
-def _error(difference: Tensor) -> float:
-    """Standard error of a mean; 0 of a single example."""
-    return float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
-
-
-SYMPTOM_FINDERS: tuple[Finder, ...] = (worse_than_base, base_forgotten)

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from gradmatch.common.layers import layer_group
-from gradmatch.diagnosis.cause import INPUT, Cause, priced
+from gradmatch.diagnosis.cause import INPUT, Cause, cause, plural
 from gradmatch.diagnosis.moved import KEPT
 from gradmatch.diagnosis.repairs import rolled, saving_of, turned_back, without
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from torch import Tensor
 
     from gradmatch.diagnosis.evidence import Evidence
@@ -24,37 +26,40 @@ RUNS, RUN = 64, 64  # evenly spaced values of a matrix by which layers are told 
 TOKENS = re.compile(r"embed|wte|lm_head|(^|\.)shared\.", re.IGNORECASE)
 
 
-def rows_moved(evidence: Evidence) -> list[Cause]:
+def rows_moved(evidence: Evidence) -> Iterator[Cause]:
     """Rows of a matrix that sit where others were: a vocabulary shifted by one offset or in another order, or permuted neurons."""
-    causes = []
     for position, task in enumerate(evidence.scan.tasks):
-        kinds: dict[str, list[tuple[str, int]]] = {}
+        kinds: dict[str, list[str]] = {}
         for name, tensor in evidence.scan.tensors.items():
             if rows_elsewhere(tensor, position):
                 moved = tensor.moved[position]
                 shifted = moved.offset != 0 and moved.offset_share > HALF
                 tokens = _rows_are_tokens(evidence, name, moved.rows)
                 kind = "vocabulary_shift" if shifted else "vocabulary_order" if tokens else "permuted_neurons"
-                kinds.setdefault(kind, []).append((name, moved.offset if shifted else moved.suspects))
-        for kind, tensors in kinds.items():
-            name, amount = tensors[0]
+                kinds.setdefault(kind, []).append(name)
+        for kind, names in kinds.items():
+            name = names[0]
+            moved = evidence.scan.tensors[name].moved[position]
+            offset, amount = moved.offset, moved.suspects
+            saving = None
+            text = f"{amount} rows of {name} in {task!r} are closest to other rows of the base: "
             if kind == "vocabulary_shift":
-                rows = evidence.scan.tensors[name].moved[position].rows
-                offset = amount - rows if amount > rows / 2 else amount
+                amount, offset = offset, offset - moved.rows * (offset > moved.rows / 2)
                 saving = saving_of(evidence, rolled, task, name, offset)
-                text = f"most rows of {name} in {task!r} equal the base's rows {abs(offset)} place{'s' if abs(offset) > 1 else ''} {'later' if offset > 0 else 'earlier'}"
+                text = (
+                    f"most rows of {name} in {task!r} equal the base's rows {abs(offset)} {plural(abs(offset), 'place', 'places')} "
+                    f"{'later' if offset > 0 else 'earlier'}"
+                )
                 remedy = "align the vocabularies (map tokens by their text) before merging"
             elif kind == "vocabulary_order":
-                saving = saving_of(evidence, without, task)
-                text = f"{amount} rows of {name} in {task!r} are closest to other rows of the base: its tokens are numbered otherwise"
+                text += "its tokens are numbered otherwise"
                 remedy = f"compare the tokenizers of {task!r} and the base, and put its rows in the base's order (map tokens by their text)"
             else:
-                saving = saving_of(evidence, without, task)
-                text = f"{amount} rows of {name} in {task!r} are closest to other rows of the base: its neurons are in another order"
+                text += "its neurons are in another order"
                 remedy = f"permute the neurons of {task!r} back (match them to the base's) before merging, or leave it out"
-            numbers = {"tensors": float(len(tensors)), "rows": float(amount)}
-            causes.append(Cause(kind, task, text, remedy, INPUT, *priced(saving), numbers))
-    return causes
+            saving = saving or saving_of(evidence, without, task)
+            numbers = {"tensors": float(len(names)), "rows": float(amount)}
+            yield cause(kind, task, text, remedy, INPUT, saving, **numbers)
 
 
 def rows_elsewhere(tensor: TensorScan, position: int) -> bool:
@@ -63,50 +68,39 @@ def rows_elsewhere(tensor: TensorScan, position: int) -> bool:
     return moved is not None and moved.suspects >= moved.rows / 4 and moved.elsewhere > HALF
 
 
-def transposed(evidence: Evidence) -> list[Cause]:
+def transposed(evidence: Evidence) -> Iterator[Cause]:
     """Square matrices of a task that are the base's with rows and columns exchanged: another convention of storing them."""
-    causes = []
     for position, task in enumerate(evidence.scan.tasks):
         names = [name for name, tensor in evidence.scan.tensors.items() if position in tensor.transposed]
         if names:
-            causes.append(
-                Cause(
-                    "transposed_weight",
-                    task,
-                    f"{_counted(names)} of {task!r} {'are' if len(names) > 1 else 'is'} nearer to the base's with rows and columns "
-                    f"exchanged: {names[0]}",
-                    "transpose before merging (Linear stores (out, in), Conv1D (in, out))",
-                    INPUT,
-                    *priced(saving_of(evidence, turned_back, task, names)),
-                    {"tensors": float(len(names))},
-                )
+            yield cause(
+                "transposed_weight",
+                task,
+                f"{_counted(names)} of {task!r} {plural(len(names))} nearer to the base's with rows and columns exchanged: {names[0]}",
+                "transpose before merging (Linear stores (out, in), Conv1D (in, out))",
+                INPUT,
+                saving_of(evidence, turned_back, task, names),
+                tensors=float(len(names)),
             )
-    return causes
 
 
-def layers_swapped(evidence: Evidence) -> list[Cause]:
+def layers_swapped(evidence: Evidence) -> Iterator[Cause]:
     """Matrices of a task that are the base's of another layer: layers exchanged, or numbered otherwise."""
-    causes = []
     for task in evidence.scan.tasks:
         found = places(evidence, task)
-        if not found:
-            continue
-        name, other = next(iter(found.items()))
-        layers = {layer_group(n) for n in found}
-        inside = [n for n in evidence.scan.tensors if layer_group(n) in layers]
-        causes.append(
-            Cause(
+        if found:
+            name, other = next(iter(found.items()))
+            layers = {layer_group(n) for n in found}
+            inside = [n for n in evidence.scan.tensors if layer_group(n) in layers]
+            yield cause(
                 "layers_swapped",
                 task,
-                f"{_counted(list(found))} of {task!r} {'are' if len(found) > 1 else 'is'} nearer to the base's of another layer: {name} "
-                f"is its {other}",
+                f"{_counted(found)} of {task!r} {plural(len(found))} nearer to the base's of another layer: {name} is its {other}",
                 f"rename the layers of {task!r} as the base numbers them, or leave them out",
                 INPUT,
-                *priced(saving_of(evidence, without, task, inside)),
-                {"tensors": float(len(found))},
+                saving_of(evidence, without, task, inside),
+                tensors=float(len(found)),
             )
-        )
-    return causes
 
 
 def places(evidence: Evidence, task: str) -> dict[str, str]:
@@ -114,11 +108,11 @@ def places(evidence: Evidence, task: str) -> dict[str, str]:
     if task in evidence.places:
         return evidence.places[task]
     position = evidence.scan.tasks.index(task)
+    found = evidence.places[task] = {}
     far: dict[tuple[int, ...], list[str]] = {}
     for name, tensor in evidence.scan.tensors.items():
         if any(tensor.rank) and float(tensor.cosine[position]) < KEPT and not _explained(tensor, position):
             far.setdefault(evidence.base.spec(name).shape, []).append(name)
-    found: dict[str, str] = {}
     for shape, names in far.items():
         known = [name for name in evidence.scan.tensors if evidence.base.spec(name).shape == shape]
         if len(known) < 2:
@@ -129,7 +123,6 @@ def places(evidence: Evidence, task: str) -> dict[str, str]:
         for name, cosine, index in zip(names, close.tolist(), match.tolist(), strict=True):
             if cosine >= KEPT and known[index] not in (name, *found.values()):
                 found[name] = known[index]
-    evidence.places[task] = found
     return found
 
 
@@ -147,19 +140,16 @@ def _explained(tensor: TensorScan, position: int) -> bool:
 def _sampled(model: Checkpoint, name: str) -> Tensor:
     """RUNS x RUN values as a unit vector, or all of a small tensor."""
     numel = model.spec(name).numel
-    if numel <= RUNS * RUN:
-        parts = [model.block(name, 0, numel)]
-    else:
-        starts = (round(i * (numel - RUN) / (RUNS - 1)) for i in range(RUNS))
-        parts = [model.block(name, start, start + RUN) for start in starts]
-    return torch.nn.functional.normalize(torch.cat(parts).float(), dim=0)
+    size = min(RUN, numel) if numel > RUNS * RUN else numel
+    starts = (round(i * (numel - size) / (RUNS - 1)) for i in range(RUNS if size < numel else 1))
+    values = torch.cat([model.block(name, start, start + size) for start in starts])
+    return torch.nn.functional.normalize(values.float(), dim=0)
 
 
-def _counted(names: list[str]) -> str:
-    return f"{len(names)} matri{'ces' if len(names) > 1 else 'x'}"
+def _counted(names: Sequence[str] | dict[str, str]) -> str:
+    return f"{len(names)} {plural(len(names), 'matrix', 'matrices')}"
 
 
 def _rows_are_tokens(evidence: Evidence, name: str, rows: int) -> bool:
     """Whether a matrix has a row for each token: as many as the configuration says, or named like one."""
-    config = getattr(evidence.base, "config", None) or {}
-    return config.get("vocab_size") == rows or bool(TOKENS.search(name))
+    return (evidence.base.config or {}).get("vocab_size") == rows or bool(TOKENS.search(name))

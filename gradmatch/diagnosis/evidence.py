@@ -166,8 +166,7 @@ class Evidence:
         """Whether fine-tuning gained something that can be told from the noise of the examples seen, by three standard errors."""
         base, own = self.losses["base"][task], self.losses[task][task]
         ignorant = self.uniform.get(task, math.inf) < float(base.mean())  # see task_gain
-        difference = -own if ignorant else base - own
-        error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
+        error = error_of_mean(own if ignorant else base - own)
         return self.task_gain(task) > max(0.0, STANDARD_ERRORS * error)
 
     def rise(self, losses: Mapping[str, Tensor], task: str) -> float:
@@ -188,19 +187,18 @@ class Evidence:
     ) -> Saving:
         """What the tasks (None: all kept ones) would save if the merge (or what has the losses `start`) were `repaired`.
 
-        Paired over examples, scaled to N.
+        Paired over examples, scaled to N. The task "base" is the base's loss on data of its own.
         """
         merged = self.losses["merged"] if start is None else start
         nats = variance = 0.0
         for task in self.kept if tasks is None else tasks:
-            objective = self.objectives[task]
+            objective = self.objectives.get(task) or self.base_objective
+            assert objective is not None
             difference = (merged[task] - objective.losses(repaired)).nan_to_num(
                 nan=0.0, posinf=1e3, neginf=-1e3
             )
             nats += float(difference.sum()) * objective.scale
-            variance += (
-                float(difference.var()) * len(difference) * objective.scale**2 if len(difference) > 1 else 0.0
-            )
+            variance += (error_of_mean(difference) * len(difference) * objective.scale) ** 2
         return Saving(nats, math.sqrt(variance))
 
     def matters(self, saving: Saving) -> bool:
@@ -213,37 +211,29 @@ class Evidence:
     def with_changes(self, changes: Mapping[str, float]) -> dict[str, Tensor]:
         """The merge with the coefficients of some task vectors changed: theta + sum_t change_t tau_t."""
         assert self.merged is not None
-        result = {}
-        for name in self.merged:
-            value = self.merged[name]
-            if name in self.scan.tensors:
-                base = self.base[name].float()
-                value = value.float().clone()
-                for task, change in changes.items():
-                    value.add_(self.tasks[task][name].float() - base, alpha=change)
-            result[name] = value
-        return result
+        moved = self.scan.tensors
+        return {
+            name: self._added(value.float(), name, changes) if name in moved else value
+            for name, value in self.merged.items()
+        }
+
+    def _added(self, value: Tensor, name: str, coefficients: Mapping[str, float]) -> Tensor:
+        """A tensor with multiples of the task vectors added, in a copy."""
+        base, value = self.base[name].float(), value.clone()
+        for task, c in coefficients.items():
+            value.add_(self.tasks[task][name].float() - base, alpha=c)
+        return value
 
     def at_coefficients(self, coefficients: Mapping[str, float]) -> dict[str, Tensor]:
         """theta0 + sum_t c_t tau_t, with BatchNorm statistics averaged by |c_t|; the rest comes from the merge (or the base)."""
-        result = {}
-        scan = self.scan
-        broken = {
-            model
-            for part in (scan.nonfinite, scan.shapes, scan.missing)
-            for model, found in part.items()
-            if found
-        }
-        usable = self.merged is not None and "merged" not in broken
-        template = self.merged if usable and self.merged is not None else self.base
+        result, scan = {}, self.scan
+        broken = any(part.get("merged") for part in (scan.nonfinite, scan.shapes, scan.missing))
+        template = self.base if self.merged is None or broken else self.merged
         total = sum(abs(c) for c in coefficients.values())
         for name in template:
             value = template[name]
-            if name in self.scan.tensors:
-                base = self.base[name].float()
-                value = base.clone()
-                for task, c in coefficients.items():
-                    value.add_(self.tasks[task][name].float() - base, alpha=c)
+            if name in scan.tensors:
+                value = self._added(self.base[name].float(), name, coefficients)
             elif name.endswith(STATISTICS) and value.is_floating_point() and total > 0:
                 value = torch.zeros_like(value, dtype=torch.float32)
                 for task, c in coefficients.items():
@@ -263,15 +253,16 @@ class Evidence:
         """theta0 + s (theta - theta0), theta the merge or another end."""
         end = self.merged if end is None else end
         assert end is not None
-        return interpolate(
-            {name: self.base[name].float() for name in self.base if name in self.scan.tensors},
-            {name: end[name] for name in end},
-            share,
-        )
+        return interpolate({name: self.base[name] for name in self.scan.tensors}, end, share)
 
     def other_tasks(self, task: str) -> list[str]:
         """Every task but this one."""
         return [other for other in self.tasks if other != task]
+
+
+def error_of_mean(values: Tensor) -> float:
+    """Standard error of the mean of (n,) values; 0 of a single one."""
+    return float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def accuracy_of(confusion: Tensor) -> float:

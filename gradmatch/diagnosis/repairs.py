@@ -17,14 +17,34 @@ if TYPE_CHECKING:
 def saving_of(
     evidence: Evidence, repair: Callable[..., Mapping[str, Tensor]], *arguments: Any
 ) -> Saving | None:
-    """What a repair saves, where losses can be measured."""
-    return evidence.saving(repair(evidence, *arguments)) if evidence.measured else None
+    """What a repair saves of the kept tasks' losses and of the base's on data of its own, where losses can be measured."""
+    base = [] if evidence.base_objective is None else ["base"]
+    return (
+        evidence.saving(repair(evidence, *arguments), [*evidence.kept, *base]) if evidence.measured else None
+    )
 
 
 def saving_of_others(evidence: Evidence, task: str) -> Saving | None:
     """What the other tasks save without this one; its own data carries other labels and does not count."""
     others = [other for other in evidence.objectives if other != task]
     return evidence.saving(without(evidence, task), others) if evidence.measured else None
+
+
+def with_floor(evidence: Evidence, delta0: float) -> dict[str, Tensor]:
+    """The merge by Eq. 12 with another floor; only where there is a base's curvature."""
+    from gradmatch.measure.products import preconditioned_vectors, task_vector
+
+    assert evidence.base_curvature is not None
+    taus = {task: task_vector(evidence.base, model) for task, model in evidence.tasks.items()}
+    terms = preconditioned_vectors(
+        taus, evidence.curvatures, evidence.base_curvature, evidence.alpha,
+        base_weight=evidence.base_weight, delta0=delta0,
+    )  # fmt: skip
+    repaired: dict[str, Tensor] = dict(evidence.merged or {})
+    for name in evidence.scan.tensors:
+        update = sum(evidence.alpha[task] * terms[task][name] for task in evidence.tasks)
+        repaired[name] = evidence.base[name].float() + update
+    return repaired
 
 
 def without(evidence: Evidence, task: str, names: list[str] | None = None) -> dict[str, Tensor]:

@@ -276,9 +276,9 @@ def test_two_renamed_classes_are_judged_by_their_own_examples():
     (cause,) = relabelled(confusions_of(swapped, own))
     assert (cause.name, cause.subject) == ("labels_swapped", "a")
     assert cause.numbers == pytest.approx({"plain": 8 / 64, "renamed": 40 / 64})
-    assert relabelled(confusions_of(own, own)) == []
+    assert not list(relabelled(confusions_of(own, own)))
     few = torch.tensor([[2, 1, 0, 0], [1, 2, 0, 0], [0, 0, 80, 20], [0, 0, 20, 80]])
-    assert relabelled(confusions_of(few[:, [1, 0, 2, 3]], few)) == []  # six examples prove nothing
+    assert not list(relabelled(confusions_of(few[:, [1, 0, 2, 3]], few)))  # six examples prove nothing
 
 
 def test_accuracy_of_rows():
@@ -364,6 +364,34 @@ def test_ranking_puts_broken_before_inputs_before_choices_and_dear_before_cheap(
         causes.append(replace(cheap, name=name, rank=rank, cost=cost))
     found = " ".join(cause.name for cause in ranked(causes))
     assert found == "broken input dear cheap unknown symptom"
+
+
+@pytest.mark.parametrize(("cost", "place"), [(0.0, 3), (None, 0), (5.0, 0)])
+def test_a_judgement_that_the_losses_do_not_bear_out_stands_behind_what_costs(cost, place):
+    judged = Cause("other_base", "a", "", "", INPUT, cost, "" if cost is None else "measured")
+    exact = Cause("permuted_neurons", "b", "", "", INPUT, 0.0, "measured")
+    choice = Cause("weight_too_large", "a", "", "", CHOICE, 10.0, "measured")
+    forgotten = Cause("base_forgotten", "merged", "", "", SYMPTOM, 500.0, "measured")
+    assert ranked([judged, forgotten, choice, exact]).index(judged) == place
+
+
+def test_a_repair_is_priced_on_the_bases_own_data_too():
+    module, base, tasks, data = learned()
+    tasks["c"] = {n: torch.randn(v.shape) for n, v in base.items()}
+    data["c"] = [(torch.randn(50, DIM), torch.randint(CLASSES, (50,)))]
+    module.load_state_dict(base)
+    x = torch.randn(400, DIM)
+    own = [(x, module(x).argmax(1))]
+    (alone,), (both,) = (
+        [
+            c
+            for c in told(base, tasks, average(base, tasks), data=given, module=module).causes
+            if c.name == "other_base"
+        ]
+        for given in (data, {**data, "base": own})
+    )
+    assert (alone.subject, both.subject) == ("c", "c")
+    assert both.cost > alone.cost
 
 
 @pytest.mark.parametrize("classes", [4, 9])
