@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from gradmatch.engine.draws import GRID
-from gradmatch.models.curvatures import CurvatureStore
+from gradmatch.models.gathered import Gathered
 from gradmatch.models.stores import FileStore
 from gradmatch.plan.opened import Inputs
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gradmatch.engine.buffers import Buffers
     from gradmatch.engine.compiled import Kernels
     from gradmatch.estimators.tensorfile import TensorFile
+    from gradmatch.models.curvatures import CurvatureStore
     from gradmatch.models.stores import Store
     from gradmatch.plan.step import Plan, Step
 
@@ -85,23 +86,23 @@ def pieces(step: Step, first: int, last: int, blocks: int = 1) -> Iterator[tuple
 def byte_ranges(context: Context, step: Step, first: int, last: int) -> Iterator[tuple[TensorFile, int, int]]:
     """The parts of files that elements first to last of a step will be read from."""
     inputs = context.inputs
-    stores: list[tuple[Store, str | None]] = [(inputs.store, step.name)]
+    stores: list[Any] = [inputs.store]
     if step.tasks:
-        tasks = [inputs.tasks[t] for t in step.tasks]
-        stores += [(task.store, step.name) for task in tasks]
-        known = [store for task in tasks for store in (task.mean, task.gradient) if store is not None]
-        known += [inputs.base_curvature] if isinstance(inputs.base_curvature, CurvatureStore) else []
-        stores += [(store, store.key(step.name)) for store in known]
-    for store, name in stores:
-        for file, start, stop in store.files(name) if name is not None else ():
+        for task in (inputs.tasks[t] for t in step.tasks):
+            stores += [task.store, task.mean, task.gradient]
+        stores.append(inputs.base_curvature)
+    for store in stores:
+        known = store is not None and not isinstance(store, float) and step.name in store
+        for file, start, stop in store.files(step.name) if known else ():
             size = (stop - start) / max(1, step.spec.numel)
             yield file, start + int(first * size), min(stop, start + int(last * size))
 
 
 def plain_file(store: Store, name: str) -> FileStore | None:
     """The files whose bytes are this tensor's as they are, or None."""
-    file = store.file(name) if isinstance(store, CurvatureStore) else store
-    return file if isinstance(file, FileStore) else None
+    while isinstance(store, Gathered) and name not in store.parts:
+        store = store.store
+    return store if isinstance(store, FileStore) else None
 
 
 def fetch(buffers: Buffers, slot: str, store: Store, name: str, first: int, last: int) -> Tensor:
@@ -120,8 +121,7 @@ def curvature(
     buffers: Buffers, slot: str, store: CurvatureStore | None, name: str, first: int, last: int
 ) -> Tensor | None:
     """The same of a curvature block; None where it is flat."""
-    key = store.key(name) if store is not None else None
-    return None if store is None or key is None else fetch(buffers, slot, store, key, first, last)
+    return None if store is None or name not in store else fetch(buffers, slot, store, name, first, last)
 
 
 def add(total: dict[str, float], part: Mapping[str, float]) -> None:

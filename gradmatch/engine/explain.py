@@ -58,20 +58,14 @@ def same_everywhere(context: Context, step: Step, first: int, merged: Tensor) ->
 def explain(context: Context, step: Step, first: int, last: int, merged: Tensor) -> str:
     """Why a piece came out NaN or infinite: which input is not finite, or where no curvature is known at all."""
     inputs, request = context.inputs, context.plan.request
-    stores: list[tuple[str, Any, str | None]] = [("the base", inputs.store, step.name)]
-    for t in step.tasks:
-        task = inputs.tasks[t]
-        stores.append((task.name, task.store, step.name))
-        for kind, store in (("curvature", task.mean), ("gradient", task.gradient)):
-            if store is not None:
-                stores.append((f"the {kind} of {task.name}", store, store.key(step.name)))
-    if not isinstance(inputs.base_curvature, (float, type(None))):
-        stores.append(
-            ("the curvature of the base", inputs.base_curvature, inputs.base_curvature.key(step.name))
-        )
-    for owner, store, key in stores:
-        if key is not None:
-            bad = int((~store.block(key, first, last).to(torch.float64).isfinite()).sum())
+    stores: dict[str, Any] = {"the base": inputs.store}
+    for task in (inputs.tasks[t] for t in step.tasks):
+        stores |= {task.name: task.store, f"the curvature of {task.name}": task.mean}
+        stores[f"the gradient of {task.name}"] = task.gradient
+    stores["the curvature of the base"] = inputs.base_curvature
+    for owner, store in stores.items():
+        if store is not None and not isinstance(store, float) and step.name in store:
+            bad = int((~store.block(step.name, first, last).to(torch.float64).isfinite()).sum())
             if bad:
                 return f"{step.name!r} holds {bad} NaN or infinite values in {owner} (elements {first} to {last}); repair that input"
     bad = int((~merged.isfinite()).sum())

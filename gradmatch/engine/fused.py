@@ -106,8 +106,7 @@ class Call:
 
     def curvature(self, store: CurvatureStore | None, name: str) -> Source | None:
         """The same of a curvature block; None where it is flat."""
-        key = store.key(name) if store is not None else None
-        return None if store is None or key is None else self.source(store, key)
+        return None if store is None or name not in store else self.source(store, name)
 
 
 def _linear(

@@ -78,13 +78,10 @@ def transposed(context: Context, step: Step, columns: int) -> bool:
     """Whether a matrix is stored [in, out] (Conv1D): as the size of its A says, and where that cannot, the option or the module."""
     inputs, given = context.inputs, step.options.get("conv1d")
     known = [*(inputs.tasks[t].factors for t in step.tasks), inputs.base_factors]
-    specs = [(factors.a, key) for factors in known if factors and (key := factors.a.key(step.name))]
     conv1d = len(step.spec.shape) == 2 and bool(inputs.conv1d.get(step.name) if given is None else given)
-    if not specs:
-        return conv1d
-    store, key = specs[0]
-    if columns != store.spec(key).shape[-1] or columns != step.spec.shape[0]:
-        return columns != store.spec(key).shape[-1]
+    size = next((f.a.spec(step.name).shape[-1] for f in known if f and step.name in f.a), None)
+    if size is not None and (columns != size or columns != step.spec.shape[0]):
+        return bool(columns != size)
     return conv1d
 
 
@@ -121,8 +118,7 @@ def _product(
     if found:
         products = [Product(scale, a.to(device), None if b is None else b.to(device)) for a, b in found]
         return Sum((*products, Product(diagonal=floor))) if floor or len(products) > 1 else products[0]
-    key = mean.key(step.name) if mean else None
-    if key is None or mean is None:
+    if mean is None or step.name not in mean:
         return Product(diagonal=floor)
-    diagonal = mean.block(key, 0, step.spec.numel).to(device, dtype).reshape(step.spec.shape[0], -1)
+    diagonal = mean.block(step.name, 0, step.spec.numel).to(device, dtype).reshape(step.spec.shape[0], -1)
     return Product(diagonal=scale * (diagonal.mT if turn else diagonal) + floor)

@@ -51,9 +51,8 @@ def fisher_norms(context: Context) -> list[float]:
         assert task.mean is not None
         total = 0.0
         for step in steps:
-            key = task.mean.key(step.name)
-            if key is not None:
-                block = task.mean.block(key, 0, step.spec.numel).to(torch.float64)
+            if step.name in task.mean:
+                block = task.mean.block(step.name, 0, step.spec.numel).to(torch.float64)
                 total += float(block.square().sum())
         norms.append(total**0.5 or 1.0)
     return norms

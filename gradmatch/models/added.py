@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gradmatch.estimators.tensorfile import TensorFile
-from gradmatch.models.stores import Spec, Store, torch_dtype
+from gradmatch.models.stores import Spec, Store, Table, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ class LowRank:
     transposed: bool
 
 
-class Added:
+class Added(Table):
     """The base's tensors with an adapter's updates.
 
     Args:
@@ -49,13 +49,7 @@ class Added:
     ) -> None:
         self._base, self._factors, self._low_rank = base, factors, low_rank
         self._replaced, self._added, self._freed = replaced, added, freed
-        self._own = dict.fromkeys((*base, *replaced, *freed))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._own)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._own
+        self._table = dict.fromkeys((*base, *replaced, *freed))
 
     def spec(self, name: str) -> Spec:
         """Shape of the base's tensor; what is expanded is at least float32."""

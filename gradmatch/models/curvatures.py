@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.tensorfile import TensorFile
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.gathered import Gathered
-from gradmatch.models.stores import FileStore, MemoryStore, Spec, Store
+from gradmatch.models.stores import FileStore, MemoryStore, Store
 from gradmatch.models.views import Arrangement, arrange, like
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gradmatch.models.gathered import Rows
 
 
-class CurvatureStore:
+class CurvatureStore(Gathered):
     """Blocks of a curvature as a store under the base's names: per-example means, gradients or factors, of one file or in memory.
 
     Args:
@@ -40,44 +40,17 @@ class CurvatureStore:
         self.curvature, self._arranged = curvature, arranged
         store = blocks(curvature, prefix)
         factors = prefix in (FACTOR_A, FACTOR_B)
-        self._store = arranged.of(store, converted=not factors) if arranged else store
         kept = set(arranged.plain.values()) if arranged and factors else set(store)
         self.left = [name for name in store if name not in kept]
+        super().__init__(arranged.of(store, converted=not factors) if arranged else store, {})
 
     def beside(self, prefix: str) -> CurvatureStore:
         """Other blocks of the same curvature, under the same names."""
         return CurvatureStore(self.curvature, prefix, self._arranged)
 
-    def key(self, name: str) -> str | None:
-        """The name of a block, or None where the curvature has none for this parameter."""
-        return name if name in self._store else None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._store)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._store
-
     def align(self, names: Iterable[str], rows: Rows) -> None:
         """Take the rows of a common vocabulary from now on; those of tokens that the model lacks are zero."""
-        parts = {name: rows.part(self._store, name) for name in names if name in self._store}
-        self._store = Gathered(self._store, parts, fill=0.0)
-
-    def spec(self, name: str) -> Spec:
-        """Shape and dtype of a block."""
-        return self._store.spec(name)
-
-    def block(self, name: str, first: int, last: int) -> Tensor:
-        """Elements of a block, flat."""
-        return self._store.block(name, first, last)
-
-    def file(self, name: str) -> FileStore | None:
-        """The file whose blocks are this store's as they are, or None."""
-        return self._store if isinstance(self._store, FileStore) else None
-
-    def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
-        """Its byte ranges, for read-ahead."""
-        return self._store.files(name)
+        self.parts = {name: rows.part(self.store, name) for name in names if name in self.store}
 
 
 def blocks(curvature: Curvature, prefix: str = MEAN) -> Store:
@@ -145,10 +118,9 @@ class Factors:
         Raises:
             ValueError: factors of a matrix of another shape.
         """
-        key, other = self.a.key(name), self.b.key(name)
-        if key is None:
+        if name not in self.a:
             return 0
-        a, b = self.a.spec(key), None if other is None else self.b.spec(other)
+        a, b = self.a.spec(name), self.b.spec(name) if name in self.b else None
         out, width = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, 0)
         ways = [(width, out), (out, width)] if len(shape) == 2 else [(width, out)]  # as in Conv1D
         if not any(a.shape[-1] == one and (b is None or b.shape[-1] == two) for one, two in ways):
@@ -170,11 +142,10 @@ def _squares(store: CurvatureStore, name: str, dtype: torch.dtype | None) -> lis
     """Factors, one a product; raised by the rounding error of their dtype, as small eigenvalues would else be negative."""
     import torch
 
-    key = store.key(name)
-    if key is None:
+    if name not in store:
         return []
-    spec = store.spec(key)
-    stored = store.block(key, 0, spec.numel)
+    spec = store.spec(name)
+    stored = store.block(name, 0, spec.numel)
     factors = list(stored.to(dtype or torch.float64, copy=True).reshape(-1, *spec.shape[-2:]))
     for factor in factors:
         factor.diagonal().add_(torch.finfo(stored.dtype).eps * float(factor.trace()))

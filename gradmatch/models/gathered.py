@@ -57,14 +57,6 @@ class Part:
                 values[places] = block.reshape(-1, width)[run - start].to(values.dtype)
         return values, index == ABSENT, low
 
-    def block(self, store: Store, first: int, last: int, fill: float | None = None) -> Tensor:
-        """Elements first to last, flat; absent ones are `fill`."""
-        values, absent, low = self.gather(store, first, last)
-        if fill is not None:
-            values[absent] = fill
-        start = first - low * values.shape[1]
-        return values.reshape(-1)[start : start + last - first]
-
 
 def _runs(places: Tensor, pieces: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut a list of pieces where much between two neighbours is not wanted, so that it is not read; not into many, though."""
@@ -81,11 +73,10 @@ class Gathered:
     Args:
         store: the source.
         parts: by the name of the result.
-        fill: what stands for absent pieces.
     """
 
-    def __init__(self, store: Store, parts: Mapping[str, Part], fill: float | None = None) -> None:
-        self.store, self.parts, self.fill = store, parts, fill
+    def __init__(self, store: Store, parts: Mapping[str, Part]) -> None:
+        self.store, self.parts = store, parts
 
     def __iter__(self) -> Iterator[str]:
         yield from self.store
@@ -102,7 +93,18 @@ class Gathered:
         """Elements of the result."""
         if name not in self.parts:
             return self.store.block(name, first, last)
-        return self.parts[name].block(self.store, first, last, self.fill)
+        values, absent, low = self.parts[name].gather(self.store, first, last)
+        count, width = values.shape
+        if bool(absent.any()):
+            values[absent] = self.filled(name, low, low + count, width)[absent].to(values.dtype)
+        start = first - low * width
+        return values.reshape(-1)[start : start + last - first]
+
+    def filled(self, name: str, low: int, high: int, width: int) -> Tensor:
+        """What stands for absent pieces, for all from `low` to `high`: (pieces, width)."""
+        import torch
+
+        return torch.zeros(high - low, width)
 
     def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
         """Byte ranges of all that it is gathered from."""
@@ -148,19 +150,8 @@ class AlignedStore(Gathered):
         super().__init__(store, {name: rows.part(store, name) for name in names if name in store})
         self.rows, self.donors, self.base = rows, donors, base
 
-    def block(self, name: str, first: int, last: int) -> Tensor:
-        """Elements of the aligned tensor."""
-        if name not in self.parts:
-            return self.store.block(name, first, last)
-        values, absent, low = self.parts[name].gather(self.store, first, last)
-        if bool(absent.any()):
-            filled = self._filled(name, low, low + len(values), values.shape[1])
-            values[absent] = filled[absent].to(values.dtype)
-        start = first - low * values.shape[1]
-        return values.reshape(-1)[start : start + last - first]
-
-    def _filled(self, name: str, low: int, high: int, width: int) -> Tensor:
-        """What stands for absent rows, (rows, width)."""
+    def filled(self, name: str, low: int, high: int, width: int) -> Tensor:
+        """The base's rows, or the mean of the tasks that have them."""
         import torch
 
         if self.base is not None:

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.tensorfile import ITEM_SIZE, TORCH_NAME, TensorFile
@@ -70,7 +70,19 @@ class Store(Protocol):
         """The byte ranges of files that `block` reads for this tensor, for read-ahead."""
 
 
-class FileStore:
+class Table:
+    """The names of a store, which are the keys of a table."""
+
+    _table: Mapping[str, Any]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._table
+
+
+class FileStore(Table):
     """Tensors of one or more safetensors files; a name must occur in one file only.
 
     Args:
@@ -82,44 +94,38 @@ class FileStore:
     """
 
     def __init__(self, files: Sequence[TensorFile], prefix: str = "") -> None:
-        self._where: dict[str, tuple[TensorFile, str]] = {}
+        self._table: dict[str, tuple[TensorFile, str]] = {}
         for file in files:
             for key in file:
                 if not key.startswith(prefix):
                     continue
                 name = key.removeprefix(prefix)
-                if name in self._where:
+                if name in self._table:
                     raise GradmatchError(
-                        f"tensor {name!r} is in {self._where[name][0].path} and in {file.path}; keep one of the two",
+                        f"tensor {name!r} is in {self._table[name][0].path} and in {file.path}; keep one of the two",
                         "bad_model",
                         name,
                     )
-                self._where[name] = (file, key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._where
+                self._table[name] = (file, key)
 
     def renamed(self, names: Mapping[str, str]) -> FileStore:
         """The same files under other names: new name -> name here."""
         store = FileStore(())
-        store._where = {new: self._where[old] for new, old in names.items()}
+        store._table = {new: self._table[old] for new, old in names.items()}
         return store
 
     def source(self, name: str) -> tuple[TensorFile, str]:
         """The file that holds a tensor, and its key there."""
-        return self._where[name]
+        return self._table[name]
 
     def spec(self, name: str) -> Spec:
         """Shape and dtype from the header."""
-        file, key = self._where[name]
+        file, key = self._table[name]
         return Spec(file[key].dtype, file[key].shape)
 
     def block(self, name: str, first: int, last: int) -> Tensor:
         """A view of the file's pages."""
-        file, key = self._where[name]
+        file, key = self._table[name]
         return file.block(key, first, last)
 
     def read(self, name: str, first: int, last: int, buffer: Tensor) -> Tensor:
@@ -128,47 +134,41 @@ class FileStore:
         Raises:
             ValueError: the file ended early.
         """
-        file, key = self._where[name]
+        file, key = self._table[name]
         held = buffer[: (last - first) * ITEM_SIZE[file[key].dtype]]
         file.read_into(key, held.numpy().data, first)
         return held.view(torch_dtype(file[key].dtype))
 
     def place(self, name: str, first: int) -> tuple[int, int]:
         """The file descriptor, and the byte in that file at which element `first` lies."""
-        file, key = self._where[name]
+        file, key = self._table[name]
         return file.fileno(), file[key].start + first * ITEM_SIZE[file[key].dtype]
 
     def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
         """The tensor's own byte range."""
-        file, key = self._where[name]
+        file, key = self._table[name]
         return [(file, file[key].start, file[key].stop)]
 
 
-class Renamed:
+class Renamed(Table):
     """Tensors of other stores under new names: new name -> store and name there."""
 
     def __init__(self, where: Mapping[str, tuple[Store, str]]) -> None:
-        self._where = dict(where)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._where
+        self._table: dict[str, tuple[Store, str]] = dict(where)
 
     def spec(self, name: str) -> Spec:
         """Shape and dtype at the source."""
-        store, source = self._where[name]
+        store, source = self._table[name]
         return store.spec(source)
 
     def block(self, name: str, first: int, last: int) -> Tensor:
         """Elements at the source."""
-        store, source = self._where[name]
+        store, source = self._table[name]
         return store.block(source, first, last)
 
     def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
         """Byte ranges at the source."""
-        store, source = self._where[name]
+        store, source = self._table[name]
         return store.files(source)
 
 
@@ -179,7 +179,7 @@ def renamed(store: Store, names: Mapping[str, str]) -> Store:
     return Renamed({new: (store, old) for new, old in names.items()})
 
 
-class MemoryStore:
+class MemoryStore(Table):
     """Tensors of a mapping, on whatever device; names that share one memory are listed in `aliases`.
 
     Raises:
@@ -190,8 +190,7 @@ class MemoryStore:
     def __init__(self, tensors: Mapping[str, Tensor], where: str = "the state dict") -> None:
         import torch
 
-        self._flat: dict[str, Tensor] = {}
-        self._specs: dict[str, Spec] = {}
+        self._table: dict[str, tuple[Spec, Tensor]] = {}
         self.aliases: dict[str, str] = {}
         seen: dict[tuple[object, ...], str] = {}
         for name, value in tensors.items():
@@ -212,28 +211,21 @@ class MemoryStore:
                     "bad_model",
                     where,
                 )
-            self._specs[name] = Spec(dtype, tuple(value.shape))
             flat = value.detach().reshape(-1)
             memory = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
             if value.numel() and memory in seen:
                 self.aliases[name] = seen[memory]
-                flat = self._flat[seen[memory]]
+                flat = self._table[seen[memory]][1]
             seen.setdefault(memory, name)
-            self._flat[name] = flat
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._specs)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._specs
+            self._table[name] = Spec(dtype, tuple(value.shape)), flat
 
     def spec(self, name: str) -> Spec:
         """Shape and dtype of the tensor."""
-        return self._specs[name]
+        return self._table[name][0]
 
     def block(self, name: str, first: int, last: int) -> Tensor:
         """A view of the tensor's memory, or a copy where it lies on another device."""
-        return self._flat[name][first:last].to("cpu")
+        return self._table[name][1][first:last].to("cpu")
 
     def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
         """Nothing on disk."""

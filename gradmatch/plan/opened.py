@@ -91,8 +91,7 @@ class Inputs:
                 stores.append((task.name, task.gradient))
         sizes = [self.anchor.spec(name).nbytes] if self.anchor else []
         for owner, store in stores:
-            key = store.key(name) if store else None
-            if store is None or key is None:
+            if store is None or name not in store:
                 if request.missing_curvature == "error" and name not in self.buffers:
                     raise GradmatchError(
                         f"the curvature of {owner} has no block for {name!r} (a parameter frozen while it was "
@@ -101,7 +100,7 @@ class Inputs:
                         owner,
                     )
                 continue
-            found = store.spec(key)
+            found = store.spec(name)
             if found.shape != spec.shape:
                 raise GradmatchError(
                     f"the curvature of {owner} has shape {list(found.shape)} for {name!r}, the model has {list(spec.shape)}; "
@@ -336,7 +335,7 @@ def _open_task(
         opened.gradient = CurvatureStore(curvature, GRADIENT, arranged)
     if "gram" in needs:
         opened.factors = Factors.of(curvature, arranged)
-        if not any(key for key in checkpoint if opened.factors.a.key(key)):
+        if not any(name in opened.factors.a for name in checkpoint):
             raise GradmatchError(
                 f"the curvature of {name} holds no gram matrices; estimate it with method='gram'",
                 "bad_curvature",

@@ -179,13 +179,11 @@ def _mean(curvature: CurvatureStore | float, step: Step, like: Tensor) -> Tensor
     """A curvature per example, (*s,): as stored, the same number everywhere, or 0 where it is taken as flat."""
     if not isinstance(curvature, CurvatureStore):
         return torch.full_like(like, curvature)
-    key = curvature.key(step.name)
-    return torch.zeros_like(like) if key is None else _whole(curvature, key, step)
+    return _whole(curvature, step.name, step) if step.name in curvature else torch.zeros_like(like)
 
 
 def _gradient(store: CurvatureStore | None, step: Step) -> Tensor | None:
     """The measured gradient per example, or None."""
-    key = store.key(step.name) if store is not None else None
-    if store is None or key is None:
+    if store is None or step.name not in store:
         return None
-    return store.block(key, 0, step.spec.numel).reshape(step.spec.shape) / store.num_examples
+    return store.block(step.name, 0, step.spec.numel).reshape(step.spec.shape) / store.num_examples
