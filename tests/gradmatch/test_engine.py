@@ -50,7 +50,7 @@ def test_many_blocks_are_the_readable_rule(method, dtype):
         expected = gradient_matching(theta0, tau, alpha, h[0] + 1e-6, h[1:])
     elif method == "ties":
         least = tau.abs().topk(kept_count(0.2, SIZE)).values[:, -1:]
-        majority = float(elect(trim(tau, least), alpha, 0.0).sum().sign())
+        majority = float(elect((alpha * trim(tau, least)).sum(0), 0.0).sum().sign())
         edited = ties(tau, alpha, least, majority)
         expected = theta0 + (alpha * edited).sum(0)
     else:

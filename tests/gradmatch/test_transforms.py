@@ -187,7 +187,7 @@ def test_steps_of_ties_on_a_hand_worked_example():
     alpha = torch.ones(2, 1)
     kept = trim(tau, torch.tensor([[1.0], [2.0]]))
     assert kept.tolist() == [[3.0, -1.0, 0.0, 2.0], [0.0, -2.0, 0.0, -2.0]]
-    sign = elect(kept, alpha, -1.0)
+    sign = elect((alpha * kept).sum(0), -1.0)
     assert sign.tolist() == [1.0, -1.0, -1.0, -1.0]
     assert share(kept, alpha, sign).tolist() == [[3.0, -0.5, 0.0, 0.0], [0.0, -1.0, 0.0, -2.0]]
     doubled = ties(tau, alpha, torch.tensor([[1.0], [2.0]]), -1.0, 2.0)

@@ -35,12 +35,12 @@ def trim(tau: Tensor, threshold: Tensor | float) -> Tensor:
     return tau * tau.abs().ge_(threshold)
 
 
-def elect(tau: Tensor, alpha: Tensor, majority: float) -> Tensor:
+def elect(vote: Tensor, majority: float) -> Tensor:
     """TIES step 2: sign(sum_t alpha_t tau_t) per coordinate, (*s,); where entries cancel exactly, the sign of the majority.
 
-    tau: (T, *s); alpha: (T, 1, ..., 1); majority: sign of the sum of all elected signs of the model (+1 or -1).
+    vote: sum_t alpha_t tau_t, (*s,); majority: sign of the sum of all elected signs of the model (+1 or -1).
     """
-    sign = total(alpha * tau).sign()
+    sign = vote.sign()
     return sign + majority * sign.abs().eq_(0)
 
 
@@ -50,23 +50,26 @@ def share(tau: Tensor, alpha: Tensor, sign: Tensor, normalize: bool = True) -> T
     tau: (T, *s); alpha: (T, 1, ..., 1); sign: (*s,). Returns (T, *s), such that sum_t alpha_t tau'_t is the disjoint mean
     (the weighted mean over the agreeing, non-zero entries). Without `normalize` it is their weighted sum.
     """
-    agrees = (alpha * tau).sign().eq_(sign)
+    agrees = (alpha * tau).sign_().eq_(sign)
     if not normalize:
         return tau * agrees
     weight = total(alpha.abs() * agrees)
-    return tau * agrees / (weight + (weight == 0))
+    return agrees.mul_(tau).div_(weight + weight.abs().eq_(0))
 
 
-def votes(tau: Tensor, alpha: Tensor) -> dict[str, float]:
-    """Of trimmed task vectors: coordinates in conflict, those that cancel exactly, the sum of elected signs, and all of them."""
-    weighted = alpha * tau
-    summed = total(weighted)
-    conflict = (weighted.amax(0) > 0) & (weighted.amin(0) < 0)
+def votes(weighted: Tensor, vote: Tensor) -> dict[str, float]:
+    """Of trimmed task vectors: coordinates in conflict, those that cancel exactly, the sum of elected signs, and all of them.
+
+    weighted: alpha_t tau_t, (T, *s); vote: their sum, (*s,). Masks are floats throughout: torch multiplies and compares these
+    several times faster than it mixes them with booleans.
+    """
+    conflict = weighted.amax(0).sign_().mul_(weighted.amin(0).sign_()).eq_(-1)
+    conflicts = conflict.count_nonzero()
     return {
-        "conflicts": float(conflict.count_nonzero()),
-        "cancelled": float((conflict & (summed == 0)).count_nonzero()),
-        "signs": float(summed.sign().sum()),
-        "weights": float(summed.numel()),
+        "conflicts": float(conflicts),
+        "cancelled": float(conflict.mul_(vote.abs().eq_(0)).count_nonzero()),
+        "signs": float(vote.sign().sum()),
+        "weights": float(vote.numel()),
     }
 
 
@@ -85,6 +88,8 @@ def ties(
     takes what `votes` counts.
     """
     trimmed = trim(tau, threshold)
+    weighted = alpha * trimmed
+    vote = total(weighted)
     if health is not None:
-        health.update(votes(trimmed, alpha))
-    return scale * share(trimmed, alpha, elect(trimmed, alpha, majority), normalize)
+        health.update(votes(weighted, vote))
+    return share(trimmed, alpha, elect(vote, majority), normalize).mul_(scale)
