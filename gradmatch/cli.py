@@ -48,10 +48,15 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     for name, (module, text) in COMMANDS.items():
         if find_spec(module) is None:
             continue
-        sub = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub = subparsers.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         if name == called:
-            import_module(module).add_arguments(sub)
+            command = import_module(module)
+            sub.epilog = getattr(command, "EXAMPLES", None)
+            command.add_arguments(sub)
     return parser
 
 

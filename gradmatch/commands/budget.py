@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradmatch.commands.reading import add_reading, check_reading, read_source
+from gradmatch.commands.sources import add_guard, number_or_text, parse_task
 from gradmatch.common.warning import warn
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.files import write_atomically
 from gradmatch.plan.request import POLICIES
 from gradmatch.rules import RULES, removals
-from gradmatch.rules.removal import GUARDS
 
 if TYPE_CHECKING:
     from gradmatch.measure.objective import Objective
@@ -35,8 +35,6 @@ which ranks alphas but underestimates losses by orders of magnitude; with it, by
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `gradmatch budget`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EXAMPLES
     parser.add_argument("--base", required=True, help="the model to remove from: folder, file or hub id")
     parser.add_argument(
         "--task", required=True, metavar="MODEL,curvature=FILE", help="fine-tuned from it on what is to go"
@@ -56,15 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--share", type=float, default=0.01, help="allowed share of clamped weights (default 0.01)"
     )
-    parser.add_argument(
-        "--keep", type=float, default=0.1, help="guard: at least keep * H0 remains (default 0.1)"
-    )
-    parser.add_argument(
-        "--guard",
-        choices=GUARDS,
-        default="floor",
-        help="floor H0 - alpha H_t there (default), or scale H_t down",
-    )
+    add_guard(parser)
     parser.add_argument(
         "--base-weight", type=float, default=1.0, help="factor on the base's curvature (default 1)"
     )
@@ -86,7 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Forecast, find the budget's alpha, print and write."""
-    from gradmatch.commands.sources import number_or_text, parse_task
     from gradmatch.removal import (
         AlphaPath,
         Problem,

@@ -31,8 +31,6 @@ POLICIES = ("allow_mismatch", "allow_pickle")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `gradmatch diagnose`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EXAMPLES
     add_sources(parser)
     parser.add_argument(
         "merged", nargs="?", help="folder or file of the merge (default: it is planned from the recipe)"

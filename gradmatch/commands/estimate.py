@@ -15,7 +15,7 @@ from gradmatch.estimators.errors import GradmatchError
 
 METHODS = ("fisher", "empirical_fisher", "ggn", "hessian", "kfac", "gram")
 TASKS = ("auto", "classification", "causal_lm")
-EXAMPLE = """example:
+EXAMPLES = """example:
   gradmatch estimate ./sst2-model --data sst2.csv --text-column sentence --limit 2000 -o sst2.curvature.safetensors
   gradmatch estimate ./sst2-model --adam ./sst2-model/checkpoint-500 --num-examples 67349 -o sst2.safetensors
   gradmatch estimate ./lm --adam ./lm/checkpoint-500 --data texts.jsonl --calibrate 64 -o lm.safetensors
@@ -26,8 +26,6 @@ Several processes share the work: torchrun --nproc-per-node=4 -m gradmatch.cli e
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `gradmatch estimate`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EXAMPLE
     parser.add_argument(
         "model",
         help="folder or hub name of a transformers classifier or causal language model, an adapter of one, or MODEL+ADAPTER",

@@ -30,8 +30,6 @@ outside its region. Without data it falls back on the curvature files, whose dia
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `gradmatch forecast`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EXAMPLES
     add_sources(parser)
     parser.add_argument(
         "--span", choices=("tau", "preconditioned"), default="tau", help="directions (default tau)"

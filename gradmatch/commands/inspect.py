@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +53,14 @@ def inspect(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     if Path(path).is_file() and Path(path).suffix == ".safetensors":
         file = TensorFile(path)
         if "num_examples" in file.metadata:
-            return _summary(
-                "curvature",
-                file.metadata,
-                {name: (i.dtype, list(i.shape), i.nbytes) for name, i in file.items()},
-            )
+            return _summary("curvature", file.metadata, file)
     from gradmatch.models.adapter_config import CONFIG, described
     from gradmatch.models.opening import open_checkpoint
 
     folder = Path(path).expanduser()
     if (folder / CONFIG).is_file():
         file = TensorFile(folder / "adapter_model.safetensors")
-        tensors = {name: (i.dtype, list(i.shape), i.nbytes) for name, i in file.items()}
-        return _summary("adapter", described(folder), tensors)
+        return _summary("adapter", described(folder), file)
     checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
     wanted = (
         "architectures",
@@ -80,18 +77,15 @@ def inspect(path: str, *, allow_pickle: bool = False) -> dict[str, Any]:
         content = json.loads(card.read_text(encoding="utf-8"))
         made = content["recipe"]
         info["merged by"] = f"{made['method']}: {made['formula']}"
-    specs = {name: checkpoint.spec(name) for name in checkpoint.store}
-    return _summary("checkpoint", info, {n: (s.dtype, list(s.shape), s.nbytes) for n, s in specs.items()})
+    return _summary("checkpoint", info, {name: checkpoint.spec(name) for name in checkpoint.store})
 
 
-def _summary(kind: str, info: Any, tensors: dict[str, tuple[str, list[int], int]]) -> dict[str, Any]:
-    """The table's content."""
-    from math import prod
-
+def _summary(kind: str, info: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The table's content, of tensors with a dtype, a shape and a number of bytes."""
     return {
         "kind": kind,
         "info": dict(info),
-        "tensors": {name: [dtype, shape] for name, (dtype, shape, _) in tensors.items()},
-        "parameters": sum(prod(shape) for _, shape, _ in tensors.values()),
-        "bytes": sum(nbytes for _, _, nbytes in tensors.values()),
+        "tensors": {name: [one.dtype, list(one.shape)] for name, one in tensors.items()},
+        "parameters": sum(prod(one.shape) for one in tensors.values()),
+        "bytes": sum(one.nbytes for one in tensors.values()),
     }

@@ -43,8 +43,6 @@ MEANINGS = {  # of the policies, for --help
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `gradmatch merge`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EXAMPLES
     parser.add_argument("recipe", nargs="?", help="YAML recipe, ours or mergekit's; flags below override it")
     parser.add_argument("out_folder", nargs="?", metavar="OUT", help="folder to write")
     parser.add_argument(

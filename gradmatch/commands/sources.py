@@ -40,6 +40,21 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--delta0", type=float, help="floor of the curvature (default 1e-6)")
 
 
+def add_guard(parser: argparse.ArgumentParser) -> None:
+    """What keeps the curvature positive where a task is removed."""
+    from gradmatch.rules.removal import GUARDS
+
+    parser.add_argument(
+        "--keep", type=float, default=0.1, help="guard: H0 - alpha H_t is at least keep * H0 (default 0.1)"
+    )
+    parser.add_argument(
+        "--guard",
+        choices=GUARDS,
+        default="floor",
+        help="floor H0 - alpha H_t there (default), or scale H_t down",
+    )
+
+
 def parse_task(text: str) -> Task:
     """MODEL[,curvature=FILE][,weight=W][,name=NAME].
 

@@ -6,9 +6,9 @@ import argparse
 
 from gradmatch.commands.merge import add_model_arguments, make_plan, overrides, print_plan
 from gradmatch.commands.options import add_options
+from gradmatch.commands.sources import add_guard
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules import RULES, removals
-from gradmatch.rules.removal import GUARDS
 from gradmatch.subtraction import scaled, task_of, tasks_of
 
 EXAMPLES = """
@@ -22,8 +22,6 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `gradmatch subtract`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EXAMPLES
     add_model_arguments(parser)
     parser.add_argument(
         "--method", choices=removals(), default="removal", help="Eq. 13 (default), or a baseline"
@@ -33,15 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ascent, in place of --task: the base's gradient on what is to go (`estimate --gradient`)",
     )  # fmt: skip
     parser.add_argument("--weight", type=float, default=1.0, help="alpha, for all tasks (default 1)")
-    parser.add_argument(
-        "--keep", type=float, default=0.1, help="guard: H0 - alpha H_t is at least keep * H0 (default 0.1)"
-    )
-    parser.add_argument(
-        "--guard",
-        choices=GUARDS,
-        default="floor",
-        help="floor H0 - alpha H_t there (default), or scale H_t down",
-    )
+    add_guard(parser)
     add_options(parser, [RULES[name] for name in removals()])
 
 

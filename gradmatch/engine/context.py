@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -85,15 +85,9 @@ def pieces(step: Step, first: int, last: int, blocks: int = 1) -> Iterator[tuple
 
 def byte_ranges(context: Context, step: Step, first: int, last: int) -> Iterator[tuple[TensorFile, int, int]]:
     """The parts of files that elements first to last of a step will be read from."""
-    inputs = context.inputs
-    stores: list[Any] = [inputs.store]
-    if step.tasks:
-        for task in (inputs.tasks[t] for t in step.tasks):
-            stores += [task.store, task.mean, task.gradient]
-        stores.append(inputs.base_curvature)
-    for store in stores:
-        known = store is not None and not isinstance(store, float) and step.name in store
-        for file, start, stop in store.files(step.name) if known else ():
+    stores = context.inputs.stores(step.tasks) if step.tasks else [("", context.inputs.store)]
+    for store in (store for _, store in stores if step.name in store):
+        for file, start, stop in store.files(step.name):
             size = (stop - start) / max(1, step.spec.numel)
             yield file, start + int(first * size), min(stop, start + int(last * size))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -58,13 +58,8 @@ def same_everywhere(context: Context, step: Step, first: int, merged: Tensor) ->
 def explain(context: Context, step: Step, first: int, last: int, merged: Tensor) -> str:
     """Why a piece came out NaN or infinite: which input is not finite, or where no curvature is known at all."""
     inputs, request = context.inputs, context.plan.request
-    stores: dict[str, Any] = {"the base": inputs.store}
-    for task in (inputs.tasks[t] for t in step.tasks):
-        stores |= {task.name: task.store, f"the curvature of {task.name}": task.mean}
-        stores[f"the gradient of {task.name}"] = task.gradient
-    stores["the curvature of the base"] = inputs.base_curvature
-    for owner, store in stores.items():
-        if store is not None and not isinstance(store, float) and step.name in store:
+    for owner, store in inputs.stores(step.tasks):
+        if step.name in store:
             bad = int((~store.block(step.name, first, last).to(torch.float64).isfinite()).sum())
             if bad:
                 return f"{step.name!r} holds {bad} NaN or infinite values in {owner} (elements {first} to {last}); repair that input"

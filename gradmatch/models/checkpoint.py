@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(eq=False, repr=False)
 class Checkpoint(Mapping[str, "Tensor"]):
     """Weights by name, read when asked for.
 
@@ -37,33 +40,35 @@ class Checkpoint(Mapping[str, "Tensor"]):
         posterior: the sum of the precisions of that merge, where it was asked for, or None.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        *,
-        path: Path | None = None,
-        config: Mapping[str, Any] | None = None,
-        aliases: Mapping[str, str] | None = None,
-        module: Any = None,
-        changed: Mapping[str, Any] | None = None,
-        folder: Path | None = None,
-        names: Sequence[str] = (),
-    ) -> None:
-        self.store = store
-        self.path = path
-        self.folder = folder or (path if path is not None and path.is_dir() else None)
-        self.tokenizer = self.folder
-        self.config = config
-        self.aliases = dict(aliases or {})
-        self.module = module
-        self.names = tuple(names) or (published(path) if path else self.where,)
-        self.changed = changed
-        self.under: Checkpoint | None = None
-        self.untied: frozenset[str] = frozenset()
+    store: Store
+    _: KW_ONLY
+    path: Path | None = None
+    config: Mapping[str, Any] | None = None
+    aliases: dict[str, str] = field(default_factory=dict)
+    module: Any = None
+    changed: Mapping[str, Any] | None = None
+    folder: Path | None = None
+    tokenizer: Path | None = None
+    names: Sequence[str] = ()
+    under: Checkpoint | None = None
+    untied: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+    report: Any = None
+    posterior: Any = None
+    original: Checkpoint = field(init=False)
+
+    def __post_init__(self) -> None:
+        """What follows from the path, where nothing else is said."""
+        self.folder = self.folder or (self.path if self.path is not None and self.path.is_dir() else None)
+        self.tokenizer = self.tokenizer or self.folder
+        self.names = tuple(self.names) or (published(self.path) if self.path else self.where,)
         self.original = self
-        self.notes: tuple[str, ...] = ()
-        self.report: Any = None
-        self.posterior: Any = None
+
+    def seen(self, store: Store, **changed: Any) -> Checkpoint:
+        """The same checkpoint through another store, with some attributes changed."""
+        result = copy.copy(self)
+        vars(result).update(changed, store=store)
+        return result
 
     def __getitem__(self, name: str) -> Tensor:
         return read(self.store, self.aliases.get(name, name))

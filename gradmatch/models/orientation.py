@@ -27,6 +27,6 @@ def conv1d_weights(checkpoint: Checkpoint) -> dict[str, bool]:
         return {}
     from transformers.pytorch_utils import Conv1D
 
-    names = known.names(checkpoint, checkpoint.where).plain
+    names = known.names(checkpoint).plain
     layers = ((f"{name}.weight", layer) for name, layer in known.module.named_modules())
     return {names[weight]: isinstance(layer, Conv1D) for weight, layer in layers if weight in names}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.errors import GradmatchError, within
 from gradmatch.estimators.wrapped import bare_names
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.gathered import Gathered, Part
@@ -141,12 +141,11 @@ class Structure:
         self.buffers = {bare_names([name])[name] for name, _ in module.named_buffers()} if module else set()
         self.ties = {name: names for names in same.values() if len(names) > 1 for name in names}
 
-    def names(self, tensors: Store | Checkpoint, where: str) -> Names:
+    def names(self, tensors: Checkpoint) -> Names:
         """How transformers would load these tensors into the module; what it would not load keeps its name.
 
         Args:
             tensors: under the names of a file, of a module, or of another class with the same trunk.
-            where: whose they are, for messages.
 
         Raises:
             ValueError: two tensors for one parameter, or tensors that do not go together.
@@ -155,6 +154,10 @@ class Structure:
         conversions = _conversions(self.module)
         if conversions is None:
             return Names(held)
+        with within(tensors.where, "bad_model"):
+            return self._names(conversions, tensors, held)
+
+    def _names(self, conversions: Conversions, tensors: Checkpoint, held: Mapping[str, str]) -> Names:
         plain: dict[str, str] = {}
         collected: dict[str, list[tuple[str, str]]] = {}
         for short in conversions.ordered(held):
@@ -165,27 +168,20 @@ class Structure:
             name = name if pattern is None else short
             if name in plain:
                 raise GradmatchError(
-                    f"{where}: {plain[name]!r} and {held[short]!r} are both {name!r} of {type(self.module).__name__}; remove one of the two",
-                    "bad_model",
-                    where,
+                    f"{plain[name]!r} and {held[short]!r} are both {name!r} of {type(self.module).__name__}; remove one of the two"
                 )
             plain[name] = held[short]
-        groups = [self._group(conversions, name, found, tensors, where) for name, found in collected.items()]
+        groups = [self._group(conversions, name, found, tensors) for name, found in collected.items()]
         return Names(plain, groups)
 
     def _group(
-        self,
-        conversions: Conversions,
-        name: str,
-        found: list[tuple[str, str]],
-        store: Store | Checkpoint,
-        where: str,
+        self, conversions: Conversions, name: str, found: list[tuple[str, str]], tensors: Checkpoint
     ) -> Group:
         """The stored tensors that make one parameter (and those beside it), checked to make it in its shape."""
         import torch
 
         convert = functools.partial(conversions.convert, name, [pattern for pattern, _ in found])
-        sources = {key: store.spec(key) for _, key in found}
+        sources = {key: tensors.spec(key) for _, key in found}
         empty = [
             torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device="meta") for spec in sources.values()
         ]
@@ -193,10 +189,7 @@ class Structure:
             made = convert(empty)
         except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
             raise GradmatchError(
-                f"{where}: transformers makes {name!r} of {', '.join(sources)}, and these do not go together ({error}); "
-                "fetch the model again",
-                "bad_model",
-                where,
+                f"transformers makes {name!r} of {', '.join(sources)}, and these do not go together ({error}); fetch the model again"
             ) from error
         targets = {
             key: Spec(SAFETENSORS_NAME[str(value.dtype).removeprefix("torch.")], tuple(value.shape))
@@ -205,12 +198,10 @@ class Structure:
         for key, spec in targets.items():
             if key in self.tensors and spec.shape != tuple(self.tensors[key].shape):
                 raise GradmatchError(
-                    f"{where}: {', '.join(sources)} make {key!r} of shape {list(spec.shape)}, in {type(self.module).__name__} it is "
-                    f"{list(self.tensors[key].shape)}; tensors are missing, or the config is another model's",
-                    "bad_model",
-                    where,
+                    f"{', '.join(sources)} make {key!r} of shape {list(spec.shape)}, in {type(self.module).__name__} it is "
+                    f"{list(self.tensors[key].shape)}; tensors are missing, or the config is another model's"
                 )
-        return Group(sources, targets, convert, where)
+        return Group(sources, targets, convert, tensors.where)
 
 
 class Conversions:
@@ -314,10 +305,8 @@ def structure(checkpoint: Checkpoint) -> Structure | None:
         for key, value in (checkpoint.config or {}).items()
         if not key.startswith("_") and key != "transformers_version"
     }
-    try:
+    with within(checkpoint.where, "bad_model"):
         return _on_meta(kind, json.dumps(told, default=str, sort_keys=True))
-    except ValueError as error:
-        raise GradmatchError(f"{checkpoint.where}: {error}", "bad_model", checkpoint.where) from error
 
 
 def _is_known(config: Mapping[str, Any] | None) -> bool:

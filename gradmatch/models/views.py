@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +55,7 @@ def arrange(model: Checkpoint, base: Checkpoint, beside: Sequence[Checkpoint] = 
     """
     known = [found for one in (base, model, *beside) if (found := structure(one)) is not None]
     frame = known[0] if known else Structure(None)
-    ours, theirs = frame.names(base, base.where), frame.names(model, model.where)
+    ours, theirs = frame.names(base), frame.names(model)
     ties: dict[str, list[str]] = {}
     for found in known:
         for name, names in found.ties.items():
@@ -122,7 +121,7 @@ def like(model: Checkpoint, base: Checkpoint) -> Checkpoint:
             plain[new] = old
             held.setdefault(old, new)
     store = Arrangement(plain, arranged.names, arranged.viewed, arranged.back).of(model.store)
-    return _replaced(model, store, aliases)
+    return model.seen(store, aliases=aliases)
 
 
 def by_module(checkpoint: Checkpoint, known: Structure | None = None) -> Checkpoint:
@@ -138,14 +137,14 @@ def by_module(checkpoint: Checkpoint, known: Structure | None = None) -> Checkpo
     frame = known or structure(checkpoint)
     if frame is None:
         return checkpoint
-    names = frame.names(checkpoint, checkpoint.where)
+    names = frame.names(checkpoint)
     held = {new: checkpoint.aliases.get(old, old) for new, old in names.plain.items()}
     store = Names(held, names.groups).view(checkpoint.store)
     own = structure(checkpoint) if known else None
     ties = {**(own.ties if own else {}), **frame.ties}
     tied = {name: next((other for other in ties[name] if other in store), "") for name in ties}
     aliases = {name: other for name, other in tied.items() if other and name not in store}
-    return _replaced(checkpoint, store, aliases)
+    return checkpoint.seen(store, aliases=aliases)
 
 
 def as_module(checkpoint: Checkpoint) -> Checkpoint:
@@ -166,7 +165,7 @@ def buffers_of(checkpoint: Checkpoint) -> frozenset[str]:
     known = structure(checkpoint)
     if known is None:
         return frozenset()
-    names = known.names(checkpoint, checkpoint.where).plain
+    names = known.names(checkpoint).plain
     return frozenset(names[name] for name in known.buffers if name in names)
 
 
@@ -175,10 +174,3 @@ def unsaved_of(checkpoint: Checkpoint) -> frozenset[str]:
     known = structure(checkpoint)
     patterns = getattr(known.module, "_keys_to_ignore_on_save", None) or () if known else ()
     return frozenset(name for name in checkpoint if any(re.search(pattern, name) for pattern in patterns))
-
-
-def _replaced(checkpoint: Checkpoint, store: Store, aliases: Mapping[str, str]) -> Checkpoint:
-    """The checkpoint with another store."""
-    result = copy.copy(checkpoint)
-    result.store, result.aliases = store, dict(aliases)
-    return result

@@ -100,7 +100,7 @@ def recalibrate(base: Checkpoint, merged: Mapping[str, Tensor], batches: Iterabl
     measured = batchnorm_statistics(module, {}, runs())
     if not count:
         raise GradmatchError(EMPTY, "bad_output")
-    stored = Structure(module).names(base, base.where).plain
+    stored = Structure(module).names(base).plain
     found = {stored[name]: value for name, value in measured.items() if name in stored}
     for name, value in found.items():
         if not bool(value.isfinite().all()):

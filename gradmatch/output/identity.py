@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.estimators.errors import GradmatchError
-from gradmatch.models.curvatures import CurvatureStore
 from gradmatch.output.card import versions
 from gradmatch.output.carried import CARRIED, carried
 
@@ -21,19 +20,12 @@ if TYPE_CHECKING:
     from gradmatch.plan.step import Plan
 
 
-def stores(inputs: Inputs) -> Iterator[Store | CurvatureStore]:
-    """Everything that values are read from."""
-    yield inputs.store
-    if inputs.anchor is not None:
-        yield inputs.anchor.store
-    for task in inputs.tasks:
-        yield task.store
-        yield from (store for store in (task.mean, task.gradient) if store is not None)
+def stores(inputs: Inputs) -> Iterator[Store]:
+    """Everything that values are read from, factors too."""
+    yield from (store for _, store in inputs.stores(range(len(inputs.tasks))))
     for factors in (*(task.factors for task in inputs.tasks), inputs.base_factors):
         if factors is not None:
             yield from (factors.a, factors.b)
-    if isinstance(inputs.base_curvature, CurvatureStore):
-        yield inputs.base_curvature
 
 
 def weight_files(inputs: Inputs) -> set[Path]:

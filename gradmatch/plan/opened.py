@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
@@ -57,6 +57,20 @@ class Inputs:
     base_curvature: CurvatureStore | float | None = None
     base_factors: Factors | None = None
     anchor: Checkpoint | None = None
+
+    def stores(self, tasks: Iterable[int]) -> Iterator[tuple[str, Store]]:
+        """Whose values are read, and where from, of some tasks alone: models, and the curvatures that the rule needs."""
+        yield "the base", self.store
+        if self.anchor is not None:
+            yield "the anchor", self.anchor.store
+        for task in (self.tasks[t] for t in tasks):
+            yield task.name, task.store
+            if task.mean is not None:
+                yield f"the curvature of {task.name}", task.mean
+            if task.gradient is not None:
+                yield f"the gradient of {task.name}", task.gradient
+        if isinstance(self.base_curvature, CurvatureStore):
+            yield "the curvature of the base", self.base_curvature
 
     @cached_property
     def buffers(self) -> frozenset[str]:

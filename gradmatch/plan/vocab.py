@@ -7,7 +7,7 @@ lacks starts from the mean of the models that have it.
 
 from __future__ import annotations
 
-import json
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -318,16 +318,4 @@ def _difference(
 def _replaced(checkpoint: Checkpoint, store: AlignedStore, rows: int) -> Checkpoint:
     """The checkpoint with aligned tensors and a config of the new size."""
     config = None if checkpoint.config is None else with_rows(checkpoint.config, rows)
-    changed = None if config is None else json.loads(json.dumps(config))
-    result = Checkpoint(
-        store,
-        path=checkpoint.path,
-        config=config,
-        aliases=checkpoint.aliases,
-        module=checkpoint.module,
-        changed=changed,
-        folder=checkpoint.folder,
-        names=checkpoint.names,
-    )
-    result.original, result.tokenizer = checkpoint, checkpoint.tokenizer
-    return result
+    return checkpoint.seen(store, config=config, changed=copy.deepcopy(config), original=checkpoint)
