@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradmatch.estimators.adam import from_adam
+    from gradmatch.estimators.categorical import Categorical
     from gradmatch.estimators.conformance import check_estimator
     from gradmatch.estimators.curvature import Curvature
     from gradmatch.estimators.estimation import estimate
     from gradmatch.estimators.ivon import from_ivon
     from gradmatch.estimators.laplace import from_laplace
-    from gradmatch.estimators.likelihood import Categorical
     from gradmatch.estimators.protocol import ESTIMATORS
     from gradmatch.estimators.task_vectors import from_task_vectors
     from gradmatch.estimators.values import Bernoulli, Gaussian
@@ -37,7 +37,7 @@ __all__ = [
 
 _WHERE = {
     "Bernoulli": "gradmatch.estimators.values",
-    "Categorical": "gradmatch.estimators.likelihood",
+    "Categorical": "gradmatch.estimators.categorical",
     "Curvature": "gradmatch.estimators.curvature",
     "Gaussian": "gradmatch.estimators.values",
     "from_adam": "gradmatch.estimators.adam",

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.categorical import Categorical
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.fisher import finish
-from gradmatch.estimators.likelihood import Categorical
 from gradmatch.estimators.problem import Problem
 from gradmatch.estimators.sinks import DIAGONAL, zeros
 from gradmatch.estimators.values import Bernoulli, Gaussian

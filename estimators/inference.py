@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradmatch.estimators.batches import Batch
+from gradmatch.estimators.categorical import Categorical
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.general import differentiable
 from gradmatch.estimators.likelihood import (
     LOGITS,
-    Categorical,
     Likelihood,
     OwnLikelihood,
     checked_logits,

@@ -16,7 +16,8 @@ from gradmatch.models.curvatures import CurvatureStore
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.task import Model, Task
 from gradmatch.output.report import Report, make_report
-from gradmatch.plan.opened import Inputs, open_inputs
+from gradmatch.plan.inputs import Inputs
+from gradmatch.plan.opened import open_inputs
 from gradmatch.plan.plan import plan
 from gradmatch.plan.request import Request
 from gradmatch.plan.step import Plan, no_posterior

@@ -11,7 +11,7 @@ import torch
 from gradmatch.engine.draws import GRID
 from gradmatch.models.gathered import Gathered
 from gradmatch.models.stores import FileStore
-from gradmatch.plan.opened import Inputs
+from gradmatch.plan.inputs import Inputs
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,9 +17,10 @@ import torch
 from torch.func import functional_call
 
 from gradmatch.estimators.batches import BatchReader
+from gradmatch.estimators.categorical import Categorical
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.inference import infer_likelihood, make_likelihood
-from gradmatch.estimators.likelihood import Categorical, Likelihood, Reading, find_logits
+from gradmatch.estimators.likelihood import Likelihood, Reading, find_logits
 from gradmatch.estimators.values import Bernoulli, Gaussian
 from gradmatch.estimators.wrapped import unwrap
 from gradmatch.measure.seats import Seats, Tensors, Weights

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gradmatch.estimators.errors import GradmatchError
-from gradmatch.estimators.tensorfile import ITEM_SIZE, TORCH_NAME, TensorFile
+from gradmatch.estimators.header import ITEM_SIZE, TORCH_NAME
+from gradmatch.estimators.tensorfile import TensorFile
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from gradmatch.output.carried import CARRIED, carried
 
 if TYPE_CHECKING:
     from gradmatch.models.stores import Store
-    from gradmatch.plan.opened import Inputs
+    from gradmatch.plan.inputs import Inputs
     from gradmatch.plan.step import Plan
 
 

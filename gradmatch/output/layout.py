@@ -7,7 +7,7 @@ import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.estimators.tensorfile import ITEM_SIZE
+from gradmatch.estimators.header import ITEM_SIZE
 
 if TYPE_CHECKING:
     from gradmatch.plan.step import Plan, Step

@@ -13,7 +13,7 @@ from gradmatch.models.views import unsaved_of
 
 if TYPE_CHECKING:
     from gradmatch.models.checkpoint import Checkpoint
-    from gradmatch.plan.opened import Inputs, OpenTask
+    from gradmatch.plan.inputs import Inputs, OpenTask
     from gradmatch.plan.step import Plan
 
 

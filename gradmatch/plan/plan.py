@@ -31,7 +31,7 @@ from gradmatch.rules.linear import weight_sum
 from gradmatch.rules.options import takes
 
 if TYPE_CHECKING:
-    from gradmatch.plan.opened import Inputs, OpenTask
+    from gradmatch.plan.inputs import Inputs, OpenTask
 
 NOWHERE = "in no task: the base's"
 LITTLE = 0.1  # share of the weights that are merged, below which it is remarked

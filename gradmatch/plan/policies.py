@@ -14,7 +14,7 @@ from gradmatch.plan.matching import same_values
 
 if TYPE_CHECKING:
     from gradmatch.models.checkpoint import Checkpoint
-    from gradmatch.plan.opened import OpenTask
+    from gradmatch.plan.inputs import OpenTask
     from gradmatch.plan.request import Request
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

@@ -16,7 +16,7 @@ from gradmatch.rules.edits import TRANSFORMS
 from gradmatch.rules.options import NONE
 
 if TYPE_CHECKING:
-    from gradmatch.plan.opened import Inputs
+    from gradmatch.plan.inputs import Inputs
 
 Coefficients = tuple[float, list[float]]
 

@@ -24,7 +24,7 @@ from gradmatch.models.templates import chosen_template
 from gradmatch.models.tokenizers import EMBEDDINGS, rows_of, unread, vocabulary, with_rows
 
 if TYPE_CHECKING:
-    from gradmatch.plan.opened import Inputs
+    from gradmatch.plan.inputs import Inputs
     from gradmatch.plan.request import Request
 
 GENERATION = "generation_config.json"

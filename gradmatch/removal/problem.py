@@ -13,8 +13,8 @@ import torch
 
 from gradmatch.estimators.curvature import GRADIENT, Curvature
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.header import ITEM_SIZE
 from gradmatch.estimators.names import choose
-from gradmatch.estimators.tensorfile import ITEM_SIZE
 from gradmatch.merging import execute, prepare
 from gradmatch.models.curvatures import CurvatureStore, Prior, open_curvature
 from gradmatch.models.opening import open_checkpoint

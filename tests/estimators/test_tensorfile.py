@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gradmatch.estimators.tensorfile import HEADER_LIMIT, TORCH_NAME, TensorFile
+from gradmatch.estimators.header import HEADER_LIMIT, TORCH_NAME
+from gradmatch.estimators.tensorfile import TensorFile
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),

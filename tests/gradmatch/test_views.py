@@ -14,7 +14,7 @@ from gradmatch import Task, merge, open_checkpoint
 from gradmatch.estimators import estimate
 from gradmatch.estimators.wrapped import bare_names
 from gradmatch.measure.objective import Objective
-from gradmatch.models.gathered import ABSENT, Part, Rows
+from gradmatch.models.gathered import ABSENT, Gathered, Part, Rows
 from gradmatch.models.loading import load
 from gradmatch.models.stores import MemoryStore, Spec, equal
 from gradmatch.models.views import by_module, like
@@ -326,13 +326,14 @@ def test_gathered_pieces():
     store = MemoryStore({"a": torch.arange(6.0).view(3, 2), "b": torch.arange(10.0, 14.0).view(2, 2)})
     order = torch.tensor([4, 0, ABSENT, 2])
     part = Part(("a", "b"), Spec("F32", (4, 2)), lambda: (2, order))
-    whole = [12, 13, 0, 1, 7, 7, 4, 5]
+    gathered = Gathered(store, {"part": part, "rows": Rows([2, ABSENT, 0]).part(store, "a")})
+    whole = [12, 13, 0, 1, 0, 0, 4, 5]
     for first in range(8):
         for last in range(first, 9):
-            assert part.block(store, first, last, fill=7).tolist() == whole[first:last]
-    rows = Rows([2, ABSENT, 0]).part(store, "a")
-    assert rows.spec.shape == (3, 2)
-    assert rows.block(store, 0, 6, fill=0).tolist() == [4, 5, 0, 0, 0, 1]
+            assert gathered.block("part", first, last).tolist() == whole[first:last]
+    assert gathered.spec("rows").shape == (3, 2)
+    assert gathered.block("rows", 0, 6).tolist() == [4, 5, 0, 0, 0, 1]
+    assert gathered.block("b", 1, 3).tolist() == [11, 12]
 
 
 def test_equal_is_of_every_value():
