@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -29,8 +30,7 @@ if TYPE_CHECKING:
 
 CurvatureLike = Union["Curvature", str, "os.PathLike[str]"]
 REQUEST_FIELDS = tuple(name for name in Request.__dataclass_fields__ if name != "options")
-
-
+RUNNING = ("out", "overwrite", "batches", "progress", "posterior")  # arguments of `execute`
 POSTERIOR = "posterior.safetensors"  # in a merged folder
 
 
@@ -67,33 +67,11 @@ class Merged(dict[str, "Tensor"]):
 def merge(
     base: Model | Checkpoint,
     tasks: Sequence[Task],
-    *,
-    method: str = "gradient_matching",
-    base_curvature: CurvatureLike | float | None = None,
-    base_weight: float = 1.0,
-    delta0: float = 1e-6,
-    out: str | os.PathLike[str] | None = None,
-    overwrite: bool = False,
-    allow_mismatch: bool = False,
-    allow_pickle: bool = False,
-    batches: Any = None,
-    progress: bool = False,
-    posterior: bool = False,
     **options: Any,
 ) -> Mapping[str, Tensor]:
     """Merge with weights that are given. Arguments, result and errors as in `gradmatch.merge`, which chooses weights too."""
-    made = prepare(
-        base,
-        tasks,
-        method=method,
-        base_curvature=base_curvature,
-        base_weight=base_weight,
-        delta0=delta0,
-        allow_mismatch=allow_mismatch,
-        allow_pickle=allow_pickle,
-        **options,
-    )
-    return execute(made, out, overwrite=overwrite, batches=batches, progress=progress, posterior=posterior)
+    running = {name: options.pop(name) for name in RUNNING if name in options}
+    return execute(prepare(base, tasks, **options), **running)
 
 
 def prepare(
@@ -236,14 +214,11 @@ def _to_folder(
 
             posterior_of(made, written.sample).save(sink.folder / POSTERIOR)
         sink.publish()
-    except OSError:
-        sink.close_quietly()  # what was journalled stays for the next run
-        raise
-    except ValueError:
-        sink.abandon()  # bad input: nothing of it is worth keeping
-        raise
-    except BaseException:
-        sink.close_quietly()
+    except BaseException as error:
+        if isinstance(error, ValueError) and not isinstance(error, OSError):
+            sink.abandon()  # bad input: nothing of it is worth keeping
+        else:
+            sink.close_quietly()  # what was journalled stays for the next run
         raise
     checkpoint = open_checkpoint(out, base=made.inputs.base)
     tied = made.inputs.base.aliases.items()
@@ -264,29 +239,15 @@ def task_heads(made: Plan) -> dict[str, dict[str, Tensor]]:
     }
 
 
-class _bar:
+@contextmanager
+def _bar(made: Plan, shown: bool, finished: Collection[str]) -> Iterator[Callable[[int], object] | None]:
     """A progress bar over bytes read, or nothing; it begins behind the tensors that an interrupted run has finished."""
+    if not shown:
+        yield None
+        return
+    from tqdm import tqdm
 
-    def __init__(self, made: Plan, shown: bool, finished: Collection[str]) -> None:
-        self._made, self._shown = made, shown
-        self._done = sum(step.bytes_read for step in made.steps if step.name in finished)
-        self._tqdm: Any = None
-
-    def __enter__(self) -> Callable[[int], None] | None:
-        if not self._shown:
-            return None
-        from tqdm import tqdm
-
-        self._tqdm = tqdm(
-            total=self._made.bytes_read,
-            initial=self._done,
-            unit="B",
-            unit_scale=True,
-            desc=f"{self._made.request.method}{', resumed' if self._done else ''}",
-        )
-        update: Callable[[int], None] = self._tqdm.update
-        return update
-
-    def __exit__(self, *_: object) -> None:
-        if self._tqdm is not None:
-            self._tqdm.close()
+    done = sum(step.bytes_read for step in made.steps if step.name in finished)
+    title = f"{made.request.method}{', resumed' if done else ''}"
+    with tqdm(total=made.bytes_read, initial=done, unit="B", unit_scale=True, desc=title) as bar:
+        yield bar.update

@@ -11,7 +11,7 @@ from gradmatch.common.kinds import plain
 from gradmatch.common.settings import numbers, times
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.names import choose
-from gradmatch.merging import CurvatureLike, execute, merge, prepare
+from gradmatch.merging import RUNNING, CurvatureLike, execute, merge, prepare
 from gradmatch.models.task import Task, is_model
 from gradmatch.models.tokenizers import check_tokenizers
 from gradmatch.output.publishing import check_absent, place
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from gradmatch.plan.step import Plan
 
 SHARES = (0.001, 0.01, 0.1)
-RUNNING = ("out", "overwrite", "batches", "progress", "posterior")  # arguments of `execute`
 BINS = 65_536  # by the upper 16 bits of a float32: bins 0.8 % wide
 
 

@@ -54,7 +54,7 @@ class MemorySink:
 
 
 def run(
-    context: Context, sink: Sink, steps: Sequence[Step], on_progress: Callable[[int], None] | None = None
+    context: Context, sink: Sink, steps: Sequence[Step], on_progress: Callable[[int], object] | None = None
 ) -> dict[str, dict[str, float]]:
     """Carry out steps; returns each tensor's statistics.
 

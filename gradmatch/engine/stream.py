@@ -20,7 +20,7 @@ def stream(
     made: Plan,
     sink: Sink,
     finished: Mapping[str, dict[str, float]],
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Carry out a plan but for what is finished already; returns every tensor's statistics."""
     context = Context(made, kernels=kernels() if made.request.device == "cpu" else None)
