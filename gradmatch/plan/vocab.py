@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gradmatch.common.settings import layer_of
@@ -21,7 +21,8 @@ from gradmatch.models.gathered import ABSENT, AlignedStore, Rows
 from gradmatch.models.rewriting import IDS, check_loaded, dump, renumbered, rewritten, tokenizer_files
 from gradmatch.models.templates import FILE as TEMPLATE
 from gradmatch.models.templates import chosen_template
-from gradmatch.models.tokenizers import EMBEDDINGS, rows_of, unread, vocabulary, with_rows
+from gradmatch.models.tokenizers import EMBEDDINGS, unread, with_rows
+from gradmatch.models.vocabularies import Vocabulary, difference, vocabularies
 
 if TYPE_CHECKING:
     from gradmatch.plan.inputs import Inputs
@@ -70,53 +71,49 @@ def align(inputs: Inputs, request: Request) -> tuple[dict[str, bytes | None], li
         for name, model in zip(names, models, strict=True)
         if (file := unread(model.tokenizer))
     ]
-    tables = _tables(models)
-    known = next((table for table in tables if table is not None), None)
-    if known is None:
+    held = vocabularies(names, models)
+    if not held:
         return _taken(models, owner, notes), notes
-    reference = tables[0] if tables[0] is not None else known
-    given = [reference if table is None else table for table in tables]
-    sizes = [_rows(model, table) for model, table in zip(models, given, strict=True)]
-    held = [_with_rows(*one, notes) for one in zip(names, given, sizes, strict=True)]
-    differs = [i for i, table in enumerate(held) if table != held[0] or sizes[i] != sizes[0]]
+    notes += [note for one in held for note in one.beyond]
+    base = held[0]
+    differs = [one for one in held if (one.ids, one.rows) != (base.ids, base.rows)]
     if not differs:
         return _taken(models, owner, notes), notes
     if request.embeddings == "error" and owner is None:
-        raise GradmatchError(
-            _difference(names[differs[0]], models[differs[0]], held, sizes, differs[0], tables), "vocabulary"
-        )
-    for i in (0, *differs):
-        if tables[i] is None and (sizes[i] != sizes[0] or unread(models[i].tokenizer) or i == 0):
+        raise GradmatchError(difference(base, differs[0]), "vocabulary")
+    for one in (base, *differs):
+        file = unread(one.model.tokenizer)
+        if not one.known and (one is base or one.rows != base.rows or file):
             raise GradmatchError(
-                f"the vocabulary of {names[i]} is not known ({unread(models[i].tokenizer) or 'it has no tokenizer'}), so that its rows cannot "
-                "be aligned; save its tokenizer beside it, as tokenizer.json",
+                f"the vocabulary of {one.name} is not known ({file or 'it has no tokenizer'}), so that its rows cannot be aligned; save "
+                "its tokenizer beside it, as tokenizer.json",
                 "vocabulary",
             )
-    ids, rows, keeps = _numbered(held, sizes, request.embeddings, owner)
-    tensors = _vocabulary_tensors(models, sizes)
-    padding = set(range(rows)) - set(ids.values())
-    index = [_index(ids, table, rows) for table in held]
-    for row in padding:  # rows of no token stay the rows of the model whose numbers are kept
-        if row < sizes[keeps]:
-            index[keeps][row] = row
+    ids, rows, keeps = _numbered(held, request.embeddings, owner)
+    tensors = _vocabulary_tensors(held)
+    index = [[ABSENT] * rows for _ in held]
+    for one, places in zip(held, index, strict=True):
+        for token, number in ids.items():
+            places[number] = one.ids.get(token, ABSENT)
+    for row in set(range(min(rows, held[keeps].rows))) - set(ids.values()):
+        index[keeps][row] = row  # rows of no token stay the rows of the model whose numbers are kept
     _gather(inputs, index, tensors)
-    if ids == given[0] and owner is None:
+    if ids == base.table and owner is None:
         return {}, notes
     if owner is not None and owner > 0:
         return _taken([inputs.base, *models[1:]], owner, notes), notes
-    base = inputs.base
+    aligned = inputs.base
     donors = [model.tokenizer for model in models[1:] if model.tokenizer is not None]
-    files = rewritten(base.tokenizer, donors, ids)
-    assert base.folder is not None
-    assert base.tokenizer is not None
-    moved = ids if any(ids.get(token) != number for token, number in held[0].items()) else None
-    if moved:
-        old = {number: token for token, number in held[0].items()}
-        if base.changed:
-            base.config = base.changed = renumbered(base.changed, old, moved)
-        if (base.folder / GENERATION).is_file():
-            files[GENERATION] = dump(renumbered(read_json(base.folder / GENERATION), old, moved))
-    said = check_loaded(base.tokenizer, files, base.changed or {}, ids)
+    files = rewritten(aligned.tokenizer, donors, ids)
+    assert aligned.folder is not None
+    assert aligned.tokenizer is not None
+    if any(ids.get(token) != number for token, number in base.ids.items()):
+        old = {number: token for token, number in base.ids.items()}
+        if aligned.changed:
+            aligned.config = aligned.changed = renumbered(aligned.changed, old, ids)
+        if (aligned.folder / GENERATION).is_file():
+            files[GENERATION] = dump(renumbered(read_json(aligned.folder / GENERATION), old, ids))
+    said = check_loaded(aligned.tokenizer, files, aligned.changed or {}, ids)
     return files, [*notes, said] if said else notes
 
 
@@ -156,9 +153,7 @@ def _taken(models: Sequence[Checkpoint], owner: int | None, notes: list[str]) ->
     return files
 
 
-def _numbered(
-    tables: Sequence[Mapping[str, int]], sizes: Sequence[int], policy: str, owner: int | None
-) -> tuple[dict[str, int], int, int]:
+def _numbered(held: Sequence[Vocabulary], policy: str, owner: int | None) -> tuple[dict[str, int], int, int]:
     """Token -> id of the output, its number of rows, and the model whose rows of no token stay (padding).
 
     A union's new tokens take the ids after the base's last one, whose rows may be padding there; so does `add_tokens`.
@@ -167,31 +162,21 @@ def _numbered(
         ValueError: no token in common.
     """
     if owner is not None:
-        return dict(tables[owner]), sizes[owner], owner
-    base = dict(tables[0])
-    ordered = sorted(base, key=lambda token: base[token])
+        return dict(held[owner].ids), held[owner].rows, owner
+    ids, rows = dict(held[0].ids), held[0].rows
     if policy == "union":
-        following = max(base.values()) + 1
-        for table in tables[1:]:
-            for token in sorted(table, key=lambda token: table[token]):
-                if token not in base:
-                    base[token] = following
-                    following += 1
-        return base, max(sizes[0], following), 0
-    kept = [token for token in ordered if all(token in table for table in tables)]
+        following = max(ids.values()) + 1
+        for other in held[1:]:
+            for token in sorted(other.ids.keys() - ids.keys(), key=other.ids.__getitem__):
+                ids[token] = following
+                following += 1
+        return ids, max(rows, following), 0
+    kept = [token for token in sorted(ids, key=ids.__getitem__) if all(token in one.ids for one in held)]
     if not kept:
         raise GradmatchError("the vocabularies have no token in common", "vocabulary")
-    if len(kept) == len(base):
-        return base, sizes[0], 0
+    if len(kept) == len(ids):
+        return ids, rows, 0
     return {token: number for number, token in enumerate(kept)}, len(kept), 0
-
-
-def _index(ids: Mapping[str, int], table: Mapping[str, int], rows: int) -> list[int]:
-    """Source row of every output row."""
-    index = [ABSENT] * rows
-    for token, number in ids.items():
-        index[number] = table.get(token, ABSENT)
-    return index
 
 
 def _gather(inputs: Inputs, index: Sequence[list[int]], tensors: Sequence[str]) -> None:
@@ -215,104 +200,36 @@ def _gather(inputs: Inputs, index: Sequence[list[int]], tensors: Sequence[str]) 
         inputs.base_curvature.align(tensors, rows0)
 
 
-def _with_rows(name: str, table: Mapping[str, int], rows: int, notes: list[str]) -> dict[str, int]:
-    """The tokens that have a row; others can be written but not read by their model, and are told."""
-    beyond = sorted((number, token) for token, number in table.items() if number >= rows)
-    if beyond:
-        number, token = beyond[0]
-        notes.append(
-            f"the tokenizer of {name} has {len(beyond)} tokens beyond the {rows} rows of its embeddings, first {token!r} ({number}): they "
-            "have no weights and take no part"
-        )
-    return {token: number for token, number in table.items() if number < rows}
-
-
-def _vocabulary_tensors(models: Sequence[Checkpoint], sizes: Sequence[int]) -> list[str]:
+def _vocabulary_tensors(held: Sequence[Vocabulary]) -> list[str]:
     """Tensors with one row a token in every model: input and output embeddings and output biases.
 
     Raises:
         ValueError: there is none, or the model is as wide as its vocabulary is long, and no name tells the embeddings.
     """
+    base, rows = held[0].model, held[0].rows
     found = [
         name
-        for name in models[0].store
+        for name in base.store
         if layer_of(name) is None
         and not POSITIONS.search(name)
-        and all(
-            model.spec(name).shape[:1] == (size,)
-            for model, size in zip(models, sizes, strict=True)
-            if name in model.store
-        )
+        and all(one.model.spec(name).shape[:1] == (one.rows,) for one in held if name in one.model.store)
     ]
     if not found:
         raise GradmatchError(
-            f"no tensor has a row for each token of every model ({', '.join(map(str, sizes))} rows by their configs and tokenizers); "
+            f"no tensor has a row for each token of every model ({', '.join(str(one.rows) for one in held)} rows by their configs and tokenizers); "
             "give all models the base's vocabulary first",
             "vocabulary",
         )
-    if all(models[0].spec(name).shape[1:] != (sizes[0],) for name in found):
+    if all(base.spec(name).shape[1:] != (rows,) for name in found):
         return found
     named = [name for name in found if EMBEDDINGS.search(name)]
     if not named:
         raise GradmatchError(
-            f"the models are {sizes[0]} wide and have {sizes[0]} tokens, and none of the names {', '.join(found)} is one of "
+            f"the models are {rows} wide and have {rows} tokens, and none of the names {', '.join(found)} is one of "
             "embeddings that are known; give all models the base's vocabulary first",
             "vocabulary",
         )
     return named
-
-
-def _rows(model: Checkpoint, table: Mapping[str, int]) -> int:
-    """A model's number of embedding rows, by its config (also of a tower's), else as many as it has tokens."""
-    return rows_of(model.config) or max(table.values()) + 1
-
-
-def _tables(models: Sequence[Checkpoint]) -> list[dict[str, int] | None]:
-    """Token -> id of every model that comes with a tokenizer; equal files are parsed once."""
-    tables: list[dict[str, int] | None] = []
-    parsed: dict[bytes, dict[str, int] | None] = {}
-    for model in models:
-        key, parse = vocabulary(model.tokenizer)
-        if key not in parsed:
-            parsed[key] = parse()
-        tables.append(parsed[key])
-    return tables
-
-
-def _difference(
-    name: str,
-    model: Checkpoint,
-    tables: Sequence[Mapping[str, int]],
-    sizes: Sequence[int],
-    position: int,
-    read: Sequence[Mapping[str, int] | None],
-) -> str:
-    """What to say of two vocabularies that differ."""
-    base, table = tables[0], tables[position]
-    rows = f"the embeddings of {name} have {sizes[position]} rows and the base's {sizes[0]}"
-    if read[position] is None or read[0] is None:
-        whose, file = (name, unread(model.tokenizer)) if read[position] is None else ("the base", "")
-        why = f"could not be read ({file} alone)" if file else "is not known, it has no tokenizer"
-        return f"{rows}, and the vocabulary of {whose} {why}; save its tokenizer beside it, as tokenizer.json"
-    if table == base:
-        return f"{rows}, for the same tokens; choose embeddings='union' or 'intersect' to merge the rows of tokens and keep the base's padding"
-    missing = [token for token in base if token not in table]
-    added = [token for token in table if token not in base]
-    moved = [token for token in base if token in table and table[token] != base[token]]
-    parts = []
-    if moved:
-        token = moved[0]
-        parts.append(
-            f"{len(moved)} tokens have another id, first {token!r}: {base[token]} in the base, {table[token]} in it"
-        )
-    if missing:
-        parts.append(f"{len(missing)} are missing, first {missing[0]!r}")
-    if added:
-        parts.append(f"{len(added)} are added, first {added[0]!r}")
-    return (
-        f"the vocabulary of {name} ({len(table)} tokens) differs from the base's ({len(base)}): {'; '.join(parts)}; "
-        "choose embeddings='union' or 'intersect' to align the rows by token"
-    )
 
 
 def _replaced(checkpoint: Checkpoint, store: AlignedStore, rows: int) -> Checkpoint:
