@@ -248,6 +248,12 @@ def test_one_name_in_two_shards(tmp_path):
         FileStore([TensorFile(tmp_path / "a.safetensors"), TensorFile(tmp_path / "b.safetensors")])
 
 
+def test_a_pickle_of_before_zip_archives_is_read(tmp_path):
+    torch.save(BASE, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    found = open_checkpoint(tmp_path / "old.pt", allow_pickle=True)
+    assert all(torch.equal(found[name], value) for name, value in BASE.items())
+
+
 def test_pickles_are_refused_unless_asked(tmp_path):
     torch.save(MODELS[0], tmp_path / "m.pt")
     (tmp_path / "folder").mkdir()
