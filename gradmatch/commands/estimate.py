@@ -271,11 +271,7 @@ def load(args: argparse.Namespace, task: str) -> tuple[Any, Any, str]:
 
 
 def _with_factors(name: str, kind: Any) -> Any:
-    """The base with an adapter's A and B beside its weights, which alone are trained.
-
-    Raises:
-        ValueError: peft is not installed.
-    """
+    """The base with an adapter's A and B beside its weights, which alone are trained."""
     try:
         from peft import PeftModel
     except ModuleNotFoundError as error:

@@ -135,11 +135,7 @@ def _stacked(
 
 
 def _checked(step: Step, merged: Tensor, like: Tensor) -> Tensor:
-    """What a rule returned, where it is what it must be.
-
-    Raises:
-        ValueError: a tensor of another shape, or something that is no tensor.
-    """
+    """What a rule returned, where it is what it must be."""
     shape = list(merged.shape) if isinstance(merged, Tensor) else type(merged).__name__
     if shape != list(like.shape):
         raise GradmatchError(

@@ -91,11 +91,7 @@ def _refuse_overflow(step: Step, merged: Tensor, out: Tensor) -> None:
 
 
 def _known(context: Context, step: Step, first: int, merged: Tensor) -> Tensor:
-    """A block that is not finite with the infinite values (of masks) that all inputs share.
-
-    Raises:
-        ValueError: they do not share them.
-    """
+    """A block that is not finite with the infinite values (of masks) that all inputs share."""
     same = same_everywhere(context, step, first, merged)
     if same is None:
         raise GradmatchError(explain(context, step, first, first + merged.numel(), merged), "not_finite")

@@ -97,11 +97,7 @@ def scale_of(config: Mapping[str, Any], module: str, key: str, stored: int) -> f
 
 
 def _by_pattern(config: Mapping[str, Any], table: str, module: str, default: Any) -> Any:
-    """The value of the first pattern that is the whole name of a module, or the whole of it behind a dot.
-
-    Raises:
-        ValueError: a pattern that is no regular expression.
-    """
+    """The value of the first pattern that is the whole name of a module, or the whole of it behind a dot."""
     for pattern, value in (config.get(table) or {}).items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):

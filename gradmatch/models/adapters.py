@@ -173,11 +173,7 @@ def _low_rank(
 
 
 def _stored_in_out(target: str, config: Mapping[str, Any], base: Checkpoint) -> bool:
-    """Whether a square weight is stored [in, out], as its own module tells; peft's flag is that of the last layer it made.
-
-    Raises:
-        ValueError: the base's modules are unknown, and its name or the flag says that it may be.
-    """
+    """Whether a square weight is stored [in, out], as its own module tells; peft's flag is that of the last layer it made."""
     known = conv1d_weights(base)
     if target in known:
         return known[target]
@@ -192,9 +188,8 @@ def _stored_in_out(target: str, config: Mapping[str, Any], base: Checkpoint) -> 
 def _target(module: str, suffix: str, base: Checkpoint) -> str:
     """The base's tensor that an adapted module holds.
 
-    Raises:
-        ValueError: the base has no such module, or its tensor is another's: an update of the output embeddings would change
-            the input embeddings. (That of the input embeddings changes both, as merging with peft does.)
+    An update of output embeddings that are tied would change the input embeddings, and is refused; one of the input embeddings
+    changes both, as merging with peft does.
     """
     name = module + suffix
     if name in base.aliases and OUTPUT.search(name):

@@ -56,9 +56,6 @@ def _pieces(group: Group) -> tuple[int, Tensor, Tensor]:
     """The number of elements of a piece; the source's piece for each of the targets'; the target's piece for each of the sources'.
 
     Rows of the last dimension are the pieces where the conversion leaves them whole, else single elements.
-
-    Raises:
-        ValueError: a conversion that does more than to rearrange.
     """
     import torch
 

@@ -114,11 +114,7 @@ def _difference(one: Store, other: Store) -> str:
 
 
 def _listed_shards(path: Path) -> dict[str, str]:
-    """Tensor -> shard, as a folder's index says.
-
-    Raises:
-        ValueError: no such table, or one that leaves its folder.
-    """
+    """Tensor -> shard, as a folder's index says."""
     weight_map: Any = read_json(path / INDEX).get("weight_map")
     named = isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())
     if not weight_map or not named:
@@ -139,12 +135,7 @@ def _listed_shards(path: Path) -> dict[str, str]:
 
 
 def _indexed_files(path: Path) -> list[TensorFile]:
-    """The shards that a folder's index names, after checking that index and shards agree.
-
-    Raises:
-        ValueError: the index leaves its folder, or names other tensors than the shards hold.
-        FileNotFoundError: a shard is missing.
-    """
+    """The shards that a folder's index names, after checking that index and shards agree."""
     weight_map = _listed_shards(path)
     files = {shard: TensorFile(path / shard) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():

@@ -93,11 +93,7 @@ def adapter_folder(adapter: str, whole: str) -> Path:
 
 
 def _base_at_hand(adapter: Path) -> Path:
-    """The folder of the base that an adapter names, where it is here already; nothing is downloaded that nobody named.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """The folder of the base that an adapter names, where it is here already; nothing is downloaded that nobody named."""
     named = named_base(adapter)
     if Path(named).expanduser().exists():
         return Path(named).expanduser()

@@ -193,11 +193,7 @@ def gapless(numbered: Mapping[str, int]) -> bool:
 
 
 def _check_gapless(numbered: Mapping[str, int], where: str) -> None:
-    """Refuse ids with gaps where a token's place is its id.
-
-    Raises:
-        ValueError: there are some.
-    """
+    """Refuse ids with gaps where a token's place is its id."""
     if not gapless(numbered):
         raise GradmatchError(
             f"{where} numbers tokens by their place, and the ids of the output have gaps; choose embeddings='intersect'",
@@ -233,11 +229,7 @@ def _renumber_processor(node: Any, numbered: Mapping[str, int]) -> None:
 
 
 def _new_id(token: str, numbered: Mapping[str, int], where: str) -> int:
-    """A token's new id.
-
-    Raises:
-        ValueError: it is not in the output's vocabulary.
-    """
+    """A token's new id."""
     if token not in numbered:
         raise GradmatchError(
             f"{where} needs token {token!r}, which not every model has; choose embeddings='union' (or, where it has no row in its own model "

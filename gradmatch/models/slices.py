@@ -90,11 +90,7 @@ def stack(slices: Sequence[Slice], *, allow_pickle: bool = False) -> Checkpoint:
 
 
 def _tower(checkpoint: Checkpoint) -> tuple[str, str]:
-    """The names before the number of a layer that is meant ("model.language_model.layers."), and the nested config of that part.
-
-    Raises:
-        ValueError: several stacks of layers, and none or more than one of them has the language model's count or name.
-    """
+    """The names before the number of a layer that is meant ("model.language_model.layers."), and the nested config of that part."""
     counts: dict[str, int] = {}
     for name in checkpoint.store:
         found = LAYER.search(name)

@@ -99,11 +99,7 @@ def unread(folder: Path | None) -> str:
 
 
 def _checked(parse: Callable[[bytes], dict[str, int]], content: bytes, where: Path) -> dict[str, int]:
-    """Parse, naming the file in errors.
-
-    Raises:
-        ValueError: the file is not what its name promises.
-    """
+    """Parse, naming the file in errors."""
     try:
         table = parse(content)
         if not all(type(number) is int and number >= 0 for number in table.values()):

@@ -256,11 +256,7 @@ def check_output(out: str | os.PathLike[str], plan: Plan, overwrite: bool) -> No
 
 
 def _claim(fd: int, size: int, out: Path) -> None:
-    """Reserve the bytes of a shard.
-
-    Raises:
-        OSError: there is no room.
-    """
+    """Reserve the bytes of a shard."""
     try:
         claim(fd, size)
     except OSError as error:

@@ -99,11 +99,7 @@ def plan(inputs: Inputs, request: Request) -> Plan:
 
 
 def _merged(result: Plan, copied: Step, tasks: tuple[int, ...], here: float | None, statistic: str) -> Step:
-    """The step of a tensor that several models have: by which rule, with which weights and options, computed how.
-
-    Raises:
-        ValueError: weights or options that this tensor cannot have, or a curvature that it lacks.
-    """
+    """The step of a tensor that several models have: by which rule, with which weights and options, computed how."""
     request, inputs, name = result.request, result.inputs, copied.name
     owners = [inputs.tasks[t] for t in tasks]
     spec = inputs.base.spec(name)
@@ -144,11 +140,7 @@ def _after(
     alpha: Sequence[float],
     owners: Sequence[OpenTask],
 ) -> tuple[Edits, str]:
-    """The edits of one tensor's merged update, and which of them leave it as it is.
-
-    Raises:
-        ValueError: an edit that must know the layers of a model that has none, or makes no sense of a negative weight.
-    """
+    """The edits of one tensor's merged update, and which of them leave it as it is."""
     found, left = [], []
     for edit, options in request.after_edits:
         kind = AFTER[edit]
@@ -190,11 +182,7 @@ def _shared(rule: Rule, options: Options) -> Options:
 
 
 def _little_merged(result: Plan) -> list[str]:
-    """What to say where the policies leave little to merge.
-
-    Raises:
-        ValueError: nothing at all, or few tensors because names do not fit together.
-    """
+    """What to say where the policies leave little to merge."""
     whole = sum(step.spec.numel for step in result.steps if step.spec.floating)
     merged = sum(step.spec.numel for step in result.merged)
     if whole and not merged:
@@ -235,11 +223,7 @@ def _unusual_sums(result: Plan) -> list[str]:
 
 
 def _check_task_options(tasks: Sequence[OpenTask], request: Request) -> None:
-    """Options that a task has of its own.
-
-    Raises:
-        ValueError: one that no transform takes for a single task, or out of range.
-    """
+    """Options that a task has of its own."""
     known = {name for _, options in request.edits for name in options.per_task()}
     for task in tasks:
         for key in task.options:
@@ -255,12 +239,7 @@ def _check_task_options(tasks: Sequence[OpenTask], request: Request) -> None:
 
 
 def _weight(task: Any, name: str, depth: float | None) -> float:
-    """alpha_t of one tensor.
-
-    Raises:
-        ValueError: not finite.
-        TypeError: no number.
-    """
+    """alpha_t of one tensor."""
     weight = value_at(task.weight, name, depth, f"the weight of {task.name}")
     if isinstance(weight, (bool, str)) or weight is None:
         raise TypeError(f"the weight of {task.name} is {weight!r}; it must be a number")

@@ -167,12 +167,7 @@ class Request:
 def _chain(
     entries: Sequence[str | Mapping[str, Mapping[str, Any]]], what: str, known: Mapping[str, Any]
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every edit by its name, with the options that are its own.
-
-    Raises:
-        ValueError: an unknown name (the nearest is named).
-        TypeError: an entry that is neither a name nor {name: options}.
-    """
+    """Every edit by its name, with the options that are its own."""
     for entry in entries:
         if isinstance(entry, Mapping) and len(entry) == 1:
             ((name, own),) = entry.items()

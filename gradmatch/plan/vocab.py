@@ -118,11 +118,7 @@ def align(inputs: Inputs, request: Request) -> tuple[dict[str, bytes | None], li
 
 
 def _owner(tokenizer: str, names: Sequence[str]) -> int | None:
-    """The position of the model whose tokenizer was asked for; None where none was.
-
-    Raises:
-        ValueError: no model is called so.
-    """
+    """The position of the model whose tokenizer was asked for; None where none was."""
     if not tokenizer:
         return None
     if tokenizer == "base":
@@ -157,9 +153,6 @@ def _numbered(held: Sequence[Vocabulary], policy: str, owner: int | None) -> tup
     """Token -> id of the output, its number of rows, and the model whose rows of no token stay (padding).
 
     A union's new tokens take the ids after the base's last one, whose rows may be padding there; so does `add_tokens`.
-
-    Raises:
-        ValueError: no token in common.
     """
     if owner is not None:
         return dict(held[owner].ids), held[owner].rows, owner
@@ -201,11 +194,7 @@ def _gather(inputs: Inputs, index: Sequence[list[int]], tensors: Sequence[str]) 
 
 
 def _vocabulary_tensors(held: Sequence[Vocabulary]) -> list[str]:
-    """Tensors with one row a token in every model: input and output embeddings and output biases.
-
-    Raises:
-        ValueError: there is none, or the model is as wide as its vocabulary is long, and no name tells the embeddings.
-    """
+    """Tensors with one row a token in every model: input and output embeddings and output biases."""
     base, rows = held[0].model, held[0].rows
     found = [
         name

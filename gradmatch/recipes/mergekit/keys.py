@@ -63,11 +63,7 @@ def check_keys(content: Mapping[str, Any]) -> str:
 
 
 def _module(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The one module of a recipe by modules.
-
-    Raises:
-        ValueError: several, of which each would be merged by itself, or one without models.
-    """
+    """The one module of a recipe by modules."""
     if "modules" not in content:
         return {}
     modules = content["modules"]

@@ -104,11 +104,7 @@ def _as_theirs(value: Any) -> Any:
 
 
 def _conditions(key: str, setting: Any) -> list[Condition]:
-    """A parameter of one scope: which value, a number or a gradient, holds where.
-
-    Raises:
-        GradmatchError: an empty gradient, or conditions that are not {"filter": ..., "value": ...}.
-    """
+    """A parameter of one scope: which value, a number or a gradient, holds where."""
     entries = [setting] if isinstance(setting, Mapping) else setting
     if not isinstance(entries, list) or (entries and not isinstance(entries[0], Mapping)):
         return [{"value": setting}]

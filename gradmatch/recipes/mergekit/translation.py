@@ -117,11 +117,7 @@ def _stacked(sources: Sequence[Source], folder: Path) -> Entry:
 
 
 def _tokenizer(content: Mapping[str, Any], part: Part) -> dict[str, Any]:
-    """Their tokenizer and chat template as our policies.
-
-    Raises:
-        ValueError: tokens with a source of their own, or the tokenizer of a model that is not merged.
-    """
+    """Their tokenizer and chat template as our policies."""
     found: dict[str, Any] = {}
     if content.get("chat_template"):
         found["chat_template"] = str(content["chat_template"])
@@ -147,11 +143,7 @@ def _tokenizer(content: Mapping[str, Any], part: Part) -> dict[str, Any]:
 
 
 def _method(method: str, part: Part) -> dict[str, Any]:
-    """Base, tasks and options for one of their methods.
-
-    Raises:
-        ValueError: another number of models than the method takes, or no base_model where it needs one.
-    """
+    """Base, tasks and options for one of their methods."""
     base, value, one, entries = part.base, part.value, part.one, part.entries
     others = [entry for entry in entries if base is None or entry.name != base.name]
     if method == "slerp":
