@@ -130,10 +130,8 @@ class Curvature(Mapping[str, "Tensor"]):
                 blocks[prefix + name] = checked(prefix + name, value)
         notes = {key: str(value) for key, value in (info or {}).items()}
         found = cls(blocks, num_examples, {"estimator": "given", **notes})
-        found.info = {
-            **found.info,
-            "trace": f"{found._sum():.9g}",
-        }  # its own, whatever `info` was copied from
+        # its own, whatever `info` was copied from
+        found.info = {**found.info, "trace": f"{found._sum():.9g}"}
         return found
 
     @classmethod

@@ -33,9 +33,8 @@ def shared_out(batches: Iterable[Any], reader: BatchReader) -> Iterator[tuple[in
         for index, raw in enumerate(batches):
             batch = reader(raw, index, rank + world * local)
             batch.stride = world
-            real = min(
-                batch.size, max(0, -(-(length - batch.first) // world))
-            )  # rows before the padding starts
+            # rows before the padding starts
+            real = min(batch.size, max(0, -(-(length - batch.first) // world)))
             local += batch.size
             kept = batch.rows(0, real) if 0 < real < batch.size else batch
             yield index, min(length, world * local), kept, real > 0

@@ -35,9 +35,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name the file to write in it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(
-        f".gradmatch-{uuid.uuid4().hex[:12]}"
-    )  # made by whoever writes, with their umask
+    # made by whoever writes, with their umask
+    aside = target.with_name(f".gradmatch-{uuid.uuid4().hex[:12]}")
     try:
         yield aside
         sync(aside)

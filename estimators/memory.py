@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from gradmatch.estimators.batches import Batch
 from gradmatch.estimators.errors import GradmatchError
 
-LEAST_BYTES = (
-    128 * 2**20
-)  # parts of half this size took a tenth more time, without need: a training step takes more memory
+# parts of half this size took a tenth more time, without need: a training step takes more memory
+LEAST_BYTES = 128 * 2**20
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 

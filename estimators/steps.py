@@ -32,11 +32,8 @@ ADAMS = (
     "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_hf", "adamw_apex_fused",
 )  # fmt: skip
 TOKENS = tuple(ending for ending, _ in HEADS)
-FEWEST, LARGEST_ERROR, WINDOWS = (
-    8,
-    0.1,
-    5,
-)  # logged norms, the error they may leave, and windows of Adam's mean that count
+# logged norms, the error they may leave, and windows of Adam's mean that count
+FEWEST, LARGEST_ERROR, WINDOWS = (8, 0.1, 5)
 
 
 @dataclass

@@ -171,9 +171,8 @@ def _read_state(run: Run) -> None:
         raise GradmatchError(
             f"{file} is not what a Trainer writes: {type(error).__name__} {error}", "optimizer_state", file
         ) from error
-    run.norms = {
-        step: norm for step, norm in norms.items() if math.isfinite(norm)
-    }  # others: steps that were skipped
+    # others: steps that were skipped
+    run.norms = {step: norm for step, norm in norms.items() if math.isfinite(norm)}
 
 
 def check_beside(folder: Path, parameters: Mapping[str, Tensor]) -> str:

@@ -64,11 +64,7 @@ class Merged(dict[str, "Tensor"]):
         return f"<b>{escape(repr(self))}</b><pre>{escape(self.report.summary())}</pre>"
 
 
-def merge(
-    base: Model | Checkpoint,
-    tasks: Sequence[Task],
-    **options: Any,
-) -> Mapping[str, Tensor]:
+def merge(base: Model | Checkpoint, tasks: Sequence[Task], **options: Any) -> Mapping[str, Tensor]:
     """Merge with weights that are given. Arguments, result and errors as in `gradmatch.merge`, which chooses weights too."""
     running = {name: options.pop(name) for name in RUNNING if name in options}
     return execute(prepare(base, tasks, **options), **running)

@@ -9,9 +9,8 @@ import yaml
 
 from gradmatch.estimators.errors import GradmatchError
 
-FLOAT = re.compile(
-    r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"
-)  # PyYAML itself wants a point and a sign: 1.0e-6
+# PyYAML itself wants a point and a sign: 1.0e-6
+FLOAT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 
 
 class Loader(yaml.SafeLoader):

@@ -167,12 +167,7 @@ def _ties(
     constants = (c0, options["scale"], context.majority, options["normalize"], work.data_ptr())
     if call.kernels.ties(call.count, count, voters, theta0, *constants, byref(to), health):
         return None
-    return {
-        "conflicts": health[0],
-        "cancelled": health[1],
-        "signs": health[2],
-        "weights": float(call.count),
-    }
+    return {"conflicts": health[0], "cancelled": health[1], "signs": health[2], "weights": float(call.count)}
 
 
 def count_bits(

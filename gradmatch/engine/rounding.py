@@ -20,10 +20,8 @@ if TYPE_CHECKING:
     from gradmatch.plan.step import Step
 
 MEASURED = 8  # of so many blocks of a large tensor, one tells what rounding loses
-INFINITE = {
-    torch.bfloat16: (0x7F80, 0xFF80),
-    torch.float16: (0x7C00, 0xFC00),
-}  # bits of inf, -inf; NaNs are above
+# bits of inf, -inf; NaNs are above
+INFINITE = {torch.bfloat16: (0x7F80, 0xFF80), torch.float16: (0x7C00, 0xFC00)}
 
 
 def finish(

@@ -30,9 +30,8 @@ DIGIT = 16  # bits counted in one pass
 BINS = 1 << DIGIT
 
 Target = tuple[int, int]  # task, rank from the largest
-Counts = dict[
-    tuple[int, int], Tensor
-]  # (task, bits above those counted, or -1 where all count) -> (BINS,), int64
+# (task, bits above those counted, or -1 where all count) -> (BINS,), int64
+Counts = dict[tuple[int, int], Tensor]
 
 
 def look_over_model(context: Context) -> None:
@@ -149,9 +148,8 @@ def _search(
         (t, rank): Ranked(-1.0 if rank else float("inf")) for t, rank in targets if rank in (0, sizes[t])
     }
     floats, integers, width = (torch.float64, torch.int64, 64) if wide else (torch.float32, torch.int32, 32)
-    left = {
-        (t, rank): (-1, rank) for t, rank in targets if (t, rank) not in found
-    }  # bits so far, rank among their equals
+    # bits so far, rank among their equals
+    left = {(t, rank): (-1, rank) for t, rank in targets if (t, rank) not in found}
     for low in range(width - DIGIT, -1, -DIGIT) if left else ():
         counts: Counts = {
             (t, bits): torch.zeros(BINS, dtype=torch.int64) for (t, _), (bits, _) in left.items()

@@ -33,9 +33,8 @@ def units(steps: Sequence[Step], context: Context) -> Iterator[tuple[Step, int, 
     """(step, first, last, units of this tensor): what one worker takes at a time."""
     for step in steps:
         numel = step.spec.numel
-        whole = (
-            step.gram or step.assembles or step.span != "block" or "tensor" in step.scopes
-        )  # something of all of it comes first
+        # something of all of it comes first
+        whole = step.gram or step.assembles or step.span != "block" or "tensor" in step.scopes
         size = max(1, numel) if whole else UNIT
         starts = list(range(0, numel, size)) or [0]
         for start in starts:

@@ -32,10 +32,7 @@ def of(name: str, modules: Sequence[str]) -> bool:
 
 
 def saved_whole(
-    keys: Iterable[str],
-    base: Checkpoint,
-    factors: Store,
-    saved: Sequence[str],
+    keys: Iterable[str], base: Checkpoint, factors: Store, saved: Sequence[str]
 ) -> dict[str, str]:
     """Name in the model -> key in the file, of the keys that are no factors.
 
@@ -69,10 +66,7 @@ def saved_whole(
 
 
 def resized(
-    replaced: Mapping[str, str],
-    base: Checkpoint,
-    factors: Store,
-    saved: Sequence[str],
+    replaced: Mapping[str, str], base: Checkpoint, factors: Store, saved: Sequence[str]
 ) -> int | None:
     """The number of rows of embeddings that were resized for tokens of the adapter's own; None where none were.
 

@@ -144,12 +144,7 @@ def _factors(path: Path, allow_pickle: bool) -> Store:
 
 
 def _low_rank(
-    key: str,
-    target: str,
-    factors: Store,
-    config: Mapping[str, Any],
-    held: Store,
-    base: Checkpoint,
+    key: str, target: str, factors: Store, config: Mapping[str, Any], held: Store, base: Checkpoint
 ) -> LowRank:
     """The pair of factors of one weight, checked against its shape in `held`, the base with what is saved whole."""
     other = re.sub(r"lora_(embedding_)?A", lambda found: f"lora_{found.group(1) or ''}B", key)

@@ -10,16 +10,8 @@ from gradmatch.estimators.names import first_line, nearest
 from gradmatch.models.reference import split_revision
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
-TEXT = (
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.spm",
-    "*.tiktoken",
-    "*.codes",
-    "*.bpe",
-)  # configs and tokenizers
+# configs and tokenizers
+TEXT = ("*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "*.codes", "*.bpe")
 # What is fetched of a model: no pickles; code is carried along and never run.
 WANTED = (*TEXT, "*.safetensors", "*.vocab", "*.merges", "*.py")
 

@@ -77,9 +77,8 @@ def _first_difference(trained: Checkpoint, base: Checkpoint) -> str:
         samples = [model.sample(name)[1] for model in (twin, base)]
         if samples[0] == samples[1]:
             continue
-        there, here = (
-            torch.frombuffer(bytearray(one), dtype=torch.bfloat16).float() for one in samples
-        )  # rounded, so that copies in float32 and bfloat16 agree
+        # rounded, so that copies in float32 and bfloat16 agree
+        there, here = (torch.frombuffer(bytearray(one), dtype=torch.bfloat16).float() for one in samples)
         relative, absolute = CLOSE if twin.spec(name).dtype != base.spec(name).dtype else (0.0, 0.0)
         apart = ~torch.isclose(there, here, relative, absolute, equal_nan=True)
         if apart.any():

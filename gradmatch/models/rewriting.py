@@ -241,10 +241,7 @@ def _new_id(token: str, numbered: Mapping[str, int], where: str) -> int:
 
 
 def check_loaded(
-    folder: Path,
-    files: Mapping[str, bytes | None],
-    config: Mapping[str, Any],
-    numbered: Mapping[str, int],
+    folder: Path, files: Mapping[str, bytes | None], config: Mapping[str, Any], numbered: Mapping[str, int]
 ) -> str:
     """Load the tokenizer as it will be written, and compare every token's id with what is planned.
 

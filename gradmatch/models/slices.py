@@ -17,11 +17,8 @@ if TYPE_CHECKING:
     from gradmatch.models.task import Model
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-NESTED = (
-    "text_config",
-    "llm_config",
-    "language_config",
-)  # of the part of a model of several that a stack is made of
+# of the part of a model of several that a stack is made of
+NESTED = ("text_config", "llm_config", "language_config")
 LANGUAGE = re.compile(r"language|text|llm", re.IGNORECASE)
 
 

@@ -17,14 +17,8 @@ if TYPE_CHECKING:
     from gradmatch.models.checkpoint import Checkpoint
     from gradmatch.models.task import Model
 
-UNREAD = (
-    ".model",
-    ".spm",
-    ".tiktoken",
-    ".codes",
-    ".bpe",
-    ".vocab",
-)  # vocabularies in forms that are not read here
+# vocabularies in forms that are not read here
+UNREAD = (".model", ".spm", ".tiktoken", ".codes", ".bpe", ".vocab")
 
 VOCABULARIES = (
     "tokenizer.json",
@@ -35,11 +29,12 @@ VOCABULARIES = (
     "encoder.json",
     "dict.txt",
 )
+# input and output embeddings and their biases, as transformers calls them
 EMBEDDINGS = re.compile(
     r"embed_tokens|word_embeddings|embed_in|embed_out|tok_embeddings|wte|shared|^output\.|predictions\.(bias|decoder)"
     r"|lm_head\.(weight|bias|decoder)",
     re.IGNORECASE,
-)  # input and output embeddings and their biases, as transformers calls them
+)
 SIZE = "vocab_size"
 
 

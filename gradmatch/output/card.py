@@ -114,14 +114,7 @@ def versions() -> dict[str, str]:
 def readme(content: Mapping[str, Any]) -> str:
     """The card for people, in the hub's format."""
     made, report = content["recipe"], content["report"]
-    lines = [
-        "---",
-        front_matter(made),
-        "---",
-        "",
-        "# Merged model",
-        "",
-    ]
+    lines = ["---", front_matter(made), "---", "", "# Merged model", ""]
     lines += [f"`{made['method']}` ({made['source']}): {made['formula']}", ""]
     lines += [f"Base: `{made['base']}`", "", "| task | weight | model | curvature (N) |", "|---|---|---|---|"]
     for task in made["tasks"]:

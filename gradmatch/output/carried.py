@@ -24,9 +24,8 @@ SILENT = re.compile(  # weights in any format and what a training leaves: nobody
     r"|rng_state|trainer_state|training_args|checkpoint-\d+|global_step|runs$|__pycache__$|events\.out)"
 )
 MADE_FROM = re.compile(r"(_|^)(name_or_path|file|dir)$")  # keys of a config that hold what it was loaded from
-LOCAL = re.compile(
-    r"[/~.]|[A-Za-z]:|.*\\"
-)  # paths of a machine, and no names of the hub or of a file beside it
+# paths of a machine, and no names of the hub or of a file beside it
+LOCAL = re.compile(r"[/~.]|[A-Za-z]:|.*\\")
 SHOWN = 12  # files left behind that are named one by one
 
 

@@ -141,12 +141,7 @@ def task_names(tasks: Sequence[Task]) -> list[str]:
 
 
 def _open_task(
-    name: str,
-    task: Task,
-    own: Checkpoint,
-    base: Checkpoint,
-    request: Request,
-    allow_mismatch: bool,
+    name: str, task: Task, own: Checkpoint, base: Checkpoint, request: Request, allow_mismatch: bool
 ) -> OpenTask:
     """One task under the base's names, with the curvature that the rule needs."""
     checkpoint = like(own, base)

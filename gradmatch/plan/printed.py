@@ -12,9 +12,8 @@ from gradmatch.rules import Solve, Whole
 from gradmatch.rules.after import AFTER
 
 BLOCK = 131_072  # values of a piece where a rule needs no more
-KEPT = (
-    16 * 2**20
-)  # bytes that the C library may keep at hand for each worker, see `gradmatch.engine.workers.STEADY`
+# bytes that the C library may keep at hand for each worker, see `gradmatch.engine.workers.STEADY`
+KEPT = 16 * 2**20
 EDITED = 4, 3  # of task vectors that a rule would take one by one, but that their edits need side by side
 
 

@@ -10,9 +10,8 @@ from gradmatch.common.settings import layer_of, value_at
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.opening import open_checkpoint
 
-Condition = dict[
-    str, Any
-]  # {"filter": part of a name, "layer": where, "value": a setting}, the first two optional
+# {"filter": part of a name, "layer": where, "value": a setting}, the first two optional
+Condition = dict[str, Any]
 
 
 @dataclass(frozen=True)
