@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gradmatch.estimators.curvature import Curvature
 
 CurvatureLike = Union["Curvature", str, "os.PathLike[str]"]
+NO_CONFIG = "no config.json is written, as the base comes without one: transformers cannot load the output; give the base as a folder"
 REQUEST_FIELDS = tuple(name for name in Request.__dataclass_fields__ if name != "options")
 RUNNING = ("out", "overwrite", "batches", "progress", "posterior")  # arguments of `execute`
 POSTERIOR = "posterior.safetensors"  # in a merged folder
@@ -202,6 +203,8 @@ def _to_folder(
             recalibrate_folder(sink, batches)
         report = make_report(made, stats)
         report.heads = task_heads(made)
+        if not made.inputs.base.config:
+            report.notes.append(NO_CONFIG)
         sink.complete(card_files(made, report))
         written = open_checkpoint(sink.folder)
         verify(written, made)

@@ -42,6 +42,8 @@ REFUSALS = {
         ("an index that is no JSON", {"base/model.safetensors": None, "base/model.safetensors.index.json": "{"}, M, "model.safetensors.index.json is not JSON"),
         ("an index that leaves its folder", {"shards/model.safetensors.index.json": '{"weight_map": {"w": "../x"}}'}, "inspect shards", "points outside its folder: '../x'; do not trust this checkpoint"),
         ("an index of absolute paths", {"shards/model.safetensors.index.json": '{"weight_map": {"w": "/x.safetensors"}}'}, "inspect shards", "points outside its folder: '/x.safetensors'"),
+        ("an index in place of its folder", {"x/model.safetensors.index.json": "{}"}, "merge --base base --task x/model.safetensors.index.json -o out", "says which tensor lies in which shard; name the folder that it lies in"),
+        ("the folder above a model", {"up/ad/adapter_config.json": "{}"}, "merge --base base --task up -o out", "up holds no model.safetensors, no model.safetensors.index.json and no adapter_config.json; its folder ad may be what is meant"),
         ("an index whose shards are lists", {"base/model.safetensors": None, "base/model.safetensors.index.json": '{"weight_map": {"w": ["x"]}}'}, M, "has no weight_map from the name of a tensor to that of its shard"),
         ("a task that lacks a tensor", {}, "merge --base base --task short --method averaging -o out", "of the base is missing in short (short); pass --missing base"),
         ("a task with tensors of its own", {}, "merge --base short --task one --method averaging -o out", "that the base lacks, first 'layers.1.w'"),
@@ -292,7 +294,7 @@ def test_what_is_refused(files, tmp_path, monkeypatch, capsys, row):
     monkeypatch.chdir(tmp_path / "w")
     for name, content in written.items():
         path = Path(name)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if content is None:
             path.unlink()
         else:

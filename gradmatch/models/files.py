@@ -15,6 +15,7 @@ from gradmatch.models.quantised import refuse_quantised
 from gradmatch.models.stores import FileStore, Store, equal, read, unpickled
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+MODELS = ("config.json", "adapter_config.json")  # what a folder with a model holds
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -27,6 +28,12 @@ def open_file(path: Path, allow_pickle: bool) -> Checkpoint:
     if path.suffix in PICKLES:
         state = refuse_quantised(unpickled(path, allow_pickle), path)
         return Checkpoint(state, path=path, aliases=state.aliases)
+    if path.name.endswith(".index.json"):
+        raise GradmatchError(
+            f"{path} says which tensor lies in which shard; name the folder that it lies in",
+            "bad_model",
+            path,
+        )
     file = TensorFile(path)
     if any(".lora_" in name for name in file):
         raise GradmatchError(
@@ -70,7 +77,9 @@ def _from_pickle(path: Path, config: dict[str, Any] | None, allow_pickle: bool) 
     """A folder without safetensors files."""
     pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLES and "model" in file.name)
     if not pickles:
-        raise FileNotFoundError(f"{path} holds no {WHOLE}, no {INDEX} and no adapter_config.json")
+        inside = sorted(found.parent.name for found in path.glob("*/*config.json") if found.name in MODELS)
+        hint = f"; its folder {inside[0]} may be what is meant" if inside else ""
+        raise FileNotFoundError(f"{path} holds no {WHOLE}, no {INDEX} and no adapter_config.json{hint}")
     if len(pickles) > 1 and allow_pickle:
         raise GradmatchError(
             f"{path} holds {len(pickles)} pickled shards; save it with save_pretrained as safetensors first",

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from gradmatch.common.settings import FIRST, layer_of
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.models.adapters import UNTIE
 from gradmatch.models.stores import Spec, equal
+from gradmatch.models.structure import structure
 from gradmatch.models.views import unsaved_of
 
 if TYPE_CHECKING:
@@ -101,7 +103,8 @@ def check_extra(result: Plan, heads: Sequence[str]) -> None:
                 f"{task.name} ({task.checkpoint.where}) holds {len(rest)} tensor(s) that the base lacks, first {rest[0]!r} "
                 f"{task.checkpoint.spec(rest[0])}; "
                 + (
-                    _called_otherwise(rest[0], task.checkpoint, base)
+                    _untied(rest[0], base)
+                    or _called_otherwise(rest[0], task.checkpoint, base)
                     or "pass missing='base' to drop them, or heads='keep-per-task' if it is a head"
                     + _prefix_hint(base, task.checkpoint)
                 ),
@@ -141,7 +144,8 @@ def check_kinds(name: str, spec: Spec, inputs: Inputs) -> None:
         if len(spec.shape) > 1 and not same_values(name, inputs.base, task.checkpoint):
             raise GradmatchError(
                 f"tensor {name!r} holds integers, {spec} in the base and {found} in {task.name}, and they differ; quantised weights cannot "
-                "be merged: pass the unquantised models. If it is a table, keep the base's with heads='base' and head_names=[...]",
+                "be merged: pass the unquantised models. If it is a table, call it a head from Python (head_names=[...], "
+                "heads='base'), so that the base's is kept",
                 "quantised",
                 name,
             )
@@ -153,6 +157,13 @@ def same_values(name: str, one: Checkpoint, other: Checkpoint) -> bool:
 
     a, b = one[name], other[name]
     return a.shape == b.shape and (torch.equal(a.to(b.dtype), b) or torch.equal(a, b.to(a.dtype)))
+
+
+def _untied(name: str, base: Checkpoint) -> str:
+    """What to say of a task's own head where the base ties it to its embeddings: it must not be given up, or ""."""
+    known = structure(base)
+    others = [other for other in known.ties.get(name, ()) if other != name] if known else []
+    return f"the base ties it to {others[0]!r}: {UNTIE}, or pass missing='base' to drop it" if others else ""
 
 
 def _called_otherwise(name: str, own: Checkpoint, other: Checkpoint) -> str:

@@ -163,6 +163,19 @@ def test_a_head_that_differs_in_one_value_is_no_copy(tmp_path):
         assert torch.equal(view[name], value)
 
 
+def test_a_head_of_its_own_over_a_tied_base_is_not_advised_to_be_dropped_alone(tmp_path):
+    tied = tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT, tie_word_embeddings=True))
+    tied.save_pretrained(tmp_path / "base")
+    (tmp_path / "task").mkdir()
+    save_file(
+        {**state(tied), "lm_head.weight": floats(60).repeat(1, 4)}, tmp_path / "task" / "model.safetensors"
+    )
+    with pytest.raises(
+        ValueError, match=r"the base ties it to 'model.embed_tokens.weight': untie the base: load it"
+    ):
+        merge(tmp_path / "base", [Task(tmp_path / "task")], method="averaging")
+
+
 def test_batchnorm_statistics_that_differ_in_one_channel():
     base = nn.Sequential(nn.Linear(2, 400), nn.BatchNorm1d(400))
     task = copy.deepcopy(base)

@@ -92,7 +92,11 @@ def test_the_working_directory_and_links(models, tmp_path, monkeypatch):
     (tmp_path / "real").mkdir()
     for link, target in (("there", "real"), ("dangling", "absent")):
         (tmp_path / link).symlink_to(tmp_path / target)
-        assert to(tmp_path / link, models).path == tmp_path / target
+        done = to(tmp_path / link, models)
+        assert done.path == tmp_path / target
+        assert any(
+            "no config.json is written, as the base comes without one" in note for note in done.report.notes
+        )
         assert (tmp_path / link / "model.safetensors").is_file()
 
 
