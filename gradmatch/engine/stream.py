@@ -30,7 +30,8 @@ def stream(
     stats = {name: dict(values) for name, values in finished.items()}
     left = [step for step in made.steps if step.name not in stats]
     stats |= run(context, sink, left, on_progress)
-    if sum(values.get("signs", 0.0) for values in stats.values()) < 0:
+    elected = any(options.get("cancelled") == "majority" for _, options in made.request.edits)
+    if elected and sum(values.get("signs", 0.0) for values in stats.values()) < 0:
         # the majority is negative after all: entries that cancel exactly take its sign, so their tensors are done again
         context.majority = -1.0
         again = [step for step in made.steps if stats.get(step.name, {}).get("cancelled")]

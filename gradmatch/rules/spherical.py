@@ -169,8 +169,9 @@ def model_stock(gram: Gram) -> Branched:
     cosine = sum(cosines) / len(pairs)
     denominator = 1 + (count - 1) * cosine
     t = count * cosine / denominator if denominator > 0 else 0.0
-    t = min(1.0, max(0.0, t))
-    return 1.0 - t, [t / count] * count, f"t = {t:.3f}"
+    kept = min(1.0, max(0.0, t))
+    branch = f"t = {kept:.3f}" if t == kept else f"t kept at {kept:g}, as the task vectors oppose one another"
+    return 1.0 - kept, [kept / count] * count, branch
 
 
 def multislerp(

@@ -80,6 +80,18 @@ def test_ties(trim_scope, normalize, weights, own):
         torch.testing.assert_close(found[name], base[name] + 0.7 * expected[name], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("extension", [True, False])
+def test_entries_that_cancel_take_the_sign_that_was_asked_for(monkeypatch, extension):
+    """The majority is negative here; mergekit elects the positive sign whatever it is."""
+    if not extension:
+        monkeypatch.setattr("gradmatch.engine.stream.kernels", lambda: None)
+    base = {"w": torch.zeros(5)}
+    models = [{"w": torch.tensor([1.0, -1, -1, -1, 0])}, {"w": torch.tensor([-1.0, 1, -1, -1, 0])}]
+    for cancelled, sign in (("majority", -1.0), ("positive", 1.0)):
+        found = merge(base, [Task(m) for m in models], method="ties", density=1.0, cancelled=cancelled)
+        assert found["w"].tolist() == [sign, sign, -1, -1, 0]
+
+
 @pytest.mark.parametrize("trim_scope", ["global", "tensor"])
 @pytest.mark.parametrize("extension", [True, False])
 def test_ties_says_where_equal_entries_make_it_keep_more(monkeypatch, trim_scope, extension):

@@ -235,9 +235,10 @@ def _editing(method: str, part: Part, others: Sequence[Entry], tasks: Sequence[T
     unscaled = {"rescale": "none"} if kind == "dare" and part.one("rescale", True) is False else {}
     transforms: list[dict[str, Any]] = [{kind: unscaled}] if kind in TAKEN else []
     if kind == "ties":
-        transforms = [{"ties": {"trim": "tensor", "normalize": normalize}}]
+        transforms = [{"ties": {"trim": "tensor", "normalize": normalize, "cancelled": "positive"}}]
     elif votes:
-        transforms.append({"ties": {"density": 1.0, "trim": "tensor", "normalize": normalize}})
+        votes_of = {"density": 1.0, "trim": "tensor", "normalize": normalize, "cancelled": "positive"}
+        transforms.append({"ties": votes_of})
     elif normalize:
         options["normalize"] = True
     notes = []

@@ -77,6 +77,11 @@ class TiesOptions(Options):
     )
     scale: float = option(1.0, help="factor on what is left")
     normalize: bool = option(True, help="divide by the weight of the tasks that agree")
+    cancelled: str = option(
+        "majority",
+        choices=("majority", "positive"),
+        help="sign that is elected where entries cancel exactly: that of most of the model, or mergekit's",
+    )
 
 
 @dataclass(frozen=True)
