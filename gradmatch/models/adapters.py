@@ -151,6 +151,11 @@ def _low_rank(
     if other not in factors:
         raise GradmatchError(f"{key!r} has no counterpart {other!r}; the adapter is incomplete")
     a, b, whole = factors.spec(key).shape, factors.spec(other).shape, held.spec(target)
+    if len(a) > 2 and len(b) == len(a) and b[1] and b[1] < a[0] and a[0] % b[1] == 0:
+        raise GradmatchError(
+            f"adapts {target!r}, a convolution of {a[0] // b[1]} groups, whose update is no product of its factors; merge the adapter with "
+            "peft's merge_and_unload first"
+        )
     if len(a) < 2 or len(b) != len(a) or b[1] != a[0]:
         raise GradmatchError(
             f"{key!r} {list(a)} and {other!r} {list(b)} are no pair of factors; save the adapter again",

@@ -36,6 +36,7 @@ from gradmatch.rules.spherical import (
     KarcherOptions,
     MultislerpOptions,
     SlerpOptions,
+    StockOptions,
     karcher,
     model_stock,
     multislerp,
@@ -200,8 +201,8 @@ RULES: dict[str, Rule] = {
         lacks=NORMALIZES, relative=True,
     ),
     "model_stock": Linear(
-        "t mean_t theta_t + (1-t) theta0, t from the mean cosine of tau", "Jang et al. 2024", lambda a, gram, o: model_stock(gram),
-        gram="tau", rows=rowwise.model_stock, options=Along(), weighs=False, lacks=IGNORES,
+        "t mean_t theta_t + (1-t) theta0, t from the mean cosine of tau", "Jang et al. 2024", lambda a, gram, o: model_stock(gram, o["clamp"]),
+        gram="tau", rows=rowwise.model_stock, options=StockOptions(), weighs=False, lacks=IGNORES,
     ),
     "ties": editing("TIES", "Yadav et al. 2023", "ties"),
     "dare": DARE,

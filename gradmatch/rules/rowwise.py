@@ -47,10 +47,10 @@ def slerp_rows(one: Tensor, two: Tensor, t: float) -> Tensor:
     return merged
 
 
-def model_stock_rows(theta0: Tensor, tau: Tensor) -> Tensor:
+def model_stock_rows(theta0: Tensor, tau: Tensor, clamp: bool = True) -> Tensor:
     """t mean(theta_t) + (1-t) theta0 row by row, t = T c / (1 + (T-1) c), c a row's mean cosine of tau; Jang et al. 2024.
 
-    theta0: (m, n); tau: (T, m, n). Returns (m, n). t is clamped to [0, 1]; a row without a task vector counts as orthogonal,
+    theta0: (m, n); tau: (T, m, n). Returns (m, n). With `clamp`, t stays within [0, 1]; a row without a task vector counts as orthogonal,
     as in `gradmatch.rules.spherical.model_stock`.
     """
     count = len(tau)
@@ -61,8 +61,9 @@ def model_stock_rows(theta0: Tensor, tau: Tensor) -> Tensor:
     ordered_pairs = unit.sum(0).square().sum(-1) - unit.square().sum((0, 2))  # (m,)
     cosine = ordered_pairs / (count * (count - 1))
     denominator = 1 + (count - 1) * cosine
-    opposed = denominator <= 0
-    t = (count * cosine / denominator.masked_fill(opposed, 1.0)).masked_fill(opposed, 0.0).clamp(0, 1)
+    opposed = denominator <= 0 if clamp else denominator == 0
+    t = (count * cosine / denominator.masked_fill(opposed, 1.0)).masked_fill(opposed, 0.0)
+    t = t.clamp(0, 1) if clamp else t
     merged: Tensor = theta0 + t.to(tau.dtype)[:, None] * tau.mean(0)
     return merged
 
@@ -82,4 +83,4 @@ def nuslerp(theta0: Tensor, tau: Tensor, alpha: Sequence[float], options: Mappin
 
 def model_stock(theta0: Tensor, tau: Tensor, alpha: Sequence[float], options: Mapping[str, Any]) -> Tensor:
     """`model_stock_rows`, where weights play no role."""
-    return model_stock_rows(theta0, tau)
+    return model_stock_rows(theta0, tau, options["clamp"])

@@ -30,6 +30,15 @@ class Along(Options):
 
 
 @dataclass(frozen=True)
+class StockOptions(Along):
+    """Model Stock."""
+
+    clamp: bool = option(
+        True, help="keep t within [0, 1]: task vectors that oppose one another keep the base (mergekit: no)"
+    )
+
+
+@dataclass(frozen=True)
 class SlerpOptions(Along):
     """Where on the arc the merge lies."""
 
@@ -150,10 +159,10 @@ def karcher(gram: Gram, alpha: Sequence[float], iterations: int = 100, tolerance
     return 0.0, c, branch
 
 
-def model_stock(gram: Gram) -> Branched:
+def model_stock(gram: Gram, clamp: bool = True) -> Branched:
     """Jang et al. 2024: t mean(theta_t) + (1-t) theta0 with t = T c / (1 + (T-1) c), c the mean pairwise cosine of tau.
 
-    gram: (T, T) of tau. t is clamped to [0, 1]: task vectors that oppose one another keep the base. Norms are compared
+    gram: (T, T) of tau. With `clamp`, t stays within [0, 1]: task vectors that oppose one another keep the base. Norms are compared
     one by one (a product of two tiny norms would underflow); a model without a task vector counts as orthogonal.
 
     Example:
@@ -168,8 +177,8 @@ def model_stock(gram: Gram) -> Branched:
     cosines = [gram[i][j] / norms[i] / norms[j] if norms[i] > 0 and norms[j] > 0 else 0.0 for i, j in pairs]
     cosine = sum(cosines) / len(pairs)
     denominator = 1 + (count - 1) * cosine
-    t = count * cosine / denominator if denominator > 0 else 0.0
-    kept = min(1.0, max(0.0, t))
+    t = count * cosine / denominator if denominator > 0 or not (clamp or denominator == 0) else 0.0
+    kept = min(1.0, max(0.0, t)) if clamp else t
     branch = f"t = {kept:.3f}" if t == kept else f"t kept at {kept:g}, as the task vectors oppose one another"
     return 1.0 - kept, [kept / count] * count, branch
 

@@ -289,6 +289,17 @@ def test_a_bias_for_layers_that_have_none_is_refused(tmp_path):
         open_checkpoint(tmp_path / "a")
 
 
+def test_a_convolution_of_groups_is_refused_by_name(tmp_path):
+    sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 2, "image_size": 8}
+    kind = tf.ConvNextForImageClassification
+    kind(tf.ConvNextConfig(**sizes, num_labels=2)).save_pretrained(tmp_path / "base")
+    tuned(kind, tmp_path / "base", tmp_path / "a", {"target_modules": ["dwconv"], "r": 16})
+    with pytest.raises(
+        ValueError, match=r"dwconv.weight', a convolution of 8 groups, .* merge_and_unload first"
+    ):
+        open_checkpoint(tmp_path / "a")
+
+
 def test_adapters_that_lead_back_to_themselves(plain, tmp_path):
     for name, base in (("one", "two"), ("two", "one")):
         folder = shutil.copytree(plain / "adapter0", tmp_path / name)
@@ -320,7 +331,7 @@ def tuned(kind, base, folder, settings, tokens=None):
     if tokens:
         model.resize_token_embeddings(len(tokens))
         tokens.save_pretrained(folder)
-    wrapped = drawn(peft.get_peft_model(model, peft.LoraConfig(r=2, **settings)))
+    wrapped = drawn(peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, **settings})))
     wrapped.save_pretrained(folder)
     return wrapped
 

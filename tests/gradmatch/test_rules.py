@@ -242,6 +242,16 @@ def test_model_stock(gram, t):
     assert c == pytest.approx([t / 2, t / 2])
 
 
+@pytest.mark.parametrize("along", ["tensor", "rows"])
+def test_model_stock_beyond_the_base_where_it_is_not_clamped(along):
+    """Two task vectors at a cosine of -1/2: t = 2 c / (1 + c) = -2."""
+    tau = torch.tensor([[1.0, 0.0], [-0.5, 0.75**0.5]])
+    tasks = [Task({"w": one[None]}) for one in tau]
+    for clamp, t in ((True, 0.0), (False, -2.0)):
+        found = merge({"w": torch.zeros(1, 2)}, tasks, method="model_stock", along=along, clamp=clamp)
+        torch.testing.assert_close(found["w"], t * tau.mean(0, keepdim=True))
+
+
 def test_model_stock_end_to_end():
     base, _, models, _ = problem(3)
     found = merge(base, [Task(m) for m in models], method="model_stock")

@@ -179,7 +179,7 @@ def _method(method: str, part: Part) -> dict[str, Any]:
     elif method == "sce":
         options = {"select_topk": value("select_topk", default=1.0)}
     elif method == "model_stock":
-        options = {"along": "rows" if one("filter_wise") else "tensor"}
+        options = {"along": "rows" if one("filter_wise") else "tensor", "clamp": False}
     weighed = "weight" in METHODS[method]
     tasks = [
         Task(entry.model, None, value("weight", entry, 1.0) if weighed else 1.0, _unique(entry, entries))
