@@ -44,15 +44,9 @@ def tiny_encoder(tmp_path_factory):
     words_to_ids.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words_to_ids, **special)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"max_position_embeddings": 32, "initializer_range": 0.3}
+    config = BertConfig(vocab_size=len(tokenizer), **sizes)
     torch.manual_seed(0)  # the same encoder whichever test asks for it first
     BertModel(config, add_pooling_layer=True).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -68,29 +68,31 @@ def subsets(count, *measured):
     return [subset(model, ["a", "b"], *own, seed) for seed in range(count) for model, *own in measured]
 
 
+POINT = {"kind": "point", "seed": 0}
 RIDGE = ("ridge", "GM, full H"), ("ridge", "TA")
+LOGISTIC = ("logistic", "GM", 0.5, 0.9), ("logistic", "TA", 0.7, 0.8)
 PROOFS = [
     *(proof(*edit, s, d) for s in (0, 1) for edit, d in zip(RIDGE, (1e-14, 0.5), strict=True)),
-    *(
-        proof("logistic", edit, s, d + s / 100, k)
-        for s in (0, 1)
-        for edit, d, k in (("GM", 0.5, 0.9), ("TA", 0.7, 0.8))
-    ),
+    *(proof(problem, edit, s, d + s / 100, k) for s in (0, 1) for problem, edit, d, k in LOGISTIC),
 ]
-FLAT = [
-    sweep("GM", 0, 0.90, 0.89),
-    sweep("TA", 0, 0.90, 0.70),
-    sweep("GM", 1, 0.9, 0.9),
-    sweep("TA", 1, 0.9, 0.8),
-]
+FLAT = [sweep("GM", 0, 0.90, 0.89), sweep("TA", 0, 0.90, 0.70)]
+FLAT += [sweep("GM", 1, 0.9, 0.9), sweep("TA", 1, 0.9, 0.8)]
+STEEP = [sweep("GM", 0, 0.95, 0.75), sweep("TA", 0, 0.90, 0.70)]
+LONE = [evaluation("GM", 0, 0.5), evaluation("TA", 0, 1.0), evaluation("GM", 1, 0.5)]
+SMALLER = subsets(3, ("GM", 1, 0.9), ("TA", 3, 0.7), ("AM", 2, 0.8))
+LARGER = subsets(9, ("GM", 3, 0.9), ("TA", 1, 0.7), ("AM", 2, 0.8))
+REMOVED = {"a": HOLDS, "b, logistic": [HOLDS, REFUTED], "b, network": NOT_SHOWN, "c": NOT_SHOWN}
+FEW = [gain("IVON", 0.99, 0.95, 1.1, "ivon", seeds=2), *biases(2.0, 2.1, 2.0)]
+CURVED = {"Fisher": HOLDS, "Adam": REFUTED, "IVON": NOT_SHOWN, "batch bias": NOT_SHOWN}
+CONVEX = [theory(10, False, **dict.fromkeys(claims.SHOWN[10], 0.7))]
 GAINS = [  # the worst Fisher of at least 500 counts, and the full estimate is no cheap one
-    *(
-        gain("full", 1, 1, 1),
-        gain("500", 0.95, 0.8, 1.1, examples=500),
-        gain("600", 1.1, 1, 1.2, examples=600),
-    ),
-    *(gain("100", 0.1, 0, 0.2, examples=100), gain("Adam", 0.5, 0.2, 0.8, "adam")),
-    *(gain("IVON", 0.8, 0.5, 1.1, "ivon"), *biases(1.1, 0.9, 1.0)),  # .75 to 1.25
+    gain("full", 1, 1, 1),
+    gain("500", 0.95, 0.8, 1.1, examples=500),
+    gain("600", 1.1, 1, 1.2, examples=600),
+    gain("100", 0.1, 0, 0.2, examples=100),
+    gain("Adam", 0.5, 0.2, 0.8, "adam"),
+    gain("IVON", 0.8, 0.5, 1.1, "ivon"),
+    *biases(1.1, 0.9, 1.0),  # .75 to 1.25
 ]
 CASES = [  # claim, study, its records, verdicts
     (claims.exactness, "theory", [theory(1, True, **{"GM, largest": 1e-15})], {"": HOLDS}),
@@ -98,72 +100,27 @@ CASES = [  # claim, study, its records, verdicts
     (claims.special_cases, "theory", [theory(3, True, a=1e-14, b=1e-13)], {"": HOLDS}),
     (claims.closer, "theory", [theory(4, True, **{"interval low": 0.9, "interval high": 1.0})], {"": HOLDS}),
     (claims.closer, "vision", [], {"": NOT_SHOWN}),
-    (
-        claims.closer,
-        "vision",
-        [evaluation("GM", 0, 0.5), evaluation("TA", 0, 1.0), evaluation("GM", 1, 0.5)],
-        {"": NOT_SHOWN, "vision": REPORTED},
-    ),
+    (claims.closer, "vision", LONE, {"": NOT_SHOWN, "vision": REPORTED}),
     (claims.accuracy, "alpha", [comparison(0.01, 0.03)], {"text": HOLDS, "vision": NOT_SHOWN}),
     (claims.accuracy, "vision", [comparison(-0.01, 0.03)], {"vision": NOT_SHOWN}),
     (claims.accuracy, "alpha", [comparison(0.01, 0.03, seeds=1)], {"text": NOT_SHOWN}),  # too few
     (claims.accuracy, "vision", [comparison(-0.3, -0.1)], {"text": NOT_SHOWN, "vision": REFUTED}),
     (claims.flat, "alpha", FLAT, {"range": HOLDS, "best": HOLDS}),
-    (
-        claims.flat,
-        "alpha",
-        [sweep("GM", 0, 0.95, 0.75), sweep("TA", 0, 0.90, 0.70)],
-        {"range": REFUTED, "best": REFUTED},
-    ),
+    (claims.flat, "alpha", STEEP, {"range": REFUTED, "best": REFUTED}),
     (claims.flat, "alpha", [], {"range": NOT_SHOWN, "best": NOT_SHOWN}),
-    (
-        claims.mismatch,
-        "adding",
-        subsets(3, ("GM", 1, 0.9), ("TA", 3, 0.7), ("AM", 2, 0.8)),
-        {"2 tasks": HOLDS, "smaller": HOLDS},
-    ),
-    (
-        claims.mismatch,
-        "adding",
-        subsets(9, ("GM", 3, 0.9), ("TA", 1, 0.7), ("AM", 2, 0.8)),
-        {"2 tasks": REFUTED, "smaller": REFUTED},
-    ),
+    (claims.mismatch, "adding", SMALLER, {"2 tasks": HOLDS, "smaller": HOLDS}),
+    (claims.mismatch, "adding", LARGER, {"2 tasks": REFUTED, "smaller": REFUTED}),
     (claims.mismatch, "adding", [], {"rank": NOT_SHOWN, "smaller": NOT_SHOWN}),
-    (
-        claims.removal,
-        "proof",
-        PROOFS,
-        {"a": HOLDS, "b, logistic": [HOLDS, REFUTED], "b, network": NOT_SHOWN, "c": NOT_SHOWN},
-    ),
+    (claims.removal, "proof", PROOFS, REMOVED),
     (claims.removal, "proof", [proof(*edit, 0, 0.5) for edit in RIDGE], {"a": REFUTED}),
-    (
-        claims.removal,
-        "toxicity",
-        [area(0.01, 0.02), {"kind": "point", "seed": 0}],
-        {"a": NOT_SHOWN, "c": HOLDS},
-    ),
+    (claims.removal, "toxicity", [area(0.01, 0.02), POINT], {"a": NOT_SHOWN, "c": HOLDS}),
     (claims.removal, "toxicity", [area(-0.01, 0.02)], {"c": NOT_SHOWN}),
     (claims.removal, "toxicity", [area(-0.02, -0.01)], {"c": REFUTED}),
-    (
-        claims.cheap,
-        "curvature",
-        GAINS,
-        {"Fisher": HOLDS, "Adam": REFUTED, "IVON": NOT_SHOWN, "batch bias": NOT_SHOWN},
-    ),
-    (
-        claims.cheap,
-        "curvature",
-        [gain("IVON", 0.99, 0.95, 1.1, "ivon", seeds=2), *biases(2.0, 2.1, 2.0)],
-        {"IVON": NOT_SHOWN, "batch bias": REFUTED},
-    ),
+    (claims.cheap, "curvature", GAINS, CURVED),
+    (claims.cheap, "curvature", FEW, {"IVON": NOT_SHOWN, "batch bias": REFUTED}),
     (claims.cheap, "curvature", biases(1.1, 1.0, 1.05), {"Fisher": NOT_SHOWN, "batch bias": HOLDS}),
     (claims.cheap, "curvature", [], {"Adam": NOT_SHOWN, "batch bias": NOT_SHOWN}),
-    (
-        claims.refinement,
-        "theory",
-        [theory(10, False, **dict.fromkeys(claims.SHOWN[10], 0.7))],
-        {"convex": REFUTED},
-    ),
+    (claims.refinement, "theory", CONVEX, {"convex": REFUTED}),
     (claims.refinement, "assumption", [refined(3.0, 2.0, 1.5), refined(3.0, 2.9)], {"network": HOLDS}),
     (claims.refinement, "assumption", [refined(3.0, 2.0, 2.5)], {"network": REFUTED, "convex": NOT_SHOWN}),
 ]
@@ -183,10 +140,8 @@ def test_numbers_are_those_of_the_records():
     (text, _) = claims.accuracy({"alpha": [comparison(0.01, 0.03, by_seed={"0": 0.01, "1": 0.03})]})
     assert text.measured == "+2.0 points (by seed +1.0, +3.0)"
     cells = [evaluation(model, seed, value) for model, value in (("GM", 0.6), ("TA", 1.2)) for seed in (0, 1)]
-    assert (
-        list(claims.closer({"alpha": cells}))[1].measured
-        == "ratio of distances 0.50 (GM 0.60, TA 1.20 of the base's)"
-    )
+    told = "ratio of distances 0.50 (GM 0.60, TA 1.20 of the base's)"
+    assert list(claims.closer({"alpha": cells}))[1].measured == told
     (ratio, _) = claims.flat({"alpha": [sweep("GM", 0, 0.9, 0.85), sweep("TA", 0, 0.9, 0.7)]})
     assert ratio.measured == "0.25 (5.0 / 20.0 points)"
     points = [{"kind": "point", "seed": seed} for seed in (0, 1)]
@@ -211,10 +166,8 @@ def evidence(tmp_path):
     folder = tmp_path / "configs"
     folder.mkdir()
     (folder / "theory.yaml").write_text("experiment: theory\nseeds: 3\nquick: [seeds=2]\n")
-    path = folder / "claims.yaml"
-    path.write_text(
-        f"experiment: claims\nevidence: {{theory: {folder / 'theory.yaml'}}}\nquick: [small=true]\n"
-    )
+    path, given = folder / "claims.yaml", f"evidence: {{theory: {folder / 'theory.yaml'}}}"
+    path.write_text(f"experiment: claims\n{given}\nquick: [small=true]\n")
     return path
 
 
@@ -260,9 +213,8 @@ def test_evidence_can_be_a_part_of_a_config(evidence, tmp_path):
     parts = load(evidence, ["parts={theory: [seeds=2]}"])
     own = study.studies(parts)["theory"]
     assert (own.seeds, own.name) == (2, "theory-claims")
-    assert (
-        study.find(own.name, results) == study.COMMITTED / "theory.jsonl"
-    )  # all of it holds the part as well
+    committed = study.COMMITTED / "theory.jsonl"  # all of it holds the part as well
+    assert study.find(own.name, results) == committed
     whole = digest(load(evidence.parent / "theory.yaml"))
     write_records(results / "theory.jsonl", [theory(1, True) | {"config": whole}])
     for config, said in ((parts, " (of other seeds)"), (load(evidence, ["parts={theory: [seeds=3]}"]), "")):
@@ -272,19 +224,16 @@ def test_evidence_can_be_a_part_of_a_config(evidence, tmp_path):
     assert study.find(own.name, results) == results / "theory-claims.jsonl"
     quick = load(evidence, ["parts={theory: [seeds=5]}"], quick=True)
     assert study.studies(quick)["theory"].seeds == 2  # the quick variant leaves out enough
-    with pytest.raises(
-        ConfigError, match="`parts` changes 'theorie', which is no evidence; did you mean 'theory'"
-    ):
+    said = "`parts` changes 'theorie', which is no evidence; did you mean 'theory'"
+    with pytest.raises(ConfigError, match=said):
         load(evidence, ["parts={theorie: [seeds=2]}"])
 
 
 def test_a_record_that_lacks_something_is_told(evidence, tmp_path, capsys):
     write_records(tmp_path / "results" / "theory.jsonl", [{"kind": "claim", "claim": 1}])
     assert main(["claims", "--configs", str(evidence.parent), "--results", str(tmp_path / "results")]) == 2
-    assert (
-        "a record lacks 'value', or holds something else there (Claim 1.): run its config again"
-        in capsys.readouterr().err
-    )
+    said = "a record lacks 'value', or holds something else there (Claim 1.): run its config again"
+    assert said in capsys.readouterr().err
 
 
 def test_faults(evidence, tmp_path, capsys):
@@ -292,13 +241,11 @@ def test_faults(evidence, tmp_path, capsys):
         load(evidence, ["evidence={theorie: configs/theory.yaml}"])
     other = evidence.with_name("demo.yaml")
     other.write_text("experiment: sentiment\n")
-    with pytest.raises(
-        ConfigError, match=r"theory is told by a config of theory, but .*demo.yaml is one of sentiment"
-    ):
+    said = r"theory is told by a config of theory, but .*demo.yaml is one of sentiment"
+    with pytest.raises(ConfigError, match=said):
         load(evidence, [f"evidence={{theory: {other}}}"])
-    with pytest.raises(
-        ConfigError, match=r"parts.theory: .*theory.yaml: '~sedes': there is no key 'sedes' to leave out"
-    ):
+    said = r"parts.theory: .*theory.yaml: '~sedes': there is no key 'sedes' to leave out"
+    with pytest.raises(ConfigError, match=said):
         study.studies(load(evidence, ["parts={theory: [~sedes]}"]))
     document = tmp_path / "README.md"
     document.write_text("no markers")

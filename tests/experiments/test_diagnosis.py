@@ -109,22 +109,14 @@ def test_scores_leave_calibration_and_chosen_merges_out():
     for place, name in enumerate(("TA 0", "AM", "TA 1", "FA", "GM", "TIES", "closed form, tau")):
         for task, factor in (("one", 2.0), ("two", -1.0)):
             rise = 0.1 * place if name != "closed form, tau" else -9.0
-            row = {
-                "merge": name,
-                "task": task,
-                "coordinates": [place],
-                "seen": factor * rise,
-                "measured": rise,
-            }
+            row = {"merge": name, "task": task, "coordinates": [place]}
+            row |= {"seen": factor * rise, "measured": rise}
             rows.append({**row, **dict.fromkeys(kinds, rise)})
-    products = [
-        Products(task, ("u",), np.zeros(1), np.array([1.0]), np.zeros((1, 1)), num_examples=10)
-        for task in ("one", "two")
-    ]
+    given = ("u",), np.zeros(1), np.array([1.0]), np.zeros((1, 1))
+    products = [Products(task, *given, num_examples=10) for task in ("one", "two")]
     factors = scores.scales(dict.fromkeys(kinds, products), rows)
-    assert factors["exact"] == pytest.approx(
-        {"one": 2.0, "two": -1.0}
-    )  # seen = factor * rise, forecast = place / 10
+    # seen = factor * rise, forecast = place / 10
+    assert factors["exact"] == pytest.approx({"one": 2.0, "two": -1.0})
     found = scores.correlations(rows, factors)
     assert found["seen"]["exact, calibrated"]["error"] == pytest.approx(0.0, abs=1e-12)
     assert found["seen"]["exact"]["two"] == pytest.approx(-1.0)
@@ -188,19 +180,11 @@ def encoders():
     return encoder.Encoders(module, base, tasks, curvatures, data, data)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "permuted neurons",
-        "a lucky NaN",
-        "vocabulary shifted by one",
-        "curvature of the wrong model",
-        "head of another task",
-        "layers exchanged",
-        "the same task twice",
-        "merge by an older recipe",
-    ],
-)
+FOUND = ["permuted neurons", "a lucky NaN", "vocabulary shifted by one", "curvature of the wrong model"]
+FOUND += ["head of another task", "layers exchanged", "the same task twice", "merge by an older recipe"]
+
+
+@pytest.mark.parametrize("name", FOUND)
 def test_faults_of_encoders_are_found_in_their_weights(encoders, name):
     row = diagnose_case(name, encoder.CASES[name], encoders)
     assert row["found"] == row["expected"]
@@ -229,30 +213,20 @@ def folders(encoders, tmp_path_factory):
             labels = torch.randint(2, (24,), generator=generator).tolist()
             rows = {"input_ids": ids, "attention_mask": [[1] * 6] * 24, "labels": labels}
             Dataset.from_dict(rows).save_to_disk(str(root / "data" / domain / split))
+    (root / "data" / "data.json").write_text('{"pad": 0}')
     for name, theta in {"base": encoders.base, **encoders.tasks}.items():
         encoders.module.load_state_dict(theta)
         encoders.module.save_pretrained(root / name / "model")
         encoders.curvatures[name].save(root / f"curvature-{name}" / "curvature.safetensors")
-    return {
-        "data": root / "data",
-        "base": root / "base",
-        "tasks": {task: root / task for task in encoders.tasks},
-        "base_curvature": root / "curvature-base",
-        "curvatures": {task: root / f"curvature-{task}" for task in encoders.tasks},
-    }
+    tasks = {task: root / task for task in encoders.tasks}
+    curvatures = {task: root / f"curvature-{task}" for task in encoders.tasks}
+    given = {"base_curvature": root / "curvature-base", "curvatures": curvatures}
+    return {"data": root / "data", "base": root / "base", "tasks": tasks, **given}
 
 
 def test_forecast_stage(folders, tmp_path):
-    settings = {
-        "split": "train",
-        "count": 16,
-        "kfac": 8,
-        "test": 12,
-        "grid": [0.0, 1.0],
-        "draws": 2,
-        "seed": 0,
-        "delta0": 1e-6,
-    }
+    settings = {"split": "train", "count": 16, "kfac": 8, "test": 12, "grid": [0.0, 1.0]}
+    settings |= {"draws": 2, "seed": 0, "delta0": 1e-6}
     forecasting.forecast(tmp_path, **folders, **settings)
     found = json.loads((tmp_path / "forecast.json").read_text())
     kinds = {f"{kind}{how}" for kind in ("exact", "kronecker", "diagonal") for how in ("", ", calibrated")}
@@ -261,14 +235,8 @@ def test_forecast_stage(folders, tmp_path):
     assert len(found["grid"]) == 4
     assert all(sum(point["halves"]) / 2 == pytest.approx(point["accuracy"]) for point in found["grid"])
     assert set(found["weights"]["closed form, preconditioned"]) == {"gm:one", "gm:two"}
-    assert {row["merge"] for row in found["rows"]} >= {
-        "AM",
-        "GM",
-        "TIES",
-        "only one",
-        "random 1",
-        "Kronecker, tau",
-    }
+    some = {"AM", "GM", "TIES", "only one", "random 1", "Kronecker, tau"}
+    assert {row["merge"] for row in found["rows"]} >= some
     own = [row for row in found["rows"] if row["merge"] == f"only {row['task']}"]
     assert all(abs(row["measured"]) < 1e-4 and abs(row["exact"]) < 1e-4 for row in own)
     assert found["quadratic"]["exact"]["one"] > 0

@@ -55,16 +55,11 @@ def bakery(tmp_path, monkeypatch):
     return tmp_path / "bakery"
 
 
+CACHED = keys._closure, keys._root, keys.locate, keys.read, keys._lazy, keys.version_of, keys._titled
+
+
 def key(function="bakery.stages:bake", **more):
-    for cached in (
-        keys._closure,
-        keys._root,
-        keys.locate,
-        keys.read,
-        keys._lazy,
-        keys.version_of,
-        keys._titled,
-    ):
+    for cached in CACHED:
         cached.cache_clear()
     return Stage("a", function, **more).key
 
@@ -122,9 +117,8 @@ def test_a_function_that_the_settings_name_counts(bakery):
     first = key("bakery.inside:dough", settings=settings)
     (bakery / "unused.py").write_text("Shop = 2\n")
     assert key("bakery.inside:dough", settings=settings) != first
-    assert key(
-        "bakery.inside:dough", settings={"scorer": "no_such_module:f"}
-    )  # which the stage itself refuses
+    absent = {"scorer": "no_such_module:f"}  # which the stage itself refuses
+    assert key("bakery.inside:dough", settings=absent)
 
 
 def test_code_that_changes_while_a_run_is_under_way_is_not_run_under_the_old_key(bakery, tmp_path):
@@ -185,9 +179,8 @@ def test_real_stages_reach_what_they_run(config, stage, modules):
     code = keys.code_of(one.function, one.settings)
     assert set(modules.split()) <= set(code["modules"])
     assert {"torch", "numpy"} <= set(code["libraries"])
-    assert not [
-        name for name in code["modules"] if name.startswith(("gradmatch.commands", "experiments.studies"))
-    ]
+    above = "gradmatch.commands", "experiments.studies"
+    assert not [name for name in code["modules"] if name.startswith(above)]
 
 
 def test_a_models_folder_is_part_of_the_keys_that_read_it(tmp_path):

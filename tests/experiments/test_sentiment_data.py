@@ -98,34 +98,24 @@ def test_given_splits_stay_what_they_are():
     assert set(fewer["train"]) == set(found["train"])  # a smaller test changes nothing else
 
 
-@pytest.mark.parametrize(
-    ("labels", "given", "sizes", "message"),
-    [
-        (LABELS, (), {"test": 600}, "data.test asks for 600 rows, and 510 of 510 are left: ask for fewer"),
-        (LABELS, (), {"test": 500}, "asks for 51 rows, and 10 of 510 are left|leaves"),
-        (LABELS[:25], (), {}, "shop leaves 5 rows for train; at least 10 are needed"),
-        (["a"] * 300, (), {}, "all 60 test rows are of one class, 'a'"),
-        (
-            ["a", "b"] * 100 + ["c", "a"] * 10,
-            ["train"] * 200 + ["test"] * 20,
-            {},
-            "test rows have the class 'c', which none",
-        ),
-        (LABELS, ["test"] * 9 + ["train"] * 501, {}, "leaves 9 rows for test"),
-        (
-            LABELS,
-            ["test"] * 90 + ["train"] * 420,
-            {"test": 0.5},
-            "given apart, so data.test is a number of them",
-        ),
-        (
-            LABELS,
-            ["test"] * 90 + ["train"] * 420,
-            {"test": 100},
-            "data.test asks for 100 rows, and 90 of 90 are left",
-        ),
-    ],
-)
+def apart(count, whole=510):
+    return ["test"] * count + ["train"] * (whole - count)
+
+
+NEW_CLASS = ["c", "a"] * 10 + ["a", "b"] * 100
+REFUSED = [  # labels, given splits, sizes, what is said
+    (LABELS, (), {"test": 600}, "data.test asks for 600 rows, and 510 of 510 are left: ask for fewer"),
+    (LABELS, (), {"test": 500}, "asks for 51 rows, and 10 of 510 are left|leaves"),
+    (LABELS[:25], (), {}, "shop leaves 5 rows for train; at least 10 are needed"),
+    (["a"] * 300, (), {}, "all 60 test rows are of one class, 'a'"),
+    (NEW_CLASS, apart(20, 220), {}, "test rows have the class 'c', which none"),
+    (LABELS, apart(9), {}, "leaves 9 rows for test"),
+    (LABELS, apart(90), {"test": 0.5}, "given apart, so data.test is a number of them"),
+    (LABELS, apart(90), {"test": 100}, "data.test asks for 100 rows, and 90 of 90 are left"),
+]
+
+
+@pytest.mark.parametrize(("labels", "given", "sizes", "message"), REFUSED)
 def test_what_cannot_be_split_is_refused(labels, given, sizes, message):
     with pytest.raises(ValueError, match=message):
         divided("shop", labels, [str(i) for i in range(len(labels))], sizes, 0, given)

@@ -7,12 +7,9 @@ import torch
 import yaml
 
 CONTEXT = 48
-NICE = [
-    "the cat sat on the mat",
-    "a bird sings in the tree",
-    "rain falls on green hills",
-    "bread and tea at four",
-]
+OPTIONS = {"base_weight": 10.0, "guard": "scale"}
+NICE = ["the cat sat on the mat", "a bird sings in the tree", "rain falls on green hills"]
+NICE += ["bread and tea at four"]
 RUDE = ["you fool of a rat", "what a stupid pig", "shut up you swine", "go away silly ass"]
 
 
@@ -27,9 +24,8 @@ def language_model(tmp_path_factory):
     core = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     core.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<pad>").save_pretrained(
-        folder
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<pad>")
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     ends = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 0, "tie_word_embeddings": True}
@@ -43,9 +39,8 @@ def files(tmp_path_factory):
     """Folder with nice.txt, rude.jsonl and prompts.txt."""
     folder = tmp_path_factory.mktemp("texts")
     (folder / "nice.txt").write_text("\n".join(f"{NICE[i % 4]} number {i}" for i in range(60)))
-    rows = [
-        {"body": {"text": f"{RUDE[i % 4]} number {i}"}, "page": i // 2, "score": i / 60} for i in range(60)
-    ]
+    bodies = [{"text": f"{RUDE[i % 4]} number {i}"} for i in range(60)]
+    rows = [{"body": body, "page": i // 2, "score": i / 60} for i, body in enumerate(bodies)]
     (folder / "rude.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     (folder / "prompts.txt").write_text("\n".join(f"say {i} more" for i in range(6)))
     (folder / "table.tsv").write_text('toxic\tneutral\n"quoted\tplain\n')
@@ -67,11 +62,7 @@ def tiny_config(tmp_path_factory, language_model, files):
         "precision": "float32",
         "fisher": {"examples": 16, "batch_size": 2, "reduction": "batch"},
         "methods": {
-            "GM": {
-                "method": "removal",
-                "alphas": [0.1, 0.2],
-                "options": {"base_weight": 10.0, "guard": "scale"},
-            },
+            "GM": {"method": "removal", "alphas": [0.1, 0.2], "options": OPTIONS},
             "TA": {"method": "negation", "alphas": [0.5, 1.0]},
         },
         "forecast": {"method": "GM", "examples": 2, "nats": 2.0},

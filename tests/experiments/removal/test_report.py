@@ -9,14 +9,8 @@ def point(label, alpha, refused, toxicity, scorer="proxy"):
     metrics = {"perplexity_keep": 20.0, "perplexity_remove": 80.0, "scorer": scorer}
     metrics |= {"refused_toxic": refused, "toxicity_toxic": toxicity, "toxic_share_toxic": toxicity}
     intervals = {} if toxicity is None else {"toxicity_toxic": (toxicity, toxicity - 0.1, toxicity + 0.1)}
-    return {
-        "kind": "point",
-        "label": label,
-        "alpha": alpha,
-        "seed": 0,
-        "metrics": metrics,
-        "intervals": intervals,
-    }
+    found = {"kind": "point", "label": label, "alpha": alpha, "seed": 0}
+    return found | {"metrics": metrics, "intervals": intervals}
 
 
 def test_refusals_and_the_proxy_are_said():
@@ -44,15 +38,9 @@ def test_several_seeds_are_told_by_their_range():
     [(0.01, 0.2, "GM is better"), (-0.2, -0.01, "TA is better"), (-0.1, 0.1, "no difference shown")],
 )
 def test_areas_are_judged_by_their_interval(low, high, judged):
-    area = {
-        "measure": "toxicity",
-        "ours": "GM",
-        "theirs": "TA",
-        "difference": (low + high) / 2,
-        "low": low,
-        "high": high,
-    }
-    assert area_line({**area, "span": (3.0, 3.5), "draws": 10}).endswith(judged)
+    area = {"measure": "toxicity", "ours": "GM", "theirs": "TA", "span": (3.0, 3.5), "draws": 10}
+    area |= {"difference": (low + high) / 2, "low": low, "high": high}
+    assert area_line(area).endswith(judged)
 
 
 @pytest.mark.parametrize(

@@ -81,35 +81,24 @@ def test_summaries_continue_their_article(archives):
 def test_prepare_leaks_nothing(tmp_path, files):
     (tmp_path / "prompts.txt").write_text("you fool of a rat number 0\nWhat a stupid pig, number\nsay more")
     rude = {"source": str(files / "rude.jsonl"), "column": "body.text", "document": "page"}
-    prepare(
-        tmp_path / "out",
-        remove=rude,
-        keep={"source": str(files / "nice.txt"), "limit": 50},
-        prompts={"mine": {"source": str(tmp_path / "prompts.txt"), "limit": 2}},
-        limits={"train": 20},
-        split_seed=0,
-    )
+    keep = {"source": str(files / "nice.txt"), "limit": 50}
+    prompts = {"mine": {"source": str(tmp_path / "prompts.txt"), "limit": 2}}
+    shared = {"limits": {"train": 20}, "split_seed": 0}
+    prepare(tmp_path / "out", remove=rude, keep=keep, prompts=prompts, **shared)
     counts = json.loads((tmp_path / "out" / "counts.json").read_text())
     assert counts["prompts/mine"] == 2
     assert counts["remove/train"] == 20
-    splits = {
-        s: texts.load(tmp_path / "out" / "remove" / f"{s}.jsonl") for s in ("train", "validation", "test")
-    }
-    pages = [{text.document for text in members} for members in splits.values()]
-    assert not pages[0] & pages[1]
-    assert not pages[0] & pages[2]
-    assert not pages[1] & pages[2]
-    held = {text.text for members in splits.values() for text in members}
+    names = ("train", "validation", "test")
+    splits = [texts.load(tmp_path / "out" / "remove" / f"{name}.jsonl") for name in names]
+    pages = [{text.document for text in members} for members in splits]
+    assert sum(map(len, pages)) == len(set().union(*pages))
+    held = {text.text for members in splits for text in members}
     assert not any(text.startswith("what a stupid pig") for text in held)  # a prompt begins them
     assert "you fool of a rat number 0" not in held
 
 
 def test_a_text_counts_once_whatever_its_case():
-    twice = [
-        Text("Hello there", "1"),
-        Text("hello, THERE!", "2"),
-        Text("hello there", "3", context="another"),
-    ]
+    twice = [Text("Hello there", "1"), Text("hello, THERE!", "2"), Text("hello there", "3", context="x")]
     assert texts.without(twice, ()) == [twice[0], twice[2]]
 
 
@@ -120,9 +109,8 @@ def test_drawn_does_not_depend_on_the_given_order():
 
 
 def test_bad_sources(files, tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"no data file .*absent.txt.*lists from PyPI need no file: toxic"
-    ):
+    said = r"no data file .*absent.txt.*lists from PyPI need no file: toxic"
+    with pytest.raises(FileNotFoundError, match=said):
         read(Source(source=str(tmp_path / "absent.txt")))
     with pytest.raises(ValueError, match=r"has no column 'text'; it has body, page, score"):
         read(Source(source=str(files / "rude.jsonl")))
@@ -144,12 +132,6 @@ def test_the_key_of_a_source_that_the_hub_does_not_give_is_named(files, tmp_path
 
 def test_a_split_without_texts_is_an_error(files, tmp_path):
     (tmp_path / "one.txt").write_text("just one")
+    remove, keep = ({"source": str(path)} for path in (tmp_path / "one.txt", files / "nice.txt"))
     with pytest.raises(ValueError, match="nothing is left to remove in the"):
-        prepare(
-            tmp_path / "out",
-            remove={"source": str(tmp_path / "one.txt")},
-            keep={"source": str(files / "nice.txt")},
-            prompts={},
-            limits={},
-            split_seed=0,
-        )
+        prepare(tmp_path / "out", remove=remove, keep=keep, prompts={}, limits={}, split_seed=0)
