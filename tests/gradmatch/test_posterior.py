@@ -1,6 +1,8 @@
 """The posterior of a merge: its precision, continual merging, un-merging, and predictions with it."""
 
 import copy
+import doctest
+import importlib
 import json
 import pickle
 
@@ -11,6 +13,7 @@ import torch
 from gradmatch import Task, merge, open_checkpoint, subtract, unmerge
 from gradmatch.cli import main
 from gradmatch.estimators import Curvature
+from gradmatch.posterior import calibration, draws, predict
 from tests.gradmatch.test_system import OUT, WIDTH, curvature, random
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -202,3 +205,76 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
     risen = subtract(BASE, None, method="ascent", base_curvature=H0, gradient=TASKS[0].curvature, weight=0.5)
     torch.testing.assert_close(open_checkpoint("up")["w"], risen["w"], **CLOSE)
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "kronecker", "conv1d"])
+def test_draws_have_the_posteriors_covariance(kind):
+    shape = (WIDTH, OUT) if kind == "conv1d" else (OUT, WIDTH)
+    known, dense, flat = curvature(3, 5, shape, kind != "diagonal", kind == "conv1d")
+    side = (lambda w: w.T) if kind == "conv1d" else (lambda w: w)
+    found = list(draws(known, 6000, seed=1, scale=2.0))
+    rows = torch.stack([side(one["w"]).flatten() for one in found])
+    np.testing.assert_allclose(
+        rows.T.cov().numpy(), 2 * np.linalg.inv(dense), atol=0.1 * np.abs(np.linalg.inv(dense)).max()
+    )
+    np.testing.assert_allclose(torch.stack([one["b"] for one in found]).var(0).numpy(), 2 / flat, rtol=0.1)
+    again = next(iter(draws(known, 1, seed=1, scale=2.0)))
+    assert torch.equal(again["w"], found[0]["w"])
+
+
+def test_the_linearised_variance_of_a_linear_model_is_known():
+    model = torch.nn.Linear(WIDTH, OUT).double()
+    x, y = random(5, 6, WIDTH), torch.arange(6) % OUT
+    a, b = curvature(3, 5, (OUT, WIDTH), True)[0], random(8, OUT).square() + 0.5
+    known = Curvature.from_dict(
+        {"weight": a.mean("w"), "bias": b / 5},
+        5,
+        factor_a={"weight": a.factor_a("w")},
+        factor_b={"weight": a.factor_b("w")},
+    )
+    found = predict(model, [(x[:2], y[:2]), (x[2:], y[2:])], known, samples=800)
+    inverse = (
+        torch.linalg.inv(a.factor_b("w")).diagonal()[None]
+        * ((x @ torch.linalg.inv(a.factor_a("w"))) * x).sum(1)[:, None]
+        / 5
+    )
+    torch.testing.assert_close(found.variance, inverse + 1 / b, rtol=0.25, atol=0)
+    torch.testing.assert_close(found.plain, model(x).softmax(-1).detach())
+    assert torch.equal(found.labels, y)
+    assert float(found.probabilities.max()) < float(found.plain.max())  # less sure
+    sure = predict(model, [(x, y)], known, samples=2, scale=0.0)
+    torch.testing.assert_close(sure.probabilities, sure.plain)
+
+
+@pytest.mark.parametrize("module", ["gradmatch.posterior.predicting", "gradmatch.posterior.unmerging"])
+def test_examples_run(module):
+    assert not doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS).failed
+
+
+def test_calibration_by_hand():
+    p = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.55, 0.45], [0.3, 0.7]])
+    found = calibration(p, torch.tensor([0, 1, 0, 1]), bins=2)
+    assert found.accuracy == 0.75
+    assert found.nll == pytest.approx(-np.log([0.9, 0.4, 0.55, 0.7]).mean())
+    assert found.ece == pytest.approx(abs(3 - (0.9 + 0.6 + 0.55 + 0.7)) / 4)
+
+
+NET = torch.nn.Linear(2, 2)
+KNOWN = Curvature.from_dict({n: torch.ones_like(p) for n, p in NET.named_parameters()}, 1)
+DATA = [(torch.ones(3, 2), torch.zeros(3).long())]
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: list(draws(KNOWN, 0)), "count is 0"),
+        (lambda: list(draws(Curvature.from_dict({"w": torch.zeros(2)}, 1))), "'w': 2 precisions are not positive"),
+        (lambda: predict(NET, DATA, Curvature.from_dict({"w": torch.ones(2)}, 1)), "the posterior holds 'w', which is no parameter"),
+        (lambda: predict(NET, [], KNOWN), "no batches"),
+        (lambda: predict(NET, [(torch.ones(3, 4, 2), torch.zeros(3, 4).long())], KNOWN), r"logits have shape \[3, 4, 2\]"),
+        (lambda: calibration(torch.ones(3, 2) / 2, torch.tensor([0, 1, 2])), "of the classes 0 to C - 1"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_predicted_is_named(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
