@@ -266,3 +266,22 @@ def by_task_vectors(method, theta0, taus, alphas, ridge=1e-6, prior=0.01):
             right + share * sum(a * t for a, t in zip(alphas, taus, strict=True)),
         )
     return theta0 + np.linalg.solve(left, right.T).T
+
+
+def tsv_basis(theta0, taus, alphas, h0, hs):
+    """Eq. 12 for Z in theta0 + U Z V', numpy: dense curvatures on rows of (out, in), singular vectors by numpy, polar factors too."""
+    kept, found = min(theta0.shape) // len(taus), [np.linalg.svd(tau, full_matrices=False) for tau in taus]
+    u, v = (
+        np.concatenate(parts, 1)
+        for parts in zip(*((u[:, :kept], vt[:kept].T) for u, _, vt in found), strict=True)
+    )
+    u, v = (w @ r for w, _, r in (np.linalg.svd(x, full_matrices=False) for x in (u, v)))
+    inside = np.kron(u, v)  # Z by rows -> U Z V' by rows
+    z = [np.zeros((kept * len(taus),) * 2) for _ in taus]
+    for t, (_, s, _) in enumerate(found):
+        for i in range(kept):
+            z[t][t * kept + i, t * kept + i] = s[i]
+    low = [inside.T @ h @ inside for h in (h0, *hs)]
+    total = sum(a * one.ravel() for a, one in zip(alphas, z, strict=True))
+    beliefs = [(a, h, one.ravel()) for a, h, one in zip(alphas, low[1:], z, strict=True)]
+    return theta0 + u @ one_system([*beliefs, (1, low[0], total)]).reshape(z[0].shape) @ v.T

@@ -109,9 +109,6 @@ class Inputs:
                 )
         if not isinstance(request.rule, Solve) or len(spec.shape) < 2:
             return sizes, False
-        if not needs:  # what it solves with is made of the matrices themselves
-            self.check_conv1d(name, spec, request)
-            return sizes, True
         factors = []
         if needs & {"curvature", "gram"}:
             factors = [(self.tasks[t].name, self.tasks[t].factors) for t in tasks]
@@ -119,7 +116,7 @@ class Inputs:
             factors.append(("the base", self.base_factors))
         held = [known.size(name, spec.shape, owner) for owner, known in factors if known is not None]
         # without a diagonal to fall back on, a layer needs the factors of all
-        found_factors = all(held) if "gram" in needs else any(held)
+        found_factors = request.rule.whole or (all(held) if "gram" in needs else any(held))
         if found_factors:
             sizes += held
             self.check_conv1d(name, spec, request)

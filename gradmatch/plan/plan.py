@@ -169,8 +169,8 @@ def _rule_of(rule: Rule, spec: Spec, factors: bool) -> tuple[Rule, str]:
     """The rule of one tensor, and why it is another than the one that was asked for."""
     if isinstance(rule, Solve):
         if not factors:
-            return rule.otherwise, f"no {'factors' if rule.needs else 'matrix'}: {rule.otherwise.source}"
-        return rule, "gram matrices" if "gram" in rule.needs else "Kronecker factors" if rule.needs else ""
+            return rule.otherwise, f"no {'matrix' if rule.whole else 'factors'}: {rule.otherwise.source}"
+        return rule, "gram matrices" if "gram" in rule.needs else "" if rule.whole else "Kronecker factors"
     if isinstance(rule, Whole) and rule.otherwise and len(spec.shape) < 2:
         return rule.otherwise, f"no matrix: {rule.otherwise.source}"
     return rule, ""

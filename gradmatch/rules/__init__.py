@@ -28,6 +28,7 @@ from gradmatch.rules.matrix_options import MatrixOptions
 from gradmatch.rules.measured import measured
 from gradmatch.rules.options import Options, option
 from gradmatch.rules.removal import RemovalOptions, ewr, fisher_negation, removal
+from gradmatch.rules.restricted import tsv_basis
 from gradmatch.rules.rule import Elementwise, Linear, Rule, Solve, Terms, Whole
 from gradmatch.rules.sce import SceOptions, sce
 from gradmatch.rules.spectral import ISO_C, ISO_CTS, TSV_M
@@ -173,6 +174,7 @@ RULES: dict[str, Rule] = {
     ),
     "kronecker": KRONECKER,
     "mats": MATS,
+    "tsv_basis": tsv_basis(GRADIENT_MATCHING),
     "anchored": ANCHORED,
     "guarded": GUARDED,
     "ascent": ASCENT,

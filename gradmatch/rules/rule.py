@@ -231,12 +231,14 @@ class Solve(Rule):
         solve: (theta0 (out, in), tau (T, out, in), alpha, curved) -> merged (out, in), in float64; `curved` is a
             `gradmatch.rules.block.Curved`.
         otherwise: the rule of tensors whose factors are not known. It is given the options of the same names.
+        whole: whether it solves for matrices without factors too.
         single: options -> whether float32 is enough, where the models are in it; else it is given float64.
     """
 
     solve: Callable[[Tensor, Tensor, Sequence[float], Curved], Tensor]
     _: KW_ONLY
     otherwise: Rule
+    whole: bool = False
     single: Callable[[Any], bool] = lambda options: False
 
     kind: ClassVar[str] = "solve"

@@ -131,7 +131,7 @@ BELIEFS.update(actmat=actmat, wudi=wudi, ace=ace)
 
 def _rule(formula: str, source: str, listed: Callable[[Known], Listed], options: Any = None) -> Solve:
     return Solve(
-        formula, source, solving(listed), otherwise=WEIGHTED, options=options or TaskVectorOptions(), relative=True,
+        formula, source, solving(listed), otherwise=WEIGHTED, options=options or TaskVectorOptions(), relative=True, whole=True,
         lacks={"zero": "weights are relative and cannot all be zero"},
     )  # fmt: skip
 

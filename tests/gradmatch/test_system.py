@@ -297,3 +297,23 @@ def test_a_task_that_trained_nothing_has_no_say_in_wudi():
     both = merge(base, [one, Task(base)], method="wudi")["w"]
     torch.testing.assert_close(both, one.model["w"], rtol=1e-9, atol=1e-9)
     assert not merge(base, [Task(base)] * 2, method="wudi")["w"].any()
+
+
+def test_the_system_in_a_basis_is_its_reference_and_tsv_m_where_all_curvature_is_flat():
+    base, tasks, settings, *_ = case("gradient_matching", "kronecker", alphas=(0.7, 1.2))
+    found = merge(base, tasks, method="tsv_basis", **settings, solver="exact", **TIGHT)
+    known = [curvature(t, 10 + t, (OUT, WIDTH), True)[1] for t in range(2)]
+    h0 = BASE_WEIGHT * curvature(99, 30, (OUT, WIDTH), True)[1] + DELTA0 * np.eye(OUT * WIDTH)
+    taus = [(task.model["w"] - base["w"]).numpy() for task in tasks]
+    expected = oracle.tsv_basis(base["w"].numpy(), taus, (0.7, 1.2), h0, known)
+    np.testing.assert_allclose(found["w"].numpy(), expected, **CLOSE)
+    diagonal = merge(base, tasks, method="gradient_matching", **settings)
+    torch.testing.assert_close(found["b"], diagonal["b"])
+    flat = Curvature.from_dict({n: torch.ones_like(v) for n, v in base.items()}, 3)
+    plain = [Task(task.model, flat, task.weight) for task in tasks]
+    found = merge(base, plain, method="tsv_basis", base_curvature=2.0)
+    size = 1 + 3 * (0.7 + 1.2) / 2  # Hbar / H0
+    scaled = merge(base, [Task(t.model, weight=t.weight) for t in tasks], method="tsv_m", scale=2.5 / size)
+    torch.testing.assert_close(found["w"], scaled["w"], rtol=1e-5, atol=1e-5)
+    still = merge(base, [Task(base, flat)] * 2, method="tsv_basis", base_curvature=2.0)
+    assert torch.equal(still["w"], base["w"])
