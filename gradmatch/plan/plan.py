@@ -192,6 +192,8 @@ def _little_merged(result: Plan) -> list[str]:
             "tasks are models of this base",
             "bad_setting",
         )
+    if result.merged and result.request.rule.weighs and not any(any(step.alpha) for step in result.merged):
+        return ["every weight is 0, so that no task takes part"]
     loose = [step for step in result.steps if step.spec.floating and step.why == NOWHERE]
     if len(loose) > 3 * len(result.merged):
         raise GradmatchError(

@@ -392,3 +392,12 @@ def test_weights_that_scale_whole_models_are_remarked(recwarn, method, weights, 
     assert [f"({total} for " in note for note in said] == [True] * (total is not None)
     if method == "linear":
         assert made.formula == "sum_t alpha_t theta_t" + " / sum_t alpha_t" * options.get("normalize", True)
+
+
+def test_weights_that_are_all_zero_are_told():
+    base = {"w": torch.zeros(2)}
+    for weight, count in ((0.0, 1), ({"w": 0.0}, 1), (1.0, 0)):
+        notes = merge(
+            base, [Task({"w": torch.ones(2)}, weight=weight)], method="task_arithmetic"
+        ).report.notes
+        assert sum("every weight is 0, so that no task takes part" in note for note in notes) == count
