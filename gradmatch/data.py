@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from gradmatch.measure import columns as measured
-from gradmatch.measure.data import Batches, longest_input
+from gradmatch.measure.batches import Batches, longest_input
 from gradmatch.measure.tables import Table
 
 __all__ = ["TextBatches", "find_columns", "longest_input", "read_table", "rows_with_text"]

@@ -68,7 +68,7 @@ def mismatch(report: Mapping[str, Any]) -> str:
     if found is None:
         return ""
     columns = list(next(iter(found["layers"].values())))
-    rows = [[_value(layers.get(c, 0.0)) for c in columns] for layers in found["layers"].values()]
+    rows = [[float(layers.get(c, 0.0)) for c in columns] for layers in found["layers"].values()]
     binned, values = bins(columns, rows)
     return heat_map(list(found["layers"]), short_names(binned), values)
 
@@ -149,13 +149,9 @@ def short_names(names: Sequence[str]) -> list[str]:
     return [".".join(name.split(".")[-2:]) if name.count(".") > 1 else name for name in names]
 
 
-def _value(value: float | str) -> float:
-    """A number of the report; those that are not finite stand there as text."""
-    return float(value)
-
-
 def _finite(points: Sequence[Sequence[float | str]]) -> list[tuple[float, float]]:
     """Points without those that are not finite."""
-    return [
-        (_value(x), _value(y)) for x, y in points if math.isfinite(_value(x)) and math.isfinite(_value(y))
-    ]
+    numbers = [
+        (float(x), float(y)) for x, y in points
+    ]  # those of a report that are not finite stand there as text
+    return [(x, y) for x, y in numbers if math.isfinite(x) and math.isfinite(y)]

@@ -20,15 +20,14 @@ from gradmatch.estimators.batches import BatchReader
 from gradmatch.estimators.categorical import Categorical
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.inference import infer_likelihood, make_likelihood
-from gradmatch.estimators.likelihood import Likelihood, Reading, find_logits
-from gradmatch.estimators.values import Bernoulli, Gaussian
+from gradmatch.estimators.likelihood import Reading, find_logits
+from gradmatch.estimators.values import Bernoulli
 from gradmatch.estimators.wrapped import unwrap
+from gradmatch.measure.curving import check_hessian, output_hessian
 from gradmatch.measure.seats import Seats, Tensors, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-CHUNK = 2**18  # values of float64 at a time: 2 MB
 
 
 class OutputNotFiniteError(ValueError):
@@ -199,7 +198,7 @@ class Objective:
                     reading, tangent = self._jvp(placed, move, index)
                     readings.append(reading)
                     products.append(tangent)
-                total += output_hessian(self._known_hessian(), readings[0], torch.stack(products))
+                total += output_hessian(self._likelihood, readings[0], torch.stack(products))
         return total * self.scale
 
     def expand(self, weights: Weights, direction: Weights) -> tuple[float, float, float]:
@@ -228,7 +227,7 @@ class Objective:
                     (residual,) = torch.autograd.grad(nll, outputs)
                 loss += float(nll)
                 slope += float((self._as_viewed(residual, reading) * tangent).sum(dtype=torch.float64))
-                bend += float(output_hessian(self._known_hessian(), reading, tangent[None]))
+                bend += float(output_hessian(self._likelihood, reading, tangent[None]))
         return loss * self.scale, slope * self.scale, bend * self.scale
 
     def _jvp(self, placed: Tensors, move: Tensors, index: int) -> tuple[Reading, Tensor]:
@@ -244,7 +243,7 @@ class Objective:
             return value
 
         tangent = torch.func.jvp(outputs, (leaves,), (tangents,))[1]
-        self._known_hessian()
+        check_hessian(self._likelihood)
         return rest[-1], self._as_viewed(tangent, rest[-1])
 
     def _as_viewed(self, values: Tensor, reading: Reading) -> Tensor:
@@ -267,20 +266,8 @@ class Objective:
         return self._likelihood.read(output, batch)
 
     def _log_prob(self, reading: Reading) -> Tensor:
-        return self._known().log_prob(reading)
-
-    def _known(self) -> Likelihood:
         assert self._likelihood is not None  # the first reading infers it
-        return self._likelihood
-
-    def _known_hessian(self) -> Categorical | Bernoulli | Gaussian:
-        if isinstance(self._likelihood, Categorical | Bernoulli | Gaussian):
-            return self._likelihood
-        raise GradmatchError(
-            f"the likelihood {self._known().name!r} has no known Hessian in its outputs; forecasts need classification, "
-            "language modelling, bernoulli or regression",
-            "bad_data",
-        )
+        return self._likelihood.log_prob(reading)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -312,32 +299,3 @@ def _counted(reading: Reading) -> Tensor:
 def _all_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite: by their sum, which is one pass, and one by one where that overflows."""
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
-
-
-def output_hessian(
-    likelihood: Categorical | Bernoulli | Gaussian, reading: Reading, products: Tensor
-) -> Tensor:
-    """sum over examples of (J u_i)' Lambda (J u_j): Lambda = diag(p) - p p' (softmax), s (1 - s), 1 / variance (Gaussian).
-
-    products: (K, B, T, C), derivatives of the outputs along K directions. Returns (K, K) float64.
-    """
-    k, classes = len(products), reading.view.shape[2]
-    outputs, products = reading.view.reshape(-1, classes), products.reshape(k, -1, classes)
-    counted = (
-        torch.arange(len(outputs)) if reading.valid is None else reading.valid.flatten().nonzero()[:, 0].cpu()
-    )
-    total = torch.zeros(k, k, dtype=torch.float64)
-    # A few predictions at a time: with a vocabulary of 50,000 whole batches in float64 do not fit any cache.
-    for rows in torch.split(counted, max(1, CHUNK // (k * classes))):
-        v, output = products[:, rows].double(), outputs[rows].double()  # (K, R, C), (R, C)
-        if isinstance(likelihood, Categorical):
-            p = output.softmax(-1)
-            v = (v - (p * v).sum(-1, keepdim=True)) * p.sqrt()
-        elif isinstance(likelihood, Bernoulli):
-            s = output.sigmoid()
-            v = v * (s * (1 - s)).sqrt()
-        else:
-            v = v / math.sqrt(likelihood.variance)
-        flat = v.flatten(1)
-        total += (flat @ flat.T).cpu()
-    return total

@@ -243,18 +243,8 @@ def save_products(
         "fingerprints": dict(fingerprints or {}),
         "settings": dict(settings or {}),
         "products": [
-            {
-                "task": p.task,
-                "kind": p.kind,
-                "directions": list(p.directions),
-                "position": p.position.tolist(),
-                "slope": p.slope.tolist(),
-                "curvature": p.curvature.tolist(),
-                "loss": None if math.isnan(p.loss) else p.loss,
-                "num_examples": p.num_examples,
-                "examples_seen": p.examples_seen,
-                "limit": p.limit,
-            }
+            {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(p).items()}
+            | {"loss": None if math.isnan(p.loss) else p.loss}
             for p in products
         ],
     }
@@ -308,18 +298,15 @@ def load_products(
                 "bad_products",
                 path,
             )
+    arrays = ("position", "slope", "curvature")
     return [
         Products(
-            task=row["task"],
-            directions=tuple(row["directions"]),
-            position=np.array(row["position"], dtype=np.float64),
-            slope=np.array(row["slope"], dtype=np.float64),
-            curvature=np.array(row["curvature"], dtype=np.float64),
-            loss=math.nan if row["loss"] is None else float(row["loss"]),
-            num_examples=row["num_examples"],
-            examples_seen=row["examples_seen"],
-            kind=row["kind"],
-            limit=row["limit"],
+            **row
+            | {
+                "directions": tuple(row["directions"]),
+                "loss": math.nan if row["loss"] is None else row["loss"],
+            }
+            | {name: np.array(row[name], dtype=np.float64) for name in arrays}
         )
         for row in rows
     ]

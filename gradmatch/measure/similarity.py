@@ -12,12 +12,6 @@ if TYPE_CHECKING:
 EXACT, PROBES = 256, 32  # of `Ranks`: what is beyond costs more than the rest of a scan
 
 
-def gram(vectors: Tensor) -> Tensor:
-    """u_i'u_j in float64. (K, P) -> (K, K); sums over tensors give the Gram matrix of whole models."""
-    wide = vectors.double()
-    return wide @ wide.T
-
-
 def cosines(gram_matrix: Tensor) -> Tensor:
     """cos(u_i, u_j) = u_i'u_j / (||u_i|| ||u_j||) from a Gram matrix; 0 where a vector is zero. (K, K) -> (K, K)."""
     norms = gram_matrix.diagonal().clamp(min=0).sqrt()

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.measure.batches import longest_input
 from gradmatch.measure.columns import Labels, find_columns
-from gradmatch.measure.data import Examples, longest_input, read
+from gradmatch.measure.data import Examples, read
 from gradmatch.measure.tables import Table
 from tests.gradmatch.tiny import save_classifier, save_language_model, tokenizer
 

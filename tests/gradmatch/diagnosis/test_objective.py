@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from gradmatch.estimators.inference import make_likelihood
-from gradmatch.measure import objective as module_of_objective
-from gradmatch.measure.objective import Objective, OutputNotFiniteError, output_hessian
+from gradmatch.measure import curving
+from gradmatch.measure.curving import output_hessian
+from gradmatch.measure.objective import Objective, OutputNotFiniteError, _all_finite
 
 
 def weights_of(module):
@@ -240,7 +241,7 @@ def test_errors():
 
 @pytest.mark.parametrize("chunk", [1, 50, 2**18])
 def test_products_are_taken_a_few_predictions_at_a_time_and_padding_not_at_all(monkeypatch, chunk):
-    monkeypatch.setattr(module_of_objective, "CHUNK", chunk)
+    monkeypatch.setattr(curving, "CHUNK", chunk)
     outputs, products = torch.randn(2, 3, 7), torch.randn(2, 2, 3, 7)  # (B, T, C), (K, B, T, C)
     valid = torch.tensor([[True, True, False], [True, False, False]])
     outputs[~valid] = math.nan  # what stands there is looked at by nobody
@@ -254,6 +255,6 @@ def test_products_are_taken_a_few_predictions_at_a_time_and_padding_not_at_all(m
 
 
 def test_values_whose_sum_overflows_are_finite_all_the_same():
-    assert module_of_objective._all_finite(torch.full((4,), 3e38))
-    assert not module_of_objective._all_finite(torch.tensor([1.0, math.nan]))
-    assert not module_of_objective._all_finite(torch.tensor([math.inf, -math.inf]))
+    assert _all_finite(torch.full((4,), 3e38))
+    assert not _all_finite(torch.tensor([1.0, math.nan]))
+    assert not _all_finite(torch.tensor([math.inf, -math.inf]))
