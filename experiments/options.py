@@ -9,6 +9,7 @@ from typing import Any
 from gradmatch.estimators.names import nearest
 from gradmatch.plan.request import Request
 from gradmatch.rules import find_rule
+from gradmatch.rules.after import AFTER
 from gradmatch.rules.edits import TRANSFORMS
 
 SHARED = tuple(
@@ -31,13 +32,15 @@ def check_names(
         rule = find_rule(method)
     except (ValueError, TypeError):
         return
-    given = options.get("transforms", ())
     own = set(rule.options)
-    for edit in (*([given] if isinstance(given, str) else given), *rule.transforms):
-        if not isinstance(edit, str) and not (isinstance(edit, Mapping) and len(edit) == 1):
-            raise ValueError(f"transforms: each is a name or {{name: options}}, not {edit!r}")
-        name = edit if isinstance(edit, str) else next(iter(edit))
-        own |= set(TRANSFORMS[name].options) if name in TRANSFORMS else set()
+    edits: dict[str, Any] = {**TRANSFORMS, **AFTER}
+    for key, more_edits in (("transforms", rule.transforms), ("after", ())):
+        given = options.get(key, ())
+        for edit in (*([given] if isinstance(given, str) else given), *more_edits):
+            if not isinstance(edit, str) and not (isinstance(edit, Mapping) and len(edit) == 1):
+                raise ValueError(f"{key}: each is a name or {{name: options}}, not {edit!r}")
+            name = edit if isinstance(edit, str) else next(iter(edit))
+            own |= set(edits[name].options) if name in edits else set()
     known = [*sorted(own), *also, *SHARED]
     for name in (*options, *more):
         if name not in known:

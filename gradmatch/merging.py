@@ -17,6 +17,7 @@ from gradmatch.models.curvatures import CurvatureStore
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.task import Model, Task
 from gradmatch.output.report import Report, make_report
+from gradmatch.plan.core import plan_core
 from gradmatch.plan.inputs import Inputs
 from gradmatch.plan.opened import open_inputs
 from gradmatch.plan.plan import plan
@@ -36,10 +37,14 @@ POSTERIOR = "posterior.safetensors"  # in a merged folder
 
 
 class Merged(dict[str, "Tensor"]):
-    """A merged state dict, with the report of the merge and the plan that it was made by."""
+    """A merged state dict, with the report of the merge and the plan that it was made by.
+
+    Of merged adapters: their factors by peft's names, and `config`, what adapter_config.json says of them.
+    """
 
     report: Report
     made: Plan
+    config: Mapping[str, Any] | None = None
 
     @cached_property
     def posterior(self) -> Curvature:
@@ -97,7 +102,7 @@ def prepare(
 
     apart = check_units(inputs, request, allow_mismatch)
     files, said = tokenizer_of(inputs, request)
-    made = plan(inputs, request)
+    made = plan_core(inputs, request) if request.space == "core" else plan(inputs, request)
     made.files = files
     opened = [
         note
@@ -105,7 +110,7 @@ def prepare(
         for note in model.original.notes
     ]
     made.notes += [*dict.fromkeys(opened), *apart, *said]
-    if inputs.base.folder:
+    if inputs.base.folder and request.space == "weights":
         from gradmatch.output.carried import carried_notes
 
         made.notes += carried_notes(inputs.base.folder)
@@ -149,12 +154,14 @@ def execute(
     posterior: bool = False,
 ) -> Mapping[str, Tensor]:
     """Carry out a plan; see `merge`."""
-    if posterior and not made.request.rule.family:
-        raise no_posterior(made.request.method)
+    if posterior and (error := no_posterior(made.request)):
+        raise error
     if made.request.batchnorm == "recalibrate":
         from gradmatch.output.batchnorm import check_batches
 
         check_batches(made.inputs.base, batches)
+    if made.adapters:
+        return _as_adapter(made, out, overwrite, progress)
     if out is None:
         return _in_memory(made, batches, progress)
     return _to_folder(made, Path(out), overwrite, batches, progress, posterior)
@@ -227,6 +234,29 @@ def _to_folder(
         from gradmatch.estimators.curvature import Curvature
 
         checkpoint.posterior = Curvature.load(out / POSTERIOR)
+    return checkpoint
+
+
+def _as_adapter(
+    made: Plan, out: str | os.PathLike[str] | None, overwrite: bool, progress: bool
+) -> Merged | Checkpoint:
+    """The merged adapter: its tensors by peft's names and its config, or a folder, opened on the base."""
+    from gradmatch.engine.core import merge_adapters
+    from gradmatch.output.adapter import adapter_config, write_adapter
+    from gradmatch.output.publishing import check_absent, place
+
+    if out is not None:
+        check_absent(place(out), overwrite)
+    with _bar(made, progress, ()) as on_progress:
+        tensors, stats = merge_adapters(made, on_progress)
+    report = make_report(made, stats)
+    if out is None:
+        merged = Merged(tensors)
+        merged.report, merged.made, merged.config = report, made, adapter_config(made, tensors)
+        return merged
+    folder = write_adapter(Path(out), made, tensors, report, overwrite=overwrite)
+    checkpoint = open_checkpoint(folder, base=made.inputs.base)
+    checkpoint.report = report
     return checkpoint
 
 

@@ -14,7 +14,7 @@ from gradmatch.api import merge
 from gradmatch.estimators import check_estimator
 from gradmatch.estimators.curvature import Curvature
 from gradmatch.models.task import Task
-from gradmatch.rules import RULES, Elementwise, Rule, Solve
+from gradmatch.rules import RULES, Elementwise, Rule, Solve, Whole
 
 __all__ = ["check_estimator", "check_rule"]
 
@@ -43,7 +43,8 @@ def check_rule(rule: Rule, **options: Any) -> None:
 
     What it says of itself must be in order; the result must have the base's names, shapes and dtypes, be finite, be the same
     again, leave its inputs as they were and agree in float32 and float64; an elementwise rule must look at one coordinate
-    alone; every invariant that `lacks` does not name must hold, and every one that it names must not.
+    alone; every invariant that `lacks` does not name must hold, and every one that it names must not; an `update` must turn with
+    the task vectors, and be what the rule adds.
 
     Args:
         rule: a `gradmatch.Rule` of any kind.
@@ -72,6 +73,7 @@ def check_rule(rule: Rule, **options: Any) -> None:
             _check_result(rule, problem)
             for invariant in INVARIANTS:
                 _check_invariant(rule, problem, invariant)
+            _check_turned(rule, problem, options)
     finally:
         del RULES[NAME]
 
@@ -267,4 +269,27 @@ def _check_invariant(rule: Rule, problem: _Problem, invariant: str) -> None:
     _promise(
         not close or invariant not in rule.lacks,
         f"lacks names {invariant!r}, but it holds ({what}): leave it out",
+    )
+
+
+def _check_turned(rule: Rule, problem: _Problem, options: Mapping[str, Any]) -> None:
+    """The update of a rule that merges cores of adapters: Q tau_t R must give Q update R."""
+    if not isinstance(rule, Whole) or rule.update is None:
+        return
+    name, weights = "layers.0.w", WEIGHTS[: len(problem.models)]
+    theta0, own = problem.base[name], rule.options.changed(NAME, options)
+    tau = torch.stack([model[name] - theta0 for model in problem.models])
+    rank = min(theta0.shape)
+    update = rule.update(tau, weights, own, rank)
+    whole = rule.whole(theta0, tau, weights, own)
+    _promise(
+        torch.allclose(theta0 + update, whole, rtol=CLOSE, atol=CLOSE),
+        "update is not what the rule adds to theta0",
+    )
+    square = torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(0), dtype=tau.dtype)
+    q, r = (torch.linalg.qr(one[:side, :side])[0] for one, side in zip(square, theta0.shape, strict=True))
+    turned = rule.update(q @ tau @ r, weights, own, rank)
+    _promise(
+        torch.allclose(turned, q @ update @ r, rtol=CLOSE, atol=CLOSE),
+        "update does not turn with its task vectors, so that cores are no matter for it: leave update out",
     )

@@ -30,6 +30,7 @@ examples:
 
 
 MEANINGS = {  # of the policies, for --help
+    "space": "what is merged: weights, or (core) the factors of LoRA adapters, which gives an adapter again",
     "missing": "tensors that a task lacks or has beyond the base: refuse, or go by the base",
     "missing_curvature": "parameters without curvature: refuse, or take it as flat",
     "heads": "heads that differ: refuse, the base's, or the base's with each task's saved beside",
@@ -89,6 +90,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="option of the method, as its flag below or one of your own rule; repeatable",
     )
     parser.add_argument("--dtype", help="of the output: float32, bfloat16, ... (default: the base's)")
+    parser.add_argument("--rank", type=int, help="of an adapter merged with --space core, at the most")
     for policy, choices in POLICIES.items():
         parser.add_argument(
             f"--{policy.replace('_', '-')}",

@@ -40,9 +40,8 @@ def posterior_of(made: Plan, sample: Callable[[str], Sample]) -> Curvature:
     Raises:
         ValueError: the rule has no precision in nats.
     """
-    rule = made.request.rule
-    if not rule.family:
-        raise no_posterior(made.request.method)
+    if error := no_posterior(made.request):
+        raise error
     context, buffers = Context(made), Buffers()
     context.mean_h0 = mean_of_h0(context)
     inputs = made.inputs

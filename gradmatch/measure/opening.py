@@ -134,6 +134,12 @@ def open_objectives(
     return objectives
 
 
+ADAPTER = (
+    "space",
+    "rank",
+)  # of a merged adapter: what is looked at here is the model that it makes, but for a cut rank
+
+
 def planned_merge(
     base: Model | Checkpoint,
     tasks: Sequence[Task],
@@ -151,7 +157,7 @@ def planned_merge(
         "base_weight": base_weight,
         "delta0": delta0,
         "allow_mismatch": True,
-        **options,
+        **{name: value for name, value in options.items() if name not in ADAPTER},
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gradmatch.estimators.tensorfile import TensorFile
-from gradmatch.models.stores import Spec, Store, Table, torch_dtype
+from gradmatch.models.stores import Spec, Store, Table, equal, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,15 +47,24 @@ class Added(Table):
         added: Mapping[str, tuple[str, float]],
         freed: Mapping[str, str],
     ) -> None:
-        self._base, self._factors, self._low_rank = base, factors, low_rank
-        self._replaced, self._added, self._freed = replaced, added, freed
+        self.factors, self.low_rank = factors, low_rank
+        self._base, self._replaced, self._added, self._freed = base, replaced, added, freed
         self._table = dict.fromkeys((*base, *replaced, *freed))
+
+    def whole(self) -> list[str]:
+        """Keys of what the adapter changes beside its factors: biases, and whole tensors that are not the base's."""
+        changed = [
+            key
+            for name, key in self._replaced.items()
+            if name not in self._base or not equal(self._base, name, self.factors, key)
+        ]
+        return [*changed, *(key for key, _ in self._added.values())]
 
     def spec(self, name: str) -> Spec:
         """Shape of the base's tensor; what is expanded is at least float32."""
         store, key = self._source(name)
         spec = store.spec(key)
-        expanded = name in self._low_rank or name in self._added
+        expanded = name in self.low_rank or name in self._added
         return Spec("F32", spec.shape) if expanded and spec.dtype != "F64" else spec
 
     def block(self, name: str, first: int, last: int) -> Tensor:
@@ -65,23 +74,23 @@ class Added(Table):
         if name in self._added:
             bias, scale = self._added[name]
             dtype = torch_dtype(self.spec(name).dtype)
-            values = values.to(dtype) + scale * self._factors.block(bias, first, last).to(dtype)
-        if name in self._low_rank:
-            values = self._expanded(self._low_rank[name], name, values, first, last)
+            values = values.to(dtype) + scale * self.factors.block(bias, first, last).to(dtype)
+        if name in self.low_rank:
+            values = self._expanded(self.low_rank[name], name, values, first, last)
         return values
 
     def files(self, name: str) -> Sequence[tuple[TensorFile, int, int]]:
         """Byte ranges of the base or its replacement, and of the factors."""
         store, key = self._source(name)
-        low_rank = self._low_rank.get(name)
+        low_rank = self.low_rank.get(name)
         keys = [low_rank.a, low_rank.b] if low_rank else []
         keys += [self._added[name][0]] if name in self._added else []
-        return [*store.files(key), *(found for one in keys for found in self._factors.files(one))]
+        return [*store.files(key), *(found for one in keys for found in self.factors.files(one))]
 
     def _source(self, name: str) -> tuple[Store, str]:
         """Where a tensor lies before anything is added to it."""
         if name in self._replaced:
-            return self._factors, self._replaced[name]
+            return self.factors, self._replaced[name]
         return self._base, self._freed.get(name, name)
 
     def _expanded(self, low_rank: LowRank, name: str, values: Tensor, first: int, last: int) -> Tensor:
@@ -101,5 +110,5 @@ class Added(Table):
         return values.to(dtype) + low_rank.scale * delta
 
     def _whole(self, key: str) -> Tensor:
-        spec = self._factors.spec(key)
-        return self._factors.block(key, 0, spec.numel).reshape(spec.shape)
+        spec = self.factors.spec(key)
+        return self.factors.block(key, 0, spec.numel).reshape(spec.shape)

@@ -59,6 +59,8 @@ def recipe(made: Plan) -> dict[str, Any]:
         "options": options,
         "transforms": transforms,
         "after": after,
+        "space": request.space,
+        "rank": request.rank,
         "dtype": request.dtype or "the base's",
         "seed": request.seed,
         "tasks": [
@@ -114,7 +116,8 @@ def versions() -> dict[str, str]:
 def readme(content: Mapping[str, Any]) -> str:
     """The card for people, in the hub's format."""
     made, report = content["recipe"], content["report"]
-    lines = ["---", front_matter(made), "---", "", "# Merged model", ""]
+    what = "adapter" if made["space"] == "core" else "model"
+    lines = ["---", front_matter(made), "---", "", f"# Merged {what}", ""]
     lines += [f"`{made['method']}` ({made['source']}): {made['formula']}", ""]
     lines += [f"Base: `{made['base']}`", "", "| task | weight | model | curvature (N) |", "|---|---|---|---|"]
     for task in made["tasks"]:
@@ -141,16 +144,20 @@ def readme(content: Mapping[str, Any]) -> str:
 
 
 def front_matter(made: Mapping[str, Any]) -> str:
-    """The card's head in YAML, by which the hub knows what was merged: every model that has a hub id."""
+    """The card's head in YAML, by which the hub knows what was merged: every model that has a hub id, of an adapter its base."""
     from huggingface_hub import ModelCardData
 
+    core = made["space"] == "core"
     named = [
-        name for model in (made, *made["tasks"]) for name in (model.get("base") or model["model"]).split("+")
+        name
+        for model in (made, *(() if core else made["tasks"]))
+        for name in (model.get("base") or model["model"]).split("+")
     ]
     models = list(dict.fromkeys(filter(None, map(hub_id, named)))) or None
-    data = ModelCardData(library_name="transformers", tags=["merge", "gradmatch"], base_model=models)
+    library, tags = ("peft", ["lora"]) if core else ("transformers", [])
+    data = ModelCardData(library_name=library, tags=["merge", "gradmatch", *tags], base_model=models)
     if models:
-        data["base_model_relation"] = "merge"
+        data["base_model_relation"] = "adapter" if core else "merge"
     return str(data.to_yaml()).strip()
 
 

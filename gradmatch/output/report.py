@@ -43,6 +43,7 @@ class Report:
             of 131,072 in eight tells.
         solves: matrices that were solved as a whole: the iterations of conjugate gradients (0: in closed form or in the eigenbasis),
             and the residual that is left of the system, as a share of the right side's norm.
+        cut: space="core" with a rank: by weight, the share of the update's norm that the rank leaves out.
         branches: how often each branch ran (slerp or lerp, ...).
         heads: with heads="keep-per-task": task -> name -> tensor.
         forecast: weights="auto": the chosen weights, and every task's forecast rise of its loss there, nats per example.
@@ -62,6 +63,7 @@ class Report:
     kept_shares: dict[str, tuple[float, float]] = field(default_factory=dict)
     kept_update: float | None = None
     solves: dict[str, dict[str, float]] = field(default_factory=dict)
+    cut: dict[str, float] = field(default_factory=dict)
     branches: dict[str, int] = field(default_factory=dict)
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     forecast: dict[str, Any] = field(default_factory=dict)
@@ -131,6 +133,8 @@ def make_report(plan: Plan, stats: Mapping[str, Mapping[str, float]]) -> Report:
                 report.branches[branch] = report.branches.get(branch, 0) + 1
         if "update" in values:
             report.moved[name] = {"norm": math.sqrt(values["update"])}
+        if values.get("cut"):
+            report.cut[name] = math.sqrt(values["cut"])
         if "residual" in values:
             report.solves[name] = {"iterations": values["iterations"], "residual": values["residual"]}
         if "clamped" in values:
@@ -177,6 +181,16 @@ def _judge(report: Report, plan: Plan) -> None:
         )
         report.notes.append(
             f"ties keeps {told}: entries as large as the last one all stay, and weights in few bits have many of one size"
+        )
+    if report.cut:
+        squares = {name: moved["norm"] ** 2 for name, moved in report.moved.items()}
+        lost = math.sqrt(
+            sum(squares[n] * share**2 for n, share in report.cut.items()) / sum(squares.values())
+        )
+        worst = max(report.cut, key=lambda name: report.cut[name])
+        said.append(
+            f"rank {plan.request.rank} leaves out {100 * lost:.2g} % of the update's norm ({100 * report.cut[worst]:.2g} % of that of "
+            f"{worst}); a higher rank keeps it"
         )
     given = {step.name: step.options.get("tolerance") for step in plan.steps}
     allowed = {name: TOLERANCE if value is None else value for name, value in given.items()}

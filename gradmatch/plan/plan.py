@@ -5,15 +5,13 @@ Everything that headers, configs and options can reveal as wrong is an error her
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gradmatch.common.settings import Depth, value_at
+from gradmatch.common.settings import Depth
 from gradmatch.common.warning import warn
 from gradmatch.estimators.errors import GradmatchError
-from gradmatch.estimators.names import nearest
 from gradmatch.models.stores import SAFETENSORS_NAME, Spec
 from gradmatch.plan.matching import check_extra, check_kinds, check_sizes, participants
 from gradmatch.plan.policies import (
@@ -25,13 +23,12 @@ from gradmatch.plan.policies import (
 )
 from gradmatch.plan.request import Edits, Request
 from gradmatch.plan.step import Plan, Step, path_of
+from gradmatch.plan.tensors import after_of, check_count, check_task_options, weight_of
 from gradmatch.rules import RULES, Linear, Options, Rule, Solve, Whole
-from gradmatch.rules.after import AFTER
 from gradmatch.rules.linear import weight_sum
-from gradmatch.rules.options import takes
 
 if TYPE_CHECKING:
-    from gradmatch.plan.inputs import Inputs, OpenTask
+    from gradmatch.plan.inputs import Inputs
 
 NOWHERE = "in no task: the base's"
 LITTLE = 0.1  # share of the weights that are merged, below which it is remarked
@@ -43,15 +40,9 @@ def plan(inputs: Inputs, request: Request) -> Plan:
     Raises:
         ValueError: whatever does not fit together; the message names the tensor, both values and the option that settles it.
     """
-    rule, count = request.rule, len(inputs.tasks)
-    fewest, most = rule.models
-    if not fewest <= count <= most:
-        number = fewest if count < fewest else most
-        bound = "" if fewest == most else "at least " if count < fewest else "at most "
-        raise GradmatchError(
-            f"{request.method} takes {bound}{number:g} task{'s' * (number > 1)}, got {count}", "bad_setting"
-        )
-    _check_task_options(inputs.tasks, request)
+    fewest, _ = request.rule.models
+    check_count(inputs, request)
+    check_task_options(inputs.tasks, request)
     result = Plan(request, inputs, [])
     base = inputs.base
     tied_differently(base, inputs.tasks)
@@ -108,7 +99,7 @@ def _merged(result: Plan, copied: Step, tasks: tuple[int, ...], here: float | No
     if not statistic:
         known, factors = inputs.curvatures_of(name, tasks, request, spec)
         rule, why = _rule_of(request.rule, spec, factors)
-    alpha = tuple(_weight(task, name, here) for task in owners)
+    alpha = tuple(weight_of(task, name, here) for task in owners)
     edits: Edits = ()
     after: Edits = ()
     if statistic:
@@ -117,7 +108,7 @@ def _merged(result: Plan, copied: Step, tasks: tuple[int, ...], here: float | No
         asked = request.rule_options.at(name, here)
         options = asked if rule is request.rule else _shared(rule, asked)
         edits = tuple((edit, own.at(name, here, [t.options for t in owners])) for edit, own in request.edits)
-        after, left = _after(request, spec, here, name, alpha, owners)
+        after, left = after_of(request, len(spec.shape) > 1, here, name, alpha, owners)
         why = "; ".join(filter(None, (why, left)))
     if request.rule.relative:
         weight_sum(alpha)  # weights that cannot be normalised are found now
@@ -130,39 +121,6 @@ def _merged(result: Plan, copied: Step, tasks: tuple[int, ...], here: float | No
         path=path_of(rule, options, edits, after), why=why, rule=rule, tasks=tasks, alpha=alpha, options=options,
         edits=edits, after=after, depth=here or 0.0, coefficients=coefficients, bytes_read=sum(s.nbytes for s in specs) + sum(known),
     )  # fmt: skip
-
-
-def _after(
-    request: Request,
-    spec: Spec,
-    here: float | None,
-    name: str,
-    alpha: Sequence[float],
-    owners: Sequence[OpenTask],
-) -> tuple[Edits, str]:
-    """The edits of one tensor's merged update, and which of them leave it as it is."""
-    found, left = [], []
-    for edit, options in request.after_edits:
-        kind = AFTER[edit]
-        if kind.matrices and len(spec.shape) < 2:
-            left.append(edit)
-            continue
-        if kind.deep and here is None:
-            raise GradmatchError(
-                f"{edit} scales by the layer, and names such as {name!r} hold no layers; give weights by patterns of names instead",
-                "bad_setting",
-                name,
-            )
-        negative = [task.name for task, weight in zip(owners, alpha, strict=True) if weight < 0]
-        if kind.positive and negative and request.rule.weighs:
-            raise GradmatchError(
-                f"{edit} compares the merge with what every task asks for, and {negative[0]} is taken away (weight {min(alpha):g}); "
-                f"leave {edit} out, or the task",
-                "bad_setting",
-                edit,
-            )
-        found.append((edit, options.at(name, here)))
-    return tuple(found), f"no matrix: not edited by {', '.join(left)}" if left else ""
 
 
 def _rule_of(rule: Rule, spec: Spec, factors: bool) -> tuple[Rule, str]:
@@ -222,34 +180,6 @@ def _unusual_sums(result: Plan) -> list[str]:
         f"the weights of {len(unusual)} tensors do not sum to 1 ({total:g} for {name!r}): those tensors are scaled by the sum; "
         "the option normalize divides by it; or give weights that sum to 1"
     ]
-
-
-def _check_task_options(tasks: Sequence[OpenTask], request: Request) -> None:
-    """Options that a task has of its own."""
-    known = {name for _, options in request.edits for name in options.per_task()}
-    for task in tasks:
-        for key in task.options:
-            if key not in known:
-                said = takes(known) if known else "the method has none"
-                raise GradmatchError(
-                    f"{task.name} has no option {key!r} of its own{nearest(key, known)}; {said}",
-                    "unknown_option",
-                    task.name,
-                )
-        for edit, options in request.edits:
-            options.changed(edit, {key: value for key, value in task.options.items() if key in options})
-
-
-def _weight(task: Any, name: str, depth: float | None) -> float:
-    """alpha_t of one tensor."""
-    weight = value_at(task.weight, name, depth, f"the weight of {task.name}")
-    if isinstance(weight, (bool, str)) or weight is None:
-        raise TypeError(f"the weight of {task.name} is {weight!r}; it must be a number")
-    if not math.isfinite(weight):
-        raise GradmatchError(
-            f"the weight of {task.name} is {weight}; it must be finite", "out_of_range", task.name
-        )
-    return float(weight)
 
 
 def _compute_dtype(specs: Sequence[Spec], precision: str) -> str:

@@ -14,6 +14,8 @@ from gradmatch.rules.after import AFTER
 BLOCK = 131_072  # values of a piece where a rule needs no more
 # bytes that the C library may keep at hand for each worker, see `gradmatch.engine.workers.STEADY`
 KEPT = 16 * 2**20
+# of the factors of adapters, with their bases, in double precision, as a multiple of them in float32
+CORES = 8
 EDITED = 4, 3  # of task vectors that a rule would take one by one, but that their edits need side by side
 
 
@@ -64,6 +66,8 @@ def _held_bytes(step: Step, block: int) -> int:
     """What a worker holds while it merges one tensor, in blocks where it can."""
     if step.rule is None:
         return 0
+    if step.path == "core":
+        return CORES * step.bytes_read + 4 * 8 * sum(map(int, step.spec.shape)) * step.rank
     fixed, per_task = step.rule.memory
     if isinstance(step.rule, Whole) and step.rule.streams and step.edits:
         fixed, per_task = fixed + EDITED[0], per_task + EDITED[1]
@@ -72,10 +76,10 @@ def _held_bytes(step: Step, block: int) -> int:
     values = min(piece, step.spec.numel) * (fixed + per_task * len(step.tasks))
     if isinstance(step.rule, Whole) and step.rule.square:
         values += step.rule.square * _smaller_side(step) ** 2
-    # a system is solved in double precision, and as much is made of the factors
     if step.assembles:
         values += sum(AFTER[name].memory * step.spec.numel for name, _ in step.after)
         values += sum(AFTER[name].square for name, _ in step.after) * _smaller_side(step) ** 2
+    # a system is solved in double precision, and as much is made of the factors
     solving = 4 * step.bytes_read if isinstance(step.rule, Solve) else 0
     return int(values * (8 if step.compute == "F64" or solving else 4)) + solving
 

@@ -14,12 +14,14 @@ from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.names import choose, nearest
 from gradmatch.rules import Options, Rule, find_rule
 from gradmatch.rules.after import AFTER
+from gradmatch.rules.core import check_core
 from gradmatch.rules.edits import TRANSFORMS
 from gradmatch.rules.options import takes
 
 Edits = tuple[tuple[str, Options], ...]
 DTYPES = ("float64", "float32", "float16", "bfloat16")  # of an output; eight bits would cut large weights off
 POLICIES: dict[str, tuple[str, ...]] = {
+    "space": ("weights", "core"),
     "missing": ("error", "base"),
     "missing_curvature": ("error", "zero"),
     "heads": ("error", "base", "keep-per-task"),
@@ -42,6 +44,8 @@ class Request:
         options: of the rule and its transforms.
         transforms: edits of the task vectors before the rule, by name or as {name: options}.
         after: edits of the merged update behind the rule, in the same form.
+        space: what is merged: "weights"; or "core", the factors of LoRA adapters, which gives an adapter again.
+        rank: space="core": the largest rank of the output's factors; None: what the update needs, at most the sum of all.
         dtype: of the output ("bfloat16", torch.bfloat16, ...); None: the base's own, tensor by tensor.
         seed: of random transforms and stochastic rounding.
         head_names: patterns of tensors that count as heads, beside those that differ.
@@ -60,6 +64,8 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
     transforms: str | Sequence[str | Mapping[str, Mapping[str, Any]]] = ()
     after: str | Sequence[str | Mapping[str, Mapping[str, Any]]] = ()
+    space: str = "weights"
+    rank: int | None = None
     dtype: str | None = None
     seed: int = 0
     head_names: Sequence[str] = ()
@@ -162,6 +168,17 @@ class Request:
                     name,
                 )
         _ = self.rule_options  # its values
+        if self.rank is not None:
+            check_kind("rank", self.rank, 0)
+            if self.rank < 1 or self.space != "core":
+                said = (
+                    "it must be at least 1"
+                    if self.rank < 1
+                    else "it is that of a merged adapter: say space='core' too"
+                )
+                raise GradmatchError(f"rank is {self.rank}; {said}", "out_of_range", "rank")
+        if self.space == "core":
+            check_core(self.method, self.rule, self.rule_options, [name for name, _ in self.edits])
 
 
 def _chain(

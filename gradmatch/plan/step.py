@@ -16,6 +16,7 @@ from gradmatch.rules.edits import TRANSFORMS
 from gradmatch.rules.options import NONE
 
 if TYPE_CHECKING:
+    from gradmatch.models.cores import Adapter
     from gradmatch.plan.inputs import Inputs
 
 Coefficients = tuple[float, list[float]]
@@ -31,7 +32,7 @@ class Step:
             "elementwise", "whole", "solve".
         spec: shape and output dtype.
         compute: dtype of the arithmetic, "F32" or "F64".
-        path: what computes it, see `path_of`.
+        path: what computes it, see `path_of`; "core": the factors of adapters.
         why: for the printed plan.
         rule: that merges it; None for a copy.
         tasks: positions of the tasks that take part.
@@ -42,6 +43,7 @@ class Step:
         depth: where the tensor lies, 0 at the first layer, 1 at the last.
         coefficients: (c0, c) of c0 theta0 + sum_t c_t theta_t, of linear rules that need no inner products.
         bytes_read: of all inputs together.
+        rank: of an adapter's update, at the most; 0 where the tensor itself is written.
     """
 
     name: str
@@ -59,6 +61,17 @@ class Step:
     depth: float = 0.0
     coefficients: Coefficients | None = None
     bytes_read: int = 0
+    rank: int = 0
+
+    @property
+    def bytes_written(self) -> int:
+        """Of the tensor, or of the two factors of its update."""
+        if not self.rank:
+            return self.spec.nbytes
+        rows = self.spec.shape[0]
+        return (
+            self.rank * (rows + self.spec.numel // max(1, rows)) * self.spec.nbytes // max(1, self.spec.numel)
+        )
 
     @property
     def merged(self) -> bool:
@@ -103,7 +116,11 @@ class Step:
     @property
     def assembles(self) -> bool:
         """Whether an edit of the merged update must see all of the tensor, so that its pieces are put together first."""
-        return self.spec.numel > 0 and any(AFTER[name].matrices for name, _ in self.after)
+        return (
+            self.path != "core"
+            and self.spec.numel > 0
+            and any(AFTER[name].matrices for name, _ in self.after)
+        )
 
     @property
     def scopes(self) -> list[str]:
@@ -154,6 +171,7 @@ class Plan:
     dropped: list[str] = field(default_factory=list)
     heads: dict[int, list[str]] = field(default_factory=dict)
     files: dict[str, bytes | None] = field(default_factory=dict)
+    adapters: list[Adapter] = field(default_factory=list)  # the tasks, where their cores are merged
     told: dict[str, Any] = field(default_factory=dict)  # what the report says that was known before the merge
     origin: Origin | None = None
 
@@ -185,13 +203,15 @@ class Plan:
     @property
     def bytes_written(self) -> int:
         """Bytes of the output's tensors."""
-        return sum(step.spec.nbytes for step in self.steps)
+        return sum(step.bytes_written for step in self.steps)
 
 
-def no_posterior(method: str) -> GradmatchError:
-    """What to say of a rule that has no posterior precision."""
-    return GradmatchError(
-        f"{method} has no posterior: it weighs by no curvature in nats; gradient_matching, fisher, mats and the like do",
-        "bad_setting",
-        "posterior",
-    )
+def no_posterior(request: Request) -> GradmatchError | None:
+    """Why a merge has no posterior precision; None where it has one."""
+    if request.after:
+        said = f"after={[name for name, _ in request.after_edits]} moves the merge away from the mode of the beliefs, so it has no posterior"
+    elif not request.rule.family:
+        said = f"{request.method} has no posterior: it weighs by no curvature in nats; gradient_matching, fisher, mats and the like do"
+    else:
+        return None
+    return GradmatchError(said, "bad_setting", "posterior")

@@ -83,17 +83,17 @@ def svc(update: Update, options: SvcOptions) -> Tensor:
 
     d, least = update.value, 1 / update.count if options.least is None else options.least
     u = triplets(d)[0]
+    along = u.mT @ d  # (k, n), the response of D in every direction
     responses = d.new_zeros(u.shape[1])
     for tau in update.tau:
         inner, size = (d.new_zeros(u.shape[1]) for _ in range(2))
-        for merged, own in zip(*(torch.split(x, COLUMNS, 1) for x in (d, tau)), strict=True):
-            along = u.mT @ own
-            inner += ((u.mT @ merged) * along).sum(1)
-            size += along.square().sum(1)
+        for merged, part in zip(*(torch.split(x, COLUMNS, 1) for x in (along, tau)), strict=True):
+            own = u.mT @ part
+            inner += (merged * own).sum(1)
+            size += own.square().sum(1)
         told = size > (rounding(d) * tau.norm()) ** 2
         responses += (told * inner / (size + ~told)).clamp(min=least)
-    for part in torch.split(d, COLUMNS, 1):
-        part += (u * (update.count / responses - 1)) @ (u.mT @ part)
+    d.addmm_(u * (update.count / responses - 1), along)
     return d
 
 
@@ -115,6 +115,6 @@ def lines(update: Update, options: LinesOptions) -> Tensor:
 
 
 AFTER: dict[str, After] = {
-    "svc": After(svc, SvcOptions(), "Li et al. 2026", matrices=True, positive=True, memory=4, square=9),
+    "svc": After(svc, SvcOptions(), "Li et al. 2026", matrices=True, positive=True, memory=5, square=9),
     "lines": After(lines, LinesOptions(), "Wang et al. 2024 (LiNeS)", deep=True),
 }

@@ -41,9 +41,9 @@ def consensus(tau: Tensor, alpha: Tensor, threshold: float, agree: int) -> Tenso
 
     Example:
         >>> import torch
-        >>> tau = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -0.9]])
+        >>> tau = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, -0.9]])
         >>> consensus(tau, torch.ones(2, 1), 0.4, 2)
-        tensor([2., 0., 0.])
+        tensor([2., 0., -0.])
     """
     if agree > len(tau):
         raise GradmatchError(

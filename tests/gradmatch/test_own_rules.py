@@ -32,6 +32,10 @@ def half(block):
     return block.theta0 + 0.5 * (block.alpha * block.tau).sum(0)
 
 
+def sizes(tau, alpha, *_):
+    return sum(weight * one.abs() for weight, one in zip(alpha, tau, strict=True))
+
+
 HALF = Rule(
     "theta0 + sum_t alpha_t tau_t / 2", "mine", elementwise=half, lacks=LACKS, options={"unused": 1.0}
 )
@@ -203,6 +207,8 @@ BROKEN = [
     (Rule("f", "s", elementwise=half, lacks={"single": ""}), r"lacks\['single'\] gives no reason"),
     (Rule("f", "s", whole=lambda *_: 0, otherwise=3), "otherwise is a int, not a gradmatch.Rule"),
     (Rule("f", "s", whole=lambda *_: 0, otherwise=RULES["fisher"]), "otherwise needs curvature, which the rule itself does not"),
+    (Rule("f", "s", whole=lambda t, tau, a, o: t + sizes(tau, a), update=sizes, lacks=LACKS), "update does not turn with its task vectors"),
+    (Rule("f", "s", whole=lambda t, tau, a, o: t + 2 * sizes(tau, a), update=sizes, lacks=LACKS), "update is not what the rule adds"),
     (Rule("f", "s", elementwise=lambda b: b.tau), r"must return a tensor of shape \[.*\], got \["),
     (Rule("f", "s", elementwise=lambda b: 3), "must return a tensor of shape .*, got int"),
     (Rule("f", "s", whole=lambda t, tau, a, o: t / 0 * 0), "small models cannot be merged: GradmatchError: .* NaN or infinite"),
