@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gradmatch import merge, open_checkpoint
+from gradmatch import GradmatchError, merge, open_checkpoint
 from gradmatch.recipes.mergekit.translation import translate
 from gradmatch.recipes.recipe import load_recipe
 
@@ -220,8 +220,10 @@ ERRORS = [
 
 @pytest.mark.parametrize(("content", "text"), ERRORS, ids=[text[:40] for _, text in ERRORS])
 def test_recipe_errors(tmp_path, content, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(GradmatchError, match=text) as error:
         translate(content, tmp_path, "recipe.yml")
+    assert str(error.value).startswith("recipe.yml: ")
+    assert error.value.code != "refused"
 
 
 def test_a_seed_and_an_adapter_as_recipes_of_the_wild_have_them(models, tmp_path):
