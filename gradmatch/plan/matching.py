@@ -169,7 +169,10 @@ def _untied(name: str, base: Checkpoint) -> str:
 def _called_otherwise(name: str, own: Checkpoint, other: Checkpoint) -> str:
     """What to say where the other model may hold a tensor under another name: it must not be given up then, or ""."""
     alike = [one for one in other if one not in own and other.spec(one).shape == own.spec(name).shape]
-    if not alike or _prefix_hint(own, other):
+    matched = all(
+        hasattr(getattr(structure(one), "module", None), "base_model_prefix") for one in (own, other)
+    )
+    if not alike or matched or _prefix_hint(own, other):
         return ""
     return (
         f"{other.where} has {min(alike, key=lambda one: _distance(name, one))!r} of that shape instead: give both as folders whose "

@@ -176,6 +176,16 @@ def test_a_head_of_its_own_over_a_tied_base_is_not_advised_to_be_dropped_alone(t
         merge(tmp_path / "base", [Task(tmp_path / "task")], method="averaging")
 
 
+def test_heads_of_two_classes_whose_names_transformers_knows_are_no_tensors_of_another_name(tmp_path):
+    config = tf.RobertaConfig(**{**TEXT, "num_key_value_heads": None}, num_labels=2)
+    tf.RobertaForMaskedLM(config).save_pretrained(tmp_path / "base")
+    tf.RobertaForSequenceClassification(config).save_pretrained(tmp_path / "task")
+    with pytest.raises(
+        ValueError, match=r"first 'classifier.dense.bias' .*; pass missing='base' to drop them, or heads="
+    ):
+        merge(tmp_path / "base", [Task(tmp_path / "task")], method="averaging")
+
+
 def test_batchnorm_statistics_that_differ_in_one_channel():
     base = nn.Sequential(nn.Linear(2, 400), nn.BatchNorm1d(400))
     task = copy.deepcopy(base)
