@@ -9,6 +9,7 @@ from gradmatch.estimators import Curvature, estimate
 from gradmatch.rules.regmean import regmean
 from gradmatch.rules.structures import Product
 from gradmatch.rules.system import Belief, solve
+from tests.gradmatch import tiny
 
 OUT, WIDTH = 5, 7
 EXACT = {"tolerance": 1e-13, "iterations": 500}
@@ -219,3 +220,52 @@ def test_a_system_that_is_not_positive_is_refused():
         merge(
             base, [Task(tuned[0], known(0, 100)[0], -1.0)], method="kronecker", base_curvature=known(1, 10)[0]
         )
+
+
+def token_batches():
+    ids = torch.randint(0, 50, (16, 8), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}]
+
+
+def image_batches():
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(16, 3, 6, 6, generator=generator), torch.randint(0, 3, (16,), generator=generator))]
+
+
+def convolutional():
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.Tanh(), nn.Conv2d(5, 4, 2), nn.Flatten(), nn.Linear(36, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "batches", "solved"),
+    [
+        (lambda: tiny.gpt2(n_layer=1), token_batches, 4),  # Conv1D, tied embeddings
+        (
+            lambda: tiny.llama(50, num_key_value_heads=1, tie_word_embeddings=True),
+            token_batches,
+            7,
+        ),  # grouped queries
+        (convolutional, image_batches, 3),
+    ],
+    ids=["conv1d, tied", "grouped queries, tied", "convolutions"],
+)
+def test_networks_of_every_kind_are_merged_in_their_eigenbasis(make, batches, solved):
+    torch.manual_seed(0)
+    base = make()
+    models = [tiny.tuned(base, seed, 0.02) for seed in (1, 2)]
+    h0, *h = (estimate(m, batches(), method="kfac", progress=False) for m in (base, *models))
+    tasks = [Task(m, c) for m, c in zip(models, h, strict=True)]
+    fast, exact, diagonal, whole = (
+        merge(base, tasks, base_curvature=h0, delta0=1.0, **more)
+        for more in ({"structure": "kronecker"}, {"structure": "kronecker", "solver": "exact"}, {}, {"structure": "diagonal"})
+    )  # fmt: skip
+    assert len(fast.report.solves) == len(exact.report.solves) == solved
+    assert all(one["residual"] <= 2e-6 for one in exact.report.solves.values())
+    for name in base.state_dict():
+        assert torch.equal(diagonal[name], whole[name])
+        if name not in fast.report.solves:
+            assert torch.equal(fast[name], diagonal[name])
+    near, far = (
+        sum(float((one[n] - exact[n]).square().sum()) for n in fast.report.solves) for one in (fast, diagonal)
+    )
+    assert near < far
