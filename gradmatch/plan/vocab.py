@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradmatch.common.settings import layer_of
+from gradmatch.common.warning import warn
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.files import read_json
 from gradmatch.estimators.names import choose
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from gradmatch.plan.request import Request
 
 GENERATION = "generation_config.json"
+OTHER = ", though it is another file than the base's; save both tokenizers as tokenizer.json to have them compared"
 POSITIONS = re.compile(r"wpe|position|token_type", re.IGNORECASE)  # embeddings of something else
 
 
@@ -68,9 +71,13 @@ def align(inputs: Inputs, request: Request) -> tuple[dict[str, bytes | None], li
     owner = _owner(request.tokenizer, names)
     notes = [
         f"the vocabulary of {name} could not be read ({file} alone): its rows are taken to be those of the same tokens"
+        + _other_file(models[0], model, file)
         for name, model in zip(names, models, strict=True)
         if (file := unread(model.tokenizer))
     ]
+    for note in notes:
+        if OTHER in note:
+            warn(note)
     held = vocabularies(names, models)
     if not held:
         return _taken(models, owner, notes), notes
@@ -115,6 +122,12 @@ def align(inputs: Inputs, request: Request) -> tuple[dict[str, bytes | None], li
             files[GENERATION] = dump(renumbered(read_json(aligned.folder / GENERATION), old, ids))
     said = check_loaded(aligned.tokenizer, files, aligned.changed or {}, ids)
     return files, [*notes, said] if said else notes
+
+
+def _other_file(base: Checkpoint, model: Checkpoint, file: str) -> str:
+    """What to say where a vocabulary that cannot be read is another file than the base's, byte by byte."""
+    ours, theirs = ((one.tokenizer or Path()) / file for one in (base, model))
+    return OTHER if ours.is_file() and ours.read_bytes() != theirs.read_bytes() else ""
 
 
 def _owner(tokenizer: str, names: Sequence[str]) -> int | None:

@@ -362,6 +362,18 @@ def test_vocabularies_that_are_not_known_are_said(tmp_path, change, options, tex
     assert re.search(text, "\n".join(done.report.notes))
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_vocabularies_that_cannot_be_read_are_compared_as_files(tmp_path, recwarn, same):
+    for name in ("base", "task"):
+        tokenized(tmp_path / name, words, ["he"], ["<x>"])
+        (tmp_path / name / "tokenizer.json").unlink()
+        (tmp_path / name / "tokenizer.model").write_text("one" if same else name)
+    notes = merge(tmp_path / "base", [Task(tmp_path / "task")], method="averaging").report.notes
+    assert sum("task could not be read" in note for note in notes) == 1
+    told = [*notes, *(str(one.message) for one in recwarn)]
+    assert sum("another file than the base's" in text for text in told) == (0 if same else 2)
+
+
 def test_the_tokenizer_and_chat_template_that_are_asked_for(tmp_path):
     texts = {"base": "b {{ messages }}", "one": "t {{ messages }}", "two": "t {{ messages }}\n"}
     for name, template in texts.items():
