@@ -1,9 +1,8 @@
 """Why a merge failed, and what another one would cost: gradient mismatch, forecasts, causes, and a report.
 
-measures    mismatch  forecast (+ products, objective)  similarity  conflict  redundancy  barrier  health
-gathering   scan (weights alone)  evidence (weights, curvature, losses)  opening  measuring  diagnosing (everything)
-judging     causes (order)  causes_broken  causes_models  causes_places  causes_input  causes_sizes  causes_choice  recipes (what rules make of weights)  repairs
-choosing    auto (weights by forecast)  choosing (`merge(..., weights="auto")`)
+gathering   source  scan (weights alone, a range at a time)  moved (rows and matrices in other places)  recipes (what rules make of weights)
+            evidence (weights, curvature, losses)  measuring (losses)  diagnosing (everything)
+judging     causes (all of them, and their order)  causes_*  repairs (what a cost is measured on)
 telling     text  report (JSON)  page (HTML)  charts (SVG)
 """
 
