@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from experiments.files import write_json
-from experiments.rows import Views, load_split
+from experiments.rows import Views, card_of, load_split
 from experiments.statistics import DRAWS, Array, Documents, paired_bootstrap, paired_p
 
 
@@ -19,13 +19,16 @@ def compare(
 ) -> None:
     """Macro accuracy of one model minus another's, over the same test examples, with its bootstrap interval.
 
+    Of language models the macro loss a token is compared.
     ours, theirs: seed -> folder of an evaluation; data: whose test examples they are. Writes `out/comparison.json`.
     """
-    differences = correct_less(ours, theirs, domains)
+    quantity = "nll" if card_of(data).get("language") else "correct"
+    differences = correct_less(ours, theirs, domains, quantity)
     documents = documents_of(data, domains)
     low, high = paired_bootstrap(differences, documents)
     by_seed = np.mean([part.mean(1) for part in differences], axis=0)
-    card = {
+    card: dict[str, Any] = {
+        "quantity": quantity,
         "difference": float(by_seed.mean()),
         "low": low,
         "high": high,
@@ -49,14 +52,16 @@ def distance(out: Path, *, model: Path, base: Path, joint: Path) -> None:
     write_json(out / "distance.json", {"distance": left, "relative": left / whole})
 
 
-def correct_less(ours: Mapping[Any, Path], theirs: Mapping[Any, Path], domains: Sequence[str]) -> list[Array]:
-    """Per domain (seeds, n_d): 1 where only ours is right, -1 where only theirs is; folders of evaluations by seed."""
+def correct_less(
+    ours: Mapping[Any, Path], theirs: Mapping[Any, Path], domains: Sequence[str], quantity: str = "correct"
+) -> list[Array]:
+    """Per domain (seeds, n_d): 1 where only ours is right, -1 where only theirs is (or by how much `quantity` differs); by seed."""
 
-    def correct(folder: Path, domain: str) -> Array:
-        saved = np.load(folder / f"{domain}.npz")
-        return (saved["probabilities"].argmax(-1) == saved["labels"]).astype(float)
+    def of(folder: Path, domain: str) -> Array:
+        found: Array = np.load(folder / f"{domain}.npz")[quantity]
+        return found
 
-    return [np.stack([correct(ours[s], name) - correct(theirs[s], name) for s in ours]) for name in domains]
+    return [np.stack([of(ours[s], name) - of(theirs[s], name) for s in ours]) for name in domains]
 
 
 def documents_of(data: Views, domains: Sequence[str]) -> Documents:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import json
@@ -44,6 +45,17 @@ Weights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], AfterValidator(di
 Pair = Annotated[tuple[str, str], AfterValidator(different)]  # of what is compared
 
 
+class Lora(Strict):
+    """Adapters of low rank instead of all weights; merged into the model when the training ends.
+
+    targets: names of the layers; empty: every linear layer but the head, which is trained whole.
+    """
+
+    rank: Count = 8
+    alpha: float = Field(default=16.0, gt=0)
+    targets: tuple[str, ...] = ()
+
+
 class Training(Strict):
     """One fine-tuning run: AdamW (0.9, 0.999), linear warm-up, cosine decay, no dropout, clipping at 1."""
 
@@ -52,6 +64,7 @@ class Training(Strict):
     batch_size: Count = 32
     warmup_steps: int = Field(default=10, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
+    lora: Lora | None = None
 
 
 class Study(Strict):
@@ -63,7 +76,7 @@ class Study(Strict):
     experiment: str
     name: str = ""
     workers: Count = 1
-    wandb: bool = False
+    wandb: bool = False  # a run of Weights & Biases a model and seed; WANDB_MODE=offline needs no network
 
     @field_validator("name")
     @classmethod
@@ -81,6 +94,7 @@ EXPERIMENTS = {
     "curvature": "experiments.studies.curvature",
     "diagnosis": "experiments.studies.diagnosis",
     "forecast": "experiments.studies.forecast",
+    "language": "experiments.studies.language",
     "redundancy": "experiments.studies.redundancy",
     "removal": "experiments.studies.removal",
     "removal-proof": "experiments.studies.removal_proof",
@@ -94,6 +108,8 @@ EXPERIMENTS = {
 
 def read(path: Path) -> dict[str, Any]:
     """The keys of a config file, unchecked. Raises ConfigError where there is no file, or where it holds no keys."""
+    if str(path) in _recorded:
+        return copy.deepcopy(dict(_recorded[str(path)]))
     if not path.is_file():
         near = get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
         raise ConfigError(
@@ -122,6 +138,11 @@ def load(path: Path, overrides: Sequence[str] = (), *, quick: bool = False) -> A
     A config is named after its file; overrides add a short hash to the name, so that its records do not replace the
     file's own. Raises ConfigError.
     """
+    return check(content_of(path, overrides, quick=quick), str(path))
+
+
+def content_of(path: Path, overrides: Sequence[str] = (), *, quick: bool = False) -> dict[str, Any]:
+    """What `load` checks: the keys of a file with overrides applied, its name among them."""
     content = read(path)
     name = str(content.get("name") or path.stem)
     small = content.pop("quick", [])
@@ -138,7 +159,45 @@ def load(path: Path, overrides: Sequence[str] = (), *, quick: bool = False) -> A
         name += "-" + hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:8]
         content["name"] = name
     content.setdefault("name", name)
-    return check(content, str(path))
+    return content
+
+
+def made_of(path: Path, overrides: Sequence[str], *, quick: bool) -> dict[str, Any]:
+    """What a study was made of, for its record: file, overrides, the keys that came out, and the configs that these name."""
+    content = content_of(path, overrides, quick=quick)
+    sources: dict[str, Any] = {}
+    waiting: list[Any] = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        elif (
+            isinstance(value, str)
+            and value.endswith(".yaml")
+            and value not in sources
+            and Path(value).is_file()
+        ):
+            sources[value] = read(Path(value))
+            waiting.append(sources[value])
+    return {
+        "file": str(path),
+        "overrides": list(overrides),
+        "quick": quick,
+        "content": content,
+        "sources": sources,
+    }
+
+
+def from_record(study: Mapping[str, Any]) -> Any:
+    """The checked config of a study's record; the configs that it names are taken from the record, whatever the files hold now."""
+    _recorded.clear()
+    _recorded.update(study["sources"])
+    return check(study["content"], f"the record of {study['file']}")
+
+
+_recorded: dict[str, Any] = {}  # file -> its keys, of a record that is run again
 
 
 def check(content: Mapping[str, Any], where: str) -> Any:

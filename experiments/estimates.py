@@ -14,6 +14,7 @@ from experiments.files import write_json
 from experiments.models import load_classifier, narrowed
 from experiments.rows import Views, load_split
 from gradmatch.estimators import Curvature, estimate, from_adam, from_ivon
+from gradmatch.estimators.protocol import find_estimator, gives_of
 
 # What each kind of estimate hands to `gradmatch.estimators.estimate`; the other kinds have a function of their own below.
 KINDS: dict[str, dict[str, Any]] = {
@@ -41,12 +42,13 @@ def estimate_stage(
     batch_size: int,
     seed: int,
     trained_batch_size: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     """One estimate of the loss summed over a training set, from `examples` of it: `out/curvature.safetensors`.
 
     N is the size of the training set, also where a part is seen. Its seconds, without loading, are in `out/cost.json`.
 
-    kind: of KINDS, or `batch means` (the mean of squared gradients of batch means, true labels: 1/B of a Fisher where the
+    kind: of KINDS, an estimator's name with its `options`, or `batch means` (the mean of squared gradients of batch means, true labels: 1/B of a Fisher where the
     mean gradient is small), `adam` (B v_hat of the fine-tuning's own optimizer) or `ivon` (steps that leave the mean where it is).
     """
     rows = load_split(data, domain, "train")
@@ -61,10 +63,17 @@ def estimate_stage(
     elif kind == "batch means":
         found = Curvature.from_dict(squared_batch_means(classifier, given), len(rows), {"estimator": kind})
     else:
-        found = estimate(classifier, given, num_examples=len(rows), samples=samples, seed=seed, **KINDS[kind])
+        told = KINDS[kind] if kind in KINDS else {"method": kind, **_gradient(kind)}
+        shared = {"num_examples": len(rows), "samples": samples, "seed": seed}
+        found = estimate(classifier, given, **shared, **{**told, **(options or {})})
     seconds = time.perf_counter() - start
     found.save(out / "curvature.safetensors")
     write_json(out / "cost.json", {"seconds": seconds, "num_examples": len(rows)})
+
+
+def _gradient(method: str) -> dict[str, bool]:
+    """The measured gradient too, where an estimator gives it."""
+    return {"gradient": True} if "gradient" in gives_of(find_estimator(method)) else {}
 
 
 def squared_batch_means(model: nn.Module, given: list[dict[str, Tensor]]) -> dict[str, Tensor]:

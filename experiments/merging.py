@@ -42,19 +42,23 @@ def merged_model(
     *,
     base: Path,
     tasks: Mapping[str, Path],
-    base_curvature: Path,
-    curvatures: Mapping[str, Path],
-    delta0: float,
+    base_curvature: Path | None = None,
+    curvatures: Mapping[str, Path] | None = None,
+    delta0: float | None = None,
     out: Path | None = None,
 ) -> Any:
     """theta of one rule; options called `alpha` and `delta0` replace the weight of every task and the floor."""
-    given = {"delta0": delta0, **options}
+    given = {**({} if delta0 is None else {"delta0": delta0}), **options}
     weight = given.pop("alpha", alpha)
+
+    def curvature(folder: Path | None) -> str | None:
+        return None if folder is None else str(folder / CURVATURE)
+
     merge_tasks = [
-        Task(str(folder / "model"), str(curvatures[name] / CURVATURE), weight=weight, name=name)
+        Task(str(folder / "model"), curvature((curvatures or {}).get(name)), weight=weight, name=name)
         for name, folder in tasks.items()
     ]
-    h0 = str(base_curvature / CURVATURE)
+    h0 = curvature(base_curvature)
     return merge(str(base / "model"), merge_tasks, method=method, base_curvature=h0, out=out, **given)
 
 

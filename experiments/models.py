@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from experiments import assets
+from experiments.keys import NAMED
+from gradmatch.estimators.parts import find_part
+from gradmatch.measure.data import LANGUAGE_MODELS
 
 NOTHING = (
     "cannot load a model from {}: it is no folder with a model, and no hub that has it is within reach; {}"
@@ -25,15 +29,34 @@ def locate(encoder: str | Path) -> str:
 
 
 def load_classifier(source: str | Path, classes: Sequence[str] = ()) -> nn.Module:
-    """A classifier of texts, or of images where its configuration says so; `ready`. With `classes`, it has a head for them."""
-    from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+    """A classifier of texts, or of images where its configuration says so; `ready`. With `classes`, it has a head for them.
+
+    `package.module:function`, and a folder that such a function's module was saved in, is a module of one's own: the function is
+    given the number of classes.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForSequenceClassification,
+    )
     from transformers.utils import logging
 
+    if is_function(str(source)):
+        return ready(own_module(str(source), list(classes)))
+    written = Path(source) / "config.json"
+    known = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
+    if is_function(str((known.get("architectures") or [""])[0])):
+        model = own_module(known["architectures"][0], list(known["id2label"].values()))
+        model.load_state_dict(load_file(Path(source) / "model.safetensors"))
+        return ready(model)
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # the new head is reported as missing, which is what we want
     logging.disable_progress_bar()
     try:
         kinds = AutoConfig.from_pretrained(source).architectures or ()
+        if not classes and any(kind.endswith(LANGUAGE_MODELS) for kind in kinds):
+            return ready(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
         images = any(kind.endswith("ForImageClassification") for kind in kinds)
         loader = AutoModelForImageClassification if images else AutoModelForSequenceClassification
         head: dict[str, Any] = {}
@@ -49,6 +72,60 @@ def load_classifier(source: str | Path, classes: Sequence[str] = ()) -> nn.Modul
         raise FileNotFoundError(NOTHING.format(source, TEXTS)) from error
     finally:
         logging.set_verbosity(before)
+
+
+def is_function(name: str) -> bool:
+    """Whether it names a function, as `package.module:function`."""
+    return NAMED.fullmatch(name) is not None
+
+
+def own_module(function: str, classes: Sequence[str]) -> nn.Module:
+    """The module that `package.module:function` makes for so many classes; its `config` says how it is loaded again.
+
+    Its forward takes what the tokenizer gives (input_ids, attention_mask) and `labels`, and returns what has `.logits`
+    (rows, classes), and `.loss` where there are labels, as transformers' classifiers do.
+
+    Raises:
+        TypeError: it makes something else.
+    """
+    from transformers import PretrainedConfig
+
+    model = find_part("encoder", "gradmatch.modules", function, {})(len(classes))
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function} made a {type(model).__name__}, not a torch.nn.Module")
+    own: Any = model
+    own.config = PretrainedConfig(architectures=[function], id2label=dict(enumerate(classes)))
+    return model
+
+
+def check_head(source: str, classes: Sequence[str]) -> bool:
+    """Whether a model has a head for these classes already: one that was fine-tuned, or a base that is taken as it is.
+
+    Raises:
+        ValueError: a head of other classes, or of the same in another order.
+        FileNotFoundError: no model there.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(NOTHING.format(source, TEXTS)) from error
+    if not any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ()):
+        return False
+    names = [str(config.id2label[number]) for number in range(config.num_labels)]
+    unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(names))
+    if len(names) == len(classes) and (unnamed or [n.lower() for n in names] == [c.lower() for c in classes]):
+        return True
+    if sorted(n.lower() for n in names) == sorted(c.lower() for c in classes):
+        raise ValueError(
+            f"the classes of {source} are {', '.join(names)} in this order, those of the data {', '.join(classes)}: say "
+            f"data.labels=[{', '.join(names)}]"
+        )
+    raise ValueError(
+        f"{source} has a head for {len(names)} classes ({', '.join(names)}), but the data have {', '.join(classes)}: call their labels "
+        "alike by `labels` of each corpus"
+    )
 
 
 def ready(model: nn.Module) -> nn.Module:
@@ -76,25 +153,25 @@ def load_tokenizer(source: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token  # the mask hides it
+        return tokenizer
     except (OSError, ValueError) as error:
         raise FileNotFoundError(NOTHING.format(source, TEXTS)) from error
 
 
-def pad_id(tokenizer: Any) -> int:
-    """The token that fills up batches: the tokenizer's own, else its end (the mask hides it), else 0."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((int(number) for number in known if number is not None), 0)
-
-
 def save(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
     """A folder that `from_pretrained` loads. One of images holds the names of the module itself, which its curvature has too."""
-    if tokenizer is not None:
+    if tokenizer is not None and hasattr(model, "save_pretrained"):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.architectures = [type(model).__name__]  # by which it is loaded as one of images
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    else:
+        model.config.architectures = [type(model).__name__]  # by which it is loaded as one of images
     model.config.save_pretrained(folder)
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})

@@ -15,7 +15,7 @@ from gradmatch.rules.edits import TRANSFORMS
 SHARED = tuple(
     field.name for field in dataclasses.fields(Request) if field.name not in ("method", "options", "notes")
 )  # what every rule takes
-ESTIMATES = {"gram": "Gram matrices", "factors": "Kronecker factors"}
+ESTIMATES = {"gram": "Gram matrices", "factors": "Kronecker factors", "gradient": "measured gradients"}
 
 
 def check_names(

@@ -79,12 +79,12 @@ def map_inputs(inputs: Inputs, function: Any) -> dict[str, Any]:
     }
 
 
-def in_order(targets: Iterable[Stage]) -> list[Stage]:
-    """The targets and all they need, each once (by name and key) and after what it reads."""
+def in_order(targets: Iterable[Stage], store: Path | None = None) -> list[Stage]:
+    """The targets and all they need, each once (by name and key) and after what it reads; with `store`, those that are missing."""
     order: dict[tuple[str, str], Stage] = {}
 
     def visit(stage: Stage) -> None:
-        if (stage.name, stage.key) not in order:
+        if (stage.name, stage.key) not in order and not (store and is_done(stage, store)):
             for parent in stage.parents():
                 visit(parent)
             order[(stage.name, stage.key)] = stage

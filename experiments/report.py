@@ -60,7 +60,11 @@ def data_table(record: Record) -> str:
         for domain, splits in record["rows"].items()
         for split, counts in splits.items()
     ]
-    table = format_table(["rows", "all", "by class, in the order of the head"], rows)
+    title = "by class, in the order of the head"
+    wide = max(len(row[-1]) for row in [[title], *rows])
+    table = format_table(
+        ["rows", "all", title.ljust(wide)], [[*row[:-1], row[-1].ljust(wide)] for row in rows]
+    )
     return "\n".join([table, *(f"  {note}" for note in record["notes"])])
 
 
@@ -82,7 +86,8 @@ def _sentiment_table(evaluations: Sequence[Record]) -> str:
         rows.append([name, *cells])
         rows[-1][len(domains) + 1] += _spread(of_model)
     tests = sum(evaluations[0]["metrics"][domain]["n"] for domain in domains)
-    title = f"Test accuracy in %, {tests} examples, " + (
+    language = any(record.get("language") for record in evaluations)
+    title = f"Test accuracy{' of the next token' if language else ''} in %, {tests} examples, " + (
         f"mean of {seeds} seeds" if seeds > 1 else "one seed"
     )
     meant = (
@@ -117,23 +122,30 @@ def _comparisons(records: Sequence[Record]) -> str:
     for record in records:
         for where, own in (("all", record), ("tasks", record.get("tasks"))):
             if own:
-                points, low, high = (100 * own[key] for key in ("difference", "low", "high"))
+                losses = own.get("quantity") == "nll"
+                points, low, high = (
+                    (1 if losses else 100) * own[key] for key in ("difference", "low", "high")
+                )
                 tests = [f"{own[key]:.4f}" if key in own else "" for key in ("p", "p_holm")]
                 reading = _reading(own)
-                cells = [f"{points:+.1f}", f"{low:+.1f} to {high:+.1f}", *tests, reading]
+                form = "+.4f" if losses else "+.1f"
+                cells = [f"{points:{form}}", f"{low:{form}} to {high:{form}}", *tests, reading]
                 rows.append([f"{record['ours']} - {record['theirs']}, {where}", *cells])
-    table = format_table(["comparison", "points", "95 % interval", "p", "p (Holm)", "reading"], rows)
+    losses = records[0].get("quantity") == "nll"
+    unit, meant = ("nats", "macro loss a token, less is better") if losses else ("points", "macro accuracy")
+    table = format_table(["comparison", unit, "95 % interval", "p", "p (Holm)", "reading"], rows)
     seeds = max(record.get("seeds", 1) for record in records)
     over = f"the {seeds} seeds and the test examples" if seeds > 1 else "the test examples of one seed"
     return (
-        f"{table}\n\npoints: difference of macro accuracy, over all domains or over the tasks; interval and p: paired bootstrap over {over};\n"
+        f"{table}\n\n{unit}: difference of {meant}, over all domains or over the tasks; interval and p: paired bootstrap over {over};\n"
         f"p (Holm): corrected for the {len(records)} comparisons; better and worse: where that is below .05."
     )
 
 
 def _reading(own: Record) -> str:
     told = own["p_holm"] < 0.05 if "p_holm" in own else own["low"] > 0 or own["high"] < 0
-    return ("better" if own["difference"] > 0 else "worse") if told else "not told apart"
+    better = (own["difference"] > 0) != (own.get("quantity") == "nll")
+    return ("better" if better else "worse") if told else "not told apart"
 
 
 def _choices(evaluations: Sequence[Record]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from experiments.files import CARD
 
+IGNORED = -100  # the label of a token that no loss counts
 MODEL_COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 # Of ImageNet, which the vision models were trained with.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -88,6 +89,21 @@ class Texts(Rows):
             yield indices, batch
 
 
+class Language(Texts):
+    """Texts for a language model: every token but those of the context is a label."""
+
+    def subset(self, count: int, seed: int) -> Language:
+        return Language(super().subset(count, seed).table, self.pad)
+
+    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[tuple[list[int], Batch]]:
+        contexts = self.table["context"][:]
+        for indices, batch in super().batches(size, device):
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+            for row, index in enumerate(indices):
+                batch["labels"][row, : contexts[index]] = IGNORED
+            yield indices, batch
+
+
 class Images(Rows, torch.utils.data.Dataset[Batch]):
     """Images (n, 1 or 3, P, P) of bytes and labels (n,), ready for the model when they are read."""
 
@@ -131,7 +147,9 @@ def load_split(data: Views, name: str, split: str) -> Any:
         return Images(saved["images"], saved["labels"], classes_of(data, name))
     from datasets import load_from_disk
 
-    return Texts(load_from_disk(str(folder / name / split)), card_of(data)["pad"])
+    card = card_of(data)
+    kind = Language if card.get("language") else Texts
+    return kind(load_from_disk(str(folder / name / split)), card["pad"])
 
 
 def view_of(data: Views, split: str) -> Path:

@@ -50,8 +50,7 @@ class Outcome:
 
 def run(targets: Iterable[Stage], store: Path, workers: int = 1) -> Outcome:
     """Run what is missing of the targets and of all they need, with `workers` processes (this one included)."""
-    stages = in_order(targets)
-    pending = [stage for stage in stages if not is_done(stage, store)]
+    stages = pending = in_order(targets, store)  # what a result was made of may be pruned
     if not pending:
         return Outcome([], {}, [])
     for stage in pending:

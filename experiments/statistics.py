@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,10 +71,9 @@ def detectable(
         disagreement: share of examples on which exactly one of the two is right.
         power: the chance to find it.
     """
-    from scipy.stats import norm
-
+    quantile = NormalDist().inv_cdf
     error = (disagreement * sum(1 / count for count in counts)) ** 0.5 / len(counts)
-    return float((norm.ppf(1 - 0.025 / max(1, comparisons)) + norm.ppf(power)) * error)
+    return (quantile(1 - 0.025 / max(1, comparisons)) + quantile(power)) * error
 
 
 def rank_interval(rho: float, count: int) -> tuple[float, float]:

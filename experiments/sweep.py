@@ -1,4 +1,4 @@
-"""Stage: one merge at many weights alpha, each forecast from training examples and evaluated on the test examples."""
+"""Stage: one merge at one weight alpha, forecast from training examples and evaluated on the test examples."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-
-from tqdm import tqdm
 
 from experiments.evaluate import Weights, scorer
 from experiments.files import write_json
@@ -17,11 +15,11 @@ from experiments.rows import Views
 from gradmatch.measure.objective import Objective
 
 
-def sweep(
+def point(
     out: Path,
     *,
     method: str,
-    alphas: Sequence[float],
+    alpha: float,
     options: Mapping[str, Any],
     data: Views,
     domains: Sequence[str],
@@ -30,19 +28,17 @@ def sweep(
     choice: Path | None = None,
     **sources: Any,
 ) -> None:
-    """Metrics, and forecasts from `forecast` training examples of each task (0: none), at every alpha: `out/sweep.json`.
+    """Metrics at one alpha, and the forecasts from `forecast` training examples of each task (0: none): `out/point.json`.
 
     An option chosen on validation examples (at alpha = 1) is kept fixed. No merge is written.
     """
-    score, chosen = scorer(sources["base"], data, domains, "test"), chosen_options(choice)
+    chosen = chosen_options(choice)
+    weights = dict(merged_model(method, alpha, {**options, **chosen}, **sources))
     tasks = sources["tasks"] if forecast else {}
     losses = {task: objective(data, folder, task, forecast, seed) for task, folder in tasks.items()}
-    points = []
-    for alpha in tqdm(alphas, desc="alpha"):
-        weights = dict(merged_model(method, alpha, {**options, **chosen}, **sources))
-        told = {"forecast": forecast_losses(weights, losses)} if losses else {}
-        points.append({"alpha": alpha, "metrics": score(weights), **told})
-    write_json(out / "sweep.json", {"chosen": chosen, "points": points})
+    told = {"forecast": forecast_losses(weights, losses)} if losses else {}
+    metrics = scorer(sources["base"], data, domains, "test")(weights)
+    write_json(out / "point.json", {"chosen": chosen, "alpha": alpha, "metrics": metrics, **told})
 
 
 def forecast_losses(weights: Weights, losses: Mapping[str, Objective]) -> dict[str, float]:

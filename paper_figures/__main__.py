@@ -20,7 +20,9 @@ FIGURES = {  # experiment -> what is drawn of it
     "redundancy": ("fig_redundancy", "fig_cosines"),
     "removal": ("fig_removal",),
     "removal-proof": ("fig_proof",),
+    "search": ("fig_search",),
     "sentiment": SENTIMENT,
+    "texts": SENTIMENT,
     "vision": SENTIMENT,
 }
 

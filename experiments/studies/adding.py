@@ -19,7 +19,8 @@ from experiments.pipeline import Stage, is_done, recorded, result
 from experiments.records import Record, of_kind
 from experiments.studies.cells import Cells, slug
 from experiments.studies.classifiers import Config as Source
-from experiments.studies.classifiers import Merge, OnTexts, takes
+from experiments.studies.classifiers import Merge, takes
+from experiments.studies.sources import OnTexts
 from gradmatch.rules import find_rule
 
 Cell = tuple[int, tuple[str, ...], str]  # seed, subset of tasks, merge

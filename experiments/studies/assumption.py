@@ -17,7 +17,8 @@ from experiments.pipeline import Stage, is_done, recorded, result
 from experiments.records import Record, of_kind
 from experiments.studies.cells import TRAINED, Cells, Sources, slug
 from experiments.studies.classifiers import Config as Source
-from experiments.studies.classifiers import Merge, OnTexts, check_values
+from experiments.studies.classifiers import Merge, check_values
+from experiments.studies.sources import OnTexts
 
 PLAIN = "plain"
 REFINED = 8  # examples a second of a Newton step, as in `studies.cells`
@@ -95,7 +96,7 @@ class Stages:
                 f"{title}/{task}",
                 "penalised:finetune_penalised",
                 {"domain": task, "delta0": delta0, "precision": self.source.precision, "seed": seed}
-                | training.model_dump(),
+                | training.model_dump(exclude_none=True),
                 2 + 1.2 * training.steps * training.batch_size / TRAINED,
                 start=base,
                 base_curvature=h0,

@@ -6,16 +6,11 @@ is fine-tuned from it on all tasks together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from statistics import fmean
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.config import Training
-from experiments.files import CARD
-from experiments.pipeline import Stage, card, is_done, origin, recorded, result
-from experiments.records import Record
-from experiments.statistics import holm
+from experiments.pipeline import Stage
 from experiments.studies.classifiers import Config, Merge, Sweep, local_model
 from gradmatch.rules import find_rule
 
@@ -25,6 +20,7 @@ TESTED, VALIDATED = 1000, 500  # rows of a domain where nothing limits them, abo
 
 READ = {  # which splits a stage's function reads; all of them where it is not here
     "finetune:finetune": ("train",),
+    "finetune:take": ("train",),
     "evaluate:evaluate": ("test",),
     "estimates:estimate_stage": ("train",),
     "mismatch:task_gradient": ("train",),
@@ -53,7 +49,7 @@ class Cells:
         self.merged: dict[tuple[int, str], Stage] = {}
         self.evaluations: dict[tuple[int, str], Stage] = {}
         self.mismatches: dict[tuple[int, str], Stage] = {}
-        self.sweeps: dict[tuple[int, str], Stage] = {}
+        self.sweeps: dict[tuple[int, str, float], Stage] = {}
         self.distances: dict[tuple[int, str], Stage] = {}
         self.tested = config.data.rows("test", TESTED)
         for seed in config.seeds:
@@ -91,33 +87,42 @@ class Cells:
 
     def _train(self, seed: int) -> None:
         config, data = self.config, self.config.data
-        base = self._finetune(seed, "base", [data.base], config.base_training)
+        base = self._model(seed, "base", [data.base], config.base_training)
         for task in data.tasks:
-            self._finetune(seed, task, [task], config.training_of(task), start=base)
-        self._finetune(seed, "joint", list(data.tasks), config.joint_training, start=base)
+            self._model(
+                seed, task, [task], None if task in config.models else config.training_of(task), start=base
+            )
+        if config.has_joint:
+            self._model(seed, "joint", list(data.tasks), config.joint_training, start=base)
 
-    def _finetune(
-        self, seed: int, name: str, domains: list[str], training: Training, **start: Stage
+    def _model(
+        self, seed: int, name: str, domains: list[str], training: Training | None, **start: Stage
     ) -> Stage:
-        settings = {
-            "domains": domains,
-            "precision": self.config.precision,
-            "seed": seed,
-            **training.model_dump(),
-        }
-        seconds, reads = 2 + training.steps * training.batch_size / TRAINED, ()
+        """A model that is trained, or taken as it is."""
+        config = self.config
+        settings = {"domains": domains, "seed": seed}
+        reads: tuple[str, ...] = ()
+        own = config.start()
         if not start:
-            settings, reads = {**settings, **self.config.start()}, local_model(self.config.encoder)
-        tuned = self.stage(
-            f"{self.title(seed)}/{name}", "finetune:finetune", settings, seconds, reads, **start
-        )
-        self.trained[seed, name] = tuned
-        self._evaluate(seed, name, tuned)
-        return tuned
+            settings, reads = settings | own, local_model(config.encoder)
+        if training is not None:
+            settings |= {"precision": config.precision, **training.model_dump(exclude_none=True)}
+            seconds, function = 2 + training.steps * training.batch_size / TRAINED, "finetune:finetune"
+        else:
+            source = config.models.get(name, config.encoder)
+            settings |= {**own, "source": source}
+            settings.pop("start", None)
+            seconds, reads, function = 2, local_model(source), "finetune:take"
+        title = f"{self.title(seed)}/{name}"
+        self.trained[seed, name] = self.stage(title, function, settings, seconds, reads, **start)
+        self._evaluate(seed, name, self.trained[seed, name])
+        return self.trained[seed, name]
 
     def _evaluate(self, seed: int, name: str, model: Stage) -> None:
         domains = self.config.data.domains
-        settings = {"domains": domains, "split": "test"}
+        settings: dict[str, Any] = {"domains": domains, "split": "test"}
+        if self.config.evaluation:
+            settings["own"] = self.config.evaluation
         seconds = self.tested * len(domains) / EVALUATED
         title = f"{self.title(seed)}/evaluate-{slug(name)}"
         self.evaluations[seed, name] = self.stage(title, "evaluate:evaluate", settings, seconds, model=model)
@@ -134,21 +139,30 @@ class Cells:
             title, tuned = f"{self.title(seed)}/gradient-{task}", self.trained[seed, task]
             gradient = self.stage(title, "mismatch:task_gradient", settings, seconds, model=tuned)
             self.gradients[seed, task] = gradient
-        self._mismatch(seed, "joint", self.trained[seed, "joint"])
+        if config.has_joint:
+            self._mismatch(seed, "joint", self.trained[seed, "joint"])
 
     def fisher(self, title: str, seed: int, domain: str, model: Stage) -> Stage:
         """The curvature of a model on a domain."""
         fisher = self.config.fisher
-        settings = {"kind": "fisher and gradient", "domain": domain, "seed": seed, **fisher.model_dump()}
+        settings = {"domain": domain, "seed": seed, **fisher.settings}
         seconds = fisher.examples * fisher.samples / SQUARED
         return self.stage(title, "estimates:estimate_stage", settings, seconds, model=model)
 
     def _merge(self, seed: int, name: str, spec: Merge) -> None:
         config, tasks, title = self.config, self.config.data.tasks, slug(name)
+        needs = find_rule(spec.method).needs
         sources = self.sources(seed, tasks)
-        if "gram" in find_rule(spec.method).needs:
+        if not needs & {
+            "base_curvature",
+            "curvature",
+            "gradient",
+            "factors",
+        }:  # nothing that it reads changes with them
+            sources = {"base": sources["base"], "tasks": sources["tasks"]}
+        if "gram" in needs:
             sources["curvatures"] = {task: self._gram(seed, task) for task in tasks}
-        settings, inputs = {**spec.settings, "delta0": config.delta0}, dict(sources)
+        settings, inputs = spec.told(config.delta0), dict(sources)
         if spec.choose:
             choice = self.choice(f"{self.title(seed)}/choose-{title}", spec, settings, sources)
             inputs["choice"] = self.choices[seed, name] = choice
@@ -157,18 +171,23 @@ class Cells:
         self.merged[seed, name] = merged
         self._evaluate(seed, name, merged)
         self._mismatch(seed, name, merged)
+        if config.has_joint:
+            self._distance(seed, name, merged)
+        if config.sweep and name in config.sweep.merges:
+            self._sweep(seed, name, config.sweep, settings, inputs)
+
+    def _distance(self, seed: int, name: str, merged: Stage) -> None:
         ends = {"base": self.trained[seed, "base"], "joint": self.trained[seed, "joint"]}
-        name_ = f"{self.title(seed)}/distance-{title}"
+        name_ = f"{self.title(seed)}/distance-{slug(name)}"
         self.distances[seed, name] = Stage(
             name_, "experiments.comparing:distance", {}, {"model": merged, **ends}
         )
-        if config.sweep and name in config.sweep.merges:
-            self._sweep(seed, name, config.sweep, settings, inputs)
 
     def _gram(self, seed: int, task: str) -> Stage:
         """Gram matrices of a task's inputs, from as many examples as its Fisher."""
         fisher, model = self.config.fisher, self.trained[seed, task]
-        settings = {"kind": "gram", "domain": task, "seed": seed, **fisher.model_dump(), "samples": 1}
+        settings = {"domain": task, "seed": seed, **fisher.settings, "kind": "gram", "samples": 1}
+        settings.pop("options", None)
         seconds, title = fisher.examples / GRAMS, f"{self.title(seed)}/gram-{task}"
         return self.stage(title, "estimates:estimate_stage", settings, seconds, model=model)
 
@@ -215,14 +234,12 @@ class Cells:
         data = self.config.data
         told = {"forecast": spec.forecast, "seed": seed} if spec.forecast else {}
         rows = self.tested * len(data.domains) + 3 * spec.forecast * len(data.tasks)
-        shared = {key: value for key, value in settings.items() if key != "alpha"}
-        self.sweeps[seed, name] = self.stage(
-            f"{self.title(seed)}/sweep-{slug(name)}",
-            "sweep:sweep",
-            {**shared, "alphas": list(spec.alphas), "domains": data.domains, **told},
-            len(spec.alphas) * rows / EVALUATED,
-            **inputs,
-        )
+        for alpha in spec.alphas:
+            title = f"{self.title(seed)}/sweep-{slug(name)}-{slug(f'{alpha:g}')}"
+            own = {**settings, "alpha": alpha, "domains": data.domains, **told}
+            self.sweeps[seed, name, alpha] = self.stage(
+                title, "sweep:point", own, 4 + rows / EVALUATED, **inputs
+            )
 
     def _mismatch(self, seed: int, name: str, model: Stage) -> None:
         config = self.config
@@ -253,79 +270,3 @@ def slug(name: str) -> str:
 def stages(config: Config) -> list[Stage]:
     """What has to run for the records of this config; what they need comes with them."""
     return Cells(config).all()
-
-
-def records(config: Config, store: Path) -> list[Record]:
-    """The data, one record per evaluated model and seed, per comparison, per sweep; stages that failed are left out."""
-    cells = Cells(config)
-    found = data_records(cells.data, store)
-    found += [row for cell in cells.evaluations for row in _evaluation(cells, cell, store)]
-    compared = []
-    for pair, stage in cells.comparisons.items():
-        ours, theirs = pair
-        for row in recorded(stage, store, "comparison", "comparison.json", ours=ours, theirs=theirs):
-            if is_done(cells.on_tasks[pair], store):
-                row["tasks"] = result(cells.on_tasks[pair], store, "comparison.json")
-            compared.append(row)
-    for parts in (compared, [row["tasks"] for row in compared if "tasks" in row]):
-        for part, p in zip(parts, holm([part["p"] for part in parts]), strict=True):
-            part["p_holm"] = p
-    found += compared
-    for (seed, name), stage in cells.sweeps.items():
-        for row in recorded(stage, store, "sweep", "sweep.json", seed=seed, model=name):
-            for point in row["points"]:
-                point["metrics"] = _with_tasks(point["metrics"], config.data.tasks)
-            found.append(row)
-    return found
-
-
-def data_records(data: Mapping[str, Stage], store: Path) -> list[Record]:
-    """Rows of each domain by split and class, and what was noticed in reading; none where a split is not there."""
-    if not all(is_done(stage, store) for stage in data.values()):
-        return []
-    cards = {split: result(stage, store, CARD) for split, stage in data.items()}
-    domains = next(iter(cards.values()))["domains"]
-    rows = {d: {s: own["domains"][d]["counts"] for s, own in cards.items()} for d in domains}
-    classes = {domain: own["classes"] for domain, own in domains.items()}
-    notes = cards["train"]["notes"]
-    return [
-        {"kind": "data", "rows": rows, "classes": classes, "notes": notes, **origin(data["train"], store)}
-    ]
-
-
-def _evaluation(cells: Cells, cell: tuple[int, str], store: Path) -> Iterator[Record]:
-    config, (seed, name) = cells.config, cell
-    if not is_done(cells.evaluations[cell], store):
-        return
-    role = "merge" if name in config.merges else name if name in ("base", "joint") else "task"
-    row: Record = {"kind": "evaluation", "seed": seed, "model": name, "role": role}
-    row["metrics"] = _with_tasks(result(cells.evaluations[cell], store, "metrics.json"), config.data.tasks)
-    row |= {"domains": config.data.domains, **origin(cells.evaluations[cell], store)}
-    model = cells.merged[cell] if role == "merge" else cells.trained[cell]
-    if role == "merge":
-        row["merge"] = {**config.merges[name].settings, "delta0": config.delta0}
-    else:
-        row["training_seconds"] = card(model, store)["seconds"]
-        row["precision"] = result(model, store, "training.json")["precision"]
-    row["folder"] = str(model.folder(store) / "model")
-    if cell in cells.choices:
-        row["choice"] = result(cells.choices[cell], store, "choice.json")
-    if cell in cells.mismatches and is_done(cells.mismatches[cell], store):
-        row["mismatch"] = result(cells.mismatches[cell], store, "mismatch.json")
-    if cell in cells.distances and is_done(cells.distances[cell], store):
-        row["distance_to_joint"] = result(cells.distances[cell], store, "distance.json")["relative"]
-    yield row
-
-
-def _with_tasks(metrics: dict[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
-    """Add the average over the tasks, without the base's own domain."""
-    parts = [metrics[task] for task in tasks]
-    averages = {key: fmean(part[key] for part in parts) for key in ("accuracy", "nll", "ece")}
-    return {**metrics, "tasks": {**averages, "n": sum(part["n"] for part in parts)}}
-
-
-def report(found: list[Record]) -> str:
-    """What the experiment prints: the table, what it means in two sentences, where the merged model lies."""
-    from experiments.report import sentiment_report
-
-    return sentiment_report(found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -14,6 +13,7 @@ from experiments.assets import ASSETS
 from experiments.config import Count, Pair, Seeds, Strict, Study, Training, Weights
 from experiments.options import check_names, check_rule
 from experiments.pipeline import Stage
+from experiments.records import Record
 from experiments.tasks.splits import SPLITS, Size
 from gradmatch.plan.plan import Request
 from gradmatch.rules import find_rule
@@ -27,9 +27,9 @@ class Tasks(Strict):
 
     base: str
     tasks: tuple[str, ...]
-    train: Size | None = None
-    validation: Size | None = None
-    test: Size | None = None
+    train: Size | None = None  # rows, or below 1 a share of them
+    validation: Size | None = None  # rows, or below 1 a share of them
+    test: Size | None = None  # rows, or below 1 a share of them
     split_seed: int = Field(default=0, ge=0)
 
     @field_validator("tasks")
@@ -74,11 +74,42 @@ class Tasks(Strict):
 
 
 class Fisher(Strict):
-    """How the curvature of each model is estimated: Monte-Carlo Fisher with the measured gradient."""
+    """How the curvature of each model is estimated, with the measured gradient where the estimator gives it.
 
+    method: of `gradmatch.estimators.ESTIMATORS`, or `package.module:NAME`. options: of `gradmatch.estimators.estimate`, as
+    {labels: sampled}.
+    """
+
+    method: str = "fisher"
     examples: int = Field(default=500, gt=1)
     samples: Count = 1
     batch_size: Count = 32
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _known(self) -> Fisher:
+        assert self.gives is not None  # the estimator is there
+        for name in self.options:
+            if name not in ESTIMATING:
+                raise ValueError(f"`options` has no {name!r}{configs.nearest(name, ESTIMATING)}")
+        return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a stage that estimates is told."""
+        kind = "fisher and gradient" if self.method == "fisher" else self.method
+        own = self.model_dump(include={"examples", "samples", "batch_size"})
+        return {"kind": kind, **own, **({"options": self.options} if self.options else {})}
+
+    @property
+    def gives(self) -> set[str]:
+        """What rules may need of it, beside diagonals."""
+        if self.method == Fisher.model_fields["method"].default:
+            return {"gradient"}  # without loading torch, so that a dry run is quick
+        from gradmatch.estimators.protocol import find_estimator, gives_of
+
+        own = set(gives_of(find_estimator(self.method)))
+        return own | ({"factors"} if self.method in FACTORED else set())
 
 
 class Merge(Strict):
@@ -96,6 +127,13 @@ class Merge(Strict):
     def _choice(self) -> Merge:
         if len(self.choose) > 1 or any(not values for values in self.choose.values()):
             raise ValueError("`choose` takes one option with a list of values")
+        both = [
+            name
+            for name in self.choose
+            if name in self.options or (name == "alpha" and "alpha" in self.model_fields_set)
+        ]
+        if both:
+            raise ValueError(f"{both[0]!r} is given and chosen: leave one of them out")
         check_names(self.method, self.options, self.choose)
         check_values(self.method, self.options, self.choose)
         return self
@@ -104,6 +142,11 @@ class Merge(Strict):
     def settings(self) -> dict[str, Any]:
         """What a stage that merges is told."""
         return self.model_dump(exclude={"choose"})
+
+    def told(self, delta0: float) -> dict[str, Any]:
+        """The same with the floor, for rules that have one."""
+        floor = bool(find_rule(self.method).needs - {"gram"})
+        return {**self.settings, **({"delta0": delta0} if floor else {})}
 
 
 class Sweep(Strict):
@@ -115,6 +158,10 @@ class Sweep(Strict):
     merges: tuple[str, ...] = Field(min_length=1)
     alphas: Weights = Field(min_length=2)
     forecast: int = Field(default=0, ge=0)
+
+
+ESTIMATING = ("labels", "reduction", "likelihood", "kfac_form", "chunk", "standard_error", "tolerance")
+FACTORED = ("kfac",)  # estimators that give Kronecker factors
 
 
 def check_values(
@@ -144,17 +191,24 @@ def local_model(encoder: str) -> tuple[str, ...]:
 
 
 class Config(Study):
-    """Keys that the configs of texts and of images share."""
+    """Keys that the configs of texts and of images share.
+
+    base_training: none, and the base is the encoder as it is. task_training: none, where `models` has every task. joint_training:
+    none, and there is no joint model. models: folders or hub names of models that are there already (`base`, tasks, `joint`), which
+    are then not trained; a task's may be an adapter. evaluation: `package.module:function`, given each evaluated model and its
+    folder; the numbers that it returns, by name, are columns of the table.
+    """
 
     seeds: Seeds = Field(default=(0,), min_length=1)
     encoder: str
     data: Tasks
-    base_training: Training
-    task_training: Training
+    base_training: Training | None = None
+    task_training: Training | None = None
     task_steps: dict[str, Annotated[int, Field(gt=0)]] = Field(
         default_factory=dict
     )  # task -> steps, where they differ from task_training's
-    joint_training: Training
+    joint_training: Training | None = None
+    models: dict[str, str] = Field(default_factory=dict)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     fisher: Fisher = Fisher()
     mismatch_examples: Count = 300
@@ -162,6 +216,7 @@ class Config(Study):
     merges: dict[str, Merge]
     compare: tuple[Pair, ...] = ()  # models: paired bootstrap of the difference of macro accuracy
     sweep: Sweep | None = None
+    evaluation: str = ""
     pace: ClassVar[float] = 1.0  # seconds of an image, for one of a text: for the plan of a run
 
     def prepare(self) -> Stage:
@@ -170,11 +225,12 @@ class Config(Study):
 
     def views(self) -> dict[str, Stage]:
         """The stages that hold one split each."""
-        return views_of(
-            self.prepare(),
-            {s: {d: self.data.sizes(d, s) for d in self.data.domains} for s in SPLITS},
-            self.data.split_seed,
-        )
+        sizes = {s: {d: self.data.sizes(d, s) for d in self.data.domains} for s in SPLITS}
+        return views_of(self.prepare(), sizes, self.data.split_seed)
+
+    def rows(self) -> list[Record]:
+        """Rows by split and class, read now; none where that takes as long as the study's own stage."""
+        return []
 
     def start(self) -> dict[str, Any]:
         """What the base is trained from, and its new head."""
@@ -182,18 +238,26 @@ class Config(Study):
 
     def training_of(self, task: str) -> Training:
         """How one task is fine-tuned."""
+        assert self.task_training is not None  # `_known_models`
         steps = self.task_steps.get(task, self.task_training.steps)
         return self.task_training.model_copy(update={"steps": steps})
 
+    @property
+    def has_joint(self) -> bool:
+        """Whether there is a joint model."""
+        return self.joint_training is not None or "joint" in self.models
+
     @model_validator(mode="after")
     def _known_models(self) -> Config:
-        own = ["base", *self.data.tasks, "joint"]
+        own = ["base", *self.data.tasks, *(["joint"] if self.has_joint else [])]
         for name, spec in self.merges.items():
-            check_rule(f"merge {name!r}", spec.method, len(self.data.tasks), lacking=("factors",))
-            if name in own:
+            lacking = {"factors", "gradient"} - self.fisher.gives
+            check_rule(f"merge {name!r}", spec.method, len(self.data.tasks), lacking=sorted(lacking))
+            if name in (*own, "joint"):
                 raise ValueError(f"a merge may not be called {name!r}: that is one of {', '.join(own)}")
         named = {
             "task_steps": (self.task_steps, self.data.tasks, "tasks"),
+            "models": (self.models, ["base", *self.data.tasks, "joint"], "models"),
             "compare": ([name for pair in self.compare for name in pair], [*own, *self.merges], "models"),
             "sweep": (self.sweep.merges if self.sweep else (), self.merges, "merges"),
         }
@@ -201,6 +265,18 @@ class Config(Study):
             for name in names:
                 if name not in known:
                     raise ValueError(f"`{key}` names {name!r}, but the {what} are {', '.join(known)}")
+        untrained = [task for task in self.data.tasks if task not in self.models]
+        if self.task_training is None and untrained:
+            raise ValueError(f"`task_training` is missing, and `models` has no {untrained[0]!r}")
+        for key, used in (
+            ("base_training", "base" in self.models),
+            ("task_training", not untrained),
+            ("joint_training", "joint" in self.models),
+        ):
+            if used and getattr(self, key) is not None:
+                raise ValueError(
+                    f"`{key}` trains nothing: `models` has these models already; leave one of them out"
+                )
         return self
 
 
@@ -215,46 +291,3 @@ def views_of(data: Stage, sizes: Mapping[str, Any], seed: int) -> dict[str, Stag
         )
         for split, own in sizes.items()
     }
-
-
-def read_source(
-    path: Path, seeds: Sequence[int] = (), *, quick: bool = False, kinds: Sequence[str]
-) -> Config:
-    """The config whose models another study uses.
-
-    Raises:
-        ValueError: it is of another experiment than `kinds`, or lacks some of the seeds.
-    """
-    source: Config = configs.load(path, quick=quick)
-    if {"texts": "sentiment"}.get(source.experiment, source.experiment) not in kinds:
-        raise ValueError(f"{path} is no config of the {' or '.join(kinds)} experiment")
-    absent = [seed for seed in seeds if seed not in source.seeds]
-    if absent:
-        raise ValueError(f"{path} has no seed {absent[0]}; it has {', '.join(map(str, source.seeds))}")
-    return source
-
-
-class OnTexts(Study):
-    """Keys of a study on the models of a sentiment config (quick_models: of its quick variant)."""
-
-    sentiment: Path
-    quick_models: bool = False
-    seeds: Seeds = ()  # of that config; empty: all of them
-
-    @property
-    def source(self) -> Config:
-        """The sentiment config, checked."""
-        return read_source(self.sentiment, self.seeds, quick=self.quick_models, kinds=("sentiment",))
-
-    @model_validator(mode="after")
-    def _has_a_source(self) -> OnTexts:
-        self._check(self.source)
-        return self
-
-    def _check(self, source: Config) -> None:
-        """Raise ValueError where the study asks for what the source has not."""
-
-    def check_rules(self, methods: Mapping[str, str], tasks: int) -> None:
-        """Refuse rules (by what a message calls them) that need what these studies do not estimate, or other numbers of tasks."""
-        for where, method in methods.items():
-            check_rule(where, method, tasks, lacking=("gram", "factors"))

@@ -15,7 +15,7 @@ from experiments.records import Record, of_kind
 from experiments.statistics import bootstrap_ratio, t_interval
 from experiments.studies.cells import SQUARED, Cells, Sources, slug
 from experiments.studies.classifiers import Config as Source
-from experiments.studies.classifiers import OnTexts, read_source
+from experiments.studies.sources import OnTexts, read_source
 
 Cell = tuple[int, str, str]  # seed, estimate, model
 

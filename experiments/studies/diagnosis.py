@@ -12,7 +12,7 @@ from experiments.diagnosis.cases import CASES, HEALTHY, VARIANTS
 from experiments.pipeline import Stage, is_done, origin, result
 from experiments.records import Record, of_kind
 from experiments.studies.cells import Cells
-from experiments.studies.classifiers import read_source
+from experiments.studies.sources import read_source
 
 KNOWN = {**CASES, **VARIANTS}
 

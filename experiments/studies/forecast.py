@@ -13,7 +13,7 @@ from experiments.config import Weights
 from experiments.pipeline import Stage, recorded
 from experiments.records import Record, of_kind
 from experiments.studies.cells import EVALUATED, Cells
-from experiments.studies.classifiers import OnTexts
+from experiments.studies.sources import OnTexts
 
 
 class Config(OnTexts):

@@ -13,7 +13,7 @@ from experiments.pipeline import Stage, is_done, origin, recorded, result
 from experiments.records import Record, of_kind
 from experiments.studies.cells import EVALUATED, Cells, slug
 from experiments.studies.classifiers import Config as Source
-from experiments.studies.classifiers import read_source
+from experiments.studies.sources import read_source
 
 PHOTOGRAPHS = " on photographs"
 

@@ -64,7 +64,7 @@ class Cells:
     def _prepare(self, seed: int) -> None:
         config, name = self.config, f"removal/seed{seed}"
         tokens = config.training.steps * config.max_length * config.training.batch_size
-        settings = {**self._reading(seed), **config.training.model_dump()}
+        settings = {**self._reading(seed), **config.training.model_dump(exclude_none=True)}
         seconds = 10 + tokens * TRAINED
         tuned = self._stage(f"{name}/task", "stages:finetune", settings, seconds, base=self.base)
         self.trained[seed] = tuned

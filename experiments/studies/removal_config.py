@@ -97,7 +97,7 @@ class Config(Study):
     keep: Source
     prompts: dict[str, Source] = Field(default_factory=dict)
     limits: Limits = Limits()
-    split_seed: int = 0
+    split_seed: int = Field(default=0, ge=0)
     max_length: int = Field(default=48, gt=2)
     training: Training
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -108,7 +108,7 @@ def _encoder(spec: Encoder, seed: int, alphas: list[float]) -> Stage:
             "domains": list(domains),
             "precision": "auto",
             "seed": seed,
-            **training.model_dump(),
+            **training.model_dump(exclude_none=True),
             **new,
         }
         seconds = 2 + training.steps * training.batch_size / TRAINED

@@ -13,7 +13,8 @@ from experiments.pipeline import Stage, card, is_done, origin, result
 from experiments.records import Record, of_kind
 from experiments.studies.cells import EVALUATED, VALIDATED, Cells
 from experiments.studies.classifiers import Config as Source
-from experiments.studies.classifiers import check_values, read_source
+from experiments.studies.classifiers import check_values
+from experiments.studies.sources import read_source
 
 
 class Range(Strict):
@@ -38,7 +39,7 @@ class Config(Study):
 
     experiment: Literal["search"]
     source: Path
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     method: str = "gradient_matching"
     options: dict[str, Any] = Field(default_factory=dict)
     space: dict[str, Range] = Field(min_length=1)  # `alpha` is the weight of every task

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from experiments.pipeline import Stage
+from experiments.records import Record
 from experiments.studies import classifiers
-from experiments.studies.cells import records as records
-from experiments.studies.cells import report as report
 from experiments.studies.cells import stages as stages
-from experiments.tasks.corpora import ClassName, Corpus
+from experiments.studies.found import preview as preview
+from experiments.studies.found import records as records
+from experiments.studies.found import report as report
+from experiments.tasks.corpora import ClassName, Corpus, read_all
 from experiments.tasks.sentiment import VADER_FILES
+from experiments.tasks.splits import SPLITS
 
 
 class Data(classifiers.Tasks):
     """Which texts: `vader` (four domains from PyPI), or a folder, whose `<domain>.jsonl` (text, label, document) are `corpora`.
 
     `corpora` names a source per domain instead. labels: the classes, in their order in the head; empty: those of the data, as
-    the source numbers them, numbers by size, words by the alphabet. max_length: tokens; longer texts are cut.
+    the source numbers them, numbers by size, words by the alphabet. max_length: tokens; longer texts are cut. tokenizer: a folder or hub name; empty: the encoder's.
     """
 
     source: str = "vader"
@@ -29,6 +33,7 @@ class Data(classifiers.Tasks):
     tasks: tuple[str, ...] = ("amazon", "tweets", "nyt")
     max_length: int = Field(default=64, gt=2)
     labels: tuple[ClassName, ...] = ()
+    tokenizer: str = ""
 
     @model_validator(mode="after")
     def _known(self) -> Data:
@@ -68,17 +73,30 @@ class Config(classifiers.Config):
 
     def prepare(self) -> Stage:
         corpora = {domain: own.model_dump(exclude_defaults=True) for domain, own in self.data.read.items()}
+        data = self.data
+        words = data.tokenizer or self.encoder
         return texts_stage(
-            f"{self.experiment}/data",
-            corpora,
-            self.encoder,
-            self.data.max_length,
-            self.data.split_seed,
-            self.data.labels,
+            f"{self.experiment}/data", corpora, words, data.max_length, data.split_seed, data.labels
         )
 
+    def rows(self) -> list[Record]:
+        from experiments.tasks.views import chosen_rows, rows_of
+
+        examples, classes, notes = read_all(self.data.read, self.data.labels)
+        rows: dict[str, Any] = {}
+        for domain, own in examples.items():
+            packaged = self.data.packaged(domain)
+            table = rows_of(domain, own, packaged=packaged, seed=self.data.split_seed)
+            rows[domain] = {}
+            for split in SPLITS:
+                sizes = self.data.sizes(domain, split)
+                chosen = chosen_rows(domain, table, split, sizes, self.data.split_seed, packaged=packaged)
+                counts = Counter(own[row].label for row in chosen)
+                rows[domain][split] = {name: counts[name] for name in classes}
+        return [{"kind": "data", "rows": rows, "classes": dict.fromkeys(rows, classes), "notes": notes}]
+
     def start(self) -> dict[str, Any]:
-        return {"start": self.encoder}
+        return {"start": self.encoder, **({"tokenizer": self.data.tokenizer} if self.data.tokenizer else {})}
 
 
 def texts_stage(

@@ -9,9 +9,10 @@ from pydantic import Field, field_validator, model_validator
 from experiments.config import Count, Strict
 from experiments.pipeline import Stage
 from experiments.studies import classifiers
-from experiments.studies.cells import records as records
-from experiments.studies.cells import report as report
 from experiments.studies.cells import stages as stages
+from experiments.studies.found import preview as preview
+from experiments.studies.found import records as records
+from experiments.studies.found import report as report
 
 PACKAGED = ("animals", "mnist", "photos", "digits")
 PATCH = 14  # pixels of a patch of `dinov2`, a side

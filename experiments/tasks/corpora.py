@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,14 +15,12 @@ from experiments import assets
 from experiments.config import Strict
 from experiments.files import CARD, write_json
 from experiments.tasks.sentiment import VADER_FILES, Example, clean, read_vader, without_duplicates
-from experiments.tasks.splits import split_of
+from experiments.tasks.textfiles import ENDINGS, of_folder
 from gradmatch.measure.columns import find_columns
 from gradmatch.measure.tables import Table, kind_of
 
-RATING = re.compile(r"\[([+-]\d)\]")
 SLICE = re.compile(r"(?P<split>[\w.-]+)\[(?P<start>\d+%?)?:(?P<stop>\d+%?)?\]")
 STANDING_IN = '~data.corpora data.base=movies "data.tasks=[amazon, tweets, nyt]" encoder=encoder, and ~task_steps where the config has it'
-ENDINGS = {".neg": "0", ".pos": "1", ".0": "0", ".1": "1"}  # of files with a text a line
 MANY_CLASSES = (
     0.2  # of the rows: a label column with more different values than this share numbers rows, or measures
 )
@@ -108,7 +105,7 @@ def read_corpus(domain: str, corpus: Corpus) -> Texts:
         return Texts(read_vader(assets.folder("sentiment"), domain))
     if corpus.packaged:
         _check_unused(domain, corpus)
-        found = Texts([example for example in _of_folder(Path(corpus.path)) if example.text])
+        found = Texts([example for example in of_folder(Path(corpus.path)) if example.text])
         if found.examples:
             return found
         raise ValueError(
@@ -123,33 +120,6 @@ def _check_unused(domain: str, corpus: Corpus) -> None:
         raise ValueError(
             f"data.corpora.{domain}.{name}: {corpus.path} is a folder of text files, which has none"
         )
-
-
-def _of_folder(folder: Path) -> Iterator[Example]:
-    for file in sorted(folder.iterdir()):
-        if file.suffix == ".zip":
-            with zipfile.ZipFile(file) as archive:
-                for name in sorted(archive.namelist()):
-                    if name.endswith(".txt"):
-                        yield from _of_member(name, archive.read(name).decode("utf-8", errors="replace"))
-        elif file.suffix in ENDINGS:
-            for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")):
-                yield Example(clean(line), ENDINGS[file.suffix], f"{file.name}/{number}")
-
-
-def _of_member(name: str, text: str) -> Iterator[Example]:
-    """A review in the folder of its class (Pang & Lee), or a product's sentences with their ratings (Hu & Liu)."""
-    folder = Path(name).parent.name
-    if folder in ("neg", "pos"):
-        yield Example(clean(text), str(int(folder == "pos")), name)
-        return
-    review = 0
-    for line in text.splitlines():
-        review += line.startswith("[t]")
-        rated, mark, sentence = line.partition("##")
-        rating = sum(map(int, RATING.findall(rated)))
-        if mark and rating:  # sentences with no opinion, or with opinions that cancel, are left out
-            yield Example(clean(sentence), str(int(rating > 0)), f"{name}/{review}")
 
 
 def _of_tables(domain: str, corpus: Corpus) -> Texts:
@@ -359,7 +329,8 @@ def prepare(
     """
     from datasets import Dataset, disable_progress_bars
 
-    from experiments.models import load_tokenizer, locate, pad_id
+    from experiments.models import load_tokenizer, locate
+    from experiments.tasks.views import rows_of
 
     disable_progress_bars()
     loaded = load_tokenizer(locate(tokenizer))
@@ -372,19 +343,17 @@ def prepare(
         texts = [example.text for example in own]
         tokens = loaded(texts, pairs, truncation=True, max_length=max_length)
         packaged = asked[domain].packaged
+        rows = rows_of(domain, own, packaged=packaged, seed=split_seed)
         columns = {
             **tokens,
-            "labels": [number[example.label] for example in own],
-            "text": [example.text for example in own],
-            "document": [example.document for example in own],
-            "split": [
-                split_of(domain, example.document, split_seed) if packaged else example.split
-                for example in own
-            ],
+            "labels": [number[label] for label in rows["labels"]],
+            "text": rows["text"],
+            "document": rows["groups"],
+            "split": rows["split"],
         }
         Dataset.from_dict(columns).save_to_disk(out / domain)
         domains[domain] = {"first": 0, "classes": classes, "packaged": packaged}
         cut = sum(len(ids) >= max_length for ids in tokens["input_ids"])
         if cut:
             notes.append(f"{domain}: {cut} of {len(own)} texts have {max_length} tokens or more, and are cut")
-    write_json(out / CARD, {"domains": domains, "pad": pad_id(loaded), "notes": notes})
+    write_json(out / CARD, {"domains": domains, "pad": loaded.pad_token_id or 0, "notes": notes})

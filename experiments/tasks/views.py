@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.files import CARD, write_json
-from experiments.rows import card_of
-from experiments.tasks.splits import SPLITS, divided, limited
+from experiments.tasks.sentiment import Example
+from experiments.tasks.splits import SPLITS, divided, limited, split_of
 
 
 def view(out: Path, *, data: Path, split: str, sizes: Mapping[str, Mapping[str, Any]], seed: int) -> None:
@@ -18,12 +19,13 @@ def view(out: Path, *, data: Path, split: str, sizes: Mapping[str, Mapping[str, 
 
     sizes: domain -> split -> rows, share or None, see `splits.divided`.
     """
-    card = card_of(data)
+    card = json.loads((data / CARD).read_text(encoding="utf-8"))
     for domain, own in card["domains"].items():
         rows = _load(data / domain)
+        rows["labels"] = [own["classes"][number] for number in rows["labels"]]
         chosen = chosen_rows(domain, rows, split, sizes[domain], seed, packaged=own["packaged"])
         counts = Counter(rows["labels"][row] for row in chosen)
-        own["counts"] = {name: counts[number] for number, name in enumerate(own["classes"])}
+        own["counts"] = {name: counts[name] for name in own["classes"]}
         (out / domain).mkdir(parents=True)
         rows["save"](chosen, out / domain / split)
     write_json(out / CARD, card)
@@ -42,6 +44,16 @@ def chosen_rows(
         few = min(SPLITS, key=lambda name: counts[name])
         raise ValueError(f"domain {domain!r} leaves {counts[few]} examples for {few}; 10 are needed")
     return limited(domain, own, split, sizes.get(split))
+
+
+def rows_of(domain: str, examples: Sequence[Example], *, packaged: bool, seed: int) -> dict[str, Any]:
+    """What decides the splits of examples, as `chosen_rows` takes it."""
+    return {
+        "labels": [example.label for example in examples],
+        "groups": [example.document for example in examples],
+        "split": [split_of(domain, e.document, seed) if packaged else e.split for e in examples],
+        "text": [example.text for example in examples],
+    }
 
 
 def _load(folder: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from paper_figures import (
     fig_proof,
     fig_redundancy,
     fig_removal,
+    fig_search,
     style,
     table_claims,
     table_sentiment,
@@ -101,6 +102,7 @@ COMMITTED = {  # figure -> the committed records that it is drawn from
     fig_proof: "removal-proof",
     fig_redundancy: "redundancy-images",
     fig_removal: "removal-toxicity",
+    fig_search: "search",
     table_claims: "claims",
     table_sentiment: "vision",
 }

@@ -107,7 +107,7 @@ REFUSED = [  # labels, given splits, sizes, what is said
     (LABELS, (), {"test": 600}, "data.test asks for 600 rows, and 510 of 510 are left: ask for fewer"),
     (LABELS, (), {"test": 500}, "asks for 51 rows, and 10 of 510 are left|leaves"),
     (LABELS[:25], (), {}, "shop leaves 5 rows for train; at least 10 are needed"),
-    (["a"] * 300, (), {}, "all 60 test rows are of one class, 'a'"),
+    (["a"] * 20 + ["a", "b"] * 50, apart(20, 120), {}, "all 20 test rows are of one class, 'a'"),
     (NEW_CLASS, apart(20, 220), {}, "test rows have the class 'c', which none"),
     (LABELS, apart(9), {}, "leaves 9 rows for test"),
     (LABELS, apart(90), {"test": 0.5}, "given apart, so data.test is a number of them"),
