@@ -42,6 +42,7 @@ EXAMPLES = {  # where neither the default nor the type shows how a value is writ
     "sentiment": "configs/sentiment.yaml",
     "subset": "plain_text",
     "corpora": "{shop: {path: shop.csv}}",
+    "language.Data.corpora": "{shop: {source: shop.txt}}",
     "sets": "{cars: {path: ../images/cars}}",
     "targets": "[query, value]",
     "task_steps": "{shop: 100}",

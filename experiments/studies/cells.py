@@ -65,7 +65,7 @@ class Cells:
         """Every stage; what they need comes with them."""
         first = (self.evaluations, self.mismatches, self.distances, self.sweeps)
         last = (self.comparisons, self.on_tasks)
-        return [stage for group in (*first, *last) for stage in group.values()]
+        return [*self.data.values(), *(stage for group in (*first, *last) for stage in group.values())]
 
     def title(self, seed: int) -> str:
         """How the names of a seed's stages begin."""

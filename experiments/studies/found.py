@@ -28,8 +28,12 @@ def preview(config: Config, store: Path, *, reads: bool) -> str:
     """
     cells = Cells(config)
     found = data_records(cells.data, store)
+    for key, source in {
+        "encoder": config.encoder,
+        **{f"models.{n}": own for n, own in config.models.items()},
+    }.items():
+        check_model(key, source)
     if not found and reads:
-        check_encoder(config.encoder)
         found = config.rows()
     if not found:
         return ""
@@ -45,8 +49,8 @@ def preview(config: Config, store: Path, *, reads: bool) -> str:
     return told.strip()
 
 
-def check_encoder(encoder: str) -> None:
-    """Refuse an encoder that is no asset, no folder with a model, no function, and cannot be a hub's name.
+def check_model(key: str, encoder: str) -> None:
+    """Refuse a model that is no asset, no folder with a model, no function, and cannot be a hub's name.
 
     Raises:
         FileNotFoundError: with the nearest folder beside it.
@@ -55,17 +59,15 @@ def check_encoder(encoder: str) -> None:
     if encoder in ASSETS or NAMED.fullmatch(encoder):
         return
     if place.is_dir():
-        if not (place / "config.json").is_file():
-            raise FileNotFoundError(
-                f"encoder: {encoder} is a folder without config.json, so it holds no model"
-            )
+        if not any((place / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise FileNotFoundError(f"{key}: {encoder} is a folder without config.json, so it holds no model")
     elif (
         not HUB_SET.fullmatch(encoder)
         or encoder.startswith((".", "/", "~"))
         or (place.parent.name and place.parent.is_dir())
     ):
         beside = [path.name for path in place.parent.iterdir()] if place.parent.is_dir() else []
-        raise FileNotFoundError(f"encoder: no folder {encoder}{nearest(place.name, beside)}")
+        raise FileNotFoundError(f"{key}: no folder {encoder}{nearest(place.name, beside)}")
 
 
 def records(config: Config, store: Path) -> list[Record]:

@@ -53,7 +53,7 @@ def language(tmp_path, tiny_encoder, tiny_texts):
         "compare": [["GM", "TA"]],
     }
     path = tmp_path / "language.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
 

@@ -200,3 +200,44 @@ def test_a_folder_without_a_model_says_what_stands_in(tmp_path):
 
     with pytest.raises(FileNotFoundError, match=r"cannot load a model from .*encoder=encoder stands in"):
         load_classifier(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "changed", "kept"),
+    [
+        (
+            "data.test=100",
+            {"data-test", "evaluate-gm", "sweep-ta-1"},
+            {"base", "books", "curvature-base", "merge-gm", "choose-gm_", "mismatch-gm"},
+        ),
+        (
+            "data.validation=20",
+            {"data-validation", "choose-gm_", "merge-gm_"},
+            {"base", "merge-gm", "evaluate-gm"},
+        ),
+        (
+            "delta0=1e-3",
+            {"merge-gm", "choose-gm_"},
+            {"merge-ta", "merge-am", "evaluate-ta", "sweep-ta-1", "curvature-base"},
+        ),
+        ("sweep.alphas=[0.5, 2.0]", {"sweep-ta-2"}, {"sweep-ta-0_5", "merge-gm"}),
+        ("fisher.examples=25", {"curvature-base", "merge-gm"}, {"merge-ta", "evaluate-ta", "gradient-books"}),
+    ],
+)
+def test_a_change_plans_what_depends_on_it_alone(tiny_config, tmp_path, tiny_texts, override, changed, kept):
+    """On packaged texts: of one's own, a count is taken from what would be trained on."""
+    from experiments.config import load
+    from experiments.pipeline import in_order
+    from experiments.studies.cells import Cells
+
+    def planned(*overrides):
+        given = ["~data.source", "data.base=movies", "data.tasks=[amazon, nyt]", *overrides]
+        content = load(tiny_config, given)
+        return {s.name.split("/")[-1]: s.key for s in in_order(Cells(content).all())}
+
+    before, after = planned(), planned(override)
+    different = {name for name in after if before.get(name) != after[name]}
+    kept = {{"books": "amazon", "gradient-books": "gradient-amazon"}.get(name, name) for name in kept}
+    assert changed <= different
+    assert not kept & different
+    assert kept <= set(after)
