@@ -110,10 +110,11 @@ def test_another_device_gives_the_same_bytes(method):
     ]  # fmt: skip
     needs, count = RULES[method].needs, int(min(2, RULES[method].models[1]))
     tasks = [
-        Task(model, curvature if "curvature" in needs else None, 0.4, name=str(t))
+        Task(model, curvature if needs & {"curvature", "gradient"} else None, 0.4, name=str(t))
         for t, (model, curvature) in enumerate(zip(shaped[1 : 1 + count], curvatures[1:], strict=False))
     ]
     options = {"base_curvature": curvatures[0]} if "base_curvature" in needs else {}
+    options |= {"anchor": shaped[1]} if method == "anchored" else {}
     options |= {"allow_mismatch": True, "method": method, "dtype": "bfloat16"}
     one, other = (merge(shaped[0], tasks, device=device, **options) for device in ("cpu", "cpu:0"))
     assert all(torch.equal(one[name].view(torch.int16), other[name].view(torch.int16)) for name in one)
