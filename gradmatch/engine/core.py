@@ -36,6 +36,9 @@ def merge_adapters(
         left, right, stats[step.name] = merged_factors(step, made.adapters, made.request.rank)
         kind = next(adapter for adapter in made.adapters if step.name in adapter.weights)
         dtype = torch_dtype(step.spec.dtype)
+        if dtype != left.dtype:
+            lost = _apart(left, right, left.to(dtype).double(), right.to(dtype).double())
+            stats[step.name] |= {"rounding_error": lost, "rounded_update": stats[step.name]["update"]}
         named = {key: value.to(dtype) for key, value in factored(step.name, kind, left, right).items()}
         if not all(bool(value.isfinite().all()) for value in named.values()):
             raise GradmatchError(
@@ -81,3 +84,9 @@ def _basis(parts: list[Tensor]) -> Tensor:
     """Orthonormal columns that span all columns of some matrices, (m, at most m)."""
     basis: Tensor = torch.linalg.qr(torch.cat(parts, 1))[0]
     return basis
+
+
+def _apart(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor) -> float:
+    """|L R - L' R'|^2 of two products (m, k) (k, n), without making either."""
+    one, two = torch.cat([left, other_left], 1), torch.cat([right, -other_right])
+    return max(0.0, float(((one.mT @ one) * (two @ two.mT)).sum()))

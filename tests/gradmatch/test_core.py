@@ -162,6 +162,19 @@ def test_a_rank_tells_what_it_leaves_out(plain, rank):
     assert not said or f"rank {rank} leaves out {100 * lost:.2g} % of the update's norm" in said[0]
 
 
+def test_what_rounding_loses_is_told(plain):
+    call = {"method": "task_arithmetic", "space": "core"}
+    full, rounded = (
+        merge(plain / "base", tasks(plain, 1.0, 0.5), **call, dtype=d) for d in ("float64", "bfloat16")
+    )
+    exact, found = expanded(plain, full), expanded(plain, rounded)
+    lost = sum(float((found[n] - v).square().sum()) for n, v in exact.items())
+    kept = 1 - lost / sum(float(v.square().sum()) for v in exact.values())
+    assert rounded.report.kept_update == pytest.approx(kept, abs=1e-9)
+    assert kept < 1 - 1e-7
+    assert full.report.kept_update is None
+
+
 REFUSED = {
     "entry by entry": ({"method": "ties"}, "ties edits task vectors entry by entry"),
     "a transform": ({"transforms": ["dare"]}, "dare edits task vectors entry by entry"),
