@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from experiments.rerun import OF_THE_RUN, remove
 if TYPE_CHECKING:
     import pandas as pd
 
+WEIGHTS = "weights"  # why a stage may go whose figures are there
 HEAVY = (
     "model",
     "optimizer.pt",
@@ -92,7 +94,7 @@ def unneeded(results: Path, *, weights: bool) -> list[Unneeded]:
         if _name(folder) not in named:
             found.append(Unneeded(folder, "no record names it", _size(folder)))
         elif weights and any((folder / name).exists() for name in HEAVY):
-            found.append(Unneeded(folder, "weights", _size(folder)))
+            found.append(Unneeded(folder, WEIGHTS, _size(folder)))
     return found
 
 
@@ -109,6 +111,17 @@ def _size(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 
+def _lighten(folder: Path) -> None:
+    """Remove what is heavy, the card first; what was told of a training stays for the records."""
+    (folder / CARD).unlink()
+    for part in (folder / name for name in HEAVY):
+        if part.is_dir():
+            shutil.rmtree(part)
+        part.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def prune(results: Path, *, weights: bool, dry_run: bool) -> str:
     """Remove what is `unneeded`; a line each, and the sum."""
     found = unneeded(results, weights=weights)
@@ -118,7 +131,7 @@ def prune(results: Path, *, weights: bool, dry_run: bool) -> str:
     ]
     if not dry_run:
         for one in found:
-            remove(one.folder)
+            (_lighten if one.why == WEIGHTS else remove)(one.folder)
     total = sum(one.megabytes for one in found)
     lines.append(f"{len(found)} stages, {total:.1f} MB {'would go' if dry_run else 'removed'}")
     return "\n".join(lines)

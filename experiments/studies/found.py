@@ -126,8 +126,9 @@ def _evaluation(cells: Cells, cell: tuple[int, str], store: Path) -> Iterator[Re
     model = cells.merged[cell] if role == "merge" else cells.trained[cell]
     if role == "merge":
         row["merge"] = config.merges[name].told(config.delta0)
-    elif is_done(model, store):
-        row["training_seconds"] = card(model, store)["seconds"]
+    else:
+        if is_done(model, store):  # it may be pruned
+            row["training_seconds"] = card(model, store)["seconds"]
         row["precision"] = result(model, store, "training.json")["precision"]
     row["folder"] = str(model.folder(store) / "model")
     if config.evaluation:
