@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 def not_positive(step: Step, count: int, first: int, last: int) -> str:
     """What to say where Hbar, or the H0 that a removal is guarded by, is not positive, and what to do."""
+    if step.guarded and step.kind == "solve":
+        return (
+            f"{step.name!r}: the curvature H0 - sum alpha_t H_t is not positive, and the exact solution has no guard; take "
+            "solver='eigenbasis', which keeps part of H0, a smaller weight or a larger base_weight"
+        )
     if step.guarded:
         return (
             f"{step.name!r}: at {count} weights (of elements {first} to {last}) the base's curvature H0 is not positive: it is "

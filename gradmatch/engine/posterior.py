@@ -17,8 +17,9 @@ from gradmatch.estimators.curvature import Curvature
 from gradmatch.estimators.fingerprint import fingerprint
 from gradmatch.plan.step import no_posterior
 from gradmatch.rules.beliefs import BELIEFS, Known
+from gradmatch.rules.matrix_options import is_exact
 from gradmatch.rules.structures import Basis, Structure
-from gradmatch.rules.system import posterior
+from gradmatch.rules.system import TOLERANCE, posterior
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from gradmatch.plan.step import Plan, Step
 
 UNIT = Basis(None, None)
+CLOSE = (
+    1e-10  # residual of a merge of which a task can be divided out: what is left is divided by a difference
+)
 
 
 def posterior_of(made: Plan, sample: Callable[[str], Sample]) -> Curvature:
@@ -49,6 +53,7 @@ def posterior_of(made: Plan, sample: Callable[[str], Sample]) -> Curvature:
     if not isinstance(inputs.base_curvature, (float, type(None))):
         counts.append(inputs.base_curvature.num_examples)
     count = max(1, sum(counts))
+    why = inexact(made)
     mean: dict[str, Tensor] = {}
     factors: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
     for step in made.merged:
@@ -60,6 +65,11 @@ def posterior_of(made: Plan, sample: Callable[[str], Sample]) -> Curvature:
             diagonal = UNIT.diagonal(precision, known.theta0) / count
             mean[step.name] = (diagonal.mT if turned else diagonal).reshape(step.spec.shape).contiguous()
             stacked = _stacked(precision, known.theta0, count)
+            if stacked is None:
+                why = (
+                    why
+                    or f"of {step.name!r} some curvatures have factors and others a diagonal, of whose sum only the diagonal is kept"
+                )
             for held, one in zip(factors, stacked or (), strict=False):
                 held[step.name] = one
         else:
@@ -71,11 +81,28 @@ def posterior_of(made: Plan, sample: Callable[[str], Sample]) -> Curvature:
         "weights": json.dumps({task.name: task.weight for task in inputs.tasks}),
         "base_weight": repr(made.request.base_weight),
         "delta0": repr(context.delta0),
+        **({"inexact": why} if why else {}),
         **(made.origin.info if made.origin else {}),
         "fingerprint": fingerprint(mean, sample),
         "torch": torch.__version__,
     }
     return Curvature.from_dict(mean, count, info, factor_a=factors[0], factor_b=factors[1])
+
+
+def inexact(made: Plan) -> str:
+    """Why the merge is not, to rounding, the mode of the tasks' own beliefs, so that none can be divided out of it; "" where it is."""
+    if made.request.edits:
+        return f"its task vectors were edited by {made.request.edits[0][0]}"
+    for step in made.merged:
+        if step.options.get("hbar_weight") is not None:
+            return "it was merged with hbar_weight"
+        if step.kind == "solve":
+            given = step.options.get("tolerance")
+            if not is_exact(step.options) or (TOLERANCE if given is None else given) > CLOSE:
+                return (
+                    f"its matrices were not solved to {CLOSE:g}: merge with solver='exact', tolerance=1e-12"
+                )
+    return ""
 
 
 def _diagonal(context: Context, step: Step, buffers: Buffers) -> Tensor:

@@ -39,7 +39,8 @@ def unmerge(
     """Take a task out of a merge: theta - alpha (P - alpha H_t)^-1 (H_t (theta_t - theta) + H0 (theta_t - theta0)).
 
     P is the posterior precision of the merge theta. Of a merge by gradient_matching, fisher, kronecker or mats the result is the merge
-    of the other tasks, exactly but for rounding (float64 is worth its time here: the difference of two precisions is divided by).
+    of the other tasks, exactly but for rounding (float64 is worth its time here: the difference of two precisions is divided by). Matrices
+    with Kronecker factors must have been merged with solver="exact", tolerance=1e-12: what their fast solution leaves would be blown up.
 
     Args:
         merged: the merge, as `merge` returned it, or its folder.
@@ -53,7 +54,7 @@ def unmerge(
         As `merge`, with the posterior of what is left.
 
     Raises:
-        ValueError: as `merge`; also a posterior of another merge or method, a weight that is not the one of the merge, no base where it
+        ValueError: as `merge`; also a posterior of another merge or method, or of a merge that is no mode to rounding, a weight that is not the one of the merge, no base where it
             is needed, and a posterior of which nothing but rounding is left.
         TypeError: a task that is none.
 
@@ -144,6 +145,12 @@ def _method(posterior: Curvature) -> str:
             f"tasks cannot be taken out of a merge by {method}; of {', '.join(EQ12 + FLOORED)} they can",
             "bad_setting",
             method,
+        )
+    if why := posterior.info.get("inexact"):
+        raise GradmatchError(
+            f"a task cannot be taken out of this merge, which is not exactly the mode of the tasks' beliefs: {why}",
+            "bad_setting",
+            "posterior",
         )
     return method
 

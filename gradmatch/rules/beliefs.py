@@ -175,6 +175,22 @@ def unmerged(k: Known) -> Listed:
     return [Belief(1.0, k.h0, 0.0), Belief(-k.alpha[0], k.h[0], k.tau[0])], k.alpha[0] * b
 
 
+def flat(name: str, k: Known) -> Tensor:
+    """The update of a rule where no curvature is known but the floor, (*s,): where conjugate gradients begin, as what they do not see stays."""
+    if name == "unmerged":
+        assert k.anchor is not None
+        return -k.alpha[0] * (k.tau[0] - k.anchor)
+    return FLAT.get(name, 1.0) * k.sum
+
+
+FLAT = {
+    "removal": -1.0,
+    "guarded": -1.0,
+    "ascent": 0.0,
+    "fisher_base": 0.0,
+    "measured": 0.0,
+}  # times task arithmetic, elsewhere 1
+
 BELIEFS: dict[str, Callable[[Known], Listed]] = {
     "averaging": averaging,
     "task_arithmetic": task_arithmetic,

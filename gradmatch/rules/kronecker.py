@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.estimators.errors import GradmatchError
-from gradmatch.rules.beliefs import BELIEFS, Known
+from gradmatch.rules.beliefs import BELIEFS, Known, flat
 from gradmatch.rules.block import Block, NotPositiveError, total
 from gradmatch.rules.matrix_options import is_exact
 from gradmatch.rules.rule import Elementwise, Rule, Solve
@@ -88,7 +88,7 @@ def with_factors(name: str, rule: Elementwise) -> Elementwise:
 
 
 def exact(name: str, known: Known, health: dict[str, float]) -> Tensor:
-    """theta0 + the mode of the rule's beliefs. Conjugate gradients begin at task arithmetic, so what no curvature sees stays there.
+    """theta0 + the mode of the rule's beliefs. What no curvature sees is as the rule has it without any: task arithmetic, or its negative.
 
     Raises:
         NotPositiveError: the sum of the precisions is not positive.
@@ -100,7 +100,7 @@ def exact(name: str, known: Known, health: dict[str, float]) -> Tensor:
         beliefs,
         known.theta0,
         b,
-        known.sum,
+        flat(name, known),
         ITERATIONS if most is None else most,
         TOLERANCE if least is None else least,
     )

@@ -6,8 +6,10 @@ from torch import nn
 
 from gradmatch import Task, merge
 from gradmatch.estimators import Curvature, estimate
+from gradmatch.rules.beliefs import Known
+from gradmatch.rules.kronecker import exact
 from gradmatch.rules.regmean import regmean
-from gradmatch.rules.structures import Product
+from gradmatch.rules.structures import Product, Sum
 from gradmatch.rules.system import Belief, solve
 from tests.gradmatch import tiny
 
@@ -219,6 +221,37 @@ def test_a_system_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match="is not positive"):
         merge(
             base, [Task(tuned[0], known(0, 100)[0], -1.0)], method="kronecker", base_curvature=known(1, 10)[0]
+        )
+    with pytest.raises(
+        ValueError, match=r"H0 - sum alpha_t H_t is not positive, and the exact solution has no guard"
+    ):
+        merge(
+            base, [Task(tuned[0], known(0, 100)[0])], method="removal", base_curvature=known(1, 10)[0], structure="kronecker", solver="exact"
+        )  # fmt: skip
+
+
+def test_what_no_curvature_sees_goes_where_the_rule_takes_it():
+    """Conjugate gradients leave it where they begin: a removal must begin at minus the task vector."""
+    theta0, tau = torch.randn(2, OUT, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a, b = positive(WIDTH, 2, rank=2), positive(OUT, 3, rank=2)
+    curved = [Product(n, a=a, b=b) for n in (4.0, 1.0)]
+    known = Known(
+        theta0,
+        tau[None],
+        [1.0],
+        Sum((curved[0], Product(1.0, a=a, b=b))),
+        curved[1:],
+        None,
+        None,
+        0.0,
+        0.0,
+        {},
+    )
+    blind = [torch.linalg.svd(x)[0][:, 2:] for x in (b, a)]
+    for name, expected in (("gradient_matching", 1.0), ("removal", -1.0), ("fisher_base", 0.0)):
+        update = exact(name, known, {}) - theta0
+        torch.testing.assert_close(
+            blind[0].T @ update @ blind[1], expected * blind[0].T @ tau @ blind[1], rtol=1e-6, atol=1e-6
         )
 
 

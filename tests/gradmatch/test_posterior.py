@@ -140,6 +140,33 @@ def made(method="gradient_matching", delta0=0.01, **more):
     return tasks, h0, merge(BASE, tasks, method=method, delta0=delta0, **base, **more)
 
 
+def whole(kind, mixed=False, **more):
+    """A merge, and its posterior."""
+    tasks, h0, *_ = problem(kind)
+    if mixed:
+        h0 = problem("diagonal")[1]
+    method = "kronecker" if kind == "kronecker" else "gradient_matching"
+    found = merge(BASE, tasks, method=method, base_curvature=h0, delta0=0.01, **more)
+    return found, found.posterior
+
+
+def test_directions_that_no_curvature_sees_are_taken_out_too():
+    """Factors of few examples have no full rank; there the task was added as in task arithmetic, and is subtracted again."""
+
+    def low(seed):
+        a, b = (x @ x.T for x in (random(seed, WIDTH, 2), random(seed + 1, OUT, 2)))
+        diagonal = torch.outer(b.diagonal(), a.diagonal())
+        return Curvature.from_dict(
+            {"w": diagonal, "b": torch.ones(OUT).double()}, 10, factor_a={"w": a}, factor_b={"w": b}
+        )
+
+    tasks = [Task(m, low(50 + 2 * t), 1.0, n) for t, (m, n) in enumerate(zip(MODELS, "ab", strict=False))]
+    how = dict(TIGHT, method="kronecker", base_curvature=low(60), delta0=0.01)
+    both = merge(BASE, tasks, **how)
+    found, expected = unmerge(both, both.posterior, tasks[1]), merge(BASE, tasks[:1], **how)
+    torch.testing.assert_close(found["w"], expected["w"], rtol=1e-6, atol=1e-6)
+
+
 TASKS, H0, WHOLE = made()
 REFUSED = [
     (lambda: merge(BASE, TASKS, method="averaging").posterior, "averaging has no posterior"),
@@ -153,6 +180,11 @@ REFUSED = [
     (lambda: unmerge(WHOLE, WHOLE.posterior, Task(MODELS[0], TASKS[0].curvature, 70.0)), "nothing is left of the posterior without the task"),
     (lambda: unmerge(BASE, WHOLE.posterior, TASKS[0], base=BASE, base_curvature=H0), "was taken at other weights than the base"),
     (lambda: unmerge(WHOLE, merge(BASE, TASKS, method="removal", base_curvature=H0, base_weight=99.0).posterior, TASKS[0]), "merge by removal"),
+    (lambda: unmerge(*whole("kronecker"), TASKS[0]), "matrices were not solved to 1e-10: merge with solver='exact'"),
+    (lambda: unmerge(*whole("kronecker", solver="exact"), TASKS[0]), "were not solved to 1e-10"),
+    (lambda: unmerge(*whole("kronecker", mixed=True, **TIGHT), TASKS[0]), "'w' some curvatures have factors and others a diagonal"),
+    (lambda: unmerge(*whole("diagonal", hbar_weight=1.0), TASKS[0]), "merged with hbar_weight"),
+    (lambda: unmerge(*whole("diagonal", transforms=["dare"]), TASKS[0]), "task vectors were edited by dare"),
 ]  # fmt: skip
 
 
