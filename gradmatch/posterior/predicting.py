@@ -18,7 +18,7 @@ from gradmatch.estimators.batches import BatchReader
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.likelihood import find_logits
 from gradmatch.models.curvatures import open_curvature
-from gradmatch.rules.structures import Product, Sum, common_basis
+from gradmatch.rules.structures import Basis, Product, Sum, common_basis
 
 if TYPE_CHECKING:
     from torch import nn
@@ -221,10 +221,13 @@ def _spread(posterior: Curvature, name: str) -> Callable[[Tensor], Tensor]:
         return lambda noise: noise * spread
     a, b = a.reshape(-1, *a.shape[-2:]), None if b is None else b.reshape(-1, *b.shape[-2:])
     like = mean.reshape(len(mean), -1)
-    turned = like.shape[1] != a.shape[-1]  # stored [in, out]
-    like = like.mT if turned else like
     parts = [Product(posterior.num_examples, one, None if b is None else b[k]) for k, one in enumerate(a)]
     whole = Sum(tuple(parts))
+    turned = like.shape[1] != a.shape[-1]  # stored [in, out]
+    if mean.dim() == 2 and like.shape[0] == like.shape[1]:  # then the diagonal tells, where the sizes cannot
+        unit = Basis(None, None).diagonal((1 / posterior.num_examples) * whole, like)
+        turned = bool((unit.mT - like).norm() < (unit - like).norm())
+    like = like.mT if turned else like
     basis = common_basis(whole, like)
     spread = _inverse_root(basis.diagonal(whole, like), name)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.rules.beliefs import BELIEFS, Known, Listed
-from gradmatch.rules.block import NotPositiveError
+from gradmatch.rules.block import NotPositiveError, total
 from gradmatch.rules.options import Options, option
-from gradmatch.rules.structures import Product
+from gradmatch.rules.structures import Product, Structure
 from gradmatch.rules.system import Belief
 
 if TYPE_CHECKING:
@@ -56,6 +56,11 @@ def regularised(gram: Tensor, off_diagonal: float, ridge: float) -> Tensor:
     return g
 
 
+def moments(curved: Structure) -> Tensor:
+    """G (in, in) of one task: of several products, as the posterior of a merge has them, the sum of theirs."""
+    return total([term.scale * term.a for term in curved.terms if term.a is not None])
+
+
 def solve(theta0: Tensor, tau: Tensor, alpha: Sequence[float], curved: Curved) -> Tensor:
     """`regmean` as the rule of a matrix: G_t = N_t A_t, the second moments of a task's inputs.
 
@@ -65,7 +70,7 @@ def solve(theta0: Tensor, tau: Tensor, alpha: Sequence[float], curved: Curved) -
     import torch
 
     options: Any = curved.options
-    gram = torch.stack([term.scale * term.a for one in curved.h for term in one.terms if term.a is not None])
+    gram = torch.stack([moments(one) for one in curved.h])
     weight = tau.new_tensor(alpha).reshape(-1, 1, 1)
     return regmean(theta0 + tau, weight, gram, options.off_diagonal, options.ridge)
 
@@ -74,7 +79,7 @@ def beliefs(k: Known) -> Listed:
     """alpha_t: I (x) G_t at tau_t."""
     import torch
 
-    gram = torch.stack([term.scale * term.a for one in k.h for term in one.terms if term.a is not None])
+    gram = torch.stack([moments(one) for one in k.h])
     grams = regularised(gram, k.options["off_diagonal"], k.options["ridge"])
     return [Belief(w, Product(1.0, a=g), t) for w, g, t in zip(k.alpha, grams, k.tau, strict=True)], None
 

@@ -254,6 +254,15 @@ def test_draws_have_the_posteriors_covariance(kind):
     assert torch.equal(again["w"], found[0]["w"])
 
 
+def test_draws_of_a_square_conv1d_layer_lie_as_the_posteriors_diagonal_does():
+    a, b = torch.diag(torch.tensor([1.0, 100.0])).double(), torch.eye(2).double()
+    diagonal = torch.outer(b.diagonal(), a.diagonal())
+    for stored in (diagonal, diagonal.T.contiguous()):
+        known = Curvature.from_dict({"w": stored}, 1, factor_a={"w": a}, factor_b={"w": b})
+        variance = torch.stack([one["w"] for one in draws(known, 2000)]).var(0)
+        torch.testing.assert_close(variance, 1 / stored, rtol=0.2, atol=0)
+
+
 def test_the_linearised_variance_of_a_linear_model_is_known():
     model = torch.nn.Linear(WIDTH, OUT).double()
     x, y = random(5, 6, WIDTH), torch.arange(6) % OUT

@@ -334,6 +334,18 @@ def test_regmean_solves_the_regression(off_diagonal):
     )
 
 
+def test_regmean_adds_the_moments_of_several_products():
+    """The posterior of a merge holds one product a task, side by side."""
+    base = {"w": torch.zeros(3, 5, dtype=torch.float64)}
+    grams = torch.stack([torch.eye(5).double() * k for k in (1, 2, 4)])
+    stacked, plain = (
+        Curvature.from_dict({"w": torch.ones(3, 5)}, 10, factor_a={"w": a}) for a in (grams[:2], grams[2])
+    )
+    models = [{"w": torch.full((3, 5), k, dtype=torch.float64)} for k in (1.0, 8.0)]
+    found = merge(base, [Task(models[0], stacked), Task(models[1], plain)], method="regmean")["w"]
+    torch.testing.assert_close(found, torch.full((3, 5), (3 * 1 + 4 * 8) / 7, dtype=torch.float64))
+
+
 def test_regmean_ridge_averages_inputs_that_never_occur():
     base = state(0, shapes={"l.weight": (3, 5)})
     models = [tuned(base, seed) for seed in (1, 2)]
