@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from gradmatch.models.gathered import Rows
 
 
+SKEW = 1e-3  # of a factor's norm: above this it is no rounding
+
+
 class CurvatureStore(Gathered):
     """Blocks of a curvature as a store under the base's names: per-example means, gradients or factors, of one file or in memory.
 
@@ -133,13 +136,21 @@ class Factors:
         return a.nbytes + (0 if b is None else b.nbytes)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> list[tuple[Tensor, Tensor | None]]:
-        """The products that sum to the block: (A (in, in), B (out, out)) each, positive, by default in float64; none where there are none."""
-        a, b = _squares(self.a, name, dtype), _squares(self.b, name, dtype)
+        """The products that sum to the block: (A (in, in), B (out, out)) each, positive, by default in float64; none where there are none.
+
+        Raises:
+            ValueError: a factor that is no matrix of second moments.
+        """
+        a, b = _squares(self.a, FACTOR_A + name, name, dtype), _squares(self.b, FACTOR_B + name, name, dtype)
         return [(one, b[number] if b else None) for number, one in enumerate(a)]
 
 
-def _squares(store: CurvatureStore, name: str, dtype: torch.dtype | None) -> list[Tensor]:
-    """Factors, one a product; raised by the rounding error of their dtype, as small eigenvalues would else be negative."""
+def _squares(store: CurvatureStore, key: str, name: str, dtype: torch.dtype | None) -> list[Tensor]:
+    """Factors, one a product; raised by the rounding error of their dtype, as small eigenvalues would else be negative.
+
+    Raises:
+        ValueError: one that is not symmetric, or whose diagonal is negative: eigenvectors would be those of one half of it.
+    """
     import torch
 
     if name not in store:
@@ -148,6 +159,19 @@ def _squares(store: CurvatureStore, name: str, dtype: torch.dtype | None) -> lis
     stored = store.block(name, 0, spec.numel)
     factors = list(stored.to(dtype or torch.float64, copy=True).reshape(-1, *spec.shape[-2:]))
     for factor in factors:
+        probe = torch.arange(
+            len(factor), dtype=factor.dtype
+        ).cos()  # a difference of whole matrices would be held
+        skew = float((factor @ probe - probe @ factor).norm()) / float(factor.norm() * probe.norm() or 1.0)
+        least = float(factor.diagonal().min())
+        if skew > SKEW or least < -SKEW * float(factor.norm()):
+            found = "it is not symmetric" if skew > SKEW else f"its diagonal holds {least:g}"
+            raise GradmatchError(
+                f"{key} of {store.path or 'a curvature'} is no matrix of second moments: {found}; write x'x of the inputs, or g'g of the "
+                "gradients, or leave the factor out",
+                "bad_curvature",
+                key,
+            )
         factor.diagonal().add_(torch.finfo(stored.dtype).eps * float(factor.trace()))
     return factors
 

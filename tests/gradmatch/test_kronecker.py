@@ -216,6 +216,22 @@ def test_factors_of_another_shape_are_refused():
         merge(base, [Task(tuned[0], other)], method="kronecker", base_curvature=1.0)
 
 
+@pytest.mark.parametrize(
+    ("side", "factor", "text"),
+    [
+        ("a", torch.ones(WIDTH, WIDTH).triu(), "factor_a/w of .* it is not symmetric"),
+        ("b", -torch.eye(OUT), "factor_b/w of .* its diagonal holds -1"),
+    ],
+)
+def test_factors_that_are_no_second_moments_are_refused(side, factor, text):
+    base, tuned = models(1)
+    factors = {"a": torch.eye(WIDTH), "b": torch.eye(OUT)} | {side: factor}
+    mean = {name: torch.ones_like(value) for name, value in base.items()}
+    other = Curvature.from_dict(mean, 10, factor_a={"w": factors["a"]}, factor_b={"w": factors["b"]})
+    with pytest.raises(ValueError, match=text):
+        merge(base, [Task(tuned[0], other)], method="kronecker", base_curvature=1.0)
+
+
 def test_a_system_that_is_not_positive_is_refused():
     base, tuned = models(1)
     with pytest.raises(ValueError, match="is not positive"):
