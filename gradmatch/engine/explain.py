@@ -32,6 +32,11 @@ def not_positive(step: Step, count: int, first: int, last: int) -> str:
             "either it was not merged with this curvature and weight, or no other model knows anything there; merge with "
             "precision='float64' and a larger delta0, or merge the other tasks anew"
         )
+    if "ridge" in step.options and min(step.alpha) < 0:
+        return (
+            f"{step.name!r}: the sum of the tasks' moments of inputs is not positive, as a weight of {min(step.alpha):g} takes more away than "
+            "the other tasks have in some direction; take weights of at least 0, or a rule that subtracts (task_arithmetic, removal)"
+        )
     if "ridge" in step.options:
         return (
             f"{step.name!r}: the sum of the tasks' moments of inputs is singular (some inputs occur in no task) and the ridge of "

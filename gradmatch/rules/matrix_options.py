@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules.options import Options, option
 from gradmatch.rules.system import ITERATIONS, TOLERANCE
 
@@ -40,6 +41,21 @@ class MatrixOptions(Options):
     conv1d: bool | None = option(
         None, kind=True, help="whether square matrices are stored [in, out] (default: as the config says)"
     )
+
+    def __post_init__(self) -> None:
+        """Check that no option is given which another makes idle.
+
+        Raises:
+            ValueError: how to solve beside structure="diagonal", or when to stop beside solver="eigenbasis".
+        """
+        super().__post_init__()
+        given = [name for name in ("solver", "iterations", "tolerance") if getattr(self, name) is not None]
+        idle = given if self.structure == "diagonal" else given[1:] if self.solver == "eigenbasis" else []
+        if idle:
+            by = "structure='diagonal'" if self.structure == "diagonal" else "solver='eigenbasis'"
+            raise GradmatchError(
+                f"{idle[0]} plays no role with {by}; leave one of the two out", "bad_setting", idle[0]
+            )
 
 
 def is_exact(options: Mapping[str, Any]) -> bool:

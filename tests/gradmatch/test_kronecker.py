@@ -216,20 +216,33 @@ def test_factors_of_another_shape_are_refused():
         merge(base, [Task(tuned[0], other)], method="kronecker", base_curvature=1.0)
 
 
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_factors_that_are_no_second_moments_are_refused(side):
+    base, tuned = models(1)
+    mean = {name: torch.ones_like(value) for name, value in base.items()}
+    a, b = (torch.ones(n, n).triu() if side == one else torch.eye(n) for one, n in (("a", WIDTH), ("b", OUT)))
+    other = Curvature.from_dict(mean, 10, factor_a={"w": a}, factor_b={"w": b})
+    with pytest.raises(ValueError, match=f"factor_{side}/w of a curvature is not symmetric"):
+        merge(base, [Task(tuned[0], other)], method="kronecker", base_curvature=1.0)
+
+
 @pytest.mark.parametrize(
-    ("side", "factor", "text"),
+    ("options", "text"),
     [
-        ("a", torch.ones(WIDTH, WIDTH).triu(), "factor_a/w of .* it is not symmetric"),
-        ("b", -torch.eye(OUT), "factor_b/w of .* its diagonal holds -1"),
+        ({"structure": "diagonal", "solver": "exact"}, "solver plays no role with structure='diagonal'"),
+        ({"solver": "eigenbasis", "tolerance": 1e-3}, "tolerance plays no role with solver='eigenbasis'"),
     ],
 )
-def test_factors_that_are_no_second_moments_are_refused(side, factor, text):
+def test_options_that_play_no_role_are_refused(options, text):
     base, tuned = models(1)
-    factors = {"a": torch.eye(WIDTH), "b": torch.eye(OUT)} | {side: factor}
-    mean = {name: torch.ones_like(value) for name, value in base.items()}
-    other = Curvature.from_dict(mean, 10, factor_a={"w": factors["a"]}, factor_b={"w": factors["b"]})
     with pytest.raises(ValueError, match=text):
-        merge(base, [Task(tuned[0], other)], method="kronecker", base_curvature=1.0)
+        merge(base, [Task(tuned[0], known(0, 10)[0])], method="mats", **options)
+
+
+def test_a_negative_weight_that_takes_too_much_is_named():
+    base, tuned = models(2)
+    with pytest.raises(ValueError, match=r"a weight of -0\.9 takes more away than the other tasks have"):
+        merge(base, [Task(tuned[0]), Task(tuned[1], weight=-0.9)], method="wudi")
 
 
 def test_a_system_that_is_not_positive_is_refused():
