@@ -306,15 +306,15 @@ KERNEL int count_bits(ptrdiff_t count, ptrdiff_t histograms, const histogram *wa
             for (ptrdiff_t i = 0; i < n; i++) bits[i] = bits_of(theta[i] - base[i]) & 0x7fffffffu;
             if (one->prefix < 0)
                 for (ptrdiff_t i = 0; i < n; i++) counts[bits[i] >> 16]++;
-            else
-                for (ptrdiff_t first = 0; first < n; first += LANES) { /* most groups have none */
-                    const ptrdiff_t last = first + LANES < n ? first + LANES : n;
-                    int any = 0;
-                    for (ptrdiff_t i = first; i < last; i++) any |= bits[i] >> 16 == prefix;
-                    if (any)
-                        for (ptrdiff_t i = first; i < last; i++)
-                            if (bits[i] >> 16 == prefix) counts[bits[i] & 0xffffu]++;
+            else { /* those that match are put side by side first: a branch for each would be guessed wrong too often */
+                uint16_t lower[CHUNK];
+                ptrdiff_t matching = 0;
+                for (ptrdiff_t i = 0; i < n; i++) {
+                    lower[matching] = (uint16_t)bits[i];
+                    matching += bits[i] >> 16 == prefix;
                 }
+                for (ptrdiff_t i = 0; i < matching; i++) counts[lower[i]]++;
+            }
         }
     }
     return DONE;
