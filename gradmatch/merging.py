@@ -154,8 +154,15 @@ def execute(
     posterior: bool = False,
 ) -> Mapping[str, Tensor]:
     """Carry out a plan; see `merge`."""
-    if posterior and (error := no_posterior(made.request)):
-        raise error
+    if posterior:
+        if error := no_posterior(made.request):
+            raise error
+        from gradmatch.engine.posterior import inexact
+
+        if why := inexact(made):
+            made.notes.append(
+                f"no task can be taken out of this merge again by its posterior (unmerge): {why}"
+            )
     if made.request.batchnorm == "recalibrate":
         from gradmatch.output.batchnorm import check_batches
 

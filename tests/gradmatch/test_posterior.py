@@ -167,6 +167,14 @@ def test_directions_that_no_curvature_sees_are_taken_out_too():
     torch.testing.assert_close(found["w"], expected["w"], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("more", "told"), [({}, True), (TIGHT, False)])
+def test_a_merge_whose_tasks_stay_says_so_when_it_is_made(more, told, tmp_path):
+    tasks, h0, *_ = problem("kronecker")
+    how = dict(more, method="kronecker", base_curvature=h0, delta0=0.01, out=tmp_path / "out", posterior=True)
+    notes = merge(BASE, tasks, **how).report.notes
+    assert any("no task can be taken out of this merge" in note for note in notes) is told
+
+
 TASKS, H0, WHOLE = made()
 REFUSED = [
     (lambda: merge(BASE, TASKS, method="averaging").posterior, "averaging has no posterior"),
