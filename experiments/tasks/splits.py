@@ -26,7 +26,9 @@ def _size(size: float) -> float:
     raise ValueError(f"is a number of rows (a whole number of at least 1) or a share below 1, not {size:g}")
 
 
-Size = Annotated[float, AfterValidator(_size)]  # rows, or below 1 a share of them
+Size = Annotated[
+    int | float, AfterValidator(_size)
+]  # rows, or below 1 a share of them; a whole number stays one in a digest
 Sizes = Mapping[str, "float | None"]  # of each split
 
 

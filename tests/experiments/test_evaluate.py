@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import save_file
 
 from experiments.comparing import compare, distance
@@ -84,12 +85,12 @@ def test_bootstrap_draws_whole_documents():
 
 
 def test_comparison_of_two_evaluations(tmp_path):
-    labels = np.array([0, 1] * 50)
     for name, right in (("ours", 90), ("theirs", 60)):
         folder = tmp_path / name
         folder.mkdir()
-        chosen = np.where(np.arange(100) < right, labels, 1 - labels)
-        np.savez(folder / "a.npz", probabilities=np.eye(2)[chosen], labels=labels)
+        np.savez(folder / "a.npz", correct=(np.arange(100) < right).astype(float))
+    (tmp_path / "data.json").write_text('{"pad": 0}')
+    Dataset.from_dict({"labels": [0, 1] * 50}).save_to_disk(tmp_path / "a" / "test")
     compare(
         tmp_path,
         ours={"0": tmp_path / "ours"},

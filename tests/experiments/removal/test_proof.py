@@ -135,7 +135,7 @@ def test_the_encoder_is_compared_with_one_that_never_saw_the_wrong_labels(
     content["network"] = {"steps": 20, "tuning_steps": 2}
     (tmp_path / "proof.yaml").write_text(yaml.safe_dump(content))
     records, out = run(tmp_path / "proof.yaml")
-    found = {(r["edit"], r["alpha"]): r for r in records if r["problem"] == "encoder"}
+    found = {(r["edit"], r["alpha"]): r for r in records if r.get("problem") == "encoder"}
     assert found["retrained", 0.0]["distance"] == found["retrained", 0.0]["kl"] == 0
     assert found["base", 0.0]["distance"] == 1
     assert found["base", 0.0]["removed"] > found["retrained", 0.0]["removed"]  # it learned the wrong labels
