@@ -62,12 +62,13 @@ def run_config(config: Any, made: dict[str, Any], options: argparse.Namespace) -
     if options.dry_run:
         print("\n\n".join(part for part in (told, pipeline.plan(stages, store)) if part))
         return 0
-    minutes = sum(stage.seconds for stage in pipeline.in_order(targets, store)) / 60
+    left = pipeline.in_order(targets, store)
+    minutes = sum(stage.seconds for stage in left) / 60
     if minutes > ASKS_FROM and not options.yes:
         raise ValueError(
             f"this is planned to take {minutes:.0f} minutes (--dry-run lists the stages): say --yes to run it, or ask for less"
         )
-    if told:
+    if told and left:
         print(told, file=sys.stderr, flush=True)
     outcome = running.run(targets, store, options.workers or config.workers)
     found = configs.records(config, store)
