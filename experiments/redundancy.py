@@ -17,7 +17,7 @@ from experiments.models import load_classifier
 from experiments.rows import Images, Views, load_split
 from gradmatch import analogy
 from gradmatch.measure.redundancy import redundancy_curve
-from gradmatch.measure.similarity import cosines, gram
+from gradmatch.measure.similarity import cosines
 
 Weights = Mapping[str, Tensor]
 PHOTOGRAPHS = " on photographs"
@@ -37,10 +37,10 @@ def compare_vectors(out: Path, *, base: Path, tasks: Mapping[str, Path]) -> None
     """cos(tau_s, tau_t) of whole models and ||tau_t||, in `out/cosines.json`."""
     theta0 = weights_of(base)
     vectors = [task_vector(theta0, weights_of(folder)) for folder in tasks.values()]
-    total = sum(
-        (gram(torch.stack([vector[name].flatten() for vector in vectors])) for name in vectors[0]),
-        torch.zeros(len(vectors), len(vectors), dtype=torch.float64),
-    )
+    total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    for name in vectors[0]:
+        rows = torch.stack([vector[name].flatten() for vector in vectors]).double()
+        total += rows @ rows.T
     norms = dict(zip(tasks, total.diagonal().sqrt().tolist(), strict=True))
     card = {"tasks": list(tasks), "cosines": cosines(total).tolist(), "norms": norms}
     write_json(out / "cosines.json", card)

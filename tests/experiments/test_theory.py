@@ -78,4 +78,4 @@ def test_the_study_prints_its_verdicts(tmp_path, run):
     config.write_text("experiment: theory\nseeds: 2\n")
     records, out = run(config)
     assert "claim 1: holds." in out
-    assert [record["claim"] for record in records] == [1, 2, 3, 4, 10]
+    assert [record["claim"] for record in records if "claim" in record] == [1, 2, 3, 4, 10]
