@@ -167,10 +167,15 @@ def one_sided(terms: Sequence[Product]) -> str:
 
 
 def _in_basis(vectors: Tensor | None, factor: Tensor | None, unit: Tensor) -> Tensor:
-    """diag(V' F V), (n,), or `unit` (ones) where F is the identity."""
+    """diag(V' F V), (n,), or `unit` (ones) where F is the identity.
+
+    A factor of one sign has a diagonal of that sign in every basis. Where F sees next to nothing rounding says otherwise, and times
+    the other factor and N that is more than delta0.
+    """
     if factor is None:
         return unit
-    return factor.diagonal() if vectors is None else (vectors * (factor @ vectors)).sum(0)
+    found = factor.diagonal() if vectors is None else (vectors * (factor @ vectors)).sum(0)
+    return found.clamp(min=0) if float(factor.trace()) >= 0 else found.clamp(max=0)
 
 
 def _eigenvectors(matrix: Tensor | None) -> Tensor | None:

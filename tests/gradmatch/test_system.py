@@ -161,6 +161,16 @@ def test_rules_without_data_are_their_references(method, shape):
     assert found.report.solves["w"]["residual"] < 1e-10
 
 
+def test_what_a_factor_does_not_see_is_no_negative_curvature_by_rounding():
+    """In float32, of B with few examples the diagonal in another basis came out below 0 by more than delta0."""
+    generator = torch.Generator().manual_seed(0)
+    rows, wide = (torch.randn(size, count, generator=generator) for size, count in ((40, 3), (60, 60)))
+    product = Product(7000.0, a=wide @ wide.T, b=rows @ rows.T, diagonal=1e-6)
+    turned = torch.linalg.qr(torch.cat([rows, torch.randn(40, 37, generator=generator)], 1)).Q
+    diagonal = Basis(turned, None).diagonal(product, torch.zeros(40, 60))
+    assert float(diagonal.min()) >= 0
+
+
 def test_structures_add_multiply_and_tell_their_diagonal():
     a, b, d = positive(WIDTH, 0), positive(OUT, 1), random(2, OUT, WIDTH).square()
     whole = 2.0 * Product(3.0, a, b, d) + Product(1.5, a=a) + Product(0.5, b=b, diagonal=0.25)
