@@ -166,6 +166,18 @@ def test_iterations_that_do_not_suffice_are_told():
     assert found.report.to_dict()["solved"].startswith("1 matrices solved in up to 1 iterations")
 
 
+def test_an_eigenbasis_that_is_far_from_common_is_told():
+    base, tuned = models(3)
+    tasks = [Task(m, known(t, 10 + t, rank=2)[0]) for t, m in enumerate(tuned)]
+    how = {"method": "kronecker", "base_curvature": known(9, 30, rank=2)[0], "delta0": 0.1}
+    with pytest.warns(
+        UserWarning,
+        match=r"eigenbasis leaves more than 10 % of the system in 1 of 1 matrices.*solver='exact'",
+    ):
+        merge(base, tasks, **how)
+    assert not any("eigenbasis leaves" in note for note in merge(base, tasks, **how, **EXACT).report.notes)
+
+
 def test_transforms_come_before_it(tmp_path):
     base, tuned = models(2)
     tasks = [Task(m, known(t, 10 + t)[0]) for t, m in enumerate(tuned)]
