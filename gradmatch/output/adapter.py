@@ -15,15 +15,7 @@ from gradmatch.models.adapter_saved import PREFIX
 from gradmatch.models.adapters import FACTOR, WEIGHTS
 from gradmatch.output.card import card_files
 from gradmatch.output.identity import check_apart, identity
-from gradmatch.output.publishing import (
-    beside,
-    check_absent,
-    check_parent,
-    lock,
-    place,
-    recover,
-    replace_folder,
-)
+from gradmatch.output.publishing import begin, beside, place, replace_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,34 +76,23 @@ def write_adapter(
 
     out = place(out)
     check_apart(out, made.inputs)
-    check_parent(out)
     folder, journal, _ = beside(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    held = lock(out)
+    held = begin(out, overwrite)
     try:
-        journal.touch()
-        try:
-            recover(out)
-            check_absent(out, overwrite)
-        except BaseException:
-            if not journal.stat().st_size:
-                journal.unlink()
-            raise
-        try:
-            journal.write_text(json.dumps({"identity": identity(made)}) + "\n")
-            shutil.rmtree(folder, ignore_errors=True)  # an unfinished merge
-            folder.mkdir()
-            files = card_files(made, report)
-            files[WEIGHTS] = save(dict(tensors), metadata={"format": "pt"})
-            files[CONFIG] = (json.dumps(adapter_config(made, tensors), indent=2) + "\n").encode()
-            for name, content in files.items():
-                write_atomically(folder / name, content)
-            sync(folder)
-            replace_folder(out)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            journal.unlink(missing_ok=True)
-            raise
+        journal.write_text(json.dumps({"identity": identity(made)}) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)  # an unfinished merge
+        folder.mkdir()
+        files = card_files(made, report)
+        files[WEIGHTS] = save(dict(tensors), metadata={"format": "pt"})
+        files[CONFIG] = (json.dumps(adapter_config(made, tensors), indent=2) + "\n").encode()
+        for name, content in files.items():
+            write_atomically(folder / name, content)
+        sync(folder)
+        replace_folder(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        journal.unlink(missing_ok=True)
+        raise
     finally:
         let_go(held)
     return out

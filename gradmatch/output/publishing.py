@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradmatch.estimators.errors import GradmatchError
-from gradmatch.estimators.files import hold, sync
+from gradmatch.estimators.files import hold, let_go, sync
 from gradmatch.output.card import CARD
 
 if TYPE_CHECKING:
@@ -118,6 +118,35 @@ def lock(out: Path) -> BaseFileLock:
         raise BlockingIOError(
             f"another process is writing {out} (it holds {path}); wait for it or choose another folder"
         )
+    return held
+
+
+def begin(out: Path, overwrite: bool) -> BaseFileLock:
+    """Hold an output that may be written, with its journal there and what an earlier process left put right.
+
+    Where it is refused the lock falls again, and a journal that was not there before goes.
+
+    Raises:
+        NotADirectoryError, PermissionError: as `check_parent`.
+        BlockingIOError: as `lock`.
+        FileExistsError: as `check_absent`.
+    """
+    check_parent(out)
+    _, journal, _ = beside(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    held = lock(out)
+    try:
+        journal.touch()
+        try:
+            recover(out)
+            check_absent(out, overwrite)
+        except BaseException:
+            if not journal.stat().st_size:
+                journal.unlink()
+            raise
+    except BaseException:
+        let_go(held)
+        raise
     return held
 
 

@@ -21,15 +21,7 @@ from gradmatch.estimators.files import claim, let_go, sync, sync_data, write_ato
 from gradmatch.output.carried import carry_along
 from gradmatch.output.identity import check_apart
 from gradmatch.output.layout import Layout
-from gradmatch.output.publishing import (
-    beside,
-    check_absent,
-    check_parent,
-    lock,
-    place,
-    recover,
-    replace_folder,
-)
+from gradmatch.output.publishing import begin, beside, check_absent, check_parent, place, replace_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,22 +57,11 @@ class FolderSink:
     def __init__(self, out: Path, plan: Plan, identity: str, *, overwrite: bool = False) -> None:
         self.out, self.plan = place(out), plan
         check_apart(self.out, plan.inputs)  # before anything is created
-        check_parent(self.out)
         self.folder, self._journal_path, _ = beside(self.out)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(self.out)
+        self._lock = begin(self.out, overwrite)
         try:
-            self._journal = os.fdopen(os.open(self._journal_path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            self._journal = self._journal_path.open("r+b")
         except BaseException:
-            let_go(self._lock)
-            raise
-        try:
-            recover(self.out)
-            check_absent(self.out, overwrite)
-        except BaseException:
-            if not os.fstat(self._journal.fileno()).st_size:
-                self._journal_path.unlink()
-            self._journal.close()
             let_go(self._lock)
             raise
         self.layout = Layout(plan)
