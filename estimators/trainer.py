@@ -19,6 +19,7 @@ from torch import Tensor
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.files import read_json
 from gradmatch.estimators.fingerprint import edges
+from gradmatch.estimators.names import first_line
 from gradmatch.estimators.tensorfile import TensorFile
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def _arguments(file: Path) -> tuple[str, dict[str, Any]]:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler trips over first
         raise GradmatchError(
-            f"{file} cannot be read: {str(error).strip().splitlines()[0] or type(error).__name__}",
+            f"{file} cannot be read: {first_line(error)}",
             "unreadable_file",
             file,
         ) from error

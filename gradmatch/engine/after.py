@@ -42,8 +42,7 @@ def edited(
             torch.sub(merged, theta0, out=update[start:stop])
             del merged
         theta0 = whole_base(context, step, buffers)
-    assert step.rule is not None
-    counted = [row for row, alpha in enumerate(step.alpha) if alpha or not step.rule.weighs] or [0]
+    counted = step.counted
     for name, options in step.after:
         whole = AFTER[name].matrices
         value = update.reshape((step.spec.shape[0], -1) if whole else (-1,))

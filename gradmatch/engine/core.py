@@ -67,7 +67,7 @@ def merged_factors(
     cores = [none if pair is None else (u.mT @ pair[0]) @ (pair[1] @ v) for pair in pairs]
     assert step.rule is not None
     merged = merge_cores(step.rule, cores, step.alpha, step.options, min(len(u), len(v)))
-    counted = [row for row, alpha in enumerate(step.alpha) if alpha or not step.rule.weighs] or [0]
+    counted = step.counted
     for name, options in step.after:
         given = Update(merged, [cores[row] for row in counted], len(counted), step.depth)
         merged = AFTER[name].apply(given, options)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.names import first_line
 from gradmatch.measure.batches import Batches, longest_input
 from gradmatch.measure.chats import TOLD, is_chat, written
 from gradmatch.measure.columns import Columns, Labels, find_columns
@@ -129,9 +130,8 @@ def _of_model(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     try:
         return config, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        said = str(error).strip().splitlines()[0]
         raise GradmatchError(
-            f"{name} has no tokenizer to read data with: {said}", "no_tokenizer", name
+            f"{name} has no tokenizer to read data with: {first_line(error)}", "no_tokenizer", name
         ) from error
 
 

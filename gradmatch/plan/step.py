@@ -123,6 +123,13 @@ class Step:
         )
 
     @property
+    def counted(self) -> list[int]:
+        """Rows of `tasks` that an edit of the merged update counts: without weights of 0, where the rule weighs; one at least."""
+        return [
+            row for row, alpha in enumerate(self.alpha) if alpha or self.rule is None or not self.rule.weighs
+        ] or [0]
+
+    @property
     def scopes(self) -> list[str]:
         """Of what each edit must know something before its first piece: "", the "tensor" or the "model"."""
         return [TRANSFORMS[name].scope(options) for name, options in self.edits]

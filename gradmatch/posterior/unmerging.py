@@ -85,17 +85,12 @@ def unmerge(
         base_curvature = before.base_curvature if base_curvature is None else base_curvature
     floor, base_weight = float(known.info["delta0"]), float(known.info["base_weight"])
     tasks, prior = [task], floor
-    if method in EQ12 and isinstance(base_curvature, (int, float)):
-        prior += base_weight * base_curvature
-    elif (
-        method in EQ12
-        and base is not None
-        and base_curvature is not None
-        and not isinstance(base_curvature, (int, float))
-    ):
-        tasks.append(
-            Task(base, base_curvature, base_weight, name=f"base of {task.name}" if task.name else "the base")
-        )
+    if method in EQ12 and base_curvature is not None:
+        if isinstance(base_curvature, (int, float)):
+            prior += base_weight * base_curvature
+        elif base is not None:
+            name = f"base of {task.name}" if task.name else "the base"
+            tasks.append(Task(base, base_curvature, base_weight, name=name))
     lacks = [
         name
         for name, given, needed in (
