@@ -293,6 +293,13 @@ def _fields_at(model: Any, location: Sequence[int | str]) -> Mapping[str, Any]:
     return model.model_fields
 
 
+def under(key: str, given: Any) -> Any:
+    """A mapping whose bare texts are short for `{key: text}`; anything else as it is, for the schema to refuse."""
+    if not isinstance(given, dict):
+        return given
+    return {name: {key: own} if isinstance(own, str) else own for name, own in given.items()}
+
+
 def nearest(name: str, known: Iterable[Any]) -> str:
     """What to say after an unknown name: the nearest known one, or all of them."""
     names = [str(one) for one in known]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from experiments import config as configs
 from experiments.pipeline import Stage
 from experiments.records import Record
 from experiments.studies import classifiers
@@ -31,9 +32,7 @@ class Data(classifiers.Tasks):
     @field_validator("corpora", mode="before")
     @classmethod
     def _paths(cls, corpora: Any) -> Any:
-        if not isinstance(corpora, dict):
-            return corpora
-        return {name: {"source": own} if isinstance(own, str) else own for name, own in corpora.items()}
+        return configs.under("source", corpora)
 
     @model_validator(mode="after")
     def _known(self) -> Data:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from experiments import config as configs
 from experiments.config import Count, Strict
 from experiments.pipeline import Stage
 from experiments.studies import classifiers
@@ -45,9 +46,7 @@ class Data(classifiers.Tasks):
     @classmethod
     def _paths(cls, sets: Any) -> Any:
         """A path alone is short for a set with nothing else to say."""
-        if not isinstance(sets, dict):
-            return sets
-        return {name: {"path": own} if isinstance(own, str) else own for name, own in sets.items()}
+        return configs.under("path", sets)
 
     @model_validator(mode="after")
     def _sets(self) -> Data:
