@@ -13,7 +13,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +69,9 @@ class FolderSink:
         self._fds: dict[str, int] = {}
         try:
             self.folder.mkdir(exist_ok=True)
-            if not self._read_journal(identity):
+            if self._read_journal(identity):
+                self._empty(keep=self.layout.shards)  # what `complete` adds is written anew, and aside files of a kill go
+            else:
                 self._start(identity)
             for shard in self.layout.shards:
                 self._fds[shard] = os.open(self.folder / shard, os.O_RDWR)
@@ -148,8 +150,7 @@ class FolderSink:
 
     def _start(self, identity: str) -> None:
         """Lay out empty shards with their headers; the space is claimed now, before any work."""
-        for path in self.folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._empty()
         self._journal.truncate(0)
         self._journal.seek(0)
         self._record({"identity": identity})
@@ -162,6 +163,12 @@ class FolderSink:
                 os.fsync(file.fileno())
         sync(self.folder)
         self._record({"laid out": True})  # only now can it be resumed
+
+    def _empty(self, keep: Collection[str] = ()) -> None:
+        """Remove everything in the unfinished folder but the files of these names."""
+        for path in self.folder.iterdir():
+            if path.name not in keep:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _read_journal(self, identity: str) -> bool:
         """Take over what an interrupted run of the same merge has finished; False where there is nothing to take."""

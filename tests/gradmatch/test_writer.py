@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from gradmatch import Task, merge
 from gradmatch.merging import prepare
 from gradmatch.output import writer
+from gradmatch.output.identity import identity
 from gradmatch.output.verify import verify
 from gradmatch.output.writer import FolderSink
 from tests.gradmatch.tiny import gpt2
@@ -182,6 +183,20 @@ def test_a_resumed_run_does_not_compute_again_what_is_journalled(models, tmp_pat
     plainly = merge(models / "m0", tasks(models), method="averaging", out=tmp_path / "other")
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "other" / "model.safetensors").read_bytes()
     assert merged.report.to_dict() == plainly.report.to_dict()
+
+
+def test_what_a_kill_left_of_the_last_files_is_not_published(models, expected, tmp_path):
+    """A process that dies between writing a small file aside and renaming it leaves it under a passing name."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    arguments = {"method": "dare", "density": 0.5, "shard_bytes": 200_000}
+    sink = FolderSink(out, made := prepare(models / "m0", tasks(models), **arguments), identity(made))
+    sink.close()
+    (partial / ".gradmatch-078a48003bed").write_bytes(b"half an ind")
+    (partial / "config.json").write_text("half a con")
+    (partial / "folder").mkdir()
+    merge(models / "m0", tasks(models), **arguments, out=out)
+    assert digest(out) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_slow_merge_is_journalled_by_time_and_its_bar_goes_on(models, tmp_path, monkeypatch, capsys):
