@@ -131,6 +131,7 @@ def _limit_threads(threads: int) -> None:
 def _attempt(stage: Stage, store: Path, title: str) -> None:
     """Run a stage; an error is written beside its folder and shown, and is not raised."""
     print(f"{title} ...", file=sys.stderr, flush=True)
+    gc.freeze()  # libraries are a million objects: without it, each collection looks through all of them
     try:
         seconds = execute(stage, store)
         print(f"{title}: {seconds:.1f} s", file=sys.stderr, flush=True)
@@ -138,6 +139,7 @@ def _attempt(stage: Stage, store: Path, title: str) -> None:
         failure = {"error": str(error) or type(error).__name__, "traceback": traceback.format_exc()}
         write_atomically(_failure_file(stage, store), json.dumps(failure))
         print(f"{title}: failed ({type(error).__name__})", file=sys.stderr, flush=True)
+    gc.collect()  # models lie in cycles
 
 
 def execute(stage: Stage, store: Path) -> float:
@@ -176,7 +178,6 @@ def execute(stage: Stage, store: Path) -> float:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    gc.collect()
     return seconds
 
 
