@@ -70,7 +70,8 @@ class FolderSink:
         try:
             self.folder.mkdir(exist_ok=True)
             if self._read_journal(identity):
-                self._empty(keep=self.layout.shards)  # what `complete` adds is written anew, and aside files of a kill go
+                # What `complete` adds is written anew, and aside files of a kill go.
+                self._empty(keep=self.layout.shards)
             else:
                 self._start(identity)
             for shard in self.layout.shards:
