@@ -18,10 +18,10 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from gradmatch.estimators import files
+from gradmatch.estimators.names import nearest
 
 
 class AssetError(RuntimeError):
@@ -137,9 +137,7 @@ def cache_folder() -> Path:
 def lookup(name: str) -> Asset:
     """The asset of that name. Raises ValueError, with the nearest name, where there is none."""
     if name not in ASSETS:
-        near = get_close_matches(name, ASSETS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(ASSETS)}"
-        raise ValueError(f"unknown asset {name!r}{hint}")
+        raise ValueError(f"unknown asset {name!r}{nearest(name, ASSETS)}; there are {', '.join(ASSETS)}")
     return ASSETS[name]
 
 

@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar
@@ -16,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from experiments import provenance
 from gradmatch.common.yamltext import load_yaml
+from gradmatch.estimators import names
 
 
 class ConfigError(ValueError):
@@ -111,10 +111,8 @@ def read(path: Path) -> dict[str, Any]:
     if str(path) in _recorded:
         return copy.deepcopy(dict(_recorded[str(path)]))
     if not path.is_file():
-        near = get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
-        raise ConfigError(
-            f"no config at {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
-        )
+        beside = [str(file) for file in path.parent.glob("*.yaml")]
+        raise ConfigError(f"no config at {path}{names.nearest(path, beside)}")
     content = _yaml(path.read_bytes(), str(path))
     if content is None:
         raise ConfigError(f"{path} is empty: its first key is `experiment`, one of {', '.join(EXPERIMENTS)}")
@@ -302,6 +300,5 @@ def under(key: str, given: Any) -> Any:
 
 def nearest(name: str, known: Iterable[Any]) -> str:
     """What to say after an unknown name: the nearest known one, or all of them."""
-    names = [str(one) for one in known]
-    near = get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names) or 'none'}"
+    told = [str(one) for one in known]
+    return names.nearest(name, told) or f"; known: {', '.join(told) or 'none'}"

@@ -13,10 +13,11 @@ import os
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 
 import numpy as np
 from numpy.typing import NDArray
+
+from gradmatch.estimators.names import nearest
 
 Scorer = Callable[[Sequence[str]], Sequence[float]]
 TOXIC = 0.5
@@ -75,9 +76,10 @@ def find(name: str) -> Scorer:
         return SCORERS[name]
     module, colon, function = name.partition(":")
     if not colon:
-        near = get_close_matches(name, SCORERS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(SCORERS)}"
-        raise ValueError(f"unknown scorer {name!r}; {hint} Another one is named as package.module:function")
+        raise ValueError(
+            f"unknown scorer {name!r}{nearest(name, SCORERS)}; known: {', '.join(SCORERS)}. "
+            "Another one is named as package.module:function"
+        )
     try:
         scorer: Scorer = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from experiments.options import check_names
 from experiments.removal import scorers
 from experiments.studies.classifiers import check_values
 from experiments.tasks.texts import LISTS, Source, read
+from gradmatch.estimators.names import nearest
 from gradmatch.measure.tables import kind_of
 from gradmatch.rules import removals
 
@@ -147,9 +147,9 @@ def check_source(where: str, source: Source) -> None:
     if source.source in LISTS:
         return
     if kind_of(path) is None:
-        near = get_close_matches(source.source, LISTS, n=1)
+        near = nearest(source.source, LISTS)
         if near and not path.exists():
-            raise ValueError(f"{where}: no list {source.source!r}; did you mean {near[0]!r}?")
+            raise ValueError(f"{where}: no list {source.source!r}{near}")
         return
     try:
         read(source)

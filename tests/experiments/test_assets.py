@@ -121,7 +121,7 @@ def test_pip_missing_and_pip_that_brings_something_else(world):
 
 
 def test_the_nearest_name(world):
-    with pytest.raises(ValueError, match="unknown asset 'modle'; did you mean 'model'"):
+    with pytest.raises(ValueError, match=r"unknown asset 'modle' \(did you mean 'model'"):
         assets.folder("modle")
     with pytest.raises(ValueError, match="there are model, texts"):
         assets.folder("zzz")

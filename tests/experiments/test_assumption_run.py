@@ -89,5 +89,5 @@ def test_faults(assumption_config):
     content = yaml.safe_load(assumption_config.read_text())
     with pytest.raises(configs.ConfigError, match="has no seed 3"):
         configs.check(content | {"seeds": [3]}, "assumption.yaml")
-    with pytest.raises(configs.ConfigError, match=r"refine.step: unknown key; did you mean 'steps'\?"):
+    with pytest.raises(configs.ConfigError, match=r"refine.step: unknown key \(did you mean 'steps'\?"):
         configs.check(content | {"refine": {"step": 3}}, "assumption.yaml")

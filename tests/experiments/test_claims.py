@@ -224,7 +224,7 @@ def test_evidence_can_be_a_part_of_a_config(evidence, tmp_path):
     assert study.find(own.name, results) == results / "theory-claims.jsonl"
     quick = load(evidence, ["parts={theory: [seeds=5]}"], quick=True)
     assert study.studies(quick)["theory"].seeds == 2  # the quick variant leaves out enough
-    said = "`parts` changes 'theorie', which is no evidence; did you mean 'theory'"
+    said = r"`parts` changes 'theorie', which is no evidence \(did you mean 'theory'"
     with pytest.raises(ConfigError, match=said):
         load(evidence, ["parts={theorie: [seeds=2]}"])
 
@@ -237,7 +237,7 @@ def test_a_record_that_lacks_something_is_told(evidence, tmp_path, capsys):
 
 
 def test_faults(evidence, tmp_path, capsys):
-    with pytest.raises(ConfigError, match="no claim asks for 'theorie'; did you mean 'theory'"):
+    with pytest.raises(ConfigError, match=r"no claim asks for 'theorie' \(did you mean 'theory'"):
         load(evidence, ["evidence={theorie: configs/theory.yaml}"])
     other = evidence.with_name("demo.yaml")
     other.write_text("experiment: sentiment\n")

@@ -43,7 +43,7 @@ def test_overrides_change_values_and_the_name_of_the_records(small):
 
 
 FAULTS = [
-    ("experiment: sentimnt", "experiment: unknown 'sentimnt'; did you mean 'sentiment'?"),
+    ("experiment: sentimnt", r"experiment: unknown 'sentimnt' \(did you mean 'sentiment'?"),
     ("experiment: [", "is not YAML"),
     ("- a list", "must hold a mapping of keys, but holds list"),
     ("# nothing", r"bad.yaml is empty: its first key is `experiment`, one of adding"),
@@ -76,14 +76,14 @@ FAULTS = [
     (SMALL + "sweep: {merges: [TA], alphas: [0, -1]}", r"sweep\.alphas\.1: .*greater than or equal to 0"),
     (SMALL + "sweep: {merges: [TA], alphas: [0, .nan]}", r"sweep\.alphas\.1: .*finite number"),
     (SMALL + "sweep: {merges: [TA], alphas: [1, 1.0]}", r"sweep\.alphas: 1\.0 stands twice"),
-    (SMALL + "sedes: [1]", "sedes: unknown key; did you mean 'seeds'?"),
-    (SMALL + "data: {taks: [a]}", "data.taks: unknown key; did you mean 'tasks'?"),
+    (SMALL + "sedes: [1]", r"sedes: unknown key \(did you mean 'seeds'?"),
+    (SMALL + "data: {taks: [a]}", r"data.taks: unknown key \(did you mean 'tasks'?"),
     (SMALL + "fisher: {examples: many}", r"fisher.examples: .*integer.*found 'many'"),
     (SMALL + "data: {tasks: [movies]}", "data: `base` and `tasks` must differ, but 'movies' is both"),
     (SMALL.replace("steps: 2", "step: 2", 1), "base_training.steps: Field required"),
     (
         SMALL.replace("method: task_arithmetic", "metod: ta"),
-        "merges.TA.metod: unknown key; did you mean 'method'?",
+        r"merges.TA.metod: unknown key \(did you mean 'method'?",
     ),
     (
         SMALL.replace("task_arithmetic", "task_arithmetc"),
@@ -115,7 +115,7 @@ def test_faults(tmp_path, text, message):
         ("seeds=[0", r"small\.yaml: 'seeds=\[0' is not YAML"),
         ("data={test: 5, test: 6}", "is not YAML: the key 'test' is given twice"),
         ("~", "cannot read '~': overrides are written key=value"),
-        ("~compar", "'~compar': there is no key 'compar' to leave out; did you mean 'compare'"),
+        ("~compar", r"'~compar': there is no key 'compar' to leave out \(did you mean 'compare'"),
         ("~dta.test", r"small\.yaml: '~dta\.test': there is no key 'dta' to leave out; known: experiment"),
         ("~task_steps.a", "there is no key 'a' to leave out; known: none"),
         ("seeds.first=1", r"small\.yaml: 'seeds\.first=1': seeds is no mapping"),

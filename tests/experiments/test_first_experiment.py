@@ -75,7 +75,7 @@ def test_the_tutorial(tmp_path, tiny_encoder, monkeypatch, capsys):
     with pytest.raises(ValueError, match="is not there: it was not run, it was pruned"):
         rerun.run_stage(study, "texts/seed0/merge-gm", tmp_path / "results" / "stages")
     with pytest.raises(
-        ValueError, match="no stage 'texts/seed0/merge-gn'; did you mean 'texts/seed0/merge-gm'"
+        ValueError, match=r"no stage 'texts/seed0/merge-gn' \(did you mean 'texts/seed0/merge-gm'"
     ):
         rerun.run_stage(study, "texts/seed0/merge-gn", tmp_path / "results" / "stages")
 

@@ -102,7 +102,7 @@ def test_losses_are_per_text_and_leave_contexts_and_padding_out():
     ("override", "message"),
     [
         ("data.tasks=[books, poems]", "`corpora` has no 'poems'; it has"),
-        ("data.corpora.books.colum=x", r"data\.corpora\.books\.colum: unknown key; did you mean 'column'"),
+        ("data.corpora.books.colum=x", r"data\.corpora\.books\.colum: unknown key \(did you mean 'column'"),
         ("~encoder", "encoder: Field required"),
     ],
 )

@@ -151,7 +151,7 @@ def test_a_head_is_compared_with_the_classes_of_the_data(tmp_path, tiny_encoder)
             "`compare` names 'joint', but the models are base, books, songs, AM",
         ),
         (["fisher.method=fishr"], "unknown method 'fishr'"),
-        (["fisher.options={label: sampled}"], "`options` has no 'label'; did you mean 'labels'"),
+        (["fisher.options={label: sampled}"], r"`options` has no 'label' \(did you mean 'labels'"),
         (
             ["merges.K.method=kronecker"],
             "kronecker needs Kronecker factors, which this study does not estimate",

@@ -115,7 +115,7 @@ def test_weights_are_saved_under_the_names_that_curvature_has(world):
     [
         ("data.tasks=[cups, cup]", "no set 'cup': packages hold animals"),
         ("data.tasks=[shapes]", "`base` and `tasks` must differ"),
-        ("data.pixel=8", "data.pixel: unknown key; did you mean 'pixels'"),
+        ("data.pixel=8", r"data.pixel: unknown key \(did you mean 'pixels'"),
         ("encoder=dinov2", "data.pixels is 8, but dinov2 takes multiples of 14"),
         ("merges.TA.method=kronecker", "kronecker needs Kronecker factors"),
     ],
