@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradmatch.estimators.adam import from_adam
+    from gradmatch.estimators.callback import CurvatureCallback
     from gradmatch.estimators.categorical import Categorical
     from gradmatch.estimators.conformance import check_estimator
     from gradmatch.estimators.curvature import Curvature
@@ -26,6 +27,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Curvature",
+    "CurvatureCallback",
     "Gaussian",
     "check_estimator",
     "estimate",
@@ -39,6 +41,7 @@ _WHERE = {
     "Bernoulli": "gradmatch.estimators.values",
     "Categorical": "gradmatch.estimators.categorical",
     "Curvature": "gradmatch.estimators.curvature",
+    "CurvatureCallback": "gradmatch.estimators.callback",
     "Gaussian": "gradmatch.estimators.values",
     "from_adam": "gradmatch.estimators.adam",
     "from_ivon": "gradmatch.estimators.ivon",

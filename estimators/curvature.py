@@ -29,6 +29,7 @@ from gradmatch.estimators.blocks import (
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.files import replacing
 from gradmatch.estimators.fingerprint import Sample, fingerprint, model_sampler
+from gradmatch.estimators.published import Published
 from gradmatch.estimators.tensorfile import TensorFile
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ FORMAT_VERSION = "1"
 __all__ = ["FACTOR_A", "FACTOR_B", "GRADIENT", "MEAN", "STANDARD_ERROR", "Curvature"]
 
 
-class Curvature(Mapping[str, "Tensor"]):
+class Curvature(Published, Mapping[str, "Tensor"]):
     """Curvature of a summed loss, by parameter name. `mean` blocks are per example; total = num_examples * mean.
 
     Made by `gradmatch.estimators.estimate`, `Curvature.load` or `Curvature.from_dict`. As a mapping it yields the mean blocks,

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from gradmatch.api import estimate, forecast, merge
     from gradmatch.diagnosis import Diagnosis, diagnose
     from gradmatch.estimators.adam import from_adam
+    from gradmatch.estimators.callback import CurvatureCallback
     from gradmatch.estimators.curvature import Curvature
     from gradmatch.estimators.errors import GradmatchError
     from gradmatch.models.checkpoint import Checkpoint
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from gradmatch.rules import RULES, Rule
     from gradmatch.rules.after import AFTER
     from gradmatch.rules.edits import TRANSFORMS
+    from gradmatch.sharing import push
     from gradmatch.subtraction import analogy, subtract
 
 # Where each public name lives; imported on first use, so that a command line that needs no torch does not wait for it.
@@ -29,6 +31,7 @@ EXPORTS = {
     "AFTER": "gradmatch.rules.after",
     "Checkpoint": "gradmatch.models.checkpoint",
     "Curvature": "gradmatch.estimators.curvature",
+    "CurvatureCallback": "gradmatch.estimators.callback",
     "Diagnosis": "gradmatch.diagnosis",
     "GradmatchError": "gradmatch.estimators.errors",
     "RULES": "gradmatch.rules",
@@ -45,6 +48,7 @@ EXPORTS = {
     "load_head": "gradmatch.models.heads",
     "merge": "gradmatch.api",
     "open_checkpoint": "gradmatch.models.opening",
+    "push": "gradmatch.sharing",
     "refine": "gradmatch.refine",
     "subtract": "gradmatch.subtraction",
     "unmerge": "gradmatch.posterior.unmerging",
@@ -55,6 +59,7 @@ __all__ = [
     "TRANSFORMS",
     "Checkpoint",
     "Curvature",
+    "CurvatureCallback",
     "Diagnosis",
     "GradmatchError",
     "Report",
@@ -69,6 +74,7 @@ __all__ = [
     "load_head",
     "merge",
     "open_checkpoint",
+    "push",
     "refine",
     "subtract",
     "unmerge",

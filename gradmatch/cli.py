@@ -30,6 +30,7 @@ COMMANDS = {
         "what a merge will cost each task, and the weights that cost least",
     ),
     "inspect": ("gradmatch.commands.inspect", "show what a checkpoint or curvature file holds"),
+    "push": ("gradmatch.commands.push", "publish a model with its curvature and card on the hub"),
 }
 EPILOG = "Logs go to stderr, results to stdout. `gradmatch COMMAND --help` explains a command."
 

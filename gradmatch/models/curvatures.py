@@ -199,7 +199,7 @@ def arranged_curvature(
 
 
 def open_curvature(curvature: Curvature | str | os.PathLike[str]) -> Curvature:
-    """A curvature as given, or loaded from its file.
+    """A curvature as given, or loaded: a file, or what lies beside a model's weights in a folder or on the hub.
 
     Raises:
         TypeError: neither a Curvature nor a path.
@@ -207,5 +207,5 @@ def open_curvature(curvature: Curvature | str | os.PathLike[str]) -> Curvature:
     if isinstance(curvature, Curvature):
         return curvature
     if isinstance(curvature, (str, os.PathLike)):
-        return Curvature.load(curvature)
+        return Curvature.from_pretrained(curvature)
     raise TypeError(f"a curvature is a Curvature or the path of its file, not {type(curvature).__name__}")
