@@ -31,6 +31,7 @@ COMMANDS = {
     ),
     "inspect": ("gradmatch.commands.inspect", "show what a checkpoint or curvature file holds"),
     "push": ("gradmatch.commands.push", "publish a model with its curvature and card on the hub"),
+    "zoo": ("gradmatch.commands.zoo", "which of many models to merge, with what weights, for what price"),
 }
 EPILOG = "Logs go to stderr, results to stdout. `gradmatch COMMAND --help` explains a command."
 

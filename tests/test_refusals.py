@@ -235,6 +235,16 @@ REFUSALS = {
         ("data of another task", {}, D + "--data u=d.csv", "--data names a task 'u'; the tasks are t"),
         ("data of a task that is not there", {}, D + "--data t=nowhere.jsonl", "no data file nowhere.jsonl"),
     ],
+    "Zoos": [
+        ("no models", {}, "zoo inspect", "no models: name folders, or give --task MODEL"),
+        ("a folder without a model", {"none/x.txt": "x"}, "zoo inspect none", "no model was found (none: holds no model); name folders with models"),
+        ("a folder of broken models alone", {"many/a/model.safetensors": "short"}, "zoo inspect many", "no model was found (many/a: many/a/model.safetensors: not a safetensors file"),
+        ("one model twice", {}, "zoo cluster one one", "one is given twice; each model is one of the zoo once"),
+        ("a threshold that no cosine has", {}, "zoo cluster one two --threshold 95", "threshold is 95.0, it must lie in [-1, 1]"),
+        ("task vectors of no base", {}, "zoo cluster one two --by task_vectors", "compares what models have added to a base; pass --base"),
+        ("mismatches without curvatures", {}, "zoo cluster one two --by mismatch --base base", "one has no curvature file to forecast by"),
+        ("gradients that no file holds", {}, "zoo inspect --task one,curvature=one.safetensors --by gradients", "the curvature of one holds no gradient"),
+    ],
     "Diagnosing and forecasting": [
         ("nothing to look at", {}, "diagnose", "nothing to look at: give a recipe, or --base and at least one --task"),
         ("nothing to forecast from", {}, "forecast --base cls --task cls2", "nothing to choose weights from"),

@@ -21,6 +21,10 @@ PHRASES = {
 def flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """Argument of Python -> the flag that stands for it."""
     found = {action.dest: action for action in parser._actions if action.option_strings}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):  # the verbs of a command
+            for verb in action.choices.values():
+                found |= flags(verb)
     return found | {name: found[dest] for name, dest in OTHERWISE.items() if dest in found}
 
 

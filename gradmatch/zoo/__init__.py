@@ -1,0 +1,40 @@
+"""Which of many models to merge, with what weights, for what price.
+
+looking     finding (models in folders)  pairs (one pass over all weights)  cards  alike (similarities)  families (what goes together)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradmatch.zoo.alike import Similarity, similarity
+    from gradmatch.zoo.cards import Card, Zoo, inspect
+    from gradmatch.zoo.families import Families, cluster
+
+EXPORTS = {
+    "Card": "gradmatch.zoo.cards",
+    "Families": "gradmatch.zoo.families",
+    "Similarity": "gradmatch.zoo.alike",
+    "Zoo": "gradmatch.zoo.cards",
+    "cluster": "gradmatch.zoo.families",
+    "inspect": "gradmatch.zoo.cards",
+    "similarity": "gradmatch.zoo.alike",
+}
+__all__ = [
+    "Card",
+    "Families",
+    "Similarity",
+    "Zoo",
+    "cluster",
+    "inspect",
+    "similarity",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(EXPORTS[name]), name)
