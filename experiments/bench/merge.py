@@ -32,6 +32,7 @@ from experiments.bench.llamas import SIZES, generate
 Measured = tuple[float, float, float, float]  # seconds, CPU seconds, peak anonymous MB, peak mapped MB
 METHODS = ("task_arithmetic", "ties", "gradient_matching")
 PARTS = ("warm", "cold", "growth")
+DTYPES = ("float32", "bfloat16")
 LONG = 20.0  # seconds: what takes longer runs once
 BLOCK = 1 << 20
 ROOT = Path(__file__).parents[2]
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.generate:
         return
     print(machine(), file=sys.stderr)
-    records = startup(inputs[0])
+    records = startup(inputs[0], min(3, args.repeats))
     for (size, dtype, count, methods, names, cache, repeats), made in zip(groups, inputs, strict=True):
         for method in methods:
             told = {"size": size, "dtype": dtype, "models": count, "method": method, "cache": cache}
@@ -91,10 +92,9 @@ def parts(part: str, args: argparse.Namespace) -> list[tuple]:
         plain = [method for method in METHODS if method != "ties"]
         cases = [(size, 3) for size in SIZES] + [("125M", count) for count in (2, 4, 8)]
         return [(size, "float32", count, plain, ("floor", "engine"), "warm", few) for size, count in cases]
-    dtypes = ("float32", "bfloat16")
     if part == "cold":
-        return [(args.size, dtype, 3, METHODS, ("floor", "engine"), "cold", few) for dtype in dtypes]
-    return [(args.size, dtype, 3, METHODS, tuple(CONTENDERS), "warm", args.repeats) for dtype in dtypes]
+        return [(args.size, dtype, 3, METHODS, ("floor", "engine"), "cold", few) for dtype in DTYPES]
+    return [(args.size, dtype, 3, METHODS, tuple(CONTENDERS), "warm", args.repeats) for dtype in DTYPES]
 
 
 def machine() -> str:
@@ -143,12 +143,12 @@ def compare(
     return records
 
 
-def startup(inputs: dict) -> list[dict]:
-    """Seconds of `gradmatch --help` and of a dry run over the first models: the best of three."""
+def startup(inputs: dict, repeats: int) -> list[dict]:
+    """Seconds of `gradmatch --help` and of a dry run over the first models: the best of some."""
     program = [sys.executable, "-m", "gradmatch.cli"]
     dry = [*command_words(job_of(inputs, 3, "task_arithmetic", Path("nowhere"))), "--dry-run"]
     return [
-        {"startup": name, "seconds": min(watched(words)[0] for _ in range(3))}
+        {"startup": name, "seconds": min(watched(words)[0] for _ in range(repeats))}
         for name, words in (("--help", [*program, "--help"]), ("merge --dry-run", dry))
     ]
 

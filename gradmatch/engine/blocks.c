@@ -17,6 +17,7 @@ enum { F32 = 0, BF16 = 1, F16 = 2 };
 #define CHUNK 1024        /* values computed at a time: a dozen arrays of them stay in the first cache */
 #define STEP (16 * CHUNK) /* values read at a time */
 #define LANES 16
+#define GROUP 8 /* divides CHUNK */
 #define INLINE static inline __attribute__((always_inline))
 
 /* The same code for several kinds of processor, chosen when the library is loaded, where the system can do that. */
@@ -309,9 +310,14 @@ KERNEL int count_bits(ptrdiff_t count, ptrdiff_t histograms, const histogram *wa
             else { /* those that match are put side by side first: a branch for each would be guessed wrong too often */
                 uint16_t lower[CHUNK];
                 ptrdiff_t matching = 0;
-                for (ptrdiff_t i = 0; i < n; i++) {
-                    lower[matching] = (uint16_t)bits[i];
-                    matching += bits[i] >> 16 == prefix;
+                for (ptrdiff_t i = n; i < CHUNK; i++) bits[i] = ~prefix << 16;
+                for (ptrdiff_t group = 0; group < n; group += GROUP) { /* in most groups none does */
+                    int any = 0;
+                    for (int i = 0; i < GROUP; i++) any |= bits[group + i] >> 16 == prefix;
+                    for (int i = 0; any && i < GROUP; i++) {
+                        lower[matching] = (uint16_t)bits[group + i];
+                        matching += bits[group + i] >> 16 == prefix;
+                    }
                 }
                 for (ptrdiff_t i = 0; i < matching; i++) counts[lower[i]]++;
             }
