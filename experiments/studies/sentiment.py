@@ -15,7 +15,8 @@ from experiments.studies.cells import stages as stages
 from experiments.studies.found import preview as preview
 from experiments.studies.found import records as records
 from experiments.studies.found import report as report
-from experiments.tasks.corpora import ClassName, Corpus, read_all
+from experiments.tasks.classes import ClassName
+from experiments.tasks.corpora import Corpus, read_all
 from experiments.tasks.sentiment import VADER_FILES
 from experiments.tasks.splits import SPLITS
 

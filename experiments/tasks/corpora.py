@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from experiments import assets
 from experiments.config import Strict
 from experiments.files import CARD, write_json
+from experiments.tasks.classes import ClassName, Texts, check_classes, class_name, class_of, classes_of
 from experiments.tasks.sentiment import VADER_FILES, Example, clean, read_vader, without_duplicates
 from experiments.tasks.textfiles import ENDINGS, of_folder
 from gradmatch.measure.columns import find_columns
@@ -21,26 +20,6 @@ from gradmatch.measure.tables import Table, kind_of
 
 SLICE = re.compile(r"(?P<split>[\w.-]+)\[(?P<start>\d+%?)?:(?P<stop>\d+%?)?\]")
 STANDING_IN = '~data.corpora data.base=movies "data.tasks=[amazon, tweets, nyt]" encoder=encoder, and ~task_steps where the config has it'
-MANY_CLASSES = (
-    0.2  # of the rows: a label column with more different values than this share numbers rows, or measures
-)
-
-
-def class_name(value: Any) -> str:
-    """How a label is called: numbers alike whether they are written 1, 1.0 or "1"; words as they are, without outer space.
-
-    >>> class_name(1.0), class_name("01"), class_name(" good ")
-    ('1', '1', 'good')
-    """
-    text = str(value).strip()
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    return f"{number:.15g}" if math.isfinite(number) else text
-
-
-ClassName = Annotated[str, BeforeValidator(class_name)]
 
 
 class Corpus(Strict):
@@ -86,15 +65,6 @@ class Corpus(Strict):
         """What is read of the disk: the table or folder, and split files of its own."""
         own = [name for name in (self.validation, self.test) if name and kind_of(name)]
         return ([] if self.path == "vader" else [self.path]) + own
-
-
-@dataclass
-class Texts:
-    """The examples of a domain, the order that the source gives its classes (or none), and what is to be told of the reading."""
-
-    examples: list[Example]
-    order: Sequence[str] = ()
-    notes: list[str] = field(default_factory=list)
 
 
 def read_corpus(domain: str, corpus: Corpus) -> Texts:
@@ -165,7 +135,14 @@ def _read_split(domain: str, corpus: Corpus, split: str, name: str, found: Texts
         if len(texts) < len(columns.texts):
             empty += 1
             continue
-        label = _label(row[columns.label], stored, corpus, f"{table.name}, row {number + 1}", columns.label)
+        label = class_of(
+            row[columns.label],
+            stored,
+            corpus.labels,
+            corpus.positive_from,
+            f"{table.name}, row {number + 1}",
+            columns.label,
+        )
         if label == "":
             bad.append(number + 1)
         elif label is None:
@@ -184,54 +161,7 @@ def _read_split(domain: str, corpus: Corpus, split: str, name: str, found: Texts
         found.notes.append(f"{table.name}: {left} rows are left out by {where}.labels")
     if empty:
         found.notes.append(f"{table.name}: {empty} rows without text are left out")
-    _check_classes(table.name, columns.label, [e.label for e in found.examples if e.split == split], where)
-
-
-def _label(value: Any, stored: Sequence[str], corpus: Corpus, where: str, column: str) -> str | None:
-    """The class of a label; "" where there is none, None where its row is left out."""
-    if value is None or value == "" or value != value:  # NaN
-        return ""
-    if isinstance(value, (list, tuple, dict)):
-        raise ValueError(
-            f"{where}: column {column!r} holds {value!r:.60}: a study here classifies whole texts; labels of tokens or several "
-            "labels of a text are not supported"
-        )
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(stored):
-        value = stored[value]
-    name = class_name(value)
-    if corpus.positive_from is not None:
-        try:
-            return str(int(float(name) >= corpus.positive_from))
-        except ValueError as error:
-            raise ValueError(
-                f"{where}: the label (column {column!r}) is {value!r}, which is no number: `positive_from` takes numbers"
-            ) from error
-    if corpus.labels:
-        if name not in corpus.labels:
-            raise ValueError(
-                f"{where}: the label {value!r} (column {column!r}) is not among `labels` ({', '.join(corpus.labels)}): name it, "
-                "null to leave its rows out"
-            )
-        return corpus.labels[name]
-    return name
-
-
-def _check_classes(source: str, column: str, labels: Sequence[str], where: str) -> None:
-    names = set(labels)
-    measured = [name for name in names if _number(name) is not None and not float(name).is_integer()]
-    if measured or len(names) > max(20, MANY_CLASSES * len(labels)):
-        raise ValueError(
-            f"{source}: column {column!r} has {len(names)} different values in {len(labels)} rows, as {sorted(names)[0]!r}: measured "
-            f"values (regression) are not supported; name another column by {where}.label, or make classes by {where}.labels "
-            f"or {where}.positive_from"
-        )
-
-
-def _number(name: str) -> float | None:
-    try:
-        return float(name)
-    except ValueError:
-        return None
+    check_classes(table.name, columns.label, [e.label for e in found.examples if e.split == split], where)
 
 
 def _rows(corpus: Corpus, name: str) -> tuple[Table, list[tuple[int, Mapping[str, Any]]]]:
@@ -259,44 +189,6 @@ def _end(text: str | None, count: int) -> int | None:
     if text is None:
         return None
     return round(count * int(text[:-1]) / 100) if text.endswith("%") else int(text)
-
-
-def classes_of(read: Mapping[str, Texts], stated: Sequence[str] = ()) -> list[str]:
-    """The classes of all domains in their order: as stated, as the source numbers them, numbers by size, words by the alphabet.
-
-    Raises:
-        ValueError: a domain of one class, labels that are not stated, or domains whose labels differ.
-    """
-    own = {domain: {example.label for example in texts.examples} for domain, texts in read.items()}
-    for domain, names in own.items():
-        if len(names) < 2:
-            raise ValueError(
-                f"{domain}: all its rows are of one class, {min(names)!r}: nothing can be learnt"
-            )
-    every = set().union(*own.values())
-    if stated:
-        unknown = sorted(every - set(stated))
-        if unknown:
-            domain = next(domain for domain, names in own.items() if unknown[0] in names)
-            raise ValueError(
-                f"{domain} has the label {unknown[0]!r}, but data.labels are {', '.join(stated)}: add it, or call it otherwise by "
-                f"data.corpora.{domain}.labels, as {{{unknown[0]}: {stated[0]}}} (null leaves its rows out)"
-            )
-        return list(stated)
-    first = next(iter(own))
-    for domain, names in own.items():
-        if names != own[first]:
-            raise ValueError(
-                f"{first} has the labels {', '.join(sorted(own[first]))}, and {domain} has {', '.join(sorted(names))}: one head serves "
-                f"all domains; call them alike by data.corpora.{domain}.labels, or state all by data.labels"
-            )
-    orders = [list(texts.order) for texts in read.values() if set(texts.order) >= every]
-    if orders:
-        return orders[0]
-    numbers = {name: _number(name) for name in every}
-    if None not in numbers.values():
-        return sorted(every, key=lambda name: float(name))
-    return sorted(every)
 
 
 def read_all(

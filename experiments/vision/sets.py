@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from experiments import assets
 from experiments.files import CARD, write_json
-from experiments.tasks.corpora import class_name
+from experiments.tasks.classes import class_name
 from gradmatch.measure.tables import Table, kind_of
 
 Images = tuple[NDArray[np.uint8], NDArray[np.int64]]  # (n, H, W) or (n, H, W, 3), and (n,) classes from 0 on

@@ -9,7 +9,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from experiments.config import ConfigError, load, study
-from experiments.tasks.corpora import STANDING_IN, Corpus, Example, Texts, classes_of, prepare, read_corpus
+from experiments.tasks.classes import Texts, classes_of
+from experiments.tasks.corpora import STANDING_IN, Corpus, Example, prepare, read_corpus
 from experiments.tasks.views import view
 
 ROOT = Path(__file__).parents[2]
