@@ -115,7 +115,7 @@ def start(stages, store, workers=1, **options):
     return subprocess.Popen([sys.executable, "-c", code], **options)
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     """Until a condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -143,7 +143,7 @@ def test_a_killed_run_is_taken_up_by_the_next(tmp_path, log):
 def test_helpers_that_show_progress_leave_nothing_behind(tmp_path, log):
     targets = [stage("progress", f"bar {number}", log) for number in range(6)]
     process = start(targets, tmp_path, workers=3, stderr=subprocess.PIPE, text=True)
-    _, told = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=300)
     assert process.returncode == 0
     assert all(is_done(target, tmp_path) for target in targets)
     assert "20/20" in told
