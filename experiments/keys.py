@@ -196,7 +196,7 @@ def version_of(library: str) -> str:
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
-        names = _titled().get(library) or metadata.packages_distributions().get(library, ())
+        names = _titled().get(library) or metadata.packages_distributions().get(library, [])
         return ", ".join(f"{name} {metadata.version(name)}" for name in sorted(set(names))) or ABSENT
 
 

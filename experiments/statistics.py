@@ -72,7 +72,7 @@ def detectable(
         power: the chance to find it.
     """
     quantile = NormalDist().inv_cdf
-    error = (disagreement * sum(1 / count for count in counts)) ** 0.5 / len(counts)
+    error: float = (disagreement * sum(1 / count for count in counts)) ** 0.5 / len(counts)
     return (quantile(1 - 0.025 / max(1, comparisons)) + quantile(power)) * error
 
 

@@ -260,7 +260,3 @@ def _moved(
             value.add_(directions[d][name], alpha=weight)
         moved[name] = value
     return moved
-
-
-def _of(products: Sequence[Products], task: str) -> Products:
-    return next(p for p in products if p.task == task)
