@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradmatch.estimators.blocks import (
     FACTOR_A,
@@ -30,6 +30,7 @@ from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.files import replacing
 from gradmatch.estimators.fingerprint import Sample, fingerprint, model_sampler
 from gradmatch.estimators.published import Published
+from gradmatch.estimators.shown import frame, html
 from gradmatch.estimators.tensorfile import TensorFile
 
 if TYPE_CHECKING:
@@ -217,6 +218,34 @@ class Curvature(Published, Mapping[str, "Tensor"]):
         seen = self.info.get("examples_seen", "?")
         kind = self.info.get("estimator", "?")
         return f"Curvature({kind}, {len(self)} tensors, N = {self.num_examples}, examples seen = {seen})"
+
+    def to_frame(self) -> Any:
+        """The parameters as a pandas DataFrame: shape, mean and trace of each block per example, and which factors there are.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        rows = []
+        for name in self:
+            block = self.mean(name).double()
+            kinds = [
+                kind for kind, prefix in (("A", FACTOR_A), ("B", FACTOR_B)) if prefix + name in self._blocks
+            ]
+            rows.append(
+                {
+                    "name": name, "shape": tuple(block.shape), "mean": float(block.mean()), "trace": float(block.sum()),
+                    "factors": " ".join(kinds),
+                }
+            )  # fmt: skip
+        return frame(rows)
+
+    def _repr_html_(self) -> str:
+        told = {"N": self.num_examples, "tensors": len(self), **self.info}
+        rows = [
+            {"": key, "value": value if len(str(value)) < 80 else f"{str(value)[:76]} ..."}
+            for key, value in told.items()
+        ]
+        return html(repr(self), rows)
 
     def mean(self, name: str) -> Tensor:
         """Per-example mean of a parameter's curvature, in the parameter's shape (nats per squared unit of weight).

@@ -19,6 +19,7 @@ from gradmatch.estimators.inference import make_likelihood
 from gradmatch.estimators.memory import LEAST_BYTES, parse_bytes
 from gradmatch.estimators.names import choose
 from gradmatch.estimators.problem import Problem, prepared, trainable_parameters
+from gradmatch.estimators.progress import shown
 from gradmatch.estimators.protocol import ESTIMATORS, check_gives, find_estimator
 from gradmatch.estimators.resume import Journal, identity
 from gradmatch.estimators.running import Loop, add_up_ranks, advice, count_examples, provenance, run
@@ -44,7 +45,7 @@ def estimate(
     gradient: bool = False,
     standard_error: bool = False,
     tolerance: float | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
     labels: str = "auto",
     kfac_form: str = "expand",
     backend: str = "engine",
@@ -73,7 +74,7 @@ def estimate(
         standard_error: also store the standard error of every coordinate, with the examples taken as a random sample of the
             population: not zero where every example was seen, and more than the noise of sampled labels alone.
         tolerance: stop when the relative standard error of the curvature's trace is below this.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr; None: on a terminal or in a notebook, unless GRADMATCH_VERBOSITY is quiet.
         labels: "sampled" or "exact" (the expectation over labels) for fisher, ggn and kfac; "auto" takes the exact one
             where it costs no more backward passes than the samples asked for ("ggn": up to 100 of them).
         kfac_form: "expand" or "reduce", for weights shared over positions; see `kfac.py`.
@@ -137,7 +138,7 @@ def estimate(
             else None
         )
         convergence = Convergence()
-        loop = Loop(method, progress, tolerance, journal, checkpoint_seconds)
+        loop = Loop(method, shown(progress), tolerance, journal, checkpoint_seconds)
         with prepared(model), problem.hooks:
             estimator.start(problem)
             loop.done = journal.load(problem, convergence) if journal else 0

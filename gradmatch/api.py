@@ -10,11 +10,11 @@ from gradmatch import merging
 from gradmatch.rules import Linear, find_rule
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from gradmatch.choosing.auto import AutoWeights
     from gradmatch.estimators.curvature import Curvature
-    from gradmatch.merging import CurvatureLike
+    from gradmatch.merging import CurvatureLike, Merged
     from gradmatch.models.checkpoint import Checkpoint
     from gradmatch.models.task import Model, Task
 
@@ -32,13 +32,13 @@ def merge(
     allow_mismatch: bool = False,
     allow_pickle: bool = False,
     batches: Any = None,
-    progress: bool = False,
+    progress: bool | None = None,
     posterior: bool = False,
     weights: str | None = None,
     data: Mapping[str, Any] | None = None,
     products: Any = None,
     **options: Any,
-) -> Mapping[str, Tensor]:
+) -> Merged | Checkpoint:
     """Merge fine-tuned models of one base.
 
     Args:
@@ -53,7 +53,7 @@ def merge(
         allow_mismatch: accept curvatures whose fingerprint is another model's.
         allow_pickle: read .bin / .pt checkpoints (with weights_only).
         batches: for batchnorm="recalibrate": what the model is run on; it is then held in memory once.
-        progress: show a progress bar.
+        progress: show a progress bar; None: on a terminal or in a notebook, unless GRADMATCH_VERBOSITY is quiet.
         posterior: write the sum of the precisions, a curvature of the merged weights, beside them in `out` (posterior.safetensors).
         weights: "auto" chooses every task's weight by forecast (task_arithmetic and gradient_matching), from `data` or `products`.
         data: task -> batches of examples with true labels, for weights="auto"; the models are then run, and held in memory.
@@ -91,7 +91,8 @@ def merge(
     if isinstance(rule, Linear) and rule.searches:
         from gradmatch.choosing.soup import greedy_soup
 
-        return greedy_soup(base, tasks, **settings)
+        found: Any = greedy_soup(base, tasks, **settings)
+        return found  # type: ignore[no-any-return]
     return merging.merge(base, tasks, method=method, **settings)
 
 
@@ -105,10 +106,10 @@ def _chosen(
     out: str | os.PathLike[str] | None,
     overwrite: bool,
     batches: Any,
-    progress: bool,
+    progress: bool | None,
     posterior: bool = False,
     **options: Any,
-) -> Mapping[str, Tensor]:
+) -> Merged | Checkpoint:
     """`merge` with weights that the forecast chooses; everything is checked before anything is measured."""
     from gradmatch.choosing.choose import SETTINGS, check_choice, choose_weights
     from gradmatch.models.task import Task

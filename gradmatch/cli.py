@@ -30,18 +30,22 @@ COMMANDS = {
         "what a merge will cost each task, and the weights that cost least",
     ),
     "inspect": ("gradmatch.commands.inspect", "show what a checkpoint or curvature file holds"),
+    "schema": ("gradmatch.commands.schema", "print the JSON Schema of recipes, for editors"),
+    "completion": ("gradmatch.commands.completion", "print a script that completes commands in a shell"),
     "push": ("gradmatch.commands.push", "publish a model with its curvature and card on the hub"),
     "zoo": ("gradmatch.commands.zoo", "which of many models to merge, with what weights, for what price"),
 }
-EPILOG = "Logs go to stderr, results to stdout. `gradmatch COMMAND --help` explains a command."
+EPILOG = """Results go to stdout, logs to stderr; every command takes --json, --quiet and --verbose (GRADMATCH_VERBOSITY=quiet|verbose).
+Exit codes: 0 done, 1 the answer is no, 2 refused or failed, with what to do, 130 interrupted. `gradmatch COMMAND --help` explains a command."""
 
 
-def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser; only the subcommand that is called declares its arguments."""
+def build_parser(argv: Sequence[str], *, whole: bool = False) -> argparse.ArgumentParser:
+    """The parser; only the subcommand that is called declares its arguments (`whole`: all of them)."""
     parser = argparse.ArgumentParser(
         prog="gradmatch",
         description="Merge fine-tuned networks by their uncertainty, find out why a merge failed, remove what a model should not know.",
         epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -55,10 +59,13 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        if name == called:
+        if whole or name == called:
+            from gradmatch.commands.everywhere import add_everywhere
+
             command = import_module(module)
             sub.epilog = getattr(command, "EXAMPLES", None)
             command.add_arguments(sub)
+            add_everywhere(sub)
     return parser
 
 
@@ -79,11 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 where the answer is no, 2 for an error that names what to do, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = build_parser(argv).parse_args(argv)
+    from gradmatch.commands.everywhere import as_json, told
+
     module = import_module(COMMANDS[args.command][0])
     with warnings.catch_warnings():
         warnings.showwarning = partial(_show_warning, args)
         try:
-            code: int = module.run(args)
+            with as_json(args), told(args):
+                code: int = module.run(args)
         except KeyboardInterrupt:
             print("gradmatch: interrupted; the same command continues where it stopped", file=sys.stderr)
             return 130

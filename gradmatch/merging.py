@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 from gradmatch.common.warning import warn
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.progress import shown
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.curvatures import CurvatureStore
 from gradmatch.models.opening import open_checkpoint
@@ -37,7 +38,7 @@ POSTERIOR = "posterior.safetensors"  # in a merged folder
 
 
 class Merged(dict[str, "Tensor"]):
-    """A merged state dict, with the report of the merge and the plan that it was made by.
+    """A merged state dict, with the `report` of the merge, its `plan` and `save`; a merge into a folder is a Checkpoint with the same.
 
     Of merged adapters: their factors by peft's names, and `config`, what adapter_config.json says of them.
     """
@@ -45,6 +46,34 @@ class Merged(dict[str, "Tensor"]):
     report: Report
     made: Plan
     config: Mapping[str, Any] | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """What was planned for every tensor, and the inputs.
+
+        Raises:
+            ValueError: a copy or a pickle, which does not hold it.
+        """
+        if "made" not in vars(self):
+            raise GradmatchError(
+                "a copy of a merge holds its tensors and report, not its plan", "bad_arguments"
+            )
+        return self.made
+
+    def save(self, out: str | os.PathLike[str], **options: Any) -> None:
+        """Write the same merge as a folder that transformers loads, with its card: computed again, tensor by tensor, from its inputs.
+
+        Args:
+            out: folder to write.
+            **options: overwrite, batches, progress and posterior of `merge`.
+
+        Raises:
+            ValueError, FileExistsError, OSError: as `merge` with `out`.
+
+        Example:
+            >>> merge("base", [Task("a"), Task("b")], method="averaging").save("merged")      # doctest: +SKIP
+        """
+        execute(self.plan, out, **options)
 
     @cached_property
     def posterior(self) -> Curvature:
@@ -70,7 +99,7 @@ class Merged(dict[str, "Tensor"]):
         return f"<b>{escape(repr(self))}</b><pre>{escape(self.report.summary())}</pre>"
 
 
-def merge(base: Model | Checkpoint, tasks: Sequence[Task], **options: Any) -> Mapping[str, Tensor]:
+def merge(base: Model | Checkpoint, tasks: Sequence[Task], **options: Any) -> Merged | Checkpoint:
     """Merge with weights that are given. Arguments, result and errors as in `gradmatch.merge`, which chooses weights too."""
     running = {name: options.pop(name) for name in RUNNING if name in options}
     return execute(prepare(base, tasks, **options), **running)
@@ -150,9 +179,9 @@ def execute(
     *,
     overwrite: bool = False,
     batches: Any = None,
-    progress: bool = False,
+    progress: bool | None = None,
     posterior: bool = False,
-) -> Mapping[str, Tensor]:
+) -> Merged | Checkpoint:
     """Carry out a plan; see `merge`."""
     if posterior:
         if error := no_posterior(made.request):
@@ -174,7 +203,7 @@ def execute(
     return _to_folder(made, Path(out), overwrite, batches, progress, posterior)
 
 
-def _in_memory(made: Plan, batches: Any, progress: bool) -> Merged:
+def _in_memory(made: Plan, batches: Any, progress: bool | None) -> Merged:
     """The result as a dict; tied names share one tensor."""
     from gradmatch.engine.loop import MemorySink
     from gradmatch.engine.stream import stream
@@ -197,7 +226,7 @@ def _in_memory(made: Plan, batches: Any, progress: bool) -> Merged:
 
 
 def _to_folder(
-    made: Plan, out: Path, overwrite: bool, batches: Any, progress: bool, posterior: bool
+    made: Plan, out: Path, overwrite: bool, batches: Any, progress: bool | None, posterior: bool
 ) -> Checkpoint:
     """The result as a folder that appears whole."""
     from gradmatch.engine.stream import stream
@@ -236,7 +265,7 @@ def _to_folder(
     checkpoint = open_checkpoint(out, base=made.inputs.base)
     tied = made.inputs.base.aliases.items()
     checkpoint.aliases |= {name: held for name, held in tied if held in checkpoint.store}  # as in memory
-    checkpoint.report = report
+    checkpoint.report, checkpoint.plan = report, made
     if posterior:
         from gradmatch.estimators.curvature import Curvature
 
@@ -245,7 +274,7 @@ def _to_folder(
 
 
 def _as_adapter(
-    made: Plan, out: str | os.PathLike[str] | None, overwrite: bool, progress: bool
+    made: Plan, out: str | os.PathLike[str] | None, overwrite: bool, progress: bool | None
 ) -> Merged | Checkpoint:
     """The merged adapter: its tensors by peft's names and its config, or a folder, opened on the base."""
     from gradmatch.engine.core import merge_adapters
@@ -263,7 +292,7 @@ def _as_adapter(
         return merged
     folder = write_adapter(Path(out), made, tensors, report, overwrite=overwrite)
     checkpoint = open_checkpoint(folder, base=made.inputs.base)
-    checkpoint.report = report
+    checkpoint.report, checkpoint.plan = report, made
     return checkpoint
 
 
@@ -276,9 +305,11 @@ def task_heads(made: Plan) -> dict[str, dict[str, Tensor]]:
 
 
 @contextmanager
-def _bar(made: Plan, shown: bool, finished: Collection[str]) -> Iterator[Callable[[int], object] | None]:
+def _bar(
+    made: Plan, progress: bool | None, finished: Collection[str]
+) -> Iterator[Callable[[int], object] | None]:
     """A progress bar over bytes read, or nothing; it begins behind the tensors that an interrupted run has finished."""
-    if not shown:
+    if not shown(progress):
         yield None
         return
     from tqdm import tqdm

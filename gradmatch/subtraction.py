@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,7 @@ from gradmatch.output.publishing import check_absent, place
 from gradmatch.rules import RULES, removals
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from gradmatch.merging import Merged
     from gradmatch.models.checkpoint import Checkpoint
     from gradmatch.models.task import Model
     from gradmatch.plan.step import Plan
@@ -39,7 +38,7 @@ def subtract(
     guard: str = "floor",
     method: str = "removal",
     **options: Any,
-) -> Mapping[str, Tensor]:
+) -> Merged | Checkpoint:
     """Remove what one or several tasks taught: Eq. 13 of Daheim et al. 2024, theta0 - alpha (H0 - alpha H_t)^-1 (H0 + H_t) tau_t.
 
     Args:
@@ -119,7 +118,7 @@ def analogy(
     method: str = "task_arithmetic",
     weight: float = 1.0,
     **options: Any,
-) -> Mapping[str, Tensor]:
+) -> Merged | Checkpoint:
     """a is to b as c is to the result: theta_c + weight * (theta_b - theta_a), by tau = tau_c + weight * (tau_b - tau_a).
 
     Args:

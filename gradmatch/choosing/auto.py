@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.layers import layer_group
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.shown import frame, html
 from gradmatch.measure.forecast import BestWeights, Products, best_coefficients
 from gradmatch.measure.products import (
     curvature_products,
@@ -48,6 +49,41 @@ class AutoWeights:
     best: BestWeights
     products: list[Products]
     directions: dict[str, Mapping[str, Tensor]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: weights, span, trusted, and by task the forecast rise and the loss at its fine-tune, nats per example."""
+        tasks = {
+            p.task: {
+                "rise": self.best.rises[p.task] / p.num_examples,
+                "loss": p.loss / p.num_examples,
+                "num_examples": p.num_examples,
+                "examples_seen": p.examples_seen,
+                "curvature": p.kind,
+            }
+            for p in self.products
+        }
+        return {"weights": self.weights, "span": self.span, "trusted": self.best.trusted, "tasks": tasks}
+
+    def to_frame(self) -> Any:
+        """The tasks as a pandas DataFrame, one row each: weight (without groups), forecast rise, loss, N.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        rows = self.to_dict()["tasks"]
+        return frame([{"task": task, "weight": self.weights.get(task), **row} for task, row in rows.items()])
+
+    def _repr_html_(self) -> str:
+        rows = [
+            {"task": task, "weight": self.weights.get(task), **row}
+            for task, row in self.to_dict()["tasks"].items()
+        ]
+        doubt = (
+            ""
+            if self.best.trusted
+            else "outside the region where the quadratic can hold: measure before you trust it"
+        )
+        return html(f"Forecast, best weights in the span of the {self.span} directions", rows, doubt)
 
     def model(self, base: Model) -> dict[str, Tensor]:
         """theta0 + sum_k weight_k direction_k; tensors without a direction are the base's."""

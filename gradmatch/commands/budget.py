@@ -121,8 +121,9 @@ def run(args: argparse.Namespace) -> int:
             print(path_table([chosen]))
     report = removal_report(problem, alpha)
     print(report_table(report))
+    args.result = {**content, "report": report}
     if args.report:
-        write_atomically(args.report, json.dumps({**content, "report": report}, indent=1) + "\n")
+        write_atomically(args.report, json.dumps(args.result, indent=1) + "\n")
         print(f"written: {args.report}", file=sys.stderr)
     return verdict(args, alpha, moved=report["total"]["norm"] > 0)
 

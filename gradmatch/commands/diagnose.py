@@ -35,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "merged", nargs="?", help="folder or file of the merge (default: it is planned from the recipe)"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the diagnosis as JSON")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        nargs="?",
+        const="-",
+        help="write the diagnosis as JSON; without FILE to stdout",
+    )
     parser.add_argument("--html", metavar="FILE", help="write it as one self-contained page")
     parser.add_argument(
         "--quick", action="store_true", help="no forecast, paths and redundancy: losses and mismatch only"
@@ -70,9 +76,12 @@ def run(args: argparse.Namespace) -> int:
         **settings,
         **options,
     )
-    print(result)
-    if args.json:
-        _write(args.json, json.dumps(result.to_dict(), indent=1) + "\n")
+    content = json.dumps(result.to_dict(), indent=1)
+    print(result, file=sys.stderr if args.json == "-" else sys.stdout)
+    if args.json == "-":
+        print(content)
+    elif args.json:
+        _write(args.json, content + "\n")
     if args.html:
         _write(args.html, result.to_html())
     return 0

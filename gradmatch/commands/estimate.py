@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import time
@@ -83,9 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Estimate, save, and print what was made."""
     check(args)
-    logging.getLogger("gradmatch.estimators").setLevel(logging.WARNING if args.quiet else logging.INFO)
-    if not logging.getLogger().handlers:
-        logging.basicConfig(format="%(message)s", stream=sys.stderr)
     started = time.monotonic()
     first = join_processes()
     curvature = from_state(args) if args.adam else from_data(args, first)
@@ -94,6 +90,10 @@ def run(args: argparse.Namespace) -> int:
     curvature.save(args.out)
     seconds = time.monotonic() - started
     seen = curvature.info.get("examples_seen")
+    args.result = {
+        "file": args.out, "model": args.model, "num_examples": curvature.num_examples, "tensors": len(curvature),
+        "trace": curvature.trace(), "seconds": seconds, "info": dict(curvature.info),
+    }  # fmt: skip
     print(
         f"{args.out}: {curvature.info['estimator']} of {args.model}, {len(curvature)} tensors, N = {curvature.num_examples:,}"
     )

@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     for line in describe(result):
         print(line)
+    args.result = result.to_dict()
     if args.pareto:
         for line in front(result.products, args.lower, args.upper):
             print(line)

@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
             check_choice(
                 data=args.data or None, **{"products": None, "method": "gradient_matching", **arguments}
             )
-        print_plan(make_plan(arguments), out, args.overwrite)
+        args.result = print_plan(make_plan(arguments), out, args.overwrite)
         if arguments.get("weights"):
             print("weights are chosen when merging; this plan shows 1")
         return 0
@@ -166,8 +166,9 @@ def run(args: argparse.Namespace) -> int:
     result = merge(
         **arguments, out=out, overwrite=args.overwrite, progress=not args.quiet, posterior=args.posterior
     )
-    print(result.report.summary())  # type: ignore[attr-defined]
+    print(result.report.summary())
     print(f"written: {out}")
+    args.result = {"out": str(out), "report": result.report.to_dict()}
     return 0
 
 
@@ -195,13 +196,14 @@ def make_plan(arguments: dict[str, Any]) -> Plan:
     )
 
 
-def print_plan(made: Plan, out: str | None, overwrite: bool) -> None:
-    """The plan, tensor by tensor, with totals; an output that would be refused is refused here."""
+def print_plan(made: Plan, out: str | None, overwrite: bool) -> dict[str, Any]:
+    """The plan, tensor by tensor, with totals, also as values; an output that would be refused is refused here."""
     from gradmatch.output.writer import check_output
-    from gradmatch.plan.printed import describe
+    from gradmatch.plan.printed import describe, peak_bytes
 
     if out is not None:
         check_output(out, made, overwrite)
 
     for line in describe(made, out):
         print(line)
+    return {"plan": {**made.to_dict(), "peak_bytes": peak_bytes(made)}}

@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"not sent: {', '.join(ready.left)}")
     for note in ready.notes:
         print(note)
+    args.result = {"repository": args.repo_id, "files": sizes, "left": ready.left, "commit": None}
     if args.dry_run:
         return 0
     told = push(
@@ -69,4 +70,5 @@ def run(args: argparse.Namespace) -> int:
         create_pr=args.create_pr, **own,
     )  # fmt: skip
     print(f"pushed: {told}")
+    args.result["commit"] = told
     return 0

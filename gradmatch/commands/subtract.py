@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
         own = {"keep": args.keep, "guard": args.guard} if RULES[args.method].guarded else {}
         given = task_of(arguments["base"], arguments.pop("task"), arguments.pop("gradient"), args.method)
         arguments["tasks"] = [scaled(task, args.weight) for task in tasks_of(given)]
-        print_plan(make_plan({**arguments, **own, "method": args.method}), args.out, args.overwrite)
+        args.result = print_plan(
+            make_plan({**arguments, **own, "method": args.method}), args.out, args.overwrite
+        )
         return 0
     if not args.out:
         raise GradmatchError(
@@ -61,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         **arguments, method=args.method, weight=args.weight, keep=args.keep, guard=args.guard,
         out=args.out, overwrite=args.overwrite, progress=not args.quiet,
     )  # fmt: skip
-    print(result.report.summary())  # type: ignore[attr-defined]
+    print(result.report.summary())
     print(f"written: {args.out}")
+    args.result = {"out": args.out, "report": result.report.to_dict()}
     return 0

@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         args.merged, args.posterior, parse_task(args.task), base=args.base, base_curvature=given, out=args.out,
         overwrite=args.overwrite, progress=not args.quiet,
     )  # fmt: skip
-    print(result.report.summary())  # type: ignore[attr-defined]
+    print(result.report.summary())
     print(f"written: {args.out}")
+    args.result = {"out": args.out, "report": result.report.to_dict()}
     return 0

@@ -21,6 +21,8 @@ from gradmatch.diagnosis.source import PIECE
 from gradmatch.diagnosis.text import describe
 from gradmatch.estimators.curvature import Curvature
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.progress import shown
+from gradmatch.estimators.shown import frame
 from gradmatch.measure.forecast import Products
 from gradmatch.measure.opening import (
     CurvatureLike,
@@ -115,16 +117,8 @@ class Diagnosis:
         Raises:
             ImportError: pandas is not installed.
         """
-        try:
-            import pandas as pd  # type: ignore[import-untyped]
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "to_frame needs pandas: pip install pandas; to_dict works without it"
-            ) from error
         columns = ["name", "subject", "cost", "source", "evidence", "remedy"]
-        return pd.DataFrame(
-            [{c: getattr(cause, c) for c in columns} for cause in self.causes], columns=columns
-        )
+        return frame([{c: getattr(cause, c) for c in columns} for cause in self.causes], columns)
 
     def __str__(self) -> str:
         return describe(self.to_dict())
@@ -157,7 +151,7 @@ def diagnose(
     forecast: bool = True,
     mismatch: bool = True,
     thorough: bool = True,
-    progress: bool = False,
+    progress: bool | None = None,
     **options: Any,
 ) -> Diagnosis:
     """Explain a merge: rank what went wrong, with evidence, cost in nats, and remedy.
@@ -183,7 +177,7 @@ def diagnose(
         forecast: measure products (T^2 forward-mode passes over the data).
         mismatch: measure the gradient mismatch (2 T backward passes over the data); no cause rests on it.
         thorough: also the path from the base, redundancy curves and barriers (about 10 more forward passes over all data).
-        progress: say what it will read and run, and show a progress bar, on stderr.
+        progress: say what it will read and run, and show a progress bar, on stderr; None: on a terminal or in a notebook, unless GRADMATCH_VERBOSITY is quiet.
         **options: of the rule, for a planned merge.
 
     Raises:
@@ -234,6 +228,7 @@ def diagnose(
         theta = like(open_checkpoint(merged, base=theta0), theta0)
         report = getattr(merged, "report", None)
     base_objective = objectives.pop("base", None)
+    progress = shown(progress)
     if progress:
         say_cost(
             [theta0, *models.values(), theta],

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.fingerprint import Sample, sample_blocks, sample_file
 from gradmatch.models.reference import published
 from gradmatch.models.stores import FileStore, Spec, Store, read, take
@@ -37,6 +41,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         original: the checkpoint before its vocabulary was aligned; itself otherwise.
         notes: what was remarked when it was opened.
         report: what the merge that made it has to say, or None.
+        plan: what that merge planned for every tensor, or None.
         posterior: the sum of the precisions of that merge, where it was asked for, or None.
     """
 
@@ -54,6 +59,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
     untied: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
     report: Any = None
+    plan: Any = None
     posterior: Any = None
     original: Checkpoint = field(init=False)
 
@@ -85,6 +91,31 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.where}, {len(self)} tensors)"
+
+    def save(self, out: str | os.PathLike[str]) -> None:
+        """Write a copy of its folder, whole or not at all.
+
+        Raises:
+            ValueError: it is no folder: nothing on disk to copy.
+            FileExistsError: `out` exists.
+
+        Example:
+            >>> merge("base", [Task("a"), Task("b")], out="merged").save("copy")        # doctest: +SKIP
+        """
+        if self.path is None or not self.path.is_dir():
+            raise GradmatchError(
+                f"{self.where} is no folder, so there is nothing to copy; merge(..., out=folder) writes one",
+                "bad_arguments",
+            )
+        target = Path(out).expanduser().resolve()
+        if target.exists():
+            raise FileExistsError(f"{out} exists; choose another folder for the copy")
+        aside = target.with_name(f".gradmatch-{uuid.uuid4().hex[:12]}")
+        try:
+            shutil.copytree(self.path, aside)
+            os.replace(aside, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
     @property
     def where(self) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.warning import warn
+from gradmatch.estimators.shown import frame, html
 from gradmatch.rules.system import TOLERANCE
 
 if TYPE_CHECKING:
@@ -77,6 +78,29 @@ class Report:
         values["solved"] = self.solved() if self.solves else None
         values["largest_alpha"] = {str(share): alpha for share, alpha in self.largest_alpha.items()}
         return values
+
+    def to_frame(self) -> Any:
+        """What is known of every tensor, as a pandas DataFrame: the norm of its update (in H0 too), what was clamped or cut.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        names = dict.fromkeys([*self.moved, *self.clamped, *self.solves, *self.cut])
+        return frame(
+            [
+                {
+                    "name": name,
+                    **self.moved.get(name, {}),
+                    **({"clamped": self.clamped[name]} if name in self.clamped else {}),
+                    **self.solves.get(name, {}),
+                    **({"cut": self.cut[name]} if name in self.cut else {}),
+                }
+                for name in names
+            ]
+        )
+
+    def _repr_html_(self) -> str:
+        return html(repr(self), [], self.summary())
 
     def __repr__(self) -> str:
         shares = ("floor_share", "clamped_share", "sign_conflict_share", "kept_update")

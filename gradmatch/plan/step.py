@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.shown import frame, html
 from gradmatch.models.stores import Spec
 from gradmatch.plan.request import Edits, Request
 from gradmatch.rules import Elementwise, Linear, Options, Rule
@@ -167,7 +168,7 @@ class Origin:
     info: Mapping[str, str]
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
     """All steps of a merge, with what a reader should know before it runs."""
 
@@ -211,6 +212,48 @@ class Plan:
     def bytes_written(self) -> int:
         """Bytes of the output's tensors."""
         return sum(step.bytes_written for step in self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: method, formula, base, tasks, steps (one a tensor), notes, dropped, bytes_read, bytes_written."""
+        return {
+            "method": self.request.method,
+            "formula": self.formula,
+            "base": self.inputs.base.where,
+            "tasks": [
+                {"name": task.name, "model": task.checkpoint.where, "weight": task.weight}
+                for task in self.inputs.tasks
+            ],
+            "steps": [
+                {
+                    "name": step.name,
+                    "kind": step.kind,
+                    "shape": list(step.spec.shape),
+                    "dtype": step.spec.dtype,
+                    "compute": step.compute,
+                    "why": step.why,
+                }
+                for step in self.steps
+            ],
+            "notes": list(self.notes),
+            "dropped": list(self.dropped),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+        }
+
+    def to_frame(self) -> Any:
+        """The steps as a pandas DataFrame, one row a tensor.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return frame(self.to_dict()["steps"])
+
+    def __repr__(self) -> str:
+        return f"Plan({self.request.method}, {len(self.merged)} of {len(self.steps)} tensors merged)"
+
+    def _repr_html_(self) -> str:
+        told = self.to_dict()
+        return html(f"{self!r}: {self.formula}", told["steps"], "\n".join(self.notes))
 
 
 def no_posterior(request: Request) -> GradmatchError | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,6 @@ from gradmatch.models.task import Task
 from gradmatch.plan.step import Origin, Plan
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from gradmatch.estimators.curvature import Curvature
     from gradmatch.models.checkpoint import Checkpoint
     from gradmatch.models.task import Model
@@ -35,7 +32,7 @@ def unmerge(
     base: Model | Checkpoint | None = None,
     base_curvature: CurvatureLike | float | None = None,
     **options: Any,
-) -> Mapping[str, Tensor]:
+) -> Merged | Checkpoint:
     """Take a task out of a merge: theta - alpha (P - alpha H_t)^-1 (H_t (theta_t - theta) + H0 (theta_t - theta0)).
 
     P is the posterior precision of the merge theta. Of a merge by gradient_matching, fisher, kronecker or mats the result is the merge
