@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py gradmatch/engine/blocks.c esti
 	@echo "[gradmatch] installing into $(VENV) (torch and friends: a few minutes on a fresh machine)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[dev,experiments,figures,removal]"
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[dev,experiments,figures,lm-eval,removal,zoo]"
 	$(BIN)/python -m pip install -c constraints.txt --no-deps backpack-for-pytorch
 	@touch $@
 

@@ -89,7 +89,7 @@ def merge(
         return _chosen(base, tasks, weights, data, products, method=method, **settings)
     rule = find_rule(method)
     if isinstance(rule, Linear) and rule.searches:
-        from gradmatch.choosing.soup import greedy_soup
+        from gradmatch.zoo.soup import greedy_soup
 
         found: Any = greedy_soup(base, tasks, **settings)
         return found  # type: ignore[no-any-return]

@@ -243,6 +243,12 @@ REFUSALS = {
         ("a threshold that no cosine has", {}, "zoo cluster one two --threshold 95", "threshold is 95.0, it must lie in [-1, 1]"),
         ("task vectors of no base", {}, "zoo cluster one two --by task_vectors", "compares what models have added to a base; pass --base"),
         ("mismatches without curvatures", {}, "zoo cluster one two --by mismatch --base base", "one has no curvature file to forecast by"),
+        ("a selection without a base", {}, "zoo select one two --data d.csv", "no base: name the model that they were fine-tuned from with --base"),
+        ("a selection without a score", {}, "zoo select one two --base base", "a search needs one score: --data FILE with examples, or --tasks NAME"),
+        ("two scores", {}, "zoo select one --base base --data d.csv --tasks arc_easy", "or --tasks NAME of lm-eval, not both"),
+        ("no evaluations", {}, "zoo select cls2 --base cls --data d.csv --budget 0", "budget is 0, and a search needs at least one evaluation"),
+        ("a log that is a text", {"log": "thesis\n"}, "zoo select cls2 --base cls --data d.csv --log log", "log, line 1: no line of a search's log; name another file"),
+        ("models that cannot be merged", {}, "zoo select one --base cls --data d.csv", "no candidate has a score (one:"),
         ("gradients that no file holds", {}, "zoo inspect --task one,curvature=one.safetensors --by gradients", "the curvature of one holds no gradient"),
     ],
     "Diagnosing and forecasting": [

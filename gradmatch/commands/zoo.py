@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
+
+from gradmatch.commands.reading import add_reading, check_reading
+from gradmatch.measure.tables import check_source
 
 EXAMPLES = """
 examples:
   gradmatch zoo inspect models/ --base base             a card a model, and how alike they are
   gradmatch zoo cluster models/ --threshold 0.95        what can be merged with what, and why the others cannot
+  gradmatch zoo select models/ --base base --data nyt.csv --strategy coefficient --log search.jsonl -o merged/
+  gradmatch zoo select models/ --base base --tasks arc_easy,metric=acc_norm,none --limit 200 --budget 20 -o merged/
 """
 VERBS = {
     "inspect": "one card a model, and a matrix of similarities",
     "cluster": "families that can be merged; every model is in exactly one",
+    "select": "choose models and weights greedily, by the score of their merges",
 }
 
 
@@ -27,13 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         made[name].add_argument("--quiet", action="store_true", help="no progress bar")
     for name in ("inspect", "cluster"):
         add_looking(made[name])
+    add_selecting(made["select"])
     made["cluster"].add_argument(
         "--threshold", type=float, default=0.95, help="least mean similarity within a family (default 0.95)"
     )
 
 
-def add_looking(parser: argparse.ArgumentParser) -> None:
-    """Which models, and how they are compared."""
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Which models."""
     parser.add_argument("models", nargs="*", metavar="FOLDER", help="models, and folders with models in them")
     parser.add_argument(
         "--task",
@@ -43,13 +51,83 @@ def add_looking(parser: argparse.ArgumentParser) -> None:
         help="a model with its curvature; repeatable",
     )
     parser.add_argument("--base", help="the model that they were fine-tuned from: folder, file or hub id")
+    parser.add_argument("--allow-pickle", action="store_true", help="read .bin and .pt files (weights_only)")
+
+
+def add_looking(parser: argparse.ArgumentParser) -> None:
+    """Which models, and how they are compared."""
+    add_models(parser)
     parser.add_argument(
         "--by",
         choices=("weights", "task_vectors", "mismatch", "gradients"),
         default="weights",
         help="how models are compared (default: weights); mismatch and gradients need curvature files",
     )
-    parser.add_argument("--allow-pickle", action="store_true", help="read .bin and .pt files (weights_only)")
+
+
+def add_scoring(parser: argparse.ArgumentParser) -> None:
+    """What merges are scored by, and what they are."""
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="examples with true labels to score on; repeatable, each counts the same",
+    )
+    parser.add_argument(
+        "--metric",
+        choices=("auto", "accuracy", "loss"),
+        default="auto",
+        help="of --data (default: accuracy where outputs are classes)",
+    )
+    parser.add_argument(
+        "--tasks",
+        action="append",
+        default=[],
+        metavar="NAME[,metric=M][,weight=W]",
+        help="a task of lm-eval (gradmatch[lm-eval]); repeatable",
+    )
+    parser.add_argument("--include", metavar="FOLDER", help="task files beside lm-eval's own")
+    parser.add_argument(
+        "--shots", type=int, help="examples in the prompts of --tasks (default: as each says)"
+    )
+    add_reading(parser, examples=None)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the draw of examples, and of the search (default 0)"
+    )
+    parser.add_argument("--method", default="linear", help="rule of the merges (default: linear)")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the method, or a policy of merge (heads=base); repeatable",
+    )
+    parser.add_argument("-o", "--out", help="folder to write the chosen merge to")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
+
+
+def add_selecting(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `gradmatch zoo select`."""
+    add_models(parser)
+    add_scoring(parser)
+    parser.add_argument(
+        "--strategy",
+        choices=("average", "greedy_soup", "coefficient", "most_similar", "least_similar", "exhaustive"),
+        default="average",
+        help="which candidates are tried (default: average, the greedy soup)",
+    )
+    parser.add_argument("--budget", type=int, help="evaluations, at most")
+    parser.add_argument(
+        "--log",
+        metavar="FILE",
+        help="JSON lines with every score and choice; the same file goes on with them",
+    )
+    parser.add_argument(
+        "--forecast",
+        action=argparse.BooleanOptionalAction,
+        help="use the curvature files first (default: where every model has one)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,4 +178,94 @@ def _print(args: argparse.Namespace, found: Any) -> int:
     return 0
 
 
-_RUN = {"inspect": _inspect, "cluster": _cluster}
+def score_of(args: argparse.Namespace) -> Any:
+    """The score that a command's flags describe.
+
+    Raises:
+        GradmatchError: none, or two of them.
+    """
+    from gradmatch.estimators.errors import GradmatchError
+
+    if bool(args.data) == bool(args.tasks):
+        raise GradmatchError(
+            "a search needs one score: --data FILE with examples, or --tasks NAME of lm-eval"
+            + (", not both" if args.data else ""),
+            "bad_arguments",
+        )
+    check_reading(args)
+    if args.tasks:
+        from gradmatch.zoo.tasks import OnTasks, parse_told
+
+        return OnTasks(
+            args.base, [parse_told(text) for text in args.tasks], include=args.include, limit=args.examples, shots=args.shots,
+            seed=args.seed, batch_size=args.batch_size or 8,
+        )  # fmt: skip
+    from gradmatch.zoo.scores import OnExamples
+
+    sources: dict[str, str] = {}
+    for text in args.data:
+        name, equals, file = text.partition("=") if not Path(text).exists() else ("", "", text)
+        file = file if equals or not name else text
+        name = name if equals else Path(file).stem
+        if name in sources:
+            raise GradmatchError(
+                f"--data names {name!r} twice; write NAME=FILE with another name", "bad_arguments", name
+            )
+        check_source(file)
+        sources[name] = file
+    columns = [name for given in args.text_column for name in given.split(",")]
+    return OnExamples(
+        args.base, sources, args.metric, text=columns, label=args.label_column, split=args.split, limit=args.examples,
+        seed=args.seed, max_length=args.max_length, batch_size=args.batch_size or 32,
+    )  # fmt: skip
+
+
+def _select(args: argparse.Namespace) -> int:
+    from gradmatch.zoo import select
+
+    models = models_of(args)
+    _check(args)
+    found = select(
+        args.base, models, score_of(args), args.strategy, budget=args.budget, method=args.method, log=args.log, forecast=args.forecast,
+        allow_pickle=args.allow_pickle, progress=not args.quiet, **options_of(args),
+    )  # fmt: skip
+    return _chosen(args, found)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What is wrong before anything is read.
+
+    Raises:
+        GradmatchError: no base.
+        FileExistsError: the output is there.
+    """
+    from gradmatch.estimators.errors import GradmatchError
+
+    if not args.base:
+        raise GradmatchError(
+            "no base: name the model that they were fine-tuned from with --base", "bad_arguments"
+        )
+    if args.out:
+        from gradmatch.output.publishing import check_absent, place
+
+        check_absent(place(args.out), args.overwrite)
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """--option KEY=VALUE as a table."""
+    from gradmatch.commands.options import given_options
+
+    return given_options(args)
+
+
+def _chosen(args: argparse.Namespace, found: Any) -> int:
+    """Write what a search chose, where that is asked for, and print it."""
+    if args.out:
+        found.merge(args.out, overwrite=args.overwrite, progress=not args.quiet, **options_of(args))
+    _print(args, found)
+    if args.out and not args.json:
+        print(f"written: {args.out}")
+    return 0
+
+
+_RUN = {"inspect": _inspect, "cluster": _cluster, "select": _select}

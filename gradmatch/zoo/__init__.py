@@ -1,6 +1,7 @@
 """Which of many models to merge, with what weights, for what price.
 
 looking     finding (models in folders)  pairs (one pass over all weights)  cards  alike (similarities)  families (what goes together)
+searching   judge (candidates merged and scored)  journal (JSON lines)  forecasts (before anything is scored)  selecting (greedy strategies)  soup
 """
 
 from __future__ import annotations
@@ -12,23 +13,28 @@ if TYPE_CHECKING:
     from gradmatch.zoo.alike import Similarity, similarity
     from gradmatch.zoo.cards import Card, Zoo, inspect
     from gradmatch.zoo.families import Families, cluster
+    from gradmatch.zoo.selecting import Selection, select
 
 EXPORTS = {
     "Card": "gradmatch.zoo.cards",
     "Families": "gradmatch.zoo.families",
+    "Selection": "gradmatch.zoo.selecting",
     "Similarity": "gradmatch.zoo.alike",
     "Zoo": "gradmatch.zoo.cards",
     "cluster": "gradmatch.zoo.families",
     "inspect": "gradmatch.zoo.cards",
+    "select": "gradmatch.zoo.selecting",
     "similarity": "gradmatch.zoo.alike",
 }
 __all__ = [
     "Card",
     "Families",
+    "Selection",
     "Similarity",
     "Zoo",
     "cluster",
     "inspect",
+    "select",
     "similarity",
 ]
 

@@ -55,6 +55,29 @@ def forecasts(
     return {name: curvature_products(name, curvatures[name], directions, {name: 1.0}) for name in models}
 
 
+class Forecast:
+    """What weights are forecast to cost the median task: robust against tasks whose own data do harm.
+
+    Args:
+        products: of `forecasts`.
+        worse: nats per example from which a candidate is not worth an evaluation.
+    """
+
+    def __init__(self, products: Mapping[str, Products], worse: float) -> None:
+        self.products, self.worse = dict(products), worse
+
+    def cost(self, weights: Mapping[str, float]) -> float:
+        """Median over the tasks of rise_t / N_t in nats per example; a rise that cannot be right counts as the largest that can.
+
+        weights: name -> coefficient of its task vector.
+        """
+        rises = []
+        for one in self.products.values():
+            c = np.array([weights.get(name, 0.0) for name in one.directions])
+            rises.append(min(one.rise(c) / one.num_examples, one.limit))
+        return float(np.median(rises))
+
+
 def pairwise(base: Checkpoint, models: Mapping[str, Checkpoint], tasks: Mapping[str, Task]) -> Array:
     """(K, K): exp(-r_ij), r_ij the mean of both tasks' forecast rises, in nats per example, at (theta_i + theta_j) / 2; at most 1."""
     products = forecasts(base, models, tasks)
