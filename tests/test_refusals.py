@@ -249,6 +249,11 @@ REFUSALS = {
         ("no evaluations", {}, "zoo select cls2 --base cls --data d.csv --budget 0", "budget is 0, and a search needs at least one evaluation"),
         ("a log that is a text", {"log": "thesis\n"}, "zoo select cls2 --base cls --data d.csv --log log", "log, line 1: no line of a search's log; name another file"),
         ("models that cannot be merged", {}, "zoo select one --base cls --data d.csv", "no candidate has a score (one:"),
+        ("a server out of reach", {}, "zoo evolve cls cls2 --base cls --data d.csv --storage postgresql://me:secret@127.0.0.1:1/none", "cannot open the postgresql storage (OperationalError); PostgreSQL needs a server within reach and a driver"),
+        ("no trials", {}, "zoo evolve cls2 --base cls --data d.csv --trials 0", "trials is 0; a search needs at least one"),
+        ("one number to search", {}, "zoo evolve cls2 --base cls --data d.csv", "CMA-ES needs at least two numbers to search, and there is one"),
+        ("bounds that are none", {}, "zoo evolve cls cls2 --base cls --data d.csv --search density=1", "--search 'density=1' is not OPTION=LOW:HIGH"),
+        ("a start without weights", {"w.json": "{}"}, "zoo evolve cls cls2 --base cls --data d.csv --start w.json", "w.json holds no weights; give what `gradmatch zoo select --json` printed"),
         ("gradients that no file holds", {}, "zoo inspect --task one,curvature=one.safetensors --by gradients", "the curvature of one holds no gradient"),
     ],
     "Diagnosing and forecasting": [

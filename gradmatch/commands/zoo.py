@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
+from gradmatch.commands.everywhere import add_everywhere
 from gradmatch.commands.reading import add_reading, check_reading
 from gradmatch.measure.tables import check_source
 
@@ -16,11 +18,14 @@ examples:
   gradmatch zoo cluster models/ --threshold 0.95        what can be merged with what, and why the others cannot
   gradmatch zoo select models/ --base base --data nyt.csv --strategy coefficient --log search.jsonl -o merged/
   gradmatch zoo select models/ --base base --tasks arc_easy,metric=acc_norm,none --limit 200 --budget 20 -o merged/
+  gradmatch zoo evolve models/ --base base --data nyt.csv --groups 2 --trials 100 --storage search.journal -o merged/
+  gradmatch zoo evolve models/ --base base --data a.csv --data b.csv --sampler nsga2 --figure front.svg
 """
 VERBS = {
     "inspect": "one card a model, and a matrix of similarities",
     "cluster": "families that can be merged; every model is in exactly one",
     "select": "choose models and weights greedily, by the score of their merges",
+    "evolve": "search weights and options by CMA-ES or NSGA-II; the same command again, anywhere, is one more worker",
 }
 
 
@@ -30,11 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     made = {}
     for name, text in VERBS.items():
         made[name] = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        made[name].add_argument("--json", action="store_true", help="print JSON instead of text")
-        made[name].add_argument("--quiet", action="store_true", help="no progress bar")
     for name in ("inspect", "cluster"):
         add_looking(made[name])
     add_selecting(made["select"])
+    add_evolving(made["evolve"])
+    for parser_ in made.values():
+        add_everywhere(parser_)
     made["cluster"].add_argument(
         "--threshold", type=float, default=0.95, help="least mean similarity within a family (default 0.95)"
     )
@@ -107,6 +113,51 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
 
 
+def add_evolving(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `gradmatch zoo evolve`."""
+    add_models(parser)
+    add_scoring(parser)
+    parser.add_argument(
+        "--sampler",
+        choices=("cmaes", "nsga2"),
+        default="cmaes",
+        help="nsga2: every --data or --tasks is an objective (default: cmaes, their mean)",
+    )
+    parser.add_argument(
+        "--trials", type=int, default=200, help="candidates of all workers together (default 200)"
+    )
+    parser.add_argument(
+        "--storage",
+        help="journal file, FILE.db or URL that workers share (default: $GRADMATCH_STORAGE, else memory)",
+    )
+    parser.add_argument("--name", default="zoo", help="of the study in the storage (default: zoo)")
+    parser.add_argument(
+        "--groups",
+        type=int,
+        default=0,
+        help="groups of layers with weights of their own (default 0: one for the model)",
+    )
+    parser.add_argument(
+        "--search",
+        action="append",
+        default=[],
+        metavar="OPTION=LOW:HIGH",
+        help="option of the method that is searched too; repeatable",
+    )
+    parser.add_argument(
+        "--start",
+        default="average",
+        help="a strategy of select, uniform, random, or what select printed with --json (default: average)",
+    )
+    parser.add_argument("--population", type=int, help="candidates a generation (default: 4 + 3 ln n)")
+    parser.add_argument(
+        "--forecast",
+        action=argparse.BooleanOptionalAction,
+        help="spare candidates that curvature files are against (default: where every model has one)",
+    )
+    parser.add_argument("--figure", metavar="FILE", help="draw the Pareto front: .svg, .png or .pdf")
+
+
 def add_selecting(parser: argparse.ArgumentParser) -> None:
     """The arguments of `gradmatch zoo select`."""
     add_models(parser)
@@ -174,7 +225,8 @@ def _cluster(args: argparse.Namespace) -> int:
 
 
 def _print(args: argparse.Namespace, found: Any) -> int:
-    print(json.dumps(found.to_dict(), indent=2) if args.json else found.summary())
+    args.result = found.to_dict()
+    print(found.summary())
     return 0
 
 
@@ -232,6 +284,68 @@ def _select(args: argparse.Namespace) -> int:
     return _chosen(args, found)
 
 
+def _evolve(args: argparse.Namespace) -> int:
+    from gradmatch.zoo import evolve
+    from gradmatch.zoo.scores import Each
+
+    models = models_of(args)
+    _check(args)
+    ranges = dict(searched(text) for text in args.search)
+    start = weights_in(args.start)
+    score = score_of(args)
+    found = evolve(
+        args.base, models, Each(score) if args.sampler == "nsga2" else score, args.sampler, trials=args.trials,
+        storage=args.storage or os.environ.get("GRADMATCH_STORAGE"), seed=args.seed, name=args.name, merge_method=args.method, groups=args.groups,
+        search=ranges, start=start, population=args.population, forecast=args.forecast, allow_pickle=args.allow_pickle,
+        progress=not args.quiet, **options_of(args),
+    )  # fmt: skip
+    if args.figure:
+        found.figure(args.figure)
+        print(f"drawn: {args.figure}", file=sys.stderr)
+    return _chosen(args, found)
+
+
+def searched(text: str) -> tuple[str, tuple[float, float]]:
+    """OPTION=LOW:HIGH of --search.
+
+    Raises:
+        GradmatchError: something else.
+    """
+    from gradmatch.estimators.errors import GradmatchError
+
+    name, _, bounds = text.partition("=")
+    low, _, high = bounds.partition(":")
+    try:
+        return name.replace("-", "_"), (float(low), float(high))
+    except ValueError as error:
+        raise GradmatchError(
+            f"--search {text!r} is not OPTION=LOW:HIGH, such as density=0.1:1", "bad_arguments", text
+        ) from error
+
+
+def weights_in(start: str) -> Any:
+    """--start: a word, or the weights in a file that `select --json` printed.
+
+    Raises:
+        GradmatchError: a file without weights.
+    """
+    if not Path(start).is_file():
+        return start
+    from gradmatch.estimators.errors import GradmatchError
+    from gradmatch.estimators.files import read_json
+
+    weights = read_json(Path(start)).get("weights")
+    if not isinstance(weights, dict) or not all(
+        isinstance(value, (int, float)) for value in weights.values()
+    ):
+        raise GradmatchError(
+            f"{start} holds no weights; give what `gradmatch zoo select --json` printed",
+            "bad_arguments",
+            start,
+        )
+    return weights
+
+
 def _check(args: argparse.Namespace) -> None:
     """What is wrong before anything is read.
 
@@ -263,9 +377,9 @@ def _chosen(args: argparse.Namespace, found: Any) -> int:
     if args.out:
         found.merge(args.out, overwrite=args.overwrite, progress=not args.quiet, **options_of(args))
     _print(args, found)
-    if args.out and not args.json:
+    if args.out:
         print(f"written: {args.out}")
     return 0
 
 
-_RUN = {"inspect": _inspect, "cluster": _cluster, "select": _select}
+_RUN = {"inspect": _inspect, "cluster": _cluster, "select": _select, "evolve": _evolve}

@@ -2,6 +2,7 @@
 
 looking     finding (models in folders)  pairs (one pass over all weights)  cards  alike (similarities)  families (what goes together)
 searching   judge (candidates merged and scored)  journal (JSON lines)  forecasts (before anything is scored)  selecting (greedy strategies)  soup
+            scores (files of examples)  tasks (lm-eval's)  space and storage (of evolving)  evolving (CMA-ES, NSGA-II)
 """
 
 from __future__ import annotations
@@ -12,27 +13,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradmatch.zoo.alike import Similarity, similarity
     from gradmatch.zoo.cards import Card, Zoo, inspect
+    from gradmatch.zoo.evolving import Evolution, evolve
     from gradmatch.zoo.families import Families, cluster
     from gradmatch.zoo.selecting import Selection, select
 
 EXPORTS = {
     "Card": "gradmatch.zoo.cards",
+    "Evolution": "gradmatch.zoo.evolving",
     "Families": "gradmatch.zoo.families",
     "Selection": "gradmatch.zoo.selecting",
     "Similarity": "gradmatch.zoo.alike",
     "Zoo": "gradmatch.zoo.cards",
     "cluster": "gradmatch.zoo.families",
+    "evolve": "gradmatch.zoo.evolving",
     "inspect": "gradmatch.zoo.cards",
     "select": "gradmatch.zoo.selecting",
     "similarity": "gradmatch.zoo.alike",
 }
 __all__ = [
     "Card",
+    "Evolution",
     "Families",
     "Selection",
     "Similarity",
     "Zoo",
     "cluster",
+    "evolve",
     "inspect",
     "select",
     "similarity",

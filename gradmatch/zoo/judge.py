@@ -6,6 +6,7 @@ import json
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -114,7 +115,8 @@ class Judge:
             if self.budget is not None and self.spent >= self.budget:
                 raise OutOfBudget
             started = time.perf_counter()
-            values, why = self._evaluate(chosen, options or {})
+            found = self.score_of(chosen, options or {})
+            values, why = (None, found) if isinstance(found, str) else (found, "")
             line = {
                 "weights": chosen,
                 "options": dict(options or {}),
@@ -123,10 +125,8 @@ class Judge:
             }
             self.journal.add("evaluation", key=key, **line, seconds=round(time.perf_counter() - started, 3))
             self.known[key] = self.journal.lines[-1]
-            if why:
-                warn(f"a candidate is refused ({named(chosen)}): {why}")
-        found = self.known[key]["score"]
-        return None if found is None else tuple(found)
+        stored = self.known[key]["score"]
+        return None if stored is None else tuple(stored)
 
     def why(self, weights: Mapping[str, float]) -> str:
         """Why a candidate was refused; "" where it was not."""
@@ -134,31 +134,43 @@ class Judge:
         return str(self.known.get(key, {}).get("why", ""))
 
     def merged(
-        self, weights: Mapping[str, Any], options: Mapping[str, Any] | None = None, **running: Any
-    ) -> Any:
-        """The merge of a candidate."""
-        tasks = [replace(self.tasks[name], weight=weight, name=name) for name, weight in weights.items()]
-        if not tasks:
-            raise GradmatchError("every weight is 0: nothing is merged", "bad_tasks")
-        return merge(self.base, tasks, method=self.method, **{**self.options, **(options or {})}, **running)
+        self, weights: Mapping[str, Any], options: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]
+    ) -> Mapping[str, Tensor]:
+        """The merge of a candidate, in memory; `own` are options of single models."""
+        tasks = [
+            replace(
+                self.tasks[name],
+                weight=weight,
+                name=name,
+                options={**self.tasks[name].options, **own.get(name, {})},
+            )
+            for name, weight in weights.items()
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is said of every merge is said of the one that is chosen
+            return merge(self.base, tasks, method=self.method, **{**self.options, **options})
 
-    def _evaluate(self, weights: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Values | None, str]:
-        """(scores, "") or (None, why it has none)."""
+    def score_of(
+        self,
+        weights: Mapping[str, Any],
+        options: Mapping[str, Any],
+        own: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Values | str:
+        """A candidate's scores, or why it has none, which is warned of; neither counted nor logged."""
         try:
-            merged = self.merged(weights, options)
+            merged = self.merged(weights, options, own or {})
             if not any(bool(value.any()) for value in merged.values()):
-                return None, "all its weights are 0"
+                raise GradmatchError("all its weights are 0", "not_finite")
             with undisturbed():
-                return values_of(self.score(merged)), ""
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
-            raise
+                return values_of(self.score(merged))
         except Exception as error:
             told = (
                 first_line(error)
                 if isinstance(error, GradmatchError)
                 else f"{type(error).__name__}: {first_line(error)}"
             )
-            return None, told
+            warn(f"a candidate is refused ({named(weights)}): {told}")
+            return told
 
 
 def values_of(given: Any) -> Values:

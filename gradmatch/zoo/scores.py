@@ -124,6 +124,29 @@ class OnExamples:
         return f"OnExamples({self.label})"
 
 
+class Each:
+    """Every part of a score as an objective of its own: the sources of `OnExamples`, the tasks of `OnTasks`; larger is better in each.
+
+    Args:
+        score: one with `each`, which gives its parts by name.
+
+    Attributes:
+        names: of the objectives.
+    """
+
+    def __init__(self, score: Any) -> None:
+        self.score = score
+        tasks = getattr(score, "tasks", None)
+        self.names = [one.name for one in tasks] if tasks else list(score.names)
+        self.signs = [one.weight for one in tasks] if tasks else [1.0] * len(self.names)
+        self.label = f"each of {score.label}"
+
+    def __call__(self, weights: Mapping[str, Tensor]) -> list[float]:
+        """One number an objective, in the order of `names`."""
+        found = self.score.each(weights)
+        return [sign * found[name] for name, sign in zip(self.names, self.signs, strict=True)]
+
+
 def _content(source: Any, objective: Objective) -> str:
     """A short hash of what is scored on."""
     digest = hashlib.sha256()
