@@ -179,7 +179,8 @@ def _diff(options: argparse.Namespace) -> int:
     from experiments.records import read_records
     from experiments.rerun import diff
 
-    print(diff(*(read_records(path) for path in (options.a, options.b)), (options.a.stem, options.b.stem)))
+    a, b = (read_records(path) for path in (options.a, options.b))
+    print(diff(a, b, (options.a.stem, options.b.stem)))
     return 0
 
 
@@ -217,8 +218,9 @@ _COMMANDS = {
 def print_claims(path: Path, options: argparse.Namespace) -> int:
     """Print the claims from records that exist, or write them to a file: then from the committed records alone."""
     from experiments import config as configs
-    from experiments.records import write_atomically, write_records
+    from experiments.records import write_records
     from experiments.studies import claims
+    from gradmatch.estimators.files import write_atomically
 
     document: Path | None = options.write
     if document and options.quick:

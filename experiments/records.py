@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradmatch.estimators.files import write_atomically
+from gradmatch.estimators.files import write_atomically as write_atomically
 
 Record = dict[str, Any]
 Value = Callable[[Record], "float | None"]

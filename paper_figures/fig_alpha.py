@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 
 from experiments.records import Record, mean_over_seeds, of_kind
 from paper_figures.style import look, plain_log, save
@@ -49,7 +51,7 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_alpha") -> li
             plain_log(loss.yaxis)
         loss.set_ylabel("loss on the tasks (nats)")
         hollow = {"linestyle": "", "markerfacecolor": "none"}
-        lines = [plt.Line2D([], [], color="#666666", marker="o", markersize=5, **own) for own in ({}, hollow)]
+        lines = [Line2D([], [], color="#666666", marker="o", markersize=5, **own) for own in ({}, hollow)]
         loss.legend(lines, ["measured, test examples", "forecast, training examples"])
     band = "band: $\\pm$ 1 s.d. over seeds" if len({record["seed"] for record in sweeps}) > 1 else None
     accuracy.legend(title=band, title_fontsize=7, alignment="left")
@@ -63,6 +65,10 @@ def curve(
 ) -> tuple[list[float], list[float], list[float]]:
     """Alphas, and at each the mean and the standard deviation over seeds of a value of the points."""
     alphas = [point["alpha"] for point in own[0]["points"]]
-    found = [mean_over_seeds(own, lambda record, i=i: value(record["points"][i])) for i in range(len(alphas))]
+    found = [mean_over_seeds(own, partial(_of, value, i)) for i in range(len(alphas))]
     known = [(alpha, *pair) for alpha, pair in zip(alphas, found, strict=True) if pair is not None]
     return [a for a, _, _ in known], [m for _, m, _ in known], [s for _, _, s in known]
+
+
+def _of(value: Callable[[Point], float], place: int, record: Record) -> float:
+    return value(record["points"][place])

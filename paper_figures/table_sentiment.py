@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from experiments.records import Record, columns, mean_over_seeds, models_in_order, of_kind, write_atomically
 from paper_figures.style import save
@@ -72,7 +73,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], bold: set[tup
 
 def picture(
     header: Sequence[str], rows: Sequence[Sequence[str]], bold: set[tuple[int, int]], roles: Sequence[str]
-) -> plt.Figure:
+) -> Figure:
     """The table as a booktabs-like figure: rules only where the kind of model changes."""
     widths = [max(len(row[column]) for row in [header, *rows]) + 2.2 for column in range(len(header))]
     total, height = sum(widths), 0.21

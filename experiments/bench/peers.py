@@ -125,11 +125,8 @@ def opacus(shape: Shape) -> Step:
         else:
             loss = nn.functional.cross_entropy(wrapped(batch[0]), batch[1], reduction="sum")
         loss.backward()
-        found = {
-            name: value.grad_sample.square().mean(0)
-            for name, value in model.named_parameters()
-            if getattr(value, "grad_sample", None) is not None
-        }
+        each = {name: getattr(value, "grad_sample", None) for name, value in model.named_parameters()}
+        found = {name: value.square().mean(0) for name, value in each.items() if value is not None}
         wrapped.zero_grad(set_to_none=True)
         return found
 

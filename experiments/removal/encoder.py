@@ -80,7 +80,7 @@ def compare(
     curvatures = [Curvature.load(folder / CURVATURE) for folder in (base_curvature, task_curvature)]
     edits = {("base", 0.0): theta0, ("retrained", 0.0): weights(retrained)}
     edits["fine-tuned on the rest", 0.0] = weights(rest)
-    edits |= diagonal_edits(theta0, weights(task), *curvatures, alphas, DELTA0)
+    edits |= diagonal_edits(theta0, weights(task), curvatures, alphas, DELTA0)
     parts = Parts(
         remove=labelled(given(remove, "train")),
         unseen=labelled([batch for name in keep for batch in given(name, "test")]),

@@ -126,9 +126,10 @@ def removal_full(theta0: Tensor, tau: Tensor, alpha: float, h0: Tensor, h: Tenso
 
 
 def diagonal_edits(
-    base: Vector, task: Vector, h0: Curvature, h: Curvature, alphas: Sequence[float], delta0: float
+    base: Vector, task: Vector, curvatures: Sequence[Curvature], alphas: Sequence[float], delta0: float
 ) -> dict[tuple[str, float], Vector]:
-    """Every elementwise way to remove, at every alpha, by `gradmatch.subtract`."""
+    """Every elementwise way to remove, at every alpha, by `gradmatch.subtract`. curvatures: of base and task."""
+    h0, h = curvatures
     edits: dict[tuple[str, float], Vector] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*clamped.*")  # it is part of what is compared
@@ -160,7 +161,7 @@ def ridge(out: Path, *, seed: int, dimension: int = 12) -> None:
         ("GM, full H", 1.0): {"w": removal_full(base, task - base, 1.0, h0, h, 1e-9)},
     }
     diagonals = [Curvature.from_dict({"w": matrix.diag()}, 1) for matrix in (h0, h)]
-    edits |= diagonal_edits({"w": base}, {"w": task}, *diagonals, (1.0,), 1e-12)
+    edits |= diagonal_edits({"w": base}, {"w": task}, diagonals, (1.0,), 1e-12)
     gap = float((base - truth).norm())
     distances = {key: float((theta["w"] - truth).norm()) / gap for key, theta in edits.items()}
     rows = [{"edit": e, "alpha": a, "distance": value} for (e, a), value in distances.items()]
@@ -195,7 +196,7 @@ def logistic(out: Path, *, seed: int, alphas: Sequence[float]) -> None:
     edits |= {("GM, full H", alpha): removal_full(base, task - base, alpha, h0, h, KEEP) for alpha in alphas}
     vectors = {key: {"w": value} for key, value in edits.items()}
     diagonals = [Curvature.from_dict({"w": matrix.diag()}, 1) for matrix in (h0, h)]
-    vectors |= diagonal_edits({"w": base}, {"w": task}, *diagonals, alphas, 1e-12)
+    vectors |= diagonal_edits({"w": base}, {"w": task}, diagonals, alphas, 1e-12)
     write_json(out / "rows.json", measured(logits, vectors, data))
 
 
@@ -234,5 +235,5 @@ def network(
         curvatures.append(estimate(module, [part], samples=4, seed=seed, progress=False))
     edits: dict[tuple[str, float], Vector] = {("base", 0.0): base, ("retrained", 0.0): truth}
     edits["fine-tuned on the rest", 0.0] = trained(base, data.keep, tuning_steps, learning_rate, L2)
-    edits |= diagonal_edits(base, task, *curvatures, alphas, L2)
+    edits |= diagonal_edits(base, task, curvatures, alphas, L2)
     write_json(out / "rows.json", measured(logits, edits, data))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -15,7 +15,7 @@ from experiments.options import check_names, check_rule
 from experiments.pipeline import Stage
 from experiments.records import Record
 from experiments.tasks.splits import SPLITS, Size
-from gradmatch.plan.plan import Request
+from gradmatch.plan.request import Request
 from gradmatch.rules import find_rule
 
 
@@ -255,7 +255,7 @@ class Config(Study):
             check_rule(f"merge {name!r}", spec.method, len(self.data.tasks), lacking=sorted(lacking))
             if name in (*own, "joint"):
                 raise ValueError(f"a merge may not be called {name!r}: that is one of {', '.join(own)}")
-        named = {
+        named: dict[str, tuple[Iterable[str], Iterable[str], str]] = {
             "task_steps": (self.task_steps, self.data.tasks, "tasks"),
             "models": (self.models, ["base", *self.data.tasks, "joint"], "models"),
             "compare": ([name for pair in self.compare for name in pair], [*own, *self.merges], "models"),

@@ -7,7 +7,7 @@ stream over pieces, through the compiled extension or through torch, and count t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -73,10 +73,7 @@ def _cuts(context: Context, step: Step, position: int, buffers: Buffers) -> list
     tally = partial(_tally, context, step, position, wide, 0, numel, buffers)
     found = _search(targets, sizes, wide, tally)
     _note_kept(context, step, position, step.name, sizes, found)
-    places = {
-        target: _place(context, step, position, target[0], ranked, buffers)
-        for target, ranked in found.items()
-    }
+    places = _places(context, step, position, found, buffers)
     return [[(found[target].value, places[target]) for target in cut] for cut in asked]
 
 
@@ -218,13 +215,20 @@ def chosen(values: Tensor, held: Tensor) -> Tensor:
     return torch.from_numpy(values.numpy()[held.numpy()])
 
 
-def _place(context: Context, step: Step, position: int, task: int, ranked: Ranked, buffers: Buffers) -> int:
-    """The place of the last entry within a rank among those equal to it; the tensor's end where all of them are."""
-    left = ranked.within
-    for first, last in pieces(step, 0, step.spec.numel) if left < ranked.equal else ():
+def _places(
+    context: Context, step: Step, position: int, found: Mapping[Target, Ranked], buffers: Buffers
+) -> dict[Target, int]:
+    """The place of the last entry within each rank among those equal to it; the tensor's end where all of them are."""
+    places = dict.fromkeys(found, step.spec.numel)
+    left = {target: ranked.within for target, ranked in found.items() if ranked.within < ranked.equal}
+    for first, last in pieces(step, 0, step.spec.numel) if left else ():
         _, tau = task_vectors(context, step, first, last, buffers, {}, edits=position)
-        places = (tau[step.tasks.index(task)].abs() == ranked.value).nonzero().flatten()
-        if left <= len(places):
-            return first + int(places[left - 1])
-        left -= len(places)
-    return step.spec.numel
+        for (t, rank), within in list(left.items()):
+            equal = (tau[step.tasks.index(t)].abs() == found[t, rank].value).nonzero().flatten()
+            left[t, rank] = within - len(equal)
+            if within <= len(equal):
+                places[t, rank] = first + int(equal[within - 1])
+                del left[t, rank]
+        if not left:
+            break
+    return places

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -274,13 +273,15 @@ def torchrun(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     script = folder / "worker.py"
     script.write_text(WORKER.format(OPTIONS=OPTIONS))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",  # finds a free port itself
+    ]
     command = [sys.executable, *launch, str(script), str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -26,11 +26,33 @@ def keep_probability(tau: Tensor, density: Tensor | float, epsilon: Tensor | flo
     n = rows.shape[-1]
     rank = torch.empty_like(rows)  # 0 for the smallest; of equal ones the first
     counted = torch.arange(n, dtype=tau.dtype, device=tau.device).expand(rows.shape[1:])
-    for row, ranked in zip(
-        rows, rank, strict=True
-    ):  # task by task: the order takes twice the memory of the values
-        ranked.scatter_(-1, row.argsort(dim=-1, stable=True), counted)
+    # Task by task: the order takes twice the memory of the values.
+    for row, ranked in zip(rows, rank, strict=True):
+        ranked.scatter_(-1, order(row), counted)
     return density + epsilon * (density < 1) * ((rank.reshape(tau.shape) + 0.5) / n - 0.5)
+
+
+def order(rows: Tensor) -> Tensor:
+    """The places of a row's entries from the smallest on, equal ones as they stand. rows: (*s, n), none below 0. Returns (*s, n).
+
+    Example:
+        >>> import torch
+        >>> order(torch.tensor([3.0, 0.0, 3.0, 1.0])).tolist()
+        [1, 3, 0, 2]
+    """
+    import numpy as np
+    import torch
+
+    if rows.dtype != torch.float32 or rows.device.type != "cpu":
+        return rows.argsort(dim=-1, stable=True)
+    # The bits of floats that are not negative order like the values. With the places below them they are whole numbers that
+    # all differ, which numpy sorts five times faster than torch sorts places by floats.
+    keys = rows.view(torch.int32).numpy().astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(rows.shape[-1])
+    keys.sort(axis=-1)
+    keys &= 0xFFFFFFFF
+    return torch.from_numpy(keys)
 
 
 def della(tau: Tensor, noise: Tensor, density: Tensor | float, epsilon: Tensor | float) -> Tensor:
