@@ -18,6 +18,8 @@ COMMANDS = {
         "estimate a model's curvature from data, into a file to merge with",
     ),
     "merge": ("gradmatch.commands.merge", "merge fine-tuned models, by a recipe or by flags"),
+    "mix": ("gradmatch.commands.mix", "let models work side by side, with a router that decides"),
+    "stack": ("gradmatch.commands.stack", "stack layers of models in depth, and train what was added"),
     "subtract": ("gradmatch.commands.subtract", "remove what a task taught a model (Eq. 13)"),
     "unmerge": ("gradmatch.commands.unmerge", "take a task out of a merge again, by the posterior beside it"),
     "budget": (

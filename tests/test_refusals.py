@@ -145,7 +145,7 @@ REFUSALS = {
         ("a key among the options", {"r.yaml": OURS + TASKS + "options: {method: ties}\n"}, "merge r.yaml out", "'method' is no option of a method but a key"),
         ("a flag among the options", {"r.yaml": OURS + TASKS + "options: {overwrite: true}\n"}, "merge r.yaml out", "'overwrite' is no option of a method but a key"),
         ("a value of another kind", {"r.yaml": OURS + TASKS + "delta0: much\n"}, "merge r.yaml out", "delta0 is 'much': "),
-        ("a mixture of experts (mergekit-moe)", {"r.yaml": "base_model: a\nexperts: []\n"}, "merge r.yaml out", "describes a mixture of experts"),
+        ("a mixture of experts (mergekit-moe)", {"r.yaml": "base_model: a\nexperts: []\n"}, "merge r.yaml out", "describes a mixture of experts, and no merge; `gradmatch mix r.yaml` makes it"),
         ("mergekit's, with an unknown method", {"r.yaml": "merge_method: slurp\nmodels: [{model: base}]\n"}, "merge r.yaml out", "merge_method 'slurp' is unknown here (did you mean 'slerp'?)"),
         ("mergekit's, with both models and slices", {"r.yaml": "merge_method: linear\nmodels: []\nslices: []\n"}, "merge r.yaml out", "give either models or slices"),
         ("mergekit's, with an unknown parameter", {"r.yaml": "merge_method: linear\nmodels: [{model: base, parameters: {wieght: 1}}]\n"}, "merge r.yaml out", "wieght"),

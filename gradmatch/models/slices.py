@@ -133,9 +133,27 @@ def _followed(
         return None
     if nested:
         return {**config, nested: _followed(config[nested], sources)}
+    config = _by_layer(config)
     old = next((config[key] for key in LAYER_COUNTS if key in config), None)
     followed = {key: (len(sources) if key in LAYER_COUNTS else value) for key, value in config.items()}
     for key, value in config.items():
         if isinstance(value, list) and old and len(value) == old and max(sources) < old:
             followed[key] = [value[source] for source in sources]
+    if config.get("mlp_only_layers"):
+        dense = set(config["mlp_only_layers"])
+        followed["mlp_only_layers"] = [layer for layer, source in enumerate(sources) if source in dense]
     return followed
+
+
+def _by_layer(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config with the kind of attention layer by layer, where it says it by a rule (windows from some layer on, every sixth layer)."""
+    rules = ("use_sliding_window", "sliding_window_pattern", "max_window_layers")
+    if config.get("layer_types") or not any(config.get(rule) for rule in rules):
+        return config
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        return config
+    types = getattr(CONFIG_MAPPING[kind].from_dict(dict(config)), "layer_types", None)
+    return {**config, "layer_types": list(types)} if types else config

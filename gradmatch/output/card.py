@@ -25,7 +25,7 @@ CARD = "gradmatch.json"
 
 def card_files(made: Plan, report: Report) -> dict[str, bytes]:
     """Name -> content of the card's files, and of the heads kept per task."""
-    content = _public(
+    content = public(
         {
             "recipe": recipe(made),
             "inputs": input_fingerprints(made),
@@ -165,7 +165,7 @@ def _json(content: Any) -> bytes:
     return (json.dumps(content, indent=2, default=str, allow_nan=False) + "\n").encode()
 
 
-def _public(content: Any) -> Any:
+def public(content: Any) -> Any:
     """The content with null for numbers that JSON has no spelling for (a weight without a limit), and no path of this machine."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
@@ -173,8 +173,8 @@ def _public(content: Any) -> Any:
         path = Path(content)
         return published(path) if path.is_absolute() and path.exists() else str(content)
     if isinstance(content, Mapping):
-        return {key: _public(value) for key, value in content.items()}
-    return [_public(value) for value in content] if isinstance(content, (list, tuple)) else content
+        return {key: public(value) for key, value in content.items()}
+    return [public(value) for value in content] if isinstance(content, (list, tuple)) else content
 
 
 def _where(curvature: Any) -> Any:

@@ -64,7 +64,12 @@ class FolderSink:
         except BaseException:
             let_go(self._lock)
             raise
-        self.layout = Layout(plan)
+        base = plan.inputs.base
+        self.layout = Layout(
+            {step.name: step.spec for step in plan.steps},
+            plan.request.shard_bytes,
+            base.aliases if base.config is None else {},
+        )
         self.stats: dict[str, dict[str, float]] = {}
         self._fds: dict[str, int] = {}
         try:

@@ -157,7 +157,7 @@ def load_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         return translate(dict(content), path.parent, str(path))
     if "experts" in content:
         raise GradmatchError(
-            f"{path} describes a mixture of experts (mergekit-moe); merges alone are made here, from `method:` or `merge_method:`",
+            f"{path} describes a mixture of experts, and no merge; `gradmatch mix {path}` makes it",
             "bad_recipe",
             path,
         )
