@@ -37,6 +37,7 @@ def merge(
     weights: str | None = None,
     data: Mapping[str, Any] | None = None,
     products: Any = None,
+    align: str | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Merged | Checkpoint:
     """Merge fine-tuned models of one base.
@@ -58,6 +59,8 @@ def merge(
         weights: "auto" chooses every task's weight by forecast (task_arithmetic and gradient_matching), from `data` or `products`.
         data: task -> batches of examples with true labels, for weights="auto"; the models are then run, and held in memory.
         products: in place of data: the file that `gradmatch forecast --save` wrote.
+        align: for tasks of another beginning than the base's: a method of `gradmatch.rebasin.align`, or {"method": ..., "data": FILE
+            or batches, ...}; every task is aligned to the base first, and its curvature with it.
         **options: of the rule and its transforms, and the policies of `gradmatch.plan.request.Request` (transforms, dtype, heads,
             missing, missing_curvature, batchnorm, embeddings, precision, rounding, shard_bytes, device, ...).
 
@@ -72,6 +75,9 @@ def merge(
         BlockingIOError: another process is writing `out`.
         OSError: no space left.
     """
+    if align is not None:
+        tasks, told = aligned(base, tasks, align)
+        options["notes"] = [*options.get("notes", ()), *told]
     settings: dict[str, Any] = {
         "base_curvature": base_curvature,
         "base_weight": base_weight,
@@ -94,6 +100,49 @@ def merge(
         found: Any = greedy_soup(base, tasks, **settings)
         return found  # type: ignore[no-any-return]
     return merging.merge(base, tasks, method=method, **settings)
+
+
+def aligned(
+    base: Model | Checkpoint, tasks: Sequence[Task], align: str | Mapping[str, Any]
+) -> tuple[list[Task], list[str]]:
+    """Tasks of other beginnings in the base's order of units, and what to note of it; a task that is the base itself stays.
+
+    Args:
+        base: whose order they get.
+        tasks: to be aligned.
+        align: a method, or its arguments by name; `data` may be a file, read with the base's tokenizer.
+
+    Raises:
+        ValueError: see `gradmatch.rebasin.align`.
+
+    >>> aligned("base", [Task("other")], "weights")[0]                                       # doctest: +SKIP
+    [Task(model=Checkpoint(other, 105 tensors), curvature=None, weight=1.0, name='other', options={})]
+    """
+    from dataclasses import replace
+
+    from gradmatch.common.kinds import plain
+    from gradmatch.models.opening import open_checkpoint
+    from gradmatch.models.task import Task
+    from gradmatch.plan.opened import task_names
+    from gradmatch.rebasin.aligning import align as align_to
+
+    given = {"method": align} if isinstance(align, str) else dict(plain(align))
+    if isinstance(given.get("data"), (str, os.PathLike)):
+        from gradmatch.measure.data import read
+
+        given["data"] = list(read(given["data"], base, limit=256, max_length=128))
+    theta0 = open_checkpoint(base)
+    moved, told = [], []
+    tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
+    for name, task in zip(task_names(tasks), tasks, strict=True):
+        own = open_checkpoint(task.model, base=theta0)
+        if own is theta0 or task.model is base or (own.path is not None and own.path == theta0.path):
+            moved.append(task)
+            continue
+        view = align_to(task.model if own.path is None else own, theta0, **given)
+        told += [f"{name}: {line}" for line in view.report.summary().splitlines()]
+        moved.append(replace(task, model=view, name=name))
+    return moved, told
 
 
 def _chosen(

@@ -22,6 +22,7 @@ COMMANDS = {
     "stack": ("gradmatch.commands.stack", "stack layers of models in depth, and train what was added"),
     "subtract": ("gradmatch.commands.subtract", "remove what a task taught a model (Eq. 13)"),
     "unmerge": ("gradmatch.commands.unmerge", "take a task out of a merge again, by the posterior beside it"),
+    "align": ("gradmatch.commands.align", "bring a model of another beginning into a base's order of units"),
     "budget": (
         "gradmatch.commands.budget",
         "what removing a task will cost, and the largest weight within a budget",

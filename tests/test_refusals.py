@@ -110,6 +110,16 @@ REFUSALS = {
         ("greedy soup from the command", {}, "merge --base base --task one --method greedy_soup -o out", "is called from Python"),
         ("reloading without a config", {}, M + "--verify reload", "has no config.json"),
     ],
+    "Alignment": [
+        ("nothing to align with", {}, "align cls", "nothing to align with: name a model with --to, or --check this one"),
+        ("a check of two models", {}, "align cls --check --to cls2", "--check looks at one model alone, without --to"),
+        ("a figure without data", {}, "align cls --to cls2 --figure x.png", "--figure draws losses, which need --data FILE"),
+        ("a method that needs data, and none", {}, "align cls --to cls2 --method activations", "looks at what the models do on data; pass --data"),
+        ("an unknown method", {}, "align cls --to cls2 --method weight", "method is 'weight' (did you mean 'weights'?)"),
+        ("no restart at all", {}, "align cls --to cls2 --restarts 0", "restarts is 0; it must be at least 1"),
+        ("weights that no module tells of", {}, "align base --to one", "base is weights alone: which units they belong to is told by a module"),
+        ("a recipe with a method that is none", {"r.yaml": "base: cls\nmethod: averaging\nalign: wieghts\ntasks: [cls2]\n"}, "merge r.yaml out", "(did you mean 'weights'?)"),
+    ],
     "Curvature": [
         ("none for a task", {}, "merge --base base --task one --base-curvature 1 -o out", "gradient_matching needs a curvature"),
         ("none for the base", {}, "merge --base base --task one,curvature=one.safetensors -o out", "gradient_matching needs the base's curvature; pass --base-curvature"),

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.commands.sources import SETTINGS, add_sources, read_data, sources
+from gradmatch.commands.sources import SETTINGS, add_sources, in_one_order, read_data, sources
 from gradmatch.estimators.files import write_atomically
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     from gradmatch.diagnosis import diagnose
 
     data = read_data(args, arguments, ("base",))
+    arguments = in_one_order(arguments)
+    arguments.pop("notes", None)
     settings = {name: arguments.pop(name) for name in SETTINGS if name in arguments}
     base, tasks = arguments.pop("base"), arguments.pop("tasks")
     products = args.products or arguments.pop("products", None)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.commands.sources import add_sources, read_data, sources
+from gradmatch.commands.sources import add_sources, in_one_order, read_data, sources
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.files import write_atomically
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from gradmatch.api import forecast
     from gradmatch.plan.opened import task_names
 
-    tasks = arguments["tasks"]
+    tasks = in_one_order(arguments)["tasks"]
     given = {name: arguments[name] for name in SETTINGS if name in arguments}
     result = forecast(
         arguments["base"], tasks, data=read_data(args, arguments), products=args.products, span=args.span,
@@ -74,7 +74,10 @@ def run(args: argparse.Namespace) -> int:
         for line in front(result.products, args.lower, args.upper):
             print(line)
     if args.write:
-        write_recipe(args.write, arguments, dict(zip(task_names(tasks), tasks, strict=True)), result)
+        given_tasks = arguments["tasks"]
+        write_recipe(
+            args.write, arguments, dict(zip(task_names(given_tasks), given_tasks, strict=True)), result
+        )
     if args.save:
         print(f"written: {args.save}", file=sys.stderr)
     return 0
@@ -92,6 +95,8 @@ def write_recipe(path: str, arguments: dict[str, Any], tasks: dict[str, Task], r
         recipe |= {name: arguments[name] for name in ("base_weight", "delta0") if name in arguments}
         h0 = arguments["base_curvature"]
         recipe["base_curvature"] = _absolute(h0) if isinstance(h0, str) else h0
+    if arguments.get("align"):
+        recipe["align"] = arguments["align"]
     recipe["tasks"] = []
     for name, task in tasks.items():
         entry = {"model": _absolute(task.model), "weight": round(result.weights[name], 6), "name": name}

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.commands.options import add_options, given_options
-from gradmatch.commands.sources import add_data, add_models, number_or_text, parse_task, read_data
+from gradmatch.commands.sources import (
+    add_data,
+    add_models,
+    in_one_order,
+    number_or_text,
+    parse_task,
+    read_data,
+)
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.plan.request import POLICIES
 from gradmatch.rules import RULES
@@ -65,6 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--weights", choices=("auto",), help="auto: chosen by forecast, from --data or --products"
+    )
+    parser.add_argument(
+        "--align",
+        metavar="METHOD",
+        help="bring tasks of another beginning into the base's order of units first: weights, ...",
     )
     parser.add_argument(
         "--anchor", metavar="MODEL", help="anchored: another merge of the base, to hold on to"
@@ -137,7 +149,9 @@ def run(args: argparse.Namespace) -> int:
         arguments["method"] = args.method
     if args.transform:
         arguments["transforms"] = args.transform
-    arguments |= {name: getattr(args, name) for name in ("weights", "products") if getattr(args, name)}
+    arguments |= {
+        name: getattr(args, name) for name in ("weights", "products", "align") if getattr(args, name)
+    }
     if "base" not in arguments or not arguments.get("tasks"):
         raise GradmatchError(
             "nothing to merge: give a recipe, or --base and at least one --task (see gradmatch merge --help)",
@@ -191,9 +205,8 @@ def make_plan(arguments: dict[str, Any]) -> Plan:
     """Everything that `merge` checks before it reads a value."""
     from gradmatch.merging import prepare
 
-    return prepare(
-        **{name: value for name, value in arguments.items() if name not in ("weights", "products")}
-    )
+    given = {name: value for name, value in arguments.items() if name not in ("weights", "products")}
+    return prepare(**in_one_order(given))
 
 
 def print_plan(made: Plan, out: str | None, overwrite: bool) -> dict[str, Any]:

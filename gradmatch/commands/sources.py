@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.commands.reading import add_reading, check_reading, read_source
@@ -117,6 +117,17 @@ def sources(args: argparse.Namespace) -> dict[str, Any]:
             "nothing to look at: give a recipe, or --base and at least one --task", "bad_arguments"
         )
     return arguments
+
+
+def in_one_order(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a merge with the tasks aligned to the base, where a recipe or flag asks for that."""
+    given = dict(arguments)
+    if align := given.pop("align", None):
+        from gradmatch.api import aligned
+
+        given["tasks"], told = aligned(given["base"], given["tasks"], align)
+        given["notes"] = [*given.get("notes", ()), *told]
+    return given
 
 
 def read_data(

@@ -21,7 +21,7 @@ from gradmatch.estimators.names import nearest
 from gradmatch.measure.conflict import curvature_overlap, sign_conflict
 from gradmatch.measure.objective import Objective
 from gradmatch.models.checkpoint import Checkpoint
-from gradmatch.models.curvatures import blocks, open_curvature
+from gradmatch.models.curvatures import blocks, moved_curvature, open_curvature
 from gradmatch.models.loading import load
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.stores import spans, take
@@ -75,7 +75,7 @@ def open_models(
         found = numbers(task.weight)
         weights[name] = sum(found) / len(found)
         if task.curvature is not None:
-            curvatures[name] = open_curvature(task.curvature)
+            curvatures[name] = moved_curvature(models[name], open_curvature(task.curvature), name)
     known = [*curvatures.values(), *([base_curvature] if isinstance(base_curvature, Curvature) else [])]
     if data or any(name not in theta0 for curvature in known for name in curvature):
         theta0 = as_module(theta0)

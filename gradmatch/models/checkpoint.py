@@ -20,6 +20,8 @@ from gradmatch.models.stores import FileStore, Spec, Store, read, take
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gradmatch.models.moved import Movement
+
 
 @dataclass(eq=False, repr=False)
 class Checkpoint(Mapping[str, "Tensor"]):
@@ -39,6 +41,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         under: of an adapter: its base before the update; None otherwise.
         changed: a config that replaces the one in `path` (other layers, another vocabulary), or None.
         original: the checkpoint before its vocabulary was aligned; itself otherwise.
+        movement: how its units were moved (`gradmatch.rebasin.align`), or None; its curvature moves along.
         notes: what was remarked when it was opened.
         report: what the merge that made it has to say, or None.
         plan: what that merge planned for every tensor, or None.
@@ -57,6 +60,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
     names: Sequence[str] = ()
     under: Checkpoint | None = None
     untied: frozenset[str] = frozenset()
+    movement: Movement | None = None
     notes: tuple[str, ...] = ()
     report: Any = None
     plan: Any = None

@@ -8,11 +8,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gradmatch.common.warning import warn
 from gradmatch.estimators.curvature import FACTOR_A, FACTOR_B, GRADIENT, MEAN, STANDARD_ERROR, Curvature
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.estimators.fingerprint import fingerprint
 from gradmatch.estimators.tensorfile import TensorFile
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.gathered import Gathered
+from gradmatch.models.moved import MovedCurvature
 from gradmatch.models.stores import FileStore, MemoryStore, Store
 from gradmatch.models.views import Arrangement, arrange, like
 
@@ -58,6 +61,8 @@ class CurvatureStore(Gathered):
 
 def blocks(curvature: Curvature, prefix: str = MEAN) -> Store:
     """One kind of a curvature's blocks by its own names."""
+    if isinstance(curvature, MovedCurvature):
+        return curvature.store(blocks(curvature.source, prefix), prefix)
     if curvature.path:
         return FileStore([TensorFile(curvature.path)], prefix)
     read = {
@@ -196,6 +201,38 @@ def arranged_curvature(
     if all(parameter in base.store for parameter in own) and not tied:
         return None
     return arrange(own, base, beside=[model])
+
+
+def moved_curvature(model: Checkpoint, curvature: Curvature, name: str) -> Curvature:
+    """A model's curvature; of an aligned view, one of the model before is moved along with it.
+
+    Whose it is is told by its fingerprint; one of neither of the two stays, for whoever checks it; one without any is
+    taken to be of the model before, with a warning.
+
+    Raises:
+        ValueError: one that cannot be moved.
+    """
+    movement = model.movement
+    if movement is None or isinstance(curvature, MovedCurvature):
+        return curvature
+    if "fingerprint" not in curvature.info:
+        warn(
+            f"the curvature of {name} has no fingerprint; it is taken to be that of the model before its alignment, and moved along"
+        )
+        return movement.of_curvature(curvature, name)
+    if _owns(model, curvature) or not _owns(movement.source, curvature):
+        return curvature
+    return movement.of_curvature(curvature, name)
+
+
+def _owns(model: Checkpoint, curvature: Curvature) -> bool:
+    """Whether a curvature was taken at these weights."""
+    own = Checkpoint(blocks(curvature), path=curvature.path, aliases={})
+    known = model if all(parameter in model for parameter in curvature) else like(model, own)
+    try:
+        return fingerprint(curvature, known.sample) == curvature.info["fingerprint"]
+    except KeyError:
+        return False
 
 
 def open_curvature(curvature: Curvature | str | os.PathLike[str]) -> Curvature:

@@ -12,7 +12,13 @@ from gradmatch.estimators.curvature import GRADIENT, MEAN, Curvature
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.adapters import UNTIE
 from gradmatch.models.checkpoint import Checkpoint
-from gradmatch.models.curvatures import CurvatureStore, Factors, arranged_curvature, open_curvature
+from gradmatch.models.curvatures import (
+    CurvatureStore,
+    Factors,
+    arranged_curvature,
+    moved_curvature,
+    open_curvature,
+)
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.task import Task
 from gradmatch.models.views import like
@@ -162,7 +168,7 @@ def _open_task(
             "bad_curvature",
             name,
         )
-    curvature = open_curvature(task.curvature)
+    curvature = moved_curvature(own, open_curvature(task.curvature), name)
     arranged = arranged_curvature(curvature, own, base, name, allow_mismatch)
     opened.curvature = curvature
     if "curvature" in needs:
@@ -214,7 +220,7 @@ def _base_curvature(
                 "base_curvature",
             )
         return float(given), None
-    curvature = open_curvature(given)
+    curvature = moved_curvature(base, open_curvature(given), "the base")
     arranged = arranged_curvature(curvature, base, base, "the base", allow_mismatch)
     factors = Factors.of(curvature, arranged) if isinstance(request.rule, Solve) else None
     return CurvatureStore(curvature, MEAN, arranged), factors

@@ -7,6 +7,7 @@
     after: [svc]                        # edits of the merged update, optional
     options: {density: 0.5}             # of the method, the transforms and the edits
     dtype: float32
+    align: weights                      # tasks of another beginning than the base's are brought into its order of units first
     weights: auto                       # instead of numbers: chosen by forecast, with --data or products: FILE
     tasks:
       - model: path/to/first
@@ -67,6 +68,7 @@ class Sources(BaseModel):
     base_curvature: str | float | None = None
     weights: Literal["auto"] | None = None
     products: str | None = None
+    align: str | dict[str, Any] | None = None  # gradmatch.rebasin says what it may be
     options: dict[str, Any] = Field(default_factory=dict)
     allow_mismatch: bool = False
     allow_pickle: bool = False
@@ -84,7 +86,10 @@ class Sources(BaseModel):
             for task in self.tasks
         ]
         curvature = self.base_curvature
-        chosen = {"weights": self.weights, "products": _optional(self.products, folder)}
+        align = self.align
+        if isinstance(align, dict) and isinstance(align.get("data"), str):
+            align = {**align, "data": locate(align["data"], folder)}
+        chosen = {"weights": self.weights, "products": _optional(self.products, folder), "align": align}
         return {
             **{name: getattr(self, name) for name in SETTINGS},
             "base": locate(self.base, folder),
