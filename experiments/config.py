@@ -95,6 +95,7 @@ EXPERIMENTS = {
     "diagnosis": "experiments.studies.diagnosis",
     "forecast": "experiments.studies.forecast",
     "language": "experiments.studies.language",
+    "mixture": "experiments.studies.mixture",
     "redundancy": "experiments.studies.redundancy",
     "removal": "experiments.studies.removal",
     "removal-proof": "experiments.studies.removal_proof",
