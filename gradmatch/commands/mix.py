@@ -17,6 +17,7 @@ examples:
   gradmatch mix --base base --expert maths --expert prose --router spectral --level block --rank 16 -o mixture/
   gradmatch mix train-router mixture/ --data maths.txt --data prose.txt --steps 200      the routers alone, in place
   gradmatch mix report mixture/ --data maths=maths.txt --data prose=prose.txt --figure who.svg
+  gradmatch mix curve recipe.yaml --over rank --points 4,16,64 --data test.csv --figure curve.svg      size against accuracy
 """
 CHOICES = {"level": LEVELS, "routing": ROUTINGS, "router": ROUTERS, "gate_mode": GATES, "form": FORMS}
 MEANINGS = {
@@ -37,7 +38,7 @@ NUMBERS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `gradmatch mix`."""
     parser.add_argument(
-        "recipe", nargs="?", help="YAML recipe, flags below override it; or train-router, report"
+        "recipe", nargs="?", help="YAML recipe, flags below override it; or train-router, report, curve"
     )
     parser.add_argument(
         "out_folder", nargs="?", metavar="OUT", help="folder to write, or of the mixture to train or look at"
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--method", help="rule of what is not mixed, or base (default averaging)")
     parser.add_argument("--dtype", help="of the output: float32, bfloat16, ... (default: the base's)")
-    group = parser.add_argument_group("train-router and report")
+    group = parser.add_argument_group("train-router, report and curve")
     group.add_argument(
         "--data", action="append", default=[], metavar="[NAME=]FILE", help="examples; repeatable"
     )
@@ -76,7 +77,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resume", action="store_true", help="go on where a training ended, up to --steps in all"
     )
-    group.add_argument("--figure", metavar="FILE", help="draw the shares (.svg, .png, .pdf)")
+    group.add_argument("--figure", metavar="FILE", help="draw the shares or the curve (.svg, .png, .pdf)")
+    group.add_argument(
+        "--over",
+        choices=("layers", "rank"),
+        default="layers",
+        help="of a curve: layers that are mixed (default), or rank",
+    )
+    group.add_argument(
+        "--points", metavar="N,N,...", help="of a curve (default: quarters of the layers, or ranks 4,16,64)"
+    )
     add_reading(group, examples=None)
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
 
@@ -169,4 +179,23 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-ACTIONS = {"train-router": _train, "report": _report}
+def _curve(args: argparse.Namespace) -> int:
+    from gradmatch.measure.data import read
+    from gradmatch.mixture.curve import accuracy_on, size_curve
+    from gradmatch.recipes.mixture import load_mixture
+
+    recipe, files = _folder_and_data(args)
+    arguments = {**load_mixture(recipe), **overrides(args)}
+    arguments = {key: value for key, value in arguments.items() if key not in ("dense_layers", "rank")}
+    base = arguments.pop("base")
+    points = [int(one) for one in args.points.split(",")] if args.points else None
+    batches = [batch for file in files.values() for batch in read(file, base, **reading_of(args))]
+    found = size_curve(base, arguments.pop("experts"), accuracy_on(batches), args.over, points, **arguments)
+    if args.figure:
+        found.figure(args.figure)
+    print(found.summary())
+    args.result = found.to_dict()
+    return 0
+
+
+ACTIONS = {"train-router": _train, "report": _report, "curve": _curve}

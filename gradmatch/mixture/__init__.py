@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradmatch.mixture.curve import SizeCurve, size_curve
     from gradmatch.mixture.loading import load
     from gradmatch.mixture.mixing import mix
     from gradmatch.mixture.shares import Routing, routing
@@ -14,14 +15,26 @@ if TYPE_CHECKING:
 
 EXPORTS = {
     "Routing": "gradmatch.mixture.shares",
+    "SizeCurve": "gradmatch.mixture.curve",
     "load": "gradmatch.mixture.loading",
     "mix": "gradmatch.mixture.mixing",
     "routing": "gradmatch.mixture.shares",
+    "size_curve": "gradmatch.mixture.curve",
     "stack": "gradmatch.mixture.stacking",
     "train_blocks": "gradmatch.mixture.stacking",
     "train_router": "gradmatch.mixture.training",
 }
-__all__ = ["Routing", "load", "mix", "routing", "stack", "train_blocks", "train_router"]
+__all__ = [
+    "Routing",
+    "SizeCurve",
+    "load",
+    "mix",
+    "routing",
+    "size_curve",
+    "stack",
+    "train_blocks",
+    "train_router",
+]
 
 
 def __getattr__(name: str) -> Any:

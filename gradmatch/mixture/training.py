@@ -209,14 +209,14 @@ def _steps(
             if not torch.isfinite(whole):
                 losses.append(float("nan"))
                 raise GradmatchError(
-                    f"the loss is {float(whole)} at step {done + len(losses)}; choose a smaller rate; nothing is written",
+                    f"the loss is {float(whole.detach())} at step {done + len(losses)}; choose a smaller rate; nothing is written",
                     "not_finite",
                     "rate",
                 )
             optimizer.zero_grad()
             whole.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
 
 
 def _again(batches: Any) -> Iterator[Any]:

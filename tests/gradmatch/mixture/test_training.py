@@ -9,8 +9,8 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
-from gradmatch import GradmatchError, open_checkpoint
-from gradmatch.mixture import load, mix, routing, stack, train_router, training
+from gradmatch import GradmatchError, Task, merge, open_checkpoint
+from gradmatch.mixture import load, mix, routing, size_curve, stack, train_router, training
 from gradmatch.mixture.stacking import BLOCKS, train_blocks
 from gradmatch.mixture.training import balance_loss, listening, loss_of
 from tests.command import run
@@ -181,10 +181,46 @@ def test_the_report_tells_who_answers_what_and_names_the_dead(llama, tmp_path, c
     assert run(f"mix train-router {tmp_path / 'own'}") == 2
 
 
+def test_the_curve_runs_from_one_merged_model_to_all_experts(bert, tmp_path, capsys):
+    base, experts = bert
+    labels = [
+        logits(tf.AutoModelForSequenceClassification.from_pretrained(one), IDS).argmax(-1)
+        for one in (base, *experts)
+    ]
+    curve = size_curve(
+        base,
+        experts,
+        lambda module: float((logits(module, IDS).argmax(-1) == labels[1]).float().mean()),
+        level="block",
+        routing="sample",
+        prompts=PROMPTS[:2],
+    )
+    merged = merge(base, [Task(one) for one in experts], method="averaging", out=tmp_path / "merged")
+    own = tf.AutoModelForSequenceClassification.from_pretrained(merged.folder)
+    assert curve.points[0].score == float((logits(own, IDS).argmax(-1) == labels[1]).float().mean())
+    assert [point.at for point in curve.points] == [0, 1, 2]
+    assert [point.size for point in curve.points] == sorted(point.size for point in curve.points)
+    (tmp_path / "data.csv").write_text("text,label\nonce upon,0\ntwo plus,1\n")
+    listed = "".join(f"\n  - {one}" for one in experts)
+    (tmp_path / "r.yaml").write_text(f"base: {base}\nlevel: block\nrouter: spectral\nexperts:{listed}\n")
+    line = f"mix curve {tmp_path / 'r.yaml'} --data {tmp_path / 'data.csv'} --over rank --figure {tmp_path / 'c.svg'} --json"
+    assert run(f"{line} --points 1,3") == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert [point["at"] for point in points] == [0, 1, 3]
+    assert 1 == points[0]["size"] < points[1]["size"] < points[2]["size"]
+    assert "<svg" in (tmp_path / "c.svg").read_text()
+    assert run(f"{line} --points 0") == 2
+    with pytest.raises(GradmatchError, match="points has 3, and there are 2 layers"):
+        size_curve(base, experts, float, points=[3])
+
+
 STACKS = {
     "llama with biases": lambda: tf.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
     "qwen2, half windows": lambda: tf.Qwen2Config(
         **SMALL, use_sliding_window=True, sliding_window=3, max_window_layers=1
+    ),
+    "gemma3, a window pattern": lambda: tf.Gemma3TextConfig(
+        **SMALL, head_dim=8, sliding_window=3, layer_types=["sliding_attention", "full_attention"]
     ),
     "gpt2": lambda: tf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64, n_positions=32),
     "neox": lambda: tf.GPTNeoXConfig(**TEXT),
@@ -206,6 +242,12 @@ def test_a_stack_begins_as_the_first_model_and_learns_in_its_new_blocks_alone(ki
             "sliding_attention",
             "full_attention",
             "sliding_attention",
+        ]
+    if "pattern" in kind:
+        assert deeper.config.layer_types == [
+            *base.config.layer_types,
+            "full_attention",
+            *base.config.layer_types,
         ]
     loss = deeper(input_ids=IDS, labels=IDS).loss
     loss.backward()
