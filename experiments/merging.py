@@ -87,7 +87,7 @@ def merge_and_measure(
     write_metrics(out, model, data, domains, "test")
     if gradients:
         losses = {task: objective(data, sources["base"], task, examples, seed) for task in gradients}
-        write_mismatch(out, theta, losses, gradients, sources["base_curvature"], sources["delta0"])
+        write_mismatch(out, theta, losses, gradients, sources["base_curvature"])
 
 
 def choose(

@@ -1,4 +1,4 @@
-"""Stages: the gradient mismatch of a merged model (Eqs. 6 and 10), against the joint objective sum_t l_t."""
+"""Stages: the gradient mismatch of a merged model (Eq. 6), against the joint objective sum_t l_t."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from experiments.files import write_json
 from experiments.models import load_classifier, narrowed
+from experiments.preconditioned import save
 from experiments.rows import Views, load_split
 from gradmatch.estimators import Curvature
 from gradmatch.measure.mismatch import gradient_mismatch
@@ -40,16 +41,15 @@ def mismatch(
     base_curvature: Path,
     examples: int,
     seed: int,
-    delta0: float,
 ) -> None:
-    """Norms of m_t, of sum_t m_t and of H0^-1 sum_t m_t for one merged model, in `out/mismatch.json`.
+    """Norms of m_t and of sum_t m_t for one merged model in `out/mismatch.json`; see `write_mismatch`.
 
     All weights are 1 whatever the merge's own: every merge is an estimate of the same joint model, which minimises
     sum_t l_t + 1/2 ||theta - theta0||^2_{H0}, and is measured against it.
     """
     losses = {domain: objective(data, model, domain, examples, seed) for domain in gradients}
     theta = dict(next(iter(losses.values())).module.state_dict())
-    write_mismatch(out, theta, losses, gradients, base_curvature, delta0)
+    write_mismatch(out, theta, losses, gradients, base_curvature)
 
 
 def write_mismatch(
@@ -58,10 +58,11 @@ def write_mismatch(
     losses: Mapping[str, Objective],
     gradients: Mapping[str, Path],
     base_curvature: Path,
-    delta0: float,
 ) -> None:
-    """The norms of `mismatch` for weights theta by name, in `out/mismatch.json`; losses and gradients by task."""
-    h0 = Curvature.load(base_curvature / "curvature.safetensors")
+    """The norms of `mismatch` for weights theta by name, in `out/mismatch.json`; losses and gradients by task.
+
+    `out/preconditioned.npz` holds what ||H0^-1 sum_t m_t|| is read off at any floor of H0, see `experiments.preconditioned`.
+    """
     found = gradient_mismatch(
         theta,
         dict.fromkeys(losses, theta),  # the fine-tunes' own gradients are stored
@@ -69,14 +70,14 @@ def write_mismatch(
         dict.fromkeys(losses, 1.0),
         {domain: loss.num_examples for domain, loss in losses.items()},
         stored={domain: load_file(folder / "gradient.safetensors") for domain, folder in gradients.items()},
-        h0={name: h0.total(name) for name in h0},
-        delta0=delta0,
+        keep_vectors=True,
     )
     card = {
         "total": found.total_norm(),
         "per_example": found.per_example(),
-        "preconditioned": found.preconditioned_norm(),
         "tasks": found.task_norms(),
         "layers": found.layers()["total"],
     }
     write_json(out / "mismatch.json", card)
+    h0 = Curvature.load(base_curvature / "curvature.safetensors")
+    save(out, found.vectors, {name: h0.total(name) for name in h0})

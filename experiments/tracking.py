@@ -49,7 +49,7 @@ def log(config: Any, records: Iterable[Record]) -> int:
             {
                 f"mismatch/{key}": record["mismatch"][key]
                 for key in ("total", "preconditioned")
-                if "mismatch" in record
+                if record.get("mismatch", {}).get(key) is not None
             }
         )
         run.finish()

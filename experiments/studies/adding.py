@@ -20,6 +20,7 @@ from experiments.records import Record, of_kind
 from experiments.studies.cells import Cells, slug
 from experiments.studies.classifiers import Config as Source
 from experiments.studies.classifiers import Merge, takes
+from experiments.studies.found import mismatch_of
 from experiments.studies.sources import OnTexts
 from gradmatch.rules import find_rule
 
@@ -76,7 +77,7 @@ def records(config: Config, store: Path) -> list[Record]:
         own = {"seed": seed, "tasks": list(subset), "model": name, "compare": list(config.compare)}
         own["merge"] = config.merges[name].settings
         for row in recorded(stage, store, "subset", "metrics.json", under="metrics", **own):
-            row["mismatch"] = result(stage, store, "mismatch.json")
+            row["mismatch"] = mismatch_of(stage, store, config.source.delta0)
             choice = choices.get((seed, subset, name))
             if choice and is_done(choice, store):
                 row["choice"] = result(choice, store, "choice.json")

@@ -246,7 +246,7 @@ class Cells:
         self.mismatches[seed, name] = self.stage(
             f"{self.title(seed)}/mismatch-{slug(name)}",
             "mismatch:mismatch",
-            {"seed": seed, "examples": config.mismatch_examples, "delta0": config.delta0},
+            {"seed": seed, "examples": config.mismatch_examples},
             config.mismatch_examples * len(config.data.tasks) / DIFFERENTIATED,
             model=model,
             gradients={task: self.gradients[seed, task] for task in config.data.tasks},

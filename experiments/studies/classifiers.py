@@ -67,6 +67,10 @@ class Tasks(Strict):
             name: None if split == "train" and name in self.apart(domain) else every[name] for name in SPLITS
         }
 
+    def split_sizes(self, domain: str) -> dict[str, dict[str, float | None]]:
+        """The same of every split."""
+        return {split: self.sizes(domain, split) for split in SPLITS}
+
     def rows(self, split: str, otherwise: int) -> int:
         """About how many rows a domain has of a split, for the plan of a run."""
         size = getattr(self, split)

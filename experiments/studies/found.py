@@ -11,6 +11,7 @@ from experiments.assets import ASSETS
 from experiments.files import CARD
 from experiments.keys import NAMED
 from experiments.pipeline import Stage, card, is_done, origin, recorded, result
+from experiments.preconditioned import norm
 from experiments.records import Record
 from experiments.report import data_table
 from experiments.statistics import detectable, holm
@@ -136,10 +137,16 @@ def _evaluation(cells: Cells, cell: tuple[int, str], store: Path) -> Iterator[Re
     if cell in cells.choices:
         row["choice"] = result(cells.choices[cell], store, "choice.json")
     if cell in cells.mismatches and is_done(cells.mismatches[cell], store):
-        row["mismatch"] = result(cells.mismatches[cell], store, "mismatch.json")
+        row["mismatch"] = mismatch_of(cells.mismatches[cell], store, config.delta0)
     if cell in cells.distances and is_done(cells.distances[cell], store):
         row["distance_to_joint"] = result(cells.distances[cell], store, "distance.json")["relative"]
     yield row
+
+
+def mismatch_of(stage: Stage, store: Path, delta0: float) -> dict[str, Any]:
+    """The norms that a stage measured, and the preconditioned one at the study's floor."""
+    found: dict[str, Any] = result(stage, store, "mismatch.json")
+    return {**found, "preconditioned": norm(stage.folder(store), delta0)}
 
 
 def _with_tasks(metrics: dict[str, Any], tasks: Sequence[str]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -15,7 +14,6 @@ from experiments.studies.cells import stages as stages
 from experiments.studies.found import preview as preview
 from experiments.studies.found import records as records
 from experiments.studies.found import report as report
-from experiments.tasks.splits import SPLITS, divided
 from experiments.tasks.texts import LISTS, Source
 
 
@@ -69,17 +67,16 @@ class Config(classifiers.Config):
 
     def rows(self) -> list[Record]:
         from experiments.tasks.language import TEXTS, read_all
+        from experiments.tasks.views import counts
 
         found, notes = read_all(self.data.read)
-        rows: dict[str, Any] = {}
+        rows = {}
         for domain, texts in found.items():
-            sizes = self.data.sizes(domain, "test")
-            groups = [text.document for text in texts]
-            parts = divided(domain, [TEXTS] * len(texts), groups, sizes, self.data.split_seed)
-            rows[domain] = {split: dict(Counter([TEXTS] * len(parts[split]))) for split in SPLITS}
-        return [
-            {"kind": "data", "rows": rows, "classes": {domain: [TEXTS] for domain in rows}, "notes": notes}
-        ]
+            table = {"labels": [TEXTS] * len(texts), "groups": [text.document for text in texts], "split": ()}
+            sizes = self.data.split_sizes(domain)
+            rows[domain] = counts(domain, table, [TEXTS], sizes, self.data.split_seed)
+        classes = {domain: [TEXTS] for domain in rows}
+        return [{"kind": "data", "rows": rows, "classes": classes, "notes": notes}]
 
     def start(self) -> dict[str, Any]:
         return {"start": self.encoder, **({"tokenizer": self.data.tokenizer} if self.data.tokenizer else {})}

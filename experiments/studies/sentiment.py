@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from experiments import config as configs
 from experiments.pipeline import Stage
 from experiments.records import Record
 from experiments.studies import classifiers
@@ -18,13 +18,12 @@ from experiments.studies.found import report as report
 from experiments.tasks.classes import ClassName
 from experiments.tasks.corpora import Corpus, read_all
 from experiments.tasks.sentiment import VADER_FILES
-from experiments.tasks.splits import SPLITS
 
 
 class Data(classifiers.Tasks):
     """Which texts: `vader` (four domains from PyPI), or a folder, whose `<domain>.jsonl` (text, label, document) are `corpora`.
 
-    `corpora` names a source per domain instead. labels: the classes, in their order in the head; empty: those of the data, as
+    `corpora` names a source per domain instead (a path alone is short for `{path: PATH}`). labels: the classes, in their order in the head; empty: those of the data, as
     the source numbers them, numbers by size, words by the alphabet. max_length: tokens; longer texts are cut. tokenizer: a folder or hub name; empty: the encoder's.
     """
 
@@ -35,6 +34,11 @@ class Data(classifiers.Tasks):
     max_length: int = Field(default=64, gt=2)
     labels: tuple[ClassName, ...] = ()
     tokenizer: str = ""
+
+    @field_validator("corpora", mode="before")
+    @classmethod
+    def _paths(cls, corpora: Any) -> Any:
+        return configs.under("path", corpora)
 
     @model_validator(mode="after")
     def _known(self) -> Data:
@@ -81,19 +85,16 @@ class Config(classifiers.Config):
         )
 
     def rows(self) -> list[Record]:
-        from experiments.tasks.views import chosen_rows, rows_of
+        from experiments.tasks.views import counts, rows_of
 
         examples, classes, notes = read_all(self.data.read, self.data.labels)
-        rows: dict[str, Any] = {}
+        rows = {}
         for domain, own in examples.items():
-            packaged = self.data.packaged(domain)
-            table = rows_of(domain, own, packaged=packaged, seed=self.data.split_seed)
-            rows[domain] = {}
-            for split in SPLITS:
-                sizes = self.data.sizes(domain, split)
-                chosen = chosen_rows(domain, table, split, sizes, self.data.split_seed, packaged=packaged)
-                counts = Counter(own[row].label for row in chosen)
-                rows[domain][split] = {name: counts[name] for name in classes}
+            packaged, seed = self.data.packaged(domain), self.data.split_seed
+            table = rows_of(domain, own, packaged=packaged, seed=seed)
+            rows[domain] = counts(
+                domain, table, classes, self.data.split_sizes(domain), seed, packaged=packaged
+            )
         return [{"kind": "data", "rows": rows, "classes": dict.fromkeys(rows, classes), "notes": notes}]
 
     def start(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from experiments import config as configs
 from experiments.config import Count, Strict
 from experiments.pipeline import Stage
+from experiments.records import Record
 from experiments.studies import classifiers
 from experiments.studies.cells import stages as stages
 from experiments.studies.found import preview as preview
@@ -92,6 +93,29 @@ class Config(classifiers.Config):
             where for own in used.values() for where in (own.path, own.validation, own.test) if where
         )
         return Stage("vision/data", "experiments.vision.sets:prepare", settings, seconds=20, reads=reads)
+
+    def rows(self) -> list[Record]:
+        from experiments.assets import AssetError
+        from experiments.tasks.views import counts
+        from experiments.vision.sets import once
+
+        rows, classes, notes = {}, {}, []
+        for name in self.data.domains:
+            spec = self.data.sets.get(name)
+            try:
+                found, groups = once(
+                    name, spec and spec.model_dump(), self.data.pixels, self.data.split_seed, notes
+                )
+            except AssetError:  # told when it is needed: a dry run works without a network
+                return []
+            table = {
+                "labels": [found.names[label] for label in found.labels],
+                "groups": groups,
+                "split": found.split,
+            }
+            classes[name] = found.names
+            rows[name] = counts(name, table, found.names, self.data.split_sizes(name), self.data.split_seed)
+        return [{"kind": "data", "rows": rows, "classes": classes, "notes": notes}]
 
     def start(self) -> dict[str, Any]:
         return {"start": self.encoder, "pixels": self.data.pixels, "probe": self.probe}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ VADER_FILES = {
 }
 SEVERAL_PER_DOCUMENT = ("amazon", "nyt")  # ids there are document_sentence
 NEUTRAL = 0.5  # mean ratings run from -4 to 4; nearer to 0 than this, raters disagree on the sign
+NO_LETTERS = re.compile(r"[\W_]+")  # of all that str.isalnum says no to
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,7 @@ def clean(text: str) -> str:
 
 def fingerprint(text: str) -> str:
     """What two texts share that differ in case, punctuation or spacing only."""
-    bare = "".join(character for character in text.casefold() if character.isalnum())
-    return bare or text  # a text of signs alone, as ":)", stands for itself
+    return NO_LETTERS.sub("", text.casefold()) or text  # a text of signs alone, as ":)", stands for itself
 
 
 def _mark(example: Example) -> str:
@@ -67,17 +68,16 @@ def without_duplicates(
 
     Of equal texts, one of a given test or validation split is kept. notes: what was left out is added here, a line a domain.
     """
+    every = [(domain, own, _mark(own)) for domain, examples in domains.items() for own in examples]
     labels: dict[str, set[str]] = {}
-    for example in (example for examples in domains.values() for example in examples):
-        labels.setdefault(_mark(example), set()).add(example.label)
+    for _, example, mark in every:
+        labels.setdefault(mark, set()).add(example.label)
     order = {"test": 0, "validation": 1}
-    every = [(domain, example) for domain, examples in domains.items() for example in examples]
-    every.sort(key=lambda pair: order.get(pair[1].split, 2))  # a stable sort
+    every.sort(key=lambda one: order.get(one[1].split, 2))  # a stable sort
     seen: set[str] = set()
     kept: dict[str, list[Example]] = {domain: [] for domain in domains}
     left: dict[str, Counter[str]] = {domain: Counter() for domain in domains}
-    for domain, example in every:
-        mark = _mark(example)
+    for domain, example, mark in every:
         if len(labels[mark]) > 1:
             left[domain]["with two labels"] += 1
         elif mark in seen:

@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments.files import CARD, write_json
 from experiments.tasks.sentiment import Example
-from experiments.tasks.splits import SPLITS, divided, limited, split_of
+from experiments.tasks.splits import MIN_PER_SPLIT, SPLITS, divided, limited, split_of
 
 
 def view(out: Path, *, data: Path, split: str, sizes: Mapping[str, Mapping[str, Any]], seed: int) -> None:
@@ -23,27 +23,51 @@ def view(out: Path, *, data: Path, split: str, sizes: Mapping[str, Mapping[str, 
     for domain, own in card["domains"].items():
         rows = _load(data / domain)
         rows["labels"] = [own["classes"][number] for number in rows["labels"]]
-        chosen = chosen_rows(domain, rows, split, sizes[domain], seed, packaged=own["packaged"])
-        counts = Counter(rows["labels"][row] for row in chosen)
-        own["counts"] = {name: counts[name] for name in own["classes"]}
+        chosen = divisions(domain, rows, {split: sizes[domain]}, seed, packaged=own["packaged"])[split]
+        own["counts"] = _counted([rows["labels"][row] for row in chosen], own["classes"])
         (out / domain).mkdir(parents=True)
         rows["save"](chosen, out / domain / split)
     write_json(out / CARD, card)
 
 
-def chosen_rows(
-    domain: str, rows: Mapping[str, Any], split: str, sizes: Mapping[str, Any], seed: int, *, packaged: bool
-) -> list[int]:
-    """The numbers of a split's rows, in an order that the seed decides."""
+def divisions(
+    domain: str, rows: Mapping[str, Any], sizes: Mapping[str, Any], seed: int, *, packaged: bool
+) -> dict[str, list[int]]:
+    """The numbers of the rows of each split that `sizes` names, in an order that the seed decides."""
     if not packaged:
-        return divided(domain, rows["labels"], rows["groups"], sizes, seed, rows["split"])[split]
-    own = [row for row, name in enumerate(rows["split"]) if name == split]
-    own.sort(key=lambda row: hashlib.sha256(f"{seed}/{rows['text'][row]}".encode()).digest())
+        own = next(iter(sizes.values()))  # says all splits, and is the same for each
+        return divided(domain, rows["labels"], rows["groups"], own, seed, rows["split"])
     counts = Counter(rows["split"])
-    if min(counts[name] for name in SPLITS) < 10:
+    if min(counts[name] for name in SPLITS) < MIN_PER_SPLIT:
         few = min(SPLITS, key=lambda name: counts[name])
-        raise ValueError(f"domain {domain!r} leaves {counts[few]} examples for {few}; 10 are needed")
-    return limited(domain, own, split, sizes.get(split))
+        raise ValueError(
+            f"domain {domain!r} leaves {counts[few]} examples for {few}; {MIN_PER_SPLIT} are needed"
+        )
+    found = {}
+    for split, limits in sizes.items():
+        members = [row for row, name in enumerate(rows["split"]) if name == split]
+        members.sort(key=lambda row: hashlib.sha256(f"{seed}/{rows['text'][row]}".encode()).digest())
+        found[split] = limited(domain, members, split, limits.get(split))
+    return found
+
+
+def counts(
+    domain: str,
+    rows: Mapping[str, Any],
+    classes: Sequence[str],
+    sizes: Mapping[str, Any],
+    seed: int,
+    *,
+    packaged: bool = False,
+) -> dict[str, dict[str, int]]:
+    """How many rows of each class every split will have: split -> class -> rows. For what is told before a run."""
+    found = divisions(domain, rows, sizes, seed, packaged=packaged)
+    return {split: _counted([rows["labels"][row] for row in found[split]], classes) for split in SPLITS}
+
+
+def _counted(labels: Sequence[Any], classes: Sequence[str]) -> dict[str, int]:
+    found = Counter(labels)
+    return {name: found[name] for name in classes}
 
 
 def rows_of(domain: str, examples: Sequence[Example], *, packaged: bool, seed: int) -> dict[str, Any]:

@@ -8,17 +8,18 @@ import io
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
 from experiments import assets
 from experiments.files import CARD, write_json
 from experiments.tasks.classes import class_name
 from gradmatch.measure.tables import Table, kind_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Images = tuple[NDArray[np.uint8], NDArray[np.int64]]  # (n, H, W) or (n, H, W, 3), and (n,) classes from 0 on
 
@@ -155,6 +156,29 @@ def read(name: str, spec: Mapping[str, Any] | None, pixels: int) -> Found:
     return Found(np.stack(pictures), np.asarray([numbers[own] for own in labels_]), names, splits)
 
 
+def once(
+    name: str, spec: Mapping[str, Any] | None, pixels: int, seed: int, notes: list[str]
+) -> tuple[Found, list[str]]:
+    """A set whose images each stand there once, and a hash of each; what was left out is added to `notes`.
+
+    Of equal images the first is kept, of a given test split before others.
+
+    Raises:
+        ValueError: all images are of one class.
+    """
+    found = read(name, spec, pixels)
+    if len(set(found.labels.tolist())) < 2:
+        raise ValueError(f"{name}: all its images are of one class, {found.names[int(found.labels[0])]!r}")
+    marks = digests(found.images, seed)
+    order = sorted(range(len(marks)), key=lambda row: found.split[row] == "train")
+    kept = sorted({marks[row]: row for row in reversed(order)}.values())
+    if len(kept) < len(marks):
+        notes.append(f"{name}: {len(marks) - len(kept)} images that stand twice are left out")
+    split = [found.split[row] for row in kept]
+    own = Found(found.images[kept], found.labels[kept], found.names, split)
+    return own, [marks[row] for row in kept]
+
+
 def _holds_arrays(folder: Path) -> bool:
     return any(folder.glob("*images-idx3-ubyte.gz")) or any(folder.glob("*.npz"))
 
@@ -187,8 +211,10 @@ def digests(images: NDArray[np.uint8], seed: int) -> list[str]:
     return [hashlib.sha256(image.tobytes() + str(seed).encode()).hexdigest() for image in images]
 
 
-def resized(images: NDArray[np.uint8], pixels: int) -> torch.Tensor:
+def resized(images: NDArray[np.uint8], pixels: int) -> Tensor:
     """(n, H, W) or (n, H, W, 3) -> (n, 1 or 3, pixels, pixels), uint8, bilinear."""
+    import torch  # not where images are only counted
+
     wide = torch.tensor(images)
     wide = wide[:, None] if wide.ndim == 3 else wide.movedim(-1, 1)
     size = (pixels, pixels)
@@ -201,29 +227,21 @@ def prepare(
 ) -> None:
     """Stage: `out/<set>/images.safetensors` (images, labels) with their groups, and `out/data.json`.
 
-    Each set has classes of its own in the common head. Of equal images the first is kept, of a given test split before others.
+    Each set has classes of its own in the common head.
     """
+    import torch
+    from safetensors.torch import save_file
+
     card: dict[str, Any] = {}
-    first, notes = 0, []
+    first = 0
+    notes: list[str] = []
     for name in domains:
-        found = read(name, sets.get(name), pixels)
-        if len(set(found.labels.tolist())) < 2:
-            raise ValueError(
-                f"{name}: all its images are of one class, {found.names[int(found.labels[0])]!r}"
-            )
-        marks = digests(found.images, split_seed)
-        order = sorted(range(len(marks)), key=lambda row: found.split[row] == "train")
-        once = sorted({marks[row]: row for row in reversed(order)}.values())
-        if len(once) < len(marks):
-            notes.append(f"{name}: {len(marks) - len(once)} images that stand twice are left out")
+        found, groups = once(name, sets.get(name), pixels, split_seed, notes)
         (out / name).mkdir()
-        labels = torch.tensor(found.labels[once])
-        save_file(
-            {"images": resized(found.images[once], pixels), "labels": labels},
-            out / name / "images.safetensors",
-        )
-        (out / name / "groups.txt").write_text("\n".join(marks[row] for row in once), encoding="utf-8")
-        (out / name / "splits.txt").write_text("\n".join(found.split[row] for row in once), encoding="utf-8")
+        content = {"images": resized(found.images, pixels), "labels": torch.tensor(found.labels)}
+        save_file(content, out / name / "images.safetensors")
+        (out / name / "groups.txt").write_text("\n".join(groups), encoding="utf-8")
+        (out / name / "splits.txt").write_text("\n".join(found.split), encoding="utf-8")
         card[name] = {"first": first, "classes": found.names, "packaged": False}
         first += len(found.names)
     write_json(out / CARD, {"domains": card, "notes": notes})

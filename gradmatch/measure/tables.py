@@ -129,7 +129,11 @@ class Table:
 
     @contextlib.contextmanager
     def _strict(self) -> Iterator[None]:
-        """Columns are not lost, texts may be long, and what is wrong is said once, by us."""
+        """Columns are not lost, texts may be long, torch is not loaded for it, and what is wrong is said once, by us."""
+        import datasets
+
+        torch = datasets.config.TORCH_AVAILABLE  # streams would load it, which takes longer than most files
+        datasets.config.TORCH_AVAILABLE = torch and "torch" in sys.modules
         log, limit = logging.getLogger("datasets"), csv.field_size_limit(sys.maxsize)
         level = log.level
         log.setLevel(logging.CRITICAL)
@@ -146,6 +150,7 @@ class Table:
             text = f"{self.name} cannot be read: {first_line(error)}"
             raise GradmatchError(text, "unreadable_data", self.name) from error
         finally:
+            datasets.config.TORCH_AVAILABLE = torch
             log.setLevel(level)
             csv.field_size_limit(limit)
 

@@ -168,6 +168,23 @@ def test_a_killed_run_takes_its_helpers_along(tmp_path, log):
         (tmp_path / "stop").touch()
 
 
+def test_what_a_killed_machine_ran_is_taken_up_by_another_on_the_same_folder(tmp_path, log):
+    targets = [stage("wait", "long", log, stop=str(tmp_path / "stop")), stage("count", "short", log)]
+    first = start(targets, tmp_path)
+    wait_for(lambda: "long" in log.read_text())
+    second = start(targets, tmp_path)
+    try:
+        wait_for(lambda: is_done(targets[1], tmp_path))  # the second works beside the first
+        assert ran(log) == ["long", "short"]
+        first.kill()
+        wait_for(lambda: ran(log) == ["long"])  # and takes up what it had
+    finally:
+        (tmp_path / "stop").touch()
+        assert second.wait(timeout=60) == 0
+    assert all(is_done(target, tmp_path) for target in targets)
+    assert not list(tmp_path.glob("*.partial"))
+
+
 @pytest.mark.parametrize(("words", "workers"), [((), 3), (("--workers", "1"), 1)])
 def test_the_config_says_how_many_workers_and_the_command_overrides_it(tmp_path, monkeypatch, words, workers):
     path = tmp_path / "some.yaml"

@@ -70,6 +70,8 @@ def test_a_run_gives_the_records_of_the_sentiment_study(world, run):
     accuracy = sweep["points"][1]["metrics"]["macro"]["accuracy"]
     assert accuracy == found["GM*"]["metrics"]["macro"]["accuracy"]  # alpha = 1 is the merge itself
     assert all(math.isfinite(point["forecast"]["mean"]) for point in sweep["points"])
+    (told,) = load(world / "tiny.yaml").rows()  # as a dry run counts them
+    assert told["rows"] == of_kind(records, "data")[0]["rows"]
     data = next((world / "results" / "stages" / "vision").glob("data-*"))
     assert rows.classes_of(data, "hats") == slice(5, 9)
     head = {
