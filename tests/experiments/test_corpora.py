@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from experiments.config import ConfigError, load, study
+from experiments.studies.sentiment import Data
 from experiments.tasks.classes import Texts, classes_of
 from experiments.tasks.corpora import STANDING_IN, Corpus, Example, prepare, read_corpus
 from experiments.tasks.views import view
@@ -85,6 +88,20 @@ def test_tables_by_column(tmp_path, name):
     half = read(path, label="stars", train="train[:50%]")
     assert [example.text for example in half.examples] == ["fine, but long", "poor"]
     assert len(read(path, label="stars", train="train[1:3]").examples) == 2
+
+
+def test_a_table_is_read_without_torch(tmp_path):
+    code = "import sys; from gradmatch.measure.tables import Table; list(Table(sys.argv[1])); print('torch' in sys.modules)"
+    for name in ("a.csv", "a.jsonl"):
+        where = written(tmp_path / name, ROWS)
+        done = subprocess.run([sys.executable, "-c", code, where], capture_output=True, text=True, check=True)
+        assert done.stdout == "False\n"  # it would take longer than the rest of a dry run
+
+
+def test_a_path_alone_is_a_corpus(tmp_path):
+    own = {"films": "a.csv", "books": {"path": "b.csv"}}
+    read = Data(corpora=own, base="films", tasks=("books",)).read
+    assert [corpus.path for corpus in read.values()] == ["a.csv", "b.csv"]
 
 
 def test_split_files_of_their_own(tmp_path):

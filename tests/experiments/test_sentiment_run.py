@@ -88,7 +88,10 @@ def test_a_changed_option_runs_just_what_depends_on_it(run, results):
     names = {name.removeprefix("sentiment/").removeprefix("seed0/") for name in ran}
     assert {"merge-gm", "evaluate-gm", "mismatch-gm", "choose-gm_", "compare-gm-ta"} <= names
     assert not names & {"data", "base", "books", "songs", "joint", "curvature-base", "gradient-books"}
-    assert not names & {"mismatch-joint", "mismatch-ta"}  # what the floor does to their norm is read off a table
+    assert not names & {
+        "mismatch-joint",
+        "mismatch-ta",
+    }  # what the floor does to their norm is read off a table
 
 
 def test_the_same_seed_gives_the_same_numbers(run, tmp_path, results):
