@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from experiments.records import Record, of_kind
-from paper_figures.style import look, plain_log, save
+from paper_figures.style import BARS, BINOMIAL, caption, half_interval, look, plain_log, save
 
 
 def draw(records: Sequence[Record], folder: Path, name: str = "fig_adding") -> list[Path]:
@@ -35,7 +35,10 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_adding") -> l
             own = [record for record in cells if (record["model"], len(record["tasks"])) == (model, size)]
             for index, record in enumerate(own):
                 label = model if index == 0 else None
-                axes.plot(*point(record), linestyle="none", markersize=5, label=label, **styles[model])
+                bar = half_interval(record["metrics"], record["tasks"])
+                axes.errorbar(
+                    *point(record), bar, linestyle="none", markersize=5, label=label, **BARS, **styles[model]
+                )
         plain_log(axes.xaxis)
         axes.set_title(f"{size} tasks")
         axes.set_xlabel("gradient mismatch $\\|\\sum_t m_t\\|\\,/\\,n$")
@@ -44,6 +47,7 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_adding") -> l
     for axes in panels[0]:
         marks |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     panels[0][-1].legend(marks.values(), marks, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    caption(figure, f"a mark a merge of a subset and seed, a line a subset; bars: {BINOMIAL}")
     return save(figure, folder, name)
 
 

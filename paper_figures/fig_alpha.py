@@ -11,13 +11,14 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
 from experiments.records import Record, mean_over_seeds, of_kind
-from paper_figures.style import look, plain_log, save
+from paper_figures.style import half_interval, look, plain_log, save
 
+BAND = ("95 % over the test examples", "$\\pm$ 1 s.d. over seeds")  # of one seed, of several
 Point = dict[str, Any]
 
 
 def draw(records: Sequence[Record], folder: Path, name: str = "fig_alpha") -> list[Path]:
-    """Mean accuracy on the tasks over alpha: a line per merge (mean over seeds), a band of one standard deviation.
+    """Mean accuracy on the tasks over alpha: a line a merge (mean over seeds), a band of 1 s.d. (of one seed, of 95 %).
 
     Where the sweeps were forecast, beside it the mean loss on the tasks: measured (lines) and forecast (hollow markers).
     Each merge is drawn thinner than the one below it, so that none hides another. Draws nothing, and returns no path,
@@ -30,7 +31,7 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_alpha") -> li
     figure, panels = plt.subplots(1, 1 + forecast, figsize=(4.2 * (1 + forecast), 3.0), squeeze=False)
     accuracy, *rest = panels[0]
     models = list(dict.fromkeys(record["model"] for record in sweeps))
-    styles = look(models)
+    styles, seeds = look(models), len({record["seed"] for record in sweeps})
     for index, model in enumerate(models):
         own = [record for record in sweeps if record["model"] == model]
         thick = 1 - index / len(models)
@@ -38,6 +39,8 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_alpha") -> li
         style["linestyle"] = ("-", "--", "-.", ":")[index % 4]
         alphas, means, spread = curve(own, lambda point: 100 * point["metrics"]["tasks"]["accuracy"])
         accuracy.plot(alphas, means, label=model, **style)
+        if seeds == 1:
+            spread = [half_interval(point["metrics"], ["tasks"]) for point in own[0]["points"]]
         if any(spread):
             low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
             accuracy.fill_between(alphas, low, high, color=style["color"], alpha=0.15, linewidth=0)
@@ -53,8 +56,7 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_alpha") -> li
         hollow = {"linestyle": "", "markerfacecolor": "none"}
         lines = [Line2D([], [], color="#666666", marker="o", markersize=5, **own) for own in ({}, hollow)]
         loss.legend(lines, ["measured, test examples", "forecast, training examples"])
-    band = "band: $\\pm$ 1 s.d. over seeds" if len({record["seed"] for record in sweeps}) > 1 else None
-    accuracy.legend(title=band, title_fontsize=7, alignment="left")
+    accuracy.legend(title=f"band: {BAND[seeds > 1]}", title_fontsize=7, alignment="left")
     for axes in panels[0]:
         axes.set_xlabel("weight $\\alpha$ of every task")
     return save(figure, folder, name)

@@ -38,6 +38,7 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_assumption") 
                 left.plot(x, fmean(found), linestyle="none", label=label, **styles[rule])
     joint = [accuracy(record) for record in of_kind(records, "reference")]
     if joint:
+        left.axhspan(min(joint), max(joint), color="#666666", alpha=0.12, linewidth=0)
         left.axhline(fmean(joint), color="#666666", linestyle="--", linewidth=1, label="joint")
     left.set_xticks(range(len(tunings)), ["plain", *(f"$\\delta_0$ = {t}" for t in tunings[1:])])
     left.set_xlabel("fine-tuning: without penalty, and with Eq. 8's")
@@ -55,7 +56,7 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_assumption") 
     if runs:
         right.legend(fontsize=7)
         right.xaxis.get_major_locator().set_params(integer=True)
-    caption(figure, "left: mean over seeds, whiskers: smallest to largest")
+    caption(figure, "left: mean over seeds, whiskers and band: smallest to largest; right: a line a run")
     return save(figure, folder, name)
 
 

@@ -9,7 +9,7 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 
 from experiments.records import Record, of_kind
-from paper_figures.style import save
+from paper_figures.style import caption, save
 
 
 def draw(records: Sequence[Record], folder: Path, name: str = "fig_cosines") -> list[Path]:
@@ -36,7 +36,12 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_cosines") -> 
             for j, value in enumerate(row):
                 colour = "white" if value > 0.5 else "black"
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour)
+                same = [record["cosines"][i][j] for record in own]
+                if len(own) > 1 and i != j:
+                    told = f"{min(same):.2f} to {max(same):.2f}"
+                    axes.text(j, i + 0.3, told, ha="center", va="center", color=colour, fontsize=6)
         axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
         axes.set_yticks(range(len(tasks)), tasks)
         axes.set_title(f"{source}: cosines of task vectors")
+    caption(figure, "mean over seeds, below it smallest to largest")
     return save(figure, folder, name)

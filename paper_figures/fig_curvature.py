@@ -9,6 +9,7 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 
 from experiments.records import Record, of_kind
+from experiments.statistics import t_interval
 from paper_figures.style import COLOURS, caption, plain_log, save
 
 
@@ -36,11 +37,17 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_curvature") -
     )
     for axes, (title, rows, value) in zip(panels, columns, strict=True):
         for place, estimate in enumerate(names):
-            found = [value(record) for record in rows if record["estimate"] == estimate]
-            points = [point for point in found if point is not None]
+            by_seed: dict[int, list[float]] = {}
+            for record in (record for record in rows if record["estimate"] == estimate):
+                if (number := value(record)) is not None:
+                    by_seed.setdefault(record["seed"], []).append(number)
+            points = [number for own in by_seed.values() for number in own]
             if points:
                 axes.plot(points, [place] * len(points), "o", color=COLOURS[6], markersize=3.5)
                 axes.plot([fmean(points)], [place], "|", color=COLOURS[0], markersize=11, markeredgewidth=1.6)
+            if len(by_seed) > 1:
+                mean, half = t_interval([fmean(own) for own in by_seed.values()])
+                axes.plot([mean - half, mean + half], [place] * 2, color=COLOURS[0], linewidth=0.8)
         axes.set_xlabel(title)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
@@ -50,6 +57,6 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_curvature") -
     caption(
         figure,
         "numbers: examples per model; Monte-Carlo Fisher, one sampled label each, unless said otherwise\n"
-        "dots: a seed each (on the left a seed and model), black bars: their mean",
+        "dots: a seed each (on the left a seed and model), black bars: their mean with its 95 % interval over seeds (Student's t)",
     )
     return save(figure, folder, name)

@@ -9,6 +9,7 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 
 from experiments.records import Record, of_kind
+from experiments.statistics import rank_interval
 from paper_figures.style import caption, look, save
 
 KINDS = {"exact": "exact GGN products", "kronecker": "Kronecker factors", "diagonal": "diagonal Fisher"}
@@ -35,10 +36,17 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_forecast") ->
                 *zip(*points, strict=True), linestyle="none", markersize=3.5, label=task, **styles[task]
             )
         axes.axline((0, 0), slope=1, color="#999999", linewidth=0.8, linestyle="--")
-        rho = fmean(record["correlations"]["seen"][kind]["all pairs"] for record in forecasts)
-        axes.set_title(f"{title}\nSpearman {rho:.2f}")
+        rhos = [record["correlations"]["seen"][kind]["all pairs"] for record in forecasts]
+        low, high = rank_interval(
+            fmean(rhos), len(forecasts[0]["rows"])
+        )  # of one seed's points: seeds share tasks
+        axes.set_title(f"{title}\nSpearman {fmean(rhos):.2f} ({low:.2f} to {high:.2f})")
         axes.set_xlabel("measured rise (nats / example)")
     panels[0].set_ylabel("forecast rise (nats / example)")
     panels[0].legend(fontsize=7)
-    caption(figure, "both on the examples that the forecast was made from; dashes: forecast = measured")
+    caption(
+        figure,
+        "a mark a merge and task, both losses on the examples that the forecast was made from; dashes: forecast = measured\n"
+        "Spearman: mean over seeds, 95 % interval over one seed's marks (Bonett and Wright)",
+    )
     return save(figure, folder, name)

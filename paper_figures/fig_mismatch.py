@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from experiments.records import Record, models_in_order, of_kind
-from paper_figures.style import caption, look, plain_log, save
+from paper_figures.style import BARS, BINOMIAL, caption, half_interval, look, plain_log, save
 
 
 def draw(records: Sequence[Record], folder: Path, name: str = "fig_mismatch") -> list[Path]:
@@ -26,8 +26,10 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_mismatch") ->
         points = [record for record in measured if record["model"] == model]
         x = [record["mismatch"]["per_example"] for record in points]
         y = [error(record) for record in points]
-        bars = {"yerr": [half_interval(record) for record in points], "elinewidth": 0.7, "ecolor": "#bbbbbb"}
-        axes.errorbar(x, y, linestyle="none", markersize=6, label=model, **bars, **styles[model])
+        bars = [
+            half_interval(record["metrics"], record["domains"][1:]) for record in points
+        ]  # the first is the base's
+        axes.errorbar(x, y, bars, linestyle="none", markersize=6, label=model, **BARS, **styles[model])
     for axis in (axes.xaxis, axes.yaxis):
         plain_log(axis)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -37,20 +39,9 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_mismatch") ->
     seeds = len({record["seed"] for record in measured})
     caption(
         figure,
-        f"a point a merge{' and seed' if seeds > 1 else ''}; bars: 95 % over its test examples (binomial)",
+        f"a point a merge{' and seed' if seeds > 1 else ''}; bars: {BINOMIAL}",
     )
     return save(figure, folder, name)
-
-
-def half_interval(record: Record) -> float:
-    """Half the 95 % interval of that error over the test examples: 1.96 sqrt(sum_t p_t (1 - p_t) / n_t) / T, in per cent."""
-    tasks = [
-        own
-        for name, own in record["metrics"].items()
-        if name in record["domains"][1:]  # the first is the base's
-    ]
-    variance = sum(own["accuracy"] * (1 - own["accuracy"]) / own["n"] for own in tasks)
-    return 196 * float(variance) ** 0.5 / max(1, len(tasks))
 
 
 def error(record: Record) -> float:

@@ -9,7 +9,7 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 
 from experiments.records import Record, of_kind
-from paper_figures.style import look, save
+from paper_figures.style import caption, look, save
 
 
 def draw(records: Sequence[Record], folder: Path, name: str = "fig_redundancy") -> list[Path]:
@@ -30,15 +30,20 @@ def draw(records: Sequence[Record], folder: Path, name: str = "fig_redundancy") 
         shares = sorted({record["dropped"] for record in own})
         for task, style in look(tasks).items():
             for kind, dashes in (("rescaled", "-"), ("plain", "--")):
-                curve = [
-                    100 * fmean(r[kind] for r in own if (r["task"], r["dropped"]) == (task, share))
+                found = [
+                    [100 * r[kind] for r in own if (r["task"], r["dropped"]) == (task, share)]
                     for share in shares
                 ]
-                label = task if kind == "rescaled" else None
-                axes.plot(range(len(shares)), curve, linestyle=dashes, markersize=4, label=label, **style)
+                label, places = task if kind == "rescaled" else None, range(len(shares))
+                axes.plot(
+                    places, list(map(fmean, found)), linestyle=dashes, markersize=4, label=label, **style
+                )
+                low, high = ([end(values) for values in found] for end in (min, max))
+                axes.fill_between(places, low, high, color=style["color"], alpha=0.12, linewidth=0)
         axes.set_xticks(range(len(shares)), [f"{share:g}" for share in shares], fontsize=7)
         axes.set_xlabel("dropped share p of the task vector")
         axes.set_title(source)
         axes.legend(fontsize=7)
     panels[0][0].set_ylabel("accuracy on the own task (%)\nsolid: rescaled, dashed: not")
+    caption(figure, "mean over seeds, bands: smallest to largest")
     return save(figure, folder, name)
