@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -11,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from experiments import config as configs
 from experiments.assets import ASSETS
 from experiments.config import Count, Pair, Seeds, Strict, Study, Training, Weights
+from experiments.keys import NAMED
 from experiments.options import check_names, check_rule
 from experiments.pipeline import Stage
 from experiments.records import Record
@@ -222,6 +225,16 @@ class Config(Study):
     sweep: Sweep | None = None
     evaluation: str = ""
     pace: ClassVar[float] = 1.0  # seconds of an image, for one of a text: for the plan of a run
+
+    @field_validator("evaluation")
+    @classmethod
+    def _a_function(cls, evaluation: str) -> str:
+        if evaluation and not NAMED.fullmatch(evaluation):
+            raise ValueError(f"{evaluation!r} names no function: write package.module:function")
+        top = evaluation.partition(":")[0].partition(".")[0]
+        if top and top not in sys.modules and find_spec(top) is None:
+            raise ValueError(f"there is no module {top!r} here or on PYTHONPATH")
+        return evaluation
 
     def prepare(self) -> Stage:
         """The stage that reads the data."""

@@ -38,6 +38,8 @@ def preview(config: Config, store: Path, *, reads: bool) -> str:
         found = config.rows()
     if not found:
         return ""
+    trained = {domain: sum(splits["train"].values()) for domain, splits in found[0]["rows"].items()}
+    few = [f"{domain} {count}" for domain, count in trained.items() if count < config.fisher.examples]
     counts = [sum(splits["test"].values()) for splits in found[0]["rows"].values()]
     pairs = len(config.compare)
     told = data_table(found[0]) if reads else ""
@@ -46,6 +48,11 @@ def preview(config: Config, store: Path, *, reads: bool) -> str:
         told += (
             f"\nA paired difference of macro accuracy of {least:.1f} points or more would be found in four of five studies of one seed "
             f"({sum(counts)} test rows, {pairs} comparisons; two models that differ on a tenth of the rows; seeds add their own spread)."
+        )
+    if few and "examples" in config.fisher.model_fields_set:
+        told += (
+            f"\nfisher.examples is {config.fisher.examples}, and there are fewer training rows ({', '.join(few)}): curvature "
+            "is estimated on all of them."
         )
     return told.strip()
 

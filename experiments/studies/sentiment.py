@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from experiments import config as configs
 from experiments.pipeline import Stage
@@ -32,7 +32,7 @@ class Data(classifiers.Tasks):
     base: str = "movies"
     tasks: tuple[str, ...] = ("amazon", "tweets", "nyt")
     max_length: int = Field(default=64, gt=2)
-    labels: tuple[ClassName, ...] = ()
+    labels: Annotated[tuple[ClassName, ...], AfterValidator(configs.different)] = ()
     tokenizer: str = ""
 
     @field_validator("corpora", mode="before")

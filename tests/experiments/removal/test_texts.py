@@ -97,6 +97,14 @@ def test_prepare_leaks_nothing(tmp_path, files):
     assert "you fool of a rat number 0" not in held
 
 
+def test_one_file_as_texts_and_prompts_is_told_by_what_is_left(tmp_path, files):
+    nice = {"source": str(files / "nice.txt")}
+    with pytest.raises(
+        ValueError, match=r"nothing is left to remove .*60 texts were read, and 0 are left without"
+    ):
+        prepare(tmp_path, remove=nice, keep=nice, prompts={"mine": nice}, limits={}, split_seed=0)
+
+
 def test_a_text_counts_once_whatever_its_case():
     twice = [Text("Hello there", "1"), Text("hello, THERE!", "2"), Text("hello there", "3", context="x")]
     assert texts.without(twice, ()) == [twice[0], twice[2]]
