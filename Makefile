@@ -25,7 +25,7 @@ demo: $(STAMP)  ## the paper's core experiment on a real model and real data
 	$(BIN)/python -m paper_figures results/demo.jsonl
 
 test: $(STAMP)  ## the test suite
-	$(BIN)/python -m pytest -n $(WORKERS) -q
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
 
 lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -10,16 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.samplers import BaseSampler, GridSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments.evaluate import scorer
 from experiments.files import write_json
-from experiments.merging import merged_model
-from experiments.rows import Views
+
+if TYPE_CHECKING:
+    from experiments.rows import Views
 
 STORAGE = "GRADMATCH_STORAGE"
 Space = Mapping[str, Mapping[str, Any]]  # option -> {"values": [...]} or {"low": , "high": , "log": }
@@ -47,6 +47,9 @@ def take_part(
     run the last trial at once, the first `trials` that were complete count: so all workers write the same, and the test metrics
     of the best.
     """
+    from experiments.evaluate import scorer  # a worker that only shares a study needs no torch
+    from experiments.merging import merged_model
+
     on_validation, on_test = (
         scorer(sources["base"], data, domains, split) for split in ("validation", "test")
     )
