@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.warning import warn
 from gradmatch.estimators.shown import frame, html
-from gradmatch.rules.system import TOLERANCE
+from gradmatch.rules.matrix_options import allowed_residual
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -217,15 +217,14 @@ def _judge(report: Report, plan: Plan) -> None:
             f"rank {plan.request.rank} leaves out {100 * lost:.2g} % of the update's norm ({100 * report.cut[worst]:.2g} % of that of "
             f"{worst}); a higher rank keeps it"
         )
-    given = {step.name: step.options.get("tolerance") for step in plan.steps}
-    allowed = {name: TOLERANCE if value is None else value for name, value in given.items()}
+    allowed = {step.name: allowed_residual(step.options) for step in plan.steps}
     left = [
         name for name, s in report.solves.items() if s["iterations"] and s["residual"] > 2 * allowed[name]
     ]
     if left:
         said.append(
             f"conjugate gradients did not reach their tolerance in {len(left)} of {len(report.solves)} matrices (first: {left[0]}): "
-            "what is left lies between task arithmetic and the solution; raise iterations or delta0"
+            "what is left lies between task arithmetic and the solution; raise iterations (with solver='exact') or delta0"
         )
     far = {
         name: s["residual"]
@@ -237,7 +236,7 @@ def _judge(report: Report, plan: Plan) -> None:
         said.append(
             f"the common eigenbasis leaves more than {100 * FAR:.0f} % of the system in {len(far)} of {len(report.solves)} matrices "
             f"({100 * far[worst]:.0f} % in {worst}): the curvatures differ too much for it, and the merge can be worse than with their "
-            "diagonals; solver='exact' solves it, at several times the price"
+            "diagonals; solver='fast' or 'exact' solves it"
         )
     for text in said:
         report.notes.append(text)

@@ -8,10 +8,10 @@ from typing import Any
 
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules.options import Options, option
-from gradmatch.rules.system import ITERATIONS, TOLERANCE
+from gradmatch.rules.system import ITERATIONS, QUICK, TOLERANCE
 
 STRUCTURES = ("diagonal", "kronecker")
-SOLVERS = ("eigenbasis", "exact")
+SOLVERS = ("fast", "exact", "eigenbasis")
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class MatrixOptions(Options):
     )
     solver: str | None = option(
         None, kind="", choices=SOLVERS,
-        help="of matrices with factors: every curvature by its diagonal in their common eigenbasis (default), or exact, "
-        "by conjugate gradients (default where iterations or tolerance are given)",
+        help=f"of matrices with factors: fast, a few conjugate gradients in the models' precision, until {QUICK:.0%} of the system are "
+        "left (default); exact, in float64 (default where iterations or tolerance are given); or eigenbasis, every curvature by its "
+        "diagonal in a common basis",
     )  # fmt: skip
     iterations: int | None = option(
         None, "[1, inf]", kind=1, help=f"exact: conjugate gradients stop after so many (default {ITERATIONS})"
@@ -50,15 +51,29 @@ class MatrixOptions(Options):
         """
         super().__post_init__()
         given = [name for name in ("solver", "iterations", "tolerance") if getattr(self, name) is not None]
-        idle = given if self.structure == "diagonal" else given[1:] if self.solver == "eigenbasis" else []
+        other = self.solver not in (None, "exact")
+        idle = given if self.structure == "diagonal" else given[1:] if other else []
         if idle:
-            by = "structure='diagonal'" if self.structure == "diagonal" else "solver='eigenbasis'"
+            by = "structure='diagonal'" if self.structure == "diagonal" else f"solver={self.solver!r}"
             raise GradmatchError(
                 f"{idle[0]} plays no role with {by}; leave one of the two out", "bad_setting", idle[0]
             )
 
 
+def solver(options: Mapping[str, Any]) -> str:
+    """One of `SOLVERS`, as the options name it or imply it."""
+    given = options.get("iterations") is not None or options.get("tolerance") is not None
+    return options.get("solver") or ("exact" if given else "fast")
+
+
 def is_exact(options: Mapping[str, Any]) -> bool:
     """Whether the options ask for the exact solution."""
-    given = options.get("iterations") is not None or options.get("tolerance") is not None
-    return options.get("solver") == "exact" or (options.get("solver") is None and given)
+    return solver(options) == "exact"
+
+
+def allowed_residual(options: Mapping[str, Any]) -> float:
+    """What may be left of a system that is solved by iterations, as a share of its right side."""
+    if not is_exact(options):
+        return QUICK
+    tolerance = options.get("tolerance")
+    return TOLERANCE if tolerance is None else float(tolerance)

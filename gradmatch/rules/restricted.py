@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gradmatch.rules.beliefs import Known
-from gradmatch.rules.kronecker import exact, fast
+from gradmatch.rules.kronecker import solved
 from gradmatch.rules.matrix_options import is_exact
 from gradmatch.rules.rule import Elementwise, Solve
 from gradmatch.rules.singular import polar, triplets
@@ -45,11 +45,7 @@ def tsv_basis(eq12: Elementwise) -> Solve:
             z.new_zeros(z.shape[1:]), z, alpha, restricted(curved.h0, basis, theta0), [restricted(h, basis, theta0) for h in curved.h],
             None, None, 0.0, curved.delta0, curved.options,
         )  # fmt: skip
-        name, health = "gradient_matching", curved.health
-        coordinates = (
-            exact(name, inside, health) if is_exact(curved.options) else fast(name, eq12, inside, health)
-        )
-        return theta0 + basis.back(coordinates)
+        return theta0 + basis.back(solved("gradient_matching", eq12, inside, curved.health))
 
     return Solve(
         "theta0 + U Z V', Z by Eq. 12 in the singular directions U, V of the task vectors",

@@ -6,13 +6,17 @@ rows and columns. `gradmatch.rules.system` inverts them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+SLIGHT = (
+    1e-3  # of the mean of a factor's diagonal is added to it before it is inverted as a first approximation
+)
 SMALL = 128  # rows: a matrix up to this size is decomposed in double precision, which costs little
 
 
@@ -71,6 +75,13 @@ class Product(Structure):
     def is_diagonal(self) -> bool:
         """Whether it has no Kronecker product."""
         return (self.a is None and self.b is None) or self.scale == 0
+
+    @property
+    def positive(self) -> bool:
+        """Whether neither its product nor its diagonal takes anything away, as far as traces and signs tell."""
+        traces = [1.0 if factor is None else float(factor.trace()) for factor in (self.a, self.b)]
+        least = self.diagonal if isinstance(self.diagonal, (int, float)) else float(self.diagonal.min())
+        return least >= 0 and (self.is_diagonal or self.scale * traces[0] * traces[1] >= 0)
 
     def times(self, w: Tensor) -> Tensor:
         """The map applied to a matrix."""
@@ -136,24 +147,82 @@ class Basis:
         return found
 
 
-def common_basis(structure: Structure, like: Tensor) -> Basis:
-    """Eigenvectors of the two partial traces of a sum of products: of sum_j |s_j| tr(B_j) A_j and sum_j |s_j| tr(A_j) B_j.
+def nearest_product(structure: Structure, like: Tensor) -> Product:
+    """One product and a multiple of I near a sum of products: it has the partial traces sum_j |s_j| tr(B_j) A_j, sum_j |s_j| tr(A_j) B_j.
 
-    Of a single product it is the eigenbasis; of several it is that of the one product nearest to them. `like`: (out, in).
+    Its diagonal is the mean of the sum's diagonals, its factor None where all are. `like`: (out, in).
     """
     a: Tensor | None = None
     b: Tensor | None = None
+    whole = flat = same_a = same_b = 0.0
     for term in structure.terms:
+        flat += term.diagonal if isinstance(term.diagonal, (int, float)) else float(term.diagonal.mean())
         if term.is_diagonal:
             continue
         size = abs(term.scale)
-        if term.a is not None:
-            part = size * (len(like) if term.b is None else float(term.b.trace())) * term.a
-            a = part if a is None else a + part
-        if term.b is not None:
-            part = size * (like.shape[-1] if term.a is None else float(term.a.trace())) * term.b
-            b = part if b is None else b + part
-    return Basis(_eigenvectors(b), _eigenvectors(a))
+        rows = size * (len(like) if term.b is None else float(term.b.trace()))
+        columns = size * (like.shape[-1] if term.a is None else float(term.a.trace()))
+        whole += rows * columns / (size or 1.0)
+        if term.a is None:
+            same_a += rows
+        else:
+            a = rows * term.a if a is None else a.add_(term.a, alpha=rows)
+        if term.b is None:
+            same_b += columns
+        else:
+            b = columns * term.b if b is None else b.add_(term.b, alpha=columns)
+    if a is not None and b is not None:
+        a.diagonal().add_(same_a)
+        b.diagonal().add_(same_b)
+    elif a is not None:
+        whole = float(len(like))
+    elif b is not None:
+        whole = float(like.shape[-1])
+    return Product(1 / whole if whole else 0.0, a, b, flat)
+
+
+def common_basis(structure: Structure, like: Tensor) -> Basis:
+    """Eigenvectors of the factors of `nearest_product`: of a single product its eigenbasis. `like`: (out, in)."""
+    near = nearest_product(structure, like)
+    return Basis(_eigenvectors(near.b), _eigenvectors(near.a))
+
+
+def has_closed_basis(structure: Structure) -> bool:
+    """Whether all of it is diagonal in `common_basis`: one product and multiples of the identity."""
+    products = [term for term in structure.terms if not term.is_diagonal]
+    return len(products) == 1 and all(isinstance(term.diagonal, (int, float)) for term in structure.terms)
+
+
+def approximate_inverse(
+    structure: Structure, like: Tensor, noise: float
+) -> tuple[Callable[[Tensor], Tensor] | None, float]:
+    """A symmetric positive map of matrices (out, in) near a sum's inverse, and about the sum's largest eigenvalue.
+
+    (B + eps b I)^-1 R (A + eps a I)^-1 with the factors of `nearest_product` and a, b the means of their diagonals. eps^2 is the
+    diagonal beside the product as a share of a b, eps at least `SLIGHT`. Where a term takes something away: the sum's diagonal in
+    that product's eigenbasis, at least `noise` of the largest, and None where it says that the sum is not positive.
+    """
+    near = nearest_product(structure, like)
+    factors = [factor for factor in (near.b, near.a) if factor is not None]
+    size = near.scale
+    for factor in factors:
+        size *= float(factor.norm())
+    if all(term.positive for term in structure.terms):
+        mean = near.scale
+        for factor in factors:
+            mean *= float(factor.diagonal().mean())
+        if not mean:
+            return (lambda r: r), near.diagonal
+        eps = max(SLIGHT, (near.diagonal / mean) ** (1 / len(factors)))
+        b, a = (None if factor is None else _inverse(factor, eps) for factor in (near.b, near.a))
+        return (lambda r: Basis(b, a).into(r) / near.scale), size + near.diagonal
+    basis = Basis(_eigenvectors(near.b), _eigenvectors(near.a))
+    diagonal = basis.diagonal(structure, like)
+    largest = float(diagonal.abs().max())
+    if float(diagonal.min()) < -noise * largest:
+        return None, largest
+    floored = diagonal.clamp(min=noise * largest)
+    return (lambda r: basis.back(basis.into(r) / floored)), largest
 
 
 def one_sided(terms: Sequence[Product]) -> str:
@@ -176,6 +245,19 @@ def _in_basis(vectors: Tensor | None, factor: Tensor | None, unit: Tensor) -> Te
         return unit
     found = factor.diagonal() if vectors is None else (vectors * (factor @ vectors)).sum(0)
     return found.clamp(min=0) if float(factor.trace()) >= 0 else found.clamp(max=0)
+
+
+def _inverse(factor: Tensor, eps: float) -> Tensor:
+    """(F + eps mean(diag F) I)^-1; of an F that rounding left short of positive, with a larger eps."""
+    import torch
+
+    damped, size = factor.clone(), float(factor.diagonal().mean())
+    while True:
+        damped.diagonal().add_(eps * size)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if not int(info) or not math.isfinite(size):
+            return torch.cholesky_inverse(lower)
+        eps *= 10
 
 
 def _eigenvectors(matrix: Tensor | None) -> Tensor | None:

@@ -14,12 +14,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gradmatch.rules.structures import Basis, Structure, Sum, common_basis, one_sided
+from gradmatch.rules.structures import (
+    Basis,
+    Structure,
+    Sum,
+    approximate_inverse,
+    common_basis,
+    has_closed_basis,
+    one_sided,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ITERATIONS, TOLERANCE = 100, 1e-6  # of conjugate gradients
+ITERATIONS, TOLERANCE = 100, 1e-6  # of conjugate gradients for the exact solution
+QUICK = 0.03  # their tolerance where float32 and a few steps are enough
 # of the largest eigenvalue: factors are stored in float32, so smaller ones may come out negative
 NOISE = 1e-6
 PROBES = 16
@@ -67,20 +76,29 @@ def right_side(beliefs: Sequence[Belief], like: Tensor, b: Tensor | None = None)
     return right
 
 
-def residual(beliefs: Sequence[Belief], x: Tensor, right: Tensor) -> float:
-    """|(sum_k w_k H_k) x - right| / |right|; 0 where the right side is 0 and so is the left one."""
-    left = posterior(beliefs)(x)
-    missing, size = float((left - right).norm()), float(right.norm())
-    return missing / (size or float(left.norm()) or 1.0)
+def remaining(beliefs: Sequence[Belief], x: Tensor, b: Tensor | None = None) -> Tensor:
+    """sum_k w_k H_k (c_k - x) - b, what the update x leaves of the system; (out, in)."""
+    import torch
+
+    left = x.new_zeros(x.shape) if b is None else -b
+    for one in beliefs:
+        if isinstance(one.centre, (int, float)) or not torch.equal(one.centre, x):
+            left = left + one.weight * one.precision(one.centre - x)
+    return left
 
 
-def estimated_residual(
-    beliefs: Sequence[Belief], x: Tensor, b: Tensor | None = None, probes: int = PROBES
-) -> float:
-    """`residual` from a few random directions s, |R|^2 = E |R s|^2 for s of signs: products of a matrix and a vector alone.
+def residual(beliefs: Sequence[Belief], x: Tensor, b: Tensor | None = None, probes: int = PROBES) -> float:
+    """|what x leaves of the system| over |its right side|; 0 where both are 0. Within a tenth or so, and the same at every call.
 
-    Within a tenth or so of its value, and the same at every call.
+    From a few random directions s of signs, as |R|^2 = E |R s|^2: products of a matrix and a vector alone.
     """
+    return _shares(beliefs, x, b, probes)[0]
+
+
+def _shares(
+    beliefs: Sequence[Belief], x: Tensor, b: Tensor | None, probes: int = PROBES
+) -> tuple[float, float]:
+    """The residual, and what it is a share of: |right side|, or |left side| where that is 0, or 1."""
     import torch
 
     signs = torch.randint(0, 2, (x.shape[-1], probes), generator=torch.Generator().manual_seed(0))
@@ -93,8 +111,8 @@ def estimated_residual(
                 right += one.weight * term.times_columns(one.centre, s)
     if b is not None:
         right -= b @ s
-    missing, size = float((left - right).norm()), float(right.norm())
-    return missing / (size or float(left.norm()) or 1.0)
+    size = (float(right.norm()) or float(left.norm())) / probes**0.5 or 1.0
+    return float((left - right).norm()) / probes**0.5 / size, size
 
 
 def solve(
@@ -109,8 +127,7 @@ def solve(
 
     In closed form where all precisions are diagonal (elementwise), where all have one factor beside the identity, as RegMean's
     (one Cholesky factorisation), or where there is one Kronecker product and a multiple of the identity (its eigenbasis); else by
-    conjugate gradients preconditioned by the sum's diagonal in the eigenbasis of its partial traces, until the residual is
-    `tolerance` or after `iterations`. They begin at `start`, and what no precision sees stays as it is there.
+    `iterate`, from `start`.
 
     `like`: any matrix (out, in) of the dtype and device of the arithmetic.
 
@@ -130,21 +147,40 @@ def solve(
     products = [term for term in terms if not term.is_diagonal]
     if not products:
         diagonal = Basis(None, None).diagonal(precision, like)
-        return _finished(beliefs, right / diagonal, right, bool((diagonal > 0).all()))
+        return _finished(beliefs, right / diagonal, b, bool((diagonal > 0).all()))
     if side := one_sided(terms):
-        return _by_cholesky(beliefs, precision, right, side)
-    basis = common_basis(precision, like)
-    diagonal = basis.diagonal(precision, like)
-    largest = float(diagonal.abs().max())
-    single = len(products) == 1 and all(isinstance(term.diagonal, (int, float)) for term in terms)
-    if single and float(diagonal.min()) > NOISE**2 * largest:
-        return _finished(beliefs, basis.back(basis.into(right) / diagonal), right, True)
-    inverse = diagonal.clamp(min=NOISE * largest)
-    x = like.new_zeros(like.shape) if start is None else start
-    size = float(right.norm()) or float(precision(x).norm())
-    left, direction, rho, done = right - precision(x), None, 0.0, 0
+        return _by_cholesky(beliefs, precision, right, side, b)
+    if has_closed_basis(precision):
+        basis = common_basis(precision, like)
+        diagonal = basis.diagonal(precision, like)
+        if float(diagonal.min()) > NOISE**2 * float(diagonal.max()):
+            return _finished(beliefs, basis.back(basis.into(right) / diagonal), b, True)
+    return iterate(beliefs, like.new_zeros(like.shape) if start is None else start, b, iterations, tolerance)
+
+
+def iterate(
+    beliefs: Sequence[Belief],
+    start: Tensor,
+    b: Tensor | None = None,
+    iterations: int = ITERATIONS,
+    tolerance: float = QUICK,
+) -> Solution:
+    """The mode by conjugate gradients from `start` until the residual is `tolerance`, or after `iterations`, in the dtype of `start`.
+
+    What no precision sees stays as it is there. They are preconditioned by the one Kronecker product nearest to the sum, by its
+    Cholesky factors; where a term is negative by the sum's diagonal in the eigenbasis of that product, which must be positive. The
+    first step takes away most of what the tasks disagree on: of three tasks on an encoder four steps leave about 3 %.
+    """
+    precision = posterior(beliefs)
+    left, (share, size) = remaining(beliefs, start, b), _shares(beliefs, start, b)
+    if not float(left.norm()) > tolerance * size:
+        return Solution(start, 0, share)
+    inverse, largest = approximate_inverse(precision, start, NOISE)
+    if inverse is None:
+        return Solution(start, 0, share, positive=False)
+    x, direction, rho, done = start, None, 0.0, 0
     while float(left.norm()) > tolerance * size and done < iterations:
-        z = basis.back(basis.into(left) / inverse)
+        z = inverse(left)
         before, rho = rho, float((left * z).sum())
         direction = z if direction is None else z + (rho / before) * direction
         image = precision(direction)
@@ -154,7 +190,7 @@ def solve(
             return Solution(x, done, float(left.norm()) / size, positive=-curvature <= noise)
         step = rho / curvature
         x, left, done = x + step * direction, left - step * image, done + 1
-    return Solution(x, done, residual(beliefs, x, right))
+    return Solution(x, done, residual(beliefs, x, b))
 
 
 def common_centre(beliefs: Sequence[Belief]) -> Tensor | None:
@@ -169,7 +205,9 @@ def common_centre(beliefs: Sequence[Belief]) -> Tensor | None:
     return first if all(other is first or torch.equal(other, first) for other in known[1:]) else None
 
 
-def _by_cholesky(beliefs: Sequence[Belief], precision: Structure, right: Tensor, side: str) -> Solution:
+def _by_cholesky(
+    beliefs: Sequence[Belief], precision: Structure, right: Tensor, side: str, b: Tensor | None
+) -> Solution:
     """X (A + d I) = R, or (B + d I) X = R, with A, B the weighted sums of the factors."""
     import torch
 
@@ -181,8 +219,8 @@ def _by_cholesky(beliefs: Sequence[Belief], precision: Structure, right: Tensor,
     if int(info):
         return Solution(right, residual=1.0, positive=False)
     x = torch.cholesky_solve(right.mT if side == "a" else right, factor)
-    return _finished(beliefs, x.mT if side == "a" else x, right, True)
+    return _finished(beliefs, x.mT if side == "a" else x, b, True)
 
 
-def _finished(beliefs: Sequence[Belief], x: Tensor, right: Tensor, positive: bool) -> Solution:
-    return Solution(x, 0, residual(beliefs, x, right) if positive else 1.0, positive)
+def _finished(beliefs: Sequence[Belief], x: Tensor, b: Tensor | None, positive: bool) -> Solution:
+    return Solution(x, 0, residual(beliefs, x, b) if positive else 1.0, positive)

@@ -99,7 +99,7 @@ def test_every_rule_of_the_family_is_its_dense_system(method, structure, layout)
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("method", [name for name in FILES if name not in ("removal", "fisher_base")])
-def test_the_eigenbasis_is_exact_for_one_product_and_near_for_several(method):
+def test_the_eigenbasis_is_exact_for_one_product_and_a_few_steps_near_for_several(method):
     base, tasks, settings, _, _, side = case(method, "kronecker", alphas=(0.7,))
     if "base_curvature" in settings and not RULES[method].damped:
         settings["base_curvature"] = 3.0
@@ -112,10 +112,10 @@ def test_the_eigenbasis_is_exact_for_one_product_and_near_for_several(method):
     base, tasks, settings, expected, _, side = case(method, "kronecker")
     fast = merge(base, tasks, method=method, **settings, structure="kronecker")
     wrong = np.linalg.norm(side(fast["w"]) - expected) / np.linalg.norm(expected - side(base["w"]))
-    assert wrong < 0.5  # factors drawn one by one have no basis in common
+    assert wrong < 0.1
     residual = fast.report.solves["w"]["residual"]
     assert (residual < 1e-12) == RULES[method].damped
-    assert residual < 0.5
+    assert residual < 0.05
 
 
 @pytest.mark.parametrize("method", [name for name in OURS if RULES[name].kind in ("elementwise", "linear") or name in ("kronecker", "mats", "guarded", "ascent", "anchored")])  # fmt: skip
