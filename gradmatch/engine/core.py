@@ -14,6 +14,7 @@ from gradmatch.models.stores import torch_dtype
 from gradmatch.rules.after import AFTER
 from gradmatch.rules.block import Update
 from gradmatch.rules.core import merge_cores
+from gradmatch.rules.rule import Whole
 
 if TYPE_CHECKING:
     from gradmatch.models.cores import Adapter
@@ -66,10 +67,11 @@ def merged_factors(
     none = u.new_zeros(u.shape[1], v.shape[1])
     cores = [none if pair is None else (u.mT @ pair[0]) @ (pair[1] @ v) for pair in pairs]
     assert step.rule is not None
-    merged = merge_cores(step.rule, cores, step.alpha, step.options, min(len(u), len(v)))
-    counted = step.counted
+    counted = step.counted if isinstance(step.rule, Whole) else range(len(cores))
+    some, alpha = [cores[row] for row in counted], [step.alpha[row] for row in counted]
+    merged = merge_cores(step.rule, some, alpha, step.options, min(len(u), len(v)))
     for name, options in step.after:
-        given = Update(merged, [cores[row] for row in counted], len(counted), step.depth)
+        given = Update(merged, [cores[row] for row in step.counted], len(step.counted), step.depth)
         merged = AFTER[name].apply(given, options)
     p, s, qt = torch.linalg.svd(merged, full_matrices=False)
     kept = max(1, int((s > NOTHING * s[:1].sum()).sum()))

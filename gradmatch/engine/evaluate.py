@@ -113,9 +113,12 @@ def _stacked(
             add(stats, {"clamped": float(clamped), "update_h0": float((block.h0 * update.square()).sum())})
         return merged, block.theta0
     tau: Any
+    alpha, counted = step.alpha, step.counted
     if isinstance(rule, Whole) and rule.streams and not step.edits:
         theta0 = whole_base(context, step, buffers)
-        tau = TaskVectors(context, step, theta0, buffers, (shape[0], theta0.numel() // max(1, shape[0])))
+        tau = TaskVectors(
+            context, step, theta0, buffers, (shape[0], theta0.numel() // max(1, shape[0])), counted
+        )
     else:
         theta0, tau = task_vectors(context, step, first, last, buffers, stats)
     if coefficients is not None:
@@ -128,9 +131,12 @@ def _stacked(
     assert isinstance(rule, Whole)
     if first == last:
         return theta0, theta0
+    if len(counted) < len(alpha):
+        alpha = tuple(alpha[row] for row in counted)
+        tau = tau if isinstance(tau, TaskVectors) else tau[counted]
     seen = shape if rule.otherwise is None else (shape[0], -1)
     one, each = theta0.reshape(seen), tau if isinstance(tau, TaskVectors) else tau.reshape(len(tau), *seen)
-    merged = decomposed(lambda: rule.whole(one, each, step.alpha, step.options), one)
+    merged = decomposed(lambda: rule.whole(one, each, alpha, step.options), one)
     return _checked(step, merged, one).reshape(-1), theta0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from gradmatch.engine.stacked import anchor_of, gradients, prior, task_vectors
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules import Solve
 from gradmatch.rules.beliefs import Known
-from gradmatch.rules.block import Curved, NotPositiveError
+from gradmatch.rules.block import Curved, NotPositiveError, UnboundedError
 from gradmatch.rules.structures import Product, Structure, Sum
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from gradmatch.engine.context import Context
     from gradmatch.models.curvatures import CurvatureStore, Factors
     from gradmatch.plan.step import Step
+
+APART = (
+    0.02  # of the norms: what a diagonal and that of its factors may differ by, each in a dtype of its own
+)
 
 
 def solve_matrix(
@@ -41,6 +46,14 @@ def solve_matrix(
     except NotPositiveError:
         raise GradmatchError(
             not_positive(step, step.spec.numel, 0, step.spec.numel), "not_positive", step.name
+        ) from None
+    except UnboundedError as error:
+        raise GradmatchError(
+            f"{step.name!r}: the removal goes {error.args[0]:.2g} times as far as the task vector: the base's curvature sees next to nothing "
+            "in directions that the task's does (few examples, factors of low rank), and a share of nothing is all that guard='floor' keeps; "
+            "take guard='scale', which bounds the step, structure='diagonal', a curvature of the base from more examples, or a larger delta0",
+            "unbounded",
+            step.name,
         ) from None
     add(stats, curved.health)
     return (merged.mT if turned else merged).reshape(-1).to(theta0.dtype), theta0
@@ -116,9 +129,42 @@ def _product(
     """One curvature of a matrix W (out, in), times `scale`, plus the floor; by its diagonal where it has no factors."""
     found = factors.read(step.name, dtype) if factors else ()
     if found:
+        if mean is not None and step.name in mean:
+            _check_diagonal(step, mean, found, turn)
         products = [Product(scale, a.to(device), None if b is None else b.to(device)) for a, b in found]
         return Sum((*products, Product(diagonal=floor))) if floor or len(products) > 1 else products[0]
     if mean is None or step.name not in mean:
         return Product(diagonal=floor)
     diagonal = mean.block(step.name, 0, step.spec.numel).to(device, dtype).reshape(step.spec.shape[0], -1)
     return Product(diagonal=scale * (diagonal.mT if turn else diagonal) + floor)
+
+
+def _check_diagonal(
+    step: Step, mean: CurvatureStore, found: Sequence[tuple[Tensor, Tensor | None]], turn: bool
+) -> None:
+    """Compare the first and the last row of a curvature's diagonal with those of its factors.
+
+    Raises:
+        ValueError: they differ: the factors are those of another layer of the same shape.
+    """
+    rows = step.spec.shape[0]
+    columns = step.spec.numel // max(1, rows)
+    for row in sorted({0, rows - 1}):
+        stored = mean.block(step.name, row * columns, (row + 1) * columns).double()
+        expected = torch.zeros_like(stored)
+        for a, b in found:
+            one = (
+                torch.ones(1, dtype=torch.float64).expand(columns if turn else rows)
+                if b is None
+                else b.diagonal().double()
+            )
+            each = a.diagonal().double()
+            expected += each[row] * one if turn else one[row] * each
+        if float((stored - expected).norm()) > APART * float(stored.norm() + expected.norm()):
+            raise GradmatchError(
+                f"the factors of {step.name!r} in {mean.path or 'a curvature'} are not those of its own diagonal: in row {row} the diagonal "
+                f"has the mean {float(stored.mean()):.3g} and the factors give {float(expected.mean()):.3g}; they may be another layer's, or "
+                "scaled: the block of a matrix is A (x) B, and the diagonal beside it diag(B) diag(A)'",
+                "bad_curvature",
+                step.name,
+            )

@@ -236,7 +236,12 @@ def _judge(report: Report, plan: Plan) -> None:
         said.append(
             f"the common eigenbasis leaves more than {100 * FAR:.0f} % of the system in {len(far)} of {len(report.solves)} matrices "
             f"({100 * far[worst]:.0f} % in {worst}): the curvatures differ too much for it, and the merge can be worse than with their "
-            "diagonals; solver='fast' or 'exact' solves it"
+            "diagonals; "
+            + (
+                "solver='exact' solves it, without a guard"
+                if plan.request.rule.guarded
+                else "solver='fast' or 'exact' solves it"
+            )
         )
     for text in said:
         report.notes.append(text)

@@ -125,7 +125,7 @@ class Step:
 
     @property
     def counted(self) -> list[int]:
-        """Rows of `tasks` that an edit of the merged update counts: without weights of 0, where the rule weighs; one at least."""
+        """Rows of `tasks` that are counted as tasks: without weights of 0, where the rule weighs; one at least."""
         return [
             row for row, alpha in enumerate(self.alpha) if alpha or self.rule is None or not self.rule.weighs
         ] or [0]

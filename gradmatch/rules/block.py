@@ -182,3 +182,7 @@ class Curved:
 
 class NotPositiveError(ArithmeticError):
     """Raised by a rule that solves, where the curvature that it inverts is not positive."""
+
+
+class UnboundedError(ArithmeticError):
+    """Raised by a removal whose guard leaves next to nothing to divide by; its argument is how often the task vector it goes."""

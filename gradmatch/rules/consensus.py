@@ -58,7 +58,12 @@ def consensus(tau: Tensor, alpha: Tensor, threshold: float, agree: int) -> Tenso
 
 def _of_block(block: Block) -> Tensor:
     options = block.options
-    kept = consensus(block.tau, block.alpha, options.threshold, options.agree)
+    counted = block.alpha.flatten() != 0  # a task of weight 0 is none
+    kept = (
+        consensus(block.tau[counted], block.alpha[counted], options.threshold, options.agree)
+        if counted.any()
+        else 0.0
+    )
     result: Tensor = block.theta0 + options.scale * kept
     return result
 

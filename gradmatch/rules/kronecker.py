@@ -1,6 +1,6 @@
 """The rules of the family for whole matrices, whose curvature is A (x) B.
 
-Three solvers. "fast": a few steps of conjugate gradients in the models' precision, until 3 % of the system are left. "exact": the same
+Three solvers. "fast": a few steps of conjugate gradients in the models' precision, until 5 % of the system are left. "exact": the same
 in float64 until next to nothing is. "eigenbasis": every curvature by its diagonal in the eigenbasis of the nearest product
 (`gradmatch.rules.structures.common_basis`), so that the elementwise rule merges the coordinates; that is exact for one Kronecker
 product and multiples of the identity, and the guard of a removal is defined there. What is left of the system is reported.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules.beliefs import BELIEFS, Known, flat
-from gradmatch.rules.block import Block, NotPositiveError, total
+from gradmatch.rules.block import Block, NotPositiveError, UnboundedError, total
 from gradmatch.rules.matrix_options import allowed_residual, is_exact, solver
 from gradmatch.rules.rule import Elementwise, Rule, Solve
 from gradmatch.rules.structures import common_basis, has_closed_basis
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmatch.rules.block import Curved
+
+
+FARTHEST = 100  # times the weighted task vectors' norm, that a guarded removal of one matrix may go
 
 
 def in_matrices(name: str, rule: Elementwise, formula: Any = "", source: str = "") -> Solve:
@@ -142,6 +145,7 @@ def in_eigenbasis(name: str, rule: Elementwise, known: Known, health: dict[str, 
 
     Raises:
         NotPositiveError: H0 + sum_t alpha_t H_t is not positive there.
+        UnboundedError: a guarded removal goes beyond `FARTHEST`.
     """
     import torch
 
@@ -177,6 +181,9 @@ def in_eigenbasis(name: str, rule: Elementwise, known: Known, health: dict[str, 
     update = basis.back((merged - block.theta0).reshape(len(theta0), -1))
     if rule.guarded:
         moved = (merged - block.theta0).square()
+        asked = float((block.alpha * block.tau).norm())
+        if float(moved.sum()) ** 0.5 > FARTHEST * asked:
+            raise UnboundedError(float(moved.sum()) ** 0.5 / asked)
         health.update(update=float(moved.sum()), update_h0=float((block.h0 * moved).sum()))
     health.update(iterations=0.0, residual=residual(beliefs, update, b))
     return theta0 + update

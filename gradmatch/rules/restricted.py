@@ -29,20 +29,21 @@ def tsv_basis(eq12: Elementwise) -> Solve:
     def solve(theta0: Tensor, tau: Tensor, alpha: Sequence[float], curved: Curved) -> Tensor:
         import torch
 
-        kept = max(1, min(theta0.shape) // len(tau))
-        found = [triplets(one, kept) for one in tau]
+        counted = [t for t, weight in enumerate(alpha) if weight]  # a task of weight 0 is none
+        kept = max(1, min(theta0.shape) // max(1, len(counted)))
+        found = [triplets(tau[t], kept) for t in counted]
         sizes = [len(s) for _, s, _ in found]
         if not sum(sizes):
             return theta0
         basis = Basis(
             polar(torch.cat([u for u, _, _ in found], 1)), polar(torch.cat([v for _, _, v in found])).mT
         )
-        z = theta0.new_zeros(len(tau), sum(sizes), sum(sizes))
+        z = theta0.new_zeros(len(counted), sum(sizes), sum(sizes))
         for t, (_, s, _) in enumerate(found):
             first = sum(sizes[:t])
             z[t].diagonal()[first : first + len(s)] = s
         inside = Known(
-            z.new_zeros(z.shape[1:]), z, alpha, restricted(curved.h0, basis, theta0), [restricted(h, basis, theta0) for h in curved.h],
+            z.new_zeros(z.shape[1:]), z, [alpha[t] for t in counted], restricted(curved.h0, basis, theta0), [restricted(curved.h[t], basis, theta0) for t in counted],
             None, None, 0.0, curved.delta0, curved.options,
         )  # fmt: skip
         return theta0 + basis.back(solved("gradient_matching", eq12, inside, curved.health))

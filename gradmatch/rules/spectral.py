@@ -124,7 +124,7 @@ def _added(update: Callable[[Vectors, Sequence[float], Any, int], Tensor]) -> Ca
 
 MEAN = Linear(
     "theta0 + scale * mean_t alpha_t tau_t", "mean of the task vectors",
-    lambda a, gram, o: task_arithmetic([weight / len(a) for weight in a], o.scale), options=Scale(),
+    lambda a, gram, o: task_arithmetic([weight / max(1, sum(map(bool, a))) for weight in a], o.scale), options=Scale(),
 )  # fmt: skip
 FLAT = dict.fromkeys(("single", "equal"), "all singular values become their mean")
 TSV_M = Whole(

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-SLIGHT = (
-    1e-3  # of the mean of a factor's diagonal is added to it before it is inverted as a first approximation
-)
+# of a factor's norm is added to it before it is inverted as a first approximation: directions that it hardly sees then stay near where they
+# begin. Undamped, the first steps went a hundred times the task vectors there (three tasks on a 22M encoder, KFAC of 320 examples)
+SLIGHT = 0.03
 SMALL = 128  # rows: a matrix up to this size is decomposed in double precision, which costs little
 
 
@@ -198,8 +198,8 @@ def approximate_inverse(
 ) -> tuple[Callable[[Tensor], Tensor] | None, float]:
     """A symmetric positive map of matrices (out, in) near a sum's inverse, and about the sum's largest eigenvalue.
 
-    (B + eps b I)^-1 R (A + eps a I)^-1 with the factors of `nearest_product` and a, b the means of their diagonals. eps^2 is the
-    diagonal beside the product as a share of a b, eps at least `SLIGHT`. Where a term takes something away: the sum's diagonal in
+    (B + eps b I)^-1 R (A + eps a I)^-1 with the factors of `nearest_product` and a, b their norms. eps^2 is the diagonal beside the
+    product as a share of a b, eps at least `SLIGHT`. Where a term takes something away: the sum's diagonal in
     that product's eigenbasis, at least `noise` of the largest, and None where it says that the sum is not positive.
     """
     near = nearest_product(structure, like)
@@ -208,12 +208,9 @@ def approximate_inverse(
     for factor in factors:
         size *= float(factor.norm())
     if all(term.positive for term in structure.terms):
-        mean = near.scale
-        for factor in factors:
-            mean *= float(factor.diagonal().mean())
-        if not mean:
+        if not size:
             return (lambda r: r), near.diagonal
-        eps = max(SLIGHT, (near.diagonal / mean) ** (1 / len(factors)))
+        eps = max(SLIGHT, (near.diagonal / size) ** (1 / len(factors)))
         b, a = (None if factor is None else _inverse(factor, eps) for factor in (near.b, near.a))
         return (lambda r: Basis(b, a).into(r) / near.scale), size + near.diagonal
     basis = Basis(_eigenvectors(near.b), _eigenvectors(near.a))
@@ -248,10 +245,10 @@ def _in_basis(vectors: Tensor | None, factor: Tensor | None, unit: Tensor) -> Te
 
 
 def _inverse(factor: Tensor, eps: float) -> Tensor:
-    """(F + eps mean(diag F) I)^-1; of an F that rounding left short of positive, with a larger eps."""
+    """(F + eps |F| I)^-1; of an F that rounding left short of positive, with a larger eps."""
     import torch
 
-    damped, size = factor.clone(), float(factor.diagonal().mean())
+    damped, size = factor.clone(), float(factor.norm())
     while True:
         damped.diagonal().add_(eps * size)
         lower, info = torch.linalg.cholesky_ex(damped)

@@ -25,14 +25,14 @@ def positive(size, seed, rank=None):
 
 def known(seed, num_examples, transposed=False, with_b=True, rank=None):
     """A KFAC curvature of {"w": matrix, "bias": vector}, and its dense H of the summed loss, on vec of W (out, in) by rows."""
-    a, b = positive(WIDTH, seed, rank), positive(OUT, seed + 50, rank)
+    a, b = positive(WIDTH, seed, rank), positive(OUT, seed + 50, rank) if with_b else torch.eye(OUT).double()
     diagonal = torch.outer(b.diagonal(), a.diagonal())
     bias = torch.rand(OUT, generator=torch.Generator().manual_seed(seed)).double()
     curvature = Curvature.from_dict(
         {"w": diagonal.T.contiguous() if transposed else diagonal, "bias": bias}, num_examples,
         factor_a={"w": a}, factor_b={"w": b} if with_b else None,
     )  # fmt: skip
-    return curvature, num_examples * torch.kron(b if with_b else torch.eye(OUT).double(), a)
+    return curvature, num_examples * torch.kron(b, a)
 
 
 def models(count, transposed=False, seed=0):
@@ -202,7 +202,7 @@ def test_a_few_steps_leave_what_they_say_of_the_system(base_kind, dtype):
     left = (dense_h0 + sum(hs)) @ (found["w"] - base["w"]).double().flatten() - right
     share = float(left.norm() / right.norm())
     told = found.report.solves["w"]
-    assert share < 0.04
+    assert share < 0.06
     assert 0.7 * share < told["residual"] < 1.4 * share
     assert 0 < told["iterations"] < 12
     if base_kind == "factors":
@@ -258,6 +258,35 @@ def test_factors_of_another_shape_are_refused():
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"factors \[4, 4\] and \[5, 5\] for 'w', whose shape is \[5, 7\]"):
         merge(base, [Task(tuned[0], other)], method="kronecker", base_curvature=1.0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_factors_of_another_layer_of_the_same_shape_are_refused(transposed):
+    base, tuned = models(1, transposed)
+    own, other = known(0, 10, transposed)[0], known(1, 10, transposed)[0]
+    mixed = Curvature.from_dict(
+        {name: own.mean(name) for name in own},
+        10,
+        factor_a={"w": other.factor_a("w")},
+        factor_b={"w": other.factor_b("w")},
+    )
+    with pytest.raises(
+        ValueError, match="the factors of 'w' in a curvature are not those of its own diagonal"
+    ):
+        merge(base, [Task(tuned[0], mixed)], method="kronecker", base_curvature=1.0)
+
+
+def test_a_removal_that_leaves_what_its_base_knows_is_refused():
+    """A share of no curvature is no guard: of factors of few examples the floor let a step go thousands of task vectors far."""
+    base, tuned = models(1)
+    task, prior = known(0, 10)[0], known(9, 30, rank=2)[0]
+    how = {"method": "removal", "structure": "kronecker", "base_curvature": prior, "delta0": 1e-6}
+    with pytest.raises(
+        ValueError, match=r"'w': the removal goes .* times as far .* guard='scale', which bounds the step"
+    ):
+        merge(base, [Task(tuned[0], task)], **how)
+    bounded = merge(base, [Task(tuned[0], task)], **how, guard="scale")["w"] - base["w"]
+    assert float(bounded.norm()) < 20 * float((tuned[0]["w"] - base["w"]).norm())
 
 
 @pytest.mark.parametrize("side", ["a", "b"])
@@ -372,7 +401,7 @@ def test_networks_of_every_kind_are_merged_by_a_few_steps(make, batches, solved)
         assert torch.equal(diagonal[name], whole[name])
         if name not in fast.report.solves:
             assert torch.equal(fast[name], diagonal[name])
-    assert all(one["residual"] <= 0.04 for one in fast.report.solves.values())
+    assert all(one["residual"] <= 0.06 for one in fast.report.solves.values())
     near, far = (
         sum(float((one[n] - exact[n]).square().sum()) for n in fast.report.solves) for one in (fast, diagonal)
     )
