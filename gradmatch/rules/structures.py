@@ -204,15 +204,15 @@ def approximate_inverse(
     """
     near = nearest_product(structure, like)
     factors = [factor for factor in (near.b, near.a) if factor is not None]
-    size = near.scale
+    size, beside = near.scale, float(near.diagonal)
     for factor in factors:
         size *= float(factor.norm())
     if all(term.positive for term in structure.terms):
         if not size:
-            return (lambda r: r), near.diagonal
-        eps = max(SLIGHT, (near.diagonal / size) ** (1 / len(factors)))
+            return (lambda r: r), beside
+        eps = max(SLIGHT, (beside / size) ** (1 / len(factors)))
         b, a = (None if factor is None else _inverse(factor, eps) for factor in (near.b, near.a))
-        return (lambda r: Basis(b, a).into(r) / near.scale), size + near.diagonal
+        return (lambda r: Basis(b, a).into(r) / near.scale), size + beside
     basis = Basis(_eigenvectors(near.b), _eigenvectors(near.a))
     diagonal = basis.diagonal(structure, like)
     largest = float(diagonal.abs().max())
