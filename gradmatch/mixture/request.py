@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from gradmatch.common.kinds import check_kind
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.names import choose
+from gradmatch.plan.request import DTYPES
 
 ROUTER = "router.safetensors"  # the shard of a mixture that training writes anew
 LEVELS = ("ffn", "block", "model")
@@ -109,7 +110,6 @@ class Request:
     gate_rank: int = 8
     seed: int = 0
     dtype: str | None = None
-    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -125,6 +125,9 @@ class Request:
             ("form", FORMS),
         ):
             choose(what, getattr(self, what), known)
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+            choose("dtype", self.dtype, DTYPES)
         for what in ("top_k", "rank", "gate_rank", "seed"):
             value = getattr(self, what)
             if value is None:

@@ -115,7 +115,7 @@ def open_sources(
         raise GradmatchError(
             f"a mixture has at least two experts, got {count}; give a list of models", "bad_tasks", "experts"
         )
-    opened = as_module(open_checkpoint(base))
+    opened = named_kind(as_module(open_checkpoint(base)))
     if not opened.config:
         raise GradmatchError(
             f"{opened.where} has no config.json, and a mixture is built from it; give the base as a folder, a hub id or a module of transformers",
@@ -137,7 +137,7 @@ def open_sources(
     found = []
     for position, (name, task) in enumerate(zip(names, tasks, strict=True)):
         model = open_checkpoint(task.model, base=opened)
-        model = like(model, opened) if alike else as_module(model)
+        model = like(model, opened) if alike else named_kind(as_module(model))
         check_heads(model)
         if alike:
             check_alike(model, name, opened)
@@ -148,6 +148,14 @@ def open_sources(
         found.append(Expert(name, model, task, told, **own))
     notes = [note for one in (opened, *(expert.model for expert in found)) for note in one.original.notes]
     return Sources(opened, found[: len(experts)], found[-1] if shared is not None else None, notes)
+
+
+def named_kind(model: Checkpoint) -> Checkpoint:
+    """A module's config with the module's class, which a config that was never saved does not tell."""
+    if model.module is None or not model.config or model.config.get("architectures"):
+        return model
+    config = {**model.config, "architectures": [type(model.module).__name__]}
+    return model.seen(model.store, config=config)
 
 
 def _plain(name: str) -> str:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from gradmatch.common.settings import LAYER, layer_of
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.fingerprint import fingerprint
+from gradmatch.estimators.names import choose
 from gradmatch.mixture.building import stack_of
-from gradmatch.mixture.sources import Noisy
+from gradmatch.mixture.sources import Noisy, named_kind
 from gradmatch.mixture.told import Made, readme
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.slices import LAYER_COUNTS, Slice
@@ -22,6 +23,7 @@ from gradmatch.models.structure import architecture, build
 from gradmatch.models.views import as_module, like
 from gradmatch.output.folder import write_folder
 from gradmatch.output.publishing import check_absent, place
+from gradmatch.plan.request import DTYPES
 
 if TYPE_CHECKING:
     from gradmatch.mixture.training import Trained
@@ -77,6 +79,9 @@ def stack(
         raise GradmatchError(
             f"{counts}: give one half-open range of layers an entry of models", "bad_arguments", "layers"
         )
+    if dtype is not None:
+        dtype = str(dtype).removeprefix("torch.")
+        choose("dtype", dtype, DTYPES)
     for pair in layers:
         if len(pair) != 2 or any(type(number) is not int for number in pair):
             raise GradmatchError(
@@ -91,7 +96,7 @@ def stack(
             stack(models, layers, Path(folder) / "stack", identity=identity, dtype=dtype)
             return load(Path(folder) / "stack")
     check_absent(place(out), overwrite)
-    first = as_module(open_checkpoint(models[0]))
+    first = named_kind(as_module(open_checkpoint(models[0])))
     opened = [first, *(like(open_checkpoint(one, base=first), first) for one in models[1:])]
     store, config, added, notes = stacked(opened, layers, identity)
     made = Made(

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from gradmatch import GradmatchError, open_checkpoint
+from gradmatch.mixture import load as load_mixture_module
 from gradmatch.mixture import mix
 from gradmatch.mixture.prompts import gate_vectors, seen_vectors
 from gradmatch.mixture.request import Prompts
@@ -356,6 +357,8 @@ def models_that_differ(llama, tmp_path):
         ((base, llama[1]), {"level": "fnn"}, "did you mean 'ffn'"),
         ((base, llama[1]), {"method": "base", "density": 0.5}, "density plays no role"),
         ((base, llama[1]), {"rank": 2}, "router='spectral'"),
+        ((base, llama[1]), {"dtype": "bf16"}, "did you mean 'bfloat16'"),
+        ((base, llama[1]), {"prompts": "abc"}, "give a list of texts"),
         ((biased, [biased, biased]), {"form": "mixtral"}, "mixtral has no place for 'model.layers.0.self_attn.k_proj.bias'"),
         ((biased, [biased, biased]), {"form": "qwen2_moe"}, "o_proj.bias"),
         ((gemma, [gemma, gemma]), {"form": "mixtral"}, "not of gemma"),
@@ -370,6 +373,32 @@ def test_models_that_do_not_go_together_are_refused_by_name(llama, tmp_path):
         assert words in str(error.value), (words, str(error.value))
     with pytest.raises(FileExistsError):
         mix(*llama, out=llama[0])
+
+
+def test_modules_in_memory_are_mixed_as_their_folders_are(llama, tmp_path):
+    base = decoder(tf.LlamaConfig(**SMALL))  # its config was never saved, and names no architecture
+    experts = [moved(base, 1), moved(base, 2)]
+    mixture = mix(base, experts, gate_mode="random")
+    paths = [save(one, tmp_path / str(n)) for n, one in enumerate([base, *experts])]
+    other = mix(paths[0], paths[1:], gate_mode="random")
+    assert torch.equal(logits(mixture, IDS), logits(other, IDS))
+    own = mix(base, experts, gate_mode="random", form="own")
+    torch.testing.assert_close(
+        logits(own, IDS), logits(mix(paths[0], paths[1:], gate_mode="random", form="own"), IDS)
+    )
+
+
+def test_either_layout_on_disk_is_read_the_same(llama, tmp_path):
+    base, experts = llama
+    mix(base, experts, prompts=PROMPTS, out=tmp_path / "apart")
+    module = load(open_checkpoint(tmp_path / "apart"))
+    fused = {name: value.contiguous() for name, value in module.state_dict().items()}
+    assert "model.layers.0.mlp.experts.gate_up_proj" in fused
+    (tmp_path / "fused").mkdir()
+    save_file(fused, tmp_path / "fused/model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(tmp_path / "apart/config.json", tmp_path / "fused/config.json")
+    for reader in (load_mixture_module, tf.AutoModelForCausalLM.from_pretrained):
+        assert torch.equal(logits(reader(tmp_path / "fused"), IDS), logits(module, IDS))
 
 
 def test_a_recipe_of_ours_and_flags(llama, tmp_path, capsys):
