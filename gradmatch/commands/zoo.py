@@ -19,12 +19,15 @@ examples:
   gradmatch zoo select models/ --base base --data nyt.csv --strategy coefficient --log search.jsonl -o merged/
   gradmatch zoo select models/ --base base --tasks arc_easy,metric=acc_norm,none --limit 200 --budget 20 -o merged/
   gradmatch zoo evolve models/ --base base --data nyt.csv --groups 2 --trials 100 --storage search.journal -o merged/
+  gradmatch zoo plan ZOO.yaml -o PLAN.yaml && gradmatch zoo run PLAN.yaml merged/
   gradmatch zoo evolve models/ --base base --data a.csv --data b.csv --sampler nsga2 --figure front.svg
 """
 VERBS = {
     "inspect": "one card a model, and a matrix of similarities",
     "cluster": "families that can be merged; every model is in exactly one",
     "select": "choose models and weights greedily, by the score of their merges",
+    "plan": "decide what to merge without an evaluation: ZOO.yaml -> PLAN.yaml, with the price of running it",
+    "run": "evaluate within a plan's budget, and merge: PLAN.yaml -> OUT",
     "evolve": "search weights and options by CMA-ES or NSGA-II; the same command again, anywhere, is one more worker",
 }
 
@@ -39,6 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_looking(made[name])
     add_selecting(made["select"])
     add_evolving(made["evolve"])
+    made["plan"].add_argument("zoo", metavar="ZOO.yaml", help="models, base, score, budget, methods")
+    made["plan"].add_argument(
+        "-o", "--out", metavar="PLAN.yaml", help="where the plan is written (default: it is printed)"
+    )
+    made["plan"].add_argument(
+        "--dry-run", action="store_true", help="look at headers alone: layers, vocabularies, the price"
+    )
+    made["run"].add_argument("plan", metavar="PLAN.yaml", help="what `gradmatch zoo plan` wrote")
+    made["run"].add_argument("out", metavar="OUT", help="folder of the merge")
+    made["run"].add_argument(
+        "--log", metavar="FILE", help="JSON lines; the same file goes on with them (default: OUT.log.jsonl)"
+    )
+    made["run"].add_argument("--overwrite", action="store_true", help="replace the output folder")
+    made["run"].add_argument("--dry-run", action="store_true", help="print the plan and its price")
     for parser_ in made.values():
         add_everywhere(parser_)
     made["cluster"].add_argument(
@@ -305,6 +322,43 @@ def _evolve(args: argparse.Namespace) -> int:
     return _chosen(args, found)
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from gradmatch.estimators.files import write_atomically
+    from gradmatch.zoo.planfile import as_yaml, described
+    from gradmatch.zoo.planning import plan
+
+    made = plan(args.zoo, dry_run=args.dry_run, progress=not args.quiet)
+    args.result = made.model_dump(mode="json")
+    for line in described(made):
+        print(line, file=sys.stdout if args.out or args.dry_run else sys.stderr)
+    if args.dry_run:
+        return 0
+    if args.out:
+        write_atomically(args.out, as_yaml(made))
+        print(f"written: {args.out}")
+    else:
+        print(as_yaml(made), end="")
+    return 0
+
+
+def _run_plan(args: argparse.Namespace) -> int:
+    from gradmatch.zoo.planfile import PlanFile, described, read_file
+    from gradmatch.zoo.planning import run
+
+    made = read_file(args.plan, PlanFile)
+    for line in described(made):  # the price, before anything starts
+        print(line, file=sys.stderr, flush=True)
+    if args.dry_run:
+        return 0
+    log = args.log or f"{args.out.rstrip('/')}.log.jsonl"
+    found = run(made, args.out, log=log, overwrite=args.overwrite, progress=not args.quiet)
+    args.result = {"out": args.out, "log": log, "families": [one.to_dict() for one in found]}
+    for one in found:
+        print(one.summary())
+    print(f"written: {args.out}")
+    return 0
+
+
 def searched(text: str) -> tuple[str, tuple[float, float]]:
     """OPTION=LOW:HIGH of --search.
 
@@ -382,4 +436,11 @@ def _chosen(args: argparse.Namespace, found: Any) -> int:
     return 0
 
 
-_RUN = {"inspect": _inspect, "cluster": _cluster, "select": _select, "evolve": _evolve}
+_RUN = {
+    "inspect": _inspect,
+    "cluster": _cluster,
+    "select": _select,
+    "evolve": _evolve,
+    "plan": _plan,
+    "run": _run_plan,
+}

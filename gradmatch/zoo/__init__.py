@@ -3,6 +3,7 @@
 looking     finding (models in folders)  pairs (one pass over all weights)  cards  alike (similarities)  families (what goes together)
 searching   judge (candidates merged and scored)  journal (JSON lines)  forecasts (before anything is scored)  selecting (greedy strategies)  soup
             scores (files of examples)  tasks (lm-eval's)  space and storage (of evolving)  evolving (CMA-ES, NSGA-II)
+planning    planfile (ZOO.yaml, PLAN.yaml)  planning (plan, run)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from gradmatch.zoo.cards import Card, Zoo, inspect
     from gradmatch.zoo.evolving import Evolution, evolve
     from gradmatch.zoo.families import Families, cluster
+    from gradmatch.zoo.planning import plan, run
     from gradmatch.zoo.selecting import Selection, select
 
 EXPORTS = {
@@ -27,6 +29,8 @@ EXPORTS = {
     "cluster": "gradmatch.zoo.families",
     "evolve": "gradmatch.zoo.evolving",
     "inspect": "gradmatch.zoo.cards",
+    "plan": "gradmatch.zoo.planning",
+    "run": "gradmatch.zoo.planning",
     "select": "gradmatch.zoo.selecting",
     "similarity": "gradmatch.zoo.alike",
 }
@@ -40,6 +44,8 @@ __all__ = [
     "cluster",
     "evolve",
     "inspect",
+    "plan",
+    "run",
     "select",
     "similarity",
 ]

@@ -15,10 +15,14 @@ from gradmatch.models.stores import spans
 from gradmatch.models.views import like
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gradmatch.models.checkpoint import Checkpoint
 
 Array = NDArray[np.float64]
-AT_ONCE = 2**22  # values of all models together that are compared at a time: 32 MB in float64
+AT_ONCE = (
+    2**19
+)  # values of all models together that are compared at a time: 4 MB in float64, which caches hold
 
 
 @dataclass(frozen=True)
@@ -119,17 +123,23 @@ def compare(
             size *= side
         here = np.ix_(rows, rows)
         numel[here] += size
-        for first, last in spans(size, max(1, AT_ONCE // (len(sources) + 1))):
-            values = torch.stack([source.block(name, first, last).double() for source in sources])
-            bad = ~torch.isfinite(values.sum(1))
-            if bad.any():
-                broken.update(names[rows[i]] for i in bad.nonzero().flatten().tolist() if i < len(rows))
-                values.nan_to_num_(0.0, 0.0, 0.0)
-            pivot = values[-1].clone() if own else values[0].clone()
-            values -= pivot
-            whole = torch.cat([values[: len(rows)], pivot[None]])
-            gram = (whole @ whole.T).numpy()
-            inner, cross, middle = gram[:-1, :-1], gram[:-1, -1], float(gram[-1, -1])
+        for first, last in spans(size, max(1, AT_ONCE // len(sources))):
+            values = torch.empty(len(sources), last - first, dtype=torch.float64)
+            for row, source in zip(values, sources, strict=True):
+                row.copy_(source.block(name, first, last))
+            pivot = len(sources) - 1 if own else 0
+            gram = _gram(values, pivot)
+            if not np.isfinite(gram).all():
+                for row in range(len(sources)):
+                    read = sources[row].block(name, first, last)
+                    if row < len(rows) and not bool(torch.isfinite(read).all()):
+                        broken.add(names[rows[row]])
+                    values[row].copy_(read).nan_to_num_(0.0, 0.0, 0.0)
+                gram = _gram(values, pivot)
+            middle, cross = float(gram[pivot, pivot]), gram[: len(rows), pivot].copy()
+            inner = gram[: len(rows), : len(rows)].copy()
+            if not own:  # the pivot is a model too, and its difference from itself is 0
+                cross[pivot] = inner[pivot] = inner[:, pivot] = 0.0
             norms = inner.diagonal()
             dot[here] += inner + cross[:, None] + cross[None, :] + middle
             square[here] += (norms + 2 * cross + middle)[:, None]
@@ -148,6 +158,15 @@ def compare(
         names, numel, dot, square, apart, tau_dot if given else None, tau_square if given else None,
         base_square if given else None, base_dot if given else None, frozenset(broken),
     )  # fmt: skip
+
+
+def _gram(values: Tensor, pivot: int) -> Array:
+    """Products of all rows, the pivot as it is and the others as differences from it, which they are made here."""
+    base = values[pivot].clone()
+    values -= base
+    values[pivot] = base
+    found: Array = (values @ values.T).numpy()
+    return found
 
 
 def cosines(dot: Array, square: Array) -> Array:
