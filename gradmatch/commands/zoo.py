@@ -19,6 +19,7 @@ examples:
   gradmatch zoo select models/ --base base --data nyt.csv --strategy coefficient --log search.jsonl -o merged/
   gradmatch zoo select models/ --base base --tasks arc_easy,metric=acc_norm,none --limit 200 --budget 20 -o merged/
   gradmatch zoo evolve models/ --base base --data nyt.csv --groups 2 --trials 100 --storage search.journal -o merged/
+  gradmatch zoo evolve --config evolve.yml --trials 100 --storage search.db -o merged/      mergekit-evolve's, as it is
   gradmatch zoo plan ZOO.yaml -o PLAN.yaml && gradmatch zoo run PLAN.yaml merged/
   gradmatch zoo evolve models/ --base base --data a.csv --data b.csv --sampler nsga2 --figure front.svg
 """
@@ -172,6 +173,11 @@ def add_evolving(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="spare candidates that curvature files are against (default: where every model has one)",
     )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a config of mergekit-evolve: models, base, method, groups and tasks come from it, as it is",
+    )
     parser.add_argument("--figure", metavar="FILE", help="draw the Pareto front: .svg, .png or .pdf")
 
 
@@ -305,6 +311,8 @@ def _evolve(args: argparse.Namespace) -> int:
     from gradmatch.zoo import evolve
     from gradmatch.zoo.scores import Each
 
+    if args.config:
+        return _as_mergekit(args)
     models = models_of(args)
     _check(args)
     ranges = dict(searched(text) for text in args.search)
@@ -319,6 +327,30 @@ def _evolve(args: argparse.Namespace) -> int:
     if args.figure:
         found.figure(args.figure)
         print(f"drawn: {args.figure}", file=sys.stderr)
+    return _chosen(args, found)
+
+
+def _as_mergekit(args: argparse.Namespace) -> int:
+    """A config of mergekit-evolve; its notes are said."""
+    from gradmatch.recipes.mergekit.evolving import read_evolving
+    from gradmatch.zoo import evolve
+    from gradmatch.zoo.tasks import OnTasks
+
+    asked = read_evolving(args.config)
+    args.base = asked.base
+    _check(args)
+    for note in asked.notes:
+        print(f"note: {note}", file=sys.stderr)
+    score = (
+        score_of(args)
+        if args.data
+        else OnTasks(asked.base, asked.scored, include=args.include, seed=args.seed, **asked.settings)
+    )
+    found = evolve(
+        asked.base, asked.models, score, trials=args.trials, storage=args.storage or os.environ.get("GRADMATCH_STORAGE"), seed=args.seed,
+        name=args.name, start=asked.start, population=args.population, space=asked.space, allow_pickle=args.allow_pickle,
+        progress=not args.quiet, **{**asked.options, **options_of(args)},
+    )  # fmt: skip
     return _chosen(args, found)
 
 

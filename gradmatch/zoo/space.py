@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.common.settings import layer_of
+from gradmatch.common.settings import FIRST, layer_of
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.names import nearest
 from gradmatch.rules import find_rule
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 Point = dict[str, float]
 NORMALISED = ("linear", "weighted", "ties", "dare_ties")
+ARC = (-4.0, 4.0)  # of the two numbers whose softmax is a place on the arc: .0003 to .9997
+NORMS = ("norm", "ln_f", "layernorm", "LayerNorm")  # how a norm behind the layers is called
+OUTSIDE: dict[str, dict[str, Any]] = {  # groups beside those of layers, as entries of a setting
+    "embeddings": {"layer": "before"},
+    "norm": {"layer": "after", "filter": NORMS[0]},
+    "head": {"layer": "after"},
+}
 OF_A_TASK = ("density", "epsilon", "gamma")  # options that every model may have of its own
 
 
@@ -48,6 +55,7 @@ class Space:
         negative: whether weights go from -1 to 1 instead of from 0 to 1.
         normalize: whether the weights of a group are divided by their sum; None: where the method's weights are shares.
         smooth: whether weights are interpolated over the depth between the groups.
+        outside: groups beside those of layers, by name, as entries of a setting.
     """
 
     models: tuple[str, ...]
@@ -60,6 +68,7 @@ class Space:
     negative: bool = False
     normalize: bool | None = None
     smooth: bool = False
+    outside: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: OUTSIDE)
 
     def __post_init__(self) -> None:
         """Check the choices against the rule and the layers.
@@ -82,6 +91,12 @@ class Space:
                     "out_of_range",
                     name,
                 )
+        if self.method == "slerp" and len(self.models) != 2:
+            raise GradmatchError(
+                f"slerp goes between two models, and there are {len(self.models)}; name two, or search another method",
+                "bad_choice",
+                "slerp",
+            )
         if self.groups < 0 or self.groups > len(self.layers):
             raise GradmatchError(
                 f"groups is {self.groups}, and the base has {len(self.layers)} layers; 0 is one weight for the whole model",
@@ -93,7 +108,21 @@ class Space:
     def of(cls, base: Checkpoint, models: Sequence[str], method: str, **chosen: Any) -> Space:
         """The space over a base's layers."""
         found = sorted({layer for name in base if (layer := layer_of(name)) is not None})
-        return cls(tuple(models), method, tuple(found), **chosen)
+        after = [
+            name
+            for name in base.store
+            if layer_of(name) is None and not FIRST.search(name) and name not in base.aliases
+        ]
+        norm = next((part for part in NORMS if any(part in name for name in after)), "")
+        outside = dict(OUTSIDE)
+        outside["norm"] = {"layer": "after", "filter": norm}
+        if not norm:
+            del outside["norm"]
+        if all(norm and norm in name for name in after):
+            del outside["head"]
+        if all(layer_of(name) is not None or name in after for name in base.store):
+            del outside["embeddings"]
+        return cls(tuple(models), method, tuple(found), outside=outside, **chosen)
 
     @property
     def places(self) -> list[str]:
@@ -101,7 +130,9 @@ class Space:
         whole = ["all"]
         if self.groups:
             inner = [f"layers {part[0]}-{part[-1]}" for part in self.parts()]
-            whole = inner if self.smooth else ["embeddings", *inner, "norm", "head"]
+            first = [place for place in self.outside if place == "embeddings"]
+            last = [place for place in self.outside if place != "embeddings"]
+            whole = inner if self.smooth else [*first, *inner, *last]
         return [f"{place} {part}".strip() for place in whole for part in (*self.filters, "")]
 
     def parts(self) -> list[list[int]]:
@@ -115,7 +146,9 @@ class Space:
         found: dict[str, tuple[float, float]] = {}
         for place in self.places:
             for model in self.models:
-                found[f"{place}|{model}|weight"] = (-1.0 if self.negative else 0.0, 1.0)
+                found[f"{place}|{model}|weight"] = (
+                    ARC if self.method == "slerp" else (-1.0 if self.negative else 0.0, 1.0)
+                )
                 found |= {f"{place}|{model}|{name}": (0.01, 1.0) for name in self.per_model}
         return found | {f"|{name}": (float(low), float(high)) for name, (low, high) in self.options.items()}
 
@@ -142,6 +175,8 @@ class Space:
         Raises:
             GradmatchError: weights that sum to 0 where they are shares.
         """
+        if self.method == "slerp":
+            return self._on_the_arc(point)
         divided = self.normalize if self.normalize is not None else self.method in NORMALISED
         tables: dict[str, dict[str, dict[str, float]]] = {}
         for place in self.places:
@@ -169,6 +204,16 @@ class Space:
             raise GradmatchError("its weights are all 0", "out_of_range")
         return Candidate(kept, options, {model: own[model] for model in kept if own[model]})
 
+    def _on_the_arc(self, point: Mapping[str, float]) -> Candidate:
+        """SLERP of two models: t = softmax(weights)_2 in every group, as mergekit-evolve has it."""
+        first, second = self.models
+        places = {}
+        for place in self.places:
+            a, b = (point[f"{place}|{model}|weight"] for model in (first, second))
+            places[place] = 1 / (1 + math.exp(a - b))
+        options = {name: point[f"|{name}"] for name in self.options}
+        return Candidate({first: 1.0, second: 1.0}, {**options, "t": self._setting(places)})
+
     def _setting(self, rows: Mapping[str, float]) -> Any:
         """Values by group as a setting of `merge` (see `gradmatch.common.settings`)."""
         values = list(rows.values())
@@ -188,12 +233,9 @@ class Space:
             inner: list[list[dict[str, Any]]] = [
                 [{"layer": layer} for layer in part] for part in self.parts()
             ]
-            keys = [
-                [{"layer": "before"}],
-                *inner,
-                [{"layer": "after", "filter": "norm"}],
-                [{"layer": "after"}],
-            ]
+            first = [[dict(where)] for place, where in self.outside.items() if place == "embeddings"]
+            last = [[dict(where)] for place, where in self.outside.items() if place != "embeddings"]
+            keys = [*first, *inner, *last]
         for place, wheres in enumerate(keys):
             for n, part in enumerate((*self.filters, "")):
                 value = values[place * count + n]

@@ -152,7 +152,7 @@ def test_a_search_without_any_score_says_so():
             evolve(score=score, method=method, trials=3)
 
 
-@pytest.mark.parametrize("kind", ["s.journal", "journal:{}/s", "{}/s.db", "sqlite:///{}/s.sqlite"])
+@pytest.mark.parametrize("kind", ["s.journal", "sqlite:///{}/s.sqlite"])
 def test_a_search_goes_on_and_another_is_refused(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     place = kind.format(tmp_path)
