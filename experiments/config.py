@@ -96,6 +96,7 @@ EXPERIMENTS = {
     "forecast": "experiments.studies.forecast",
     "language": "experiments.studies.language",
     "mixture": "experiments.studies.mixture",
+    "rebasin": "experiments.studies.rebasin",
     "redundancy": "experiments.studies.redundancy",
     "removal": "experiments.studies.removal",
     "removal-proof": "experiments.studies.removal_proof",

@@ -28,7 +28,7 @@ from gradmatch.rebasin.probing import (
     module_with,
     symmetry_of_checkpoint,
 )
-from gradmatch.rebasin.searching import search
+from gradmatch.rebasin.searching import NEED_DATA, search
 from gradmatch.rebasin.symmetry import Member, Symmetry
 from gradmatch.rebasin.transport import Widths
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from gradmatch.models.task import Model
 
 METHODS = ("weights", "activations", "transport", "learned")
-NEED_DATA = ("activations", "learned")
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,8 @@ def align(
         to: the model whose order it is to have; of the same architecture.
         method: how units are matched. "weights" (Ainsworth et al. 2023): by the weights alone. "activations": by what units say
             on `data`. "transport" (Singh & Jaggi 2020): by a soft plan, made hard where the widths are the same; of models of
-            other widths units are split and averaged, which keeps the function only nearly. "learned": from the weights' matching
-            on, by the loss at the midpoint on `data`, which have labels (straight-through, Ainsworth et al. 2023).
+            other widths units are split and averaged, which keeps the function only nearly. "learned": from the better of the first
+            two on, by the loss at the midpoint on `data`, which have labels (straight-through, Ainsworth et al. 2023).
         data: batches, as models take them; for "weights" and "transport" not needed.
         spec: the symmetry, where it is known (`Symmetry.from_table`); None: it is found.
         restarts: searches from other orders of the groups; the best is taken.

@@ -6,7 +6,7 @@ are taken at the midpoint with that permutation, and their gradient is passed on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from gradmatch.rebasin.symmetry import Member
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-STEPS, RATE = 60, 5e-3
+STEPS, RATE = 100, 1e-2
 PATIENCE = 5  # steps between two looks at all of the data
 
 
@@ -46,8 +46,8 @@ def with_statistics(
 
 
 def learn(
-    pairs: Pairs, module: nn.Module, ends: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], batches: list[Any], start: Match,
-    *, steps: int = STEPS, rate: float = RATE,
+    pairs: Pairs, module: nn.Module, ends: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], batches: list[Any],
+    starts: Sequence[Match], *, steps: int = STEPS, rate: float = RATE,
 ) -> tuple[Match, float, float]:  # fmt: skip
     """The permutation with the lowest loss at the midpoint, among those that are come by.
 
@@ -56,12 +56,12 @@ def learn(
         module: whose structure they are of.
         ends: the target's tensors and the moved model's, by the module's names.
         batches: with labels.
-        start: a matching to begin with; it is kept where nothing better is found.
+        starts: matchings to begin with: the one with the lowest loss, which is kept where nothing better is found.
         steps: of Adam, one batch each.
         rate: of Adam.
 
     Returns:
-        The matching; the midpoint's loss with `start` and with it, nats per example.
+        The matching; the midpoint's loss with the best start and with it, nats per example.
 
     Raises:
         ValueError: batches without labels, or that the module cannot be run on.
@@ -82,8 +82,10 @@ def learn(
     def judged(member: Member) -> float:
         return whole.loss(with_statistics(module, midpoint(member), batches)) / whole.num_examples
 
-    best, member = start, dict(start.member)
-    first = lowest = judged(member)
+    losses = [judged(start.member) for start in starts]
+    first = lowest = min(losses)
+    best = start = starts[losses.index(first)]
+    member = dict(start.member)
     latent = {name: moved(own[name].float(), symmetry.index(member, name)).clone() for name in pairs.names}
     optimizer = torch.optim.Adam(list(latent.values()), lr=rate)
     for step in range(steps):

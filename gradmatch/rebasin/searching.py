@@ -15,6 +15,8 @@ from gradmatch.rebasin.transport import Hardened
 if TYPE_CHECKING:
     from gradmatch.rebasin.pair import Two
 
+NEED_DATA = ("activations", "learned")
+
 
 @dataclass(frozen=True)
 class Found:
@@ -47,7 +49,8 @@ def search(
         seed: of these.
     """
     pairs, dead, notes = pair.weights, {}, []
-    by_data = method == "activations" or (method == "transport" and batches is not None)
+    starts = [match(pairs)] if method == "learned" else []
+    by_data = method in NEED_DATA or (method == "transport" and batches is not None)
     if by_data:
         calls: list[Call] = calls_of(batches or ())
         theirs = features(module_with(models[1], pair.target), pair.symmetry, calls, pair.target.where)
@@ -65,6 +68,10 @@ def search(
     if method == "learned":
         module = module_with(models[1], pair.target)
         ends = [dict(table) for table in pair.tables]
-        best, first, last = learn(pair.weights, module, (ends[1], ends[0]), list(batches or ()), best)
-        notes.append(f"loss at the midpoint, nats per example: {first:.4f} by weights, {last:.4f} learned")
+        best, first, last = learn(
+            pair.weights, module, (ends[1], ends[0]), list(batches or ()), [*starts, best]
+        )
+        notes.append(
+            f"loss at the midpoint, nats per example: {first:.4f} by weights or activations, {last:.4f} learned"
+        )
     return Found(best, tuple(one.cosine for one in found), dead, tuple(notes))
