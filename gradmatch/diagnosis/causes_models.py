@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gradmatch.common.layers import layer_group
 from gradmatch.diagnosis.cause import INPUT, Cause, cause, plural
-from gradmatch.diagnosis.causes_places import displaced
+from gradmatch.diagnosis.causes_places import align_command, displaced
 from gradmatch.diagnosis.evidence import error_of_mean
 from gradmatch.diagnosis.moved import KEPT
 from gradmatch.diagnosis.repairs import restored, saving_of, scaled_back, without
@@ -143,9 +143,10 @@ def other_base(evidence: Evidence) -> Iterator[Cause]:
         yield cause(
             "other_base",
             task,
-            f"{task!r} shares next to nothing with the base in {len(layers)} of {len(matrices)} matrices "
+            f"{'different beginnings: ' if whole else ''}{task!r} shares next to nothing with the base in {len(layers)} of {len(matrices)} matrices "
             f"(cosine {far[name]:.2f} in {name}; its task vector there is {ratio:.1f} times as long as the base's weights)",
-            f"fine-tune {task!r} from this very base (same seed of new layers), or leave it out"
+            f"fine-tune {task!r} from this very base (same seed of new layers); models of different beginnings are merged after an "
+            f"alignment: {align_command(evidence, task)}"
             if whole
             else f"leave {layer_group(name)} of {task!r} out of the merge, start all tasks from one initialisation of it, or, where it "
             f"should be the base's, save {task!r} again: it may be damaged",

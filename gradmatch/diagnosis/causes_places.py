@@ -56,10 +56,18 @@ def rows_moved(evidence: Evidence) -> Iterator[Cause]:
                 remedy = f"compare the tokenizers of {task!r} and the base, and put its rows in the base's order (map tokens by their text)"
             else:
                 text += "its neurons are in another order"
-                remedy = f"permute the neurons of {task!r} back (match them to the base's) before merging, or leave it out"
+                remedy = f"put the neurons of {task!r} into the base's order before merging: {align_command(evidence, task)}"
             saving = saving or saving_of(evidence, without, task)
             numbers = {"tensors": float(len(names)), "rows": float(amount)}
             yield cause(kind, task, text, remedy, INPUT, saving, **numbers)
+
+
+def align_command(evidence: Evidence, task: str) -> str:
+    """What brings a model of another beginning into the base's order of units."""
+    base, model = evidence.base.path, evidence.tasks[task].path
+    if base is None or model is None:
+        return "gradmatch.rebasin.align(model, to=base), or align='weights' in the merge"
+    return f"`gradmatch align {model} --to {base} -o ALIGNED`, or `align: weights` in the recipe"
 
 
 def rows_elsewhere(tensor: TensorScan, position: int) -> bool:

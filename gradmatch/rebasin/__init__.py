@@ -3,6 +3,19 @@
 from gradmatch.rebasin.aligning import Alignment, align
 from gradmatch.rebasin.checking import Proof, check
 from gradmatch.rebasin.path import Barrier, barrier
+from gradmatch.rebasin.repair import repair
 from gradmatch.rebasin.symmetry import Group, Symmetry
+from gradmatch.rebasin.universe import align_all
 
-__all__ = ["Alignment", "Barrier", "Group", "Proof", "Symmetry", "align", "barrier", "check"]
+__all__ = [
+    "Alignment",
+    "Barrier",
+    "Group",
+    "Proof",
+    "Symmetry",
+    "align",
+    "align_all",
+    "barrier",
+    "check",
+    "repair",
+]

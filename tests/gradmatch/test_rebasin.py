@@ -12,12 +12,13 @@ from torch import nn
 from gradmatch import Curvature, Task, estimate, merge, open_checkpoint
 from gradmatch.measure.objective import Objective
 from gradmatch.models.batchnorm import batchnorm_statistics
-from gradmatch.rebasin import Symmetry, align, barrier, check
+from gradmatch.rebasin import Symmetry, align, align_all, barrier, check, repair
 from gradmatch.rebasin.activations import standardised
 from gradmatch.rebasin.axes import Axis, cut, leaves, product, split, unify
 from gradmatch.rebasin.matching import Pairs, assign, by_names, match, moved
 from gradmatch.rebasin.path import figure
-from gradmatch.rebasin.probing import find_symmetry
+from gradmatch.rebasin.probing import calls_of, find_symmetry
+from gradmatch.rebasin.repair import measured
 from gradmatch.rebasin.transport import Hardened, sinkhorn
 from tests.command import run
 from tests.gradmatch import tiny
@@ -112,8 +113,6 @@ def built():
 
 def scrambled(module, data=None, seed=1):
     """A copy with a random member of its group applied, and that member."""
-    from gradmatch.rebasin.probing import calls_of
-
     symmetry = find_symmetry(module, calls_of(data)[0] if data else None)
     member = symmetry.random(torch.Generator().manual_seed(seed))
     other, state = copy.deepcopy(module), module.state_dict()
@@ -395,6 +394,36 @@ def test_learned_matching_never_ends_above_where_it_began():
     assert view.report.difference < 1e-9
 
 
+def test_several_models_share_one_universe():
+    """Going from one to another and on to a third is going there directly; planted orders come back."""
+    net = mlp(4, 12, 12, 3)
+    others = [scrambled(tiny.tuned(net, k, 0.02), seed=k)[0] for k in (1, 2)]
+    views = align_all([net, *others])
+    assert all(torch.equal(views[0][name], value) for name, value in net.state_dict().items())
+    assert all((view["0.weight"] - net[0].weight).abs().max() < 0.2 for view in views)
+    x = torch.randn(5, 4)
+    for view, own in zip(views, [net, *others], strict=True):
+        assert torch.allclose(torch.func.functional_call(net, dict(view), (x,)), own(x), atol=1e-5)
+    with pytest.raises(ValueError, match="at least two"):
+        align_all([net])
+    with pytest.raises(ValueError, match="other widths"):
+        align_all([net, mlp(4, 10, 12, 3)])
+
+
+def test_repair_gives_units_the_spread_of_the_ends():
+    one, other = mlp(3, 16, 16, 2), mlp(3, 16, 16, 2, seed=1)
+    ends = one.state_dict(), other.state_dict()
+    middle = {name: (value + ends[1][name]) / 2 for name, value in ends[0].items()}
+    data = [torch.randn(200, 3)]
+    fixed = repair(one, middle, ends, data)
+    calls = calls_of(data)
+    here, first, second = (measured(one, weights, calls) for weights in (fixed, *ends))
+    for layer in ("0", "2"):
+        for k in (0, 1):
+            assert torch.allclose(here[layer][k], (first[layer][k] + second[layer][k]) / 2, atol=1e-4)
+    assert torch.equal(fixed["4.weight"], middle["4.weight"])
+
+
 WRONG = [
     (lambda net: align(net, mlp(3, 5, 5, 2)), "models of different depths"),
     (lambda net: align(net, mlp(3, 6, 2)), "take method='transport'"),
@@ -456,6 +485,8 @@ def test_from_the_shell(folders, monkeypatch, capsys):
     tf.AutoModelForSequenceClassification.from_pretrained("aligned")
     assert run("merge recipe.yaml --dry-run") == 0
     assert "aligned by weights" in capsys.readouterr().out
+    assert run("diagnose --base base --task other --quick --quiet") == 0
+    assert "gradmatch align other --to base -o ALIGNED" in capsys.readouterr().out.replace("\n", " ")
     assert run("align other --to base -o aligned") == 2  # it is there
     assert (
         run("align other")

@@ -111,6 +111,7 @@ def test_permuted_neurons():
     tasks["c"]["2.weight"] = tasks["c"]["2.weight"][:, order]
     result = told(base, tasks, average(base, tasks))
     assert first_of(result) == ("permuted_neurons", "c")
+    assert "gradmatch.rebasin.align(model, to=base)" in result.causes[0].remedy
     assert "other_base" not in names_of(result)
 
 
@@ -120,6 +121,8 @@ def test_other_base_whole_and_one_layer():
     first = told(base, {**tasks, "a": others["a"]}, average(base, tasks)).causes[0]
     assert (first.name, first.subject) == ("other_base", "a")
     assert "fine-tune 'a' from this very base" in first.remedy
+    assert "align='weights'" in first.remedy
+    assert first.evidence.startswith("different beginnings")
     tasks["a"]["2.weight"] = others["a"]["2.weight"]
     first = next(c for c in told(base, tasks, average(base, tasks)).causes if c.name == "other_base")
     assert "leave 2 of 'a' out" in first.remedy
