@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from experiments.files import write_json
 from gradmatch import Task, estimate, merge
 from gradmatch.measure.objective import Objective
-from gradmatch.rebasin import align, barrier
+from gradmatch.rebasin import align, barrier, zipit
 from gradmatch.rebasin.checking import difference
 from gradmatch.rebasin.learned import with_statistics
 from gradmatch.rebasin.matching import moved
@@ -173,7 +173,22 @@ def disjoint(out: Path, *, kind: str, seed: int, epochs: int) -> None:
             one, [Task(one, name="a"), Task(model, name="b")], method="averaging", batchnorm="average"
         )
         found[name] = float(objective.accuracy(with_statistics(one, dict(weights), calibration)) or 0)
+    for until in (1, None):  # each model answers for its own classes, with its own tail
+        zipped = zipit(one, other, [x for x, _ in calibration], until)
+        both = [with_statistics(one, weights, calibration) for weights in (zipped.first, zipped.second)]
+        found["zipped" if until is None else "zipped, first layer"] = _joint_accuracy(one, both, test)
     write_json(out / "result.json", {"accuracy": found})
+
+
+def _joint_accuracy(module: nn.Module, both: Sequence[Mapping[str, Tensor]], test: Batches) -> float:
+    """Of two models over ten classes, the first answering for 0 to 4 and the second for 5 to 9."""
+    right = count = 0
+    with torch.no_grad():
+        for x, y in test:
+            first, second = (torch.func.functional_call(module, dict(weights), (x,)) for weights in both)
+            right += int((torch.cat([first[:, :5], second[:, 5:]], 1).argmax(1) == y).sum())
+            count += len(y)
+    return right / count
 
 
 def exactness(out: Path, *, model: str, trials: int) -> None:

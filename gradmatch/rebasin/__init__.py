@@ -6,6 +6,7 @@ from gradmatch.rebasin.path import Barrier, barrier
 from gradmatch.rebasin.repair import repair
 from gradmatch.rebasin.symmetry import Group, Symmetry
 from gradmatch.rebasin.universe import align_all
+from gradmatch.rebasin.zipit import Zipped, zipit
 
 __all__ = [
     "Alignment",
@@ -13,9 +14,11 @@ __all__ = [
     "Group",
     "Proof",
     "Symmetry",
+    "Zipped",
     "align",
     "align_all",
     "barrier",
     "check",
     "repair",
+    "zipit",
 ]

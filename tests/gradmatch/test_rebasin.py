@@ -12,7 +12,7 @@ from torch import nn
 from gradmatch import Curvature, Task, estimate, merge, open_checkpoint
 from gradmatch.measure.objective import Objective
 from gradmatch.models.batchnorm import batchnorm_statistics
-from gradmatch.rebasin import Symmetry, align, align_all, barrier, check, repair
+from gradmatch.rebasin import Symmetry, align, align_all, barrier, check, repair, zipit
 from gradmatch.rebasin.activations import standardised
 from gradmatch.rebasin.axes import Axis, cut, leaves, product, split, unify
 from gradmatch.rebasin.matching import Pairs, assign, by_names, match, moved
@@ -20,6 +20,7 @@ from gradmatch.rebasin.path import figure
 from gradmatch.rebasin.probing import calls_of, find_symmetry
 from gradmatch.rebasin.repair import measured
 from gradmatch.rebasin.transport import Hardened, sinkhorn
+from gradmatch.rebasin.zipit import join
 from tests.command import run
 from tests.gradmatch import tiny
 
@@ -422,6 +423,55 @@ def test_repair_gives_units_the_spread_of_the_ends():
         for k in (0, 1):
             assert torch.allclose(here[layer][k], (first[layer][k] + second[layer][k]) / 2, atol=1e-4)
     assert torch.equal(fixed["4.weight"], middle["4.weight"])
+
+
+def test_units_are_joined_by_their_correlation():
+    """A17: planted pairs of correlation .9 beside two dead units; the score is .9, the dead ones apart, the input untouched."""
+    x = torch.zeros(8, 8)
+    for i, j in ((0, 4), (1, 6), (2, 5)):
+        x[i, j] = x[j, i] = 0.9
+    for i in (0, 1, 2, 4, 5, 6):
+        x[i, i] = 1
+    kept = x.clone()
+    found = join(x)
+    assert torch.equal(x, kept)
+    assert (found.score, found.dead, found.within) == (pytest.approx(0.9), 2, 0)
+    assert torch.equal(found.unmerge @ torch.ones(4, 1), torch.ones(8, 1))
+    assert found.merge.sum(1).allclose(torch.ones(4))
+    twins = torch.eye(4)
+    twins[0, 1] = twins[1, 0] = 0.9  # within the first model; the other pair must be joined across
+    assert join(twins, b=1).within == 1
+    assert join(twins, b=0).within == 0
+    assert twins[0, 1] > 0
+
+
+def test_zipping_keeps_a_tail_for_each():
+    net = mlp(3, 8, 8, 2)
+    other, *_ = scrambled(net)
+    x = torch.randn(100, 3)
+    found = zipit(net, other, [x])
+    run_with = torch.func.functional_call
+    for weights, own in ((found.first, net), (found.second, other)):
+        assert torch.allclose(
+            run_with(net, weights, (x,)), own(x), atol=1e-5
+        )  # the same units: nothing is lost
+    part = zipit(net, mlp(3, 8, 8, 4, seed=2), [x], until=1)  # another number of classes
+    assert part.shared == ("0.weight", "0.bias")
+    assert part.second["4.weight"].shape == (4, 8)
+    assert torch.equal(part.first["4.weight"], net[4].weight)
+    assert "1 groups" in part.summary()
+    bert = tf.BertModel(tf.BertConfig(**IDS, intermediate_size=12))
+    for wrong, message in (
+        (lambda: zipit(net, other, [x], until=9), "until is 9; the models have 2 groups"),
+        (lambda: zipit(net, mlp(3, 6, 8, 2), [x]), "zipping joins models of one width"),
+        (
+            lambda: zipit(bert, bert, [{"input_ids": torch.randint(3, 40, (2, 5))}]),
+            "are heads, with units inside",
+        ),
+    ):
+        with pytest.raises(ValueError, match=r".") as error:
+            wrong()
+        assert message in str(error.value)
 
 
 WRONG = [
