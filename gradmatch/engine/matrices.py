@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gradmatch.engine.context import add
 from gradmatch.engine.explain import not_positive
-from gradmatch.engine.stacked import anchor_of, gradients, prior, task_vectors
+from gradmatch.engine.stacked import TaskVectors, anchor_of, gradients, prior, task_vectors, whole_base
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules import Solve
 from gradmatch.rules.beliefs import Known
@@ -67,11 +67,16 @@ def known_matrix(context: Context, step: Step, buffers: Buffers) -> tuple[Known,
 
 def _read(
     context: Context, step: Step, buffers: Buffers, stats: dict[str, float]
-) -> tuple[Tensor, Tensor, Tensor, Curved, bool]:
-    """theta0 flat; theta0 (out, in), tau (T, out, in) and the curvatures in the rule's precision; whether it is stored [in, out]."""
-    theta0, tau = task_vectors(context, step, 0, step.spec.numel, buffers, stats)
+) -> tuple[Tensor, Tensor, Any, Curved, bool]:
+    """theta0 flat; theta0 (out, in), tau (T, out, in), or one after the other, and the curvatures in the rule's precision; whether it is stored [in, out]."""
     rule, rows = step.rule, step.spec.shape[0]
     assert isinstance(rule, Solve)
+    tau: Any
+    if rule.streams and not step.edits:
+        theta0 = whole_base(context, step, buffers)
+        tau = TaskVectors(context, step, theta0, buffers, theta0.shape)
+    else:
+        theta0, tau = task_vectors(context, step, 0, step.spec.numel, buffers, stats)
     dtype = theta0.dtype if rule.single(step.options) else torch.float64
     turned = transposed(context, step, max(1, step.spec.numel // max(1, rows)))
 
@@ -84,7 +89,8 @@ def _read(
         curved.g = matrix(gradients(context, step, 0, step.spec.numel, buffers))
     if "anchor" in step.needs:
         curved.anchor = matrix(anchor_of(context, step, 0, step.spec.numel, buffers)) - base
-    return theta0, base, matrix(tau), curved, turned
+    stacked = tau.turned(matrix) if isinstance(tau, TaskVectors) else matrix(tau)
+    return theta0, base, stacked, curved, turned
 
 
 def transposed(context: Context, step: Step, columns: int) -> bool:

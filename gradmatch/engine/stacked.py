@@ -105,7 +105,8 @@ class TaskVectors(Sequence[Tensor]):
     ) -> None:
         tasks = [context.inputs.tasks[t] for t in step.tasks]
         self._stores = [task.store for task in (tasks if rows is None else [tasks[row] for row in rows])]
-        self._step, self._theta0, self._buffers, self._shape = step, theta0, buffers, tuple(shape)
+        self._step, self._theta0, self._buffers = step, theta0, buffers
+        self._as: Callable[[Tensor], Tensor] = lambda tau: tau.view(tuple(shape))
 
     def __len__(self) -> int:
         return len(self._stores)
@@ -114,7 +115,12 @@ class TaskVectors(Sequence[Tensor]):
         tau = self._buffers.get("one tau", self._theta0.numel(), self._theta0.dtype)
         for first, last, theta in _parts(self._stores[row], self._step, "theta", tau.dtype, self._buffers):
             torch.sub(theta, self._theta0[first:last], out=tau[first:last])
-        return tau.view(self._shape)
+        return self._as(tau)
+
+    def turned(self, to: Callable[[Tensor], Tensor]) -> TaskVectors:
+        """The same, each as `to` makes it of the flat one."""
+        self._as = to
+        return self
 
 
 def decomposed(call: Callable[[], Tensor], like: Tensor) -> Tensor:

@@ -69,19 +69,22 @@ def _held_bytes(step: Step, block: int) -> int:
     if step.path == "core":
         return CORES * step.bytes_read + 4 * 8 * sum(map(int, step.spec.shape)) * step.rank
     fixed, per_task = step.rule.memory
-    if isinstance(step.rule, Whole) and step.rule.streams and step.edits:
+    if isinstance(step.rule, (Whole, Solve)) and step.rule.streams and step.edits:
         fixed, per_task = fixed + EDITED[0], per_task + EDITED[1]
     longest_row = step.spec.shape[-1] if step.spec.shape else 1
     piece = {"block": block, "rows": max(BLOCK, longest_row), "tensor": step.spec.numel}[step.span]
     values = min(piece, step.spec.numel) * (fixed + per_task * len(step.tasks))
     if isinstance(step.rule, Whole) and step.rule.square:
         values += step.rule.square * _smaller_side(step) ** 2
+    if isinstance(step.rule, Solve) and step.rule.square:
+        values += step.rule.square * (step.spec.numel // max(1, step.spec.shape[0])) ** 2
     if step.assembles:
         values += sum(AFTER[name].memory * step.spec.numel for name, _ in step.after)
         values += sum(AFTER[name].square for name, _ in step.after) * _smaller_side(step) ** 2
     # a system is solved in double precision, and as much is made of the factors
-    solving = 4 * step.bytes_read if isinstance(step.rule, Solve) else 0
-    return int(values * (8 if step.compute == "F64" or solving else 4)) + solving
+    solved = isinstance(step.rule, Solve)
+    solving = 4 * step.bytes_read if isinstance(step.rule, Solve) and not step.rule.streams else 0
+    return int(values * (8 if step.compute == "F64" or solved else 4)) + solving
 
 
 def _smaller_side(step: Step) -> int:

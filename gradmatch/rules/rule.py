@@ -233,6 +233,8 @@ class Solve(Rule):
         otherwise: the rule of tensors whose factors are not known. It is given the options of the same names.
         whole: whether it solves for matrices without factors too.
         single: options -> whether float32 is enough, where the models are in it; else it is given float64.
+        streams: whether it takes the task vectors one after the other and keeps none, as `Whole.streams`.
+        square: a worker holds so many values more, beside `memory`, for each of the n x n of the matrix's inputs n.
     """
 
     solve: Callable[[Tensor, Tensor, Sequence[float], Curved], Tensor]
@@ -240,6 +242,8 @@ class Solve(Rule):
     otherwise: Rule
     whole: bool = False
     single: Callable[[Any], bool] = lambda options: False
+    streams: bool = False
+    square: float = 0
 
     kind: ClassVar[str] = "solve"
 

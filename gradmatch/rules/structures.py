@@ -113,6 +113,41 @@ class Sum(Structure):
 
 
 @dataclass(frozen=True)
+class Moments(Structure):
+    """I (x) scale (X'X + ridge mean(diag X'X) I) of rows X (k, in), whose square matrix is made where it is asked for.
+
+    Example:
+        >>> import torch
+        >>> Moments(torch.tensor([[1.0, 0.0]]), ridge=0.5)(torch.ones(1, 2))  # X'X = diag(1, 0), mean 1/2
+        tensor([[1.2500, 0.2500]])
+    """
+
+    rows: Tensor
+    scale: float = 1.0
+    ridge: float = 0.0
+
+    @property
+    def flat(self) -> float:
+        """What stands beside X'X on its diagonal, times the scale."""
+        return self.scale * self.ridge * float(self.rows.square().sum()) / self.rows.shape[-1]
+
+    @property
+    def terms(self) -> tuple[Product, ...]:
+        """One product, with the square matrix."""
+        return (Product(self.scale, a=self.rows.mT @ self.rows, diagonal=self.flat),)
+
+    def __call__(self, w: Tensor) -> Tensor:
+        """W X'X by two products with the rows."""
+        result: Tensor = self.flat * w
+        return result.add_((w @ self.rows.mT) @ self.rows, alpha=self.scale)
+
+    def add_to(self, matrix: Tensor, weight: float) -> None:
+        """matrix (in, in) += weight * scale * (X'X + ...)."""
+        matrix.addmm_(self.rows.mT, self.rows, alpha=weight * self.scale)
+        matrix.diagonal().add_(weight * self.flat)
+
+
+@dataclass(frozen=True)
 class Basis:
     """Orthonormal directions u (out, m) of a matrix's columns and v (in, n) of its rows; None for the unit vectors."""
 

@@ -10,12 +10,13 @@ posterior precision of the merge.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gradmatch.rules.structures import (
     Basis,
+    Moments,
     Structure,
     Sum,
     approximate_inverse,
@@ -99,10 +100,7 @@ def _shares(
     beliefs: Sequence[Belief], x: Tensor, b: Tensor | None, probes: int = PROBES
 ) -> tuple[float, float]:
     """The residual, and what it is a share of: |right side|, or |left side| where that is 0, or 1."""
-    import torch
-
-    signs = torch.randint(0, 2, (x.shape[-1], probes), generator=torch.Generator().manual_seed(0))
-    s = (2 * signs - 1).to(x)
+    s = _signs(x, probes)
     left, right = x.new_zeros(len(x), probes), x.new_zeros(len(x), probes)
     for one in beliefs:
         for term in one.precision.terms:
@@ -149,7 +147,11 @@ def solve(
         diagonal = Basis(None, None).diagonal(precision, like)
         return _finished(beliefs, right / diagonal, b, bool((diagonal > 0).all()))
     if side := one_sided(terms):
-        return _by_cholesky(beliefs, precision, right, side, b)
+        matrix = like.new_zeros(*[like.shape[-1] if side == "a" else len(like)] * 2)
+        matrix.diagonal().add_(sum(float(term.diagonal) for term in terms))
+        for term in products:
+            matrix.add_(getattr(term, side), alpha=term.scale)
+        return _by_cholesky(matrix, right, side)
     if has_closed_basis(precision):
         basis = common_basis(precision, like)
         diagonal = basis.diagonal(precision, like)
@@ -205,21 +207,53 @@ def common_centre(beliefs: Sequence[Belief]) -> Tensor | None:
     return first if all(other is first or torch.equal(other, first) for other in known[1:]) else None
 
 
-def _by_cholesky(
-    beliefs: Sequence[Belief], precision: Structure, right: Tensor, side: str, b: Tensor | None
-) -> Solution:
-    """X (A + d I) = R, or (B + d I) X = R, with A, B the weighted sums of the factors."""
+def solve_by_moments(beliefs: Iterable[Belief], like: Tensor) -> Solution:
+    """The mode of beliefs whose precisions are `Moments` or multiples of the identity: one Cholesky factorisation.
+
+    They are added up one after the other, so that one matrix (in, in) is held, whatever their number. Where none says anything the
+    update is 0.
+    """
+    width = like.shape[-1]
+    matrix, right = like.new_zeros(width, width), like.new_zeros(like.shape)
+    for one in beliefs:
+        assert not isinstance(one.centre, (int, float))
+        if isinstance(one.precision, Moments):
+            one.precision.add_to(matrix, one.weight)
+        else:
+            matrix.diagonal().add_(one.weight * sum(float(term.diagonal) for term in one.precision.terms))
+        right.add_(one.precision(one.centre), alpha=one.weight)
+        del one
+    return _by_cholesky(matrix, right, "a")
+
+
+def _by_cholesky(matrix: Tensor, right: Tensor, side: str) -> Solution:
+    """X with X M = R, or M X = R; 0 where both are. The matrix is used up."""
     import torch
 
-    flat = sum(float(term.diagonal) for term in precision.terms)
-    matrix = sum(term.scale * getattr(term, side) for term in precision.terms if not term.is_diagonal)
-    assert isinstance(matrix, torch.Tensor)
-    matrix = matrix + flat * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    factor, info = torch.linalg.cholesky_ex(matrix)
+    if not bool(right.any()) and not bool(matrix.any()):
+        return Solution(right)
+    s = _signs(right, PROBES)
+    probed = matrix @ s if side == "a" else matrix.clone()
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    # of its transpose, which is itself as LAPACK lays it out: in place. `torch.cholesky_solve` would copy the factor
+    torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
     if int(info):
         return Solution(right, residual=1.0, positive=False)
-    x = torch.cholesky_solve(right.mT if side == "a" else right, factor)
-    return _finished(beliefs, x.mT if side == "a" else x, b, True)
+    x = right.mT if side == "a" else right
+    for factor, upper in ((matrix.mT, False), (matrix, True)):
+        x = torch.linalg.solve_triangular(factor, x, upper=upper)
+    x = x.mT if side == "a" else x
+    left = x @ probed if side == "a" else probed @ (x @ s)
+    size = float((right @ s).norm()) or float(left.norm()) or 1.0
+    return Solution(x, residual=float((left - right @ s).norm()) / size)
+
+
+def _signs(x: Tensor, probes: int) -> Tensor:
+    """Random directions (in, probes) of signs, the same at every call."""
+    import torch
+
+    signs = torch.randint(0, 2, (x.shape[-1], probes), generator=torch.Generator().manual_seed(0))
+    return (2 * signs - 1).to(x)
 
 
 def _finished(beliefs: Sequence[Belief], x: Tensor, b: Tensor | None, positive: bool) -> Solution:

@@ -7,18 +7,17 @@ the moments X'X of the task's inputs (up to a factor), with which RegMean weighs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.rules.beliefs import BELIEFS, Known, Listed
-from gradmatch.rules.block import NotPositiveError, total
-from gradmatch.rules.linear import Normalize, weight_sum, weighted
+from gradmatch.rules.beliefs import Known
+from gradmatch.rules.block import NotPositiveError
+from gradmatch.rules.linear import Normalize, weighted
 from gradmatch.rules.options import Options, option
 from gradmatch.rules.rule import Linear, Solve
-from gradmatch.rules.structures import Product, Structure
-from gradmatch.rules.system import Belief
-from gradmatch.rules.system import solve as solve_exactly
+from gradmatch.rules.structures import Moments, Product
+from gradmatch.rules.system import Belief, solve_by_moments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,76 +46,51 @@ class AceOptions(TaskVectorOptions):
     )
 
 
-def moments(tau: Tensor, centred: bool = False) -> Tensor:
-    """tau'tau, (in, in), of a task vector (out, in); centred: of its rows without their mean.
-
-    Example:
-        >>> import torch
-        >>> moments(torch.tensor([[1.0, 2.0], [1.0, 0.0]])).tolist()
-        [[2.0, 2.0], [2.0, 4.0]]
-    """
-    rows = tau - tau.mean(0, keepdim=True) if centred else tau
-    return rows.T @ rows
-
-
-def actmat(k: Known) -> Listed:
+def actmat(k: Known) -> Iterator[Belief]:
     """alpha_t: I (x) tau_t'tau_t at tau_t. Hameed, Tam & Raffel 2026 (ACTMat)."""
-    return [
-        Belief(a, _ridged(moments(t), k.options["ridge"]), t) for a, t in zip(k.alpha, k.tau, strict=True)
-    ], None
+    for weight, tau in zip(k.alpha, k.tau, strict=True):
+        yield Belief(weight, Moments(tau, ridge=k.options["ridge"]), tau)
 
 
-def wudi(k: Known) -> Listed:
+def wudi(k: Known) -> Iterator[Belief]:
     """alpha_t / norm(tau_t)^2: I (x) tau_t'tau_t at tau_t: the minimum of the loss of Cheng et al. 2025 (WUDI), which they descend."""
-    found = []
     for weight, tau in zip(k.alpha, k.tau, strict=True):
         size = float(tau.square().sum())
         if size:  # a task that did not train this tensor says nothing of it
-            found.append(Belief(weight / size, _ridged(moments(tau), k.options["ridge"]), tau))
-    return found, None
+            yield Belief(weight / size, Moments(tau, ridge=k.options["ridge"]), tau)
 
 
-def ace(k: Known) -> Listed:
+def ace(k: Known) -> Iterator[Belief]:
     """alpha_t: I (x) A_t at tau_t, A_t of centred rows and of trace 1; prior / in: I at the weighted mean. Xu et al. 2026 (ACE-Merging).
 
     Assumed: the published prior is what the sum of the moments has in common, added to one side of the equation alone, so that it
     shrinks the update; here it is a belief (a multiple of the identity, with the size of the mean eigenvalue) at the tasks' mean.
     Moments are normalised always, not by a threshold of heterogeneity, and no isotropic part is added afterwards.
     """
-    found, width = [], k.tau.shape[-1]
+    precision = k.options["prior"] / k.theta0.shape[-1]
     for weight, tau in zip(k.alpha, k.tau, strict=True):
-        a = moments(tau, centred=True)
-        trace = float(a.trace())
+        rows = tau - tau.mean(0, keepdim=True)
+        trace = float(rows.square().sum())
         if trace:
-            found.append(Belief(weight, _ridged(a / trace, k.options["ridge"]), tau))
-    mean = k.sum / weight_sum(k.alpha)
-    return [
-        *found,
-        Belief(weight_sum(k.alpha) * k.options["prior"] / width, Product(diagonal=1.0), mean),
-    ], None
+            yield Belief(weight, Moments(rows, 1 / trace, k.options["ridge"]), tau)
+        # of multiples of the identity the beliefs of all tasks are one at their mean
+        yield Belief(precision * weight, Product(diagonal=1.0), tau)
 
 
-def _ridged(a: Tensor, ridge: float) -> Structure:
-    """I (x) (A + ridge mean(diag A) I)."""
-    return Product(1.0, a=a, diagonal=ridge * float(a.diagonal().mean()))
-
-
-def solving(listed: Callable[[Known], Listed]) -> Callable[[Tensor, Tensor, Sequence[float], Curved], Tensor]:
-    """The rule of one matrix from its list of beliefs.
+def solving(
+    listed: Callable[[Known], Iterator[Belief]],
+) -> Callable[[Tensor, Any, Sequence[float], Curved], Tensor]:
+    """The rule of one matrix from its beliefs, which are added up one after the other.
 
     Raises:
         NotPositiveError: the sum of the moments is singular.
     """
 
-    def solve(theta0: Tensor, tau: Tensor, alpha: Sequence[float], curved: Curved) -> Tensor:
-        known = Known.of_matrix(theta0, tau, alpha, curved)
-        beliefs, b = listed(known)
-        if not beliefs or not bool(tau.any()):
-            return theta0 + total(list(tau))
-        found = solve_exactly(beliefs, theta0, b)
+    def solve(theta0: Tensor, tau: Any, alpha: Sequence[float], curved: Curved) -> Tensor:
+        found = solve_by_moments(listed(Known.of_matrix(theta0, tau, alpha, curved)), theta0)
         if not found.positive:
             raise NotPositiveError
-        curved.health.update(iterations=float(found.iterations), residual=found.residual)
+        curved.health.update(iterations=0.0, residual=found.residual)
         return theta0 + found.update
 
     return solve
@@ -126,12 +100,14 @@ WEIGHTED = Linear(
     "theta0 + sum_t alpha_t tau_t / sum_t alpha_t", "weighted average of weights", lambda a, gram, o: weighted(a),
     options=Normalize(), lacks={"zero": "weights are relative and cannot all be zero"},
 )  # fmt: skip
-BELIEFS.update(actmat=actmat, wudi=wudi, ace=ace)
 
 
-def _rule(formula: str, source: str, listed: Callable[[Known], Listed], options: Any = None) -> Solve:
+def _rule(
+    formula: str, source: str, listed: Callable[[Known], Iterator[Belief]], options: Any = None
+) -> Solve:
     return Solve(
         formula, source, solving(listed), otherwise=WEIGHTED, options=options or TaskVectorOptions(), relative=True, whole=True,
+        streams=True, memory=(10, 0), square=1.2,
         lacks={"zero": "weights are relative and cannot all be zero"},
     )  # fmt: skip
 
