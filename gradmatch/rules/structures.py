@@ -141,10 +141,13 @@ class Moments(Structure):
         result: Tensor = self.flat * w
         return result.add_((w @ self.rows.mT) @ self.rows, alpha=self.scale)
 
-    def add_to(self, matrix: Tensor, weight: float) -> None:
-        """matrix (in, in) += weight * scale * (X'X + ...)."""
-        matrix.addmm_(self.rows.mT, self.rows, alpha=weight * self.scale)
-        matrix.diagonal().add_(weight * self.flat)
+    def add_to(self, matrix: Tensor, right: Tensor, w: Tensor, weight: float) -> None:
+        """matrix (in, in) += weight * scale * (X'X + ...) and right (out, in) += W times that, in place."""
+        flat, scale = weight * self.flat, weight * self.scale
+        matrix.addmm_(self.rows.mT, self.rows, alpha=scale)
+        matrix.diagonal().add_(flat)
+        right.addmm_(w @ self.rows.mT, self.rows, alpha=scale)
+        right.add_(w, alpha=flat)
 
 
 @dataclass(frozen=True)

@@ -218,34 +218,36 @@ def solve_by_moments(beliefs: Iterable[Belief], like: Tensor) -> Solution:
     for one in beliefs:
         assert not isinstance(one.centre, (int, float))
         if isinstance(one.precision, Moments):
-            one.precision.add_to(matrix, one.weight)
+            one.precision.add_to(matrix, right, one.centre, one.weight)
         else:
-            matrix.diagonal().add_(one.weight * sum(float(term.diagonal) for term in one.precision.terms))
-        right.add_(one.precision(one.centre), alpha=one.weight)
+            flat = one.weight * sum(float(term.diagonal) for term in one.precision.terms)
+            matrix.diagonal().add_(flat)
+            right.add_(one.centre, alpha=flat)
         del one
     return _by_cholesky(matrix, right, "a")
 
 
 def _by_cholesky(matrix: Tensor, right: Tensor, side: str) -> Solution:
-    """X with X M = R, or M X = R; 0 where both are. The matrix is used up."""
+    """X with X M = R, or M X = R, in the place of R; 0 where both are. The matrix is used up."""
     import torch
 
     if not bool(right.any()) and not bool(matrix.any()):
         return Solution(right)
     s = _signs(right, PROBES)
+    asked = right @ s
     probed = matrix @ s if side == "a" else matrix.clone()
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     # of its transpose, which is itself as LAPACK lays it out: in place. `torch.cholesky_solve` would copy the factor
     torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
     if int(info):
         return Solution(right, residual=1.0, positive=False)
-    x = right.mT if side == "a" else right
+    x = right.mT if side == "a" else right.mT.contiguous().mT
     for factor, upper in ((matrix.mT, False), (matrix, True)):
-        x = torch.linalg.solve_triangular(factor, x, upper=upper)
+        torch.linalg.solve_triangular(factor, x, upper=upper, out=x)
     x = x.mT if side == "a" else x
     left = x @ probed if side == "a" else probed @ (x @ s)
-    size = float((right @ s).norm()) or float(left.norm()) or 1.0
-    return Solution(x, residual=float((left - right @ s).norm()) / size)
+    size = float(asked.norm()) or float(left.norm()) or 1.0
+    return Solution(x, residual=float((left - asked).norm()) / size)
 
 
 def _signs(x: Tensor, probes: int) -> Tensor:

@@ -107,7 +107,7 @@ def _rule(
 ) -> Solve:
     return Solve(
         formula, source, solving(listed), otherwise=WEIGHTED, options=options or TaskVectorOptions(), relative=True, whole=True,
-        streams=True, memory=(10, 0), square=1.2,
+        streams=True, memory=(10, 0), square=1.1,
         lacks={"zero": "weights are relative and cannot all be zero"},
     )  # fmt: skip
 
