@@ -32,6 +32,8 @@ CASES = {
     "svc": {"method": "task_arithmetic", "after": ["svc"], "side": WHOLE},
     "lines": {"method": "task_arithmetic", "after": ["lines"]},
     "sce": {"side": WHOLE},
+    "actmat": {"side": WHOLE},
+    "wudi": {"side": WHOLE},
     "arcee_fusion": {"side": WHOLE, "models": 1},
 }
 # The kernel itself keeps the peak of a process (VmHWM), so nothing is sampled; each case is a child of its own.
