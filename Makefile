@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: help demo test lint figures bench bench-estimators bench-merge clean
+.PHONY: help demo test lint docs figures bench bench-estimators bench-merge clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py gradmatch/engine/blocks.c esti
 	@echo "[gradmatch] installing into $(VENV) (torch and friends: a few minutes on a fresh machine)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[dev,experiments,figures,lm-eval,removal,zoo]"
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[dev,docs,experiments,figures,lm-eval,removal,zoo]"
 	$(BIN)/python -m pip install -c constraints.txt --no-deps backpack-for-pytorch
 	@touch $@
 
@@ -31,6 +31,9 @@ lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## the documentation, into site/; a dead link or a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 figures: $(STAMP)  ## redraw every figure and table from records
 	$(BIN)/python -m paper_figures

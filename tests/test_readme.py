@@ -1,5 +1,7 @@
-"""The README's examples run as they stand: the Python block, and the command line on tiny models."""
+"""The examples of README and docs run as they stand on tiny models; commands that they print exist, and so do names."""
 
+import contextlib
+import importlib.util
 import json
 import os
 import pkgutil
@@ -12,24 +14,26 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, LlamaForCausalLM
 
 import gradmatch
-from gradmatch.cli import main
+from gradmatch.cli import COMMANDS, build_parser, main
+from gradmatch.recipes.recipe import load_recipe
 from tests.gradmatch.tiny import text_llama
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
 WORDS = ["good", "bad", "fine", "poor", "film", "plot", "very", "not"]
 
 
-def blocks(language):
+def blocks(language, text=README):
     """The fenced blocks of one language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def test_the_python_example(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (example,) = blocks("python")
-    exec(compile(example, "README.md", "exec"), {})
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed] == ["task_arithmetic", "gradient_matching"]
+def test_the_readme_is_one_screen():
+    assert len(README.splitlines()) <= 120
 
 
 def write_model(folder, seed, start=None):
@@ -75,8 +79,68 @@ def test_the_command_line_examples(readers_folder, capsys):
         program, *arguments = shlex.split(line)
         assert program == "gradmatch"
         assert main(arguments) == 0, line
-        assert ("--dry-run" in arguments) <= (not os.path.exists("merged"))
+        assert ("--dry-run" in arguments) <= (not os.path.exists("out"))
+    assert BertForSequenceClassification.from_pretrained("out").config.num_hidden_layers == 1
+
+
+def test_the_python_example(readers_folder, capsys):
+    (example,) = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+    told = capsys.readouterr().out
+    assert "gradient_matching: theta0" in told
+    assert "Looked at" in told
     assert BertForSequenceClassification.from_pretrained("merged").config.num_hidden_layers == 1
+
+
+@pytest.mark.parametrize("name", ["docs/start.md", "docs/howto/own.md", "docs/howto/publish.md"])
+def test_the_pages_python(name, readers_folder, capsys):
+    for example in blocks("python", PAGES[name]):
+        exec(compile(example, name, "exec"), {})
+
+
+def test_the_start_runs_as_it_is_written(readers_folder, capsys):
+    for example in blocks("sh", PAGES["docs/start.md"]):
+        for line in example.splitlines():
+            assert main(shlex.split(line)[1:]) == 0, line
+    assert Path("why.html").is_file()
+
+
+def test_every_printed_command_is_one():
+    """Each line of every sh block is parsed, with its values."""
+    count = 0
+    for name, text in PAGES.items():
+        print(name)  # shown where a line of it is no command
+        for line in "".join(blocks("sh", text)).replace("\\\n", " ").splitlines():
+            program, *words = shlex.split(line, comments=True) or [""]
+            if program == "gradmatch":
+                words = [word.replace("ALPHA", "0.5") for word in words]
+                with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():
+                    build_parser(words).parse_args(words)
+                count += 1
+    assert count > 40
+
+
+def test_the_recipes_of_the_pages_are_recipes(readers_folder):
+    for name, text in PAGES.items():
+        for content in blocks("yaml", text):
+            if "tasks:" in content or "merge_method:" in content:
+                Path("page.yaml").write_text(content, encoding="utf-8")
+                assert load_recipe("page.yaml")["tasks"], name
+
+
+def test_the_reference_has_every_public_name_and_command():
+    spec = importlib.util.spec_from_file_location("site_pages", ROOT / "docs" / "site.py")
+    site = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(site)
+    told = set(re.findall(r"^::: ([\w.]+)$", site.python(), re.MULTILINE))
+    assert {name.rpartition(".")[2] for name in told} == set(gradmatch.__all__) == set(gradmatch.EXPORTS)
+    for name in told:
+        pkgutil.resolve_name(name)
+    assert set(re.findall(r"^## gradmatch (\w+)$", site.commands(), re.MULTILINE)) == set(COMMANDS)
+    assert all(f"`{method}`" in site.recipes() for method in gradmatch.RULES)
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    hidden = {name.removeprefix("docs/") for name in PAGES if name.startswith("docs/")}
+    assert all(page in navigation for page in hidden)
 
 
 def write_language_model(folder, start=None):
@@ -97,7 +161,7 @@ def test_the_removal_of_what_a_model_should_not_know(tmp_path, monkeypatch, caps
         text = "".join(f"{' '.join(words[i:] + words[:i])}\n" for i in range(4))
         for name in (kind, f"{kind}-heldout"):
             Path(f"{name}.txt").write_text(text, encoding="utf-8")
-    *estimates, budget, subtract = blocks("sh")[1].splitlines()
+    *estimates, budget, subtract = blocks("sh", PAGES["docs/howto/removal.md"])[0].splitlines()
     for line in (*estimates, budget):
         assert main(shlex.split(line)[1:]) == 0, line
     told = shlex.split(capsys.readouterr().out.strip().splitlines()[-1].partition(": ")[2])
@@ -118,7 +182,10 @@ IMPORTED = re.compile(r"^from (gradmatch[\w.]*) import (.+)$", re.MULTILINE)
 
 def public_names():
     """Every name of ours that the READMEs tell users, but files (`gradmatch.json`) and entry-point groups."""
-    texts = [README, (Path(gradmatch.__file__).parent / "rules" / "README.md").read_text(encoding="utf-8")]
+    texts = [
+        *PAGES.values(),
+        (Path(gradmatch.__file__).parent / "rules" / "README.md").read_text(encoding="utf-8"),
+    ]
     for text in texts:
         yield from (name for name in NAMED.findall(text) if name != "gradmatch.json")
         for module, names in IMPORTED.findall(text):

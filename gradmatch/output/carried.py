@@ -20,7 +20,7 @@ CARRIED = (".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken", ".codes", "
 NOT_CARRIED = ("README.md", "gradmatch.json", "trainer_state.json", "adapter_config.json", "optimizer.pt")
 TEMPLATES = "additional_chat_templates"
 SILENT = re.compile(  # weights in any format and what a training leaves: nobody looks for these in a merge
-    r"\.|README\.md$|LICENSE|gradmatch\.json$|(model|pytorch_model|tf_model|flax_model|adapter_model|adapter_config|optimizer|scheduler|scaler"
+    r"\.|README\.md$|LICENSE|(curvature|posterior)\.safetensors$|diagnosis\.html$|gradmatch\.json$|(model|pytorch_model|tf_model|flax_model|adapter_model|adapter_config|optimizer|scheduler|scaler"
     r"|rng_state|trainer_state|training_args|checkpoint-\d+|global_step|runs$|__pycache__$|events\.out)"
 )
 MADE_FROM = re.compile(r"(_|^)(name_or_path|file|dir)$")  # keys of a config that hold what it was loaded from

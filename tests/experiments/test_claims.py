@@ -254,11 +254,11 @@ def test_faults(evidence, tmp_path, capsys):
     assert document.read_text() == "no markers"
 
 
-def test_the_readme_carries_the_table_of_the_committed_records(monkeypatch):
+def test_the_page_of_results_carries_the_table_of_the_committed_records(monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     found = study.read(load(Path("configs/claims.yaml")), None)
-    assert study.rewritten(text, found) == text, "run `python -m experiments claims --write README.md`"
+    assert study.rewritten(text, found) == text, "run `python -m experiments claims --write docs/results.md`"
     carried = read_records(ROOT / "experiments" / "results" / "claims.jsonl")
     assert carried == found, "run `python -m experiments claims --write experiments/results/claims.jsonl`"
 
