@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gradmatch.cli import COMMANDS
+from gradmatch.cli import COMMANDS, build_parser
+from gradmatch.commands.completion import commands
 from gradmatch.commands.wording import flags, in_flags
 from tests.command import run
 
@@ -55,8 +56,11 @@ def printed_commands():
 
 
 def test_every_printed_command_has_options_that_exist():
+    whole = build_parser([], whole=True)
+    made = next(a.choices for a in whole._actions if isinstance(a, argparse._SubParsersAction))
     known = {
-        command: {o for a in parser_of(command)._actions for o in a.option_strings} for command in COMMANDS
+        command: {o for part in commands(made[command]) for a in part._actions for o in a.option_strings}
+        for command in COMMANDS
     }
     seen = 0
     for where, command, words in printed_commands():
