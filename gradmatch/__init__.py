@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gradmatch.estimators.callback import CurvatureCallback
     from gradmatch.estimators.curvature import Curvature
     from gradmatch.estimators.errors import GradmatchError
+    from gradmatch.measure.evaluating import evaluate
     from gradmatch.models.checkpoint import Checkpoint
     from gradmatch.models.heads import load_head
     from gradmatch.models.opening import open_checkpoint
@@ -43,6 +44,7 @@ EXPORTS = {
     "budget": "gradmatch.removal.limits",
     "diagnose": "gradmatch.diagnosis",
     "estimate": "gradmatch.api",
+    "evaluate": "gradmatch.measure.evaluating",
     "forecast": "gradmatch.api",
     "from_adam": "gradmatch.estimators.adam",
     "load_head": "gradmatch.models.heads",
@@ -69,6 +71,7 @@ __all__ = [
     "budget",
     "diagnose",
     "estimate",
+    "evaluate",
     "forecast",
     "from_adam",
     "load_head",
