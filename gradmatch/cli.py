@@ -32,7 +32,7 @@ COMMANDS = {
         "gradmatch.commands.forecast",
         "what a merge will cost each task, and the weights that cost least",
     ),
-    "evaluate": ("gradmatch.commands.evaluate", "measure models before and after a merge on data of each task"),
+    "evaluate": ("gradmatch.commands.evaluate", "measure models before and after a merge, on each task"),
     "inspect": ("gradmatch.commands.inspect", "show what a checkpoint or curvature file holds"),
     "schema": ("gradmatch.commands.schema", "print the JSON Schema of recipes, for editors"),
     "completion": ("gradmatch.commands.completion", "print a script that completes commands in a shell"),

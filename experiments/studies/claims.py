@@ -164,7 +164,10 @@ def report(found: list[Record]) -> str:
     return "\n".join([*lines, "", verdicts.summary(of_kind(found, "verdict")), "Records:", *read_from])
 
 
-BEGIN, END = "<!-- claims: `python -m experiments claims --write docs/results.md` -->", "<!-- end of claims -->"
+BEGIN, END = (
+    "<!-- claims: `python -m experiments claims --write docs/results.md` -->",
+    "<!-- end of claims -->",
+)
 
 
 def block(found: list[Record]) -> str:

@@ -256,7 +256,10 @@ def score(
         right = share(int(confusion.diagonal().sum()), int(confusion.sum()), counts is None)
     perplexity = None if counts is None else math.exp(loss) if loss < 700 else math.inf
     per = "example" if counts is None else "token"
-    return Score(model, task, loss, low, high, per, perplexity, *right, *apart, forecast, len(losses))  # type: ignore[arg-type]
+    return Score(
+        model, task, loss, low, high, per, perplexity, right[0], right[1], right[2], apart[0], apart[1], apart[2], forecast,
+        len(losses),
+    )  # fmt: skip
 
 
 def share(right: int, seen: int, single: bool) -> tuple[float | None, float | None, float | None]:
