@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from gradmatch.estimators.curvature import Curvature
     from gradmatch.estimators.estimation import estimate
     from gradmatch.estimators.ivon import from_ivon
-    from gradmatch.estimators.laplace import from_laplace
+    from gradmatch.estimators.laplace import from_laplace, to_laplace
+    from gradmatch.estimators.operators import from_operator
     from gradmatch.estimators.protocol import ESTIMATORS
     from gradmatch.estimators.task_vectors import from_task_vectors
     from gradmatch.estimators.values import Bernoulli, Gaussian
@@ -34,7 +35,9 @@ __all__ = [
     "from_adam",
     "from_ivon",
     "from_laplace",
+    "from_operator",
     "from_task_vectors",
+    "to_laplace",
 ]
 
 _WHERE = {
@@ -46,7 +49,9 @@ _WHERE = {
     "from_adam": "gradmatch.estimators.adam",
     "from_ivon": "gradmatch.estimators.ivon",
     "from_laplace": "gradmatch.estimators.laplace",
+    "from_operator": "gradmatch.estimators.operators",
     "from_task_vectors": "gradmatch.estimators.task_vectors",
+    "to_laplace": "gradmatch.estimators.laplace",
     "ESTIMATORS": "gradmatch.estimators.protocol",
     "check_estimator": "gradmatch.estimators.conformance",
     "estimate": "gradmatch.estimators.estimation",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,7 @@ class Curvature(Published, Mapping[str, "Tensor"]):
         if not isinstance(mean, Mapping):
             raise TypeError(
                 f"`mean` maps the name of each parameter to a tensor of its shape, a {type(mean).__name__} does not: of a "
-                "linear operator (curvlinops, say) give the diagonal, cut into the parameters' shapes"
+                "linear operator (curvlinops, say) use Curvature.from_operator"
             )
         if not mean:
             raise GradmatchError("a Curvature needs at least one parameter; `mean` is empty", "bad_curvature")
@@ -134,6 +135,21 @@ class Curvature(Published, Mapping[str, "Tensor"]):
         found = cls(blocks, num_examples, {"estimator": "given", **notes})
         # its own, whatever `info` was copied from
         found.info = {**found.info, "trace": f"{found._sum():.9g}"}
+        return found
+
+    @classmethod
+    def from_operator(cls, operator: Any, model: nn.Module, **options: Any) -> Curvature:
+        """Curvature from a linear operator such as curvlinops': see `gradmatch.estimators.operators.from_operator`.
+
+        Raises:
+            ValueError: an operator of another size, or in units that are not known.
+
+        Example:
+            >>> Curvature.from_operator(curvlinops.GGNLinearOperator(model, loss, params, data), model)  # doctest: +SKIP
+        """
+        found: Curvature = import_module("gradmatch.estimators.operators").from_operator(
+            operator, model, **options
+        )
         return found
 
     @classmethod

@@ -257,6 +257,7 @@ def test_trace_is_its_own_wherever_info_came_from(tmp_path):
 def test_a_linear_operator_is_no_mapping_of_blocks():
     operator = torch.nn.Linear(3, 3)
     with pytest.raises(
-        TypeError, match=r"a Linear does not: of a linear operator \(curvlinops, say\) give the diagonal"
+        TypeError,
+        match=r"a Linear does not: of a linear operator \(curvlinops, say\) use Curvature.from_operator",
     ):
         Curvature.from_dict(operator, 5)

@@ -435,7 +435,7 @@ def test_laplace_refuses():
     h = torch.rand(sum(value.numel() for value in model.parameters()))
     for fitted, said in (
         (Diagonal(model, h, n_data=0), "is not fitted"),
-        (Diagonal(model, torch.eye(3)), "Diagonal is not diagonal"),
+        (Diagonal(model, torch.eye(3)), "is neither diagonal nor in Kronecker factors"),
         (Diagonal(model, torch.rand(4)), "has 4 numbers, the model"),
         (Diagonal(model, torch.zeros_like(h)), "a curvature of exactly zero everywhere"),
     ):
