@@ -19,7 +19,7 @@ from experiments.models import load_classifier
 from experiments.rows import Views, load_split
 from gradmatch.mixture import load, mix, routing, train_router
 
-TIMED, ROUTED, AGAIN = 32, 64, 5  # rows that are timed, rows whose choices are counted, repetitions
+TIMED, ROUTED, AGAIN = 16, 64, 3  # rows that are timed, rows whose choices are counted, repetitions
 BATCH = 16
 
 

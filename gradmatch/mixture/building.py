@@ -11,16 +11,10 @@ from torch import nn
 
 from gradmatch.common.settings import FIRST
 from gradmatch.estimators.errors import GradmatchError
-from gradmatch.mixture.modules import (
-    Context,
-    LowRank,
-    Mixed,
-    ModelMixture,
-    Stop,
-    make_router,
-    shift,
-    sizes_of,
-)
+from gradmatch.mixture.caches import shift
+from gradmatch.mixture.modules import LowRank, Mixed, sizes_of
+from gradmatch.mixture.routers import Context, make_router
+from gradmatch.mixture.whole import ModelMixture, Stop
 from gradmatch.models.structure import architecture, build
 
 if TYPE_CHECKING:

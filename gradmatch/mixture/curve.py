@@ -155,7 +155,7 @@ def accuracy_on(batches: Any) -> Callable[[nn.Module], float]:
     """A score: the share of right answers of a classifier on labelled batches, or minus the mean loss a batch of a model of text."""
     import torch
 
-    from gradmatch.mixture.training import loss_of
+    from gradmatch.mixture.scoring import loss_of
 
     def score(module: Any) -> float:
         right, count, losses = 0, 0, []

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.common.warning import warn
+from gradmatch.mixture.lost import config_notes, losses, told_losses
 from gradmatch.mixture.request import ROUTER, Request
-from gradmatch.mixture.sources import Sources, config_notes, losses, merged_outside, open_sources, told_losses
+from gradmatch.mixture.sources import Sources, merged_outside, open_sources
 from gradmatch.mixture.told import Made, readme
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.opening import open_checkpoint

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import torch
 
 from gradmatch.common.warning import warn
 from gradmatch.estimators.errors import GradmatchError
+from gradmatch.mixture.answers import check_answers, plain_config, predicts
 from gradmatch.mixture.building import (
     MODEL_TYPE,
     Place,
@@ -21,22 +21,21 @@ from gradmatch.mixture.building import (
     trunk_names,
     width_of,
 )
-from gradmatch.mixture.modules import as_mlp, sizes_of
 from gradmatch.mixture.prompts import gate_vectors, near_equal, seen_vectors
 from gradmatch.mixture.request import RANDOM, Request
+from gradmatch.mixture.routers import as_mlp
 from gradmatch.mixture.sources import Sources
+from gradmatch.mixture.spectral import directions, low_rank, readers
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.loading import load
 from gradmatch.models.stores import MemoryStore, Renamed, equal
 from gradmatch.models.structure import structure
-from gradmatch.models.tokenizers import check_tokenizers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmatch.models.stores import Store
 
-NOISE = 1e-3  # of the largest singular value of all task vectors at a place, below which a direction is noise
 START = 0.02  # standard deviation of a router that starts at random
 
 
@@ -67,7 +66,7 @@ class OwnForm:
         if (
             request.routing == "token"
             and request.level != "ffn"
-            and not _predicts(base)
+            and not predicts(base)
             and request.rank is None
         ):
             raise GradmatchError(
@@ -115,7 +114,9 @@ class OwnForm:
         held = set(self.trunk) if self.dense else set()
         self.merged = self.outside = [name for name in names if name in held]
         self.inside = [
-            name for name in names if name not in held and all(name in e.model for e in self.sources.experts)
+            name
+            for name in names
+            if name not in held and all(_like(e.model, base, name) for e in self.sources.experts)
         ]
 
     @property
@@ -129,11 +130,11 @@ class OwnForm:
     def config(self) -> dict[str, Any]:
         """config.json; transformers does not know its model type, and says so."""
         told = {
-            **self.settings, "experts": self.sources.names, "trunk": _plain(self.sources.base), "shared": self._shared,
+            **self.settings, "experts": self.sources.names, "trunk": plain_config(self.sources.base), "shared": self._shared,
         }  # fmt: skip
         if self.request.level == "model":
             told |= {
-                "models": [_plain(one.model) for one in self.sources.experts],
+                "models": [plain_config(one.model) for one in self.sources.experts],
                 "first": len(self.dense),
                 "trunk_names": self.trunk,
             }
@@ -164,7 +165,10 @@ class OwnForm:
                         if new is not None:
                             table[new] = expert.model, name
         stored = self._once(table)
-        more = self._low_rank(merged) if request.rank else {}
+        more: dict[str, Tensor] = {}
+        if request.rank:
+            more, notes = low_rank(self.sources, self.module, self.places, merged, request.rank)
+            self.notes += notes
         stored |= {name: (MemoryStore({name: value}), name) for name, value in more.items()}
         return Renamed(stored), MemoryStore(self._routers())
 
@@ -224,7 +228,7 @@ class OwnForm:
             told = [one.prompts for one in self.sources.experts if one.prompts is not None]
             rows = seen_vectors(load(self.sources.base), reads, self.sources.base, self.sources.names, told)
         else:
-            if level == "model" or not _predicts(self.sources.base):
+            if level == "model" or not predicts(self.sources.base):
                 raise GradmatchError(
                     f"gate_mode={mode!r} gives a row for every layer of a model of text; choose gate_mode='seen'",
                     "bad_setting",
@@ -252,17 +256,17 @@ class OwnForm:
         return found
 
     def _spectral(self) -> dict[str, Tensor]:
-        """Leading right singular vectors of each expert's task vectors, of the matrices that read what the router sees."""
-        base, rank = self.sources.base, self.request.gate_rank
+        """The directions that a spectral router looks along, at each of its places."""
+        base, where = self.sources.base, self.sources.base.where
         groups: dict[str, list[str]] = {}
         if self.request.level == "model":
-            layers = range(len(self.dense), layer_count(self.module, base.where))
-            places = places_of(self.module, "block", [*layers], base.where)
-            everything = [path for place in places for path in self._readers(place)]
-            groups["gate.router.v"] = everything
-            if any(
-                set(e.model.store) != set(self.sources.experts[0].model.store) for e in self.sources.experts
-            ):
+            layers = range(len(self.dense), layer_count(self.module, where))
+            places = places_of(self.module, "block", [*layers], where)
+            groups["gate.router.v"] = [
+                path for place in places for path in readers(self.module, place, "block")
+            ]
+            names = [path + ".weight" for path in groups["gate.router.v"]]
+            if not all(_like(one.model, base, name) for one in self.sources.experts for name in names):
                 raise GradmatchError(
                     "router='spectral' compares the experts with the base weight by weight, and these are models of several architectures; "
                     "choose router='linear' with prompts, or train one",
@@ -273,136 +277,12 @@ class OwnForm:
                 f"{path}.router.v": [path] for place in self.places for path in linears_of(self.module, place)
             }
         else:
-            groups = {f"{place.path}.router.v": self._readers(place) for place in self.places}
-        found: dict[str, Tensor] = {}
-        idle = set(self.sources.names)
-        for key, paths in groups.items():
-            width = sizes_of(self.module.get_submodule(paths[0]))[0]
-            if rank >= width:
-                note = f"gate_rank={rank} reaches every direction of states of width {width}, so that all scores are equal; choose a smaller one"
-                self.notes += [] if note in self.notes else [note]
-                warn(note)
-            squares, vectors = [], []
-            for expert in self.sources.experts:
-                gram = torch.zeros(width, width, dtype=torch.float64)
-                for path in paths:
-                    tau = self._matrix(expert.model, path) - self._matrix(base, path)
-                    gram += tau.T @ tau
-                values, basis = torch.linalg.eigh(gram)
-                squares.append(values.flip(0)[:rank].clamp(min=0))
-                vectors.append(basis.flip(1)[:, :rank].T)
-            largest = max(float(one.max()) for one in squares)
-            v = torch.zeros(len(squares), rank, width)
-            for number, (square, vector) in enumerate(zip(squares, vectors, strict=True)):
-                kept = square > NOISE**2 * largest
-                v[number, : len(vector)] = (vector * kept[:, None]).float()
-                idle -= {self.sources.names[number]} if kept.any() else set()
-            found[key] = v
-        for name in self.sources.names:
-            if name in idle:
-                self.notes.append(
-                    f"{name} does not differ from the base where the spectral router looks, so that it is never preferred"
-                )
-                warn(self.notes[-1])
-        return found
-
-    def _readers(self, place: Place) -> list[str]:
-        """Linear layers of a place that read states of the network's width; the last of an ffn writes them."""
-        width = width_of(self.module, place)
-        paths = [
-            p for p in linears_of(self.module, place) if sizes_of(self.module.get_submodule(p))[0] == width
-        ]
-        ffn = self.request.level == "ffn" and len(paths) > 1
-        return paths[:-1] if ffn and paths[-1] == linears_of(self.module, place)[-1] else paths
-
-    def _matrix(self, model: Checkpoint, path: str) -> Tensor:
-        """The weight of a linear layer, (out, in), float64."""
-        value = model[f"{path}.weight"].double()
-        return value if isinstance(self.module.get_submodule(path), torch.nn.Linear) else value.T
-
-    def _low_rank(self, merged: Checkpoint) -> dict[str, Tensor]:
-        """U, V and b of every linear layer: theta_e - theta_merged = U V at the best rank, and the difference of the bias."""
-        rank = self.request.rank
-        assert rank is not None
-        found: dict[str, Tensor] = {}
-        kept = {name: [0.0, 0.0] for name in self.sources.names}
-        for place in self.places:
-            for path in linears_of(self.module, place):
-                us, vs, bs = [], [], []
-                for expert in self.sources.experts:
-                    delta = self._matrix(expert.model, path) - self._matrix(merged, path)
-                    u, s, vh = torch.linalg.svd(delta.float(), full_matrices=False)
-                    size = min(rank, len(s))
-                    low = torch.zeros(rank, delta.shape[0]), torch.zeros(rank, delta.shape[1])
-                    low[0][:size] = (u[:, :size] * s[:size]).T
-                    low[1][:size] = vh[:size]
-                    us.append(low[0])
-                    vs.append(low[1])
-                    bias = f"{path}.bias"
-                    bs.append(
-                        expert.model[bias].float() - merged[bias].float()
-                        if bias in merged
-                        else torch.zeros(delta.shape[0])
-                    )
-                    kept[expert.name][0] += float(s[:size].square().sum())
-                    kept[expert.name][1] += float(s.square().sum())
-                found |= {
-                    f"{path}.u": torch.stack(us),
-                    f"{path}.v": torch.stack(vs),
-                    f"{path}.b": torch.stack(bs),
-                }
-        for name, (part, whole) in kept.items():
-            share = (part / whole) ** 0.5 if whole else 1.0
-            self.notes.append(
-                f"{name}: rank {rank} holds {share:.1%} of its difference from the merged weights (2-norm)"
-            )
+            groups = {f"{p.path}.router.v": readers(self.module, p, self.request.level) for p in self.places}
+        found, notes = directions(self.sources, self.module, groups, self.request.gate_rank)
+        self.notes += notes
         return found
 
 
-def _predicts(model: Checkpoint) -> bool:
-    """Whether a model answers at every position."""
-    return family_of(model) in ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification")
-
-
-def _plain(model: Checkpoint) -> dict[str, Any]:
-    """A config as JSON has it."""
-    content: dict[str, Any] = json.loads(json.dumps(dict(model.config or {}), default=str))
-    return content
-
-
-def check_answers(base: Checkpoint, model: Checkpoint, name: str) -> None:
-    """Refuse whole models that do not read and answer alike.
-
-    Raises:
-        GradmatchError: another kind of answer, other labels or another vocabulary; both are named.
-    """
-    text = {"LMHeadModel": "ForCausalLM"}
-    kinds = [text.get(family_of(one), family_of(one)) for one in (base, model)]
-    if kinds[0] != kinds[1]:
-        raise GradmatchError(
-            f"{name} is a model {kinds[1] or 'without a head'}, the base one {kinds[0]}; whole models are mixed where they answer alike",
-            "models_differ",
-            name,
-        )
-    ours, theirs = _plain(base), _plain(model)
-    if kinds[0] in ("ForCausalLM", "ForMaskedLM") and ours.get("vocab_size") != theirs.get("vocab_size"):
-        raise GradmatchError(
-            f"{name} has a vocabulary of {theirs.get('vocab_size')}, the base one of {ours.get('vocab_size')}; give models of one vocabulary",
-            "vocabulary",
-            name,
-        )
-    try:
-        check_tokenizers(base, model)
-    except ValueError as error:
-        raise GradmatchError(f"{name}: {error}", "vocabulary", name) from error
-    labels = [one.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"} for one in (ours, theirs)]
-    if "Classification" in kinds[0] and labels[0] != labels[1]:
-        raise GradmatchError(
-            f"{name} has the labels {_listed(labels[1])}, the base {_listed(labels[0])}; whole models are mixed where they answer alike",
-            "models_differ",
-            name,
-        )
-
-
-def _listed(labels: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, list(labels.values())[:5])) + (", ..." if len(labels) > 5 else "")
+def _like(model: Checkpoint, base: Checkpoint, name: str) -> bool:
+    """Whether a model has a tensor of the base in its shape."""
+    return name in model and model.spec(name).shape == base.spec(name).shape

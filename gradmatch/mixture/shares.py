@@ -12,8 +12,9 @@ import torch
 
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.mixture.loading import load
-from gradmatch.mixture.modules import mixed
-from gradmatch.mixture.training import listening, read_for
+from gradmatch.mixture.routers import mixed
+from gradmatch.mixture.scoring import listening
+from gradmatch.mixture.training import read_for
 from gradmatch.output.publishing import place
 
 DEAD = 0.01  # share of all choices, below which an expert is named

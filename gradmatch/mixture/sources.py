@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.common.warning import warn
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.fingerprint import fingerprint
 from gradmatch.merging import merge
 from gradmatch.mixture.request import Prompts
 from gradmatch.models.checkpoint import Checkpoint
 from gradmatch.models.opening import open_checkpoint
-from gradmatch.models.stores import Renamed, Spec, Table, equal, renamed, spans, take
+from gradmatch.models.stores import Renamed, Spec, Table, equal, renamed
 from gradmatch.models.task import Task
 from gradmatch.models.views import as_module, like
 from gradmatch.plan.opened import task_names
@@ -232,16 +230,6 @@ def check_alike(model: Checkpoint, name: str, base: Checkpoint) -> None:
         )
 
 
-def config_notes(sources: Sources) -> Iterator[str]:
-    """Settings of a config in which an expert differs from the base, whose setting holds."""
-    theirs = sources.base.config or {}
-    for expert in sources.experts:
-        own = expert.model.config or {}
-        for key in sorted({*theirs, *own} - SILENT):
-            if key in theirs and key in own and theirs[key] != own[key] and key != "vocab_size":
-                yield f"{expert.name}: {key} is {own[key]!r}, in the mixture it is the base's {theirs[key]!r}"
-
-
 class Noisy(Table):
     """Tensors of a store times a factor, with noise added first; as mergekit-moe treats the ffns of an expert."""
 
@@ -298,7 +286,7 @@ def merged_outside(
         for name in names
         if base.spec(name).floating
         and any(
-            not equal(base.store, name, one.model.store, _held(one.model, name)) for one in sources.experts
+            not equal(base.store, name, one.model.store, held(one.model, name)) for one in sources.experts
         )
     ]
     if not changed:
@@ -306,7 +294,7 @@ def merged_outside(
 
     def part(model: Checkpoint) -> Checkpoint:
         return model.seen(
-            renamed(model.store, {name: _held(model, name) for name in changed}),
+            renamed(model.store, {name: held(model, name) for name in changed}),
             aliases={},
             config=None,
             folder=None,
@@ -320,8 +308,8 @@ def merged_outside(
     ]
     made = merge(part(base), tasks, method=method, out=folder / "merged", **options)
     assert isinstance(made, Checkpoint)
-    held = {name: (base.store, name) for name in base.store}
-    return base.seen(Renamed({**held, **{name: (made.store, name) for name in changed}}))
+    whole = {name: (base.store, name) for name in base.store}
+    return base.seen(Renamed({**whole, **{name: (made.store, name) for name in changed}}))
 
 
 def _weight(task: Task, count: int) -> Any:
@@ -329,59 +317,6 @@ def _weight(task: Task, count: int) -> Any:
     return task.weight if task.weight != 1.0 else 1.0 / count
 
 
-def _held(model: Checkpoint, name: str) -> str:
+def held(model: Checkpoint, name: str) -> str:
+    """The name that holds a tensor's values."""
     return model.aliases.get(name, name)
-
-
-def losses(
-    sources: Sources, merged: Checkpoint, outside: Sequence[str], inside: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    """What the mixture does not keep of each expert, and what it keeps.
-
-    Returns:
-        Expert -> {"mixed": norm of its difference to the base in what is mixed, "lost": norm of its difference to what is written
-        outside, "share": lost / norm of its whole difference to the base, "most": the tensor that loses most}.
-    """
-    told = {}
-    for expert in sources.experts:
-        kept = math.sqrt(sum(_squares(expert.model, name, sources.base, name)[0] for name in inside))
-        lost, whole, most = 0.0, kept**2, ("", 0.0)
-        for name in outside:
-            if not sources.base.spec(name).floating or name not in expert.model:
-                continue
-            square, _ = _squares(expert.model, name, merged, name)
-            own, _ = _squares(expert.model, name, sources.base, name)
-            lost, whole = lost + square, whole + own
-            most = max(most, (name, square), key=lambda one: one[1])
-        told[expert.name] = {
-            "mixed": kept,
-            "lost": math.sqrt(lost),
-            "share": math.sqrt(lost / whole) if whole else 0.0,
-            "most": most[0],
-        }
-    return told
-
-
-def _squares(one: Checkpoint, name: str, other: Checkpoint, other_name: str) -> tuple[float, int]:
-    """Sum of squared differences of a tensor of two models, in float64; and its number of elements."""
-    total, numel = 0.0, one.spec(name).numel
-    stores = (one.store, _held(one, name)), (other.store, _held(other, other_name))
-    for first, last in spans(numel, SPAN):
-        here, there = (take(store, key, first, last).double() for store, key in stores)
-        total += float((here - there).square().sum())
-    return total, numel
-
-
-def told_losses(table: Mapping[str, Mapping[str, Any]], level: str) -> list[str]:
-    """Sentences on what is lost, and a warning of experts whose place is wasted."""
-    notes = []
-    for name, found in table.items():
-        if found["lost"]:
-            notes.append(
-                f"{name}: outside the {level}s its weights are {found['lost']:.4g} (2-norm, {found['share']:.0%} of its difference to the base) "
-                f"away from what is written, most in {found['most']}"
-            )
-        if not found["mixed"]:
-            notes.append(f"{name} equals the base in every {level} that is mixed: its place is wasted")
-            warn(notes[-1])
-    return notes

@@ -209,6 +209,9 @@ def test_experts_may_be_models_of_another_architecture_with_the_same_labels(mode
         ),
         tmp_path / "third",
     )
+    assert mix(
+        path, [tuned[0], other], "model", "sample", prompts=PROMPTS[:2], out=tmp_path / "two"
+    ).report.experts == ["e1", "small"]
     mix(path, [tuned[0], other, third], "model", "sample", prompts=PROMPTS, out=tmp_path / "out")
     mixture = load(tmp_path / "out")
     for number, folder in enumerate((tuned[0], other, third)):

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from gradmatch import GradmatchError, Task, merge, open_checkpoint
 from gradmatch.mixture import load, mix, routing, size_curve, stack, train_router, training
+from gradmatch.mixture.scoring import balance_loss, listening, loss_of
 from gradmatch.mixture.stacking import BLOCKS, train_blocks
-from gradmatch.mixture.training import balance_loss, listening, loss_of
 from tests.command import run
 from tests.gradmatch.mixture.models import IDS, PROMPTS, SMALL, decoder, drawn, family, logits, moved, save
 
