@@ -23,6 +23,11 @@ examples:
   gradmatch zoo plan ZOO.yaml -o PLAN.yaml && gradmatch zoo run PLAN.yaml merged/
   gradmatch zoo evolve models/ --base base --data a.csv --data b.csv --sampler nsga2 --figure front.svg
 """
+SIDE_BY_SIDE = {
+    "level": "model",
+    "routing": "sample",
+    "router": "spectral",
+}  # what --mixture writes into a plan
 VERBS = {
     "inspect": "one card a model, and a matrix of similarities",
     "cluster": "families that can be merged; every model is in exactly one",
@@ -49,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     made["plan"].add_argument(
         "--dry-run", action="store_true", help="look at headers alone: layers, vocabularies, the price"
+    )
+    made["plan"].add_argument(
+        "--mixture",
+        action="store_true",
+        help="the families' merges, and models that are alone, side by side with a router (edit `mixture:` in the plan)",
     )
     made["run"].add_argument("plan", metavar="PLAN.yaml", help="what `gradmatch zoo plan` wrote")
     made["run"].add_argument("out", metavar="OUT", help="folder of the merge")
@@ -359,7 +369,8 @@ def _plan(args: argparse.Namespace) -> int:
     from gradmatch.zoo.planfile import as_yaml, described
     from gradmatch.zoo.planning import plan
 
-    made = plan(args.zoo, dry_run=args.dry_run, progress=not args.quiet)
+    mixture = SIDE_BY_SIDE if args.mixture else None
+    made = plan(args.zoo, dry_run=args.dry_run, mixture=mixture, progress=not args.quiet)
     args.result = made.model_dump(mode="json")
     for line in described(made):
         print(line, file=sys.stdout if args.out or args.dry_run else sys.stderr)
@@ -374,6 +385,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _run_plan(args: argparse.Namespace) -> int:
+    from gradmatch.recipes.families import run_side_by_side
     from gradmatch.zoo.planfile import PlanFile, described, read_file
     from gradmatch.zoo.planning import run
 
@@ -383,10 +395,18 @@ def _run_plan(args: argparse.Namespace) -> int:
     if args.dry_run:
         return 0
     log = args.log or f"{args.out.rstrip('/')}.log.jsonl"
-    found = run(made, args.out, log=log, overwrite=args.overwrite, progress=not args.quiet)
+    options = {"log": log, "overwrite": args.overwrite, "progress": not args.quiet}
+    mixture = None
+    if made.mixture:
+        found, mixture = run_side_by_side(made, args.out, **options)
+    else:
+        found = run(made, args.out, **options)
     args.result = {"out": args.out, "log": log, "families": [one.to_dict() for one in found]}
     for one in found:
         print(one.summary())
+    if mixture is not None:
+        args.result["mixture"] = mixture.to_dict()
+        print(mixture.summary())
     print(f"written: {args.out}")
     return 0
 

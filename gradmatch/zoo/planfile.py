@@ -133,6 +133,10 @@ class PlanFile(Strict):
     families: list[Planned] = Field(default_factory=list)
     alone: dict[str, str] = Field(default_factory=dict)  # model -> why it is in no family
     skipped: dict[str, str] = Field(default_factory=dict)
+    singles: list[Entry] = Field(
+        default_factory=list
+    )  # of those alone, who takes part in a mixture of the families' merges
+    mixture: dict[str, Any] = Field(default_factory=dict)  # its settings; none: no mixture
     price: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -155,6 +159,11 @@ def described(plan: PlanFile) -> list[str]:
         lines += [f"  left out {name}: {why}" for name, why in family.left_out.items()]
     lines += [f"in no family: {name}: {why}" for name, why in plan.alone.items()]
     lines += [f"skipped {place}: {why}" for place, why in plan.skipped.items()]
+    if plan.mixture:
+        who = ["the merge of each family", *(one.name or one.model for one in plan.singles)]
+        lines.append(
+            f"side by side: {', '.join(who)} ({', '.join(f'{key} {value}' for key, value in plan.mixture.items())})"
+        )
     told = ", ".join(f"{what} {value}" for what, value in plan.price.items())
     lines.append(
         f"price: {told or 'unknown'} (budget {plan.budget} a family; methods {', '.join(plan.methods)})"
@@ -207,6 +216,7 @@ def _fields(kind: type[BaseModel], inside: tuple[int | str, ...]) -> list[str]:
         "score": Scoring,
         "models": Entry,
         "members": Entry,
+        "singles": Entry,
         "families": Planned,
     }
     found: type[BaseModel] = kind

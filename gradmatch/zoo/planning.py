@@ -40,6 +40,7 @@ def plan(
     zoo: str | os.PathLike[str] | Mapping[str, Any] | ZooFile,
     *,
     dry_run: bool = False,
+    mixture: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> PlanFile:
     """Decide what is merged with what, without an evaluation.
@@ -51,6 +52,7 @@ def plan(
     Args:
         zoo: a file ZOO.yaml, or its content; see `ZooFile`.
         dry_run: look at headers alone: families by layers and vocabulary, and the price.
+        mixture: settings of a mixture of the families' merges and of models that are alone, for `gradmatch zoo run`; None: no mixture.
         progress: show a progress bar.
 
     Returns:
@@ -88,6 +90,9 @@ def plan(
         _by_headers(made, found, base)
     else:
         _by_weights(made, found, base, asked.threshold, progress)
+    if mixture is not None:
+        made.mixture = dict(mixture)
+        made.singles = [_entry(found, name) for name in made.alone if name in found.tasks]
     made.price = price(made, found)
     return made
 

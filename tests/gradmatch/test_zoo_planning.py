@@ -7,11 +7,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from gradmatch import GradmatchError, zoo
+from gradmatch import GradmatchError, mixture, zoo
 from gradmatch.zoo.planfile import PlanFile, as_yaml, read_file
 from gradmatch.zoo.planning import agreement, best_count
 from tests.command import run
 from tests.gradmatch.cases import curvature, state
+from tests.gradmatch.mixture.models import moved
 from tests.gradmatch.tiny import save_classifier
 
 SHAPES = {"embed.weight": (50, 20), "layers.0.w": (30, 40), "layers.1.w": (40, 30)}
@@ -199,3 +200,33 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
     assert run("zoo run PLAN.yaml out --overwrite --quiet") == 0  # from the log, without an evaluation
     assert run("zoo run ZOO.yaml out2 --quiet") == 2
     assert "unknown key 'models'" in capsys.readouterr().err
+
+
+def test_the_families_merges_stand_side_by_side(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start = save_classifier("base")
+    for n in range(4):  # two near one another, and two that went far away
+        tuned = moved(start, n, scale=0.003)
+        if n > 1:
+            tuned = moved(tuned, 9, scale=1.0)
+        tuned.save_pretrained(f"zoo/m{n}")
+    other = moved(start, 20, scale=1.0)
+    other.save_pretrained("zoo/lone")
+    (tmp_path / "data.csv").write_text("text,label\ngood film,1\nbad film,0\n")
+    told = {"models": ["zoo"], "base": "base", "budget": 2, "score": {"data": {"all": "data.csv"}}}
+    (tmp_path / "zoo.yaml").write_text(yaml.safe_dump(told))
+    assert run("zoo plan zoo.yaml -o plan.yaml --mixture --quiet") == 0
+    plan = read_file("plan.yaml", PlanFile)
+    assert plan.mixture["level"] == "model"
+    assert "lone" in [one.name for one in plan.singles]
+    assert run("zoo run plan.yaml out --quiet --json") == 0
+    module = mixture.load("out")
+    batch = {"input_ids": torch.tensor([[3, 5]])}
+    assert module(**batch).logits.shape == (1, 2)
+    assert len(module.experts) == len(plan.families) + len(plan.singles)
+    assert not list(tmp_path.glob(".gradmatch-*"))
+    (tmp_path / "one.yaml").write_text(
+        as_yaml(plan.model_copy(update={"families": plan.families[:1], "singles": []}))
+    )
+    assert run("zoo run one.yaml other --quiet") == 2
+    assert "a mixture needs two experts" in capsys.readouterr().err
