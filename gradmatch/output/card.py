@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +29,7 @@ def card_files(made: Plan, report: Report) -> dict[str, bytes]:
         {
             "recipe": recipe(made),
             "inputs": input_fingerprints(made),
+            **stated(made),
             "report": report.to_dict(),
             "versions": versions(),
         }
@@ -117,7 +118,8 @@ def readme(content: Mapping[str, Any]) -> str:
     """The card for people, in the hub's format."""
     made, report = content["recipe"], content["report"]
     what = "adapter" if made["space"] == "core" else "model"
-    lines = ["---", front_matter(made), "---", "", f"# Merged {what}", ""]
+    licences, datasets = content.get("licences", {}), content.get("datasets", [])
+    lines = ["---", front_matter(made, licences, datasets), "---", "", f"# Merged {what}", ""]
     lines += [f"`{made['method']}` ({made['source']}): {made['formula']}", ""]
     lines += [f"Base: `{made['base']}`", "", "| task | weight | model | curvature (N) |", "|---|---|---|---|"]
     for task in made["tasks"]:
@@ -133,6 +135,11 @@ def readme(content: Mapping[str, Any]) -> str:
     lines += [f"- {report['solved']}"] if report.get("solved") else []
     lines += [f"- {branch}: {count} tensors" for branch, count in report["branches"].items()]
     lines += [f"- {note}" for note in report["notes"]]
+    if len(set(licences.values())) > 1:
+        told = ", ".join(f"{role}: {licence}" for role, licence in licences.items())
+        lines.append(
+            f"- the inputs' licences differ ({told}), so that none is stated: choose one that all of them allow"
+        )
     lines += ["", "## Recipe", "", "```json", json.dumps(made, indent=2, default=str), "```", ""]
     lines += [
         "Made with "
@@ -143,8 +150,39 @@ def readme(content: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def front_matter(made: Mapping[str, Any]) -> str:
-    """The card's head in YAML, by which the hub knows what was merged: every model that has a hub id, of an adapter its base."""
+def stated(made: Plan) -> dict[str, Any]:
+    """What the inputs' own cards say: by role the licence, and all data sets; empty where they say nothing."""
+    import yaml
+    from huggingface_hub import ModelCard
+
+    licences, datasets = {}, []
+    models = {
+        "base": made.inputs.base,
+        **{f"task {task.name}": task.checkpoint for task in made.inputs.tasks},
+    }
+    for role, model in models.items():
+        card = model.path / "README.md" if model.path is not None else None
+        if card is None or not card.is_file():
+            continue
+        try:
+            told = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+        except (ValueError, OSError, yaml.YAMLError):  # a README that is no card
+            continue
+        if isinstance(told.get("license"), str):
+            licences[role] = told["license"]
+        found = told.get("datasets") or []
+        datasets += [found] if isinstance(found, str) else list(found)
+    kept = {"licences": licences, "datasets": list(dict.fromkeys(map(str, datasets)))}
+    return {name: value for name, value in kept.items() if value}
+
+
+def front_matter(
+    made: Mapping[str, Any], licences: Mapping[str, str] | None = None, datasets: Sequence[str] = ()
+) -> str:
+    """The card's head in YAML, by which the hub knows what was merged: every model that has a hub id, of an adapter its base.
+
+    A licence is stated where all inputs that state one state the same; their data sets are put together.
+    """
     from huggingface_hub import ModelCardData
 
     core = made["space"] == "core"
@@ -158,6 +196,10 @@ def front_matter(made: Mapping[str, Any]) -> str:
     data = ModelCardData(library_name=library, tags=["merge", "gradmatch", *tags], base_model=models)
     if models:
         data["base_model_relation"] = "adapter" if core else "merge"
+    if len(set((licences or {}).values())) == 1:
+        data["license"] = next(iter((licences or {}).values()))
+    if datasets:
+        data["datasets"] = list(datasets)
     return str(data.to_yaml()).strip()
 
 

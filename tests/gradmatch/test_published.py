@@ -77,6 +77,30 @@ def test_hub_ids_and_revisions_are_kept(cached, models):
         open_checkpoint("me/base@v7")
 
 
+@pytest.mark.parametrize(
+    ("base", "task", "stated"), [("mit", "mit", "mit"), ("mit", "", "mit"), ("mit", "gpl-3.0", None)]
+)
+def test_the_inputs_licences_and_data_sets_are_carried(models, base, task, stated):
+    for name, licence in (("base", base), ("tuned", task)):
+        head = f"license: {licence}\n" if licence else ""
+        (models / name / "README.md").write_text(f"---\n{head}datasets: [me/{name}, me/all]\n---\n# {name}\n")
+    merge(models / "base", [Task(models / "tuned")], method="averaging", out=models / "out")
+    head = front_matter(models / "out")
+    assert head.get("license") == stated
+    assert head["datasets"] == ["me/base", "me/all", "me/tuned"]
+    said = (
+        "the inputs' licences differ (base: mit, task tuned: gpl-3.0)"
+        in (models / "out" / "README.md").read_text()
+    )
+    assert said == (stated is None)
+
+
+def test_a_readme_that_is_no_card_says_nothing(models):
+    (models / "base" / "README.md").write_text("---\n: [\n---\n")
+    merge(models / "base", [Task(models / "tuned")], method="averaging", out=models / "out")
+    assert "license" not in front_matter(models / "out")
+
+
 def test_local_models_are_called_by_their_name_alone(models):
     tasks = [
         Task(models / "tuned"),
