@@ -105,6 +105,7 @@ EXPERIMENTS = {
     "texts": "experiments.studies.sentiment",
     "theory": "experiments.studies.theory",
     "vision": "experiments.studies.vision",
+    "zoo": "experiments.studies.zoo",
 }
 
 
