@@ -12,7 +12,7 @@ from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.names import choose
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.zoo.finding import Found, Models, find
-from gradmatch.zoo.pairs import Array, Pairs, aligned, compare, cosines
+from gradmatch.zoo.pairs import Array, Pairs, aligned, compare, cosines, floating
 
 if TYPE_CHECKING:
     from gradmatch.models.checkpoint import Checkpoint
@@ -111,7 +111,7 @@ def similarity_of(found: Found, base: Checkpoint | None, by: str, progress: bool
         matrix = pairwise(base, models, found.tasks)
     elif by == "gradients":
         matrix = _gradients(found)
-    with _bar(models, progress) as advance:
+    with _bar(models, base, progress) as advance:
         pairs = compare(models, base, advance)
     if by == "weights":
         matrix = cosines(pairs.dot, pairs.square)
@@ -155,7 +155,7 @@ def _gradients(found: Found) -> Array:
     return cosines(dot, square)
 
 
-def _bar(models: Mapping[str, Checkpoint], shown: bool) -> Any:
+def _bar(models: Mapping[str, Checkpoint], base: Checkpoint | None, shown: bool) -> Any:
     """A progress bar over bytes; as a context its `update`, or None."""
     from contextlib import contextmanager
 
@@ -166,7 +166,8 @@ def _bar(models: Mapping[str, Checkpoint], shown: bool) -> Any:
             return
         from tqdm import tqdm
 
-        total = sum(model.spec(name).nbytes for model in models.values() for name in model.store)
+        opened = [*models.values(), *([base] if base is not None else [])]
+        total = sum(model.spec(name).nbytes for model in opened for name in floating(model))
         with tqdm(total=total, unit="B", unit_scale=True, desc="comparing") as one:
             yield one.update
 

@@ -140,11 +140,25 @@ class PlanFile(Strict):
     price: dict[str, Any] = Field(default_factory=dict)
 
 
+def _absolute(path: str) -> str:
+    """A path from the root where there is such a file; a hub id as it is."""
+    return str(Path(path).expanduser().absolute()) if Path(path).expanduser().exists() else path
+
+
 def as_yaml(plan: PlanFile) -> str:
-    """A plan as text, without what it does not say."""
+    """A plan as text, without what it does not say; paths are absolute, so that it can lie anywhere."""
     import yaml
 
     content = plan.model_dump(mode="json", exclude_defaults=True)
+    content["base"] = _absolute(content["base"])
+    for family in content.get("families", ()):
+        for one in family["members"]:
+            one |= {key: _absolute(one[key]) for key in ("model", "curvature") if one.get(key)}
+    told = content.get("score", {})
+    told |= (
+        {"data": {name: _absolute(file) for name, file in told["data"].items()}} if told.get("data") else {}
+    )
+    told |= {"include": _absolute(told["include"])} if told.get("include") else {}
     return "# gradmatch zoo run PLAN.yaml OUT\n" + yaml.safe_dump(content, sort_keys=False, width=120)
 
 

