@@ -298,8 +298,14 @@ class Search:
             trial.set_user_attr("why", SURPLUS)
             self.study.tell(trial, state=TrialState.FAIL)
             return
-        with signs_of_life(self.storage, trial._trial_id):
-            values, why, pruned = self._values(trial.params)
+        try:
+            with signs_of_life(self.storage, trial._trial_id):
+                values, why, pruned = self._values(trial.params)
+        except BaseException:  # interrupted: this process lives on, and nobody would ever take the trial over
+            trial.set_user_attr("why", STALE)
+            self.study.tell(trial, state=TrialState.FAIL)
+            self.study.enqueue_trial(dict(trial.params))
+            raise
         if values is None:
             trial.set_user_attr("why", why)
             self.study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)

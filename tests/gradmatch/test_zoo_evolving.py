@@ -235,6 +235,24 @@ def test_workers_share_a_search_and_one_that_is_killed_loses_nothing(tmp_path, k
     assert points(done)[:2] == points(first)
 
 
+def test_an_interrupted_search_goes_on_in_the_same_process(tmp_path):
+    class Score:
+        label, calls = "a score", 0
+
+        def __call__(self, merged):
+            self.calls += 1
+            if self.calls == 3:
+                raise KeyboardInterrupt
+            return near(merged)
+
+    with pytest.raises(KeyboardInterrupt):
+        evolve(score=Score(), storage=tmp_path / "s", trials=5)
+    calm = Score()
+    calm.calls = 3
+    done = evolve(score=calm, storage=tmp_path / "s", trials=5)
+    assert (done.trials, len({json.dumps(p) for p in points(done)})) == (5, 5)
+
+
 def test_who_is_gone_is_told_by_process_and_by_signs_of_life():
     me = storage.worker()
     assert not storage.lost(me, 0.0)
