@@ -22,7 +22,7 @@ examples:
 CHOICES = {"level": LEVELS, "routing": ROUTINGS, "router": ROUTERS, "gate_mode": GATES, "form": FORMS}
 MEANINGS = {
     "level": "what an expert is",
-    "routing": "a choice for every token, or for the whole sample",
+    "routing": "a choice for every token (default of ffns), or for the whole sample",
     "router": "spectral needs no data",
     "gate_mode": "how prompts become a router; all but seen as mergekit-moe has them",
     "form": "how it is written",
@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             choices=known,
-            help=f"{MEANINGS[name]} (default {'linear' if name == 'router' else known[0]})",
+            help=MEANINGS[name]
+            if name == "routing"
+            else f"{MEANINGS[name]} (default {'linear' if name == 'router' else known[0]})",
         )
     for name, text in NUMBERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)

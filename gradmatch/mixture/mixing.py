@@ -27,7 +27,7 @@ def mix(
     base: Model | Checkpoint,
     experts: Sequence[Model | Task],
     level: str = "ffn",
-    routing: str = "token",
+    routing: str = "",
     router: str = "linear",
     top_k: int | None = None,
     dense_layers: int | Sequence[int] = 0,
@@ -58,7 +58,7 @@ def mix(
         experts: fine-tuned models, adapters too; a Task brings its own weight, curvature and name.
         level: what an expert is: the "ffn" of a layer, a whole "block", or a whole "model" (also of another architecture with the same
             vocabulary and labels).
-        routing: a choice for every "token", or one for the whole "sample".
+        routing: a choice for every "token", or one for the whole "sample" (default: by token of ffns and low-rank experts, else by sample).
         router: "linear", "mlp", or "spectral", which needs no data: it compares how far an input reaches into the leading right
             singular vectors of each task vector.
         top_k: experts that take part in an answer (default: 2 of ffns, else 1).

@@ -63,15 +63,9 @@ class OwnForm:
         self.module, where = known.module, base.where
         self.top_k = request.experts_at_once(len(sources.experts))
         self.notes: list[str] = []
-        if (
-            request.routing == "token"
-            and request.level != "ffn"
-            and not predicts(base)
-            and request.rank is None
-        ):
+        if request.routing == "token" and request.level == "model" and not predicts(base):
             raise GradmatchError(
-                f"a choice for every token of whole {request.level}s is one of many answers, and {where} gives one a sample; choose "
-                "routing='sample'",
+                f"a choice for every token is one of many answers, and {where} gives one a sample; choose routing='sample'",
                 "bad_setting",
                 "routing",
             )

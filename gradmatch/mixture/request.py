@@ -86,7 +86,7 @@ class Request:
 
     Attributes:
         level: what an expert is: the "ffn" of a layer, a whole "block" (layer), or a whole "model".
-        routing: a choice for every "token", or one for the whole "sample".
+        routing: a choice for every "token", or one for the whole "sample"; "": by token of ffns, else by sample.
         router: "linear", "mlp" (linear, ReLU, linear), or "spectral": without data, by the task vectors.
         top_k: experts that take part in an answer; None: 2 of ffns, else 1.
         dense_layers: the first so many layers (or those of a list) are merged, not mixed.
@@ -100,7 +100,7 @@ class Request:
     """
 
     level: str = "ffn"
-    routing: str = "token"
+    routing: str = ""
     router: str = "linear"
     top_k: int | None = None
     dense_layers: int | Sequence[int] = 0
@@ -117,6 +117,8 @@ class Request:
         Raises:
             GradmatchError: an unknown choice (the nearest is named), a number out of range, or choices that do not go together.
         """
+        if not self.routing:
+            object.__setattr__(self, "routing", "token" if self.level == "ffn" or self.rank else "sample")
         for what, known in (
             ("level", LEVELS),
             ("routing", ROUTINGS),

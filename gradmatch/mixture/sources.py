@@ -195,6 +195,16 @@ def check_alike(model: Checkpoint, name: str, base: Checkpoint) -> None:
             "models_differ",
             name,
         )
+    labels = [
+        {str(k): v for k, v in ((one.config or {}).get("id2label") or {}).items()} for one in (base, model)
+    ]
+    if all(labels) and labels[0] != labels[1]:
+        raise GradmatchError(
+            f"{name} has the labels {list(labels[1].values())[:5]}, the base {list(labels[0].values())[:5]}: outputs of other meaning are not "
+            "merged; give models of the same labels in the same order",
+            "models_differ",
+            name,
+        )
     embeddings = ("embed_tokens", "wte", "word_embeddings", "lm_head", "embed_in", "embed_out")
     for tensor in base.store:
         if tensor in base.aliases:

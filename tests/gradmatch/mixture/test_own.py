@@ -76,7 +76,7 @@ def answer(module, batch):
 def test_identical_experts_are_the_dense_model(kind, models, tmp_path):
     base, path, _ = models[kind]
     for number, (level, routing, router, top_k, dense, rank) in enumerate(WAYS):
-        if kind in ENCODERS and routing == "token" and level != "ffn" and not rank:
+        if kind in ENCODERS and (level, routing) == ("model", "token"):
             continue
         out = tmp_path / str(number)
         made = mix(
@@ -359,11 +359,16 @@ def test_models_that_cannot_be_mixed_so_are_refused_by_name(models, tmp_path):
         tmp_path / "t5",
     )
     gpt2 = models["gpt2"][1]
+    names = tf.BertConfig(
+        **TEXT, id2label=dict(enumerate(["no", "yes", "maybe"])), label2id={"no": 0, "yes": 1, "maybe": 2}
+    )
+    other = save(drawn(tf.BertForSequenceClassification(names)), tmp_path / "other")
     rows = [
         ((bert, [bert, labels], "model", "sample"), {}, "has the labels LABEL_0, LABEL_1, the base"),
         ((gpt2, [gpt2, words], "model", "sample"), {}, "has a vocabulary of 70"),
         ((gpt2, [gpt2, bert], "model", "sample"), {}, "whole models are mixed where they answer alike"),
-        ((bert, tuned, "model"), {}, "choose routing='sample'"),
+        ((bert, tuned, "model", "token"), {}, "choose routing='sample'"),
+        ((bert, [other, other]), {}, "has the labels ['no', 'yes', 'maybe']"),
         ((bert, tuned, "model", "sample"), {"dense_layers": [1]}, "give a number"),
         ((bare, [bare, bare]), {}, "names no architecture of transformers with an answer"),
         ((t5, [t5, t5]), {}, "stacks of layers"),
