@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean
 
+from experiments.claims_removal import guarded, tofu
 from experiments.records import Record, of_kind
 from experiments.statistics import t_interval
 from experiments.verdicts import FEWEST_SEEDS, HOLDS, NOT_SHOWN, REFUTED, REPORTED, Part, Row, judge
@@ -284,7 +285,20 @@ def refinement(evidence: Evidence) -> Iterator[Row]:
     yield claim.row(measured, f"runs {min(left):.2f} to {max(left):.2f}", seeds, verdict)
 
 
-CLAIMS = (exactness, identities, special_cases, closer, accuracy, flat, mismatch, removal, cheap, refinement)
+CLAIMS = (
+    exactness,
+    identities,
+    special_cases,
+    closer,
+    accuracy,
+    flat,
+    mismatch,
+    removal,
+    cheap,
+    refinement,
+    guarded,
+    tofu,
+)
 
 
 def rows(evidence: Evidence) -> list[Row]:

