@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +12,23 @@ from gradmatch.common.settings import numbers, times
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.names import choose
 from gradmatch.merging import RUNNING, CurvatureLike, execute, merge, prepare
+from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.task import Task, is_model
 from gradmatch.models.tokenizers import check_tokenizers
 from gradmatch.output.publishing import check_absent, place
 from gradmatch.rules import RULES, removals
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradmatch.estimators.curvature import Curvature
     from gradmatch.merging import Merged
     from gradmatch.models.checkpoint import Checkpoint
     from gradmatch.models.task import Model
     from gradmatch.plan.step import Plan
 
+Gradient = Callable[[Mapping[str, "Tensor"]], Mapping[str, "Tensor"]]
+MOST_STEPS = 3  # re-linearised steps of ascent
 SHARES = (0.001, 0.01, 0.1)
 BINS = 65_536  # by the upper 16 bits of a float32: bins 0.8 % wide
 
@@ -31,12 +37,15 @@ def subtract(
     base: Model | Checkpoint,
     task: Task | Model | Iterable[Task] | None,
     *,
-    gradient: CurvatureLike | None = None,
+    add: Task | Iterable[Task] = (),
+    gradient: CurvatureLike | Gradient | None = None,
+    steps: int = 1,
     base_curvature: CurvatureLike | float | None = None,
     weight: float = 1.0,
     keep: float = 0.1,
     guard: str = "floor",
     method: str = "removal",
+    measured: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Merged | Checkpoint:
     """Remove what one or several tasks taught: Eq. 13 of Daheim et al. 2024, theta0 - alpha (H0 - alpha H_t)^-1 (H0 + H_t) tau_t.
@@ -45,40 +54,138 @@ def subtract(
         base: the model to remove from.
         task: fine-tuned from the base on what is to go, with its curvature; one or several. Negation and "guarded" take a bare model too, "ascent"
             takes None.
-        gradient: for "ascent": a curvature with the measured gradient, at the base's weights, of the summed loss on what is to go.
+        add: with "guarded": tasks with their curvatures that are added in the same call, by Eq. 12, which what is removed then spares
+            too (the rule "signed").
+        gradient: for "ascent": a curvature with the measured gradient, at the base's weights, of the summed loss on what is to go; or
+            a function that returns this gradient by parameter name at any weights, such as `Objective.gradient`.
+        steps: of "ascent" with such a function: the path is walked in 1 to 3 steps, and the gradient taken anew at each.
         base_curvature: the base's curvature; must stay above the tasks'.
-        weight: alpha > 0, for all tasks, times each task's own weight.
+        weight: alpha > 0, for all tasks, times each task's own weight; those of `add` keep theirs.
         keep: at least keep * H0 must remain of H0 - alpha H_t.
         guard: how: "floor" floors it there; "scale" scales H_t down, which also bounds the step where the base knows next to
             nothing (see `gradmatch.rules.removal.removal`).
         method: "removal"; "guarded", -alpha lambda (H0 + lambda I)^-1 tau; "ascent", +alpha (H0 + lambda I)^-1 g (both with the option
             `damping`, lambda = damping times the mean of H0's diagonal, and Kronecker blocks where H0 has factors); or a baseline:
             "negation" (task arithmetic), "ewr", "fisher_negation".
+        measured: what the removal was measured to cost, for the card.
         **options: as for `merge` (out, delta0, base_weight, dtype, ...).
 
     Returns:
         As `merge`. The report holds the clamped share overall and per tensor, the largest weight for given shares, and what moved.
 
     Raises:
-        ValueError: as `merge`; also another method, a weight below 0, or a task with another tokenizer than the base.
+        ValueError: as `merge`; also another method, a weight below 0, a task with another tokenizer than the base, a gradient that is
+            not finite or zero, or steps that make no sense.
         TypeError: as `merge`; also a task that is none.
+
+    Example:
+        >>> import torch
+        >>> base, toxic, cook = ({"w": torch.tensor([1.0, x])} for x in (1.0, 3.0, 1.0))
+        >>> subtract(base, toxic, method="guarded", base_curvature=1.0, damping=1.0)["w"]  # lambda = 1: half of the task vector
+        tensor([1., 0.])
     """
     choose("method", method, removals())
+    added = tasks_of(add)
+    check_steps(steps, gradient, method)
+    running = {name: options.pop(name) for name in RUNNING if name in options}
+    if running.get("out") is not None:
+        check_absent(place(running["out"]), bool(running.get("overwrite")))
+    if callable(gradient):
+        gradient = relinearised(
+            base, gradient, steps, weight=weight, base_curvature=base_curvature, **options
+        )
     tasks = [scaled(one, weight) for one in tasks_of(task_of(base, task, gradient, method))]
-    for one in tasks:
+    for one in (*tasks, *added):
         check_tokenizers(base, one.model)
     guarded = RULES[method].guarded
     own: dict[str, Any] = {"keep": keep, "guard": guard} if guarded else {}
-    running = {name: options.pop(name) for name in RUNNING if name in options}
+    if added:
+        tasks, method = both_signs(tasks, added, method), "signed"
     made = prepare(base, tasks, method=method, base_curvature=base_curvature, **own, **options)
-    if running.get("out") is not None:
-        check_absent(place(running["out"]), bool(running.get("overwrite")))
     if guarded:
         limits = largest_alpha(made)
         made.told["largest_alpha"] = {
             s: limit if math.isinf(limit) else weight * limit for s, limit in limits.items()
         }
+    removed = [one.name for one in made.inputs.tasks[: len(tasks) - len(added)]]
+    made.told["removed"] = {"removed": removed, "weight": weight, "measured": dict(measured or {})}
     return execute(made, **running)
+
+
+def both_signs(tasks: Sequence[Task], added: Sequence[Task], method: str) -> list[Task]:
+    """What is taken away, with weights below 0 and without curvature, then what is added.
+
+    Raises:
+        ValueError: another method than "guarded", or a task to be added with a weight that is not above 0.
+    """
+    if method != "guarded":
+        raise GradmatchError(
+            f"tasks are added and taken away in one call by method='guarded', not by {method}",
+            "bad_setting",
+            "add",
+        )
+    for one in added:
+        if not min(numbers(one.weight)) > 0:
+            raise GradmatchError(
+                f"the task {one.name or 'to add'!r} has the weight {one.weight}; what is added needs one above 0",
+                "out_of_range",
+                "add",
+            )
+    away = [replace(one, weight=times(one.weight, -1.0), curvature=None) for one in tasks]
+    return [*away, *added]
+
+
+def check_steps(steps: int, gradient: Any, method: str) -> None:
+    """Refuse steps that nothing can take.
+
+    Raises:
+        ValueError: fewer than 1 or more than MOST_STEPS, or several without a function that takes the gradient anew.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
+        raise GradmatchError(
+            f"steps is {steps!r}; it must be a whole number from 1 to {MOST_STEPS}", "out_of_range", "steps"
+        )
+    if steps > 1 and (method != "ascent" or not callable(gradient)):
+        raise GradmatchError(
+            f"steps is {steps}: only ascent takes several, with a function as gradient that is asked anew at each of them "
+            "(`--remove FILE` on the command line)",
+            "bad_setting",
+            "steps",
+        )
+
+
+def relinearised(base: Model | Checkpoint, gradient: Gradient, steps: int, **options: Any) -> Curvature:
+    """The mean of the gradients on the way of an ascent in so many steps, as a curvature with that gradient.
+
+    H0 and lambda stay those of the base, so that all steps together are one step along this mean.
+
+    Raises:
+        ValueError: a gradient that is not finite, or zero everywhere.
+    """
+    import torch
+
+    from gradmatch.estimators.curvature import Curvature
+
+    known = open_checkpoint(base)
+    weights: Mapping[str, Tensor] = {name: known[name].float() for name in known if known.spec(name).floating}
+    total: dict[str, Tensor] = {}
+    for step in range(1, steps + 1):
+        found = {name: value.detach().float() for name, value in gradient(weights).items() if name in known}
+        size = sum(float(value.double().square().sum()) for value in found.values())
+        if not math.isfinite(size) or size == 0:
+            raise GradmatchError(
+                f"the gradient on what is to go is {'zero' if size == 0 else 'not finite'} at step {step} of {steps}: "
+                + ("there is nothing to climb" if size == 0 else "lower the weight"),
+                "bad_data",
+                "gradient",
+            )
+        for name, value in found.items():
+            total[name] = total[name] + value / steps if name in total else value / steps
+        flat = {name: torch.zeros(()).expand(value.shape) for name, value in total.items()}
+        mean = Curvature.from_dict(flat, 1, {"estimator": "gradient"}, gradient=total)
+        if step < steps:
+            weights = {**weights, **subtract(base, None, method="ascent", gradient=mean, **options)}
+    return mean
 
 
 def task_of(base: Any, task: Any, gradient: Any, method: str) -> Any:

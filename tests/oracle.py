@@ -242,6 +242,10 @@ def family(
         return theta0 - np.linalg.solve(left, sum(a * (h0 + h) @ t for a, h, t in tasks))
     if method == "guarded":
         return theta0 - lam * np.linalg.solve(h0 + lam * eye, total)
+    if method == "signed":
+        plus = [one for one in tasks if one[0] > 0]
+        centre = sum((a * t for a, _, t in plus), 0 * theta0)
+        return theta0 + one_system([*plus, (1, h0, centre), (1, lam * eye, total)])
     if method == "ascent":
         return theta0 + np.linalg.solve(h0 + lam * eye, sum(a * g for a, g in zip(alphas, gs, strict=True)))
     if method == "anchored":

@@ -17,6 +17,7 @@ M = "merge --base base --task one --method task_arithmetic -o out "  # a merge t
 G = "merge --base base --task one,curvature=one.safetensors --base-curvature base.safetensors -o out "
 S = "subtract --base base --task one,curvature=one.safetensors --base-curvature base.safetensors -o out "
 E = "estimate cls -o c.safetensors "
+GUARD = "budget --base base --task one --base-curvature base.safetensors --method guarded "
 B = "budget --base base --task one,curvature=one.safetensors --base-curvature base.safetensors "
 D = "diagnose --base cls --task cls2,name=t "
 TASKS = "tasks: [{model: one}]\n"
@@ -179,6 +180,16 @@ REFUSALS = {
         ("a share above one", {}, B + "--share 2", "--share must lie in [0, 1], got 2"),
         ("alphas that are negative", {}, B + "--alphas -1", "alphas must be finite and not negative"),
         ("a budget, and no alpha above 0", {}, B + "--nats 1 --alphas 0", "--alphas holds nothing above 0"),
+        ("a damping of nothing", {}, GUARD + "--damping 0 --nats 1", "--damping must be positive, got 0"),
+        ("a guard without the base's curvature", {}, "budget --base base --task one --method guarded --nats 1", "--method guarded needs --base-curvature"),
+        ("an ascent of nothing", {}, "budget --base base --base-curvature base.safetensors --method ascent --nats 1", "ascent needs to know what is to go"),
+        ("nats a token without data", {}, GUARD + "--nats-per-token 1", "are measured: give --retain"),
+        ("data beside data of the same name", {}, GUARD + "--retain d.txt --beside d.txt --beside d.txt --nats 1", "names two of the data"),
+        ("steps of another method than ascent", {}, S + "--method guarded --steps 2", "only ascent takes several"),
+        ("four steps", {}, S + "--method ascent --steps 4", "a whole number from 1 to 3"),
+        ("examples to remove, and no ascent", {}, S + "--remove d.txt", "--remove gives ascent its gradient: add --method ascent"),
+        ("a task added by another method", {}, S + "--add one,curvature=one.safetensors,name=two", "in one call by method='guarded', not by removal"),
+        ("a task added with a weight below 0", {}, S + "--method guarded --add one,curvature=one.safetensors,name=two,weight=-1", "needs one above 0"),
         ("one file to keep and to remove", {}, B + "--retain d.txt --remove d.txt", "--retain and --remove are the same file d.txt"),
         ("no folder for the report", {}, B + "--report no/r.json", "no folder for --report no/r.json"),
         ("a task without curvature", {}, "budget --base base --task one --base-curvature base.safetensors", "has no curvature"),

@@ -35,3 +35,20 @@ def group_norms(norms: Mapping[str, float]) -> dict[str, float]:
 def total_norm(norms: Mapping[str, float]) -> float:
     """Norm of the whole vector from the norms of its tensors. Same units."""
     return math.sqrt(sum(value * value for value in norms.values()))
+
+
+KINDS = {
+    "embeddings": ("embed", "wte", "wpe", "lm_head", "word_embeddings"),
+    "attention": ("attn", "attention"),
+    "feed-forward": ("mlp", "ffn", "feed_forward", "intermediate", "fc1", "fc2", "experts"),
+}
+
+
+def layer_kind(name: str) -> str:
+    """What kind of layer a parameter is of, by the usual words of its name: embeddings, attention, feed-forward or rest.
+
+    >>> layer_kind("model.embed_tokens.weight"), layer_kind("h.3.attn.c_proj.weight"), layer_kind("norm.weight")
+    ('embeddings', 'attention', 'rest')
+    """
+    lowered = name.lower()
+    return next((kind for kind, words in KINDS.items() if any(word in lowered for word in words)), "rest")

@@ -59,14 +59,20 @@ def evaluate(
 ) -> tuple[Tensor, Tensor | None]:
     """Elements first to last merged, in the dtype of the arithmetic, and theta0 as it is stored, or None where it is not read."""
     if step.path == "linear" and coefficients is not None:
-        return _linear(context, step, first, last, coefficients, buffers)
+        return _linear(context, step, first, last, coefficients, buffers, stats)
     if step.path == "solve":
         return solve_matrix(context, step, buffers, stats)
     return _stacked(context, step, first, last, coefficients, buffers, stats)
 
 
 def _linear(
-    context: Context, step: Step, first: int, last: int, coefficients: Coefficients, buffers: Buffers
+    context: Context,
+    step: Step,
+    first: int,
+    last: int,
+    coefficients: Coefficients,
+    buffers: Buffers,
+    stats: dict[str, float],
 ) -> tuple[Tensor, Tensor | None]:
     """c0 theta0 + sum_t c_t theta_t; models whose coefficient is 0 are not read."""
     inputs, dtype = context.inputs, torch_dtype(step.compute)
@@ -82,7 +88,12 @@ def _linear(
     terms = [
         ck * values.to(buffers.device, dtype) for ck, values in zip(c, x, strict=True) if values is not None
     ]
-    return total(terms) if terms else torch.zeros(last - first, dtype=dtype), theta0
+    merged = total(terms) if terms else torch.zeros(last - first, dtype=dtype)
+    if step.rule and step.rule.removes and theta0 is not None and not step.after:
+        add(
+            stats, {"update": float((merged - theta0).square().sum())}
+        )  # where a removal spends its step is told
+    return merged, theta0
 
 
 def _stacked(

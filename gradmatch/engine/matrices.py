@@ -56,6 +56,8 @@ def solve_matrix(
             step.name,
         ) from None
     add(stats, curved.health)
+    if "update" not in curved.health and not step.after:
+        add(stats, {"update": float((merged - base).square().sum())})
     return (merged.mT if turned else merged).reshape(-1).to(theta0.dtype), theta0
 
 

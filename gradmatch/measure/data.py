@@ -76,7 +76,7 @@ def read(
     if path.suffix == ".safetensors":
         return _ready(path, limit, seed, batch_size)
     check_source(source)  # before tokenizer and config are loaded
-    config, tokenizer = _of_model(model, tokenizer)
+    config, tokenizer = config_and_tokenizer(model, tokenizer)
     architecture = (getattr(config, "architectures", None) or [type(model).__name__])[0]
     predicts_text = task == "causal_lm" or (task == "auto" and architecture.endswith(LANGUAGE_MODELS))
     table = Table(source, split=split)
@@ -112,7 +112,7 @@ def read(
     )
 
 
-def _of_model(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+def config_and_tokenizer(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     """Config (None where there is none) and tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
 

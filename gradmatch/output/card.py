@@ -140,6 +140,7 @@ def readme(content: Mapping[str, Any]) -> str:
         lines.append(
             f"- the inputs' licences differ ({told}), so that none is stated: choose one that all of them allow"
         )
+    lines += removal_lines(report.get("removed") or {})
     lines += ["", "## Recipe", "", "```json", json.dumps(made, indent=2, default=str), "```", ""]
     lines += [
         "Made with "
@@ -148,6 +149,20 @@ def readme(content: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def removal_lines(removed: Mapping[str, Any]) -> list[str]:
+    """What was taken away, and at what cost; nothing where nothing was."""
+    if not removed:
+        return []
+    lines = ["", "## Removed", "", f"{', '.join(removed['removed'])}, with weight {removed['weight']:g}."]
+    measured = removed["measured"]
+    if not measured:
+        return [
+            *lines,
+            "What it costs was not measured when it was written (`gradmatch budget` measures it).",
+        ]
+    return [*lines, "", *(f"- {what}: {told}" for what, told in measured.items())]
 
 
 def stated(made: Plan) -> dict[str, Any]:

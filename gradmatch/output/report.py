@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gradmatch.common.layers import layer_kind
 from gradmatch.common.warning import warn
 from gradmatch.estimators.shown import frame, html
 from gradmatch.rules.matrix_options import allowed_residual
@@ -20,6 +21,12 @@ CLAMP_WARNING = 0.01  # share of clamped weights beyond which a removal is not t
 FAR = 0.1  # residual in the eigenbasis: at .3 a merge of three encoders lost 3 points of accuracy against the exact solution
 MORE_KEPT = 1.01  # kept entries per one that was to be kept, beyond which it is told
 KEPT_WARNING = 0.9  # share of the update beyond which rounding is no news
+
+HALF = 0.5  # share of a removal's squared update in the embeddings from which it is told
+UNCHECKED = (
+    "a removal is a claim about one measure: check the result with a scorer that took no part in making or choosing it, and by reading "
+    "continuations; fine-tuning brings removed behaviour back"
+)
 
 FLOOR = "have less curvature than the floor delta0, which decides there"
 SAID = 5e-5  # a smaller share is 0.00 %
@@ -48,6 +55,7 @@ class Report:
         cut: space="core" with a rank: by weight, the share of the update's norm that the rank leaves out.
         branches: how often each branch ran (slerp or lerp, ...).
         heads: with heads="keep-per-task": task -> name -> tensor.
+        removed: of a removal: the tasks that were `removed`, with which `weight`, and what it was `measured` to cost, if it was.
         forecast: weights="auto": the chosen weights, and every task's forecast rise of its loss there, nats per example.
         notes: policies that were applied, warnings, what is legal but probably unintended.
     """
@@ -69,6 +77,7 @@ class Report:
     branches: dict[str, int] = field(default_factory=dict)
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     forecast: dict[str, Any] = field(default_factory=dict)
+    removed: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -181,6 +190,30 @@ def make_report(plan: Plan, stats: Mapping[str, Mapping[str, float]]) -> Report:
     return report
 
 
+def spent(moved: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Which kinds of layer take the squared norm of an update, in a line; and a line where embeddings take half of it.
+
+    Example:
+        >>> spent({"embed_tokens.weight": {"norm": 3.0}, "layers.0.mlp.up_proj.weight": {"norm": 1.0}})[0]
+        'the step was spent on embeddings 90 %, feed-forward 10 % (of its squared norm)'
+    """
+    squares = dict.fromkeys(("embeddings", "attention", "feed-forward", "rest"), 0.0)
+    for name, values in moved.items():
+        squares[layer_kind(name)] += values["norm"] ** 2
+    total = sum(squares.values())
+    if not total:
+        return []
+    shares = {kind: value / total for kind, value in squares.items()}
+    told = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in shares.items() if share >= 0.005)
+    lines = [f"the step was spent on {told} (of its squared norm)"]
+    if shares["embeddings"] >= HALF:
+        lines.append(
+            f"embeddings take {100 * shares['embeddings']:.0f} % of the step: words are made unlikely rather than what they are used "
+            "for, and words that what must stay never used move freely; look at continuations with other words"
+        )
+    return lines
+
+
 def _judge(report: Report, plan: Plan) -> None:
     """Notes and warnings that follow from the numbers."""
     said = []
@@ -217,6 +250,9 @@ def _judge(report: Report, plan: Plan) -> None:
             f"rank {plan.request.rank} leaves out {100 * lost:.2g} % of the update's norm ({100 * report.cut[worst]:.2g} % of that of "
             f"{worst}); a higher rank keeps it"
         )
+    if report.removed:
+        report.notes += spent(report.moved)
+        report.notes.append(UNCHECKED)
     allowed = {step.name: allowed_residual(step.options) for step in plan.steps}
     left = [
         name for name, s in report.solves.items() if s["iterations"] and s["residual"] > 2 * allowed[name]

@@ -8,6 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradmatch.common.settings import numbers
 from gradmatch.estimators.curvature import GRADIENT, MEAN, Curvature
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.models.adapters import UNTIE
@@ -155,6 +156,8 @@ def _open_task(
     needs = request.rule.needs
     if not needs & {"curvature", "gradient", "gram"}:
         return opened
+    if task.curvature is None and request.rule.signed and max(numbers(task.weight)) < 0:
+        return opened  # it is taken away
     if task.curvature is None:
         instead = "negation" if request.rule.removes else "task_arithmetic"
         kind = (

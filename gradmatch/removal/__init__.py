@@ -8,11 +8,15 @@ products wherever data is given, and every point says what it used.
     from gradmatch.removal import Problem, alpha_path, budget, path_table, removal_report
 """
 
+from gradmatch.removal.comparing import Choice, choose, compared, comparison_table
+from gradmatch.removal.continuing import continuations
 from gradmatch.removal.forecast import AlphaPath, Point, alpha_path, path_table
 from gradmatch.removal.limits import Budget, budget
+from gradmatch.removal.numbers import Loss, continuations_needed
 from gradmatch.removal.problem import Problem
 from gradmatch.removal.report import removal_report, report_table
 
 __all__ = [
-    "AlphaPath", "Budget", "Point", "Problem", "alpha_path", "budget", "path_table", "removal_report", "report_table",
+    "AlphaPath", "Budget", "Choice", "Loss", "Point", "Problem", "alpha_path", "budget", "choose", "compared", "comparison_table",
+    "continuations", "continuations_needed", "path_table", "removal_report", "report_table",
 ]  # fmt: skip

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.estimators.errors import GradmatchError
@@ -31,6 +31,7 @@ class Point:
         clamped: share of coordinates where the guard replaced H0 - alpha H_t by keep * H0 (0 for other methods).
         forgetting_by, collateral_by: what the forecast used, "ggn" or "diagonal".
         measured_forgetting, measured_collateral: the same rises measured on the data, or None without data.
+        beside: measured rises on other data that must stay, by name.
     """
 
     alpha: float
@@ -41,6 +42,7 @@ class Point:
     collateral_by: str
     measured_forgetting: float | None = None
     measured_collateral: float | None = None
+    beside: Mapping[str, float] = field(default_factory=dict)
 
 
 def taylor(displacement: Tensor, h: Tensor, gradient: Tensor | None) -> float:
@@ -103,7 +105,7 @@ class AlphaPath:
         self.problem, self.progress = problem, progress
         self._bar: Any = None
         self._known: dict[float, Point] = {}
-        self._diagonal: dict[float, dict[str, float]] = {}
+        self._diagonal: dict[float, dict[str, float | None]] = {}
         self._clamped: dict[float, float] = {}
         self._forecast: dict[tuple[str, float], float] = {}
         self._measured: dict[tuple[str, float], float] = {}
@@ -111,8 +113,7 @@ class AlphaPath:
         self._sides: dict[str, Expansion] = {}
         self._moving = [step.name for step in problem.plan.steps if step.merged]
         self.base: dict[str, Tensor] = {}
-        data = {"retain": problem.retain, "remove": problem.remove}
-        self._data = {side: objective for side, objective in data.items() if objective is not None}
+        self._data = problem.sides
         if self._data:
             base = problem.plan.inputs.base
             self.base = {name: base[name] for name in base if base.spec(name).floating}
@@ -133,33 +134,42 @@ class AlphaPath:
     def points(self, alphas: Sequence[float]) -> list[Point]:
         """Forecast every alpha, and measure it where data is given."""
         new = [alpha for alpha in dict.fromkeys(alphas) if alpha not in self._known]
-        with self.working(self.passes(new, SIDES), "path of alpha"):
+        with self.working(self.passes(new, self._data), "path of alpha"):
             for alpha in new:
                 numbers = {side: (self.forecast(side, alpha), self.measured(side, alpha)) for side in SIDES}
                 (kept, kept_measured), (gone, gone_measured) = numbers["retain"], numbers["remove"]
+                for name in self.problem.beside:
+                    self.measured(name, alpha)
                 self._known[alpha] = self._point(alpha, gone, kept, gone_measured, kept_measured)
         return [self._known[alpha] for alpha in alphas]
 
-    def excess(self, alpha: float, nats: float) -> tuple[Point, str | None]:
+    def excess(
+        self, alpha: float, nats: float | Mapping[str, float], *, whole: bool = False
+    ) -> tuple[Point, str | None]:
         """Whether one alpha costs what must stay more than so many nats: the point, as far as that had to be known, and why.
 
-        The measured rise is asked first, which takes one forward pass; the forecast only where that fits. A number that is
-        not finite exceeds every budget.
+        nats: for all data that must stay, or by name. The measured rises are asked first, which takes one forward pass each; the
+        forecast only where they fit, unless the `whole` is asked for. A number that is not finite exceeds every budget.
         """
+        limit = nats if isinstance(nats, Mapping) else dict.fromkeys(("retain", *self.problem.beside), nats)
         measured = self.measured("retain", alpha)
-        bound = "measured collateral" if measured is not None and not measured <= nats else None
+        bound = "measured collateral" if measured is not None and not measured <= limit["retain"] else None
+        for name in self.problem.beside:
+            rise = None if bound and not whole else self.measured(name, alpha)
+            if not bound and rise is not None and not rise <= limit[name]:
+                bound = f"measured rise on {name}"
         collateral = self._forecast.get(("retain", alpha)) if bound else self.forecast("retain", alpha)
-        if collateral is not None and not collateral <= nats:
+        if collateral is not None and not collateral <= limit["retain"]:
             bound = bound or "collateral"
         forgetting = None if "remove" in self._data else self.forecast("remove", alpha)
         return self._known.get(alpha) or self._point(alpha, forgetting, collateral, None, measured), bound
 
-    def forecast(self, side: str, alpha: float) -> float:
-        """Forecast rise of one side's loss ("retain" or "remove"), nats per example: by its data, else by the diagonal."""
+    def forecast(self, side: str, alpha: float) -> float | None:
+        """Forecast rise of one side's loss ("retain" or "remove"), nats per example: by its data, else by the diagonal, if there is one."""
         if side not in self._data:
             return self._of_diagonal(alpha)[side]
         if (side, alpha) not in self._forecast:
-            there, expansion = self._at(alpha), self._side(side)
+            there, expansion = self.tensors(alpha), self._side(side)
             self._forecast[side, alpha] = expansion.rise({n: there[n] - self.base[n] for n in self._moving})
             self._advance(DERIVATIVE)
         return self._forecast[side, alpha]
@@ -169,7 +179,7 @@ class AlphaPath:
         if side not in self._data:
             return None
         if (side, alpha) not in self._measured:
-            self._measured[side, alpha] = self._side(side).measured({**self.base, **self._at(alpha)})
+            self._measured[side, alpha] = self._side(side).measured({**self.base, **self.tensors(alpha)})
             self._advance(1)
         return self._measured[side, alpha]
 
@@ -183,26 +193,36 @@ class AlphaPath:
     ) -> Point:
         by = {side: "ggn" if side in self._data else "diagonal" for side in SIDES}
         if alpha not in self._clamped:
-            self._at(alpha)
+            self.tensors(alpha)
         clamped = self._clamped[alpha]
+        beside = {
+            name: self._measured[name, alpha]
+            for name in self.problem.beside
+            if (name, alpha) in self._measured
+        }
         return Point(
-            alpha, forgetting, collateral, clamped, by["remove"], by["retain"], measured_forgetting, measured_collateral
+            alpha, forgetting, collateral, clamped, by["remove"], by["retain"], measured_forgetting, measured_collateral, beside
         )  # fmt: skip
 
-    def _of_diagonal(self, alpha: float) -> dict[str, float]:
-        """Side -> forecast rise by the diagonal curvatures, nats per example: around theta0, or around theta_t."""
+    def _of_diagonal(self, alpha: float) -> dict[str, float | None]:
+        """Side -> forecast rise by the diagonal curvatures, nats per example: around theta0, or around theta_t; None without one."""
         if alpha not in self._diagonal:
-            there = self._at(alpha)
-            found = dict.fromkeys(SIDES, 0.0)
+            there = self.tensors(alpha)
+            kept: float | None = 0.0
+            gone: float | None = 0.0 if len(self.problem.tasks) == 1 else None
             for piece in self.problem.pieces():
                 d = there[piece.name].to(piece.theta0) - piece.theta0
-                found["retain"] += taylor(d, piece.mean0, piece.gradient0)
-                found["remove"] += taylor(d - piece.tau, piece.mean, piece.gradient)
-                found["remove"] -= taylor(-piece.tau, piece.mean, piece.gradient)
-            self._diagonal[alpha] = found
+                if kept is not None:
+                    kept = None if piece.mean0 is None else kept + taylor(d, piece.mean0, piece.gradient0)
+                if gone is not None and piece.mean is not None:
+                    gone += taylor(d - piece.tau, piece.mean, piece.gradient)
+                    gone -= taylor(-piece.tau, piece.mean, piece.gradient)
+                else:
+                    gone = None
+            self._diagonal[alpha] = {"retain": kept, "remove": gone}
         return self._diagonal[alpha]
 
-    def _at(self, alpha: float) -> dict[str, Tensor]:
+    def tensors(self, alpha: float) -> dict[str, Tensor]:
         """The tensors that move, at one alpha; the last alpha's are kept."""
         if self._last[0] != alpha:
             self._last = (None, {})  # freed before the next is made
@@ -214,14 +234,19 @@ class AlphaPath:
     def _side(self, side: str) -> Expansion:
         """The expansion of one side's loss, made when it is first asked for."""
         if side not in self._sides:
-            tau = {piece.name: piece.tau for piece in self.problem.pieces()} if side == "remove" else {}
+            at_task = side == "remove" and len(self.problem.tasks) == 1 and self.problem.task is not None
+            tau = {piece.name: piece.tau for piece in self.problem.pieces()} if at_task else {}
             self._sides[side] = Expansion(self._data[side], self.base, tau)
         return self._sides[side]
 
-    def passes(self, alphas: Sequence[float], sides: Sequence[str] = SIDES[:1]) -> int:
-        """Forward passes over data, counted so, that all numbers of these alphas still take on these sides."""
-        asked = [(side, alpha) for side in sides if side in self._data for alpha in alphas]
-        return sum(DERIVATIVE * (key not in self._forecast) + (key not in self._measured) for key in asked)
+    def passes(self, alphas: Sequence[float], sides: Iterable[str] | None = None) -> int:
+        """Forward passes over data, counted so, that all numbers of these alphas still take on these sides (by default what must stay)."""
+        wanted = [side for side in self._data if side != "remove"] if sides is None else sides
+        asked = [(side, alpha) for side in wanted if side in self._data for alpha in alphas]
+        return sum(
+            DERIVATIVE * (key[0] in SIDES and key not in self._forecast) + (key not in self._measured)
+            for key in asked
+        )
 
     @contextmanager
     def working(self, passes: int, title: str) -> Iterator[None]:
@@ -284,5 +309,6 @@ def path_table(points: Sequence[Point]) -> str:
     for p in points:
         gone = cell(p.forgetting, p.forgetting_by, p.measured_forgetting)
         kept = cell(p.collateral, p.collateral_by, p.measured_collateral)
-        lines.append(f"{p.alpha:8.3f} {gone} {kept} {p.clamped:7.2%}")
+        also = "".join(f", {name} [{rise:.4f}]" for name, rise in p.beside.items())
+        lines.append(f"{p.alpha:8.3f} {gone} {kept} {p.clamped:7.2%}{also}")
     return "\n".join(lines) + "\nrises of the loss over the base's, nats per example"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gradmatch.estimators.errors import GradmatchError
@@ -21,20 +21,30 @@ class Budget:
 
     Attributes:
         alpha: to be used; 0 where even the smallest tried costs too much.
-        nats: the budget, nats per example on what must stay.
-        bound: what stopped it: "collateral", "measured collateral", "clamped share", or "largest" (nothing did).
+        nats: the budget, nats per example on what must stay; by name where they differ.
+        bound: what stopped it: "collateral", "measured collateral", "measured rise on ...", "clamped share", or "largest" (nothing did).
         path: the points tried, by alpha, each as far as it had to be known: data to be removed are not asked.
     """
 
     alpha: float
-    nats: float
+    nats: float | Mapping[str, float]
     bound: str
     path: tuple[Point, ...]
+
+    @property
+    def nearest(self) -> tuple[float, float] | None:
+        """Where nothing fits: (alpha, nats), the gentlest that was tried and the least budget on everything that would allow it; else None."""
+        if self.alpha or not self.path:
+            return None
+        point = self.path[0]
+        rises = [point.collateral, point.measured_collateral, *point.beside.values()]
+        known = [rise for rise in rises if rise is not None]
+        return (point.alpha, max(known)) if known and all(map(math.isfinite, known)) else None
 
 
 def budget(
     problem: Problem | AlphaPath,
-    nats: float,
+    nats: float | Mapping[str, float],
     *,
     share: float = 0.01,
     largest: float = 2.0,
@@ -47,7 +57,7 @@ def budget(
 
     Args:
         problem: what to remove, from what, how; with `retain` where data is at hand. An `AlphaPath` keeps points it knows.
-        nats: allowed rise of the loss on what must stay, nats per example.
+        nats: allowed rise of the loss on what must stay, nats per example; by name ("retain" and those beside it) where they differ.
         share: allowed share of clamped coordinates.
         largest: no alpha above this is tried.
         steps: number of equal steps; or the alphas to try, of which those within `share` and `largest` are, and then that limit.
@@ -55,7 +65,8 @@ def budget(
     Raises:
         ValueError: numbers that are not positive, or alphas that are no path.
     """
-    if not (nats > 0 and largest > 0 and share >= 0 and (not isinstance(steps, int) or steps > 0)):
+    least = min(nats.values()) if isinstance(nats, Mapping) else nats
+    if not (least > 0 and largest > 0 and share >= 0 and (not isinstance(steps, int) or steps > 0)):
         raise GradmatchError(
             f"nats, largest and steps must be positive and share at least 0, got {nats}, {largest}, {steps} and {share}",
             "out_of_range",
@@ -93,4 +104,7 @@ def budget(
                 fails, bound = middle, excess
             else:
                 found = middle
+    if not found:  # what the gentlest costs on everything is told
+        gentlest = min(tried, key=lambda point: point.alpha)
+        tried[tried.index(gentlest)] = path.excess(gentlest.alpha, nats, whole=True)[0]
     return Budget(found, nats, bound, tuple(sorted(tried, key=lambda point: point.alpha)))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,22 +15,21 @@ from gradmatch.estimators.curvature import GRADIENT, Curvature
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.header import ITEM_SIZE
 from gradmatch.estimators.names import choose
-from gradmatch.merging import execute, prepare
+from gradmatch.merging import Merged, execute, prepare
 from gradmatch.models.curvatures import CurvatureStore, Prior, open_curvature
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.stores import torch_dtype
 from gradmatch.models.task import Task
 from gradmatch.models.tokenizers import check_tokenizers
 from gradmatch.models.views import as_module
-from gradmatch.rules import RULES, removals
+from gradmatch.rules import RULES, Rule, removals
 from gradmatch.rules.removal import GUARDS
-from gradmatch.subtraction import largest_alpha, scaled
+from gradmatch.subtraction import largest_alpha, scaled, task_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gradmatch.measure.objective import Objective
-    from gradmatch.merging import Merged
     from gradmatch.models.checkpoint import Checkpoint
     from gradmatch.models.stores import Store
     from gradmatch.models.task import Model
@@ -45,7 +44,7 @@ class Piece:
         name: of the tensor.
         theta0, tau: (*s,), the base's weights, and how far the task's lie from them.
         h0: (*s,), H0 of the summed loss, weight and floor included.
-        mean0, mean: (*s,), curvatures of the base and of the task per example, without weight and floor.
+        mean0, mean: (*s,), curvatures of the base and of the task per example, without weight and floor; None where there is none.
         gradient0, gradient: (*s,), measured, per example, or None.
     """
 
@@ -53,36 +52,39 @@ class Piece:
     theta0: Tensor
     tau: Tensor
     h0: Tensor
-    mean0: Tensor
-    mean: Tensor
+    mean0: Tensor | None
+    mean: Tensor | None
     gradient0: Tensor | None
     gradient: Tensor | None
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A base, one task to remove, and how: everything that the functions here share.
+    """A base, what is to be removed from it, and how: everything that the functions here share.
 
     Attributes:
         base: the model that knows too much; path, hub id, state dict or module.
-        task: fine-tuned from it on what is to be removed, with its curvature; alpha multiplies its own weight.
-        base_curvature: of the base, on what must stay; or a number for an isotropic one.
+        task: fine-tuned from it on what is to be removed, or several; with their curvatures where the method needs them. alpha
+            multiplies their own weights. None for "ascent".
+        base_curvature: of the base, on what must stay; or a number for an isotropic one; None for negation.
         method: a rule that removes.
         base_weight, delta0: H0 = base_weight * N0 F0 + delta0.
         keep: what must remain of H0 - alpha H_t, as a share of H0.
         guard: how, one of `gradmatch.rules.removal.GUARDS`.
-        retain: data that must stay (an `Objective` on the base's module), or None.
+        retain: data that must stay (an `Objective` on the base's module), or None; `beside`: more such data, by name.
         remove: data to be removed, or None.
         missing_curvature, allow_mismatch: as for `merge`.
+        gradient: for "ascent", as for `subtract`.
+        options: more of the method's (damping, structure, ...).
 
     Raises:
-        ValueError: unknown method or guard, a task without curvature, or a tokenizer that is not the base's.
+        ValueError: unknown method or guard, a task without the curvature that the method needs, or a tokenizer that is not the base's.
         TypeError: a task that is no Task.
     """
 
     base: Model | Checkpoint
-    task: Task
-    base_curvature: Curvature | str | os.PathLike[str] | float
+    task: Task | Sequence[Task] | None
+    base_curvature: Curvature | str | os.PathLike[str] | float | None
     method: str = "removal"
     base_weight: float = 1.0
     delta0: float = 1e-6
@@ -92,35 +94,59 @@ class Problem:
     remove: Objective | None = None
     missing_curvature: str = "error"
     allow_mismatch: bool = False
+    gradient: Curvature | str | os.PathLike[str] | None = None
+    beside: Mapping[str, Objective] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is read."""
         choose("method", self.method, removals())
         choose("guard", self.guard, GUARDS)
-        if not isinstance(self.task, Task):
-            raise TypeError(
-                f"a budget is of one task, a Task(model, curvature), not {type(self.task).__name__}"
-            )
-        if self.task.curvature is None:
-            raise GradmatchError(
-                f"task {self.task.name or 'to remove'!r} has no curvature; estimate it at its weights on what is to be removed",
-                "bad_curvature",
-                self.task.name,
-            )
-        for curvature in (self.base_curvature, self.task.curvature):
-            if not isinstance(curvature, (int, float)):
+        for task in self.tasks:
+            if not isinstance(task, Task):
+                raise TypeError(
+                    f"a budget is of a Task(model, curvature), or of several, not {type(task).__name__}"
+                )
+            if task.curvature is None and "curvature" in self.rule.needs:
+                raise GradmatchError(
+                    f"task {task.name or 'to remove'!r} has no curvature; estimate it at its weights on what is to be removed",
+                    "bad_curvature",
+                    task.name,
+                )
+        for curvature in (self.base_curvature, *(task.curvature for task in self.tasks)):
+            if curvature is not None and not isinstance(curvature, (int, float)):
                 open_curvature(curvature)  # a file that is absent or is none: only its head is read
-        check_tokenizers(self.base, self.task.model)
+        for task in self.tasks:
+            check_tokenizers(self.base, task.model)
+
+    @property
+    def rule(self) -> Rule:
+        """The method's rule."""
+        return RULES[self.method]
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        """What is to be removed; of an ascent the base with the gradient."""
+        given = task_of(self.base, self.task, self.gradient, self.method)
+        return [given] if isinstance(given, Task) or not isinstance(given, Sequence) else list(given)
+
+    @property
+    def sides(self) -> dict[str, Objective]:
+        """All data by name: "retain", those beside it, "remove"."""
+        given = {"retain": self.retain, **self.beside, "remove": self.remove}
+        return {name: one for name, one in given.items() if one is not None}
 
     @cached_property
     def plan(self) -> Plan:
-        """What Eq. 13 would do to each tensor at alpha = 1; from headers and fingerprints alone.
+        """What Eq. 13 (or the method, where there is less than Eq. 13 needs) does to each tensor at alpha = 1; from headers alone.
 
         Raises:
             ValueError: whatever `gradmatch.subtract` refuses: a task that was not fine-tuned from this base, a curvature of
                 another model, options out of range.
         """
-        return self._planned("removal", self.task)
+        known = all(task.curvature is not None for task in self.tasks) and self.base_curvature is not None
+        whole = known and len(self.tasks) == 1 and not self.rule.damped
+        return self._planned("removal" if whole else self.method, self.tasks)
 
     def at(self, alpha: float) -> Merged:
         """The model with this alpha, as `gradmatch.subtract` makes it, in memory; half precision is widened, not rounded to.
@@ -128,28 +154,47 @@ class Problem:
         Raises:
             ValueError: whatever the merge refuses, such as a base's curvature that is negative somewhere.
         """
+        if not self.rule.damped:
+            return self._made(alpha)
+        one, base = self._unit, self.plan.inputs.base  # linear in alpha, and eigenvectors are dear
+        moved = {step.name for step in one.made.steps if step.merged}
+        found = Merged(
+            {
+                name: torch.lerp(base[name].to(value), value, alpha) if name in moved else value
+                for name, value in one.items()
+            }
+        )
+        found.report, found.made = one.report, one.made
+        return found
+
+    @cached_property
+    def _unit(self) -> Merged:
+        return self._made(1.0)
+
+    def _made(self, alpha: float) -> Merged:
         base = self.plan.inputs.base
         half = any(spec.floating and ITEM_SIZE[spec.dtype] < 4 for spec in map(base.spec, base))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a path tries what it warns of
-            made = self._planned(self.method, scaled(self.task, alpha), dtype="float32" if half else None)
+            tasks = [scaled(task, alpha) for task in self.tasks]
+            made = self._planned(self.method, tasks, dtype="float32" if half else None)
             return execute(made)  # type: ignore[return-value]
 
-    def _planned(self, method: str, task: Task, **options: Any) -> Plan:
+    def _planned(self, method: str, tasks: Sequence[Task], **options: Any) -> Plan:
         own: dict[str, Any] = {"keep": self.keep, "guard": self.guard} if RULES[method].guarded else {}
-        measured = self.retain is not None or self.remove is not None
-        base = as_module(open_checkpoint(self.base)) if measured else self.base  # data run through a module
+        own |= self.options if method == self.method else {}
+        if "base_curvature" in RULES[method].needs:
+            own |= {"base_curvature": self.base_curvature}
+        base = as_module(open_checkpoint(self.base)) if self.sides else self.base  # data run through a module
         return prepare(
-            base, [task], method=method, base_curvature=self.base_curvature, base_weight=self.base_weight, delta0=self.delta0,
+            base, tasks, method=method, base_weight=self.base_weight, delta0=self.delta0,
             missing_curvature=self.missing_curvature, allow_mismatch=self.allow_mismatch, **own, **options,
         )  # fmt: skip
 
     def pieces(self) -> Iterator[Piece]:
-        """Every tensor that moves, one at a time, in float32 or more."""
+        """Every tensor that moves, one at a time, in float32 or more; tau of the first task."""
         inputs = self.plan.inputs
-        (task,), prior = inputs.tasks, inputs.base_curvature
-        assert task.mean is not None  # Eq. 13 needs both, so the plan has them
-        assert prior is not None
+        task, prior = inputs.tasks[0], inputs.base_curvature
         gradients = [
             store.beside(GRADIENT) if isinstance(store, CurvatureStore) else None
             for store in (prior, task.mean)
@@ -159,10 +204,11 @@ class Problem:
             if not step.merged:
                 continue
             theta0 = _whole(inputs.store, step.name, step)
-            mean0 = _mean(prior, step, theta0)
+            mean0 = None if prior is None else _mean(prior, step, theta0)
+            mean = None if task.mean is None else _mean(task.mean, step, theta0)
             yield Piece(
-                step.name, theta0, _whole(task.store, step.name, step) - theta0, h0.at(mean0), mean0,
-                _mean(task.mean, step, theta0), *(_gradient(store, step) for store in gradients),
+                step.name, theta0, _whole(task.store, step.name, step) - theta0,
+                h0.at(torch.zeros_like(theta0) if mean0 is None else mean0), mean0, mean, *(_gradient(store, step) for store in gradients),
             )  # fmt: skip
 
     def largest_alpha(self, share: float) -> float:

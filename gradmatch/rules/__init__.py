@@ -9,7 +9,7 @@ from gradmatch.estimators.parts import find_part
 from gradmatch.rules import regmean, rowwise
 from gradmatch.rules.block import Block, Curved
 from gradmatch.rules.consensus import CONSENSUS
-from gradmatch.rules.family import ANCHORED, ASCENT, GUARDED, MATS
+from gradmatch.rules.family import ANCHORED, ASCENT, GUARDED, MATS, SIGNED
 from gradmatch.rules.fisher_base import fisher_base
 from gradmatch.rules.gradient_matching import HbarOptions, fisher, gradient_matching
 from gradmatch.rules.kronecker import choosing, in_matrices, with_factors
@@ -177,6 +177,7 @@ RULES: dict[str, Rule] = {
     "tsv_basis": tsv_basis(GRADIENT_MATCHING),
     "anchored": ANCHORED,
     "guarded": GUARDED,
+    "signed": SIGNED,
     "ascent": ASCENT,
     "actmat": ACTMAT,
     "wudi": WUDI,

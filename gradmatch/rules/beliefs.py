@@ -9,6 +9,7 @@
 | measured | alpha_t: H_t at tau_t; 1: H0 at 0 | sum_t alpha_t g_t |
 | removal (Eq. 13) | -alpha_t: H_t at tau_t; 1: H0 at -sum_t alpha_t tau_t | |
 | guarded | 1: H0 at 0; 1: lambda I at -sum_t alpha_t tau_t | |
+| signed | alpha_t > 0: H_t at tau_t; 1: H0 at their sum_t alpha_t tau_t; 1: lambda I at the sum of all, signs and all | |
 | ascent | 1: H0 + lambda I at 0 | -sum_t alpha_t g_t |
 | regmean | alpha_t: I (x) G_t at tau_t | |
 | actmat | alpha_t: I (x) tau_t'tau_t at tau_t | |
@@ -148,6 +149,17 @@ def guarded(k: Known) -> Listed:
     return [Belief(1.0, k.h0, 0.0), Belief(1.0, Product(diagonal=k.damping), -k.sum)], None
 
 
+def signed(k: Known) -> Listed:
+    """alpha_t > 0: H_t at tau_t; 1: H0 at sum_{alpha_t > 0} alpha_t tau_t (what must stay and what is added); 1: lambda I at sum_t alpha_t tau_t.
+
+    Without tasks that are taken away it is Eq. 12 with delta0 = lambda, and without added ones the guarded removal.
+    """
+    added = [(a, h, t) for a, h, t in zip(k.alpha, k.h, k.tau, strict=True) if a > 0]
+    centre: Tensor | float = total([a * t for a, _, t in added]) if added else 0.0
+    beliefs = [Belief(a, h, t) for a, h, t in added]
+    return [*beliefs, Belief(1.0, k.h0, centre), Belief(1.0, Product(diagonal=k.damping), k.sum)], None
+
+
 def ascent(k: Known) -> Listed:
     """1: H0 + lambda I at 0; b = -sum_t alpha_t g_t: one damped Newton step up the loss on what should go."""
     assert k.g is not None
@@ -202,6 +214,7 @@ BELIEFS: dict[str, Callable[[Known], Listed]] = {
     "measured": measured,
     "removal": removal,
     "guarded": guarded,
+    "signed": signed,
     "ascent": ascent,
     "anchored": anchored,
     "unmerged": unmerged,

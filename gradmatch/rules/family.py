@@ -87,6 +87,12 @@ GUARDED = _member("guarded", Elementwise(
     lambda block: mode("guarded", block), needs=frozenset({"base_curvature"}), options=DampingOptions(), damped=True, bounded=True,
     removes=True, lacks=GOES_ON,
 ))  # fmt: skip
+SIGNED = _member("signed", Elementwise(
+    "theta0 + (Hbar + lambda I)^-1 (sum_{alpha_t > 0} alpha_t (H0 + H_t) tau_t + lambda sum_t alpha_t tau_t), "
+    "Hbar = H0 + sum_{alpha_t > 0} alpha_t H_t, lambda = damping mean(diag H0)",
+    "Eq. 12 of what is added and the guarded removal of what is taken away, as one system",
+    lambda block: mode("signed", block), needs=BOTH, options=DampingOptions(), damped=True, signed=True,
+))  # fmt: skip
 ASCENT = _member("ascent", Elementwise(
     "theta0 + sum_t alpha_t (H0 + lambda I)^-1 g_t, lambda = damping mean(diag H0)", "K-FADE, McKinney et al. 2026",
     lambda block: mode("ascent", block), needs=frozenset({"base_curvature", "gradient"}), options=DampingOptions(), damped=True,

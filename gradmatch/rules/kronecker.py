@@ -56,6 +56,7 @@ def in_matrices(name: str, rule: Elementwise, formula: Any = "", source: str = "
         removes=rule.removes,
         guarded=rule.guarded,
         damped=rule.damped,
+        signed=rule.signed,
         caution=rule.caution,
         family=name,
     )

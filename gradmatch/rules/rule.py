@@ -54,6 +54,7 @@ class Rule:
         guarded: whether it keeps the share `options.keep` of H0 from what it takes away; the report then tells how often.
         damped: whether lambda I stands beside H0, with lambda = `options.damping` times the mean of H0's diagonal; delta0 then
             plays no role.
+        signed: whether a task of a weight below 0 is taken away, and then needs no curvature.
         bounded: whether it multiplies a task's entries by 1 or its weight at the most, as averages do; a merge that went
             further is then told to be none of this rule.
         caution: what to warn of whenever it is used.
@@ -83,6 +84,7 @@ class Rule:
     removes: bool = False
     guarded: bool = False
     damped: bool = False
+    signed: bool = False
     bounded: bool = False
     caution: str = ""
     family: str = ""

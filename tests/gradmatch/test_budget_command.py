@@ -21,6 +21,8 @@ def files(tmp_path_factory):
     torch.manual_seed(0)
     model, tokenizer = text_llama(WORDS)
     (folder / "clean.txt").write_text("the cat sat on a mat\nrain falls on the cat\n" * 3)
+    (folder / "news.txt").write_text("the rain falls\na mat sat on the rain\n")
+    (folder / "prompts.txt").write_text("the cat\nyou\n")
     (folder / "toxic.txt").write_text("you fool you pig\nyou swine sat on a fool\n" * 2)
     for name, side, steps in (("base", "clean", 20), ("toxic", "toxic", 5)):
         lines = (folder / f"{side}.txt").read_text().splitlines()
@@ -35,6 +37,8 @@ def files(tmp_path_factory):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         estimate(model, [batch], samples=4, progress=False).save(folder / f"{side}.safetensors")
+        if name == "base":
+            estimate(model, [batch], method="kfac", progress=False).save(folder / "kfac.safetensors")
     return folder
 
 
@@ -86,6 +90,91 @@ def test_the_command_it_ends_with_removes_what_was_forecast(files, tmp_path, cap
     moved = sum(tensor["norm_h0"] ** 2 for tensor in card["report"]["moved"].values())
     assert math.sqrt(moved) == pytest.approx(report["total"]["h0_norm"], rel=1e-4)
     assert card["report"]["clamped_share"] == pytest.approx(report["total"]["clamped"])
+
+
+def test_a_guarded_removal_is_chosen_compared_read_and_written_with_its_cost(files, tmp_path, capsys):
+    data = f"--retain {files}/clean.txt --beside {files}/news.txt --remove {files}/toxic.txt"
+    given = f"budget --base {files}/base --task {files}/toxic --base-curvature {files}/kfac.safetensors --method guarded {data}"
+    line = f"--alphas 1 4 --damping 0.01 0.1 --nats-per-token 0.1 --compare --prompts {files}/prompts.txt -o {tmp_path}/cleaned"
+    assert run(f"{given} {line} --report {tmp_path}/r.json --quiet") == 0
+    out = capsys.readouterr().out
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert [one["method"] for one in content["compared"]] == ["negation", "guarded", "ascent"]
+    for one in content["compared"]:
+        for side in ("retain", "news"):
+            before, after = (one["losses"][side][when] for when in ("before", "after"))
+            assert after["mean"] - before["mean"] <= 0.1 + 1e-6
+            assert after["low"] < after["mean"] < after["high"]
+            assert after["perplexity"] == pytest.approx(math.exp(after["mean"]))
+    for text in (
+        "nats a token [",
+        "perplexity",
+        "prompt: 'the cat'",
+        "  before:",
+        "of each model (two-sided 5 %",
+    ):
+        assert text in out
+    card = (tmp_path / "cleaned" / "README.md").read_text()
+    for text in (
+        "## Removed",
+        "loss on news (news.txt)",
+        "the step was spent on",
+        "check the result with a scorer",
+    ):
+        assert text in card
+    assert str(tmp_path) not in card
+    chosen = content["choice"]
+    assert {one["damping"] for one in chosen["tried"]} == {0.01, 0.1}
+    written = json.loads((tmp_path / "cleaned" / "gradmatch.json").read_text())["report"]["removed"]
+    assert written["weight"] == chosen["alpha"]
+
+
+def test_an_ascent_needs_no_bad_model(files, tmp_path, capsys):
+    given = f"--base {files}/base --base-curvature {files}/kfac.safetensors --method ascent --remove {files}/toxic.txt"
+    assert run(f"budget {given} --retain {files}/clean.txt --nats 0.2 --quiet") == 0
+    command = capsys.readouterr().out.strip().splitlines()[-1].partition("gradmatch ")[2]
+    assert run(command.replace("OUT", f"{tmp_path}/cleaned") + " --steps 2 --quiet") == 0
+    assert "ascent: theta0" in capsys.readouterr().out
+    assert (tmp_path / "cleaned" / "model.safetensors").is_file()
+
+
+ONE = "guarded --task {0}/toxic --base-curvature {0}/kfac.safetensors"
+REFUSED = [
+    (f"{ONE} --retain {{0}}/clean.txt --remove {{0}}/copy.txt --nats 1", "stand in both: what must stay cannot go"),
+    (f"{ONE} --damping 0 --nats 1", "--damping must be positive"),
+    ("guarded --task {0}/toxic --base-curvature {0}/toxic.safetensors --nats 1", "other weights"),
+    ("guarded --task {0}/toxic --nats 1", "needs --base-curvature"),
+    ("guarded --base-curvature {0}/kfac.safetensors --nats 1", "needs --task"),
+    ("ascent --base-curvature {0}/kfac.safetensors --nats 1", "ascent needs to know what is to go"),
+    (f"{ONE} --nats-per-token 1", "give --retain"),
+    (f"{ONE} --retain {{0}}/clean.txt --beside {{0}}/news.txt --beside {{0}}/news.txt --nats 1", "names two of the data"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "said"), REFUSED)
+def test_what_a_budget_refuses_is_said_and_nothing_is_written(files, tmp_path, capsys, line, said):
+    (files / "copy.txt").write_text((files / "clean.txt").read_text())
+    assert run(f"budget --base {files}/base --method {line.format(files)} -o {tmp_path}/bad --quiet") == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_model_without_probabilities_is_not_compared(files):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gradmatch.removal import continuations
+
+    model, tokenizer = (
+        kind.from_pretrained(files / "base") for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    broken = {"model.norm.weight": torch.full_like(model.model.norm.weight, torch.nan)}
+    with pytest.raises(ValueError, match="model 2 of 2 gives no probabilities"):
+        continuations(model, tokenizer, [{}, broken], ["the cat"], tokens=2)
+    one, other = continuations(model, tokenizer, [{}, {}], ["the cat", "you"], tokens=3)
+    assert one == other
+    assert bool(torch.isfinite(model.model.norm.weight).all())
+    with pytest.raises(ValueError, match="no prompts"):
+        continuations(model, tokenizer, [{}], [" "])
 
 
 def test_what_cannot_be_removed_is_told_and_ends_with_1(files, capsys):

@@ -12,7 +12,19 @@ from torch import nn
 from gradmatch import Task, subtract
 from gradmatch.estimators import Curvature
 from gradmatch.measure.objective import Objective
-from gradmatch.removal import AlphaPath, Problem, alpha_path, budget, path_table, removal_report, report_table
+from gradmatch.removal import (
+    AlphaPath,
+    Problem,
+    alpha_path,
+    budget,
+    choose,
+    compared,
+    comparison_table,
+    continuations_needed,
+    path_table,
+    removal_report,
+    report_table,
+)  # fmt: skip
 from gradmatch.removal.forecast import taylor
 
 ALPHAS = (0.0, 0.3, 1.0, 1.7)
@@ -262,8 +274,8 @@ def test_what_is_subtracted_may_be_a_bare_model_or_a_list():
     for weight in ("0.5", [0.5], None, True):
         with pytest.raises(TypeError, match=r"weight is .* must be a number"):
             subtract(base, model, method="negation", weight=weight)
-    with pytest.raises(TypeError, match="a budget is of one task"):
-        replace(problem, task=[problem.task])
+    with pytest.raises(TypeError, match=r"a budget is of a Task\(model, curvature\)"):
+        replace(problem, task=[problem.task, "toxic"])
 
 
 def test_data_on_another_module_is_refused(regression):
@@ -299,6 +311,58 @@ def test_budget_is_kept_and_used(regression, with_data):
     at = {point.alpha: point for point in found.path}
     assert at[found.alpha].collateral <= nats
     assert list(at) == sorted(at)
+
+
+def test_what_stands_beside_binds_too_and_the_nearest_budget_is_told(regression):
+    """A second set that must stay: its own limit; a budget that nothing meets names the least that something would."""
+    problem, (x0, y0) = regression
+    other = Objective(problem.retain.module, [(3 * x0, 3 * y0)], likelihood="regression")
+    problem = replace(problem, beside={"other": other}, method="negation")
+    path = AlphaPath(problem)
+    free = budget(path, {"retain": 1e3, "other": 1e3}, share=0.99, largest=1.0, steps=5)
+    assert (free.alpha, free.bound) == (1.0, "largest")
+    limit = alpha_path(path, [0.4])[0].beside["other"]
+    bound = budget(path, {"retain": 1e3, "other": limit}, share=0.99, largest=1.0, steps=5)
+    assert bound.bound == "measured rise on other"
+    assert 0.4 - 0.2 / 16 <= bound.alpha <= 0.4 + 1e-9
+    nothing = budget(path, 1e-15, share=0.99, largest=1.0, steps=1)
+    assert nothing.alpha == 0
+    alpha, nats = nothing.nearest
+    assert alpha == min(point.alpha for point in nothing.path)
+    assert budget(path, 1.01 * nats, share=0.99, largest=alpha, steps=1).alpha == alpha
+    assert free.nearest is None
+
+
+def test_a_guarded_budget_chooses_the_damping_that_forgets_most_and_is_compared(regression):
+    problem, _ = regression
+    bare = replace(problem, task=replace(problem.task, curvature=None), method="guarded")
+    chosen = choose(bare, 0.05, dampings=(0.01, 10.0), largest=8.0)
+    assert set(chosen.tried) == {0.01, 10.0}
+    rises = {damping: rise for damping, (_, rise) in chosen.tried.items()}
+    assert chosen.damping == max(rises, key=rises.get)
+    weight = {"weight": chosen.budget.alpha, "damping": chosen.damping}
+    made = subtract(bare.base, bare.task, method="guarded", base_curvature=bare.base_curvature, **weight)
+    torch.testing.assert_close(chosen.problem.at(chosen.budget.alpha)["weight"], made["weight"])
+    after = problem.retain.loss(made) / problem.retain.num_examples
+    assert chosen.after["retain"].mean == pytest.approx(after)
+    assert chosen.after["retain"].mean - chosen.before["retain"].mean <= 0.05
+    slope = problem.remove.gradient(problem.base)
+    gradient = Curvature.from_dict({"weight": torch.zeros(1, 4)}, 1, gradient=slope)
+    found = compared(problem, 0.05, gradient=gradient, dampings=(0.1,), share=0.99)
+    assert [one.problem.method for one in found] == [
+        "negation", "guarded", "ascent", "removal", "ewr", "fisher_negation",
+    ]  # fmt: skip
+    assert all(one.after["retain"].mean - one.before["retain"].mean <= 0.05 for one in found)
+    ascent = found[2]
+    assert ascent.after["remove"].mean > ascent.before["remove"].mean
+    table = comparison_table(found).splitlines()
+    assert [line.split()[0] for line in table[1:-1]] == [one.problem.method for one in found]
+
+
+def test_how_many_continuations_a_comparison_takes():
+    """2 ((1.959964 + .841621) .2 / .03)^2 = 697.7"""
+    assert continuations_needed(0.2, 0.03) == 698
+    assert continuations_needed(0.2, 0.06) == 175
 
 
 def test_budget_takes_over_the_points_of_a_path(regression, monkeypatch):

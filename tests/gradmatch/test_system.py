@@ -1,5 +1,7 @@
 """The one system: every rule of the family against dense float64 references, as a list of beliefs, and what it refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -46,8 +48,9 @@ def curvature(seed, num_examples, shape, factors, transposed=False, scale=1.0):
     return found, num_examples * dense.numpy(), num_examples * bias.numpy()
 
 
-def case(method, structure, transposed=False, conv=False, alphas=ALPHAS):
+def case(method, structure, transposed=False, conv=False, alphas=None):
     """What merge is given for one rule, and what theta must come out, by rows of (out, in), and for the bias."""
+    alphas = alphas or ((0.7, -0.2, 1.3) if method == "signed" else ALPHAS)
     shape = (OUT, WIDTH, 1, 1) if conv else (WIDTH, OUT) if transposed else (OUT, WIDTH)
     side = (lambda w: w.T.numpy().ravel()) if transposed else (lambda w: w.numpy().ravel())
     factors = structure == "kronecker"
@@ -101,7 +104,8 @@ def test_every_rule_of_the_family_is_its_dense_system(method, structure, layout)
 @pytest.mark.parametrize("method", [name for name in FILES if name not in ("removal", "fisher_base")])
 def test_the_eigenbasis_is_exact_for_one_product_and_a_few_steps_near_for_several(method):
     base, tasks, settings, _, _, side = case(method, "kronecker", alphas=(0.7,))
-    if "base_curvature" in settings and not RULES[method].damped:
+    single = method in ("guarded", "ascent")  # one Kronecker product beside lambda I
+    if "base_curvature" in settings and not single:
         settings["base_curvature"] = 3.0
     exact, fast = (
         merge(base, tasks, method=method, **settings, structure="kronecker", solver=s)
@@ -114,7 +118,7 @@ def test_the_eigenbasis_is_exact_for_one_product_and_a_few_steps_near_for_severa
     wrong = np.linalg.norm(side(fast["w"]) - expected) / np.linalg.norm(expected - side(base["w"]))
     assert wrong < 0.3
     residual = fast.report.solves["w"]["residual"]
-    assert (residual < 1e-12) == RULES[method].damped
+    assert (residual < 1e-12) == single
     assert residual < 0.07
 
 
@@ -268,6 +272,81 @@ REFUSED = [
     ({"method": "ascent", "base_curvature": 1.0}, "lacks; estimate it with gradient=True"),
     ({"method": "wudi", "ridge": -1.0}, "ridge is -1"),
 ]  # fmt: skip
+
+
+def test_both_signs_in_one_call():
+    """What is added by Eq. 12 and what is taken away by the guard, as one dense system; each alone is the rule of its own."""
+    base, tasks, settings, expected, bias, side = case("signed", "diagonal")
+    plus, away = [tasks[0], tasks[2]], replace(tasks[1], weight=0.2, curvature=None)
+    found = subtract(base, away, add=plus, method="guarded", **settings, structure="diagonal")
+    np.testing.assert_allclose(side(found["w"]), expected, **CLOSE)
+    np.testing.assert_allclose(found["b"].numpy(), bias, **CLOSE)
+    assert found.report.removed["removed"] == ["task 1"]
+    alone = merge(base, [replace(away, weight=-0.2)], method="signed", **settings)
+    guarded = subtract(base, away, method="guarded", **settings)
+    added, gm = (
+        merge(base, plus, method=m, **{k: v for k, v in settings.items() if k not in drop}, **more)
+        for m, drop, more in (
+            ("signed", (), {}),
+            ("gradient_matching", ("damping", "delta0"), {"delta0": DAMPING * mean_diagonal(base, settings)}),
+        )
+    )
+    for name in base:
+        torch.testing.assert_close(alone[name], guarded[name], **CLOSE)
+        torch.testing.assert_close(added[name], gm[name], **CLOSE)
+    kronecker = case("signed", "kronecker")
+    found = merge(kronecker[0], kronecker[1], method="signed", **kronecker[2], solver="exact", **TIGHT)
+    np.testing.assert_allclose(side(found["w"]), kronecker[3], **CLOSE)
+
+
+def mean_diagonal(base, settings):
+    given = settings["base_curvature"]
+    total = sum(float(given.total(name).sum()) for name in base)
+    return settings["base_weight"] * total / sum(value.numel() for value in base.values())
+
+
+def test_steps_of_an_ascent_take_the_gradient_anew():
+    """Two steps on a quadratic loss of what is to go: theta + (a/2)(H0 + lambda)^-1 g, and again from there."""
+    base, (h0, h, centre) = (
+        {"w": torch.tensor([1.0, -1.0])},
+        (2.0, torch.tensor([0.5, 0.1]), torch.tensor([3.0, 0.0])),
+    )
+    asked = []
+
+    def gradient(weights):
+        asked.append(weights["w"].clone())
+        return {"w": h * (weights["w"] - centre)}
+
+    given = {"method": "ascent", "gradient": gradient, "base_curvature": h0, "damping": 0.5, "weight": 0.8}
+    found = subtract(base, None, steps=2, **given)
+    first = base["w"] + 0.4 / 3 * h * (base["w"] - centre)
+    torch.testing.assert_close(asked[1], first)
+    torch.testing.assert_close(found["w"], first + 0.4 / 3 * h * (first - centre))
+    torch.testing.assert_close(
+        subtract(base, None, **given)["w"], base["w"] + 0.8 / 3 * h * (base["w"] - centre)
+    )
+
+
+W = {"w": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"steps": 4}, "a whole number from 1 to 3"),
+        ({"steps": 2}, "only ascent takes several"),
+        ({"steps": 2, "method": "ascent", "task": None, "gradient": Curvature.from_dict(W, 1, gradient=W)}, "only ascent"),
+        ({"method": "ascent", "task": None, "gradient": lambda w: {"w": 0 * w["w"]}}, "gradient on what is to go is zero"),
+        ({"method": "ascent", "task": None, "gradient": lambda w: {"w": w["w"] / 0}}, "is not finite at step 1 of 1"),
+        ({"add": Task(W, Curvature.from_dict(W, 1))}, "by method='guarded', not by removal"),
+        ({"method": "guarded", "add": Task(W, Curvature.from_dict(W, 1), -1.0)}, "needs one above 0"),
+        ({"method": "guarded", "add": Task(W)}, "signed needs a curvature"),
+    ],
+)  # fmt: skip
+def test_what_a_removal_refuses(given, said):
+    given = {"task": Task({"w": torch.zeros(2)}), "base_curvature": 1.0} | given
+    with pytest.raises(ValueError, match=said):
+        subtract(W, **given)
 
 
 @pytest.mark.parametrize(("settings", "text"), REFUSED, ids=[text[:40] for _, text in REFUSED])
