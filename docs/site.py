@@ -23,8 +23,12 @@ def page(name: str) -> Any:
 def python() -> str:
     """Every public name of the package, from where it is defined."""
     import gradmatch
+    from gradmatch import plots
 
-    return "\n".join(f"::: {gradmatch.EXPORTS[name]}.{name}\n" for name in gradmatch.__all__)
+    names = [f"{gradmatch.EXPORTS[name]}.{name}" for name in gradmatch.__all__]
+    drawings = [f"gradmatch.plots.{name}" for name in plots.__all__]
+    lines = [f"::: {name}\n" for name in names]
+    return "\n".join([*lines, "# Drawings\n", *(f"::: {name}\n" for name in drawings)])
 
 
 @page("reference/estimators.md")

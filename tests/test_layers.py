@@ -18,7 +18,7 @@ FLOORS = [
     {"merging", "subtraction"},
     {"measure"},
     {"diagnosis", "choosing", "removal", "refine", "zoo", "mixture", "rebasin", "posterior"},  # the wings
-    {"recipes", "api", "testing", "data", "sharing"},
+    {"recipes", "api", "testing", "data", "plots", "sharing"},
     {"commands", "cli", "__main__", ""},  # "": gradmatch/__init__.py
 ]
 APART = [FLOORS[3], FLOORS[6]]  # on these floors no part imports another

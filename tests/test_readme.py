@@ -133,7 +133,8 @@ def test_the_reference_has_every_public_name_and_command():
     site = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(site)
     told = set(re.findall(r"^::: ([\w.]+)$", site.python(), re.MULTILINE))
-    assert {name.rpartition(".")[2] for name in told} == set(gradmatch.__all__) == set(gradmatch.EXPORTS)
+    own = {name for name in told if not name.startswith("gradmatch.plots.")}
+    assert {name.rpartition(".")[2] for name in own} == set(gradmatch.__all__) == set(gradmatch.EXPORTS)
     for name in told:
         pkgutil.resolve_name(name)
     assert set(re.findall(r"^## gradmatch (\w+)$", site.commands(), re.MULTILINE)) == set(COMMANDS)
