@@ -110,7 +110,7 @@ def test_every_printed_command_is_one():
     count = 0
     for name, text in PAGES.items():
         print(name)  # shown where a line of it is no command
-        for line in "".join(blocks("sh", text)).replace("\\\n", " ").splitlines():
+        for line in "".join(blocks("sh", text)).replace("\\\n", " ").replace(" && ", "\n").splitlines():
             program, *words = shlex.split(line, comments=True) or [""]
             if program == "gradmatch":
                 words = [word.replace("ALPHA", "0.5") for word in words]
