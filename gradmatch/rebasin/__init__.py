@@ -4,6 +4,7 @@ from gradmatch.rebasin.aligning import Alignment, align
 from gradmatch.rebasin.checking import Proof, check
 from gradmatch.rebasin.path import Barrier, barrier
 from gradmatch.rebasin.repair import repair
+from gradmatch.rebasin.rotating import rotate
 from gradmatch.rebasin.symmetry import Group, Symmetry
 from gradmatch.rebasin.universe import align_all
 from gradmatch.rebasin.zipit import Zipped, zipit
@@ -20,5 +21,6 @@ __all__ = [
     "barrier",
     "check",
     "repair",
+    "rotate",
     "zipit",
 ]

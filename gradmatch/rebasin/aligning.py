@@ -180,12 +180,12 @@ def align(
                 wide,
             )
         return _carried(pair, model, to, call, verify)
-    if spec is None and known is own and structure(target) is not None:
-        _check_heads(pair.symmetry, symmetry_of_checkpoint(target, call))
+    if spec is None:
+        check_same(own, target, pair.symmetry, call)
     found = search(pair, method, batches, (model, to), restarts, seed)
     best = found.match
     view = pair.view(best.member)
-    gap = _verified(pair, view, model, call) if verify else None
+    gap = verified(pair, view, model, call) if verify else None
     inner, size = pair.weights.overlap(best.member)
     before, _ = pair.weights.overlap(None)
     notes = [*pair.symmetry.notes, *found.notes]
@@ -205,12 +205,15 @@ def align(
     return view.seen(view.store, report=report)
 
 
-def _check_heads(ours: Symmetry, theirs: Symmetry) -> None:
+def check_same(own: Checkpoint, target: Checkpoint, ours: Symmetry, call: Call | None) -> None:
     """Refuse models whose tensors have the same shapes and another number of heads.
 
     Raises:
         ValueError: the group, with both numbers.
     """
+    if structure(own) is None or structure(target) is None:
+        return
+    theirs = symmetry_of_checkpoint(target, call)
     for name, group in ours.groups.items():
         other = theirs.groups.get(name, group)
         if other != group:
@@ -265,7 +268,7 @@ def _filled(checkpoint: Checkpoint, model: Any, view: Checkpoint) -> torch.nn.Mo
     return module
 
 
-def _verified(pair: Two, view: Checkpoint, model: Any, call: Call | None) -> float:
+def verified(pair: Two, view: Checkpoint, model: Any, call: Call | None) -> float:
     """How far the outputs of the view are from the model's.
 
     Raises:

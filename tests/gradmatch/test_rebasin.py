@@ -12,7 +12,7 @@ from torch import nn
 from gradmatch import Curvature, Task, estimate, merge, open_checkpoint
 from gradmatch.measure.objective import Objective
 from gradmatch.models.batchnorm import batchnorm_statistics
-from gradmatch.rebasin import Symmetry, align, align_all, barrier, check, repair, zipit
+from gradmatch.rebasin import Symmetry, align, align_all, barrier, check, repair, rotate, zipit
 from gradmatch.rebasin.activations import standardised
 from gradmatch.rebasin.axes import Axis, cut, leaves, product, split, unify
 from gradmatch.rebasin.matching import Pairs, assign, by_names, match, moved
@@ -472,6 +472,50 @@ def test_zipping_keeps_a_tail_for_each():
         with pytest.raises(ValueError, match=r".") as error:
             wrong()
         assert message in str(error.value)
+
+
+def test_the_stream_of_rmsnorm_nets_is_turned():
+    """A13: gains folded, functions kept, a planted rotation undone; tied embeddings with gains refused, and LayerNorm."""
+    torch.manual_seed(0)
+    free = {**GROUPED, "tie_word_embeddings": False}
+    net = tiny.tuned(tf.LlamaForCausalLM(tf.LlamaConfig(**free)), 0, 0.2)
+    other, *_ = scrambled(net)
+    turned, target = rotate(other, net)
+    layer = "model.layers.0.input_layernorm.weight"
+    assert torch.allclose(target[layer], torch.ones(16), atol=1e-6)
+    # planted: the same network in another basis of its stream
+    basis = torch.linalg.qr(torch.randn(16, 16))[0]
+    moved_on = copy.deepcopy(net)
+    moved_on.load_state_dict(dict(target))
+    with torch.no_grad():
+        for name, tensor in moved_on.named_parameters():
+            if name.endswith(
+                (
+                    "embed_tokens.weight",
+                    "q_proj.weight",
+                    "k_proj.weight",
+                    "v_proj.weight",
+                    "gate_proj.weight",
+                    "up_proj.weight",
+                    "lm_head.weight",
+                )
+            ):
+                tensor.copy_(tensor @ basis.T)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                tensor.copy_(basis @ tensor)
+    back, folded = rotate(moved_on, net)
+    for views in ((turned, target), (back, folded)):
+        assert all(torch.allclose(views[0][name], views[1][name], atol=1e-4) for name in views[1])
+    merged = merge(folded, [Task(folded), Task(back)], method="averaging")
+    ids = torch.randint(3, 40, (2, 6))
+    shown = torch.func.functional_call(net, dict(merged), (ids,)).logits
+    assert torch.allclose(shown, net(ids).logits, atol=1e-3)
+    tied = tiny.tuned(tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED)), 0, 0.2)
+    with pytest.raises(ValueError, match="would be folded into both; untie them"):
+        rotate(tied, tied)
+    bert = tf.BertForSequenceClassification(tf.BertConfig(**IDS, intermediate_size=12))
+    with pytest.raises(ValueError, match="networks with LayerNorm, which centres"):
+        rotate(bert, bert)
 
 
 WRONG = [
