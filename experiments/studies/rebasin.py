@@ -36,7 +36,7 @@ class Config(Study):
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
     networks: list[Network] = Field(default=["mlp", "resnet", "vit"])
     disjoint: list[Network] = Field(default=["mlp"])
-    trials: dict[Model, int] = Field(default={"minilm": 9, "dinov2": 9, "smollm2": 3, "resnet": 9})
+    trials: dict[Model, int] = Field(default={"minilm": 9, "resnet": 18, "dinov2": 2, "smollm2": 1})
     points: int = Field(default=11, gt=1)
 
 

@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", metavar="BASE", help="the model whose order they are to have")
     parser.add_argument("-o", "--out", help="folder to write")
     parser.add_argument(
-        "--method", default="weights", help="how units are matched: %(default)s (default), activations, ..."
+        "--method",
+        default="weights",
+        help="how units are matched: weights (default), activations, transport (other widths too), learned",
     )
     parser.add_argument(
         "--check", action="store_true", help="prove that the model's units may be moved, and list them"
@@ -116,6 +118,7 @@ def _barriers(args: argparse.Namespace, view: Checkpoint, data: list[Any]) -> di
             args.to, model, lambda weights: objective.loss(weights) / objective.num_examples, args.points
         )
         for name, model in (("unaligned", args.model), ("aligned", view))
+        if name == "aligned" or view.movement.exact  # there is no line between other widths
     }
     if args.figure:
         figure(found, args.figure)

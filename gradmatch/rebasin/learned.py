@@ -1,4 +1,4 @@
-"""Matching by the loss at the midpoint, with a straight-through estimate of its gradient (Ainsworth et al. 2023, Algorithm 3).
+"""Matching by the loss at the midpoint, with a straight-through estimate of its gradient (Ainsworth et al. 2023).
 
 Weights that stand in for the moved model are learned; the permutation is whichever brings the model nearest to them. Losses
 are taken at the midpoint with that permutation, and their gradient is passed on as if the stand-ins were there themselves.

@@ -25,7 +25,7 @@ ROUNDS = 20  # over the models
 def align_all(models: Sequence[Model | Checkpoint], *, spec: Symmetry | None = None) -> list[Checkpoint]:
     """Models of different beginnings in the order of the first, matched to what they have in common.
 
-    Each model in turn is matched to the mean of the others as they stand (Ainsworth et al. 2023, Algorithm 3 of the appendix),
+    Each model in turn is matched to the mean of the others as they stand (Ainsworth et al. 2023, MergeMany),
     until none moves. Every model has one order in the common universe, so that going from one model to another and on to a
     third is the same as going there directly, which matching pair by pair does not give (Crisostomi et al. 2024).
 
