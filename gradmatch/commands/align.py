@@ -118,7 +118,8 @@ def _barriers(args: argparse.Namespace, view: Checkpoint, data: list[Any]) -> di
             args.to, model, lambda weights: objective.loss(weights) / objective.num_examples, args.points
         )
         for name, model in (("unaligned", args.model), ("aligned", view))
-        if name == "aligned" or view.movement.exact  # there is no line between other widths
+        if name == "aligned"
+        or view.report.unaligned == view.report.unaligned  # NaN: there is no line between other widths
     }
     if args.figure:
         figure(found, args.figure)

@@ -162,7 +162,8 @@ def _procrustes(
                 @ own.movedim(dim, 0).reshape(size, -1).double().T
             )
     left, _, right = torch.linalg.svd(total)
-    return (left @ right).float()
+    turn: Tensor = left @ right
+    return turn.float()
 
 
 def _without(symmetry: Symmetry, group: str) -> Symmetry:
