@@ -17,6 +17,7 @@ FIGURES = {  # experiment -> what is drawn of it
     "claims": ("table_claims",),
     "curvature": ("fig_curvature",),
     "forecast": ("fig_forecast",),
+    "rebasin": ("fig_barriers",),
     "redundancy": ("fig_redundancy", "fig_cosines"),
     "removal": ("fig_removal",),
     "removal-proof": ("fig_proof",),
