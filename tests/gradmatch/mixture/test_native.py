@@ -39,6 +39,7 @@ FAMILIES = {
     "llama, wide heads": tf.LlamaConfig(**SMALL, head_dim=8),
     "mistral, window": tf.MistralConfig(**SMALL, sliding_window=4),
     "qwen2, tied, half windows": tf.Qwen2Config(**SMALL, tie_word_embeddings=True, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen3": tf.Qwen3Config(**SMALL, head_dim=8),
     "qwen3, biases": tf.Qwen3Config(**SMALL, head_dim=8, attention_bias=True),
 }  # fmt: skip
 CASES = [
@@ -225,7 +226,7 @@ RECIPES = {
     "cheap": {"gate_mode": "cheap_embed", "experts_per_token": 1},
     "scaled, bfloat16": {"gate_mode": "cheap_embed", "dtype": "bfloat16", "residual_scale": 0.3},
     "shared": {"gate_mode": "hidden", "shared": 1},
-    "qwen3": {"gate_mode": "hidden", "family": "qwen3, biases"},
+    "qwen3": {"gate_mode": "hidden", "family": "qwen3"},  # its biases are lost by theirs
     "qwen2": {"gate_mode": "hidden_last", "family": "qwen2, tied, half windows", "shared": 1},
 }
 
