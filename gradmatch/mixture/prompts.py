@@ -72,7 +72,11 @@ def gate_vectors(
             return _normed(states.sum((0, 1))).repeat(layers, 1)
 
         return normalised(prompts, summed)
-    module: Any = load(base).to(torch.bfloat16).eval()
+    module: Any = load(base).eval()
+    for parameter in (
+        module.parameters()
+    ):  # the frequencies of positions stay in float32, as when transformers loads it so
+        parameter.data = parameter.data.to(torch.bfloat16)
 
     @torch.no_grad()
     def states(texts: Sequence[Any]) -> Tensor:
