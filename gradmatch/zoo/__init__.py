@@ -1,9 +1,9 @@
 """Which of many models to merge, with what weights, for what price.
 
 looking     finding (models in folders)  pairs (one pass over all weights)  cards  alike (similarities)  families (what goes together)
-searching   judge (candidates merged and scored)  journal (JSON lines)  forecasts (before anything is scored)  selecting (greedy strategies)  soup
-            scores (files of examples)  tasks (lm-eval's)  space and storage (of evolving)  evolving (CMA-ES, NSGA-II)
-planning    planfile (ZOO.yaml, PLAN.yaml)  planning (plan, run)
+searching   judge (candidates merged and scored)  journal (JSON lines)  forecasts (before anything is scored)  strategies, selecting (greedy)  soup
+            scores (files of examples)  tasks (lm-eval's)  space and storage (of evolving)  search, evolving (CMA-ES, NSGA-II)
+planning    planfile (ZOO.yaml, PLAN.yaml)  screening  planning (plan, run)
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradmatch.zoo.alike import Similarity, similarity
     from gradmatch.zoo.cards import Card, Zoo, inspect
-    from gradmatch.zoo.evolving import Evolution, evolve
+    from gradmatch.zoo.evolving import evolve
     from gradmatch.zoo.families import Families, cluster
     from gradmatch.zoo.planning import plan, run
+    from gradmatch.zoo.search import Evolution
     from gradmatch.zoo.selecting import Selection, select
 
 EXPORTS = {
     "Card": "gradmatch.zoo.cards",
-    "Evolution": "gradmatch.zoo.evolving",
+    "Evolution": "gradmatch.zoo.search",
     "Families": "gradmatch.zoo.families",
     "Selection": "gradmatch.zoo.selecting",
     "Similarity": "gradmatch.zoo.alike",

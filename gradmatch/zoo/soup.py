@@ -11,7 +11,8 @@ from gradmatch.merging import execute, prepare
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.plan.opened import task_names
 from gradmatch.zoo.judge import Judge, Score
-from gradmatch.zoo.selecting import STRATEGIES, Climb
+from gradmatch.zoo.selecting import Climb
+from gradmatch.zoo.strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from gradmatch import GradmatchError, mixture, zoo
 from gradmatch.zoo.planfile import PlanFile, as_yaml, read_file
-from gradmatch.zoo.planning import agreement, best_count
+from gradmatch.zoo.planning import best_count
+from gradmatch.zoo.screening import agreement
 from tests.command import run
 from tests.gradmatch.cases import curvature, state
 from tests.gradmatch.mixture.models import moved

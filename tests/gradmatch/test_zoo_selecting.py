@@ -11,7 +11,7 @@ import transformers as tf
 
 from gradmatch import GradmatchError, Task, merge, zoo
 from gradmatch.zoo.scores import OnExamples
-from gradmatch.zoo.selecting import STRATEGIES
+from gradmatch.zoo.strategies import STRATEGIES
 from tests.command import run
 from tests.gradmatch.cases import curvature, state, tuned
 from tests.gradmatch.tiny import WORDS, save_classifier
