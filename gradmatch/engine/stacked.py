@@ -76,7 +76,7 @@ def task_vectors(
         torch.sub(stored(theta, scratch), theta0, out=tau[row])
     for position in range(len(step.edits) if edits is None else edits):
         name, options = step.edits[position]
-        edit = edit_of(context, step, position, first, tau)
+        edit = edit_of(context, step, position, first, theta0, tau)
         tau = TRANSFORMS[name].apply(edit, options).reshape(len(step.tasks), count)
         add(stats, edit.health)
     return theta0, tau
@@ -148,8 +148,8 @@ def _parts(
         yield first, last, fetch(buffers, slot, store, step.name, first, last).to(buffers.device, dtype)
 
 
-def edit_of(context: Context, step: Step, position: int, first: int, tau: Tensor) -> Edit:
-    """What a transform is given of a piece, from the task vectors (T, n) after those before it."""
+def edit_of(context: Context, step: Step, position: int, first: int, theta0: Tensor, tau: Tensor) -> Edit:
+    """What a transform is given of a piece, from theta0 (n,) and the task vectors (T, n) after those before it."""
     shape, count = step.spec.shape, tau.shape[1]
     rows = (-1, shape[-1]) if shape and shape[-1] and count % shape[-1] == 0 else (-1,)
     stacked = tau.reshape(len(tau), *(shape if count == step.spec.numel else rows))
@@ -163,7 +163,8 @@ def edit_of(context: Context, step: Step, position: int, first: int, tau: Tensor
         )
         for cut in found.cuts
     ]
-    return Edit(stacked, alpha, noise, first, cuts, found.sums, context.majority)
+    base = theta0.reshape(stacked.shape[1:])
+    return Edit(stacked, alpha, noise, first, cuts, found.sums, context.majority, theta0=base)
 
 
 def _noise(context: Context, step: Step, first: int, stacked: Tensor, options: Mapping[str, Any]) -> Tensor:

@@ -59,22 +59,45 @@ def look(context: Context, step: Step, buffers: Buffers, before: int | None = No
     for position, scope in enumerate(step.scopes[:before]):
         if scope == "tensor" and (position, step.name) not in context.found:
             cuts = _cuts(context, step, position, buffers)
+            context.found[position, step.name] = Found(cuts)  # what is added up may be what is within them
             context.found[position, step.name] = Found(cuts, _sums(context, step, position, buffers))
 
 
 def _cuts(context: Context, step: Step, position: int, buffers: Buffers) -> list[list[tuple[float, int]]]:
     """The cuts that a transform asks for of one tensor, with the places that tell equal entries apart."""
-    if TRANSFORMS[step.edits[position][0]].ranks is None:
+    (name, options), tasks = step.edits[position], len(context.inputs.tasks)
+    transform = TRANSFORMS[name]
+    if transform.ranks is None:
         return []
     numel, wide = step.spec.numel, step.compute == "F64"
-    sizes = [numel] * len(context.inputs.tasks)
-    asked = _asked(step, position, sizes)
+    among = _nonzero(context, step, position, buffers) if transform.nonzero(options) else numel
+    asked = _asked(step, position, [among] * tasks)
+    # without places the value at the last rank matters by itself
+    sizes = [numel + (transform.sizes is not None and not transform.places)] * tasks
     targets = {target for cut in asked for target in cut}
     tally = partial(_tally, context, step, position, wide, 0, numel, buffers)
     found = _search(targets, sizes, wide, tally)
     _note_kept(context, step, position, step.name, sizes, found)
-    places = _places(context, step, position, found, buffers)
+    places = dict.fromkeys(found, -1)
+    if transform.places:
+        places = _places(context, step, position, found, buffers)
     return [[(found[target].value, places[target]) for target in cut] for cut in asked]
+
+
+def _sizes(context: Context, step: Step, position: int, first: int, last: int, buffers: Buffers) -> Tensor:
+    """What an edit ranks of a piece, (T, n), or (1, n) where it is the same for all tasks, by magnitude."""
+    name, options = step.edits[position]
+    theta0, tau = task_vectors(context, step, first, last, buffers, {}, edits=position)
+    sizes = TRANSFORMS[name].sizes
+    if sizes is None:
+        return tau
+    return sizes(edit_of(context, step, position, first, theta0, tau), options).reshape(-1, last - first)
+
+
+def _nonzero(context: Context, step: Step, position: int, buffers: Buffers) -> int:
+    """How many of a tensor's sizes, the same for all tasks, are not 0."""
+    cut = pieces(step, 0, step.spec.numel)
+    return sum(int(_sizes(context, step, position, *at, buffers)[0].count_nonzero()) for at in cut)
 
 
 def _note_kept(
@@ -106,8 +129,8 @@ def _sums(context: Context, step: Step, position: int, buffers: Buffers) -> Tens
         return None
     parts = []
     for first, last in pieces(step, 0, step.spec.numel):
-        _, tau = task_vectors(context, step, first, last, buffers, {}, edits=position)
-        parts.append(sums(edit_of(context, step, position, first, tau), options))
+        theta0, tau = task_vectors(context, step, first, last, buffers, {}, edits=position)
+        parts.append(sums(edit_of(context, step, position, first, theta0, tau), options))
     return torch.stack(parts).sum(0) if parts else None
 
 
@@ -196,16 +219,21 @@ def _tally(
     wanted = [(t, bits, histogram) for (t, bits), histogram in counts.items()]
     blocks = fused.PIECE if context.device == "cpu" else context.blocks  # a piece pays for all BINS
     for start, stop in pieces(step, first, last, blocks):
-        if position == 0 and not wide and fused.count_bits(context, step, start, stop, wanted, buffers):
+        plain = position == 0 and not wide and TRANSFORMS[step.edits[0][0]].sizes is None
+        if plain and fused.count_bits(context, step, start, stop, wanted, buffers):
             continue
-        _, tau = task_vectors(context, step, start, stop, buffers, {}, edits=position)
+        sizes = _sizes(context, step, position, start, stop, buffers)
+        counted: dict[tuple[int, int], Tensor] = {}
         for t, bits, histogram in wanted:
-            size = tau[step.tasks.index(t)].abs()
-            digits = size.double().view(torch.int64) if wide else size.view(torch.int32)
-            digits >>= low
-            if bits >= 0:
-                digits = chosen(digits, digits >> DIGIT == bits) & (BINS - 1)
-            histogram += torch.bincount(digits, minlength=BINS).cpu()
+            row = step.tasks.index(t) if len(sizes) > 1 else 0
+            if (row, bits) not in counted:
+                size = sizes[row].abs()
+                digits = size.double().view(torch.int64) if wide else size.view(torch.int32)
+                digits >>= low
+                if bits >= 0:
+                    digits = chosen(digits, digits >> DIGIT == bits) & (BINS - 1)
+                counted[row, bits] = torch.bincount(digits, minlength=BINS).cpu()
+            histogram += counted[row, bits]
 
 
 def chosen(values: Tensor, held: Tensor) -> Tensor:
@@ -222,9 +250,10 @@ def _places(
     places = dict.fromkeys(found, step.spec.numel)
     left = {target: ranked.within for target, ranked in found.items() if ranked.within < ranked.equal}
     for first, last in pieces(step, 0, step.spec.numel) if left else ():
-        _, tau = task_vectors(context, step, first, last, buffers, {}, edits=position)
+        sizes = _sizes(context, step, position, first, last, buffers)
         for (t, rank), within in list(left.items()):
-            equal = (tau[step.tasks.index(t)].abs() == found[t, rank].value).nonzero().flatten()
+            size = sizes[step.tasks.index(t) if len(sizes) > 1 else 0].abs()
+            equal = (size == found[t, rank].value).nonzero().flatten()
             left[t, rank] = within - len(equal)
             if within <= len(equal):
                 places[t, rank] = first + int(equal[within - 1])

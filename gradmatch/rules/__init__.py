@@ -30,7 +30,6 @@ from gradmatch.rules.options import Options, option
 from gradmatch.rules.removal import RemovalOptions, ewr, fisher_negation, removal
 from gradmatch.rules.restricted import tsv_basis
 from gradmatch.rules.rule import Elementwise, Linear, Rule, Solve, Terms, Whole
-from gradmatch.rules.sce import SceOptions, sce
 from gradmatch.rules.spectral import ISO_C, ISO_CTS, TSV_M
 from gradmatch.rules.spherical import (
     Along,
@@ -44,7 +43,7 @@ from gradmatch.rules.spherical import (
     nuslerp,
     slerp,
 )
-from gradmatch.rules.swaps import NearswapOptions, arcee_fusion, nearswap
+from gradmatch.rules.swaps import NearswapOptions, nearswap
 from gradmatch.rules.task_vectors import ACE, ACTMAT, WUDI
 
 __all__ = [
@@ -86,6 +85,11 @@ def sum_formula(options: Any, tau: str = "tau_t", edit: str = "") -> str:
 def added(alpha: Any, gram: Any, options: Any) -> Terms:
     """Task arithmetic, for itself and for every method that only edits task vectors."""
     return task_arithmetic(alpha, options.scale, options.get("normalize", False))
+
+
+def plain_sum(alpha: Any, gram: Any, options: Any) -> Terms:
+    """theta0 + sum_t tau_t, of methods whose edit of the task vectors weighs them."""
+    return 1.0 - len(alpha), [1.0] * len(alpha)
 
 
 def editing(edit: str, source: str, *transforms: str) -> Linear:
@@ -220,18 +224,18 @@ RULES: dict[str, Rule] = {
     "tsv_m": TSV_M,
     "iso_c": ISO_C,
     "iso_cts": ISO_CTS,
-    "sce": Whole(
+    "sce": Linear(
         "theta0 + sum_t w_t m_t tau_t / sum_t w_t m_t, w_t by mean squares, m_t by the sign of the sum", "Wan et al. 2024 (FuseChat)",
-        sce, options=SceOptions(), weighs=False, lacks=IGNORES,
+        plain_sum, transforms=("sce",), weighs=False, bounded=False, lacks=IGNORES,
     ),
     "nearswap": Elementwise(
         "theta0 + min(1, t / |tau_1|) tau_1", "mergekit's NearSwap", lambda b: nearswap(b.theta0, b.tau, b.options.t),
         options=NearswapOptions(), models=ONE, weighs=False, bounded=True,
         lacks={"single": "entries move by t at the most", "equal": "entries move by t at the most"} | IGNORES,
     ),
-    "arcee_fusion": Whole(
+    "arcee_fusion": Linear(
         "theta0 + m tau_1, m = 1 where |tau_1| KL(softmax theta_1, softmax theta0) >= median + 1.5 IQR", "Arcee Fusion (mergekit)",
-        arcee_fusion, models=ONE, weighs=False, memory=(18, 1),
+        plain_sum, transforms=("arcee_fusion",), models=ONE, weighs=False, bounded=False,
         lacks={"single": "only important entries are taken", "equal": "only important entries are taken"} | IGNORES,
     ),
     "greedy_soup": Linear(

@@ -44,9 +44,16 @@ class Cut:
         """Which entries of a piece that begins at place `first` are among them. tau: (T, *s). Returns (T, *s), bool."""
         import torch
 
-        size = tau.abs()
-        place = torch.arange(first, first + tau[0].numel(), device=tau.device).reshape(tau.shape[1:])
-        return (size > self.value) | ((size == self.value) & (place <= self.place))
+        last = first + tau[0].numel() - 1
+        held = torch.empty_like(tau, dtype=torch.bool)
+        cuts = zip(tau, self.value.flatten().tolist(), self.place.flatten().tolist(), held, strict=True)
+        for one, value, place, out in cuts:
+            size = one.abs()
+            torch.ge(size, value, out=out) if place >= last else torch.gt(size, value, out=out)
+            if first <= place < last:  # the last of the equal ones lies in this piece
+                until = place - first + 1
+                out.view(-1)[:until] |= size.flatten()[:until] == value
+        return held
 
 
 @dataclass
@@ -62,6 +69,7 @@ class Edit:
         sums: (k, T), its `sums` over the whole tensor, in float64; None where it asks for none.
         majority: sign of the sum of all elected signs, for entries that cancel exactly.
         health: what the transform has to tell of this piece, for the report.
+        theta0: (*s), of the base.
     """
 
     tau: Tensor
@@ -72,6 +80,7 @@ class Edit:
     sums: Tensor | None = None
     majority: float = 1.0
     health: dict[str, float] = field(default_factory=dict)
+    theta0: Tensor | None = None
 
     def column(self, value: float | tuple[float, ...]) -> Tensor | float:
         """An option as a number, or (T, 1, ..., 1) where every task has its own."""

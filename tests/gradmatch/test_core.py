@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gradmatch import Task, merge, open_checkpoint
+from gradmatch import Rule, Task, merge, open_checkpoint
 from gradmatch.cli import main
 from gradmatch.merging import prepare
 from gradmatch.plan.printed import describe
@@ -175,6 +175,7 @@ def test_what_rounding_loses_is_told(plain):
     assert full.report.kept_update is None
 
 
+OWN = Rule("theta0", "mine", whole=lambda theta0, tau, alpha, options: theta0)
 REFUSED = {
     "entry by entry": ({"method": "ties"}, "ties edits task vectors entry by entry"),
     "a transform": ({"transforms": ["dare"]}, "dare edits task vectors entry by entry"),
@@ -182,7 +183,11 @@ REFUSED = {
     "curvature": ({"method": "gradient_matching"}, "gradient_matching treats weights one by one"),
     "whole matrices": ({"method": "kronecker"}, "kronecker"),
     "rows": ({"method": "nuslerp", "along": "rows"}, "along rows treats single rows"),
-    "single weights": ({"method": "sce"}, "sce looks at single weights or rows"),
+    "single weights": ({"method": "sce"}, "sce edits task vectors entry by entry"),
+    "a rule of one's own": (
+        {"method": "tests.gradmatch.test_core:OWN"},
+        "OWN looks at single weights or rows",
+    ),
     "whole models": ({"method": "slerp"}, "slerp needs inner products of whole models"),
     "a scaled base": ({"method": "linear", "normalize": False}, r"scale the base itself, by 2"),
     "another space": ({"space": "cor"}, r"space is 'cor' \(did you mean 'core'\?\)"),

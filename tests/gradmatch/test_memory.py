@@ -31,10 +31,11 @@ CASES = {
     "tsv_m of edited": {"method": "tsv_m", "side": WHOLE, "transforms": ["ties"]},
     "svc": {"method": "task_arithmetic", "after": ["svc"], "side": WHOLE},
     "lines": {"method": "task_arithmetic", "after": ["lines"]},
-    "sce": {"side": WHOLE},
     "actmat": {"side": WHOLE},
     "wudi": {"side": WHOLE},
-    "arcee_fusion": {"side": WHOLE, "models": 1},
+    "sce": {},
+    "sce of some": {"method": "sce", "select_topk": 0.5},
+    "arcee_fusion": {"models": 1},
 }
 # The kernel itself keeps the peak of a process (VmHWM), so nothing is sampled; each case is a child of its own.
 PROGRAM = """

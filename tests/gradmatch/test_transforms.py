@@ -364,9 +364,11 @@ def test_thresholds_after_another_edit():
 
 def test_every_transform_keeps_shapes_and_zero():
     tau = torch.zeros(2, 3, 4)
-    everything = Cut(torch.full((2, 1, 1), -1.0), torch.zeros(2, 1, 1))
+    everything = Cut(torch.full((2, 1, 1), -1.0), torch.zeros(2, 1, 1, dtype=torch.long))
     for transform in TRANSFORMS.values():
-        edit = Edit(tau, torch.ones(2, 1, 1), lambda: torch.rand(2, 3, 4), cuts=[everything] * 2)
+        cuts = [everything for _ in (transform.ranks(transform.options, 12) if transform.ranks else ())]
+        edit = Edit(tau, torch.ones(2, 1, 1), lambda: torch.rand(2, 3, 4), cuts=cuts, theta0=tau[0])
+        edit.sums = transform.sums and transform.sums(edit, transform.options)
         found = transform.apply(edit, transform.options)
         assert found.shape == tau.shape
         assert not found.any()

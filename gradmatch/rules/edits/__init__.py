@@ -12,9 +12,11 @@ from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rules.edits.breadcrumbs import breadcrumbs, ranks
 from gradmatch.rules.edits.dare import dare, drop, l1_ratio
 from gradmatch.rules.edits.della import della, widest
+from gradmatch.rules.edits.fusion import fusion, importance, quartiles
 from gradmatch.rules.edits.localize import localize
-from gradmatch.rules.edits.ties import kept_count, ties
-from gradmatch.rules.options import Options, declared, option
+from gradmatch.rules.edits.sce import FLAT, sce, select, spread
+from gradmatch.rules.edits.ties import kept_count, ties, whole_part
+from gradmatch.rules.options import NONE, Options, declared, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +41,11 @@ class Transform:
         scope: of what it must know something before it edits the first piece: nothing (""), the "tensor" or the "model".
         ranks: (options of one task, n) -> ranks, counted from the largest |tau| of the n entries of its scope, at which it
             asks for a `Cut`.
+        sizes: (edit, options) -> what is ranked in place of |tau|, of one tensor: (T, *s), or (1, *s) for all tasks; none below 0.
+        nonzero: whether the n that `ranks` is given counts the sizes that are not 0 alone.
+        places: whether entries of equal size are told apart by their place, so that as many are within a cut as its rank says.
         equal: whether all entries equal to the last within a rank stay, so that more may be kept than were asked for.
-        sums: (edit, options) -> (k, T) numbers of a piece, of which it asks for the sum over the tensor.
+        sums: (edit, options) -> (k, T) numbers of a piece, of which it asks for the sum over the tensor; the edit has its cuts.
     """
 
     apply: Callable[[Edit, Any], Tensor]
@@ -48,6 +53,9 @@ class Transform:
     span: Callable[[Any], str] = lambda options: "block"
     scope: Callable[[Any], str] = lambda options: ""
     ranks: Callable[[Any, int], Sequence[int]] | None = None
+    sizes: Callable[[Edit, Any], Tensor] | None = None
+    nonzero: Callable[[Any], bool] = lambda options: False
+    places: bool = False
     equal: bool = False
     sums: Callable[[Edit, Any], Tensor] | None = None
 
@@ -159,6 +167,15 @@ class LocalizeOptions(Options):
     density: Share = option(0.05, **KEPT)
 
 
+@dataclass(frozen=True)
+class SceOptions(Options):
+    """How many entries are merged at all."""
+
+    select_topk: float = option(
+        1.0, "[0, 1]", help="share of entries that are merged, those of the largest variance"
+    )
+
+
 def of_task(options: Options, position: int) -> Options:
     """One task's options: its own where there is one value a task."""
     own = {key: value[position] for key, value in options.items() if isinstance(value, tuple)}
@@ -197,6 +214,34 @@ def _localize(edit: Edit, options: LocalizeOptions) -> Tensor:
     return localize(edit.tau, edit.alpha, edit.cuts[0].value)
 
 
+def _select(edit: Edit) -> Tensor:
+    return select(edit.tau, edit.cuts[0] if edit.cuts else None, edit.first)
+
+
+def _sce(edit: Edit, options: SceOptions) -> Tensor:
+    assert edit.sums is not None
+    weight = edit.sums[0] / edit.sums[1]
+    if float(weight.sum()) < FLAT:
+        weight = weight.new_ones(weight.shape)
+    return sce(_select(edit), weight.to(edit.tau).reshape(edit.alpha.shape))
+
+
+def _square_sums(edit: Edit, options: SceOptions) -> Tensor:
+    """Sum of tau^2 of the selected entries, and how many entries there are, (2, T)."""
+    rows = _select(edit).reshape(len(edit.tau), -1)
+    squares = [float(row.dot(row)) for row in rows]
+    return edit.tau.new_tensor([squares, [rows.shape[1]] * len(rows)]).double()
+
+
+def _importance(edit: Edit, options: Options) -> Tensor:
+    assert edit.theta0 is not None
+    return importance(edit.theta0, edit.tau)
+
+
+def _fusion(edit: Edit, options: Options) -> Tensor:
+    return fusion(edit.tau, _importance(edit, options), *(cut.value for cut in edit.cuts))
+
+
 TRANSFORMS: dict[str, Transform] = {
     "ties": Transform(
         _ties,
@@ -217,6 +262,25 @@ TRANSFORMS: dict[str, Transform] = {
         BreadcrumbsOptions(),
         scope=lambda options: "tensor",
         ranks=lambda options, n: ranks(options.density, options.gamma, n),
+        places=True,
+    ),
+    "sce": Transform(
+        _sce,
+        SceOptions(),
+        scope=lambda options: "tensor",
+        ranks=lambda options, n: (whole_part(options.select_topk, n),) if options.select_topk < 1 else (),
+        sizes=lambda edit, options: spread(edit.tau),
+        nonzero=lambda options: options.select_topk < 1,
+        places=True,
+        sums=_square_sums,
+    ),
+    "arcee_fusion": Transform(
+        _fusion,
+        NONE,
+        span=lambda options: "rows",
+        scope=lambda options: "tensor",
+        ranks=lambda options, n: quartiles(n),
+        sizes=_importance,
     ),
     "localize": Transform(
         _localize,

@@ -32,4 +32,5 @@ def breadcrumbs(tau: Tensor, outliers: Cut, kept: Cut, first: int = 0) -> Tensor
     tau: (T, *s), a piece that begins at place `first` of its tensor; the cuts are at `ranks`. Returns (T, *s). Equal
     magnitudes are told apart by position, so the count kept is exact.
     """
-    return tau * (kept.holds(tau, first) & ~outliers.holds(tau, first))
+    # torch multiplies by floats several times faster than by booleans
+    return tau * (kept.holds(tau, first) & ~outliers.holds(tau, first)).to(tau.dtype)
