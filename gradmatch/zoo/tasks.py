@@ -51,6 +51,7 @@ class OnTasks:
         shots: examples in the prompt; None: as each task says.
         seed: of the draw of examples and of shots.
         chat: use the tokenizer's chat template.
+        multiturn: with it, each shot is a turn of its own.
         batch_size: of the model's runs.
 
     Attributes:
@@ -72,6 +73,7 @@ class OnTasks:
         shots: int | None = None,
         seed: int = 0,
         chat: bool = False,
+        multiturn: bool = True,
         batch_size: int = 8,
     ) -> None:
         if find_spec("lm_eval") is None:
@@ -98,7 +100,7 @@ class OnTasks:
                     "unknown_name",
                     one.name,
                 )
-        self.shots, self.limit, self.seed, self.chat = shots, limit, seed, chat
+        self.shots, self.limit, self.seed, self.chat, self.multiturn = shots, limit, seed, chat, multiturn
         opened = open_checkpoint(model)
         self.module = module_of(model, opened).eval()
         self.module.register_forward_hook(_finite)
@@ -110,9 +112,7 @@ class OnTasks:
             :12
         ]
         listed = ", ".join(f"{one.name} {one.metric} x {one.weight:g}" for one in self.tasks)
-        self.label = (
-            f"lm-eval {listed}; limit {limit}, shots {shots}, seed {seed}, chat {chat}, files {content}"
-        )
+        self.label = f"lm-eval {listed}; limit {limit}, shots {shots}, seed {seed}, chat {chat}{'' if multiturn else ' in one turn'}, files {content}"
 
     def _draw(self) -> dict[str, list[int]]:
         """Which examples of each task are scored on; refuses shots that a task does not take."""
@@ -150,6 +150,7 @@ class OnTasks:
             bootstrap_iters=0,
             log_samples=False,
             apply_chat_template=self.chat,
+            fewshot_as_multiturn=self.multiturn,
             random_seed=self.seed,
             numpy_random_seed=self.seed,
             torch_random_seed=self.seed,

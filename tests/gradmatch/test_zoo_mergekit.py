@@ -79,10 +79,10 @@ def test_every_method_is_searched_over_the_numbers_of_its_genome(top, genome, nu
 
 def test_what_a_config_says_is_taken_over(top):
     asked = config(
-        top, {"normalize": False, "allow_negative_weights": True}, limit=4, num_fewshot=2, random_init=True, apply_chat_template=False,
+        top, {"normalize": False, "allow_negative_weights": True}, limit=4, num_fewshot=2, random_init=True, apply_chat_template=False, fewshot_as_multiturn=False,
         tasks=[{"name": "films", "weight": -1.0, "metric": "acc_norm,none"}],
     )  # fmt: skip
-    assert asked.settings == {"limit": 4, "shots": 2, "chat": False}
+    assert asked.settings == {"limit": 4, "shots": 2, "chat": False, "multiturn": False}
     assert asked.scored == [Told("films", "acc_norm,none", -1.0)]
     assert asked.start == "random"
     assert next(iter(asked.space.bounds().values())) == (-1.0, 1.0)

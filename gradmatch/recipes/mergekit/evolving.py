@@ -171,6 +171,7 @@ def translate(config: Config, folder: Path) -> Evolving:
         "limit": config.limit,
         "shots": config.num_fewshot,
         "chat": config.apply_chat_template,
+        "multiturn": config.fewshot_as_multiturn,
     }
     return Evolving(
         base=base, models=kept, space=space, scored=[Told(one.name, one.metric, one.weight) for one in config.tasks],
