@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 def drop(tau: Tensor, noise: Tensor, density: Tensor | float) -> Tensor:
     """DARE's first step: each entry stays with probability `density`. Shapes as in `dare`."""
-    return tau * (noise < density)
+    return tau * noise.clone().lt_(
+        density
+    )  # a mask of floats: torch multiplies booleans several times slower
 
 
 def dare(

@@ -61,4 +61,4 @@ def della(tau: Tensor, noise: Tensor, density: Tensor | float, epsilon: Tensor |
     tau, noise: (T, *s), noise uniform in [0, 1). Returns (T, *s).
     """
     probability = keep_probability(tau, density, epsilon)
-    return tau * (noise < probability) / probability
+    return tau * noise.clone().lt_(probability) / probability

@@ -22,6 +22,9 @@ def localize(tau: Tensor, alpha: Tensor, threshold: Tensor | float) -> Tensor:
         >>> localize(torch.tensor([[4.0, 1.0, 2.0], [3.0, -5.0, 0.0]]), torch.ones(2, 1), 2.0).sum(0)
         tensor([ 3.5000, -5.0000,  2.0000])
     """
-    claims = (tau.abs() >= threshold) & (tau != 0)
+    claims = (
+        tau.abs().ge_(threshold).mul_(tau.sign().abs_())
+    )  # as floats, which torch multiplies faster than booleans
     weight = total(alpha.abs() * claims)
-    return tau * claims / (weight + (weight == 0))
+    divisor = weight + weight.abs().eq_(0)
+    return claims.mul_(tau).div_(divisor)
