@@ -58,8 +58,8 @@ def _square(one: Checkpoint, other: Checkpoint, name: str) -> float:
     total = 0.0
     for first, last in spans(one.spec(name).numel, SPAN):
         here, there = (take(model.store, held(model, name), first, last).float() for model in (one, other))
-        here -= there
-        total += float(here.dot(here))
+        apart = here - there  # not in place: what is taken may be the model's own memory
+        total += float(apart.dot(apart))
     return total
 
 
