@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -32,6 +32,7 @@ EXAMPLES = {  # where neither the default nor the type shows how a value is writ
     "group_column": "user",
     "positive_from": "4",
     "models": "{shop: ../models/shop}",
+    "mixture.Config.models": "sentiment.yaml",
     "evaluation": "my_module:scores",
     "compare": "[[GM, TA]]",
     "choose": "{base_weight: [0.01, 0.1, 1]}",
@@ -223,7 +224,7 @@ def _range(metadata: Any) -> str:
 
 def _example(model: type[BaseModel], name: str, field: Any) -> str:
     default = field.default
-    if name == "experiment":
+    if name == "experiment" or (default is PydanticUndefined and get_origin(field.annotation) is Literal):
         return str(get_args(field.annotation)[0])
     own = next(
         (key for key in (f"{_title(model)}.{name}", f"{model.__name__}.{name}") if key in EXAMPLES), name

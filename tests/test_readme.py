@@ -123,7 +123,7 @@ def test_every_printed_command_is_one():
 def test_the_recipes_of_the_pages_are_recipes(readers_folder):
     for name, text in PAGES.items():
         for content in blocks("yaml", text):
-            if "tasks:" in content or "merge_method:" in content:
+            if re.search(r"^(tasks|merge_method):", content, re.MULTILINE):
                 Path("page.yaml").write_text(content, encoding="utf-8")
                 assert load_recipe("page.yaml")["tasks"], name
 

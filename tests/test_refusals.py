@@ -188,7 +188,7 @@ REFUSALS = {
         ("steps of another method than ascent", {}, S + "--method guarded --steps 2", "only ascent takes several"),
         ("four steps", {}, S + "--method ascent --steps 4", "a whole number from 1 to 3"),
         ("examples to remove, and no ascent", {}, S + "--remove d.txt", "--remove gives ascent its gradient: add --method ascent"),
-        ("a task added by another method", {}, S + "--add one,curvature=one.safetensors,name=two", "in one call by method='guarded', not by removal"),
+        ("a task added by another method", {}, S + "--add one,curvature=one.safetensors,name=two", "in one call by --method guarded, not by removal"),
         ("a task added with a weight below 0", {}, S + "--method guarded --add one,curvature=one.safetensors,name=two,weight=-1", "needs one above 0"),
         ("one file to keep and to remove", {}, B + "--retain d.txt --remove d.txt", "--retain and --remove are the same file d.txt"),
         ("no folder for the report", {}, B + "--report no/r.json", "no folder for --report no/r.json"),

@@ -1,6 +1,7 @@
 """Curvature read off Adam, IVON and laplace-torch: values by hand, name mapping, and refusals."""
 
 import math
+import tempfile
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def clip():
     """Its norms are called layer_norm1, which no pattern of the Trainer has; its class_embedding has one dimension and is decayed."""
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = tf.CLIPVisionModel(tf.CLIPVisionConfig(**sizes, image_size=4, patch_size=2))
-    trainer = tf.Trainer(model, tf.TrainingArguments("unused", report_to=[], use_cpu=True))
+    trainer = tf.Trainer(model, tf.TrainingArguments(tempfile.mkdtemp(), report_to=[], use_cpu=True))
     groups = trainer.create_optimizer().param_groups
     assert all(group["params"] for group in groups)
     return model, [{key: group[key] for key in ("params", "weight_decay")} for group in groups]

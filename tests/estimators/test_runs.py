@@ -329,7 +329,7 @@ def test_wrappers_are_taken_off():
 
 def test_progress_goes_to_stderr(capsys):
     model, batch, _ = make("mlp")
-    estimate(model, as_batches(batch))
+    estimate(model, as_batches(batch), progress=True)
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "fisher: 5 examples" in shown.err

@@ -260,19 +260,22 @@ def test_factors_of_another_shape_are_refused():
         merge(base, [Task(tuned[0], other)], method="kronecker", base_curvature=1.0)
 
 
+@pytest.mark.parametrize("estimator", ["kfac", None])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_factors_of_another_layer_of_the_same_shape_are_refused(transposed):
+def test_factors_of_another_layer_are_refused_in_an_estimate_and_told_in_what_was_put_together(
+    transposed, estimator
+):
     base, tuned = models(1, transposed)
     own, other = known(0, 10, transposed)[0], known(1, 10, transposed)[0]
     mixed = Curvature.from_dict(
         {name: own.mean(name) for name in own},
         10,
+        {"estimator": estimator} if estimator else None,
         factor_a={"w": other.factor_a("w")},
         factor_b={"w": other.factor_b("w")},
     )
-    with pytest.raises(
-        ValueError, match="the factors of 'w' in a curvature are not those of its own diagonal"
-    ):
+    text = "the factors of 'w' in a curvature are not those of its own diagonal"
+    with pytest.raises(ValueError, match=text) if estimator else pytest.warns(UserWarning, match=text):
         merge(base, [Task(tuned[0], mixed)], method="kronecker", base_curvature=1.0)
 
 

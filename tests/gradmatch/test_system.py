@@ -327,7 +327,7 @@ def test_steps_of_an_ascent_take_the_gradient_anew():
     )
 
 
-W = {"w": torch.ones(2)}
+PAIR = {"w": torch.ones(2)}
 
 
 @pytest.mark.parametrize(
@@ -335,18 +335,18 @@ W = {"w": torch.ones(2)}
     [
         ({"steps": 4}, "a whole number from 1 to 3"),
         ({"steps": 2}, "only ascent takes several"),
-        ({"steps": 2, "method": "ascent", "task": None, "gradient": Curvature.from_dict(W, 1, gradient=W)}, "only ascent"),
+        ({"steps": 2, "method": "ascent", "task": None, "gradient": Curvature.from_dict(PAIR, 1, gradient=PAIR)}, "only ascent"),
         ({"method": "ascent", "task": None, "gradient": lambda w: {"w": 0 * w["w"]}}, "gradient on what is to go is zero"),
         ({"method": "ascent", "task": None, "gradient": lambda w: {"w": w["w"] / 0}}, "is not finite at step 1 of 1"),
-        ({"add": Task(W, Curvature.from_dict(W, 1))}, "by method='guarded', not by removal"),
-        ({"method": "guarded", "add": Task(W, Curvature.from_dict(W, 1), -1.0)}, "needs one above 0"),
-        ({"method": "guarded", "add": Task(W)}, "signed needs a curvature"),
+        ({"add": Task(PAIR, Curvature.from_dict(PAIR, 1))}, "by method='guarded', not by removal"),
+        ({"method": "guarded", "add": Task(PAIR, Curvature.from_dict(PAIR, 1), -1.0)}, "needs one above 0"),
+        ({"method": "guarded", "add": Task(PAIR)}, "signed needs a curvature"),
     ],
 )  # fmt: skip
 def test_what_a_removal_refuses(given, said):
     given = {"task": Task({"w": torch.zeros(2)}), "base_curvature": 1.0} | given
     with pytest.raises(ValueError, match=said):
-        subtract(W, **given)
+        subtract(PAIR, **given)
 
 
 @pytest.mark.parametrize(("settings", "text"), REFUSED, ids=[text[:40] for _, text in REFUSED])
