@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.estimators.files import let_go, sync, write_atomically
+from gradmatch.estimators.files import write_atomically
 from gradmatch.models.adapter_config import CONFIG
 from gradmatch.models.adapter_saved import PREFIX
 from gradmatch.models.adapters import FACTOR, WEIGHTS
 from gradmatch.output.card import card_files
 from gradmatch.output.identity import check_apart, identity
-from gradmatch.output.publishing import begin, beside, place, replace_folder
+from gradmatch.output.publishing import appearing, place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,23 +75,10 @@ def write_adapter(
 
     out = place(out)
     check_apart(out, made.inputs)
-    folder, journal, _ = beside(out)
-    held = begin(out, overwrite)
-    try:
-        journal.write_text(json.dumps({"identity": identity(made)}) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)  # an unfinished merge
-        folder.mkdir()
+    with appearing(out, identity(made), overwrite) as folder:
         files = card_files(made, report)
         files[WEIGHTS] = save(dict(tensors), metadata={"format": "pt"})
         files[CONFIG] = (json.dumps(adapter_config(made, tensors), indent=2) + "\n").encode()
         for name, content in files.items():
             write_atomically(folder / name, content)
-        sync(folder)
-        replace_folder(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        journal.unlink(missing_ok=True)
-        raise
-    finally:
-        let_go(held)
     return out

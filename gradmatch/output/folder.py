@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmatch.estimators.errors import GradmatchError
-from gradmatch.estimators.files import claim, let_go, replacing, sync, write_atomically
+from gradmatch.estimators.files import claim, replacing, write_atomically
 from gradmatch.models.opening import open_checkpoint
 from gradmatch.models.stores import FLOATING, SAFETENSORS_NAME, FileStore, Spec, spans, take, torch_dtype
 from gradmatch.output.card import CARD, public, versions
 from gradmatch.output.carried import carried, without_paths
 from gradmatch.output.layout import Layout
-from gradmatch.output.publishing import begin, beside, place, replace_folder
+from gradmatch.output.publishing import appearing, check_apart_from, place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,16 +71,12 @@ def write_folder(
         OSError: no space left.
     """
     out = place(out)
-    check_apart_from(out, reads)
+    read = (path for model in reads for path in (model.path, model.folder) if path is not None)
+    check_apart_from(out, read, "is read")
     wanted = SAFETENSORS_NAME[dtype] if dtype else None
     specs = {name: _in_dtype(store.spec(name), wanted) for name in store}
     layout = Layout(specs, shard_bytes, apart=apart, metadata=metadata)
-    folder, journal, _ = beside(out)
-    held = begin(out, overwrite)
-    try:
-        journal.write_text(json.dumps({"identity": "a folder of its own"}) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+    with appearing(out, "a folder of its own", overwrite) as folder:
         _write_shards(folder, store, layout, progress)
         files = {
             CARD: {**card, "versions": versions()},
@@ -98,32 +94,7 @@ def write_folder(
             write_atomically(folder / name, json.dumps(public(content), indent=2) + "\n")
         for name, text in (texts or {}).items():
             write_atomically(folder / name, text)
-        sync(folder)
-        replace_folder(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        journal.unlink(missing_ok=True)
-        raise
-    finally:
-        let_go(held)
     return out
-
-
-def check_apart_from(out: Path, reads: Sequence[Checkpoint]) -> None:
-    """Refuse an output that is, holds or lies in a model that is read.
-
-    Raises:
-        GradmatchError: both paths are named.
-    """
-    paths = {path.resolve() for model in reads for path in (model.path, model.folder) if path is not None}
-    for read in sorted(paths):
-        if out == read or out in read.parents or read in out.parents:
-            raise GradmatchError(
-                f"the output folder {out} and the input {read} are the same or lie in one another; choose an output folder apart "
-                "from everything that is read",
-                "bad_output",
-                out,
-            )
 
 
 def _in_dtype(spec: Spec, dtype: str | None) -> Spec:

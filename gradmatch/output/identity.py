@@ -10,9 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradmatch.estimators.errors import GradmatchError
 from gradmatch.output.card import versions
 from gradmatch.output.carried import CARRIED, carried
+from gradmatch.output.publishing import check_apart_from
 
 if TYPE_CHECKING:
     from gradmatch.models.stores import Store
@@ -49,15 +49,7 @@ def check_apart(out: Path, inputs: Inputs) -> None:
     Raises:
         ValueError: both paths are named.
     """
-    out = out.resolve()
-    for read in sorted({path.resolve() for path in (*model_paths(inputs), *weight_files(inputs))}):
-        if out == read or out in read.parents or read in out.parents:
-            raise GradmatchError(
-                f"the output folder {out} and the input {read} are the same or lie in one another; "
-                "choose an output folder apart from everything that the merge reads",
-                "bad_output",
-                out,
-            )
+    check_apart_from(out, (*model_paths(inputs), *weight_files(inputs)), "the merge reads")
 
 
 def identity(made: Plan) -> str:

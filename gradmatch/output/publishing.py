@@ -11,8 +11,11 @@ process died between two steps, the next one to write OUT puts things right (`re
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +54,23 @@ def beside(out: Path) -> tuple[Path, Path, Path]:
         out.with_name(out.name + journal),
         out.with_name(out.name + replaced),
     )
+
+
+def check_apart_from(out: Path, paths: Iterable[Path], reader: str) -> None:
+    """Refuse an output that is, holds or lies in something that is read; `reader` says by whom.
+
+    Raises:
+        GradmatchError: both paths are named.
+    """
+    out = out.resolve()
+    for read in sorted({path.resolve() for path in paths}):
+        if out == read or out in read.parents or read in out.parents:
+            raise GradmatchError(
+                f"the output folder {out} and the input {read} are the same or lie in one another; "
+                f"choose an output folder apart from everything that {reader}",
+                "bad_output",
+                out,
+            )
 
 
 def check_parent(out: Path) -> None:
@@ -171,3 +191,27 @@ def replace_folder(out: Path) -> None:
     sync(out.parent)
     journal.unlink()
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def appearing(out: Path, identity: str, overwrite: bool) -> Iterator[Path]:
+    """A new folder to fill aside, renamed into place at the end; after an error nothing of it is left. It is written in one go, and never resumed.
+
+    Raises:
+        NotADirectoryError, PermissionError, BlockingIOError, FileExistsError: as `begin`.
+    """
+    folder, journal, _ = beside(out)
+    held = begin(out, overwrite)
+    try:
+        journal.write_text(json.dumps({"identity": identity}) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)  # an unfinished merge
+        folder.mkdir()
+        yield folder
+        sync(folder)
+        replace_folder(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        journal.unlink(missing_ok=True)
+        raise
+    finally:
+        let_go(held)
