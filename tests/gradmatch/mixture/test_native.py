@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import warnings
 from pathlib import Path
 
 import pytest
@@ -48,13 +47,6 @@ CASES = [
     for form, top_k, dense in (("auto", 2, 0), ("auto", 1, [0]), ("qwen2_moe", 3, 0))
     if not (family.startswith("qwen3") and form == "qwen2_moe")
 ]
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.fixture(scope="module")

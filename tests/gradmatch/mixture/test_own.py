@@ -1,7 +1,6 @@
 """Mixtures of gradmatch's own form: identity at every level, neighbours and padding, caches, what is computed, spectral and low-rank experts."""
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
@@ -36,13 +35,6 @@ WAYS = [  # level, routing, router, top_k, dense_layers, rank
 ]
 ENCODERS = ("bert", "vit")
 MASK = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.fixture(scope="module")

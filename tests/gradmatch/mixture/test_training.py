@@ -1,7 +1,6 @@
 """Training of routers and of added blocks alone, the routing report, stacks in depth."""
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
@@ -29,13 +28,6 @@ LABELLED = [
     {"input_ids": IDS.flip(1), "labels": torch.tensor([1, 0])},
 ]
 SPOKEN = [{"input_ids": IDS, "labels": IDS}, {"input_ids": IDS.flip(1), "labels": IDS.flip(1)}]
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.fixture(scope="module")
