@@ -12,7 +12,7 @@ from gradmatch.common.warning import warn
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.rebasin.matching import Pairs
 from gradmatch.rebasin.probing import Call, answer
-from gradmatch.rebasin.symmetry import Dim, Symmetry
+from gradmatch.rebasin.symmetry import Dim, Symmetry, has_units
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,9 +37,7 @@ class Features:
 
 def place_of(dims: Sequence[Any]) -> int | None:
     """The one dim of an output whose units belong to groups; None where there is none, or more than one."""
-    places = [
-        place for place, dim in enumerate(dims) if any(isinstance(f, str) for segment in dim for f in segment)
-    ]
+    places = [place for place, dim in enumerate(dims) if has_units(dim)]
     return places[0] if len(places) == 1 else None
 
 

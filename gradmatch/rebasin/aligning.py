@@ -229,14 +229,7 @@ def _carried(pair: Two, model: Any, to: Any, call: Call | None, verify: bool) ->
     """A model in the widths of another: its units split and averaged, which keeps the function only nearly."""
     there = symmetry_of_checkpoint(pair.target, call)
     own, target = pair.tables
-    buffers = pair.known.buffers if pair.known is not None else set()
-    names = [
-        name
-        for name, dims in pair.symmetry.dims.items()
-        if any(isinstance(factor, str) for dim in dims for segment in dim for factor in segment)
-        and name in own.store and name in target and name not in buffers
-    ]  # fmt: skip
-    widths = Widths(there, pair.symmetry, names, lambda name: (target[name].float(), own[name].float()))
+    widths = Widths(there, pair.symmetry, pair.shared, lambda name: (target[name].float(), own[name].float()))
     found = widths.carry()
     view = pair.moved_by(widths.ways, exact=False)
     view = view.seen(

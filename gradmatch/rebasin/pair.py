@@ -14,7 +14,7 @@ from gradmatch.models.moved import Movement
 from gradmatch.models.structure import structure
 from gradmatch.models.views import by_module
 from gradmatch.rebasin.matching import Pairs, moved
-from gradmatch.rebasin.symmetry import Member, Symmetry
+from gradmatch.rebasin.symmetry import Member, Symmetry, has_units
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,23 +73,27 @@ class Two:
                     "shape_mismatch",
                     name,
                 )
-            units = [any(isinstance(f, str) for s in dim for f in s) for dim in dims]
+            units = [has_units(dim) for dim in dims]
             if any(u and a != b for u, a, b in zip(units, ours, theirs, strict=True)):
                 return name
         return ""
 
     @property
+    def shared(self) -> list[str]:
+        """The parameters of both models that have units: not buffers."""
+        own, target = self.tables
+        buffers = self.known.buffers if self.known is not None else set()
+        return [
+            name
+            for name, dims in self.symmetry.dims.items()
+            if any(map(has_units, dims)) and name in own.store and name in target and name not in buffers
+        ]
+
+    @property
     def weights(self) -> Pairs:
         """The parameters that have units, for matching: not buffers, and not heads that differ in shape."""
         own, target = self.tables
-        buffers = self.known.buffers if self.known is not None else set()
-        names = [
-            name
-            for name, dims in self.symmetry.dims.items()
-            if any(isinstance(factor, str) for dim in dims for segment in dim for factor in segment)
-            and name in own.store and name in target and name not in buffers
-            and own.spec(name).shape == target.spec(name).shape
-        ]  # fmt: skip
+        names = [name for name in self.shared if own.spec(name).shape == target.spec(name).shape]
         return Pairs(self.symmetry, names, lambda name: (target[name].float(), own[name].float()))
 
     def distance(self, member: Member | None) -> float:

@@ -147,7 +147,7 @@ class Symmetry:
         return [self._dim(member, dim) for dim in self.dims[name]] if name in self.dims else []
 
     def _dim(self, member: Member, dim: Dim) -> Tensor | None:
-        if not any(isinstance(factor, str) for segment in dim for factor in segment):
+        if not has_units(dim):
             return None
         start, found = 0, []
         for segment in dim:
@@ -206,6 +206,11 @@ class Symmetry:
             for name, dims in self.dims.items()
             if any(group in segment for dim in dims for segment in dim)
         ]
+
+
+def has_units(dim: Dim) -> bool:
+    """Whether places along a dim belong to a group."""
+    return any(isinstance(factor, str) for segment in dim for factor in segment)
 
 
 def symmetry_of(found: Trace, unused: Sequence[str] = ()) -> Symmetry:

@@ -90,14 +90,20 @@ def similarity(
     >>> round(similarity(zoo).of("a", "b"), 4)
     0.7071
     """
+    return similarity_of(*opened_for(by, models, base, allow_pickle), by, progress)
+
+
+def opened_for(
+    by: str, models: Models, base: Model | None, allow_pickle: bool
+) -> tuple[Found, Checkpoint | None]:
+    """The models that a measure compares, and the base; errors as `similarity`."""
     choose("by", by, MEASURES)
-    opened_base = None if base is None else open_checkpoint(base, allow_pickle=allow_pickle)
-    if opened_base is None and by in ("task_vectors", "mismatch"):
+    opened = None if base is None else open_checkpoint(base, allow_pickle=allow_pickle)
+    if opened is None and by in ("task_vectors", "mismatch"):
         raise GradmatchError(
             f"by={by!r} compares what models have added to a base; pass base=...", "bad_choice", by
         )
-    found = find(models, opened_base, allow_pickle=allow_pickle)
-    return similarity_of(found, opened_base, by, progress)
+    return find(models, opened, allow_pickle=allow_pickle), opened
 
 
 def similarity_of(found: Found, base: Checkpoint | None, by: str, progress: bool = False) -> Similarity:

@@ -10,10 +10,9 @@ import numpy as np
 
 from gradmatch.estimators.errors import GradmatchError
 from gradmatch.estimators.names import choose
-from gradmatch.models.opening import open_checkpoint
-from gradmatch.zoo.alike import MEASURES, Similarity, similarity_of
+from gradmatch.zoo.alike import Similarity, opened_for, similarity_of
 from gradmatch.zoo.cards import tokenizer_of
-from gradmatch.zoo.finding import Models, find
+from gradmatch.zoo.finding import Models
 from gradmatch.zoo.pairs import aligned, layout
 
 if TYPE_CHECKING:
@@ -134,13 +133,7 @@ def cluster(
     """
     if not -1 <= threshold <= 1:
         raise GradmatchError(f"threshold is {threshold}, it must lie in [-1, 1]", "out_of_range", "threshold")
-    choose("by", by, MEASURES)
-    opened = None if base is None else open_checkpoint(base, allow_pickle=allow_pickle)
-    if opened is None and by in ("task_vectors", "mismatch"):
-        raise GradmatchError(
-            f"by={by!r} compares what models have added to a base; pass base=...", "bad_choice", by
-        )
-    found = find(models, opened, allow_pickle=allow_pickle)
+    found, opened = opened_for(by, models, base, allow_pickle)
     return families_of(similarity_of(found, opened, by, progress), opened, threshold)
 
 
